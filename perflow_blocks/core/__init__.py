@@ -1,0 +1,1 @@
+"""The mathematics of piecewise rectified flow: pure functions on tensors and numbers, torch only."""

@@ -1,0 +1,98 @@
+"""The accelerator as a difference of weights, dW = W_student - W_base (arXiv 2405.07510), added to other weights.
+
+Differences are taken and added in float32 or better and rounded once to the weight's type: summing in half precision
+would round the small dW to the spacing of the large W before the sum as well as after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def subtract(student: Tensor, base: Tensor) -> Tensor:
+    """`student - base` in float32, a new tensor of their common shape on the student's device."""
+    return student.detach().float() - base.detach().to(student.device).float()
+
+
+@torch.no_grad()
+def scaled_sum(weight: Tensor, delta: Tensor, scale: float) -> Tensor:
+    """`weight + scale * delta` before rounding: a new tensor of `weight`'s shape, float32 or wider, on its device."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    total = weight.detach().to(wide, copy=True)
+    # The delta crosses to the device in its own (small) type; add_ widens it element by element, without a copy.
+    return total.add_(delta.to(weight.device), alpha=scale)
+
+
+@torch.no_grad()
+def add_scaled_(weight: Tensor, delta: Tensor, scale: float) -> Tensor:
+    """Adds `scale * delta` to `weight` in place, rounded once to its type; returns `weight`."""
+    return weight.copy_(scaled_sum(weight, delta, scale))
+
+
+def floating_entries(weights: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The floating-point parameters and buffers by state-dict key: those a delta speaks of. Nothing is copied."""
+    state = weights.state_dict(keep_vars=True) if isinstance(weights, nn.Module) else weights
+    return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+
+
+def extract_delta(
+    student: nn.Module | Mapping[str, Tensor], base: nn.Module | Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """dW of two models of one architecture, each a module or its state dict: float32 by state-dict key.
+
+    Integer buffers are no part of a delta. Shapes are those of the weights.
+
+    Raises:
+        ValueError: the two differ in keys or shapes, or hold weights without values ("meta" device).
+    """
+    student_entries, base_entries = floating_entries(student), floating_entries(base)
+    mismatch = describe_mismatch(
+        {name: tuple(tensor.shape) for name, tensor in student_entries.items()},
+        {name: tuple(tensor.shape) for name, tensor in base_entries.items()},
+        given="the student",
+        expected="the base",
+    )
+    if mismatch:
+        raise ValueError(f"student and base are no pair: {mismatch}. Pass two models of the same architecture.")
+    empty = [name for name, tensor in (*student_entries.items(), *base_entries.items()) if tensor.is_meta]
+    if empty:
+        raise ValueError(f"{listed(empty)} hold no values (device 'meta'); load both models before extracting.")
+    return {name: subtract(tensor, base_entries[name]) for name, tensor in student_entries.items()}
+
+
+def describe_mismatch(
+    given_shapes: Mapping[str, tuple[int, ...]],
+    expected_shapes: Mapping[str, tuple[int, ...]],
+    *,
+    given: str,
+    expected: str,
+    partial: bool = False,
+) -> str:
+    """In which keys and shapes `given` differs from `expected`, as one line; empty where it does not.
+
+    With `partial` given may leave keys out.
+    """
+    missing = [] if partial else [name for name in expected_shapes if name not in given_shapes]
+    unexpected = [name for name in given_shapes if name not in expected_shapes]
+    misshapen = [
+        f"{name} is {list(shape)} instead of {list(expected_shapes[name])}"
+        for name, shape in given_shapes.items()
+        if name in expected_shapes and shape != expected_shapes[name]
+    ]
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} missing from {given} ({listed(missing)})")
+    if unexpected:
+        parts.append(f"{len(unexpected)} unexpected, not in {expected} ({listed(unexpected)})")
+    if misshapen:
+        parts.append(f"{len(misshapen)} of another shape ({listed(misshapen, separator='; ')})")
+    return "; ".join(parts)
+
+
+def listed(names: list[str], *, limit: int = 5, separator: str = ", ") -> str:
+    """The first `limit` names, and how many more there are."""
+    rest = len(names) - limit
+    return separator.join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

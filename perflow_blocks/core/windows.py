@@ -1,0 +1,160 @@
+"""The time windows of piecewise rectified flow (arXiv 2405.07510, section 3.1) and the steps laid over them."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from torch import Tensor
+
+BOUNDARY_TOLERANCE = 0.1
+"""In training timesteps: a time this little above a window's end already belongs to the next window."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeWindows:
+    """Consecutive windows that tile the continuous time between noise (t = 1) and data (t = 0).
+
+    Window k runs from `boundaries[k]` (its start, noisier) down to `boundaries[k + 1]` (its end, cleaner) and holds
+    the times `end < t <= start`. A time within `BOUNDARY_TOLERANCE / num_train_timesteps` above an end counts as that
+    end, so that rounding cannot put a boundary in the wrong window. Times outside the windows belong to the first or
+    the last.
+
+    Attributes:
+        boundaries: K + 1 strictly descending times in [0, 1], from noise to data; neighbours differ by at least one
+            training timestep.
+        num_train_timesteps: T, the number of training timesteps that the time 1 stands for.
+
+    Raises:
+        ValueError: the boundaries do not describe such windows.
+    """
+
+    boundaries: tuple[float, ...]
+    num_train_timesteps: int = 1000
+
+    def __post_init__(self) -> None:
+        require_positive_int("num_train_timesteps", self.num_train_timesteps)
+        object.__setattr__(self, "boundaries", tuple(float(b) for b in self.boundaries))
+        if len(self.boundaries) < 2:
+            raise ValueError(f"window boundaries {self.boundaries} hold no window; pass at least (1.0, 0.0).")
+        if not all(math.isfinite(b) and 0.0 <= b <= 1.0 for b in self.boundaries):
+            raise ValueError(f"window boundaries {self.boundaries} leave [0, 1]; pass times from 1 to 0.")
+        narrowest = min(start - end for start, end in zip(self.starts, self.ends, strict=True))
+        if narrowest * self.num_train_timesteps < 1.0 - 1e-6:
+            raise ValueError(
+                f"window boundaries {self.boundaries} are not strictly descending by at least one of "
+                f"{self.num_train_timesteps} timesteps; sort them from 1 to 0 and drop repeated ones."
+            )
+
+    @classmethod
+    def equal(
+        cls, num_windows: int, *, t_noise: float = 1.0, t_clean: float = 0.0, num_train_timesteps: int = 1000
+    ) -> TimeWindows:
+        """`num_windows` windows of one width from `t_noise` down to `t_clean`, both in [0, 1]."""
+        require_positive_int("num_windows", num_windows)
+        width = (t_noise - t_clean) / num_windows
+        inner = (t_noise - k * width for k in range(num_windows))
+        return cls(boundaries=(*inner, t_clean), num_train_timesteps=num_train_timesteps)
+
+    @property
+    def num_windows(self) -> int:
+        return len(self.boundaries) - 1
+
+    @property
+    def starts(self) -> tuple[float, ...]:
+        """Where each window begins, noisiest first."""
+        return self.boundaries[:-1]
+
+    @property
+    def ends(self) -> tuple[float, ...]:
+        """Where each window ends, noisiest first; `ends[k] == starts[k + 1]`."""
+        return self.boundaries[1:]
+
+    @overload
+    def index(self, t: float) -> int: ...
+    @overload
+    def index(self, t: Tensor) -> Tensor: ...
+    def index(self, t: float | Tensor) -> int | Tensor:
+        """The window of a time: an int for a number, a LongTensor of the same shape for a tensor (on its device)."""
+        slack = BOUNDARY_TOLERANCE / self.num_train_timesteps
+        if not isinstance(t, Tensor):
+            return sum(t <= end + slack for end in self.ends[:-1])
+        # Comparisons with host numbers: nothing is copied to the device and nothing is read back.
+        index = torch.zeros_like(t, dtype=torch.long)
+        for end in self.ends[:-1]:
+            index += t <= end + slack
+        return index
+
+    @overload
+    def bounds(self, t: float) -> tuple[float, float]: ...
+    @overload
+    def bounds(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
+    def bounds(self, t: float | Tensor) -> tuple[float, float] | tuple[Tensor, Tensor]:
+        """Start and end of the window of a time: numbers for a number, tensors of t's shape for a tensor."""
+        if not isinstance(t, Tensor):
+            k = self.index(t)
+            return self.starts[k], self.ends[k]
+        dtype = t.dtype if t.is_floating_point() else torch.float32
+        table = torch.tensor(self.boundaries, dtype=dtype, device=t.device)
+        index = self.index(t)
+        return table[index], table[index + 1]
+
+    def distribute_steps(self, num_steps: int) -> tuple[float, ...]:
+        """The continuous start times of `num_steps` steps, descending.
+
+        Every window gets `num_steps // num_windows` steps and the first `num_steps % num_windows` windows one more;
+        inside a window they are equally spaced from its start, its end left out.
+
+        Raises:
+            ValueError: `num_steps` is no integer, or below the number of windows.
+        """
+        require_positive_int("num_steps", num_steps)
+        if num_steps < self.num_windows:
+            raise ValueError(
+                f"num_steps={num_steps} is below num_windows={self.num_windows}; pass at least {self.num_windows}."
+            )
+        each, extra = divmod(num_steps, self.num_windows)
+        times: list[float] = []
+        for k, (start, end) in enumerate(zip(self.starts, self.ends, strict=True)):
+            count = each + (k < extra)
+            times += (start + (end - start) * j / count for j in range(count))
+        return tuple(times)
+
+
+def require_positive_int(name: str, value: object) -> int:
+    """The value as an int, or the one ValueError that this package gives for a count that is no integer above 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name}={value!r} is not an integer; pass a whole number of at least 1.")
+    if value < 1:
+        raise ValueError(f"{name}={value} is below 1; pass at least 1.")
+    return int(value)
+
+
+def tile_windows(
+    *,
+    num_windows: int,
+    boundaries: Sequence[float] | None,
+    t_noise: float = 1.0,
+    t_clean: float = 0.0,
+    num_train_timesteps: int = 1000,
+) -> TimeWindows:
+    """Windows from settings: `boundaries` where given (they then decide the number), else `num_windows` equal ones.
+
+    Raises:
+        ValueError: the boundaries do not run from `t_noise` to `t_clean`, or are no windows.
+    """
+    if boundaries is None:
+        return TimeWindows.equal(
+            num_windows, t_noise=t_noise, t_clean=t_clean, num_train_timesteps=num_train_timesteps
+        )
+    windows = TimeWindows(boundaries=tuple(boundaries), num_train_timesteps=num_train_timesteps)
+    if (windows.boundaries[0], windows.boundaries[-1]) != (t_noise, t_clean):
+        raise ValueError(
+            f"window_boundaries {list(windows.boundaries)} do not tile ({t_clean}, {t_noise}]; "
+            f"start them at {t_noise} and end them at {t_clean}."
+        )
+    return windows

@@ -1,0 +1,309 @@
+"""PeRFlow's sampler behind the interface of a diffusers scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils import BaseOutput, logging
+from torch import Tensor
+
+from ..core.noise_schedule import make_alphas_cumprod
+from ..core.parameterization import (
+    PREDICTION_TYPES,
+    Scalar,
+    WindowAlpha,
+    chord_marginal,
+    marginal,
+    window_alpha,
+    window_table,
+)
+from ..core.plan import StepPlan, apply_step, build_step_plan, select_row
+from ..core.windows import TimeWindows, require_positive_int, tile_windows
+
+logger = logging.get_logger(__name__)
+
+NOISE_SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+"""The settings that a PeRFlow student shares with the scheduler of the model it was distilled from."""
+
+
+@dataclass
+class PeRFlowSchedulerOutput(BaseOutput):
+    """One step's result, both of the sample's shape and type.
+
+    Attributes:
+        prev_sample: (batch, channels, height, width), the sample at the end of the step, the next model input.
+        pred_original_sample: (batch, channels, height, width), the predicted clean sample, for previews.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
+class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
+    """Few-step sampler of piecewise rectified flow (arXiv 2405.07510) for text-to-image and image-to-image pipelines.
+
+    `step` is a pure function of its arguments and of the plan that `set_timesteps` made: no counter moves, so a
+    schedule may be entered anywhere, and one scheduler serves several loops at once.
+
+    Args:
+        num_train_timesteps: training timesteps T; the timestep T is pure noise.
+        beta_start: the first beta, in (0, 1).
+        beta_end: the last beta, in (0, 1).
+        beta_schedule: `linear`, `scaled_linear` or `squaredcos_cap_v2`.
+        trained_betas: T betas that replace the schedule above.
+        set_alpha_to_one: end the last window at abar = 1 instead of `alphas_cumprod[0]`, which published models use.
+        prediction_type: what the UNet predicts: `ddim_eps` (SDXL), `diff_eps` (SD 1.5) or `velocity` (SD 2.1).
+        num_time_windows: number of equal windows the model was distilled with.
+        window_boundaries: descending times from `t_noise` to `t_clean` for unequal windows. They decide the number of
+            windows, and `config.num_time_windows` follows them.
+        t_noise: continuous time where sampling starts, in (0, 1].
+        t_clean: continuous time where sampling ends, in [0, 1).
+
+    Raises:
+        ValueError: an unknown `prediction_type` or `beta_schedule`, betas outside (0, 1), or windows that do not tile
+            (t_clean, t_noise].
+    """
+
+    config_name = SCHEDULER_CONFIG_NAME  # type: ignore[assignment]  # the two bases declare different types
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012  (SchedulerMixin declares it this way)
+    order = 1
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+        trained_betas: Sequence[float] | None = None,
+        set_alpha_to_one: bool = False,
+        prediction_type: str = "ddim_eps",
+        num_time_windows: int = 4,
+        window_boundaries: Sequence[float] | None = None,
+        t_noise: float = 1.0,
+        t_clean: float = 0.0,
+    ) -> None:
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"prediction_type={prediction_type!r} is no PeRFlow type; pass one of {', '.join(PREDICTION_TYPES)}, "
+                f'for example PeRFlowScheduler.from_config(config, prediction_type="{PREDICTION_TYPES[0]}").'
+            )
+        alphas_cumprod = make_alphas_cumprod(
+            num_train_timesteps=num_train_timesteps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            beta_schedule=beta_schedule,
+            trained_betas=trained_betas,
+        )
+        self.windows: TimeWindows = tile_windows(
+            num_windows=num_time_windows,
+            boundaries=window_boundaries,
+            t_noise=t_noise,
+            t_clean=t_clean,
+            num_train_timesteps=num_train_timesteps,
+        )
+        if window_boundaries is not None:  # a list and a matching count, so that the saved JSON reads back as it is
+            self.register_to_config(
+                window_boundaries=list(self.windows.boundaries), num_time_windows=self.windows.num_windows
+            )
+        self.alphas_cumprod: Tensor = alphas_cumprod.float()
+        self.final_alpha_cumprod: float = 1.0 if set_alpha_to_one else float(alphas_cumprod[0])
+        self._exact_alphas_cumprod = alphas_cumprod  # float64: the plans are made from these
+        self._window_table = window_table(self.windows, alphas_cumprod, final_alpha_cumprod=self.final_alpha_cumprod)
+        self.plan: StepPlan | None = None
+        self.num_inference_steps: int | None = None
+        self.timesteps: Tensor = torch.arange(num_train_timesteps, 0, -1)
+        self._row_of: dict[float, int] = {}
+        self._coefficients: Tensor = torch.empty(0, 4)
+        self._begin_index: int | None = None
+
+    @classmethod
+    def from_scheduler(
+        cls, scheduler: ConfigMixin | Mapping[str, Any] | None = None, **overrides: Any
+    ) -> PeRFlowScheduler:
+        """A PeRFlow scheduler with the noise schedule of another scheduler, or of its config, and nothing else of it.
+
+        Unlike `from_config` this neither inherits a foreign `prediction_type` nor drops values that were defaults of
+        the other class. `rescale_betas_zero_snr` is left out, with a warning: abar = 0 makes a window singular.
+
+        Args:
+            scheduler: any diffusers scheduler with betas, its config, or None for the defaults of this class.
+            overrides: settings of this class that replace or add to those taken over.
+
+        Raises:
+            ValueError: the source has no betas (a flow-matching scheduler, say), or the settings are invalid.
+        """
+        config: Mapping[str, Any] = scheduler.config if isinstance(scheduler, ConfigMixin) else scheduler or {}
+        taken = {key: config[key] for key in NOISE_SCHEDULE_KEYS if key in config}
+        if scheduler is not None and not {"beta_schedule", "trained_betas"} & {*taken, *overrides}:
+            name = config.get("_class_name", type(scheduler).__name__)
+            raise ValueError(
+                f"{name} has no betas to take over; pass beta_schedule= (and beta_start=, beta_end=), "
+                "or None in its place for Stable Diffusion's schedule."
+            )
+        if config.get("rescale_betas_zero_snr"):
+            logger.warning("rescale_betas_zero_snr is not supported by PeRFlow and is left out of the new scheduler.")
+        return cls(**{**taken, **overrides})
+
+    def __len__(self) -> int:
+        return self.windows.num_train_timesteps
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index of the first step that a pipeline will take, as told by `set_begin_index`; `step` does not need it."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Remembers where in `timesteps` a pipeline starts (image-to-image does), for code that asks `begin_index`."""
+        self._begin_index = begin_index
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | Tensor | None = None,
+    ) -> None:
+        """Makes the schedule: `timesteps` on the device, and `plan` with the coefficients of every step.
+
+        Args:
+            num_inference_steps: number of steps, at least 1. Fewer than the windows are raised to one per window,
+                with a warning.
+            device: where `timesteps` shall lie.
+            timesteps: instead of a number: descending whole numbers in [1, num_train_timesteps] that include the start
+                of every window below the first of them.
+
+        Raises:
+            ValueError: both or neither given, or a number or timesteps that make no schedule.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("set_timesteps needs exactly one of num_inference_steps and timesteps; pass one of them.")
+        if timesteps is not None:
+            times = self._times_of(timesteps)
+        else:
+            wanted = require_positive_int("num_inference_steps", num_inference_steps)
+            times = self.windows.distribute_steps(self._at_least_windows(wanted))
+        self.plan = build_step_plan(
+            self.windows,
+            self._exact_alphas_cumprod,
+            self.config["prediction_type"],
+            times,
+            final_alpha_cumprod=self.final_alpha_cumprod,
+        )
+        self.num_inference_steps = len(self.plan)
+        self.timesteps = torch.tensor(self.plan.timesteps, dtype=torch.long).to(device)
+        self._row_of = {timestep: row for row, timestep in enumerate(self.plan.timesteps)}
+        self._coefficients = self.plan.coefficients(device)
+        self._begin_index = None
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """The sample itself: the UNet of a PeRFlow model takes it unscaled."""
+        return sample
+
+    @overload
+    def step(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: Literal[True] = True
+    ) -> PeRFlowSchedulerOutput: ...
+    @overload
+    def step(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: Literal[False]
+    ) -> tuple[Tensor, Tensor]: ...
+    def step(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> PeRFlowSchedulerOutput | tuple[Tensor, Tensor]:
+        """One Euler step along the window's straight line, from `timestep` to the next one of the schedule.
+
+        Args:
+            model_output: the UNet's (guided) prediction, (batch, channels, height, width).
+            timestep: one of `timesteps`, as a number or a tensor of one element. A tensor on an accelerator is
+                compared there, without reading it back; if the schedule does not hold it, the result is nan.
+            sample: the sample at `timestep`, of the prediction's shape and any floating type.
+            return_dict: return a `PeRFlowSchedulerOutput` rather than the tuple of its two fields.
+
+        Raises:
+            ValueError: no schedule yet, or a timestep (readable on the host) that is not in it.
+        """
+        a, b, c, d = self._step_coefficients(timestep)
+        prev_sample = apply_step(sample, model_output, a, b)
+        pred_original_sample = apply_step(sample, model_output, c, d)
+        if not return_dict:
+            return prev_sample, pred_original_sample
+        return PeRFlowSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The diffusion marginal sqrt(abar) x0 + sqrt(1 - abar) noise: right at window starts, off the path inside.
+
+        Args:
+            original_samples: (batch, channels, height, width).
+            noise: of the same shape, device and type.
+            timesteps: whole numbers in [1, num_train_timesteps], one per row or one for all, on any device; 0 counts
+                as 1 (the cleanest level).
+        """
+        index = (torch.as_tensor(timesteps).long() - 1).clamp(0, len(self) - 1)
+        alpha = self.alphas_cumprod.to(index.device)[index]
+        return marginal(original_samples, noise, alpha.to(original_samples.device))
+
+    def add_noise_chord(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """A sample on the student's path at any timestep: the chord between the marginals at its window's two ends.
+
+        Arguments as for `add_noise`, except that 0 is the end of the last window.
+        """
+        t = torch.as_tensor(timesteps).to(original_samples.device, torch.float32) / len(self)
+        return chord_marginal(original_samples, noise, self.get_window_alpha(t), t)
+
+    def get_window_alpha(self, t: Scalar) -> WindowAlpha:
+        """`(start, end, gamma, alpha_start, alpha_end)` of the window of each continuous time in [0, 1].
+
+        Numbers for a number, tensors of t's shape and device for a floating tensor. `gamma` is
+        sqrt(alpha_start / alpha_end).
+        """
+        return window_alpha(self.windows, self._window_table, t)
+
+    def _at_least_windows(self, num_inference_steps: int) -> int:
+        num_windows = self.windows.num_windows
+        if num_inference_steps < num_windows:
+            logger.warning(
+                "num_inference_steps=%d is below num_time_windows=%d; taking %d steps, one per window.",
+                num_inference_steps,
+                num_windows,
+                num_windows,
+            )
+        return max(num_inference_steps, num_windows)
+
+    def _times_of(self, timesteps: Sequence[int] | Tensor) -> tuple[float, ...]:
+        values = torch.as_tensor(timesteps).tolist()
+        if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
+            raise ValueError(f"timesteps={timesteps!r} are not a list of whole numbers; pass for example [1000, 750].")
+        return tuple(value / len(self) for value in values)
+
+    def _step_coefficients(self, timestep: float | Tensor) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+        """A, B, C, D of a timestep: numbers if it lies on the host, else elements of the table on the device."""
+        if self.plan is None:
+            raise ValueError("The scheduler has no schedule yet; call set_timesteps before step.")
+        if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
+            table, timesteps = self._coefficients.to(timestep.device), self.timesteps.to(timestep.device)
+            a, b, c, d = select_row(table, timesteps, timestep).unbind()
+            return a, b, c, d
+        value = _read_number(timestep)
+        row = self._row_of.get(value)
+        if row is None:
+            raise ValueError(
+                f"timestep={value} is not in the schedule {list(self.plan.timesteps)}; pass one of these, "
+                "or call set_timesteps for another schedule."
+            )
+        plan = self.plan
+        return plan.sample_coeff[row], plan.output_coeff[row], plan.x0_sample_coeff[row], plan.x0_output_coeff[row]
+
+
+def _read_number(timestep: float | Tensor) -> float:
+    """A timestep on the host as a number; `tolist` copies memory, where `item` would count as a device read."""
+    if not isinstance(timestep, Tensor):
+        return timestep
+    if timestep.numel() != 1:
+        raise ValueError(f"timestep has shape {tuple(timestep.shape)}; pass one timestep for the whole batch.")
+    return timestep.reshape(1).tolist()[0]

@@ -1,0 +1,282 @@
+"""The teacher solver: against diffusers' DDIM, against known data, over batches, and its complaints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from perflow_blocks.core.ddim import ddim_coefficients
+from perflow_blocks.core.parameterization import marginal
+from perflow_blocks.schedulers import PeRFlowScheduler, PFODESolver, PFODESolverSDXL
+from tests.tiny import BETAS, tiny_sd_unet, tiny_sdxl_unet
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_scheduler(**settings: Any) -> DDIMScheduler:
+    defaults = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+    return DDIMScheduler(**{**BETAS, **defaults, **settings})
+
+
+class Teacher:
+    """Predicts by a formula of the latents, their timesteps and the prompt; keeps what it was called with."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, sample: Tensor, timestep: Tensor, **kwargs: Any) -> tuple[Tensor]:
+        assert sample.dtype == self.dtype
+        self.calls.append({"sample": sample, "timestep": timestep, **kwargs})
+        rows = (-1, 1, 1, 1)
+        text = kwargs["encoder_hidden_states"].mean((1, 2)).reshape(rows)
+        return (torch.tanh(sample) + 0.3 * torch.sin(timestep.reshape(rows) / 200) + text,)
+
+
+def test_ddim_map_moves_known_data_along_its_marginals() -> None:
+    x0, noise = randn(2, 8, seed=1).double(), randn(2, 8, seed=2).double()
+    alpha, alpha_next = 0.2, 0.7
+    z = marginal(x0, noise, alpha)
+    v = alpha**0.5 * noise - (1 - alpha) ** 0.5 * x0
+    for prediction_type, output in (("epsilon", noise), ("v_prediction", v)):
+        a, b = ddim_coefficients(alpha, alpha_next, prediction_type)
+        torch.testing.assert_close(a * z + b * output, marginal(x0, noise, alpha_next))
+    with pytest.raises(ValueError, match="'sample' is no teacher type"):
+        ddim_coefficients(alpha, alpha_next, "sample")
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("final_is_one", [True, False])
+def test_a_whole_solve_is_diffusers_ddim(prediction_type: str, final_is_one: bool) -> None:
+    scheduler = make_scheduler(
+        prediction_type=prediction_type, set_alpha_to_one=final_is_one, timestep_spacing="trailing"
+    )
+    scheduler.set_timesteps(8)
+    teacher, prompt = Teacher(), randn(2, 3, 4, seed=3)
+    expected = latents = randn(2, 4, 5, 5, seed=4)
+    for t in scheduler.timesteps:
+        output = teacher(expected, t.expand(2), encoder_hidden_states=prompt)[0]
+        expected = scheduler.step(output, t, expected).prev_sample
+    asked = [call["timestep"][0] for call in teacher.calls]
+    teacher.calls.clear()
+    actual = PFODESolver(scheduler).solve(latents, teacher, 1.0, 0.0, prompt_embeds=prompt, num_steps=8)
+    assert [call["timestep"][0] for call in teacher.calls] == asked
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_windows_in_one_batch_equal_windows_one_by_one() -> None:
+    solver, teacher = PFODESolver(make_scheduler()), Teacher()
+    t_start, t_end = torch.tensor([1.0, 0.75, 0.25]), torch.tensor([0.75, 0.5, 0.0])
+    latents, prompt, negative = randn(3, 4, 5, 5, seed=1), randn(3, 3, 4, seed=2), randn(3, 3, 4, seed=3)
+    settings: dict[str, Any] = {"guidance_scale": 3.0, "num_steps": 5, "num_windows": 4}
+    batched = solver.solve(
+        latents, teacher, t_start, t_end, prompt_embeds=prompt, negative_prompt_embeds=negative, **settings
+    )
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = solver.solve(
+            latents[one],
+            teacher,
+            float(t_start[i]),
+            float(t_end[i]),
+            prompt_embeds=prompt[one],
+            negative_prompt_embeds=negative[one],
+            **settings,
+        )
+        torch.testing.assert_close(batched[one], alone)
+
+
+def test_consecutive_windows_are_one_long_solve() -> None:
+    solver, teacher, prompt = PFODESolver(make_scheduler()), Teacher(), randn(2, 3, 4, seed=2)
+    latents = randn(2, 4, 5, 5, seed=1)
+    whole = solver.solve(latents, teacher, 1.0, 0.0, prompt_embeds=prompt, num_steps=8)
+    for start, end in ((1.0, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0.0)):
+        latents = solver.solve(latents, teacher, start, end, prompt_embeds=prompt, num_steps=2, num_windows=4)
+    torch.testing.assert_close(latents, whole)
+
+
+def test_unequal_windows_follow_each_rows_own_times() -> None:
+    """A teacher that knows the noise lands on the marginal at t_end, whatever the length of the window."""
+    scheduler = make_scheduler()
+    x0, noise = randn(3, 4, 2, 2, seed=1), randn(3, 4, 2, 2, seed=2)
+    t_start, t_end = torch.tensor([1.0, 0.9, 0.3]), torch.tensor([0.9, 0.3, 0.0])
+    start = marginal(x0, noise, scheduler.alphas_cumprod[torch.tensor([999, 899, 299])])
+    expected = marginal(x0, noise, scheduler.alphas_cumprod[torch.tensor([899, 299, 0])])
+    actual = PFODESolver(scheduler).solve(
+        start,
+        lambda *args, **kwargs: (noise,),
+        t_start,
+        t_end,
+        prompt_embeds=torch.zeros(3, 1, 1),
+        num_steps=3,
+        num_windows=None,
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_is_one_call_per_step_and_leads_away_from_the_negative_prompt() -> None:
+    solver, teacher = PFODESolver(make_scheduler()), Teacher()
+    latents, prompt, negative = randn(2, 4, 5, 5, seed=1), randn(2, 3, 4, seed=2), randn(2, 3, 4, seed=3)
+    solve = {"t_start": 1.0, "t_end": 0.75, "num_steps": 1, "num_windows": 4}
+    plain = solver.solve(latents, teacher, prompt_embeds=prompt, **solve)
+    other = solver.solve(latents, teacher, prompt_embeds=negative, **solve)
+    teacher.calls.clear()
+    guided = solver.solve(
+        latents, teacher, prompt_embeds=prompt, negative_prompt_embeds=negative, guidance_scale=4.0, **solve
+    )
+    assert len(teacher.calls) == 1 and len(teacher.calls[0]["sample"]) == 4
+    torch.testing.assert_close(guided, other + 4.0 * (plain - other), rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_of_one_ignores_the_negative_prompt() -> None:
+    solver, teacher = PFODESolver(make_scheduler()), Teacher()
+    latents, prompt, negative = randn(2, 4, 5, 5, seed=1), randn(2, 3, 4, seed=2), randn(2, 3, 4, seed=3)
+    plain = solver.solve(latents, teacher, 1.0, 0.75, prompt_embeds=prompt, num_windows=4)
+    both = solver.solve(
+        latents, teacher, 1.0, 0.75, prompt_embeds=prompt, negative_prompt_embeds=negative, num_windows=4
+    )
+    assert torch.equal(plain, both)
+    assert all(len(call["sample"]) == 2 for call in teacher.calls)
+
+
+def test_latents_keep_their_type_and_the_teacher_gets_the_prompts() -> None:
+    solver, teacher = PFODESolver(make_scheduler()), Teacher(torch.bfloat16)
+    latents = randn(2, 4, 5, 5, seed=1).requires_grad_()
+    result = solver.solve(
+        latents, teacher, 1.0, 0.75, prompt_embeds=randn(2, 3, 4).bfloat16(), num_steps=2, num_windows=4
+    )
+    assert result.dtype == torch.float32
+    assert not result.requires_grad
+
+
+def test_tiny_unet_of_stable_diffusion() -> None:
+    prompt, latents = randn(2, 16, 16, seed=1), randn(2, 4, 16, 16, seed=2)
+    result = PFODESolver(make_scheduler()).solve(
+        latents,
+        tiny_sd_unet(),
+        torch.tensor([1.0, 0.5]),
+        torch.tensor([0.75, 0.25]),
+        prompt_embeds=prompt,
+        negative_prompt_embeds=-prompt,
+        guidance_scale=7.5,
+        num_windows=4,
+    )
+    assert result.shape == latents.shape
+    assert bool(result.isfinite().all())
+
+
+def test_tiny_unet_of_sdxl_sees_every_condition() -> None:
+    unet, solver = tiny_sdxl_unet(), PFODESolverSDXL(EulerDiscreteScheduler(**BETAS))
+    latents, prompt = randn(2, 4, 16, 16, seed=2), randn(2, 16, 32, seed=1)
+    base: dict[str, Any] = {
+        "prompt_embeds": prompt,
+        "negative_prompt_embeds": -prompt,
+        "pooled_prompt_embeds": randn(2, 16, seed=3),
+        "negative_pooled_prompt_embeds": randn(2, 16, seed=4),
+        "guidance_scale": 3.0,
+        "num_windows": 4,
+        "resolution": 512,
+    }
+    reference = solver.solve(latents, unet, 1.0, 0.75, **base)
+    assert bool(reference.isfinite().all())
+    for change in (
+        {"pooled_prompt_embeds": randn(2, 16, seed=5)},
+        {"negative_pooled_prompt_embeds": randn(2, 16, seed=5)},
+        {"negative_prompt_embeds": prompt.flip(1)},
+        {"resolution": 64},
+    ):
+        changed = solver.solve(latents, unet, 1.0, 0.75, **{**base, **change})
+        assert not torch.allclose(changed, reference, atol=1e-6), change
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 6)])
+def test_time_ids_of_any_shape_replace_the_resolution(shape: tuple[int, ...]) -> None:
+    solver, teacher = PFODESolverSDXL(make_scheduler()), Teacher()
+    ids = torch.tensor([640, 512, 0, 0, 640, 512]).expand(shape)
+    pooled = randn(2, 9, seed=4)
+    prompts = {"prompt_embeds": randn(2, 3, 4), "negative_prompt_embeds": randn(2, 3, 4, seed=1)}
+    prompts |= {"pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": -pooled}
+    solver.solve(randn(2, 4, 5, 5), teacher, 1.0, 0.75, add_time_ids=ids, guidance_scale=2.0, num_windows=4, **prompts)
+    added = teacher.calls[0]["added_cond_kwargs"]
+    assert added["time_ids"].tolist() == [[640, 512, 0, 0, 640, 512]] * 4
+    assert torch.equal(added["text_embeds"], torch.cat([pooled, -pooled]))
+
+
+def test_teachers_that_are_none() -> None:
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
+        PFODESolver(FlowMatchEulerDiscreteScheduler())
+    for scheduler in (make_scheduler(prediction_type="sample"), PeRFlowScheduler()):
+        with pytest.raises(ValueError, match="is no teacher type; pass a scheduler with one of epsilon, v_prediction"):
+            PFODESolver(scheduler)
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"guidance_scale": 2.0}, "needs the negative prompt"),
+        ({"guidance_scale": 0.5}, "is no number of at least 1"),
+        ({"guidance_scale": float("nan")}, "is no number of at least 1"),
+        ({"prompt_embeds": torch.zeros(3, 3, 4)}, "prompt_embeds has 3 rows for 2 latents"),
+        ({"negative_prompt_embeds": torch.zeros(1, 3, 4)}, "negative_prompt_embeds has 1 rows for 2 latents"),
+        ({"negative_prompt_embeds": torch.zeros(2, 5, 4)}, "differ in shape"),
+        ({"num_steps": 0}, "num_steps=0 is below 1"),
+        ({"num_windows": 2.0}, "num_windows=2.0 is not an integer"),
+        ({"num_windows": 501}, "exceeds the 1000 training timesteps"),
+        ({"t_start": 0.5, "t_end": 0.5}, "t_end < t_start"),
+        ({"t_start": 1000, "t_end": 750}, "0 <= t_end < t_start <= 1"),
+        ({"t_end": -0.1}, "0 <= t_end"),
+        ({"t_start": torch.tensor([1.0, 0.75]), "t_end": torch.tensor([0.75, 0.8])}, "in every row"),
+        ({"t_start": torch.ones(3)}, r"t_start has shape \(3,\) for 2 latents"),
+    ],
+)
+def test_inputs_that_do_not_fit(change: dict[str, Any], rule: str) -> None:
+    arguments: dict[str, Any] = {
+        "t_start": 1.0,
+        "t_end": 0.75,
+        "prompt_embeds": torch.zeros(2, 3, 4),
+        "num_windows": 4,
+    }
+    with pytest.raises(ValueError, match=rule):
+        PFODESolver(make_scheduler()).solve(torch.zeros(2, 4, 5, 5), Teacher(), **{**arguments, **change})
+
+
+def test_sdxl_guidance_needs_the_pooled_negative_prompt_too() -> None:
+    prompt = torch.zeros(2, 3, 4)
+    with pytest.raises(ValueError, match="negative_pooled_prompt_embeds"):
+        PFODESolverSDXL(make_scheduler()).solve(
+            torch.zeros(2, 4, 5, 5),
+            Teacher(),
+            1.0,
+            0.75,
+            prompt_embeds=prompt,
+            pooled_prompt_embeds=torch.zeros(2, 9),
+            negative_prompt_embeds=prompt,
+            guidance_scale=2.0,
+        )
+
+
+def test_uneven_steps_are_warned_of_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    from perflow_blocks.schedulers import pfode_solver
+
+    monkeypatch.setattr(pfode_solver.logger, "propagate", True)
+    solver = PFODESolver(make_scheduler())
+    for _ in range(2):
+        for num_steps in (3, 5):
+            solver.solve(
+                torch.zeros(1, 4, 5, 5),
+                Teacher(),
+                1.0,
+                0.75,
+                prompt_embeds=torch.zeros(1, 3, 4),
+                num_steps=num_steps,
+                num_windows=4,
+            )
+    records = [record for record in caplog.records if record.name == pfode_solver.logger.name]
+    assert len(records) == 1
+    assert "num_windows * num_steps = 12 does not divide the 1000" in records[0].getMessage()
