@@ -1,0 +1,55 @@
+# Every target sets up what it needs, in a fresh clone with nothing but Python 3.11 or newer.
+#   make demo PYTHON=python3.12
+#   make venv PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"   (the small CPU build of torch)
+PYTHON ?= python3
+PIP_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Type checks refuse a directory without Python files.
+TYPED := $(foreach d,perflow_blocks tests workflows benchmarks,$(if $(wildcard $(d)/*.py $(d)/*/*.py),$(d)))
+STYLED := $(TYPED) $(wildcard *.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format demo-weights evaluate bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 18
+
+venv: $(STAMP)  ## create .venv and install the package with the tested versions
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; run make PYTHON=python3.x")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: venv  ## draw the demo prompts in four steps with the embedded model, into outputs/demo
+	$(BIN)/perflow demo --out outputs/demo
+
+test: venv  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: venv  ## check style and types
+	$(BIN)/python -m ruff check $(STYLED)
+	$(BIN)/python -m ruff format --check $(STYLED)
+	$(BIN)/python -m mypy $(TYPED)
+
+format: venv  ## rewrite the sources in the project's style
+	$(BIN)/python -m ruff check --fix $(STYLED)
+	$(BIN)/python -m ruff format $(STYLED)
+
+demo-weights: venv  ## train the embedded model again, into runs/demo (hours on two cores)
+	$(BIN)/python -m perflow_blocks.evaluation.train_classifier
+	$(BIN)/python -m perflow_blocks.demo.train --out runs/demo
+
+evaluate: venv  ## print the quality table of the embedded model
+	$(BIN)/perflow evaluate
+
+bench: venv  ## time the denoising loop
+	$(BIN)/python -m benchmarks
+
+clean:  ## remove .venv, caches and build products; runs/ and outputs/ stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
