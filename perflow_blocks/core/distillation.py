@@ -1,7 +1,7 @@
 """What the student is trained towards: a point on a window's chord, the output wanted there, and its weight.
 
-arXiv 2405.07510, section 3.1: the teacher's solve from z_s to z_e is replaced by the straight line between them, and the
-student learns, at every time of the window, the output that leads along that line (eqs. 5 to 8).
+Piecewise rectified flow (arXiv 2405.07510): the teacher's solve from z_s to z_e is replaced by the straight line
+between them, and the student learns, at every time of the window, the output that leads along that line.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ PredictionType = Literal["ddim_eps", "diff_eps", "velocity"]
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 
 Scalar = float | Tensor
-ScalarT = TypeVar("ScalarT", float, Tensor)
 
 
 class WindowAlpha(NamedTuple):
@@ -161,7 +160,7 @@ def chord(z_start: Tensor, z_end: Tensor, t: Scalar, start: Scalar, end: Scalar)
     return weighted_sum(z_start, z_end, 1.0 - weight, weight)
 
 
-def marginal(x0: Tensor, noise: Tensor, alpha: ScalarT) -> Tensor:
+def marginal(x0: Tensor, noise: Tensor, alpha: Scalar) -> Tensor:
     """The diffusion marginal sqrt(abar) x0 + sqrt(1 - abar) noise."""
     return weighted_sum(x0, noise, alpha**0.5, (1.0 - alpha) ** 0.5)
 

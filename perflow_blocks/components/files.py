@@ -1,0 +1,59 @@
+"""Writing files so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; it takes `path`'s place when the block ends, or goes when it fails.
+
+    Missing parent directories are made. The result gets the permissions of an ordinary new file.
+
+    Raises:
+        ValueError: `path` is a directory, or its directory cannot be made or written to.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    if target.is_dir():
+        raise ValueError(f"cannot write {target}: it is a directory; name a file in it.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        raise ValueError(f"cannot write {target}: {error.strerror}; choose a writable path.") from error
+    # Some writers replace the file by one that only its owner may read: remember what is usual here.
+    mode = temporary.stat().st_mode
+    try:
+        yield temporary
+        temporary.chmod(mode)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def require_writable_directory(path: str | os.PathLike[str]) -> None:
+    """Tries whether files can be put into a directory, made for the purpose if need be; leaves nothing behind.
+
+    Raises:
+        ValueError: `path` is a file, or nothing can be written there.
+    """
+    target = Path(path)
+    made: list[Path] = []
+    try:
+        for directory in reversed([target, *target.parents]):
+            if not directory.exists():
+                directory.mkdir()
+                made.append(directory)
+        with tempfile.TemporaryFile(dir=target):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write into {target}: {error.strerror}; choose a writable directory.") from error
+    finally:
+        for directory in reversed(made):
+            directory.rmdir()
