@@ -1,0 +1,142 @@
+"""The accelerator as a file: adds dW to the UNet before anything runs, and applies the recipe that came with it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ClassifierFreeGuidance
+from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, ConfigSpec, InputParam, OutputParam
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from ..components.delta_files import merge_delta_file, merge_record
+from ..components.delta_recipe import DeltaRecipe, require_guidance
+from ..components.specs import DEFAULT_GUIDANCE_SCALE, delta_config_specs, guider_spec, unet_spec
+
+RECIPE_SCALE_ATTRIBUTE = "_perflow_recipe_scale"
+"""On the default guider: the scale that this block gave it, to tell it from one that a user set."""
+
+
+class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
+    """Merges a delta file into the UNet and takes over the guidance scale that configuration or delta recommend.
+
+    Which file: the argument `delta`, else the configuration's `delta`, else none. `delta=False` asks for a run without
+    one, to compare with the base model say; it is refused on a UNet that holds one already, since taking it out again
+    rounds half-precision weights. Repeated calls with the same file and scale change nothing.
+
+    Raises:
+        ValueError: the file is missing, broken or of another architecture, or another one is merged already.
+    """
+
+    model_name = "stable-diffusion-xl"
+
+    @property
+    def description(self) -> str:
+        return (
+            "Adds the delta weights to the UNet, if a file is named, and gives the default guider the guidance scale "
+            "they were distilled for. A guider that you set is left alone."
+        )
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [guider_spec(), unet_spec()]
+
+    @property
+    def expected_configs(self) -> list[ConfigSpec]:
+        return delta_config_specs()
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return [
+            InputParam(
+                "delta",
+                type_hint=str | Path | bool,
+                description="Path of a delta file (.safetensors), or False for none. None: the configuration's.",
+            ),
+            InputParam(
+                "delta_scale",
+                type_hint=float,
+                default=1.0,
+                description="Factor of the delta; 1 as it was distilled, 0 takes a merged one out again.",
+            ),
+        ]
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        return [
+            OutputParam("delta_recipe", DeltaRecipe, "How the merged delta was distilled; None without a delta."),
+        ]
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        block_state = self.get_block_state(state)
+        if components.config.guidance_scale is not None:
+            require_guidance(components.config.guidance_scale)
+        record = merge_record(components.unet)
+        if block_state.delta is False:
+            if record is not None and record.scale:
+                raise ValueError(
+                    f"delta=False, but {record.source} is merged into the UNet; load the UNet again, "
+                    "or pass the file with delta_scale=0.0 to subtract it."
+                )
+        else:
+            path = _delta_path(block_state.delta, components)
+            if path is not None:
+                record = merge_delta_file(components.unet, path, block_state.delta_scale)
+        block_state.delta_recipe = record.recipe if record is not None and record.scale else None
+        _set_guidance(components.guider, components.config.guidance_scale, block_state.delta_recipe)
+        self.set_block_state(state, block_state)
+        return components, state
+
+
+def _delta_path(given: Any, components: Any) -> Path | None:
+    """The file to merge: the caller's, as any path, or the index's, relative to the index's own place."""
+    if given is not None:
+        if isinstance(given, bool) or not isinstance(given, (str, os.PathLike)):
+            raise ValueError(f"delta={given!r} is no path; pass a .safetensors file, or False for none.")
+        return Path(given).expanduser()
+    named = components.config.delta
+    if named is None or Path(named).is_absolute():
+        return named and Path(named)
+    origin = components._pretrained_model_name_or_path
+    if origin is None:
+        raise ValueError(
+            f"the configuration names delta={named!r}, but this pipeline was not loaded from a directory; "
+            "pass delta= with a path."
+        )
+    return Path(origin) / named if Path(origin).is_dir() else _download(str(origin), named)
+
+
+def _download(repository: str, name: str) -> Path:
+    try:
+        return Path(hf_hub_download(repository, name))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(
+            f"cannot fetch delta {name!r} from {repository} ({type(error).__name__}); pass delta= with a local path."
+        ) from error
+
+
+def _set_guidance(guider: Any, configured: float | None, recipe: DeltaRecipe | None) -> None:
+    """Gives the pipeline's own guider the recommended scale; one that a user made or changed is left alone."""
+    recommended = configured
+    if recommended is None and recipe is not None:
+        recommended = recipe.guidance_scale
+    if recommended is None:
+        recommended = DEFAULT_GUIDANCE_SCALE
+    if _is_default(guider):
+        guider.guidance_scale = float(recommended)
+        setattr(guider, RECIPE_SCALE_ATTRIBUTE, guider.guidance_scale)
+
+
+def _is_default(guider: Any) -> bool:
+    """Whether this is the guider that the pipeline made from `guider_spec`, unchanged by anyone but this block."""
+    kind, state = type(guider), vars(guider)
+    return (
+        kind is ClassifierFreeGuidance
+        and state.get("_diffusers_load_id") == "null"  # what ComponentSpec.create leaves on a component
+        and guider.guidance_scale in (DEFAULT_GUIDANCE_SCALE, state.get(RECIPE_SCALE_ATTRIBUTE))
+    )

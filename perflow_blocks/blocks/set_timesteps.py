@@ -1,0 +1,143 @@
+"""The window set-up: whatever scheduler the repository brought becomes PeRFlow's, and the steps become a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, ConfigSpec, InputParam, OutputParam
+from diffusers.utils import logging
+
+from ..components.delta_recipe import DeltaRecipe
+from ..components.specs import (
+    DEFAULT_NUM_INFERENCE_STEPS,
+    delta_recipe_input,
+    schedule_config_specs,
+    scheduler_spec,
+    unet_spec,
+)
+from ..core.plan import StepPlan
+from ..schedulers import PeRFlowScheduler
+
+logger = logging.get_logger(__name__)
+
+
+class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
+    """Sets up the time windows of a text-to-image run (arXiv 2405.07510, section 3).
+
+    What the configuration says about the windows wins over the merged delta's recipe, which wins over the defaults
+    (`ddim_eps`, 4 windows, 6 steps); an argument of the call wins over all. A PeRFlowScheduler that is in place
+    already stays as it is.
+
+    Raises:
+        ValueError: a number of steps below 1, timesteps that make no schedule, or a scheduler without betas.
+    """
+
+    model_name = "stable-diffusion-xl"
+
+    @property
+    def description(self) -> str:
+        return (
+            "Turns the scheduler into a PeRFlowScheduler with the windows the weights were distilled for, lays the "
+            "steps over the windows and puts each step's coefficients on the device."
+        )
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [scheduler_spec(), unet_spec()]
+
+    @property
+    def expected_configs(self) -> list[ConfigSpec]:
+        return schedule_config_specs()
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return [
+            InputParam(
+                "num_inference_steps",
+                type_hint=int,
+                description="Denoising steps, at least 1; fewer than the windows are raised to one per window.",
+            ),
+            InputParam(
+                "timesteps",
+                type_hint=list[int],
+                description="Descending timesteps that hold every window start; they win over `num_inference_steps`.",
+            ),
+            delta_recipe_input(),
+        ]
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        return [
+            OutputParam("timesteps", torch.Tensor, "Timesteps (num_steps,), integers on the device."),
+            OutputParam("num_inference_steps", int, "Number of denoising steps."),
+            OutputParam("step_plan", StepPlan, "The steps on the host: times, windows, coefficients."),
+            OutputParam("step_coefficients", torch.Tensor, "The plan's table (num_steps, 4) on the device, float32."),
+        ]
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        block_state = self.get_block_state(state)
+        recipe = block_state.delta_recipe or DeltaRecipe()
+        settings = window_settings(components.config, recipe)
+        if isinstance(components.scheduler, PeRFlowScheduler):
+            _warn_of_other_windows(components.scheduler, settings)
+        else:
+            components.update_components(scheduler=PeRFlowScheduler.from_scheduler(components.scheduler, **settings))
+        scheduler = components.scheduler
+        device = components._execution_device
+        if block_state.timesteps is not None:
+            scheduler.set_timesteps(timesteps=block_state.timesteps, device=device)
+        else:
+            defaults = (components.config.default_num_inference_steps, recipe.num_inference_steps)
+            steps = _first(block_state.num_inference_steps, *defaults, DEFAULT_NUM_INFERENCE_STEPS)
+            scheduler.set_timesteps(steps, device=device)
+        block_state.timesteps = scheduler.timesteps
+        block_state.num_inference_steps = scheduler.num_inference_steps
+        block_state.step_plan = scheduler.plan
+        block_state.step_coefficients = scheduler.plan.coefficients(device)
+        self.set_block_state(state, block_state)
+        return components, state
+
+
+def window_settings(config: Any, recipe: DeltaRecipe) -> dict[str, Any]:
+    """The settings of a PeRFlowScheduler that configuration or recipe name; the configuration wins.
+
+    Number and boundaries of the windows belong together, so both come from one of the two.
+    """
+    source = recipe if config.num_time_windows is None and config.window_boundaries is None else config
+    settings: dict[str, Any] = {
+        "prediction_type": _first(config.prediction_type, recipe.prediction_type),
+        "num_time_windows": source.num_time_windows,
+        "window_boundaries": source.window_boundaries,
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
+    for name, value in settings.items():
+        distilled = getattr(recipe, name)
+        if distilled is not None and distilled != value:
+            logger.warning(
+                "The configuration's %s=%s is used, but the merged delta was distilled with %s.",
+                name,
+                value,
+                distilled,
+            )
+    return settings
+
+
+def _first(*values: Any) -> Any:
+    """The first that is not None (0 counts as given, so that it is refused rather than replaced)."""
+    return next((value for value in values if value is not None), None)
+
+
+def _warn_of_other_windows(scheduler: PeRFlowScheduler, settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        kept = scheduler.config[name]
+        if kept != (list(value) if isinstance(value, (list, tuple)) else value):
+            logger.warning(
+                "The scheduler in place has %s=%s, where configuration and delta say %s; the scheduler is kept. "
+                "Call update_components(scheduler=None) to have it made anew.",
+                name,
+                kept,
+                value,
+            )

@@ -1,0 +1,47 @@
+"""A tiny preset pipeline and what the block tests share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
+
+from .tiny import tiny_sdxl_components
+
+
+def make_pipeline(blocks: Any = None, **components: Any) -> Any:
+    pipe = (blocks or PeRFlowSDXLAutoBlocks()).init_pipeline()
+    pipe.update_components(**{**tiny_sdxl_components(), **components})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def run(pipe: Any, **inputs: Any) -> torch.Tensor:
+    """Final latents (pictures, 4, 16, 16) of a seeded run."""
+    inputs = {"prompt": "a red star", "generator": generator(), "output_type": "latent", **inputs}
+    return pipe(output="images", **inputs)
+
+
+def count_unet_calls(pipe: Any) -> list[int]:
+    """The batch sizes of the UNet's calls, appended to as they happen."""
+    batches: list[int] = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: batches.append(args[0].shape[0]))
+    return batches
+
+
+class NoHostReads(TorchDispatchMode):
+    """Refuses the operations that wait for the device: `.item()`, `bool(tensor)`, `nonzero`."""
+
+    REFUSED = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.REFUSED:
+            raise AssertionError(f"{func} reads from the device")
+        return func(*args, **(kwargs or {}))
