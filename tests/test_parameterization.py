@@ -196,8 +196,10 @@ def test_integer_tensors_are_refused_as_times() -> None:
 
 def test_window_numbers_of_a_batch() -> None:
     row = window_at(TimeWindows.equal(4), torch.tensor([[0.75, 0.8]]))
-    assert row.start.tolist() == [[0.75, 1.0]] and row.end.tolist() == [[0.5, 0.75]]
-    torch.testing.assert_close(row.gamma, (row.alpha_start / row.alpha_end).sqrt())
+    assert all(isinstance(value, Tensor) for value in row)
+    assert torch.equal(torch.as_tensor(row.start), torch.tensor([[0.75, 1.0]]))
+    assert torch.equal(torch.as_tensor(row.end), torch.tensor([[0.5, 0.75]]))
+    torch.testing.assert_close(row.gamma, (row.alpha_start / row.alpha_end) ** 0.5)
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def test_unequal_windows_follow_each_rows_own_times() -> None:
 def test_guidance_is_one_call_per_step_and_leads_away_from_the_negative_prompt() -> None:
     solver, teacher = PFODESolver(make_scheduler()), Teacher()
     latents, prompt, negative = randn(2, 4, 5, 5, seed=1), randn(2, 3, 4, seed=2), randn(2, 3, 4, seed=3)
-    solve = {"t_start": 1.0, "t_end": 0.75, "num_steps": 1, "num_windows": 4}
+    solve: dict[str, Any] = {"t_start": 1.0, "t_end": 0.75, "num_steps": 1, "num_windows": 4}
     plain = solver.solve(latents, teacher, prompt_embeds=prompt, **solve)
     other = solver.solve(latents, teacher, prompt_embeds=negative, **solve)
     teacher.calls.clear()
@@ -200,7 +200,7 @@ def test_time_ids_of_any_shape_replace_the_resolution(shape: tuple[int, ...]) ->
     solver, teacher = PFODESolverSDXL(make_scheduler()), Teacher()
     ids = torch.tensor([640, 512, 0, 0, 640, 512]).expand(shape)
     pooled = randn(2, 9, seed=4)
-    prompts = {"prompt_embeds": randn(2, 3, 4), "negative_prompt_embeds": randn(2, 3, 4, seed=1)}
+    prompts: dict[str, Any] = {"prompt_embeds": randn(2, 3, 4), "negative_prompt_embeds": randn(2, 3, 4, seed=1)}
     prompts |= {"pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": -pooled}
     solver.solve(randn(2, 4, 5, 5), teacher, 1.0, 0.75, add_time_ids=ids, guidance_scale=2.0, num_windows=4, **prompts)
     added = teacher.calls[0]["added_cond_kwargs"]

@@ -151,7 +151,14 @@ def test_every_kind_of_timestep_gives_the_same_step() -> None:
     scheduler = ready(6)
     sample, output = randn(2, 4, 3, 3, seed=1), randn(2, 4, 3, 3, seed=2)
     expected = scheduler.step(output, 875, sample).prev_sample
-    kinds = [875.0, np.int64(875), torch.tensor(875), torch.tensor([875]), torch.tensor(875.0), scheduler.timesteps[1]]
+    kinds: list[Any] = [
+        875.0,
+        np.int64(875),
+        torch.tensor(875),
+        torch.tensor([875]),
+        torch.tensor(875.0),
+        scheduler.timesteps[1],
+    ]
     for timestep in kinds:
         assert torch.equal(scheduler.step(output, timestep, sample).prev_sample, expected)
 
@@ -211,7 +218,7 @@ def test_results_have_the_samples_type_and_are_rounded_once(dtype: torch.dtype, 
         assert result.prev_sample.dtype == result.pred_original_sample.dtype == dtype
         for actual, expected in zip(result.values(), exact.values(), strict=True):
             torch.testing.assert_close(
-                actual.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5, msg=lambda m, t=t: f"{t}: {m}"
+                actual.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5, msg=f"at timestep {int(t)}"
             )
 
 

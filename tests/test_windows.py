@@ -96,7 +96,7 @@ def test_windows_are_frozen_and_keyword_only() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         UNEQUAL.boundaries = (1.0, 0.0)  # type: ignore[misc]
     with pytest.raises(TypeError):
-        TimeWindows((1.0, 0.0))  # type: ignore[misc]
+        TimeWindows((1.0, 0.0))  # type: ignore[call-arg]
 
 
 def test_given_boundaries_must_tile_the_whole_time() -> None:

@@ -69,7 +69,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
             (t_clean, t_noise].
     """
 
-    config_name = SCHEDULER_CONFIG_NAME  # type: ignore[assignment]  # the two bases declare different types
+    config_name = SCHEDULER_CONFIG_NAME
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012  (SchedulerMixin declares it this way)
     order = 1
     init_noise_sigma = 1.0

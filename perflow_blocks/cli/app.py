@@ -1,0 +1,30 @@
+"""The `perflow` command: one line per subcommand."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from .compare import compare
+from .demo import demo
+from .evaluate import evaluate
+from .generate import generate
+
+app = typer.Typer(add_completion=False, help="Few-step pictures from PeRFlow diffusion models.")
+app.command()(generate)
+app.command()(compare)
+app.command()(evaluate)
+app.command()(demo)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False
+) -> None:
+    if version:
+        typer.echo(f"perflow_blocks {__version__}")
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())

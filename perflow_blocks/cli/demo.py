@@ -1,0 +1,46 @@
+"""`perflow demo`: a first sheet of pictures, with nothing to choose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .generate import Request, draw
+
+PROMPTS: tuple[str, ...] = (
+    "a red star on a white background",
+    "a big blue circle on a beige background",
+    "a small yellow heart on a navy background",
+    "a green triangle on a black background, on the left",
+    "a purple ring on a mint background, in the middle",
+    "a big pink diamond on a gray background, on the right",
+    "an orange cross on a white background",
+    "a small cyan square on a black background",
+    "a star",
+    "a heart on a mint background",
+    "a blue diamond",
+    "a big ring, on the left",
+)
+SEED = 0
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for the pictures and their sheet.")] = Path("outputs/demo"),
+) -> None:
+    """Draw twelve prompts in four steps with the embedded model. Prompts and seeds are fixed, nothing is picked."""
+    from ..components.files import require_writable_directory
+
+    require_writable_directory(out)
+    import torch
+
+    from .pipeline import load_pipeline, model_location
+
+    pipeline = load_pipeline(model_location(None), device=torch.device("cpu"), dtype=torch.float32)
+    requests = [
+        Request(prompt=prompt, negative=None, seed=SEED + i, steps=4, size=None, delta=None)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    written = draw(pipeline, requests, out, model="embedded")
+    typer.echo("\n".join(str(path) for path in written))

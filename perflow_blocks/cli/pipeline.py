@@ -1,0 +1,78 @@
+"""Loading a pipeline for the command line."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+INDEX_NAMES = ("modular_model_index.json", "model_index.json")
+
+
+def quiet_libraries() -> None:
+    """Keeps notices and loading bars of the model libraries off the terminal; warnings about the model stay."""
+    import transformers.utils.logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    import diffusers.utils.logging as diffusers_logging
+
+    diffusers_logging.disable_progress_bar()
+    logging.getLogger("diffusers.guiders.guider_utils").setLevel(logging.ERROR)  # that guiders are experimental
+
+
+def model_location(model: str | None) -> str:
+    """The embedded model's directory for None; else the directory or repository, checked without network.
+
+    Raises:
+        ValueError: no embedded model is installed, or the directory holds no pipeline.
+    """
+    if model is None:
+        from ..demo import weights_directory
+
+        model = str(weights_directory())
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not any((path / name).is_file() for name in INDEX_NAMES):
+            raise ValueError(f"{path} holds none of {', '.join(INDEX_NAMES)}; pass the directory of a saved pipeline.")
+        return str(path)
+    if path.exists():
+        raise ValueError(f"--model {model} is a file; pass the directory of a saved pipeline, or a repository.")
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise ValueError(f"--model {model} does not exist; pass a directory, or a repository such as owner/name.")
+    return model
+
+
+def load_pipeline(location: str, *, device: torch.device, dtype: torch.dtype) -> Any:
+    """A `PeRFlowSDXLAutoBlocks` pipeline with the weights of a directory or repository, whose own code is not run.
+
+    Raises:
+        ValueError: the location cannot be read, or lacks a component that generation needs.
+    """
+    quiet_libraries()
+    from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
+
+    try:
+        pipeline = PeRFlowSDXLAutoBlocks().init_pipeline(location)
+        pipeline.load_components(dtype=dtype)
+    except OSError as error:
+        raise ValueError(
+            f"cannot load {location} ({error}); pass a directory or a repository of an SDXL model."
+        ) from error
+    missing = [name for name in pipeline.null_component_names if name != "scheduler"]
+    if missing:
+        raise ValueError(f"{location} gave no {', '.join(missing)}; pass a complete SDXL model.")
+    return pipeline.to(device)
+
+
+def set_guidance(pipeline: Any, scale: float) -> None:
+    """Replaces the pipeline's guider by one of the same kind with another scale, which no recipe then overrides."""
+    logger = logging.getLogger("diffusers.modular_pipelines.modular_pipeline")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it remarks that the guider is not from a ComponentSpec, which is the point
+    try:
+        pipeline.update_components(guider=pipeline.guider.new(guidance_scale=scale))
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,52 @@
+"""The embedded demo: a small model of SDXL architecture that this project trained and distilled itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusers import ModularPipeline, StableDiffusionXLPipeline
+
+
+def weights_directory() -> Path:
+    """The embedded model: a directory that `ModularPipeline.from_pretrained` loads offline.
+
+    Raises:
+        ValueError: the weights are not there, as in a checkout whose weights were removed.
+    """
+    directory = Path(__file__).parent / "weights"
+    if not (directory / "unet").is_dir():
+        raise ValueError(f"no embedded model in {directory}; run `make demo-weights`, or pass --model.")
+    return directory
+
+
+def perflow_pipeline(directory: Path | None = None) -> ModularPipeline:
+    """The embedded PeRFlow pipeline in float32 with all components loaded; the first call merges its delta."""
+    import torch
+    from diffusers import ModularPipeline
+
+    pipe = ModularPipeline.from_pretrained(str(directory or weights_directory()), trust_remote_code=True)
+    pipe.load_components(dtype=torch.float32)
+    return pipe
+
+
+def teacher_pipeline(directory: Path | None = None) -> StableDiffusionXLPipeline:
+    """The embedded base model, without the delta, as a plain `StableDiffusionXLPipeline` in float32."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    path = str(directory or weights_directory())
+    return StableDiffusionXLPipeline(
+        vae=AutoencoderKL.from_pretrained(path, subfolder="vae", dtype=torch.float32),
+        text_encoder=CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=torch.float32),
+        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(
+            path, subfolder="text_encoder_2", dtype=torch.float32
+        ),
+        tokenizer=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer"),
+        tokenizer_2=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer_2"),
+        unet=UNet2DConditionModel.from_pretrained(path, subfolder="unet", dtype=torch.float32),
+        scheduler=DDIMScheduler.from_pretrained(path, subfolder="scheduler"),
+        add_watermarker=False,
+    )

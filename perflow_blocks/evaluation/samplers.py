@@ -1,0 +1,115 @@
+"""The ways of drawing that are compared: the teacher under standard solvers, and PeRFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, ModularPipeline, StableDiffusionXLPipeline
+from torch import Tensor
+
+from ..components.delta_files import read_delta_recipe
+from ..components.delta_recipe import DeltaRecipe
+from ..demo import perflow_pipeline, teacher_pipeline
+from ..demo.distill import DistillationConfig
+
+SOLVERS: dict[str, Any] = {"DDIM": DDIMScheduler, "DPM-Solver++": DPMSolverMultistepScheduler}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """One way of drawing.
+
+    Attributes:
+        model: what predicts, for the table.
+        solver: what steps, for the table.
+        steps: solver steps.
+        guidance_scale: classifier-free guidance at sampling time; 1 is none.
+        draw: prompts and noise (count, 4, height / factor, width / factor) to pictures (count, 3, height, width) in
+            [0, 1].
+    """
+
+    model: str
+    solver: str
+    steps: int
+    guidance_scale: float
+    draw: Callable[[Sequence[str], Tensor], Tensor]
+
+    @property
+    def nfe(self) -> int:
+        """Rows of the UNet per picture: guidance counts double."""
+        return self.steps * (2 if self.guidance_scale > 1.0 else 1)
+
+    @property
+    def label(self) -> str:
+        return f"{self.model} {self.solver} {self.steps} steps"
+
+
+def teacher_sampler(pipe: StableDiffusionXLPipeline, solver: str, steps: int, guidance_scale: float) -> Sampler:
+    """The teacher under a solver of `SOLVERS`, with trailing spacing, so that few steps start from pure noise.
+
+    Raises:
+        ValueError: an unknown solver.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r} is unknown; pass one of {', '.join(SOLVERS)}.")
+
+    def draw(prompts: Sequence[str], latents: Tensor) -> Tensor:
+        scheduler = SOLVERS[solver].from_config(pipe.scheduler.config, timestep_spacing="trailing")
+        own = StableDiffusionXLPipeline(**{**pipe.components, "scheduler": scheduler}, add_watermarker=False)
+        own.set_progress_bar_config(disable=True)
+        return own(
+            prompt=list(prompts),
+            latents=latents,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            output_type="pt",
+        ).images
+
+    return Sampler(model="teacher", solver=solver, steps=steps, guidance_scale=guidance_scale, draw=draw)
+
+
+def perflow_sampler(pipe: ModularPipeline, steps: int, *, delta: Path | None = None) -> Sampler:
+    """A PeRFlow pipeline with the guidance that its weights recommend.
+
+    Args:
+        pipe: a pipeline of PeRFlow blocks with all components loaded.
+        steps: solver steps.
+        delta: the file to merge, where the pipeline's own configuration names none.
+    """
+    file = {} if delta is None else {"delta": delta}
+
+    def draw(prompts: Sequence[str], latents: Tensor) -> Tensor:
+        return pipe(
+            prompt=list(prompts),
+            latents=latents,
+            num_inference_steps=steps,
+            output_type="pt",
+            output="images",
+            **file,
+        )
+
+    return Sampler(
+        model="student", solver="PeRFlow", steps=steps, guidance_scale=_recommended_guidance(pipe, delta), draw=draw
+    )
+
+
+def _recommended_guidance(pipe: ModularPipeline, delta: Path | None) -> float:
+    """What the pipeline's own guider will be set to: the configuration's scale, the delta's, or the guider's."""
+    if pipe.config.guidance_scale is not None:
+        return float(pipe.config.guidance_scale)
+    recipe = DeltaRecipe() if delta is None else read_delta_recipe(delta)
+    return float(pipe.guider.guidance_scale if recipe.guidance_scale is None else recipe.guidance_scale)
+
+
+def demo_samplers(*, quick: bool = False) -> list[Sampler]:
+    """The rows of the embedded model's table; `quick` leaves out those of 50 steps."""
+    teacher, student = teacher_pipeline(), perflow_pipeline()
+    student.set_progress_bar_config(disable=True)
+    guidance = DistillationConfig.guidance_scale
+    samplers = [] if quick else [teacher_sampler(teacher, solver, 50, guidance) for solver in SOLVERS]
+    samplers += [teacher_sampler(teacher, solver, steps, guidance) for steps in (8, 4, 2) for solver in SOLVERS]
+    samplers += [teacher_sampler(teacher, solver, steps, 1.0) for steps in (8, 4) for solver in SOLVERS]
+    return samplers + [perflow_sampler(student, steps) for steps in (4, 6, 8)]
