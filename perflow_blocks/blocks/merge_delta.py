@@ -84,7 +84,7 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
                     "or pass the file with delta_scale=0.0 to subtract it."
                 )
         else:
-            path = _delta_path(block_state.delta, components)
+            path = delta_path(block_state.delta, components)
             if path is not None:
                 record = merge_delta_file(components.unet, path, block_state.delta_scale)
         block_state.delta_recipe = record.recipe if record is not None and record.scale else None
@@ -93,7 +93,7 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
         return components, state
 
 
-def _delta_path(given: Any, components: Any) -> Path | None:
+def delta_path(given: Any, components: Any) -> Path | None:
     """The file to merge: the caller's, as any path, or the index's, relative to the index's own place."""
     if given is not None:
         if isinstance(given, bool) or not isinstance(given, (str, os.PathLike)):
@@ -120,15 +120,23 @@ def _download(repository: str, name: str) -> Path:
         ) from error
 
 
-def _set_guidance(guider: Any, configured: float | None, recipe: DeltaRecipe | None) -> None:
-    """Gives the pipeline's own guider the recommended scale; one that a user made or changed is left alone."""
+def guidance_in_effect(guider: Any, configured: float | None, recipe: DeltaRecipe | None) -> float:
+    """The scale a call will run with: of a guider that a user made or changed its own, else what is recommended.
+
+    That is the configuration's scale, or the delta's, or 2.0. Guiders without a scale count as 1.
+    """
+    if not _is_default(guider):
+        return float(vars(guider).get("guidance_scale", 1.0))
     recommended = configured
     if recommended is None and recipe is not None:
         recommended = recipe.guidance_scale
-    if recommended is None:
-        recommended = DEFAULT_GUIDANCE_SCALE
+    return float(DEFAULT_GUIDANCE_SCALE if recommended is None else recommended)
+
+
+def _set_guidance(guider: Any, configured: float | None, recipe: DeltaRecipe | None) -> None:
+    """Gives the pipeline's own guider the recommended scale; one that a user made or changed is left alone."""
     if _is_default(guider):
-        guider.guidance_scale = float(recommended)
+        guider.guidance_scale = guidance_in_effect(guider, configured, recipe)
         setattr(guider, RECIPE_SCALE_ATTRIBUTE, guider.guidance_scale)
 
 

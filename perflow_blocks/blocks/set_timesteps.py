@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 
 
 class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
-    """Sets up the time windows of a text-to-image run (arXiv 2405.07510, section 3).
+    """Sets up the time windows of a text-to-image run (arXiv 2405.07510).
 
     What the configuration says about the windows wins over the merged delta's recipe, which wins over the defaults
     (`ddim_eps`, 4 windows, 6 steps); an argument of the call wins over all. A PeRFlowScheduler that is in place

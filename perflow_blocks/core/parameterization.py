@@ -1,4 +1,4 @@
-"""What a PeRFlow network predicts, and the straight line it implies (arXiv 2405.07510, section 3.2).
+"""What a PeRFlow network predicts, and the straight line it implies (arXiv 2405.07510).
 
 Inside a window from s (start) to e (end) the path is the chord z_t = z_s + (t - s)/(e - s) (z_e - z_s). Every
 prediction type gives the window's end as one linear map of its start and the network's output,

@@ -1,4 +1,4 @@
-"""The time windows of piecewise rectified flow (arXiv 2405.07510, section 3.1) and the steps laid over them."""
+"""The time windows of piecewise rectified flow (arXiv 2405.07510) and the steps laid over them."""
 
 from __future__ import annotations
 

@@ -36,10 +36,10 @@ _CHECKPOINT_EVERY = 10  # rounds
 class DistillationConfig:
     """How the demo's student is trained. Each round solves new trajectories and then trains on the buffer."""
 
-    rounds: int = 130
+    rounds: int = 80
     trajectories: int = 48  # solved per round, each with one pair a window
-    updates: int = 24  # student steps per round
-    batch_size: int = 48
+    updates: int = 20  # student steps per round
+    batch_size: int = 32
     buffer: int = 1536  # trajectories kept
     num_windows: int = 4
     teacher_steps: int = 5  # per window

@@ -34,7 +34,7 @@ _HELD_OUT = 512
 def main(
     out: Annotated[Path, typer.Option(help="Where checkpoints and full-precision results go.")] = Path("runs/demo"),
     weights: Annotated[Path, typer.Option(help="Where the half-precision model goes.")] = WEIGHTS,
-    teacher_steps: Annotated[int, typer.Option(help="Training steps of the teacher.")] = 5200,
+    teacher_steps: Annotated[int, typer.Option(help="Training steps of the teacher.")] = 3800,
     rounds: Annotated[int, typer.Option(help="Rounds of the distillation.")] = DistillationConfig.rounds,
     guidance: Annotated[
         float, typer.Option(help="Guidance baked into the student.")
@@ -87,8 +87,12 @@ def publish(
     """
     unet.half().save_pretrained(weights / "unet")
     vae.half().save_pretrained(weights / "vae")
-    encoder.text_encoder.half().save_pretrained(weights / "text_encoder")
-    encoder.text_encoder_2.half().save_pretrained(weights / "text_encoder_2")
+    for name in ("text_encoder", "text_encoder_2"):
+        model = getattr(encoder, name).half()
+        model.save_pretrained(weights / name)
+        # transformers loads the type that a config names, diffusers float32: make both load the same.
+        model.config.dtype = torch.float32
+        model.config.save_pretrained(weights / name)
     for name in ("tokenizer", "tokenizer_2"):
         encoder.tokenizer.save_pretrained(weights / name)
     build_teacher_scheduler().save_pretrained(weights / "scheduler")

@@ -27,8 +27,8 @@ def train_teacher(
     pictures: RenderedPictures,
     out: Path,
     *,
-    steps: int = 4800,
-    batch_size: int = 48,
+    steps: int = 3800,
+    batch_size: int = 32,
     lr: float = 1e-3,
     seed: int = 0,
 ) -> tuple[UNet2DConditionModel, CaptionEncoder]:

@@ -10,8 +10,8 @@ from typing import Any
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, ModularPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
+from ..blocks.merge_delta import delta_path, guidance_in_effect
 from ..components.delta_files import read_delta_recipe
-from ..components.delta_recipe import DeltaRecipe
 from ..demo import perflow_pipeline, teacher_pipeline
 from ..demo.distill import DistillationConfig
 
@@ -72,7 +72,7 @@ def teacher_sampler(pipe: StableDiffusionXLPipeline, solver: str, steps: int, gu
 
 
 def perflow_sampler(pipe: ModularPipeline, steps: int, *, delta: Path | None = None) -> Sampler:
-    """A PeRFlow pipeline with the guidance that its weights recommend.
+    """A PeRFlow pipeline with the guidance that its next call would have.
 
     Args:
         pipe: a pipeline of PeRFlow blocks with all components loaded.
@@ -92,16 +92,14 @@ def perflow_sampler(pipe: ModularPipeline, steps: int, *, delta: Path | None = N
         )
 
     return Sampler(
-        model="student", solver="PeRFlow", steps=steps, guidance_scale=_recommended_guidance(pipe, delta), draw=draw
+        model="student", solver="PeRFlow", steps=steps, guidance_scale=_guidance_in_effect(pipe, delta), draw=draw
     )
 
 
-def _recommended_guidance(pipe: ModularPipeline, delta: Path | None) -> float:
-    """What the pipeline's own guider will be set to: the configuration's scale, the delta's, or the guider's."""
-    if pipe.config.guidance_scale is not None:
-        return float(pipe.config.guidance_scale)
-    recipe = DeltaRecipe() if delta is None else read_delta_recipe(delta)
-    return float(pipe.guider.guidance_scale if recipe.guidance_scale is None else recipe.guidance_scale)
+def _guidance_in_effect(pipe: ModularPipeline, delta: Path | None) -> float:
+    path = delta_path(delta, pipe)
+    recipe = None if path is None else read_delta_recipe(path)
+    return guidance_in_effect(pipe.guider, pipe.config.guidance_scale, recipe)
 
 
 def demo_samplers(*, quick: bool = False) -> list[Sampler]:

@@ -1,0 +1,1 @@
+"""Measurements, as ratios of medians taken side by side in one run."""

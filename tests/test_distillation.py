@@ -1,0 +1,82 @@
+"""The student's targets: exact on straight paths, right in sign and scale, weighted as the picture feels them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from perflow_blocks.core.distillation import draw_times, endpoint_weight, make_student_example
+from perflow_blocks.core.noise_schedule import make_alphas_cumprod
+from perflow_blocks.core.parameterization import (
+    PREDICTION_TYPES,
+    WindowAlpha,
+    window_alpha,
+    window_endpoint,
+    window_table,
+)
+from perflow_blocks.core.windows import TimeWindows
+
+WINDOWS = TimeWindows.equal(4)
+TABLE = window_table(WINDOWS, make_alphas_cumprod())
+each_type = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+
+
+def rows(*starts: float) -> WindowAlpha:
+    return window_alpha(WINDOWS, TABLE, torch.tensor(starts, dtype=torch.float64))
+
+
+def pair(batch: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    z_start, z_end = torch.randn(2, batch, 4, 3, 3, generator=generator, dtype=torch.float64)
+    return z_start, z_end
+
+
+@each_type
+def test_a_student_that_follows_the_target_ends_where_the_teacher_did(prediction_type: str) -> None:
+    window = rows(1.0, 0.75, 0.5, 0.25)
+    z_start, z_end = pair(4)
+    for share in (0.0, 0.3, 0.9):
+        t = window.start + share * (window.end - window.start)
+        example = make_student_example(z_start, z_end, torch.as_tensor(t), window, prediction_type)
+        assert float(example.loss(example.target)) == 0.0
+        assert torch.equal(example.timestep, 1000 * torch.as_tensor(t))
+        reached = window_endpoint(example.sample, example.target, window, prediction_type, t)
+        torch.testing.assert_close(reached, z_end)
+
+
+@each_type
+def test_one_parameter_learns_the_velocity_with_its_sign(prediction_type: str) -> None:
+    """The student's end is z_s + w (z_e - z_s): descent on the loss must find w = 1 from either side."""
+    window = rows(0.75)
+    z_start, z_end = pair(1)
+    aim = make_student_example(z_start, z_end, torch.tensor([0.75]), window, prediction_type)
+    still = make_student_example(z_start, z_start, torch.tensor([0.75]), window, prediction_type).target
+    for first in (-1.0, 3.0):
+        w = torch.tensor(first, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.Adam([w], lr=0.1)
+        for _ in range(200):
+            optimizer.zero_grad()
+            aim.loss(still + w * (aim.target - still)).backward()
+            optimizer.step()
+        assert float(w) == pytest.approx(1.0, abs=1e-2)
+
+
+@each_type
+def test_weights_turn_output_errors_into_errors_of_the_picture(prediction_type: str) -> None:
+    window = rows(1.0, 0.75, 0.5, 0.25)
+    sample, output = pair(4)
+    nudged = output + 0.01
+    ends = [window_endpoint(sample, o, window, prediction_type) for o in (output, nudged)]
+    picture_error = (ends[1] - ends[0]).square().flatten(1).mean(1) / torch.as_tensor(window.alpha_end)
+    weight = endpoint_weight(window, prediction_type, maximum=1e9)
+    torch.testing.assert_close(picture_error, weight * 0.01**2)
+    assert float(endpoint_weight(window, prediction_type, maximum=0.01).max()) <= 0.01
+
+
+def test_times_lie_in_their_window_and_often_at_its_start() -> None:
+    window = rows(*[0.75] * 1000)
+    t = draw_times(window, torch.rand(1000, generator=torch.Generator().manual_seed(0)), start_share=0.4)
+    assert float(t.max()) == 0.75 and float(t.min()) > 0.5
+    assert float((t == 0.75).float().mean()) == pytest.approx(0.4, abs=0.05)
+    assert float(t[t < 0.75].mean()) == pytest.approx(0.625, abs=0.02)
