@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
 
@@ -34,14 +33,3 @@ def count_unet_calls(pipe: Any) -> list[int]:
     batches: list[int] = []
     pipe.unet.register_forward_pre_hook(lambda module, args: batches.append(args[0].shape[0]))
     return batches
-
-
-class NoHostReads(TorchDispatchMode):
-    """Refuses the operations that wait for the device: `.item()`, `bool(tensor)`, `nonzero`."""
-
-    REFUSED = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self.REFUSED:
-            raise AssertionError(f"{func} reads from the device")
-        return func(*args, **(kwargs or {}))

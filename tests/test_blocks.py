@@ -181,3 +181,13 @@ def test_default_call_takes_six_guided_steps() -> None:
     batches = count_unet_calls(pipe)
     run(pipe)
     assert batches == [2] * 6
+
+
+def test_embeddings_beside_the_text_encoder_block_are_refused() -> None:
+    with pytest.raises(ValueError, match=r'prompt_embeds cannot replace prompt .* sub_blocks.pop\("text_encoder"\)'):
+        run(make_pipeline(), prompt=None, prompt_embeds=torch.zeros(1, 77, 32))
+
+
+def test_a_second_text_encoder_that_failed_to_load_is_named() -> None:
+    with pytest.raises(ValueError, match="text_encoder_2 not loaded"):
+        run(make_pipeline(text_encoder_2=None))

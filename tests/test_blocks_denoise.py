@@ -22,7 +22,8 @@ from diffusers.modular_pipelines.stable_diffusion_xl.denoise import StableDiffus
 from perflow_blocks.blocks import PeRFlowDenoiseStep, PeRFlowLoopDenoiser, PeRFlowSDXLAutoBlocks
 from perflow_blocks.schedulers import PeRFlowScheduler
 
-from .blocks_support import NoHostReads, count_unet_calls, generator, make_pipeline, run
+from .blocks_support import count_unet_calls, generator, make_pipeline, run
+from .host_reads import no_host_reads
 
 SKIP = LayerSkipConfig(indices=[0], fqn="mid_block.attentions.0.transformer_blocks")
 GUIDERS = {
@@ -129,7 +130,14 @@ def test_hooks_are_gone_after_a_failing_call() -> None:
         added_cond_kwargs={"text_embeds": block_state.pooled_prompt_embeds, "time_ids": block_state.add_time_ids},
     ).sample
     pipe.update_components(guider=AutoGuidance(guidance_scale=3.0, auto_guidance_config=SKIP))
-    broken = pipe.unet.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+    calls = []
+
+    def break_the_second(*_: Any) -> None:  # the first batch goes to the model as it is, the second to the hooked one
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("broken")
+
+    broken = pipe.unet.register_forward_hook(break_the_second)
     with pytest.raises(RuntimeError, match="broken"):
         PeRFlowLoopDenoiser()(pipe, block_state, i=0, t=block_state.timesteps[0])
     broken.remove()
@@ -172,7 +180,7 @@ def test_guidance_without_negative_embeddings_is_a_clear_error() -> None:
 
 class GuardedDenoiseStep(PeRFlowDenoiseStep):
     def __call__(self, components: Any, state: Any) -> Any:
-        with NoHostReads():
+        with no_host_reads():
             return super().__call__(components, state)
 
 
@@ -254,3 +262,11 @@ def test_mixed_types_are_a_clear_error() -> None:
     pipe.text_encoder_2.half()
     with pytest.raises(ValueError, match=r"load_components\(dtype=torch.float32\)"):
         run(pipe)
+
+
+def test_half_given_conditions_are_a_clear_error() -> None:
+    pipe = make_pipeline(guider=ClassifierFreeGuidance(guidance_scale=2.0))
+    block_state = conditioned_state(pipe)
+    block_state.negative_pooled_prompt_embeds = None
+    with pytest.raises(ValueError, match="both pooled_prompt_embeds and negative_pooled_prompt_embeds"):
+        PeRFlowLoopDenoiser()(pipe, block_state, i=0, t=block_state.timesteps[0])

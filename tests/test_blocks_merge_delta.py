@@ -12,7 +12,7 @@ from diffusers import ClassifierFreeGuidance
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks, merge_delta
-from perflow_blocks.components.delta_files import save_delta
+from perflow_blocks.components.delta_files import merge_delta_file, merge_record, save_delta
 from perflow_blocks.components.delta_recipe import DeltaRecipe
 
 from .blocks_support import count_unet_calls, make_pipeline, run
@@ -200,3 +200,32 @@ def test_the_index_decides_the_default_guidance_before_the_recipe(tmp_path: Path
 def test_a_nonsensical_guidance_in_the_index_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="guidance_scale=-1"):
         run(index_pipeline(tmp_path, {"guidance_scale": -1}))
+
+
+def test_a_scale_equal_to_the_default_wins_once_a_recipe_was_applied(delta: Path) -> None:
+    pipe = make_pipeline()
+    run(pipe, delta=delta)
+    assert pipe.guider.guidance_scale == 1.0
+    pipe.guider.guidance_scale = 2.0
+    run(pipe, delta=delta)
+    assert pipe.guider.guidance_scale == 2.0
+
+
+def test_the_guidance_in_effect_is_known_before_the_call(delta: Path) -> None:
+    pipe = make_pipeline()
+    assert merge_delta.guidance_in_effect(pipe.guider, None, None) == 2.0
+    assert merge_delta.guidance_in_effect(pipe.guider, None, RECIPE) == 1.0
+    assert merge_delta.guidance_in_effect(pipe.guider, 1.5, RECIPE) == 1.5
+    run(pipe, delta=delta)
+    pipe.guider.guidance_scale = 3.5
+    assert merge_delta.guidance_in_effect(pipe.guider, 1.5, RECIPE) == 3.5
+
+
+def test_a_compiled_unet_is_merged_as_the_module_it_wraps(delta: Path) -> None:
+    unet = tiny_sdxl_unet(0)
+    compiled = torch.compile(unet)
+    record = merge_delta_file(compiled, delta)
+    assert merge_record(compiled) is merge_record(unet) is record
+    merged = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    merge_delta_file(torch.compile(unet), delta)
+    assert equal(unet.state_dict(), merged)

@@ -127,3 +127,24 @@ def test_a_saved_pipeline_comes_back_with_the_converted_scheduler(tmp_path: Any)
     assert type(again.scheduler) is PeRFlowScheduler
     assert again.scheduler.config.prediction_type == "diff_eps"
     assert torch.equal(run(again, num_inference_steps=4), expected)
+
+
+def test_the_scheduler_that_the_block_made_follows_the_recipe_of_each_call() -> None:
+    pipe = make_pipeline()
+    set_up(pipe)
+    assert pipe.scheduler.config.prediction_type == "ddim_eps"
+    set_up(pipe, delta_recipe=DeltaRecipe(prediction_type="velocity", num_time_windows=2))
+    assert (pipe.scheduler.config.prediction_type, pipe.scheduler.config.num_time_windows) == ("velocity", 2)
+    kept = pipe.scheduler
+    set_up(pipe, delta_recipe=DeltaRecipe(prediction_type="velocity", num_time_windows=2))
+    assert pipe.scheduler is kept
+    set_up(pipe)
+    assert (pipe.scheduler.config.prediction_type, pipe.scheduler.config.num_time_windows) == ("ddim_eps", 4)
+
+
+def test_unequal_windows_of_a_recipe_are_not_dropped_silently(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = make_pipeline()
+    caplog_handler(caplog)
+    pipe.update_components(num_time_windows=2)
+    set_up(pipe, delta_recipe=DeltaRecipe(window_boundaries=(1.0, 0.4, 0.0)))
+    assert "windows=(1.0, 0.5, 0.0) is used, but the merged delta was distilled with (1.0, 0.4, 0.0)" in caplog.text

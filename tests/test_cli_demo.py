@@ -8,20 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from perflow_blocks.cli import demo, main
+from perflow_blocks.cli import demo
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run_command(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as done:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return int(done.value.code or 0), captured.out, captured.err
-
-    return run_command
 
 
 def test_the_demo_writes_twelve_pictures_and_a_sheet(run: Run, tmp_path: Path) -> None:

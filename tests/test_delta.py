@@ -427,3 +427,8 @@ def test_extraction_wants_a_pair() -> None:
         extract_delta(network(1).to("meta"), network(0))
     same = extract_delta(network(1), network(0).state_dict())
     assert all(torch.equal(same[k], v) for k, v in extract_delta(network(1).state_dict(), network(0)).items())
+
+
+def test_a_recipe_whose_windows_do_not_tile_is_refused() -> None:
+    with pytest.raises(ValueError, match="do not tile"):
+        DeltaRecipe(window_boundaries=(0.9, 0.5, 0.1))

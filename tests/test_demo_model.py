@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from safetensors import safe_open
 
 from perflow_blocks.components.delta_files import merge_record, read_delta_recipe
@@ -103,3 +104,19 @@ def test_unknown_solvers_and_too_few_prompts_are_refused() -> None:
         teacher_sampler(teacher_pipeline(), "Heun", 4, 2.0)
     with pytest.raises(ValueError, match="prompts=1"):
         make_evaluation_set(1)
+
+
+def test_fewer_steps_than_windows_are_refused_rather_than_mislabelled(pipe: Any) -> None:
+    with pytest.raises(ValueError, match="steps=2 is below the model's 4 time windows"):
+        perflow_sampler(pipe, 2)
+    assert perflow_sampler(pipe, 4).nfe == 4
+
+
+@pytest.mark.parametrize("solver", ["DDIM", "DPM-Solver++"])
+def test_the_teacher_is_sampled_from_pure_noise_and_unclipped_whatever_its_scheduler(solver: str) -> None:
+    teacher = teacher_pipeline()
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = teacher_sampler(teacher, solver, 4, 2.0).draw(["a star"] * 2, latents)
+    teacher.scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    actual = teacher_sampler(teacher, solver, 4, 2.0).draw(["a star"] * 2, latents)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-3)

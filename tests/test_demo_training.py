@@ -113,7 +113,7 @@ def test_the_students_loss_falls_and_the_teacher_stays(encoder: CaptionEncoder) 
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss))
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     assert all(torch.equal(value, before[name]) for name, value in distiller.teacher.state_dict().items())
 
 

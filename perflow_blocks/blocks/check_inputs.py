@@ -47,6 +47,7 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         request = self.get_block_state(state)
         _check_loaded(components, request.output_type)
+        _check_embeddings(components, request)
         _check_sampling(components, request)
         num_images = _count_prompts(request) * request.num_images_per_prompt
         _check_generator(request.generator, num_images)
@@ -108,11 +109,26 @@ def _size_inputs() -> list[InputParam]:
 def _check_loaded(components: Any, output_type: str) -> None:
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type={output_type!r} is unknown; pass one of {', '.join(OUTPUT_TYPES)}.")
-    missing = [] if components.unet is not None else ["unet"]
-    if components.vae is None and output_type != "latent":
-        missing.append("vae")
+    missing = set(components.null_component_names) - {"scheduler"}  # which the window set-up makes
+    if output_type == "latent":
+        missing -= {"vae"}
+    if {"text_encoder", "tokenizer"} <= missing:  # SDXL's refiner has the second encoder only
+        missing -= {"text_encoder", "tokenizer"}
     if missing:
-        raise ValueError(f"{' and '.join(missing)} not loaded; call pipe.load_components() and look at its warnings.")
+        names = " and ".join(sorted(missing))
+        raise ValueError(f"{names} not loaded; call pipe.load_components() and look at its warnings.")
+
+
+def _check_embeddings(components: Any, request: Any) -> None:
+    if request.prompt is None and request.prompt_embeds is not None and "text_encoder" in _block_names(components):
+        raise ValueError(
+            "prompt_embeds cannot replace prompt while the pipeline encodes prompts itself; "
+            'build it from blocks without that step: blocks.sub_blocks.pop("text_encoder").'
+        )
+
+
+def _block_names(components: Any) -> set[str]:
+    return set(components._blocks.sub_blocks)
 
 
 def _check_sampling(components: Any, request: Any) -> None:

@@ -1,4 +1,4 @@
-"""The denoising loop: the guider's batches in one UNet call, then one fused multiply-add.
+"""The denoising loop: the guider's batches in one UNet call, then one linear combination.
 
 Blocks inserted into the loop are called as `block(components, block_state, i=i, t=t)`: i is the number of the step, an
 int, and t its timestep, a tensor of no dimensions on the device. On `block_state` they find
@@ -163,8 +163,8 @@ def _require_one_dtype(unet: Any, latents: Tensor) -> None:
     """Latents take the text encoders' type, and transformers loads what a file holds where diffusers loads float32."""
     if latents.dtype != unet.dtype and not torch.is_autocast_enabled(latents.device.type):
         raise ValueError(
-            f"the latents (and text encoders) are {latents.dtype}, the UNet is {unet.dtype}; load all components with "
-            f"one type, pipe.load_components(dtype={unet.dtype})."
+            f"the latents are {latents.dtype}, the UNet is {unet.dtype}; load all components with one type, "
+            f"pipe.load_components(dtype={unet.dtype}), and pass latents, if any, in that type."
         )
 
 
@@ -179,7 +179,7 @@ def _require_embeddings(batches: list[Any]) -> None:
 def _predict_together(unet: Any, block_state: Any, batches: list[Any], t: Tensor) -> None:
     """One call on the concatenation of the batches; each gets its rows of the result as `noise_pred`."""
     fields = {name: [batch[name] for batch in batches] for name in GUIDER_FIELDS}
-    joined = {name: _concatenate(values) for name, values in fields.items()}
+    joined = {name: _concatenate(name, values) for name, values in fields.items()}
     noise_pred = _call_unet(unet, block_state, joined, t, copies=len(batches))
     for batch, rows in zip(batches, noise_pred.chunk(len(batches)), strict=True):
         batch.noise_pred = rows
@@ -208,12 +208,14 @@ def _call_unet(unet: Any, block_state: Any, fields: dict[str, Any], t: Tensor, c
     )[0]
 
 
-def _concatenate(values: list[Any]) -> Any:
+def _concatenate(name: str, values: list[Any]) -> Any:
     """Tensors along the batch; lists (one tensor per IP-Adapter) adapter by adapter; None where nothing is given."""
     if len(values) == 1:
         return values[0]
-    if any(value is None for value in values):
+    if all(value is None for value in values):
         return None
+    if any(value is None for value in values):
+        raise ValueError(f"the guider asks for both {' and '.join(GUIDER_FIELDS[name])}; pass both or neither.")
     if isinstance(values[0], Tensor):
         return torch.cat(values)
     return [torch.cat(parts) for parts in zip(*values, strict=True)]

@@ -146,5 +146,5 @@ def _is_default(guider: Any) -> bool:
     return (
         kind is ClassifierFreeGuidance
         and state.get("_diffusers_load_id") == "null"  # what ComponentSpec.create leaves on a component
-        and guider.guidance_scale in (DEFAULT_GUIDANCE_SCALE, state.get(RECIPE_SCALE_ATTRIBUTE))
+        and guider.guidance_scale == state.get(RECIPE_SCALE_ATTRIBUTE, DEFAULT_GUIDANCE_SCALE)
     )

@@ -18,17 +18,21 @@ from ..components.specs import (
     unet_spec,
 )
 from ..core.plan import StepPlan
+from ..core.windows import tile_windows
 from ..schedulers import PeRFlowScheduler
 
 logger = logging.get_logger(__name__)
+
+OWN_ATTRIBUTE = "_perflow_made_in_set_up"
+"""On a scheduler: that this block made it, to tell it from one that a user set."""
 
 
 class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
     """Sets up the time windows of a text-to-image run (arXiv 2405.07510).
 
     What the configuration says about the windows wins over the merged delta's recipe, which wins over the defaults
-    (`ddim_eps`, 4 windows, 6 steps); an argument of the call wins over all. A PeRFlowScheduler that is in place
-    already stays as it is.
+    (`ddim_eps`, 4 windows, 6 steps); an argument of the call wins over all. A PeRFlowScheduler that you set stays as
+    it is; one that this block made follows configuration and delta from call to call.
 
     Raises:
         ValueError: a number of steps below 1, timesteps that make no schedule, or a scheduler without betas.
@@ -81,10 +85,7 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
         block_state = self.get_block_state(state)
         recipe = block_state.delta_recipe or DeltaRecipe()
         settings = window_settings(components.config, recipe)
-        if isinstance(components.scheduler, PeRFlowScheduler):
-            _warn_of_other_windows(components.scheduler, settings)
-        else:
-            components.update_components(scheduler=PeRFlowScheduler.from_scheduler(components.scheduler, **settings))
+        _place_scheduler(components, settings)
         scheduler = components.scheduler
         device = components._execution_device
         if block_state.timesteps is not None:
@@ -112,17 +113,40 @@ def window_settings(config: Any, recipe: DeltaRecipe) -> dict[str, Any]:
         "num_time_windows": source.num_time_windows,
         "window_boundaries": source.window_boundaries,
     }
-    settings = {name: value for name, value in settings.items() if value is not None}
-    for name, value in settings.items():
-        distilled = getattr(recipe, name)
-        if distilled is not None and distilled != value:
-            logger.warning(
-                "The configuration's %s=%s is used, but the merged delta was distilled with %s.",
-                name,
-                value,
-                distilled,
-            )
-    return settings
+    _warn_of_a_clash("prediction_type", config.prediction_type, recipe.prediction_type)
+    if source is config:
+        _warn_of_a_clash("windows", _boundaries(config), _boundaries(recipe))
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _boundaries(source: Any) -> tuple[float, ...] | None:
+    """The windows that a configuration or a recipe describes; None where it is silent."""
+    if source.num_time_windows is None and source.window_boundaries is None:
+        return None
+    return tile_windows(num_windows=source.num_time_windows, boundaries=source.window_boundaries).boundaries
+
+
+def _warn_of_a_clash(name: str, configured: Any, distilled: Any) -> None:
+    if None not in (configured, distilled) and configured != distilled:
+        logger.warning(
+            "The configuration's %s=%s is used, but the merged delta was distilled with %s.",
+            name,
+            configured,
+            distilled,
+        )
+
+
+def _place_scheduler(components: Any, settings: dict[str, Any]) -> None:
+    """Puts a PeRFlowScheduler with the settings in place, unless the user set one."""
+    current = components.scheduler
+    mine = vars(current).get(OWN_ATTRIBUTE, False) if current is not None else False
+    if isinstance(current, PeRFlowScheduler) and not mine:
+        _warn_of_other_windows(current, settings)
+        return
+    wanted = PeRFlowScheduler.from_scheduler(current, **settings)
+    if not mine or dict(wanted.config) != dict(current.config):
+        setattr(wanted, OWN_ATTRIBUTE, True)
+        components.update_components(scheduler=wanted)
 
 
 def _first(*values: Any) -> Any:

@@ -24,7 +24,7 @@ def compare(
     prompt: Annotated[str, typer.Argument(help="What to draw, in quotes.")],
     model: options.Model = None,
     delta: options.Delta = None,
-    steps: options.Steps = 4,
+    steps: Annotated[int, typer.Option(help="Steps of the two columns of few steps, at least 4.")] = 4,
     guidance: Annotated[
         float | None,
         typer.Option(help="Guidance of the teacher, at least 0. By default what the demo was distilled with, else 5."),
@@ -47,7 +47,7 @@ def compare(
 
     pipeline = load_pipeline(model_location(model), device=place, dtype=precision)
     default = DistillationConfig.guidance_scale if model is None else SDXL_GUIDANCE
-    columns = _samplers(pipeline, steps or 4, default if guidance is None else guidance, delta)
+    columns = _samplers(pipeline, steps, default if guidance is None else guidance, delta)
     images, captions = [], []
     drawn = [_draw(pipeline, sampler, prompt, seed, num_images) for sampler in columns]
     for row in range(num_images):
@@ -96,15 +96,14 @@ def _draw(pipeline: Any, sampler: Sampler, prompt: str, seed: int, count: int) -
 
 
 def _check(
-    *, steps: int | None, guidance: float | None, num_images: int, model: str | None, delta: Path | None, out: Path
+    *, steps: int, guidance: float | None, num_images: int, model: str | None, delta: Path | None, out: Path
 ) -> None:
     from ..components.delta_files import read_delta_recipe
     from ..components.delta_recipe import require_guidance
     from ..components.files import require_writable_directory
     from ..core.windows import require_positive_int
 
-    if steps is not None:
-        require_positive_int("steps", steps)
+    require_positive_int("steps", steps)
     if guidance is not None:
         require_guidance(guidance)
     require_positive_int("num-images", num_images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,9 @@ def evaluate(
 ) -> None:
     """Measure prompt accuracy and Frechet distance of teacher and PeRFlow, with standard errors and times."""
     from ..components.files import atomic_path, require_writable_directory
+
+    if find_spec("torchmetrics") is None:
+        raise ValueError('evaluate needs torchmetrics; install it with pip install "perflow-blocks[eval]".')
     from ..evaluation.comparison import make_evaluation_set
 
     if out is not None:

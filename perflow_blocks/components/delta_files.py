@@ -54,7 +54,12 @@ class MergeRecord:
 
 def merge_record(module: nn.Module) -> MergeRecord | None:
     """What `merge_delta_file` put into the module; None when nothing."""
-    return module.__dict__.get(RECORD_ATTRIBUTE)
+    return vars(_uncompiled(module)).get(RECORD_ATTRIBUTE)
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wrapped, whose weights and keys are the model's own; else the module."""
+    return getattr(module, "_orig_mod", module)
 
 
 def save_delta(
@@ -103,14 +108,14 @@ def read_delta_recipe(path: str | os.PathLike[str]) -> DeltaRecipe:
 
 
 def verify_delta(path: str | os.PathLike[str], module: nn.Module) -> None:
-    """Checks that a delta file can be merged into the module: keys, shapes, types and every value. Changes nothing.
+    """Checks that a delta file can be merged into the module: keys, shapes and every value. Changes nothing.
 
     Raises:
         ValueError: one line that says what does not fit, naming up to five tensors of each kind.
     """
     with _open_delta(path) as file:
         _recipe(file, path)
-        _verify(file, path, module, change=1.0)
+        _verify(file, path, _uncompiled(module), change=1.0)
 
 
 def merge_delta_file(module: nn.Module, path: str | os.PathLike[str], scale: float = 1.0) -> MergeRecord:
@@ -125,6 +130,7 @@ def merge_delta_file(module: nn.Module, path: str | os.PathLike[str], scale: flo
     """
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale} is not finite; pass a number, 1.0 for the delta as it was extracted.")
+    module = _uncompiled(module)
     done = merge_record(module)
     stamp = _stamp(path)
     source = str(Path(path).resolve())

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..core.parameterization import PREDICTION_TYPES
-from ..core.windows import TimeWindows, require_positive_int
+from ..core.windows import require_positive_int, tile_windows
 
 PREFIX = "perflow."
 
@@ -54,7 +54,7 @@ class DeltaRecipe:
         if self.guidance_scale is not None:
             require_guidance(self.guidance_scale)
         if self.window_boundaries is not None:
-            windows = TimeWindows(boundaries=tuple(self.window_boundaries))
+            windows = tile_windows(num_windows=1, boundaries=self.window_boundaries)
             object.__setattr__(self, "window_boundaries", windows.boundaries)
             if self.num_time_windows not in (None, windows.num_windows):
                 raise ValueError(

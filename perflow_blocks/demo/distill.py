@@ -23,6 +23,7 @@ from ..core.noise_schedule import make_alphas_cumprod
 from ..core.parameterization import WindowAlpha, window_alpha, window_endpoint, window_table
 from ..core.windows import TimeWindows
 from ..schedulers import PFODESolverSDXL
+from .checkpoint import Checkpoint
 from .conditioning import CaptionEncoder, TextConditioning
 from .models import LATENT_CHANNELS, LATENT_SIZE, SCHEDULE, build_teacher_scheduler, time_ids
 from .pictures import Prompt
@@ -163,14 +164,8 @@ def distill(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=total, pct_start=0.04)
     ema = EMAModel(student.parameters(), decay=0.998)
     parts = {"student": student, "optimizer": optimizer, "schedule": schedule, "ema": ema}
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / "student_state.pt"
-    first = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        first = state["round"]
+    checkpoint = Checkpoint(out / "student_state.pt", parts)
+    first = checkpoint.load()
 
     buffer: Trajectories | None = None
     progress = tqdm(range(first, config.rounds), desc="student", unit="round", initial=first, total=config.rounds)
@@ -193,9 +188,7 @@ def distill(
             losses.append(loss.detach())
         progress.set_postfix(loss=f"{torch.stack(losses).mean().item():.4f}")
         if (number + 1) % _CHECKPOINT_EVERY == 0:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            torch.save({**state, "round": number + 1}, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
+            checkpoint.save(number + 1)
 
     ema.copy_to(student.parameters())
     student.save_pretrained(out / "student")

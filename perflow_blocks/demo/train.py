@@ -50,7 +50,7 @@ def main(
     else:
         vae = train_vae(pictures, out / "vae")
     typer.echo(f"autoencoder: {reconstruction_psnr(vae, held_out):.1f} dB on held-out renders")
-    if (out / "unet").is_dir():
+    if (out / "scheduler").is_dir():  # what is saved last
         unet, encoder = load_teacher(out)
     else:
         latents = encode_pictures(vae, pictures) * vae.config.scaling_factor

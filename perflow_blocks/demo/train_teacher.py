@@ -11,6 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
+from .checkpoint import Checkpoint
 from .conditioning import CaptionEncoder
 from .data import RenderedPictures
 from .models import build_teacher_scheduler, build_text_encoders, build_tokenizer, build_unet, time_ids
@@ -53,40 +54,12 @@ def train_teacher(
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.04)
     ema = EMAModel(model.parameters(), decay=0.999)
-    scheduler = build_teacher_scheduler()
-    alphas = scheduler.alphas_cumprod
-
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / "teacher_state.pt"
-    start = 0
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "ema": ema}
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        start = state["step"]
-
+    checkpoint = Checkpoint(out / "teacher_state.pt", parts)
+    start = checkpoint.load()
     progress = tqdm(range(start, steps), desc="teacher", unit="step", initial=start, total=steps)
-    running = None
     for step in progress:
-        rng = np.random.default_rng([seed, step])
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        indices = torch.randint(len(pictures), (batch_size,), generator=generator)
-        captions = [Prompt.describe(pictures.scenes[index], rng).text for index in indices.tolist()]
-        dropped = torch.rand(batch_size, generator=generator) < _CAPTION_DROPOUT
-        text = encoder(captions).drop(dropped)
-        timesteps = draw_timesteps(batch_size, generator)
-        noise = torch.randn(batch_size, *latents.shape[1:], generator=generator)
-        noisy = scheduler.add_noise(latents[indices], noise, timesteps)
-        prediction = unet(
-            noisy.contiguous(memory_format=torch.channels_last),
-            timesteps,
-            text.prompt_embeds,
-            added_cond_kwargs={"text_embeds": text.pooled_prompt_embeds, "time_ids": time_ids(batch_size)},
-            return_dict=False,
-        )[0]
-        weight = (1 / alphas[timesteps]).clamp(max=_MAX_WEIGHT)
-        loss = ((prediction - noise).square().mean((1, 2, 3)) * weight).mean()
+        loss = teacher_loss(unet, encoder, latents, pictures, batch_size, (seed, step))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -94,16 +67,42 @@ def train_teacher(
         schedule.step()
         ema.step(model.parameters())
         if step % 20 == 0:
-            running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
-            progress.set_postfix(loss=f"{running:.4f}")
+            progress.set_postfix(loss=f"{loss.item():.4f}")
         if (step + 1) % _CHECKPOINT_EVERY == 0:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            torch.save({**state, "step": step + 1}, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
-
+            checkpoint.save(step + 1)
     ema.copy_to(model.parameters())
     save_teacher(unet, encoder, out)
     return unet, encoder
+
+
+def teacher_loss(
+    unet: UNet2DConditionModel,
+    encoder: CaptionEncoder,
+    latents: torch.Tensor,
+    pictures: RenderedPictures,
+    batch_size: int,
+    seed: tuple[int, int],
+) -> torch.Tensor:
+    """The weighted error of the predicted noise on a random batch that `seed` decides, a scalar."""
+    rng = np.random.default_rng(seed)
+    generator = torch.Generator().manual_seed(seed[0] * 1_000_003 + seed[1])
+    scheduler = build_teacher_scheduler()
+    indices = torch.randint(len(pictures), (batch_size,), generator=generator)
+    captions = [Prompt.describe(pictures.scenes[index], rng).text for index in indices.tolist()]
+    dropped = torch.rand(batch_size, generator=generator) < _CAPTION_DROPOUT
+    text = encoder(captions).drop(dropped)
+    timesteps = draw_timesteps(batch_size, generator)
+    noise = torch.randn(batch_size, *latents.shape[1:], generator=generator)
+    noisy = scheduler.add_noise(latents[indices], noise, timesteps)
+    prediction = unet(
+        noisy.contiguous(memory_format=torch.channels_last),
+        timesteps,
+        text.prompt_embeds,
+        added_cond_kwargs={"text_embeds": text.pooled_prompt_embeds, "time_ids": time_ids(batch_size)},
+        return_dict=False,
+    )[0]
+    weight = (1 / scheduler.alphas_cumprod[timesteps]).clamp(max=_MAX_WEIGHT)
+    return ((prediction - noise).square().mean((1, 2, 3)) * weight).mean()
 
 
 def draw_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:

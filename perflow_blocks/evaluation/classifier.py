@@ -46,7 +46,7 @@ def load_classifier(path: Path = WEIGHTS) -> ShapeClassifier:
 
 
 def save_classifier(classifier: ShapeClassifier, path: Path) -> None:
-    """Writes the weights in half precision, batch counters left out."""
+    """Writes weights and statistics in half precision."""
     state = {name: value.half().contiguous() for name, value in classifier.state_dict().items()}
     save_file(state, path)
 

@@ -81,7 +81,7 @@ def frechet_distance(pictures: Tensor, real: Tensor, classifier: ShapeClassifier
 
     It compares samplers with each other only: the features are not Inception's, so the scale is its own.
     """
-    metric = FrechetInceptionDistance(feature=_Features(classifier)).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=_Features(classifier))
     for images, is_real in ((real, True), (pictures, False)):
         for chunk in images.split(_BATCH):
             metric.update(chunk, real=is_real)

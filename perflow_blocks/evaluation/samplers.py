@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..blocks.merge_delta import delta_path, guidance_in_effect
 from ..components.delta_files import read_delta_recipe
+from ..components.delta_recipe import DeltaRecipe
 from ..demo import perflow_pipeline, teacher_pipeline
 from ..demo.distill import DistillationConfig
 
@@ -57,7 +58,10 @@ def teacher_sampler(pipe: StableDiffusionXLPipeline, solver: str, steps: int, gu
         raise ValueError(f"solver={solver!r} is unknown; pass one of {', '.join(SOLVERS)}.")
 
     def draw(prompts: Sequence[str], latents: Tensor) -> Tensor:
-        scheduler = SOLVERS[solver].from_config(pipe.scheduler.config, timestep_spacing="trailing")
+        # DDIM's own defaults clip latents to [-1, 1], which no latent diffusion model is made for.
+        scheduler = SOLVERS[solver].from_config(
+            pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False
+        )
         own = StableDiffusionXLPipeline(**{**pipe.components, "scheduler": scheduler}, add_watermarker=False)
         own.set_progress_bar_config(disable=True)
         return own(
@@ -78,8 +82,17 @@ def perflow_sampler(pipe: ModularPipeline, steps: int, *, delta: Path | None = N
         pipe: a pipeline of PeRFlow blocks with all components loaded.
         steps: solver steps.
         delta: the file to merge, where the pipeline's own configuration names none.
+
+    Raises:
+        ValueError: fewer steps than windows.
     """
-    file = {} if delta is None else {"delta": delta}
+    path = delta_path(delta, pipe)
+    recipe = DeltaRecipe() if path is None else read_delta_recipe(path)
+    windows = recipe.num_time_windows or pipe.config.num_time_windows or 4
+    if steps < windows:
+        raise ValueError(f"steps={steps} is below the model's {windows} time windows; pass at least {windows}.")
+    guidance_scale = guidance_in_effect(pipe.guider, pipe.config.guidance_scale, recipe)
+    file = {} if path is None else {"delta": path}
 
     def draw(prompts: Sequence[str], latents: Tensor) -> Tensor:
         return pipe(
@@ -91,15 +104,7 @@ def perflow_sampler(pipe: ModularPipeline, steps: int, *, delta: Path | None = N
             **file,
         )
 
-    return Sampler(
-        model="student", solver="PeRFlow", steps=steps, guidance_scale=_guidance_in_effect(pipe, delta), draw=draw
-    )
-
-
-def _guidance_in_effect(pipe: ModularPipeline, delta: Path | None) -> float:
-    path = delta_path(delta, pipe)
-    recipe = None if path is None else read_delta_recipe(path)
-    return guidance_in_effect(pipe.guider, pipe.config.guidance_scale, recipe)
+    return Sampler(model="student", solver="PeRFlow", steps=steps, guidance_scale=guidance_scale, draw=draw)
 
 
 def demo_samplers(*, quick: bool = False) -> list[Sampler]:

