@@ -120,7 +120,9 @@ def test_the_students_loss_falls_and_the_teacher_stays(encoder: CaptionEncoder) 
 def test_distillation_writes_a_student(encoder: CaptionEncoder, tmp_path: Path) -> None:
     torch.manual_seed(1)
     teacher = build_unet((16, 32, 32), 1)
-    student = distill.distill(teacher, encoder, tmp_path, small_config(on_policy_from=0.5))
+    config = small_config(on_policy_from=0.5)
+    student = distill.distill(teacher, encoder, tmp_path, config)
+    assert distill.read_settings(tmp_path) == config
     assert (tmp_path / "student" / "config.json").exists()
     changed = [not torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True)]
     assert sum(changed) > len(changed) / 2

@@ -7,7 +7,8 @@ ended the window before: the teacher then shows how to go on from the student's 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from .models import LATENT_CHANNELS, LATENT_SIZE, SCHEDULE, build_teacher_schedu
 from .pictures import Prompt
 
 PREDICTION_TYPE = "ddim_eps"
+SETTINGS_NAME = "distillation.json"
 _START_SHARE = 0.5  # share of the training times that lie at a window's start
 _CHECKPOINT_EVERY = 10  # rounds
 
@@ -192,4 +194,10 @@ def distill(
 
     ema.copy_to(student.parameters())
     student.save_pretrained(out / "student")
+    (out / "student" / SETTINGS_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n")
     return student
+
+
+def read_settings(out: Path) -> DistillationConfig:
+    """What the student in `out/student` was distilled with."""
+    return DistillationConfig(**json.loads((out / "student" / SETTINGS_NAME).read_text()))

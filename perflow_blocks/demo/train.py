@@ -7,6 +7,7 @@ their last checkpoint, so an interrupted run loses minutes. On two CPU cores the
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -18,8 +19,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from ..components.delta_files import DeltaRecipe, save_delta
 from ..core.delta import extract_delta
 from .conditioning import CaptionEncoder
-from .data import render_pictures
-from .distill import PREDICTION_TYPE, DistillationConfig, distill
+from .data import RenderedPictures, render_pictures
+from .distill import PREDICTION_TYPE, SETTINGS_NAME, DistillationConfig, distill, read_settings
 from .models import build_teacher_scheduler
 from .train_teacher import train_teacher
 from .train_vae import encode_pictures, reconstruction_psnr, train_vae
@@ -42,25 +43,32 @@ def main(
 ) -> None:
     """Train every part of the demo model."""
     torch.set_flush_denormal(True)
-    pictures = render_pictures(_PICTURES, seed=1)
     held_out = render_pictures(_HELD_OUT, seed=2)
 
     if (out / "vae").is_dir():
         vae = AutoencoderKL.from_pretrained(out / "vae")
     else:
-        vae = train_vae(pictures, out / "vae")
+        vae = train_vae(training_pictures(), out / "vae")
     typer.echo(f"autoencoder: {reconstruction_psnr(vae, held_out):.1f} dB on held-out renders")
     if (out / "scheduler").is_dir():  # what is saved last
         unet, encoder = load_teacher(out)
     else:
-        latents = encode_pictures(vae, pictures) * vae.config.scaling_factor
-        unet, encoder = train_teacher(latents, pictures, out, steps=teacher_steps)
+        latents = encode_pictures(vae, training_pictures()) * vae.config.scaling_factor
+        unet, encoder = train_teacher(latents, training_pictures(), out, steps=teacher_steps)
     config = DistillationConfig(rounds=rounds, guidance_scale=guidance)
-    if (out / "student").is_dir():
+    if (out / "student" / SETTINGS_NAME).exists():
+        if read_settings(out) != config:
+            raise ValueError(f"{out / 'student'} was distilled with other settings; remove it, or pass another --out.")
         student = UNet2DConditionModel.from_pretrained(out / "student")
     else:
         student = distill(unet, encoder, out, config)
     publish(vae, unet, encoder, student, config, weights)
+
+
+@cache
+def training_pictures() -> RenderedPictures:
+    """Rendered once, and only if a stage still needs them."""
+    return render_pictures(_PICTURES, seed=1)
 
 
 def load_teacher(directory: Path) -> tuple[UNet2DConditionModel, CaptionEncoder]:
