@@ -39,7 +39,7 @@ _CHECKPOINT_EVERY = 10  # rounds
 class DistillationConfig:
     """How the demo's student is trained. Each round solves new trajectories and then trains on the buffer."""
 
-    rounds: int = 80
+    rounds: int = 64
     trajectories: int = 48  # solved per round, each with one pair a window
     updates: int = 20  # student steps per round
     batch_size: int = 32
