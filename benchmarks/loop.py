@@ -33,7 +33,8 @@ def contenders() -> dict[str, Callable[[], Any]]:
     latents = torch.randn(BATCH, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     call = {"prompt": PROMPTS, "latents": latents, "num_inference_steps": STEPS, "output_type": "latent"}
     state = pipe(**call)
-    unet, scheduler = pipe.unet, pipe.scheduler
+    unet: Any = pipe.unet
+    scheduler: Any = pipe.scheduler
 
     names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet")
     parts = {name: getattr(pipe, name) for name in names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -132,6 +133,6 @@ def test_standard_errors() -> None:
     assert paired_difference(hits, hits) == (0.0, 0.0)
 
 
-def _another(options: object, value: str) -> str:
-    names = tuple(options)  # type: ignore[call-overload]
+def _another(options: Iterable[str], value: str) -> str:
+    names = tuple(options)
     return names[(names.index(value) + 1) % len(names)]

@@ -20,7 +20,7 @@ from ..components.delta_files import DeltaRecipe, save_delta
 from ..core.delta import extract_delta
 from .conditioning import CaptionEncoder
 from .data import RenderedPictures, render_pictures
-from .distill import PREDICTION_TYPE, SETTINGS_NAME, DistillationConfig, distill, read_settings
+from .distill import PREDICTION_TYPE, SETTINGS_NAME, DistillationConfig, distill, is_frozen, read_settings
 from .models import build_teacher_scheduler
 from .train_teacher import train_teacher
 from .train_vae import encode_pictures, reconstruction_psnr, train_vae
@@ -111,7 +111,8 @@ def publish(
         guidance_scale=1.0,
         base_model=BASE_NAME,
     )
-    save_delta(extract_delta(student, unet), weights / DELTA_NAME, recipe)
+    delta = {name: value for name, value in extract_delta(student, unet).items() if not is_frozen(name, config)}
+    save_delta(delta, weights / DELTA_NAME, recipe, partial=True)
 
 
 if __name__ == "__main__":
