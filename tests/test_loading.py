@@ -128,9 +128,6 @@ def test_the_embedded_layout_generates_offline_from_anywhere(embedded_copy: Path
     assert (report["steps"], report["guidance"]) == (4, 1.0)
 
 
-@pytest.mark.skipif(
-    not (EMBEDDED / "unet").is_dir(), reason="the embedded model is not trained yet: make demo-weights"
-)
 def test_the_embedded_model_generates_offline_from_anywhere(tmp_path: Path) -> None:
     assert_generates_from(EMBEDDED, load_elsewhere(EMBEDDED, tmp_path, LOAD + GENERATE))
 
