@@ -184,7 +184,7 @@ def test_default_call_takes_six_guided_steps() -> None:
 
 
 def test_embeddings_beside_the_text_encoder_block_are_refused() -> None:
-    with pytest.raises(ValueError, match=r'prompt_embeds cannot replace prompt .* sub_blocks.pop\("text_encoder"\)'):
+    with pytest.raises(ValueError, match=r'prompt_embeds cannot replace prompt .*sub_blocks.pop\("text_encoder"\)'):
         run(make_pipeline(), prompt=None, prompt_embeds=torch.zeros(1, 77, 32))
 
 
