@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,3 +211,21 @@ def test_trying_a_directory_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     require_writable_directory(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_inside_the_pipeline_is_one_line_in_a_real_process(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "perflow_blocks.cli",
+        "generate",
+        "a star",
+        "--size",
+        "30",
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "Error: height=30 is no multiple of the VAE's factor 4; pass 32.\n"
+    assert not list(tmp_path.iterdir())

@@ -21,6 +21,8 @@ def quiet_libraries() -> None:
 
     diffusers_logging.disable_progress_bar()
     logging.getLogger("diffusers.guiders.guider_utils").setLevel(logging.ERROR)  # that guiders are experimental
+    # Every block logs the traceback of an error that passes through it; the command itself says what is wrong.
+    logging.getLogger("diffusers.modular_pipelines.modular_pipeline").setLevel(logging.CRITICAL)
 
 
 def model_location(model: str | None) -> str:
