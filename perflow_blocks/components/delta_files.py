@@ -21,13 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core.delta import add_scaled_, describe_mismatch, floating_entries, listed, scaled_sum
+from ..core.delta import LATENT_CHANNELS, add_scaled_, is_finite, listed
+from .delta_fit import PARTIAL_KEY, fit_delta
 from .delta_recipe import DeltaRecipe
 from .files import atomic_path
 
 logger = logging.get_logger(__name__)
 
-PARTIAL_KEY = "perflow.partial"
 RECORD_ATTRIBUTE = "_perflow_merge_record"
 
 
@@ -81,7 +81,7 @@ def save_delta(
     if not delta:
         raise ValueError("the delta holds no tensors; pass what extract_delta returned.")
     tensors = {name: tensor.detach().to("cpu", dtype, copy=True).contiguous() for name, tensor in delta.items()}
-    bad = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if bad:
         raise ValueError(
             f"{len(bad)} delta tensors are not finite as {dtype} ({listed(bad)}); "
@@ -110,12 +110,14 @@ def read_delta_recipe(path: str | os.PathLike[str]) -> DeltaRecipe:
 def verify_delta(path: str | os.PathLike[str], module: nn.Module) -> None:
     """Checks that a delta file can be merged into the module: keys, shapes and every value. Changes nothing.
 
+    The delta of a UNet with 4 input channels fits one with more, as for inpainting.
+
     Raises:
         ValueError: one line that says what does not fit, naming up to five tensors of each kind.
     """
     with _open_delta(path) as file:
         _recipe(file, path)
-        _verify(file, path, _uncompiled(module), change=1.0)
+        fit_delta(file, path, _uncompiled(module), change=1.0)
 
 
 def merge_delta_file(module: nn.Module, path: str | os.PathLike[str], scale: float = 1.0) -> MergeRecord:
@@ -124,6 +126,9 @@ def merge_delta_file(module: nn.Module, path: str | os.PathLike[str], scale: flo
     Calling again with the same file and scale does nothing; with another scale it adds the difference (one more
     rounding in half precision), so that scale 0 takes it out and another file may follow. A merge that is refused
     leaves the module as it was.
+
+    The delta of a UNet with 4 input channels goes into the first 4 of one with more (inpainting UNets have 9) and
+    leaves the others alone, bit for bit; a warning says so, as quality at few steps suffers.
 
     Raises:
         ValueError: the file or scale is unusable, does not fit the module, or another file is merged already.
@@ -150,9 +155,11 @@ def merge_delta_file(module: nn.Module, path: str | os.PathLike[str], scale: flo
         record = MergeRecord(source, digest, scale, _recipe(file, path), stamp=stamp)
         change = scale - (done.scale if done else 0.0)
         if change:
-            weights = _verify(file, path, module, change)
+            fit = fit_delta(file, path, module, change)
+            if fit.extra_input_channels and not (done and done.scale):
+                logger.warning(_extra_channels_warning(source, module, fit.extra_input_channels))
             _remember(module, replace(record, complete=False))
-            _add(file, weights, change)
+            _add(file, fit.weights, change)
         _remember(module, record)
     logger.info(f"merged {source} into {type(module).__name__} at scale {scale:g}.")
     return record
@@ -162,69 +169,21 @@ def _remember(module: nn.Module, record: MergeRecord) -> None:
     setattr(module, RECORD_ATTRIBUTE, record)
 
 
+def _extra_channels_warning(source: str, module: nn.Module, extra: int) -> str:
+    return (
+        f"{source} is the delta of a UNet with {LATENT_CHANNELS} input channels, and this {type(module).__name__} has "
+        f"{LATENT_CHANNELS + extra}: it is added to the first {LATENT_CHANNELS}, the noisy latents, and the other "
+        f"{extra} stay as they are. Quality at few steps suffers, since it was distilled without them, not for "
+        "inpainting."
+    )
+
+
 def _add(file: Any, weights: Mapping[str, Tensor], change: float) -> None:
     changed: set[int] = set()
-    for name in file.keys():
-        weight = weights[name]
+    for name, weight in weights.items():
         if id(weight) not in changed:  # tied weights stand under several keys but are one tensor
             add_scaled_(weight, file.get_tensor(name), change)
             changed.add(id(weight))
-
-
-def _verify(file: Any, path: str | os.PathLike[str], module: nn.Module, change: float) -> dict[str, Tensor]:
-    """The weights to change by key, once every tensor of the file is known to fit and to leave finite weights."""
-    weights = _mergeable_weights(module, path, set(file.keys()))
-    mismatch = describe_mismatch(
-        {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()},
-        {name: tuple(weight.shape) for name, weight in weights.items()},
-        given="the file",
-        expected="the model",
-        partial=(file.metadata() or {}).get(PARTIAL_KEY) == "true",
-    )
-    if mismatch:
-        raise ValueError(
-            f"{path} does not fit this {type(module).__name__}: {mismatch}. Pass a delta that was extracted from the "
-            "same architecture, and merge it before loading LoRA or fusing projections."
-        )
-    not_finite: list[str] = []
-    too_large: list[str] = []
-    for name in file.keys():
-        delta, weight = file.get_tensor(name), weights[name]
-        if not _is_finite(scaled_sum(weight, delta, change).to(weight.dtype)):
-            (too_large if _is_finite(delta) else not_finite).append(name)
-    if not_finite:
-        raise ValueError(
-            f"{path} holds values that are not finite in {len(not_finite)} tensors ({listed(not_finite)}); "
-            "download or extract it again."
-        )
-    if too_large:
-        raise ValueError(
-            f"with {path} added, {len(too_large)} weights would not be finite in their type ({listed(too_large)}); "
-            "lower the scale or load the model in a wider dtype."
-        )
-    return weights
-
-
-def _mergeable_weights(module: nn.Module, path: str | os.PathLike[str], named: set[str]) -> dict[str, Tensor]:
-    weights = floating_entries(module)
-    # Quantized and sharded weights are integers, or tensor subclasses whose arithmetic is their own.
-    quantized = [
-        name
-        for name, tensor in module.state_dict(keep_vars=True).items()
-        if name in named and (name not in weights or type(tensor) not in (Tensor, nn.Parameter))
-    ]
-    if quantized:
-        raise ValueError(
-            f"cannot merge {path} into quantized or sharded weights ({listed(quantized)}); "
-            "merge first, then quantize or shard."
-        )
-    offloaded = [name for name, tensor in weights.items() if name in named and tensor.is_meta]
-    if offloaded:
-        raise ValueError(
-            f"cannot merge {path} into weights that are offloaded (device 'meta': {listed(offloaded)}); "
-            "merge before enabling offload."
-        )
-    return weights
 
 
 def _recipe(file: Any, path: str | os.PathLike[str]) -> DeltaRecipe:
@@ -262,7 +221,3 @@ def _sha256(path: str | os.PathLike[str]) -> str:
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; check its permissions.") from error
     return digest.hexdigest()
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())

@@ -11,6 +11,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+INPUT_WEIGHT = "conv_in.weight"
+"""Key of the one UNet weight, (output channels, input channels, k, k), whose shape depends on what the UNet is fed."""
+
+LATENT_CHANNELS = 4
+"""Input channels of a UNet that is fed noisy latents only. A UNet that is fed more takes the noisy latents first: for
+inpainting 9 channels, of which the last 5 are the mask and the latents of the masked picture."""
+
 
 def subtract(student: Tensor, base: Tensor) -> Tensor:
     """`student - base` in float32, a new tensor of their common shape on the student's device."""
@@ -63,6 +70,22 @@ def extract_delta(
     return {name: subtract(tensor, base_entries[name]) for name, tensor in student_entries.items()}
 
 
+def extra_input_channels(
+    delta_shapes: Mapping[str, tuple[int, ...]], weight_shapes: Mapping[str, tuple[int, ...]]
+) -> int:
+    """How many input channels the model has more than the delta, where one of them has those of the latents alone.
+
+    So 5 for the delta of a plain UNet and an inpainting UNet, -5 the other way round. 0 where `conv_in.weight` has one
+    shape, is not in both, or differs in more than its input channels.
+    """
+    delta_shape, weight_shape = delta_shapes.get(INPUT_WEIGHT, ()), weight_shapes.get(INPUT_WEIGHT, ())
+    if not len(delta_shape) == len(weight_shape) == 4:
+        return 0
+    of_delta, of_model = delta_shape[1], weight_shape[1]
+    alike = (delta_shape[0], *delta_shape[2:]) == (weight_shape[0], *weight_shape[2:])
+    return of_model - of_delta if alike and min(of_delta, of_model) == LATENT_CHANNELS else 0
+
+
 def describe_mismatch(
     given_shapes: Mapping[str, tuple[int, ...]],
     expected_shapes: Mapping[str, tuple[int, ...]],
@@ -90,6 +113,11 @@ def describe_mismatch(
     if misshapen:
         parts.append(f"{len(misshapen)} of another shape ({listed(misshapen, separator='; ')})")
     return "; ".join(parts)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is infinite or NaN; waits for the device."""
+    return bool(torch.isfinite(tensor).all())
 
 
 def listed(names: list[str], *, limit: int = 5, separator: str = ", ") -> str:
