@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
-
-from .tiny import tiny_sdxl_components
+from perflow_blocks.testing.tiny import tiny_sdxl_components
 
 
 def make_pipeline(blocks: Any = None, **components: Any) -> Any:

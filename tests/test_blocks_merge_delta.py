@@ -14,9 +14,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks, merge_delta
 from perflow_blocks.components.delta_files import merge_delta_file, merge_record, save_delta
 from perflow_blocks.components.delta_recipe import DeltaRecipe
+from perflow_blocks.testing.tiny import tiny_sd_unet, tiny_sdxl_components, tiny_sdxl_unet
 
 from .blocks_support import count_unet_calls, make_pipeline, run
-from .tiny import tiny_sd_unet, tiny_sdxl_unet
 
 RECIPE = DeltaRecipe(prediction_type="diff_eps", num_time_windows=2, num_inference_steps=3, guidance_scale=1.0)
 
@@ -88,8 +88,7 @@ def index_pipeline(tmp_path: Path, index: dict[str, Any], **components: Any) -> 
         json.dumps({"_class_name": "StableDiffusionXLModularPipeline", **index})
     )
     pipe = PeRFlowSDXLAutoBlocks().init_pipeline(str(tmp_path))
-    tiny = make_pipeline(**components)
-    pipe.update_components(**{name: value for name, value in tiny.components.items() if name != "guider"})
+    pipe.update_components(**{**tiny_sdxl_components(), **components})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

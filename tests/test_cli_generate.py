@@ -18,8 +18,7 @@ from perflow_blocks.cli import _request_error, main
 from perflow_blocks.cli.options import choose_device, choose_dtype, parse_size
 from perflow_blocks.components.delta_files import DeltaRecipe, save_delta
 from perflow_blocks.components.files import require_writable_directory
-
-from .tiny import IMAGE_SIZE, tiny_sdxl_components, tiny_sdxl_unet
+from perflow_blocks.testing.tiny import IMAGE_SIZE, tiny_sdxl_components, tiny_sdxl_unet
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from perflow_blocks.core.ddim import ddim_coefficients
 from perflow_blocks.core.parameterization import marginal
 from perflow_blocks.schedulers import PeRFlowScheduler, PFODESolver, PFODESolverSDXL
-from tests.tiny import BETAS, tiny_sd_unet, tiny_sdxl_unet
+from perflow_blocks.testing.tiny import BETAS, tiny_sd_unet, tiny_sdxl_unet
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -16,7 +16,7 @@ from diffusers import (
 from torch import Tensor
 
 from perflow_blocks.schedulers import PeRFlowScheduler
-from tests.tiny import IMAGE_SIZE, LATENT_SIZE, tiny_sd_components, tiny_sdxl_components
+from perflow_blocks.testing.tiny import IMAGE_SIZE, LATENT_SIZE, tiny_sd_components, tiny_sdxl_components
 
 TEXT_TO_IMAGE = [
     pytest.param(StableDiffusionPipeline, tiny_sd_components, "diff_eps", id="sd"),

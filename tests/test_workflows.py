@@ -1,26 +1,343 @@
-"""Every recipe under workflows/ runs as it stands."""
+"""Every recipe under workflows/, at tiny size: its function on tiny components, its command line on small weights."""
 
 from __future__ import annotations
 
 import runpy
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image, ImageChops
+from safetensors.torch import save_file
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-RECIPES = sorted((Path(__file__).parent.parent / "workflows").glob("*/recipe.py"))
+from perflow_blocks.testing import (
+    check_block,
+    load_tiny_ip_adapter,
+    tiny_controlnet,
+    tiny_controlnet_union,
+    tiny_mask,
+    tiny_picture,
+    tiny_sdxl_components,
+    tiny_sdxl_unet,
+)
+from perflow_blocks.testing.tiny import IMAGE_SIZE, IMAGE_WIDTH
+
+from .blocks_support import count_unet_calls, generator, make_pipeline
+
+WORKFLOWS = Path(__file__).parent.parent / "workflows"
+RECIPES = sorted(WORKFLOWS.glob("*/recipe.py"))
+ON_THE_DEMO_MODEL = ["text2image", "image2image", "inpaint", "base_refiner", "split_stages", "custom_block"]
+CLI = Callable[..., Path]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.parent.name)
-def test_the_recipe_draws_its_picture(recipe: Path, tmp_path: Path) -> None:
-    path = runpy.run_path(str(recipe))["main"]("a red star on a white background", tmp_path / "out" / "picture.png")
-    with Image.open(path) as picture:
-        assert picture.size == (64, 64)
-        inner = np.asarray(picture.convert("RGB"), dtype=float)
-    darkest = inner[inner.sum(-1) < 600].mean(0)  # the shape; the background is white
-    assert darkest[0] > 1.5 * darkest[1] and darkest[0] > 1.5 * darkest[2]
+def recipe(name: str) -> SimpleNamespace:
+    """What the recipe defines."""
+    return SimpleNamespace(**runpy.run_path(str(WORKFLOWS / name / "recipe.py")))
 
 
-def test_there_are_recipes() -> None:
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> CLI:
+    """Runs a recipe as its command line does; returns the picture that it says it wrote."""
+
+    def run_recipe(name: str, *arguments: object) -> Path:
+        out = tmp_path / "new" / f"{name}.png"
+        monkeypatch.setattr(sys, "argv", ["recipe.py", *map(str, arguments), "--out", str(out)])
+        runpy.run_path(str(WORKFLOWS / name / "recipe.py"), run_name="__main__")
+        assert capsys.readouterr().out == f"{out}\n"
+        return out
+
+    return run_recipe
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain SDXL directory, as any fine-tune is published."""
+    path = tmp_path_factory.mktemp("model")
+    StableDiffusionXLPipeline(**tiny_sdxl_components()).save_pretrained(path)
+    return path
+
+
+def saved(image: Image.Image, path: Path) -> Path:
+    image.save(path)
+    return path
+
+
+def same(first: Image.Image, second: Image.Image) -> bool:
+    return first.size == second.size and ImageChops.difference(first, second).getbbox() is None
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    """Values (height, width, 3) from 0 to 1."""
+    return np.asarray(image.convert("RGB"), dtype=float) / 255
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
+def test_a_recipe_says_how_to_run_it(path: Path) -> None:
+    defined = runpy.run_path(str(path))
+    assert f"python workflows/{path.parent.name}/recipe.py" in defined["__doc__"]
+    assert defined["main"].__annotations__["return"] == "Path"
+
+
+@pytest.mark.parametrize("name", ON_THE_DEMO_MODEL)
+def test_the_demo_model_runs_by_default(name: str, cli: CLI) -> None:
+    with Image.open(cli(name)) as picture:
+        columns = 4 if name == "split_stages" else 1
+        assert picture.size == (64 * columns, 64)
+        assert pixels(picture).std() > 0.1
+
+
+def test_text2image_draws_what_the_prompt_says(cli: CLI) -> None:
+    picture = pixels(Image.open(cli("text2image", "a red star on a white background", "--seed", 3)))
+    shape = picture[picture.sum(-1) < 2.4].mean(0)  # the background is white
+    assert shape[0] > 1.5 * shape[1] and shape[0] > 1.5 * shape[2]
+
+
+def test_text2image_takes_any_model(model: Path, cli: CLI) -> None:
+    written = Image.open(cli("text2image", "a red star", "--model", model, "--seed", 5))
+    assert same(written, recipe("text2image").draw(make_pipeline(), "a red star", seed=5))
+
+
+def test_image2image_starts_from_the_picture() -> None:
+    redraw, pipe = recipe("image2image").redraw, make_pipeline()
+    first, second = (redraw(pipe, tiny_picture(k), "a red star", 0.3, num_inference_steps=4) for k in (1, 2))
+    assert not same(first, second)
+    weak, strong = (pixels(redraw(pipe, tiny_picture(1), "a red star", strength)) for strength in (0.1, 1.0))
+    reference = pixels(redraw(pipe, tiny_picture(1), "a red star", 0.001))
+    assert np.abs(weak - reference).mean() < 0.5 * np.abs(strong - reference).mean()
+
+
+def test_image2image_reads_a_picture(model: Path, cli: CLI, tmp_path: Path) -> None:
+    given = saved(tiny_picture(1), tmp_path / "given.png")
+    written = Image.open(cli("image2image", "a red star", "--image", given, "--strength", 0.3, "--model", model))
+    assert same(written, recipe("image2image").redraw(make_pipeline(), tiny_picture(1), "a red star", 0.3))
+
+
+def test_inpaint_changes_the_masked_part_alone() -> None:
+    repaint, pipe = recipe("inpaint").repaint, make_pipeline()
+    image, mask = tiny_picture(1), tiny_mask()
+    painted = repaint(pipe, image, mask, "a red star", num_inference_steps=4)
+    hole = np.asarray(mask) > 127
+    changed = np.abs(pixels(painted) - pixels(image)).max(-1) > 0
+    assert not changed[~hole].any()
+    assert changed[hole].mean() > 0.9
+    assert not same(painted, repaint(pipe, image, mask, "a blue ring", num_inference_steps=4))
+
+
+def test_inpaint_reads_picture_and_mask(model: Path, cli: CLI, tmp_path: Path) -> None:
+    image, mask = saved(tiny_picture(1), tmp_path / "image.png"), saved(tiny_mask(), tmp_path / "mask.png")
+    written = Image.open(cli("inpaint", "a red star", "--image", image, "--mask", mask, "--model", model))
+    assert same(written, recipe("inpaint").repaint(make_pipeline(), tiny_picture(1), tiny_mask(), "a red star"))
+
+
+def test_inpaint_without_a_mask_paints_a_disc() -> None:
+    disc = np.asarray(recipe("inpaint").disc((40, 20))) > 127
+    assert disc.shape == (20, 40)
+    assert disc[10, 20] and not disc[0].any() and not disc[:, 0].any() and not disc[3, 6]
+
+
+@pytest.mark.parametrize("kind", ["controlnet", "union"])
+def test_controlnet_follows_the_control_picture(kind: str) -> None:
+    draw = recipe("controlnet").draw
+    union = {"control_mode": 0} if kind == "union" else {}
+    pipe = make_pipeline(controlnet=tiny_controlnet_union() if union else tiny_controlnet())
+
+    def picture(seed: int, scale: float) -> Image.Image:
+        return draw(pipe, tiny_picture(seed), "a red star", scale, num_inference_steps=4, **union)
+
+    assert not same(picture(1, 1.0), picture(2, 1.0))
+    assert same(picture(1, 0.0), picture(2, 0.0))
+
+
+def test_edges_are_white_on_black() -> None:
+    picture = Image.new("RGB", (16, 16), "navy")
+    picture.paste("yellow", (8, 0, 16, 16))
+    found = np.asarray(recipe("controlnet").edges(picture))[4:12, 4:12]
+    assert found[:, 3:5].min() == 255
+    assert found[:, [0, 1, 6, 7]].max() == 0
+
+
+def test_controlnet_of_a_repository(model: Path, cli: CLI, tmp_path: Path) -> None:
+    tiny_controlnet().save_pretrained(tmp_path / "controlnet", variant="fp16")
+    given = tiny_picture(1, size=(40, 24))
+    options = ["--model", model, "--controlnet", tmp_path / "controlnet", "--device", "cpu", "--scale", 1]
+    written = Image.open(cli("controlnet", saved(given, tmp_path / "given.png"), "a red star", *options))
+    module, pipe = recipe("controlnet"), make_pipeline(controlnet=tiny_controlnet())
+    assert same(written, module.draw(pipe, module.edges(given), "a red star", 1.0, width=40, height=24))
+
+
+def test_ip_adapter_follows_the_given_picture() -> None:
+    draw, pipe = recipe("ip_adapter").draw, make_pipeline()
+    load_tiny_ip_adapter(pipe)
+
+    def picture(seed: int, scale: float) -> Image.Image:
+        return draw(pipe, tiny_picture(seed), "a red star", scale, num_inference_steps=4)
+
+    assert not same(picture(1, 1.0), picture(2, 1.0))
+    assert same(picture(1, 0.0), picture(2, 0.0))
+
+
+def test_ip_adapter_of_a_repository(model: Path, cli: CLI, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter" / "sdxl_models"
+    # At the size that diffusers brings pictures to by default.
+    config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=IMAGE_WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=224,
+        patch_size=56,
+    )
+    CLIPVisionModelWithProjection(config).eval().save_pretrained(folder / "image_encoder")
+    save_file(ip_adapter_weights(), folder / "ip-adapter_sdxl.safetensors")
+    picture = saved(tiny_picture(1), tmp_path / "picture.png")
+    options = ["--model", model, "--adapter", tmp_path / "adapter", "--device", "cpu"]
+    with_it = Image.open(cli("ip_adapter", picture, "a red star", *options, "--scale", 1)).copy()
+    without = Image.open(cli("ip_adapter", picture, "a red star", *options, "--scale", 0)).copy()
+    assert same(without, recipe("text2image").draw(make_pipeline(), "a red star"))
+    assert not same(with_it, without)
+
+
+def ip_adapter_weights() -> dict[str, torch.Tensor]:
+    """What `load_tiny_ip_adapter` loads, as a file holds it."""
+    loaded: list[Any] = []
+    pipe = SimpleNamespace(
+        unet=tiny_sdxl_unet(), null_component_names=[], load_ip_adapter=lambda weights, **_: loaded.extend(weights)
+    )
+    load_tiny_ip_adapter(pipe)
+    (parts,) = loaded
+    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_base_then_refiner_of_one_unet_is_the_undivided_run(share: float) -> None:
+    pipe = make_pipeline()
+    steps = {"num_inference_steps": 6}
+    calls = count_unet_calls(pipe)
+    divided = recipe("base_refiner").draw(pipe, pipe, "a red star", share, **steps)
+    assert len(calls) == 6
+    whole = recipe("text2image").draw(pipe, "a red star", **steps)
+    assert np.abs(pixels(divided) - pixels(whole)).max() < 1.5 / 255
+    assert pixels(whole).std() > 0.05
+
+
+def test_base_and_refiner_each_do_their_share(caplog: pytest.LogCaptureFixture) -> None:
+    base, refiner = make_pipeline(), make_pipeline(unet=tiny_sdxl_unet(seed=1))
+    first, second = count_unet_calls(base), count_unet_calls(refiner)
+    draw = recipe("base_refiner").draw
+    pictures = [draw(base, refiner, "a red star", share, num_inference_steps=4) for share in (0.25, 0.75)]
+    assert (len(first), len(second)) == (1 + 3, 3 + 1)
+    assert not same(*pictures)
+    assert same(draw(base, refiner, "a red star", 0.8, num_inference_steps=4), pictures[1])
+    assert "denoising_start=0.75 is used" in caplog.text
+
+
+def test_the_refiner_of_another_repository(model: Path, cli: CLI, tmp_path: Path) -> None:
+    tiny_sdxl_unet(seed=1).save_pretrained(tmp_path / "other" / "unet", variant="v0-fix")
+    options = ["--model", model, "--refiner", tmp_path / "other", "--variant", "v0-fix"]
+    written = Image.open(cli("base_refiner", "a red star", *options))
+    pipes = make_pipeline(), make_pipeline(unet=tiny_sdxl_unet(seed=1))
+    assert same(written, recipe("base_refiner").draw(*pipes, "a red star"))
+
+
+def split() -> tuple[Any, Any]:
+    """The recipe, and its stages with tiny components."""
+    module = recipe("split_stages")
+    stages = module.take_apart()
+    components = tiny_sdxl_components()
+    for stage in stages:
+        stage.update_components(**{name: components[name] for name in stage.component_names if name in components})
+        stage.set_progress_bar_config(disable=True)
+    return module, stages
+
+
+def test_each_stage_holds_only_what_it_needs() -> None:
+    _, stages = split()
+    loaded = [{name for name in stage.pretrained_component_names if getattr(stage, name)} for stage in stages]
+    encoders = {"text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"}
+    assert loaded[0] == encoders
+    assert "unet" in loaded[2] and not encoders & loaded[2]
+    assert loaded[3] == {"vae"}
+
+
+def test_one_encoding_serves_many_pictures() -> None:
+    module, stages = split()
+    calls: list[str] = []
+    for name in ("text_encoder", "text_encoder_2"):
+        getattr(stages.text, name).register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    encoded = module.encode(stages, prompt="a red star", negative_prompt="a dot")
+    once = list(calls)
+    assert {"text_encoder", "text_encoder_2"} == set(once)
+    whole = make_pipeline()
+    for seed in (0, 1):
+        for guidance in (1.0, 2.5):
+            drawn = module.draw(stages, encoded, generator(seed), guidance, num_inference_steps=4)
+            whole.guider.guidance_scale = guidance
+            inputs = {"negative_prompt": "a dot", "num_inference_steps": 4}
+            assert same(drawn, recipe("text2image").draw(whole, "a red star", seed, **inputs))
+    assert calls == once
+
+
+def test_stages_give_the_latents_of_one_pipeline_bit_for_bit() -> None:
+    module, stages = split()
+    for picture in ({}, {"image": tiny_picture(1)}):
+        source = generator(3)
+        encoded = module.encode(stages, prompt="a red star", generator=source, **picture)
+        strength = {"strength": 0.8} if picture else {}
+        latents = stages.denoise(**encoded, **strength, generator=source, output="latents")
+        whole = make_pipeline()(prompt="a red star", **picture, **strength, generator=generator(3), output="latents")
+        assert torch.equal(latents, whole)
+
+
+def test_one_encoded_picture_serves_many() -> None:
+    module, stages = split()
+    vae = stages.picture.vae
+    encodings: list[int] = []
+    vae.encoder.register_forward_pre_hook(lambda *_: encodings.append(1))
+    encoded = module.encode(stages, tiny_picture(1), generator(0), prompt="a red star")
+    pictures = [module.draw(stages, encoded, generator(0), strength=strength) for strength in (0.3, 0.8)]
+    assert encodings == [1]
+    assert not same(*pictures)
+
+
+def test_the_block_of_the_custom_pipeline_keeps_its_contract() -> None:
+    block = recipe("custom_block").MirrorStep()
+    for width in (8, 7):
+        latents = torch.randn(1, 4, 8, width, generator=generator())
+        mirrored = check_block(block, inputs={"latents": latents}).latents
+        assert torch.equal(mirrored, mirrored.flip(-1))
+        assert torch.equal(mirrored[..., : width // 2], latents[..., : width // 2])
+
+
+def test_the_custom_pipeline_draws_symmetric_pictures() -> None:
+    module = recipe("custom_block")
+    pipe = make_pipeline(module.mirrored_blocks())
+    latents = pipe(prompt="a red star", generator=generator(), output="latents")
+    assert torch.equal(latents, latents.flip(-1))
+    assert same(module.draw(pipe, "a red star", mirror_steps=0), recipe("text2image").draw(make_pipeline(), "a red star"))
+    drawn = [module.draw(pipe, "a red star", steps) for steps in (0, 1, None)]
+    assert not any(same(*pair) for pair in zip(drawn, drawn[1:], strict=False))
+
+
+def test_the_custom_block_is_in_every_loop() -> None:
+    pipe = make_pipeline(recipe("custom_block").mirrored_blocks())
+    latents = pipe(prompt="a red star", image=tiny_picture(1), strength=0.5, generator=generator(), output="latents")
+    assert torch.equal(latents, latents.flip(-1))
+    picture = {"image": tiny_picture(1), "mask_image": tiny_mask()}
+    mirrored = pipe(prompt="a red star", **picture, generator=generator(), output="latents")
+    plain = make_pipeline()(prompt="a red star", **picture, generator=generator(), output="latents")
+    assert not torch.allclose(mirrored, plain, atol=1e-2)
+
+
+def test_there_is_a_test_for_every_recipe() -> None:
+    source = Path(__file__).read_text() + (Path(__file__).parent / "test_upscaler.py").read_text()
     assert RECIPES
+    for path in RECIPES:
+        assert path.parent.name in source, path
