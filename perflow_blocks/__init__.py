@@ -10,17 +10,27 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "FiniteGuardStep": "blocks.finite_guard",
+    "LatentToRGB": "components.latent_preview",
+    "LoopBlock": "blocks.loop_block",
     "PFODESolver": "schedulers.pfode_solver",
     "PFODESolverSDXL": "schedulers.pfode_solver",
     "PeRFlowDenoiseStep": "blocks.denoise",
-    "PeRFlowLoopDenoiser": "blocks.denoise",
-    "PeRFlowLoopSolverStep": "blocks.denoise",
+    "PeRFlowImg2ImgSetTimestepsStep": "blocks.set_timesteps_img2img",
+    "PeRFlowLoopDenoiser": "blocks.denoiser",
+    "PeRFlowLoopSolverStep": "blocks.solver",
     "PeRFlowMergeDeltaStep": "blocks.merge_delta",
     "PeRFlowSDXLAutoBlocks": "blocks.auto_blocks",
     "PeRFlowScheduler": "schedulers.scheduling_perflow",
     "PeRFlowSetTimestepsStep": "blocks.set_timesteps",
+    "PeRFlowTiledControlNetLoopDenoiser": "blocks.tiled_denoise",
+    "PeRFlowTiledLoopDenoiser": "blocks.tiled_denoise",
+    "PreviewStep": "blocks.preview",
+    "StepCallbackStep": "blocks.step_callback",
+    "StepInfo": "blocks.step_callback",
     "TimeWindows": "core.windows",
+    "WindowLogStep": "blocks.window_log",
     "extract_delta": "core.delta",
+    "insert_loop_block": "blocks.recombine",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -1,21 +1,70 @@
-"""Leaf blocks, the denoising loop and the assembled presets for Modular Diffusers."""
+"""Leaf blocks, the denoising loops and the assembled presets for Modular Diffusers."""
 
-from .auto_blocks import PeRFlowSDXLAutoBlocks, PeRFlowSDXLBeforeDenoiseStep, PeRFlowSDXLCoreDenoiseStep
+from .auto_blocks import PeRFlowSDXLAutoBlocks, PeRFlowSDXLCoreDenoiseStep
+from .before_denoise import (
+    PeRFlowSDXLAutoBeforeDenoiseStep,
+    PeRFlowSDXLBeforeDenoiseStep,
+    PeRFlowSDXLImg2ImgBeforeDenoiseStep,
+    PeRFlowSDXLInpaintBeforeDenoiseStep,
+)
 from .check_inputs import PeRFlowCheckInputsStep
-from .denoise import PeRFlowDenoiseStep, PeRFlowLoopDenoiser, PeRFlowLoopSolverStep
-from .finite_guard import FiniteGuardStep
+from .controlnet_input import PeRFlowControlNetUnionInputStep
+from .decode import PeRFlowKeepKnownPixelsStep
+from .denoise import (
+    PeRFlowControlNetDenoiseStep,
+    PeRFlowDenoiseStep,
+    PeRFlowInpaintControlNetDenoiseStep,
+    PeRFlowInpaintDenoiseStep,
+)
+from .denoiser import PeRFlowControlNetLoopDenoiser, PeRFlowLoopDenoiser
+from .encode import PeRFlowEmbeddingsStep, PeRFlowInpaintVaeEncoderStep, PeRFlowVaeEncoderStep
+from .finite_guard import ControlNetFiniteGuardStep, FiniteGuardStep
+from .input import PeRFlowInputStep
+from .keep_known import PeRFlowLoopKeepKnownStep
+from .loop_block import LoopBlock as LoopBlock
 from .merge_delta import PeRFlowMergeDeltaStep
+from .prepare_latents import PeRFlowImg2ImgPrepareLatentsStep, PeRFlowInpaintPrepareLatentsStep
+from .preview import PreviewStep
 from .set_timesteps import PeRFlowSetTimestepsStep
+from .set_timesteps_img2img import PeRFlowImg2ImgSetTimestepsStep, PeRFlowInpaintSetTimestepsStep
+from .solver import PeRFlowLoopSolverStep
+from .step_callback import StepCallbackStep
+from .tiled_denoise import PeRFlowTiledControlNetLoopDenoiser, PeRFlowTiledLoopDenoiser
+from .window_log import WindowLogStep
 
 __all__ = [
+    "ControlNetFiniteGuardStep",
     "FiniteGuardStep",
     "PeRFlowCheckInputsStep",
+    "PeRFlowControlNetDenoiseStep",
+    "PeRFlowControlNetLoopDenoiser",
+    "PeRFlowControlNetUnionInputStep",
     "PeRFlowDenoiseStep",
+    "PeRFlowEmbeddingsStep",
+    "PeRFlowImg2ImgPrepareLatentsStep",
+    "PeRFlowImg2ImgSetTimestepsStep",
+    "PeRFlowInpaintControlNetDenoiseStep",
+    "PeRFlowInpaintDenoiseStep",
+    "PeRFlowInpaintPrepareLatentsStep",
+    "PeRFlowInpaintSetTimestepsStep",
+    "PeRFlowInpaintVaeEncoderStep",
+    "PeRFlowInputStep",
+    "PeRFlowKeepKnownPixelsStep",
     "PeRFlowLoopDenoiser",
+    "PeRFlowLoopKeepKnownStep",
     "PeRFlowLoopSolverStep",
     "PeRFlowMergeDeltaStep",
+    "PeRFlowSDXLAutoBeforeDenoiseStep",
     "PeRFlowSDXLAutoBlocks",
     "PeRFlowSDXLBeforeDenoiseStep",
     "PeRFlowSDXLCoreDenoiseStep",
+    "PeRFlowSDXLImg2ImgBeforeDenoiseStep",
+    "PeRFlowSDXLInpaintBeforeDenoiseStep",
     "PeRFlowSetTimestepsStep",
+    "PeRFlowTiledControlNetLoopDenoiser",
+    "PeRFlowTiledLoopDenoiser",
+    "PeRFlowVaeEncoderStep",
+    "PreviewStep",
+    "StepCallbackStep",
+    "WindowLogStep",
 ]

@@ -1,4 +1,4 @@
-"""The assembled presets. Each is a list of blocks; what diffusers already has is diffusers' own block."""
+"""The assembled presets. Each is a list of blocks; what diffusers already has right is diffusers' own block."""
 
 from __future__ import annotations
 
@@ -6,82 +6,115 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.modular_pipelines.modular_pipeline import SequentialPipelineBlocks
-from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
-from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import (
-    StableDiffusionXLInputStep,
-    StableDiffusionXLPrepareAdditionalConditioningStep,
-    StableDiffusionXLPrepareLatentsStep,
+from diffusers import StableDiffusionXLAutoBlocks
+from diffusers.modular_pipelines.modular_pipeline import (
+    AutoPipelineBlocks,
+    ModularPipelineBlocks,
+    SequentialPipelineBlocks,
 )
-from diffusers.modular_pipelines.stable_diffusion_xl.decoders import StableDiffusionXLDecodeStep
-from diffusers.modular_pipelines.stable_diffusion_xl.encoders import StableDiffusionXLTextEncoderStep
+from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
+from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import (
+    StableDiffusionXLAutoIPAdapterStep,
+)
 from PIL import Image
 
 from ..components.specs import DEFAULT_GUIDANCE_SCALE
+from .before_denoise import PeRFlowSDXLAutoBeforeDenoiseStep
 from .check_inputs import PeRFlowCheckInputsStep
-from .denoise import PeRFlowDenoiseStep
-from .finite_guard import FiniteGuardStep
+from .controlnet_input import PeRFlowAutoControlNetInputStep
+from .decode import PeRFlowAutoDecodeStep
+from .denoise import (
+    PeRFlowControlNetDenoiseStep,
+    PeRFlowDenoiseStep,
+    PeRFlowInpaintControlNetDenoiseStep,
+    PeRFlowInpaintDenoiseStep,
+)
+from .encode import PeRFlowAutoTextEncoderStep, PeRFlowAutoVaeEncoderStep
+from .input import PeRFlowInputStep
 from .merge_delta import PeRFlowMergeDeltaStep
-from .set_timesteps import PeRFlowSetTimestepsStep
 
 
-class PeRFlowSDXLBeforeDenoiseStep(SequentialPipelineBlocks):
-    """Windows, starting noise and SDXL's size conditioning of a text-to-image run."""
+class PeRFlowSDXLAutoControlNetDenoiseStep(AutoPipelineBlocks):
+    """The loop with a ControlNet, for inpainting where there is a mask."""
 
-    block_classes = [  # noqa: RUF012  (as diffusers declares them)
-        PeRFlowSetTimestepsStep,
-        StableDiffusionXLPrepareLatentsStep,
-        StableDiffusionXLPrepareAdditionalConditioningStep,
-    ]
-    block_names = ["set_timesteps", "prepare_latents", "prepare_add_cond"]  # noqa: RUF012
+    block_classes = [PeRFlowInpaintControlNetDenoiseStep, PeRFlowControlNetDenoiseStep]  # noqa: RUF012
+    block_names = ["inpaint_controlnet_denoise", "controlnet_denoise"]  # noqa: RUF012
+    block_trigger_inputs = ["mask", "controlnet_cond"]  # noqa: RUF012
 
     @property
     def description(self) -> str:
-        return "Prepares the loop: the window set-up, the starting noise and SDXL's size conditioning."
+        return "The denoising loop with a ControlNet, for inpainting where there is a mask."
+
+
+class PeRFlowSDXLAutoDenoiseStep(AutoPipelineBlocks):
+    """The loop that the task calls for."""
+
+    block_classes = [  # noqa: RUF012
+        PeRFlowSDXLAutoControlNetDenoiseStep,
+        PeRFlowInpaintDenoiseStep,
+        PeRFlowDenoiseStep,
+    ]
+    block_names = ["controlnet_denoise", "inpaint_denoise", "denoise"]  # noqa: RUF012
+    block_trigger_inputs = ["controlnet_cond", "mask", None]  # noqa: RUF012
+
+    @property
+    def description(self) -> str:
+        return "The denoising loop: with a ControlNet for `controlnet_cond`, for inpainting with `mask`, else plain."
 
 
 class PeRFlowSDXLCoreDenoiseStep(SequentialPipelineBlocks):
-    """From text embeddings to denoised latents."""
+    """From embeddings and encoded pictures to denoised latents, for every task."""
 
     block_classes = [  # noqa: RUF012
-        StableDiffusionXLInputStep,
-        PeRFlowSDXLBeforeDenoiseStep,
-        PeRFlowDenoiseStep,
-        FiniteGuardStep,
+        PeRFlowInputStep,
+        PeRFlowSDXLAutoBeforeDenoiseStep,
+        PeRFlowAutoControlNetInputStep,
+        PeRFlowSDXLAutoDenoiseStep,
     ]
-    block_names = ["input", "before_denoise", "denoise", "finite_guard"]  # noqa: RUF012
+    block_names = ["input", "before_denoise", "controlnet_input", "denoise"]  # noqa: RUF012
 
     @property
     def description(self) -> str:
-        return "Denoises: batches the embeddings, sets up windows and noise, runs the few steps, checks the result."
+        return "Denoises: batches the embeddings, sets up windows and latents, prepares control, runs the few steps."
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Hands on what `pipe.set_progress_bar_config` says, which by itself reaches top-level blocks only."""
-        for block in self.sub_blocks.values():
-            if hasattr(block, "set_progress_bar_config"):
-                block.set_progress_bar_config(**kwargs)
+        _configure_progress_bars(self, kwargs)
 
 
 class PeRFlowSDXLAutoBlocks(SequentialPipelineBlocks):
     """PeRFlow for Stable Diffusion XL: pictures in 4 to 8 steps (arXiv 2405.07510).
 
-    Top-level names are diffusers' own (`text_encoder`, `denoise`, `decode`), after `check_inputs` and `merge_delta`.
+    Text-to-image, image-to-image and inpainting, each with ControlNets, ControlNet-Union and IP-Adapters: the
+    workflows of `StableDiffusionXLAutoBlocks`, chosen by what a call is given. Top-level names are diffusers' own
+    (`text_encoder`, `ip_adapter`, `vae_encoder`, `denoise`, `decode`), after `check_inputs` and `merge_delta`.
 
     Example:
         >>> pipe = PeRFlowSDXLAutoBlocks().init_pipeline("stabilityai/stable-diffusion-xl-base-1.0")
         >>> pipe.load_components(dtype=torch.float16)
         >>> images = pipe(prompt="a red star", delta="perflow_delta.safetensors", output="images")
+        >>> images = pipe(prompt="a red star", image=images[0], strength=0.5, output="images")
     """
 
     block_classes = [  # noqa: RUF012
         PeRFlowCheckInputsStep,
         PeRFlowMergeDeltaStep,
-        StableDiffusionXLTextEncoderStep,
+        PeRFlowAutoTextEncoderStep,
+        StableDiffusionXLAutoIPAdapterStep,
+        PeRFlowAutoVaeEncoderStep,
         PeRFlowSDXLCoreDenoiseStep,
-        StableDiffusionXLDecodeStep,
+        PeRFlowAutoDecodeStep,
     ]
-    block_names = ["check_inputs", "merge_delta", "text_encoder", "denoise", "decode"]  # noqa: RUF012
-    _workflow_map = {"text2image": {"prompt": True}}  # noqa: RUF012
+    block_names = [  # noqa: RUF012
+        "check_inputs",
+        "merge_delta",
+        "text_encoder",
+        "ip_adapter",
+        "vae_encoder",
+        "denoise",
+        "decode",
+    ]
+    _workflow_map = StableDiffusionXLAutoBlocks._workflow_map
 
     @property
     def description(self) -> str:
@@ -101,3 +134,11 @@ class PeRFlowSDXLAutoBlocks(SequentialPipelineBlocks):
                 description="The pictures, as `output_type` says; for `latent` the latents as they are.",
             )
         ]
+
+
+def _configure_progress_bars(block: ModularPipelineBlocks, config: dict[str, Any]) -> None:
+    for inner in block.sub_blocks.values():
+        if hasattr(inner, "set_progress_bar_config"):
+            inner.set_progress_bar_config(**config)
+        else:
+            _configure_progress_bars(inner, config)

@@ -1,47 +1,213 @@
-"""The check after the loop: broken latents are an error, not a black picture."""
+"""The guard of the loop: broken latents are an error or are computed again in float32, never a black picture."""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
-from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
+from diffusers.utils import logging
+from torch import Tensor
+
+from ..components.float32 import in_float32, is_float32, precision, why_not_float32
+from ..components.inputs import latents_input, param, step_plan_input
+from ..components.specs import controlnet_spec, guider_spec, unet_spec
+from .loop_block import LoopBlock, Repeat
+
+logger = logging.get_logger(__name__)
+
+POLICIES = ("raise", "fallback")
+NEVER = 2**31 - 1
 
 
-class FiniteGuardStep(ModularPipelineBlocks):
-    """Reads once from the device whether the latents are finite, after the loop, where a read costs nothing."""
+@dataclass(kw_only=True)
+class FiniteRecord:
+    """What the guard noted in one run.
 
-    model_name = "stable-diffusion-xl"
+    Attributes:
+        broken_at: (pictures,) int64 on the device: the number of the first step that a picture's latents were not
+            finite at the start of (the number of steps: only the result is not), or `NEVER`.
+        steps: how many steps were begun, counted from the schedule's first.
+        window_starts: for the fallback, by the number of a window's first step: the latents and the guider's state.
+        rerun_from: the number of the step from which the run was repeated in float32, or None.
+    """
+
+    broken_at: Tensor
+    steps: int = 0
+    window_starts: dict[int, tuple[Tensor, dict[str, Any]]] = field(default_factory=dict)
+    rerun_from: int | None = None
+
+    def mark(self, latents: Tensor, i: int) -> None:
+        broken = ~torch.isfinite(latents).flatten(1).all(dim=1)
+        self.broken_at.masked_fill_(broken & (self.broken_at > i), i)
+
+    def first_broken(self, latents: Tensor) -> int | None:
+        """The number of the first step with broken latents at its start, with the result's; one read of the device."""
+        self.mark(latents, self.steps)
+        first = int(self.broken_at.min())
+        return None if first == NEVER else first
+
+
+class FiniteGuardStep(LoopBlock):
+    """Marks the first step whose latents are not finite, on the device; reads one number after the loop.
+
+    Stands first in the loop: there it sees what each step starts with. With `on_nonfinite="raise"` broken latents are
+    an error that names step, window and type. With `"fallback"` the run is repeated in float32 from the start of the
+    last window that was still finite, with a warning; that takes room for the UNet in float32.
+
+    Raises:
+        ValueError: an unknown policy; latents that are not finite, with `"fallback"` if float32 does not help either.
+    """
+
+    models: tuple[str, ...] = ("unet",)
+    """The components that predict: what the fallback makes float32."""
 
     @property
     def description(self) -> str:
-        return "Checks once, after the loop, that the latents are finite, so that no black picture is decoded."
+        return (
+            "Loop step that marks the first step whose latents are not finite; after the loop that is an error, "
+            "or the steps are repeated in float32."
+        )
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [guider_spec(), unet_spec()]
 
     @property
     def inputs(self) -> list[InputParam]:
         return [
-            InputParam(
-                "latents",
-                required=True,
-                type_hint=torch.Tensor,
-                description="Denoised latents (batch, channels, height/f, width/f).",
-            )
+            latents_input(),
+            step_plan_input(),
+            param(
+                "on_nonfinite",
+                str,
+                f"What to do about latents that are not finite: {' or '.join(POLICIES)} (repeat in float32 from the "
+                "start of the last window that was finite).",
+                default=POLICIES[0],
+            ),
         ]
 
-    @torch.no_grad()
-    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        """
-        Raises:
-            ValueError: nan or infinity in the latents of any picture.
-        """
-        latents = self.get_block_state(state).latents
-        finite = torch.isfinite(latents).flatten(1).all(dim=1).tolist()
-        if not all(finite):
-            bad = [index for index, fine in enumerate(finite) if not fine]
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        return [
+            OutputParam("latents", Tensor, "Latents (batch, channels, height/f, width/f), all of them finite."),
+            OutputParam("finite_record", FiniteRecord, "What the guard noted: which steps broke and were repeated."),
+        ]
+
+    def start(self, components: Any, block_state: Any) -> None:
+        if block_state.on_nonfinite not in POLICIES:
             raise ValueError(
-                f"the latents of {len(bad)} of {len(finite)} pictures (number {', '.join(map(str, bad[:8]))}) are not "
-                f"finite in {latents.dtype}; load the model with dtype=torch.bfloat16 or torch.float32, "
-                "and check the delta, the LoRAs and the latents that were passed."
+                f"on_nonfinite={block_state.on_nonfinite!r} is unknown; pass one of {', '.join(POLICIES)}."
             )
-        return components, state
+        latents = block_state.latents
+        block_state.finite_record = FiniteRecord(
+            broken_at=torch.full((len(latents),), NEVER, dtype=torch.int64, device=latents.device)
+        )
+
+    @torch.no_grad()
+    def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
+        record, latents = block_state.finite_record, block_state.latents
+        record.mark(latents, i)
+        record.steps = i + 1
+        if (
+            block_state.on_nonfinite == "fallback"
+            and record.rerun_from is None
+            and (block_state.step_plan.begins_window(i) or not record.window_starts)
+        ):
+            # Copies, since other blocks may write into the latents and the guider into its momentum.
+            record.window_starts[i] = (latents.clone(), copy.deepcopy(vars(components.guider)))
+        return components, block_state
+
+    @torch.no_grad()
+    def finish(self, components: Any, block_state: Any, repeat: Repeat) -> None:
+        record = block_state.finite_record
+        broken = record.first_broken(block_state.latents)
+        if broken is not None:
+            if block_state.on_nonfinite == "raise":
+                raise ValueError(_complaint(block_state, broken, fallback=', or pass on_nonfinite="fallback"'))
+            self._fall_back(components, block_state, broken, repeat)
+        record.window_starts.clear()
+
+    def _fall_back(self, components: Any, block_state: Any, broken: int, repeat: Repeat) -> None:
+        """Repeats the run in float32 from the start of the last window that was finite."""
+        record, given = block_state.finite_record, block_state.latents
+        models = [getattr(components, name) for name in self.models]
+        first = max((step for step in record.window_starts if step < broken), default=None)
+        if first is None or is_float32(models, given):
+            raise ValueError(_complaint(block_state, broken))
+        obstacle = why_not_float32(models)
+        if obstacle is not None:
+            raise ValueError(_complaint(block_state, broken, also=f", and {obstacle}"))
+        in_vain = _complaint(block_state, broken, also=", nor are they in torch.float32", wider=False)
+        block_state.latents, guider_state = record.window_starts[first]
+        vars(components.guider).clear()
+        vars(components.guider).update(guider_state)
+        record.broken_at.fill_(NEVER)
+        record.rerun_from = first
+        with in_float32(models, vars(block_state)):
+            repeat(first)
+        if record.first_broken(block_state.latents) is not None:
+            raise ValueError(in_vain)
+        logger.warning(
+            "The latents after %s were not finite in %s; steps %d to %d were repeated in torch.float32. To spare the "
+            "second run, %s.",
+            _place(block_state, broken),
+            precision(given),
+            first + 1,
+            record.steps,
+            _wider(given),
+        )
+
+
+class ControlNetFiniteGuardStep(FiniteGuardStep):
+    """The same for a loop with a ControlNet, which the fallback makes float32 as well."""
+
+    models = ("unet", "controlnet")
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [*super().expected_components, controlnet_spec()]
+
+
+def _place(block_state: Any, broken: int) -> str:
+    """The step that ended with the latents that step `broken` starts with, and its window."""
+    plan, step = block_state.step_plan, broken - 1
+    return (
+        f"step {step + 1} of {len(plan)} (window {plan.window_index[step]}, time {plan.window_start[step]:g} to "
+        f"{plan.window_end[step]:g})"
+    )
+
+
+def _wider(latents: Tensor) -> str:
+    """How to have more range than these latents had."""
+    if precision(latents) != latents.dtype:
+        return "run the pipeline outside torch.autocast"
+    types = [str(dtype) for dtype in (torch.bfloat16, torch.float32) if dtype != latents.dtype]
+    return f"load the pipeline with dtype={' or '.join(types)}"
+
+
+def _complaint(block_state: Any, broken: int, *, also: str = "", wider: bool = True, fallback: str = "") -> str:
+    """The error's text.
+
+    Args:
+        block_state: after the loop.
+        broken: the number of the first step with broken latents at its start.
+        also: what is known beyond step, window and pictures.
+        wider: whether a type of more range may help.
+        fallback: what else may.
+    """
+    latents, marks = block_state.latents, block_state.finite_record.broken_at.tolist()
+    dtype = precision(latents)
+    bad = [f"images[{index}]" for index, mark in enumerate(marks) if mark != NEVER]
+    which = f"for {', '.join(bad[:8])}{' and more' if len(bad) > 8 else ''} of {len(marks)}"
+    if broken == 0:
+        return (
+            f"the latents that the run starts with are not finite in {dtype} {which}; check the latents that were "
+            "passed, or the VAE that encoded the given picture."
+        )
+    remedy = "check the delta, the LoRAs and the latents that were passed (the VAE is not the cause)"
+    if wider and dtype != torch.float32:
+        remedy = f"{_wider(latents)}{fallback}; if that does not help, {remedy}"
+    return f"the latents after {_place(block_state, broken)} are not finite in {dtype} {which}{also}; {remedy}."

@@ -10,16 +10,12 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, Co
 from diffusers.utils import logging
 
 from ..components.delta_recipe import DeltaRecipe
-from ..components.specs import (
-    DEFAULT_NUM_INFERENCE_STEPS,
-    delta_recipe_input,
-    schedule_config_specs,
-    scheduler_spec,
-    unet_spec,
-)
+from ..components.inputs import delta_recipe_input, denoising_end_input
+from ..components.specs import DEFAULT_NUM_INFERENCE_STEPS, schedule_config_specs, scheduler_spec, unet_spec
 from ..core.plan import StepPlan
 from ..core.windows import tile_windows
 from ..schedulers import PeRFlowScheduler
+from .denoising_range import before, end_time
 
 logger = logging.get_logger(__name__)
 
@@ -35,7 +31,8 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
     it is; one that this block made follows configuration and delta from call to call.
 
     Raises:
-        ValueError: a number of steps below 1, timesteps that make no schedule, or a scheduler without betas.
+        ValueError: a number of steps below 1, timesteps that make no schedule, `denoising_end` outside (0, 1], or a
+            scheduler without betas.
     """
 
     model_name = "stable-diffusion-xl"
@@ -68,6 +65,7 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
                 type_hint=list[int],
                 description="Descending timesteps that hold every window start; they win over `num_inference_steps`.",
             ),
+            denoising_end_input(),
             delta_recipe_input(),
         ]
 
@@ -75,7 +73,7 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
     def intermediate_outputs(self) -> list[OutputParam]:
         return [
             OutputParam("timesteps", torch.Tensor, "Timesteps (num_steps,), integers on the device."),
-            OutputParam("num_inference_steps", int, "Number of denoising steps."),
+            OutputParam("num_inference_steps", int, "Number of denoising steps that are run."),
             OutputParam("step_plan", StepPlan, "The steps on the host: times, windows, coefficients."),
             OutputParam("step_coefficients", torch.Tensor, "The plan's table (num_steps, 4) on the device, float32."),
         ]
@@ -83,23 +81,30 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         block_state = self.get_block_state(state)
+        self.prepare(components, block_state)
+        self.set_block_state(state, block_state)
+        return components, state
+
+    def prepare(self, components: Any, block_state: Any) -> None:
+        """Puts the scheduler in place and what the loop needs of its plan on `block_state`."""
         recipe = block_state.delta_recipe or DeltaRecipe()
-        settings = window_settings(components.config, recipe)
-        _place_scheduler(components, settings)
-        scheduler = components.scheduler
-        device = components._execution_device
+        _place_scheduler(components, window_settings(components.config, recipe))
+        scheduler, device = components.scheduler, components._execution_device
         if block_state.timesteps is not None:
             scheduler.set_timesteps(timesteps=block_state.timesteps, device=device)
         else:
             defaults = (components.config.default_num_inference_steps, recipe.num_inference_steps)
             steps = _first(block_state.num_inference_steps, *defaults, DEFAULT_NUM_INFERENCE_STEPS)
             scheduler.set_timesteps(steps, device=device)
-        block_state.timesteps = scheduler.timesteps
-        block_state.num_inference_steps = scheduler.num_inference_steps
-        block_state.step_plan = scheduler.plan
-        block_state.step_coefficients = scheduler.plan.coefficients(device)
-        self.set_block_state(state, block_state)
-        return components, state
+        plan = self.section(scheduler, scheduler.plan, block_state)
+        block_state.timesteps = torch.tensor(plan.timesteps).to(device)
+        block_state.num_inference_steps = len(plan)
+        block_state.step_plan = plan
+        block_state.step_coefficients = plan.coefficients(device)
+
+    def section(self, scheduler: PeRFlowScheduler, whole: StepPlan, block_state: Any) -> StepPlan:
+        """What is run of the scheduler's whole plan: here all of it, or the part before `denoising_end`."""
+        return before(whole, end_time(scheduler.windows, block_state.denoising_end))
 
 
 def window_settings(config: Any, recipe: DeltaRecipe) -> dict[str, Any]:

@@ -63,7 +63,8 @@ def load_pipeline(location: str, *, device: torch.device, dtype: torch.dtype) ->
         raise ValueError(
             f"cannot load {location} ({error}); pass a directory or a repository of an SDXL model."
         ) from error
-    missing = [name for name in pipeline.null_component_names if name != "scheduler"]
+    optional = {"scheduler", "controlnet", "image_encoder", "feature_extractor"}  # text-to-image needs none of these
+    missing = [name for name in pipeline.null_component_names if name not in optional]
     if missing:
         raise ValueError(f"{location} gave no {', '.join(missing)}; pass a complete SDXL model.")
     return pipeline.to(device)

@@ -170,10 +170,15 @@ def chord_marginal(x0: Tensor, noise: Tensor, window: WindowAlpha, t: Scalar) ->
 
     Strictly inside a window the student's path is this, not the marginal at t.
     """
+    return weighted_sum(x0, noise, *chord_marginal_coefficients(window, t))
+
+
+def chord_marginal_coefficients(window: WindowAlpha, t: Scalar) -> tuple[Scalar, Scalar]:
+    """(p, q) of `z_t = p x0 + q noise` on that chord; at the window's ends sqrt(abar) and sqrt(1 - abar)."""
     weight = (t - window.start) / (window.end - window.start)
     signal = (1.0 - weight) * window.alpha_start**0.5 + weight * window.alpha_end**0.5
     sigma = (1.0 - weight) * (1.0 - window.alpha_start) ** 0.5 + weight * (1.0 - window.alpha_end) ** 0.5
-    return weighted_sum(x0, noise, signal, sigma)
+    return signal, sigma
 
 
 def weighted_sum(x: Tensor, y: Tensor, a: Scalar, b: Scalar) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,15 @@ class StepPlan:
     def __len__(self) -> int:
         return len(self.timesteps)
 
+    def begins_window(self, i: int) -> bool:
+        """Whether step i is the first of its window in this plan."""
+        return i == 0 or self.window_index[i] != self.window_index[i - 1]
+
+    def section(self, first: int, stop: int) -> StepPlan:
+        """The steps `first` to `stop - 1` alone: where a run begins late (image-to-image) or leaves off early."""
+        per_step = (field.name for field in fields(self) if field.name != "prediction_type")
+        return replace(self, **{name: getattr(self, name)[first:stop] for name in per_step})
+
     def coefficients(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """The table (num_steps, 4) with the columns A, B, C, D, copied to the device once."""
         columns = (self.sample_coeff, self.output_coeff, self.x0_sample_coeff, self.x0_output_coeff)
@@ -80,7 +89,7 @@ def build_step_plan(
         ValueError: no times, repeated or ascending timesteps, one outside the windows, or a missing window start.
     """
     total = windows.num_train_timesteps
-    timesteps = [_truncate(t, total) for t in times]
+    timesteps = [truncated_timestep(t, total) for t in times]
     _check_timesteps(timesteps, windows)
     starts = [timestep / total for timestep in timesteps]
     stops = [*starts[1:], windows.boundaries[-1]]
@@ -132,13 +141,17 @@ def select_row(table: Tensor, timesteps: Tensor, timestep: Tensor) -> Tensor:
     return torch.where(hit.any(), row, math.nan)
 
 
-def _truncate(t: float, num_train_timesteps: int) -> int:
+def truncated_timestep(t: float, num_train_timesteps: int) -> int:
+    """`int(t * T)` for a continuous time t, immune to the rounding of the product."""
     return math.floor(t * num_train_timesteps + _ROUNDING)
 
 
 def _check_timesteps(timesteps: Sequence[int], windows: TimeWindows) -> None:
     total = windows.num_train_timesteps
-    highest, lowest = _truncate(windows.boundaries[0], total), _truncate(windows.boundaries[-1], total) + 1
+    highest, lowest = (
+        truncated_timestep(windows.boundaries[0], total),
+        truncated_timestep(windows.boundaries[-1], total) + 1,
+    )
     if not timesteps:
         raise ValueError("timesteps is empty; pass at least one timestep per time window.")
     if any(following >= current for current, following in itertools.pairwise(timesteps)):
@@ -150,7 +163,7 @@ def _check_timesteps(timesteps: Sequence[int], windows: TimeWindows) -> None:
     if outside:
         raise ValueError(f"timesteps {outside} lie outside [{lowest}, {highest}]; pass whole numbers in that range.")
     given = set(timesteps)
-    needed = [_truncate(start, total) for start in windows.starts]
+    needed = [truncated_timestep(start, total) for start in windows.starts]
     missing = [start for start in needed if start < timesteps[0] and start not in given]
     if missing:
         raise ValueError(

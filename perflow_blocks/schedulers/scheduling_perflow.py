@@ -13,6 +13,7 @@ from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
 from ..core.noise_schedule import make_alphas_cumprod
+from ..core.noising import noise_coefficients
 from ..core.parameterization import (
     PREDICTION_TYPES,
     Scalar,
@@ -22,7 +23,7 @@ from ..core.parameterization import (
     window_alpha,
     window_table,
 )
-from ..core.plan import StepPlan, apply_step, build_step_plan, select_row
+from ..core.plan import StepPlan, apply_step, build_step_plan, select_row, truncated_timestep
 from ..core.windows import TimeWindows, require_positive_int, tile_windows
 
 logger = logging.get_logger(__name__)
@@ -255,6 +256,26 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         """
         t = torch.as_tensor(timesteps).to(original_samples.device, torch.float32) / len(self)
         return chord_marginal(original_samples, noise, self.get_window_alpha(t), t)
+
+    def noise_coefficients(self, plan: StepPlan, noising: str = "chord") -> Tensor:
+        """(P, Q) of `P x0 + Q noise` at each step of a plan of this scheduler and at its end: (len(plan) + 1, 2).
+
+        float64 on the host; (1, 0) where the plan ends at the end of the last window. See `core.noising`.
+        """
+        return noise_coefficients(
+            plan, self._exact_alphas_cumprod, noising=noising, clean_time=self.windows.boundaries[-1]
+        )
+
+    def plan_from(self, t: float, plan: StepPlan) -> StepPlan:
+        """The plan of a run that begins at time t in (0, 1]: a first step from t, then the steps of `plan` below it.
+
+        The scheduler's own `timesteps` become those of the new plan, so that `step` knows them.
+        """
+        first = max(1, truncated_timestep(t, len(self)))
+        below = (timestep for timestep in plan.timesteps if timestep < first)
+        self.set_timesteps(timesteps=[first, *below], device=self.timesteps.device)
+        assert self.plan is not None
+        return self.plan
 
     def get_window_alpha(self, t: Scalar) -> WindowAlpha:
         """`(start, end, gamma, alpha_start, alpha_end)` of the window of each continuous time in [0, 1].

@@ -1,0 +1,158 @@
+"""Mistakes in a request that concern every task: components, prompts, sampling settings, sizes, latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..components.inputs import OUTPUT_TYPES
+from ..core.noising import NOISINGS
+from ..core.windows import require_positive_int
+from .denoising_range import check_denoising_range, check_strength
+
+PROMPT_NAMES = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
+EMBEDDING_NAMES = (
+    "prompt_embeds",
+    "pooled_prompt_embeds",
+    "negative_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+)
+PICTURE_NAMES = ("image", "mask_image", "control_image", "control_mode", "ip_adapter_image")
+
+OPTIONAL_COMPONENTS = {
+    "scheduler": lambda request: False,  # the window set-up makes one
+    "guider": lambda request: False,  # a check of its own says more
+    "vae": lambda request: request.output_type != "latent" or request.image is not None,
+    "text_encoder_2": lambda request: request.prompt is not None,
+    "tokenizer_2": lambda request: request.prompt is not None,
+    "controlnet": lambda request: request.control_image is not None,
+    "image_encoder": lambda request: request.ip_adapter_image is not None,
+    "feature_extractor": lambda request: request.ip_adapter_image is not None,
+}
+"""Components that a pipeline may lack, and for which requests it may not."""
+
+
+def check_loaded(loaded: Mapping[str, Any], request: Any, required: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: a component or an input that the workflow needs is missing, or an unknown `output_type`.
+    """
+    if request.output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type={request.output_type!r} is unknown; pass one of {', '.join(OUTPUT_TYPES)}.")
+    for name in PICTURE_NAMES:
+        if name in required and getattr(request, name) is None:
+            raise ValueError(f"{name} is missing, and this workflow needs it; pass {name}=.")
+    missing = {name for name, component in loaded.items() if component is None}
+    missing -= {name for name in missing & OPTIONAL_COMPONENTS.keys() if not OPTIONAL_COMPONENTS[name](request)}
+    # SDXL's refiner has the second text encoder only.
+    if {"text_encoder", "tokenizer"} <= missing or request.prompt is None:
+        missing -= {"text_encoder", "tokenizer"}
+    if missing:
+        names = " and ".join(sorted(missing))
+        raise ValueError(f"{names} not loaded; call pipe.load_components() and look at its warnings.")
+
+
+def check_sampling(request: Any) -> None:
+    """
+    Raises:
+        ValueError: a count below 1, a strength or share out of range, or an unknown `noising`.
+    """
+    for name in ("num_inference_steps", "num_images_per_prompt"):
+        if getattr(request, name) is not None:
+            require_positive_int(name, getattr(request, name))
+    if request.clip_skip is not None and (not isinstance(request.clip_skip, int) or request.clip_skip < 0):
+        raise ValueError(f"clip_skip={request.clip_skip!r} is no whole number of at least 0; leave it out.")
+    if request.strength is not None:
+        check_strength(request.strength)
+    check_denoising_range(request.denoising_start, request.denoising_end)
+    if request.noising not in (None, *NOISINGS):
+        raise ValueError(f"noising={request.noising!r} is unknown; pass one of {', '.join(NOISINGS)}.")
+
+
+def count_prompts(request: Any) -> int:
+    """The number of prompts; every other list of texts must be as long.
+
+    Raises:
+        ValueError: no prompt, both a prompt and its embeddings, one of two embeddings, or texts that do not match.
+    """
+    if request.prompt is None and request.prompt_embeds is None:
+        raise ValueError("prompt is missing; pass a text or a list of texts.")
+    if request.prompt is None:
+        return _count_embeddings(request)
+    both = next((name for name in EMBEDDING_NAMES if getattr(request, name) is not None), None)
+    if both is not None:
+        raise ValueError(f"both prompt and {both} are given; pass texts alone, or embeddings for all of them.")
+    texts = {name: getattr(request, name) for name in PROMPT_NAMES if getattr(request, name) is not None}
+    for name, text in texts.items():
+        if not isinstance(text, str) and not (isinstance(text, list) and all(isinstance(t, str) for t in text)):
+            raise ValueError(f"{name} is {_kind(text)}; pass a text or a list of texts.")
+        if not isinstance(text, str) and not text:
+            raise ValueError(f"{name} is an empty list; pass at least one text.")
+    count = _length(request.prompt)
+    for name, text in texts.items():
+        if (not isinstance(text, str) or name == "prompt_2") and _length(text) != count:
+            raise ValueError(f"{name} holds {_length(text)} texts for {count} prompts; pass one for each prompt.")
+    return count
+
+
+def check_size(request: Any, factor: int) -> None:
+    """
+    Raises:
+        ValueError: height or width no multiple of the VAE's factor, or one of two negative sizes.
+    """
+    for name in ("height", "width"):
+        value = getattr(request, name)
+        if value is None:
+            continue
+        require_positive_int(name, value)
+        if value % factor:
+            nearest = max(factor, round(value / factor) * factor)
+            raise ValueError(f"{name}={value} is no multiple of the VAE's factor {factor}; pass {nearest}.")
+    if (request.negative_original_size is None) != (request.negative_target_size is None):
+        raise ValueError("only one of negative_original_size and negative_target_size is given; pass both or neither.")
+
+
+def check_latents(request: Any, pictures: int, channels: int) -> None:
+    """
+    Raises:
+        ValueError: as many generators as there are pictures, or latents of another shape.
+    """
+    generator, latents = request.generator, request.latents
+    if isinstance(generator, list) and len(generator) != pictures:
+        raise ValueError(f"{len(generator)} generators for {pictures} pictures; pass one, or one for each picture.")
+    if latents is not None and (latents.ndim != 4 or tuple(latents.shape[:2]) != (pictures, channels)):
+        raise ValueError(
+            f"latents have shape {tuple(latents.shape)}; for {pictures} pictures pass "
+            f"({pictures}, {channels}, height/f, width/f)."
+        )
+
+
+def _count_embeddings(request: Any) -> int:
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        pooled = name.replace("prompt", "pooled_prompt")
+        if (getattr(request, name) is None) != (getattr(request, pooled) is None):
+            raise ValueError(f"only one of {name} and {pooled} is given; pass both, from the same text encoders.")
+        if getattr(request, name) is not None and getattr(request, name).shape != request.prompt_embeds.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(getattr(request, name).shape)}, prompt_embeds "
+                f"{tuple(request.prompt_embeds.shape)}; pass two of one shape."
+            )
+        if getattr(request, pooled) is not None and len(getattr(request, pooled)) != len(request.prompt_embeds):
+            raise ValueError(
+                f"{pooled} holds {len(getattr(request, pooled))} rows for {len(request.prompt_embeds)} prompts; pass "
+                "one for each."
+            )
+    for name in PROMPT_NAMES[1:]:
+        if getattr(request, name) is not None:
+            raise ValueError(f"{name} is given beside prompt_embeds; pass its embeddings too, negative_prompt_embeds.")
+    return int(request.prompt_embeds.shape[0])
+
+
+def _length(text: str | list[str]) -> int:
+    return 1 if isinstance(text, str) else len(text)
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, list):
+        return "a list that holds " + ", ".join(sorted({type(entry).__name__ for entry in value}))
+    return f"of type {type(value).__name__}"

@@ -1,0 +1,50 @@
+"""What a ControlNet is given: diffusers' own blocks, kept from writing into the caller's list."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, PipelineState
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, OutputParam
+from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import (
+    StableDiffusionXLControlNetInputStep,
+    StableDiffusionXLControlNetUnionInputStep,
+)
+
+from ..components.specs import vae_spec
+
+
+class PeRFlowControlNetUnionInputStep(StableDiffusionXLControlNetUnionInputStep):
+    """diffusers' step, which puts its tensors into the list `control_image`, on a list of its own."""
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [*super().expected_components, vae_spec()]
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        return [
+            *super().intermediate_outputs,
+            OutputParam("control_image", list[torch.Tensor], "The control pictures, as the ControlNet takes them."),
+            OutputParam("control_mode", list[int], "The kind of each control picture."),
+        ]
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        for name in ("control_image", "control_mode"):
+            if isinstance(state.get(name), list):
+                state.set(name, list(state.get(name)))
+        return super().__call__(components, state)
+
+
+class PeRFlowAutoControlNetInputStep(AutoPipelineBlocks):
+    """Prepares the control pictures: for a ControlNet-Union with `control_mode`, else for one or more ControlNets."""
+
+    block_classes = [PeRFlowControlNetUnionInputStep, StableDiffusionXLControlNetInputStep]  # noqa: RUF012
+    block_names = ["controlnet_union", "controlnet"]  # noqa: RUF012
+    block_trigger_inputs = ["control_mode", "control_image"]  # noqa: RUF012
+
+    @property
+    def description(self) -> str:
+        return "Prepares `control_image`, for a ControlNet-Union where `control_mode` is given; else is skipped."

@@ -1,0 +1,147 @@
+"""Encoding: diffusers' own blocks, put right for lists of generators and for embeddings in place of a prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, ModularPipelineBlocks, PipelineState
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, ConfigSpec, InputParam, OutputParam
+from diffusers.modular_pipelines.stable_diffusion_xl.encoders import (
+    StableDiffusionXLInpaintVaeEncoderStep,
+    StableDiffusionXLTextEncoderStep,
+    StableDiffusionXLVaeEncoderStep,
+)
+from torch import Tensor
+
+from ..components.inputs import DENOISER_INPUT_FIELDS, embeddings_inputs
+from ..components.specs import guider_spec, unet_spec
+from .pictures import repeat_pictures
+
+
+class PeRFlowEmbeddingsStep(ModularPipelineBlocks):
+    """Takes text embeddings that were made before, in place of a prompt.
+
+    Where the guider wants negative ones and none are given, they are zeros, as for an empty negative prompt of SDXL
+    (`force_zeros_for_empty_prompt`).
+
+    Raises:
+        ValueError: negative embeddings are missing and the model does not take zeros for them.
+    """
+
+    model_name = "stable-diffusion-xl"
+
+    @property
+    def description(self) -> str:
+        return "Takes text embeddings in place of a prompt, with zeros for negative ones that are not given."
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [guider_spec()]
+
+    @property
+    def expected_configs(self) -> list[ConfigSpec]:
+        return [ConfigSpec("force_zeros_for_empty_prompt", True, "Whether an empty negative prompt is all zeros.")]
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return embeddings_inputs()
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        return [
+            OutputParam(param.name, param.type_hint, param.description, kwargs_type=DENOISER_INPUT_FIELDS)
+            for param in self.inputs
+        ]
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        block_state = self.get_block_state(state)
+        device = components._execution_device
+        zeros = components.config.force_zeros_for_empty_prompt
+        for name in ("prompt_embeds", "pooled_prompt_embeds"):
+            given = getattr(block_state, name).to(device)
+            negative = getattr(block_state, f"negative_{name}")
+            if negative is None and components.guider.num_conditions > 1:
+                if not zeros:
+                    raise ValueError(f"negative_{name} is missing; pass it beside {name}, or a guider of scale 1.")
+                negative = torch.zeros_like(given)
+            setattr(block_state, name, given)
+            setattr(block_state, f"negative_{name}", negative if negative is None else negative.to(device))
+        self.set_block_state(state, block_state)
+        return components, state
+
+
+class PeRFlowAutoTextEncoderStep(AutoPipelineBlocks):
+    """Encodes `prompt`, or takes `prompt_embeds`."""
+
+    block_classes = [StableDiffusionXLTextEncoderStep, PeRFlowEmbeddingsStep]  # noqa: RUF012  (as diffusers does)
+    block_names = ["prompt", "embeddings"]  # noqa: RUF012
+    block_trigger_inputs = ["prompt", "prompt_embeds"]  # noqa: RUF012
+
+    @property
+    def description(self) -> str:
+        return "Encodes the prompt where one is given, else takes the text embeddings that are."
+
+
+class PeRFlowVaeEncoderStep(StableDiffusionXLVaeEncoderStep):
+    """diffusers' VAE encoder, with a list of generators allowed for fewer pictures than generators."""
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        inner = _one_picture_per_generator(state)
+        super().__call__(components, inner)
+        return components, _take_outputs(self, state, inner)
+
+
+class PeRFlowInpaintVaeEncoderStep(StableDiffusionXLInpaintVaeEncoderStep):
+    """diffusers' VAE encoder for inpainting, without encoding a masked picture that a 4-channel UNet does not take."""
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [*super().expected_components, unet_spec()]
+
+    # The stock method of this class reads `self.vae` where the VAE has latent statistics, which no block has.
+    _encode_vae_image = StableDiffusionXLVaeEncoderStep._encode_vae_image
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        inner = _one_picture_per_generator(state)
+        super().__call__(components, inner)
+        return components, _take_outputs(self, state, inner)
+
+    def prepare_mask_latents(
+        self, components: Any, mask: Tensor, masked_image: Tensor | None, *args: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if components.num_channels_unet == components.num_channels_latents:
+            masked_image = None
+        return super().prepare_mask_latents(components, mask, masked_image, *args)
+
+
+class PeRFlowAutoVaeEncoderStep(AutoPipelineBlocks):
+    """Encodes the given picture: with a mask for inpainting, alone for image-to-image."""
+
+    block_classes = [PeRFlowInpaintVaeEncoderStep, PeRFlowVaeEncoderStep]  # noqa: RUF012
+    block_names = ["inpaint", "img2img"]  # noqa: RUF012
+    block_trigger_inputs = ["mask_image", "image"]  # noqa: RUF012
+
+    @property
+    def description(self) -> str:
+        return "Encodes `image` where one is given, for inpainting with `mask_image`; else is skipped."
+
+
+def _one_picture_per_generator(state: PipelineState) -> PipelineState:
+    """A copy of the state in which each generator of a list has a picture of its own to sample latents of."""
+    values = dict(state.values)
+    if isinstance(values.get("generator"), list):
+        count = len(values["generator"])
+        values["image"] = repeat_pictures(values["image"], count)
+        if isinstance(values.get("mask_image"), list):
+            values["mask_image"] = repeat_pictures(values["mask_image"], count)
+    return PipelineState(values=values, kwargs_mapping=dict(state.kwargs_mapping))
+
+
+def _take_outputs(block: ModularPipelineBlocks, state: PipelineState, inner: PipelineState) -> PipelineState:
+    for output in block.intermediate_outputs:
+        state.set(output.name, inner.get(output.name), output.kwargs_type)
+    return state

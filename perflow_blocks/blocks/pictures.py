@@ -1,0 +1,47 @@
+"""How pictures, prompts and generators are matched: a batch holds the pictures of the first prompt first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def one_for_each_picture(name: str, tensor: Tensor, prompts: int, images_per_prompt: int) -> Tensor:
+    """The tensor with one row for each picture, from one row for all, one for each prompt, or one for each picture.
+
+    Raises:
+        ValueError: another number of rows.
+    """
+    rows, pictures = tensor.shape[0], prompts * images_per_prompt
+    if rows not in (1, prompts, pictures):
+        raise ValueError(
+            f"{name} holds {rows} entries for {prompts} prompts; pass one for all, one for each prompt, or one "
+            f"for each of the {pictures} pictures."
+        )
+    return tensor if rows == pictures else tensor.repeat_interleave(pictures // rows, dim=0)
+
+
+def count_pictures(image: Any) -> int:
+    """How many pictures an `image` argument holds: a list, a batched array or tensor, or one picture."""
+    if isinstance(image, (list, tuple)):
+        return len(image)
+    if isinstance(image, (np.ndarray, Tensor)) and image.ndim == 4:
+        return int(image.shape[0])
+    return 1
+
+
+def repeat_pictures(image: Any, count: int) -> Any:
+    """`image` with `count` pictures, each of its own repeated in place; `count` is a multiple of how many it holds."""
+    times = count // count_pictures(image)
+    if times == 1:
+        return image
+    if isinstance(image, (list, tuple)):
+        return [picture for picture in image for _ in range(times)]
+    if isinstance(image, Tensor):
+        return torch.repeat_interleave(image if image.ndim == 4 else image[None], times, dim=0)
+    if isinstance(image, np.ndarray):
+        return np.repeat(image if image.ndim == 4 else image[None], times, axis=0)
+    return [image] * times

@@ -1,0 +1,106 @@
+"""The step of the loop that tells a function where the run is, and lets it end the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
+from torch import Tensor
+
+from ..components.inputs import latents_input, param, step_plan_input
+from .loop_block import LoopBlock
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepInfo:
+    """Where the run is. All but the latents are numbers on the host.
+
+    Attributes:
+        step: the step's number, from 0 to num_steps - 1.
+        num_steps: how many steps there are.
+        timestep: what the UNet was given, from 1 to 1000 as a rule.
+        window_index: the number of the step's time window, from 0 (noise) on.
+        window_start, window_end: that window in time; 1 is noise, 0 is data.
+        alpha_start, alpha_end: the noise schedule's abar at its two ends.
+        latents: (pictures, channels, height/f, width/f) on the device; after the solver those of the next step.
+    """
+
+    step: int
+    num_steps: int
+    timestep: int
+    window_index: int
+    window_start: float
+    window_end: float
+    alpha_start: float
+    alpha_end: float
+    latents: Tensor
+
+
+StepCallback = Callable[[StepInfo], bool | None]
+
+
+class StepCallbackStep(LoopBlock):
+    """Calls `step_callback(info)` at each step. If it returns True, the run ends with this step.
+
+    The latents are then the clean ones that the step predicts, so they can be decoded. After the solver
+    (`insert_loop_block(blocks, "callback", StepCallbackStep, after="solver")`) the callback sees each step's result.
+    Nothing is read from the device, unless the callback does so.
+
+    Raises:
+        ValueError: `step_callback` cannot be called, or returns something other than True, False and None.
+    """
+
+    @property
+    def description(self) -> str:
+        return "Loop step that calls a function with step, window and latents; if it returns True, the run ends."
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return [
+            latents_input(),
+            step_plan_input(),
+            param(
+                "step_callback",
+                StepCallback,
+                "Called with a StepInfo at each step; may return True to end the run with this step's prediction.",
+            ),
+        ]
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        return [OutputParam("stop_requested", bool, "Whether a block in the loop ended the run before its last step.")]
+
+    def start(self, components: Any, block_state: Any) -> None:
+        callback = block_state.step_callback
+        if callback is not None and not callable(callback):
+            raise ValueError(f"step_callback={callback!r} cannot be called; pass a function of one StepInfo.")
+
+    @torch.no_grad()
+    def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
+        if block_state.step_callback is not None:
+            answer = block_state.step_callback(step_info(block_state, i))
+            if answer is not None and not isinstance(answer, bool):
+                raise ValueError(
+                    f"step_callback returned a value of type {type(answer).__name__}; return True to end the run, "
+                    "False or None to go on."
+                )
+            block_state.stop_requested = block_state.stop_requested or answer is True
+        return components, block_state
+
+
+def step_info(block_state: Any, i: int) -> StepInfo:
+    plan = block_state.step_plan
+    return StepInfo(
+        step=i,
+        num_steps=len(plan),
+        timestep=plan.timesteps[i],
+        window_index=plan.window_index[i],
+        window_start=plan.window_start[i],
+        window_end=plan.window_end[i],
+        alpha_start=plan.alpha_start[i],
+        alpha_end=plan.alpha_end[i],
+        latents=block_state.latents,
+    )

@@ -1,0 +1,59 @@
+"""How a picture is noised to the times of a plan: on the student's path, or to the diffusion marginal."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .noise_schedule import alpha_at
+from .parameterization import WindowAlpha, chord_marginal_coefficients
+from .plan import StepPlan
+
+Noising = Literal["chord", "marginal"]
+NOISINGS: tuple[str, ...] = get_args(Noising)
+
+
+def noise_coefficients(
+    plan: StepPlan, alphas_cumprod: Tensor, *, noising: str = "chord", clean_time: float = 0.0
+) -> Tensor:
+    """(P, Q) of `z = P x0 + Q noise` where each step of a plan starts and where the last one ends.
+
+    On the chord between the marginals at a window's ends, where the student's path runs, or the marginal at the time
+    itself; the two agree at window boundaries. At `clean_time` a picture is left as it is: (1, 0).
+
+    Args:
+        plan: the steps.
+        alphas_cumprod: abar, float64 of shape (num_train_timesteps,), on the host.
+        noising: one of `NOISINGS`.
+        clean_time: the time at which a sample counts as a picture, the end of the last window.
+
+    Returns:
+        float64 of shape (len(plan) + 1, 2), on the host.
+
+    Raises:
+        ValueError: an unknown `noising`.
+    """
+    if noising not in NOISINGS:
+        raise ValueError(f"noising={noising!r} is unknown; pass one of {', '.join(NOISINGS)}.")
+    times = (*plan.times, plan.next_times[-1])
+    rows: list[tuple[float, float]] = []
+    for k, t in enumerate(times):
+        step = min(k, len(plan) - 1)
+        window = WindowAlpha(
+            plan.window_start[step],
+            plan.window_end[step],
+            (plan.alpha_start[step] / plan.alpha_end[step]) ** 0.5,
+            plan.alpha_start[step],
+            plan.alpha_end[step],
+        )
+        if t <= clean_time:
+            rows.append((1.0, 0.0))
+        elif noising == "chord":
+            signal, sigma = chord_marginal_coefficients(window, t)
+            rows.append((float(signal), float(sigma)))
+        else:
+            alpha = alpha_at(alphas_cumprod, t)
+            rows.append((alpha**0.5, (1.0 - alpha) ** 0.5))
+    return torch.tensor(rows, dtype=torch.float64)

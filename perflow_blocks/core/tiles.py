@@ -1,0 +1,124 @@
+"""A large plane cut into overlapping tiles of one size, and put together again without seams.
+
+The pieces are laid down one after the other, each faded in over what lies before it. So every point of the result is
+a weighted mean of the pieces that cover it, with weights that are not negative and sum to 1 by construction: where all
+pieces agree, the result is exactly what they agree on, in any precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TileAxis:
+    """How one axis is cut.
+
+    Attributes:
+        length: of the axis.
+        size: of each tile, at most `length`.
+        starts: where the tiles begin, ascending from 0 to `length - size`.
+        fade: (len(starts), size) in [0, 1], how far each tile replaces what lies before it.
+    """
+
+    length: int
+    size: int
+    starts: tuple[int, ...]
+    fade: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tiling:
+    """How a plane is cut: a tile for each pair of `rows.starts` and `columns.starts`."""
+
+    rows: TileAxis
+    columns: TileAxis
+
+    def __len__(self) -> int:
+        return len(self.rows.starts) * len(self.columns.starts)
+
+    def scale(self, tensor: Tensor) -> int | None:
+        """The whole number k for which `tensor` is (..., k rows, k columns) in size; None where there is none."""
+        k = tensor.shape[-1] // self.columns.length
+        fits = tuple(tensor.shape[-2:]) == (k * self.rows.length, k * self.columns.length)
+        return k if fits and k > 0 else None
+
+    def cut(self, tensor: Tensor, top: int, left: int) -> Tensor:
+        """The tile at (top, left) of a tensor (..., k rows, k columns): a view (..., k size, k size)."""
+        k = tensor.shape[-1] // self.columns.length
+        return tensor.narrow(-2, k * top, k * self.rows.size).narrow(-1, k * left, k * self.columns.size)
+
+    def blend(self, piece_at: Callable[[int, int], Tensor]) -> Tensor:
+        """The plane (..., rows, columns) made of the pieces (..., size, size) that `piece_at(top, left)` gives.
+
+        It is called once for each tile, row by row. Nothing crosses between host and device.
+        """
+        bands = (
+            _lay((piece_at(top, left) for left in self.columns.starts), self.columns, -1) for top in self.rows.starts
+        )
+        return _lay(bands, self.rows, -2)
+
+
+def cut_plane(
+    height: int, width: int, size: int, overlap: int, device: torch.device | str | None = None
+) -> Tiling | None:
+    """The tiling of a plane into tiles of `size` by `size`, each overlapping the next by `overlap` or more.
+
+    An axis that is shorter than a tile is not cut. The tiles are as few as can be and spread evenly.
+
+    Args:
+        height, width: of the plane, at least 1.
+        size: of a tile, at least 1.
+        overlap: at least 0, at most half of `size`; with 0 the pieces are not blended.
+        device: where `fade` is put.
+
+    Returns:
+        The tiling, None where one tile covers the plane.
+    """
+    if height <= size and width <= size:
+        return None
+    return Tiling(rows=_cut_axis(height, size, overlap, device), columns=_cut_axis(width, size, overlap, device))
+
+
+def _cut_axis(length: int, size: int, overlap: int, device: torch.device | str | None) -> TileAxis:
+    size = min(size, length)
+    slack = length - size
+    gaps = math.ceil(slack / (size - overlap))
+    starts = tuple(k * slack // gaps for k in range(gaps + 1)) if gaps else (0,)
+    return TileAxis(length=length, size=size, starts=starts, fade=_fade(starts, size, overlap).to(device=device))
+
+
+def _fade(starts: tuple[int, ...], size: int, overlap: int) -> Tensor:
+    """(len(starts), size): half a cosine wave of length `overlap` in the middle of where two tiles overlap.
+
+    Where they overlap by more, the rest of it next to a tile's border, which the network saw with the least around it,
+    is not used.
+    """
+    phase = (torch.arange(overlap, dtype=torch.float64) + 0.5) / max(overlap, 1)
+    ramp = 0.5 - 0.5 * torch.cos(math.pi * phase)
+    fade = torch.ones(len(starts), size, dtype=torch.float64)
+    for k in range(1, len(starts)):
+        begin = (starts[k - 1] + size - starts[k] - overlap) // 2
+        fade[k, :begin] = 0.0
+        fade[k, begin : begin + overlap] = ramp
+    return fade.float()
+
+
+def _lay(pieces: Iterable[Tensor], axis: TileAxis, dim: int) -> Tensor:
+    """The pieces, `axis.size` long in `dim` (-1 or -2), one over the other on a canvas `axis.length` long."""
+    canvas: Tensor | None = None
+    for piece, start, fade in zip(pieces, axis.starts, axis.fade, strict=True):
+        if canvas is None:
+            shape = list(piece.shape)
+            shape[dim] = axis.length
+            canvas = piece.new_zeros(shape)
+        part = canvas.narrow(dim, start, axis.size)
+        # lerp(a, b, 0) is a, lerp(a, b, 1) is b and lerp(a, a, w) is a, all to the bit.
+        part.copy_(torch.lerp(part, piece, fade.to(piece.dtype).reshape(-1, *[1] * (-1 - dim))))
+    assert canvas is not None
+    return canvas

@@ -1,0 +1,202 @@
+"""Inpainting: the known part stays what it was, in latents and in pixels, and the hole is painted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ClassifierFreeGuidance
+from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
+from PIL import Image
+from torch import Tensor
+
+from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
+from perflow_blocks.blocks.loop_block import LoopBlock
+from perflow_blocks.schedulers import PeRFlowScheduler
+from perflow_blocks.testing.tiny import BETAS, tiny_inpainting_unet, tiny_picture
+
+from .blocks_support import generator, make_pipeline, run
+
+PICTURE = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(11))
+NOISE = torch.randn(1, 4, 16, 16, generator=generator())
+HOLE = torch.zeros(1, 1, 16, 16)
+HOLE[..., 4:12, 8:] = 1.0
+KNOWN = (HOLE == 0.0).expand_as(PICTURE)
+
+
+def hole_picture() -> Image.Image:
+    """The same hole in pixels: white is painted."""
+    pixels = torch.nn.functional.interpolate(HOLE, scale_factor=2)[0, 0]
+    return Image.fromarray(np.uint8(pixels.numpy() * 255), mode="L")
+
+
+class Recorder(LoopBlock):
+    """Keeps the latents with which each step ends, in a list that the call gives it."""
+
+    @property
+    def description(self) -> str:
+        return "Keeps the latents of each step."
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return [InputParam("recorded", type_hint=list[Tensor], description="Where to keep them.")]
+
+    def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
+        block_state.recorded.append(block_state.latents)
+        return components, block_state
+
+
+def recording_pipeline(**components: Any) -> Any:
+    blocks = PeRFlowSDXLAutoBlocks()
+    loop = blocks.sub_blocks["denoise"].sub_blocks["denoise"].sub_blocks["inpaint_denoise"]
+    loop.sub_blocks["recorder"] = Recorder()
+    return make_pipeline(blocks, **components)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.8, 0.3])
+@pytest.mark.parametrize("steps", [4, 7])
+def test_the_known_part_follows_the_path_and_ends_untouched(strength: float, steps: int) -> None:
+    pipe, recorded = recording_pipeline(), list[Tensor]()
+    state = pipe(
+        prompt="a star",
+        image_latents=PICTURE,
+        mask=HOLE,
+        strength=strength,
+        num_inference_steps=steps,
+        generator=generator(),
+        output_type="latent",
+        recorded=recorded,
+    )
+    scheduler = PeRFlowScheduler(**BETAS)
+    ends = [round(t * 1000) for t in state.get("step_plan").next_times[:-1]]
+    assert len(recorded) == len(ends) + 1
+    for timestep, latents in zip(ends, recorded, strict=False):
+        expected = scheduler.add_noise_chord(PICTURE, NOISE, torch.tensor(timestep))
+        torch.testing.assert_close(latents[KNOWN], expected[KNOWN], rtol=1e-5, atol=1e-5)
+        assert (latents - expected)[~KNOWN].abs().max() > 1e-2
+    assert torch.equal(state.get("latents")[KNOWN], PICTURE[KNOWN])
+    assert (state.get("latents") - PICTURE)[~KNOWN].abs().max() > 1e-2
+
+
+def test_at_full_strength_the_hole_starts_as_pure_noise() -> None:
+    pipe = make_pipeline()
+    seen: list[Tensor] = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0][:1]))
+    run(pipe, image_latents=PICTURE, mask=HOLE, num_inference_steps=4)
+    assert torch.equal(seen[0][~KNOWN], NOISE[~KNOWN])
+    known = PeRFlowScheduler(**BETAS).add_noise_chord(PICTURE, NOISE, torch.tensor(1000))
+    torch.testing.assert_close(seen[0][KNOWN], known[KNOWN])
+
+
+def test_what_was_in_the_hole_matters_below_full_strength_only() -> None:
+    pipe, other = make_pipeline(), torch.where(KNOWN, PICTURE, PICTURE + 1.0)
+    for strength, matters in ((1.0, False), (0.6, True)):
+        results = [run(pipe, image_latents=picture, mask=HOLE, strength=strength) for picture in (PICTURE, other)]
+        assert ((results[0] - results[1]).abs().max() > 1e-2) == matters
+
+
+@pytest.mark.parametrize("kind", ["pil", "np", "pt"])
+def test_known_pixels_are_put_back_exactly(kind: str) -> None:
+    pipe, picture = make_pipeline(), tiny_picture(3)
+    inputs = {"image": picture, "mask_image": hole_picture(), "output_type": kind}
+    images = run(pipe, **inputs)
+    pixels = {
+        "pil": lambda: np.asarray(images[0]) / 255.0,
+        "np": lambda: images[0],
+        "pt": lambda: images[0].permute(1, 2, 0).numpy(),
+    }[kind]()
+    difference = np.abs(pixels - np.asarray(picture) / 255.0)
+    known = np.asarray(hole_picture()) == 0
+    assert difference[known].max() < (1e-9 if kind == "pil" else 1e-6)
+    assert difference[~known].max() > 0.05
+    left = run(pipe, **inputs, keep_known_pixels=False)
+    first = np.asarray(left[0]) / 255.0 if kind == "pil" else np.asarray(left[0])
+    assert first.shape == (pixels.shape if kind != "pt" else (3, 32, 32))
+    if kind == "pil":
+        assert np.abs(first - np.asarray(picture) / 255.0)[known].max() > 0.05
+
+
+def test_a_cropped_region_is_painted_at_full_size_and_laid_over_the_picture() -> None:
+    picture, mask = tiny_picture(4, (64, 48)), Image.new("L", (64, 48))
+    mask.paste(255, (40, 20, 56, 36))
+    image = run(
+        make_pipeline(), image=picture, mask_image=mask, padding_mask_crop=4, output_type="pil", height=32, width=32
+    )[0]
+    assert image.size == (64, 48)
+    known = np.asarray(mask) == 0
+    difference = np.abs(np.asarray(image).astype(int) - np.asarray(picture).astype(int))
+    assert difference[known].max() <= 1
+    assert difference[~known].max() > 10
+
+
+def test_a_nine_channel_unet_sees_mask_and_masked_picture() -> None:
+    pipe, recorded = recording_pipeline(unet=tiny_inpainting_unet()), list[Tensor]()
+    seen: list[Tensor] = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    state = pipe(
+        prompt="a star",
+        image=tiny_picture(3),
+        mask_image=hole_picture(),
+        generator=generator(),
+        output_type="latent",
+        recorded=recorded,
+    )
+    assert {tuple(sample.shape) for sample in seen} == {(2, 9, 16, 16)}
+    assert torch.equal(seen[0][:, 4:5], HOLE.expand(2, -1, -1, -1))
+    assert torch.equal(seen[0][:1, 5:], state.get("masked_image_latents"))
+    assert torch.equal(state.get("latents")[KNOWN], state.get("image_latents")[KNOWN])
+    # Until the last step such a UNet paints the whole picture by itself.
+    known = PeRFlowScheduler(**BETAS).add_noise_chord(
+        state.get("image_latents"), state.get("noise"), torch.tensor(750)
+    )
+    assert (recorded[1] - known)[KNOWN].abs().max() > 1e-2
+
+
+def test_a_four_channel_unet_is_spared_the_masked_picture() -> None:
+    pipe = make_pipeline()
+    encoded: list[int] = []
+    pipe.vae.encoder.register_forward_pre_hook(lambda module, args: encoded.append(args[0].shape[0]))
+    run(pipe, image=tiny_picture(3), mask_image=hole_picture())
+    assert encoded == [1]
+
+
+def test_a_split_run_goes_on_with_latents_and_noise() -> None:
+    pipe = make_pipeline(guider=ClassifierFreeGuidance(guidance_scale=2.0))
+    inputs = {"prompt": "a star", "image_latents": PICTURE, "mask": HOLE, "num_inference_steps": 4}
+    inputs["output_type"] = "latent"
+    whole = pipe(**inputs, generator=generator())
+    base = pipe(**inputs, generator=generator(), denoising_end=0.5)
+    rest = pipe(**inputs, denoising_start=0.5, latents=base.get("latents"), noise=base.get("noise"))
+    torch.testing.assert_close(rest.get("latents"), whole.get("latents"), rtol=1e-5, atol=1e-5)
+
+
+def test_pictures_masks_and_prompts_are_matched_in_order() -> None:
+    pipe = make_pipeline()
+    masks = [hole_picture(), hole_picture().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    pictures, prompts = [tiny_picture(1), tiny_picture(2)], ["a star", "a ring"]
+    together = run(
+        pipe,
+        prompt=prompts,
+        image=pictures,
+        mask_image=masks,
+        num_images_per_prompt=2,
+        generator=[generator(seed) for seed in (1, 2, 3, 4)],
+    )
+    for row in range(4):
+        which = row // 2
+        alone = run(
+            pipe,
+            prompt=prompts[which],
+            image=pictures[which],
+            mask_image=masks[which],
+            generator=[generator(row + 1)],
+        )
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_vae_with_latent_statistics_encodes() -> None:
+    pipe = make_pipeline()
+    pipe.vae.register_to_config(latents_mean=[0.1] * 4, latents_std=[1.1] * 4)
+    assert torch.isfinite(run(pipe, image=tiny_picture(3), mask_image=hole_picture())).all()

@@ -1,0 +1,164 @@
+"""What callers of each workflow get wrong: one clear line, before any model runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import MultiControlNetModel
+
+from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
+from perflow_blocks.testing.tiny import (
+    load_tiny_ip_adapter,
+    tiny_controlnet,
+    tiny_controlnet_union,
+    tiny_feature_extractor,
+    tiny_image_encoder,
+    tiny_inpainting_unet,
+    tiny_mask,
+    tiny_picture,
+)
+
+from .blocks_support import generator, make_pipeline
+
+PICTURE, MASK = tiny_picture(1), tiny_mask()
+LATENTS = torch.zeros(1, 4, 16, 16)
+HOLE = torch.ones(1, 1, 16, 16)
+
+
+def pipeline(kind: str) -> Any:
+    match kind:
+        case "controlnet":
+            return make_pipeline(controlnet=tiny_controlnet())
+        case "several":
+            return make_pipeline(controlnet=MultiControlNetModel([tiny_controlnet(1), tiny_controlnet(2)]))
+        case "union":
+            return make_pipeline(controlnet=tiny_controlnet_union())
+        case "nine":
+            return make_pipeline(unet=tiny_inpainting_unet())
+        case "ip_adapter":
+            pipe = make_pipeline(image_encoder=tiny_image_encoder())
+            pipe.feature_extractor = tiny_feature_extractor()
+            load_tiny_ip_adapter(pipe, 2)
+            return pipe
+    return make_pipeline()
+
+
+IMAGE = {"image": PICTURE}
+INPAINT = {"image": PICTURE, "mask_image": MASK}
+CONTROL = {"control_image": PICTURE}
+MISTAKES: list[tuple[str, dict[str, Any], str]] = [
+    ("plain", {**IMAGE, "strength": 0}, r"strength=0 is outside \(0, 1\]; pass for example 0.5"),
+    ("plain", {**IMAGE, "strength": 1.5}, r"strength=1.5 is outside \(0, 1\]"),
+    ("plain", {**IMAGE, "strength": -0.1}, r"strength=-0.1 is outside"),
+    ("plain", {**IMAGE, "strength": float("nan")}, r"strength=nan is outside"),
+    ("plain", {**IMAGE, "strength": "0.5"}, r"strength='0.5' is outside"),
+    ("plain", {"image": "star.png"}, "image is of type str; pass a PIL picture"),
+    ("plain", {"image": []}, "image is an empty list"),
+    ("plain", {"image": [PICTURE] * 3}, "image holds 3 pictures for 1 prompts"),
+    ("plain", {"image": LATENTS}, "image has 4 channels, as latents have; pass latents as image_latents"),
+    ("plain", {**IMAGE, "image_latents": LATENTS}, "both image and image_latents are given"),
+    ("plain", {"image_latents": LATENTS[0]}, r"image_latents is of shape \(4, 16, 16\); pass a tensor \(n, 4"),
+    ("plain", {**IMAGE, "noising": "line"}, "noising='line' is unknown; pass one of chord, marginal"),
+    ("plain", {"mask_image": MASK}, "a mask is given but no picture; pass image"),
+    ("plain", {"image": PICTURE, "mask_image": tiny_mask((32, 24))}, "mask_image is 32x24, image 32x32"),
+    ("plain", {"image": PICTURE, "mask_image": np.zeros((16, 32))}, "mask_image is 32x16, image 32x32"),
+    ("plain", {"image_latents": LATENTS, "mask": HOLE[..., :8]}, "mask is 8x16, image_latents 16x16"),
+    ("plain", {"image_latents": LATENTS, "mask": LATENTS}, r"mask is of shape .* pass a tensor \(n, 1"),
+    ("plain", {"image_latents": LATENTS, "mask_image": MASK}, "mask_image goes with image"),
+    ("plain", {**IMAGE, "mask": HOLE}, "mask goes with image_latents"),
+    ("plain", {"image": PICTURE, "mask_image": [MASK] * 2}, "mask_image holds 2 pictures for 1 prompts"),
+    ("plain", {"image": [PICTURE], "mask_image": MASK, "padding_mask_crop": 8}, "padding_mask_crop needs image"),
+    ("plain", {"denoising_end": 1.2}, r"denoising_end=1.2 is outside \(0, 1\]"),
+    ("plain", {"denoising_end": 0}, r"denoising_end=0 is outside"),
+    ("plain", {"image_latents": LATENTS, "denoising_start": 1.0}, r"denoising_start=1.0 is outside \(0, 1\)"),
+    (
+        "plain",
+        {"image_latents": LATENTS, "denoising_start": 0.5, "denoising_end": 0.5},
+        "denoising_end=0.5 is not above denoising_start=0.5",
+    ),
+    ("plain", {"denoising_start": 0.5}, "denoising_start goes on from latents of an earlier run, and none are given"),
+    ("plain", {**INPAINT, "denoising_start": 0.5}, "pass them as latents beside image"),
+    ("plain", {**IMAGE, "generator": [generator()] * 3}, "3 generators for 1 pictures"),
+    ("plain", {**INPAINT, "generator": [generator()] * 2}, "2 generators for 1 pictures"),
+    ("plain", {**IMAGE, "latents": LATENTS[:, :3]}, r"latents have shape \(1, 3, 16, 16\)"),
+    ("plain", {**CONTROL}, "controlnet not loaded"),
+    ("plain", {"control_mode": 1}, "control_mode is given but control_image is missing"),
+    ("plain", {"ip_adapter_image": PICTURE}, "image_encoder not loaded"),
+    ("plain", {"ip_adapter_embeds": [LATENTS]}, r"no IP-Adapter is loaded; call pipe.load_ip_adapter"),
+    ("plain", {"prompt_embeds": LATENTS}, "both prompt and prompt_embeds are given; pass texts alone"),
+    ("plain", {"prompt": None, "prompt_embeds": torch.zeros(1, 16, 32)}, "only one of prompt_embeds and pooled"),
+    (
+        "plain",
+        {
+            "prompt": None,
+            "prompt_embeds": torch.zeros(1, 16, 32),
+            "pooled_prompt_embeds": torch.zeros(1, 16),
+            "negative_prompt": "a",
+        },
+        "negative_prompt is given beside prompt_embeds",
+    ),
+    ("controlnet", {"controlnet_conditioning_scale": 0.5}, "controlnet_conditioning_scale is given but control_image"),
+    ("controlnet", {**CONTROL, "control_mode": 1}, "control_mode is given, but the controlnet is a ControlNetModel"),
+    ("controlnet", {**CONTROL, "control_guidance_start": 0.8, "control_guidance_end": 0.5}, "are no range in"),
+    ("controlnet", {**CONTROL, "control_guidance_end": 1.5}, "are no range in"),
+    ("several", {**CONTROL}, r"1 control image\(s\) for 2 ControlNets; pass a list with one for each"),
+    ("several", {"control_image": [PICTURE] * 3}, r"3 control image\(s\) for 2 ControlNets"),
+    (
+        "several",
+        {"control_image": [PICTURE] * 2, "controlnet_conditioning_scale": [1.0]},
+        "controlnet_conditioning_scale holds 1 values for 2 ControlNets",
+    ),
+    ("union", {**CONTROL}, "control_mode is missing, which a ControlNet-Union needs"),
+    ("union", {**CONTROL, "control_mode": [0, 1]}, "1 control images for 2 modes"),
+    ("union", {**CONTROL, "control_mode": 99}, "control_mode=99 is no kind of this ControlNet-Union; pass 0 to"),
+    ("union", {**CONTROL, "control_mode": 1, "control_guidance_end": [0.5]}, "control_guidance_end is a list"),
+    ("nine", {}, "the UNet takes 9 channels and is made for inpainting; pass image and mask_image"),
+    ("nine", {**IMAGE}, "the UNet takes 9 channels"),
+    ("ip_adapter", {}, r"the UNet has 2 IP-Adapter\(s\) loaded, but ip_adapter_image is missing"),
+    ("ip_adapter", {"ip_adapter_image": PICTURE}, "given for 1 IP-Adapters, and 2 are loaded"),
+    ("ip_adapter", {"ip_adapter_image": [PICTURE] * 3}, "given for 3 IP-Adapters, and 2 are loaded"),
+    ("ip_adapter", {"ip_adapter_embeds": [LATENTS]}, "ip_adapter_embeds is given for 1 IP-Adapters, and 2"),
+    (
+        "ip_adapter",
+        {"ip_adapter_image": [PICTURE] * 2, "ip_adapter_embeds": [LATENTS] * 2},
+        "both ip_adapter_image and ip_adapter_embeds are given",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def pipelines() -> dict[str, Any]:
+    return {kind: pipeline(kind) for kind in ("plain", "controlnet", "several", "union", "nine", "ip_adapter")}
+
+
+@pytest.mark.parametrize(("kind", "inputs", "message"), MISTAKES, ids=[f"{k}-{m[:40]}" for k, _, m in MISTAKES])
+def test_mistake(pipelines: dict[str, Any], kind: str, inputs: dict[str, Any], message: str) -> None:
+    pipe, ran = pipelines[kind], []
+    hooks = [
+        model.register_forward_pre_hook(lambda *_: ran.append("a model"))
+        for model in pipe.components.values()
+        if isinstance(model, torch.nn.Module)
+    ]
+    with pytest.raises(ValueError, match=message) as caught:
+        pipe(**{"prompt": "a star", "num_inference_steps": 4, **inputs})
+    for hook in hooks:
+        hook.remove()
+    assert ran == []
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("workflow", "missing"),
+    [
+        ("controlnet_text2image", "control_image"),
+        ("image2image", "image"),
+        ("ip_adapter_text2image", "ip_adapter_image"),
+    ],
+)
+def test_a_workflow_that_was_taken_out_names_what_it_lacks(workflow: str, missing: str) -> None:
+    pipe = make_pipeline(PeRFlowSDXLAutoBlocks().get_workflow(workflow))
+    with pytest.raises(ValueError, match=f"{missing} is missing, and this workflow needs it; pass {missing}="):
+        pipe(prompt="a star")
