@@ -320,6 +320,9 @@ def test_weights_that_cannot_be_made_float32() -> None:
     small = nn.Linear(2, 2)
     small.weight.data = small.weight.data.to(torch.float8_e4m3fn)
     assert "float8_e4m3fn" in str(why_not_float32([small]))
+    packed = nn.Linear(2, 2)
+    packed.weight = nn.Parameter(packed.weight.data.to(torch.uint8), requires_grad=False)
+    assert "weights of torch.uint8 cannot" in str(why_not_float32([packed]))
 
 
 def test_offloaded_weights_leave_the_error() -> None:

@@ -39,14 +39,7 @@ def check_controlnet(controlnet: Any, request: Any) -> None:
         )
     if isinstance(controlnet, MultiControlNetModel):
         _check_several(len(controlnet.nets), request)
-    starts, ends = _listed(request.control_guidance_start, 0.0), _listed(request.control_guidance_end, 1.0)
-    for start in starts:
-        for end in ends if len(starts) != len(ends) else [ends[starts.index(start)]]:
-            if not 0.0 <= start < end <= 1.0:
-                raise ValueError(
-                    f"control_guidance_start={start} and control_guidance_end={end} are no range in [0, 1]; pass a "
-                    "start below the end."
-                )
+    _check_range(request.control_guidance_start, request.control_guidance_end)
 
 
 def check_ip_adapters(unet: Any, request: Any) -> None:
@@ -73,6 +66,22 @@ def check_ip_adapters(unet: Any, request: Any) -> None:
         raise ValueError(
             f"{name} is given for {count} IP-Adapters, and {adapters} are loaded; pass a list with one entry for each."
         )
+
+
+def _check_range(start: Any, end: Any) -> None:
+    starts, ends = _listed(start, 0.0), _listed(end, 1.0)
+    count = max(len(starts), len(ends))
+    starts, ends = (values * count if len(values) == 1 else values for values in (starts, ends))
+    if len(starts) != len(ends):
+        raise ValueError(
+            f"control_guidance_start holds {len(starts)} values and control_guidance_end {len(ends)}; pass as many."
+        )
+    for first, last in zip(starts, ends, strict=True):
+        if not 0.0 <= first < last <= 1.0:
+            raise ValueError(
+                f"control_guidance_start={first} and control_guidance_end={last} are no range in [0, 1]; pass a start "
+                "below the end."
+            )
 
 
 def _has_ip_adapters(unet: Any) -> bool:

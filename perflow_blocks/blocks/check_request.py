@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..components.inputs import OUTPUT_TYPES
 from ..core.noising import NOISINGS
 from ..core.windows import require_positive_int
@@ -62,6 +65,9 @@ def check_sampling(request: Any) -> None:
             require_positive_int(name, getattr(request, name))
     if request.clip_skip is not None and (not isinstance(request.clip_skip, int) or request.clip_skip < 0):
         raise ValueError(f"clip_skip={request.clip_skip!r} is no whole number of at least 0; leave it out.")
+    if not isinstance(request.cross_attention_kwargs, (dict, type(None))):
+        given = type(request.cross_attention_kwargs).__name__
+        raise ValueError(f'cross_attention_kwargs is of type {given}; pass a dictionary, such as {{"scale": 0.5}}.')
     if request.strength is not None:
         check_strength(request.strength)
     check_denoising_range(request.denoising_start, request.denoising_end)
@@ -88,6 +94,8 @@ def count_prompts(request: Any) -> int:
             raise ValueError(f"{name} is {_kind(text)}; pass a text or a list of texts.")
         if not isinstance(text, str) and not text:
             raise ValueError(f"{name} is an empty list; pass at least one text.")
+    if request.negative_prompt_2 is not None and request.negative_prompt is None:
+        raise ValueError("negative_prompt_2 goes with negative_prompt, and has no effect alone; pass both.")
     count = _length(request.prompt)
     for name, text in texts.items():
         if (not isinstance(text, str) or name == "prompt_2") and _length(text) != count:
@@ -112,22 +120,38 @@ def check_size(request: Any, factor: int) -> None:
         raise ValueError("only one of negative_original_size and negative_target_size is given; pass both or neither.")
 
 
-def check_latents(request: Any, pictures: int, channels: int) -> None:
+def check_latents(request: Any, pictures: int, channels: int, factor: int) -> None:
     """
     Raises:
-        ValueError: as many generators as there are pictures, or latents of another shape.
+        ValueError: not one generator, or one for each picture, or latents of another shape or size.
     """
     generator, latents = request.generator, request.latents
     if isinstance(generator, list) and len(generator) != pictures:
         raise ValueError(f"{len(generator)} generators for {pictures} pictures; pass one, or one for each picture.")
+    entries = generator if isinstance(generator, list) else [generator]
+    wrong = [entry for entry in entries if not isinstance(entry, (torch.Generator, type(None)))]
+    if wrong:
+        raise ValueError(f"generator is of type {type(wrong[0]).__name__}; pass a torch.Generator, or a list of them.")
+    if latents is not None and not isinstance(latents, Tensor):
+        raise ValueError(f"latents are of type {type(latents).__name__}; pass a tensor.")
     if latents is not None and (latents.ndim != 4 or tuple(latents.shape[:2]) != (pictures, channels)):
         raise ValueError(
             f"latents have shape {tuple(latents.shape)}; for {pictures} pictures pass "
             f"({pictures}, {channels}, height/f, width/f)."
         )
+    for name, axis in (("height", -2), ("width", -1)):
+        size = getattr(request, name)
+        if latents is not None and size is not None and size != latents.shape[axis] * factor:
+            raise ValueError(
+                f"{name}={size}, but the latents are those of {latents.shape[axis] * factor} pixels; pass {name}="
+                f"{latents.shape[axis] * factor}, or leave it out."
+            )
 
 
 def _count_embeddings(request: Any) -> int:
+    for name in EMBEDDING_NAMES:
+        if not isinstance(getattr(request, name), (Tensor, type(None))):
+            raise ValueError(f"{name} is of type {type(getattr(request, name)).__name__}; pass a tensor.")
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         pooled = name.replace("prompt", "pooled_prompt")
         if (getattr(request, name) is None) != (getattr(request, pooled) is None):

@@ -1,4 +1,4 @@
-"""`perflow evaluate`: how good the embedded model's pictures are, beside the teacher's."""
+"""`perflow evaluate`: how good the embedded model's pictures are, drawn from nothing or from others."""
 
 from __future__ import annotations
 
@@ -13,18 +13,33 @@ def evaluate(
     prompts: Annotated[int, typer.Option(help="Number of prompts, at least 2; 512 for figures worth quoting.")] = 512,
     out: Annotated[Path | None, typer.Option(help="Write the tables to this Markdown file too.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out the two rows of 50 steps.")] = False,
+    editing: Annotated[
+        bool,
+        typer.Option(
+            "--editing", help="Measure image-to-image and inpainting instead; --out puts a sheet (.png) beside."
+        ),
+    ] = False,
 ) -> None:
     """Measure prompt accuracy and Frechet distance of teacher and PeRFlow, with standard errors and times."""
-    from ..components.files import atomic_path, require_writable_directory
+    from ..components.files import require_writable_directory
 
     if find_spec("torchmetrics") is None:
         raise ValueError('evaluate needs torchmetrics; install it with pip install "perflow-blocks[eval]".')
+    if editing and quick:
+        raise ValueError("--quick leaves out rows that --editing does not have; pass the one or the other.")
+    if out is not None:
+        if out.is_dir() or out.suffix == ".png":
+            raise ValueError(f"--out {out} is {'a directory' if out.is_dir() else 'a picture'}; name a Markdown file.")
+        require_writable_directory(out.parent)
+    if editing:
+        _evaluate_editing(prompts, out)
+    else:
+        _evaluate_samplers(prompts, out, quick=quick)
+
+
+def _evaluate_samplers(prompts: int, out: Path | None, *, quick: bool) -> None:
     from ..evaluation.comparison import make_evaluation_set
 
-    if out is not None:
-        if out.is_dir():
-            raise ValueError(f"--out {out} is a directory; name a Markdown file.")
-        require_writable_directory(out.parent)
     data = make_evaluation_set(prompts)
     from .pipeline import quiet_libraries
 
@@ -35,7 +50,31 @@ def evaluate(
     from ..evaluation.samplers import demo_samplers
 
     rows = evaluate_samplers(demo_samplers(quick=quick), data, load_classifier(), teacher_pipeline().vae)
-    text = report(rows)
+    _hand_over(report(rows), out)
+
+
+def _evaluate_editing(prompts: int, out: Path | None) -> None:
+    from ..evaluation.editing_set import make_editing_set
+
+    data = make_editing_set(prompts)
+    from .pipeline import quiet_libraries
+
+    quiet_libraries()
+    from ..demo import perflow_pipeline
+    from ..evaluation.classifier import load_classifier
+    from ..evaluation.editing_report import editing_report, editing_sheet
+    from .generate import save_png
+
+    pipe = perflow_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    _hand_over(editing_report(pipe, data, load_classifier()), out)
+    if out is not None:
+        save_png(editing_sheet(pipe, data), out.with_suffix(".png"), {})
+
+
+def _hand_over(text: str, out: Path | None) -> None:
+    from ..components.files import atomic_path
+
     typer.echo(text)
     if out is not None:
         with atomic_path(out) as temporary:

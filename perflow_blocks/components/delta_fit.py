@@ -25,9 +25,11 @@ from ..core.delta import (
     scaled_sum,
 )
 
-IP_ADAPTER_PARTS = (".processor.", ".encoder_hid_proj.")
-LORA_PART = ".lora_A."
-"""What diffusers and peft have in the names of weights that adapters add to a model."""
+BESIDE = (".processor.", ".encoder_hid_proj.", ".to_qkv.", ".to_kv.", ".lora_")
+"""Parts of the names of weights that stand beside a model's own: of IP-Adapters, fused projections, LoRA."""
+
+WRAPPED = ".base_layer."
+"""What peft puts into the name of a weight that it has wrapped."""
 
 PARTIAL_KEY = "perflow.partial"
 """In a file's metadata, with the value "true": the model may have weights that the file does not name."""
@@ -67,17 +69,18 @@ def fit_delta(file: Any, path: str | os.PathLike[str], module: nn.Module, change
 
 def _mergeable_weights(module: nn.Module, path: str | os.PathLike[str], named: set[str]) -> dict[str, Tensor]:
     attentions = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, Attention))
-    fused = [name for name, layer in attentions if layer.fused_projections]
+    fused = [name for name, layer in attentions if "Fused" in type(layer.processor).__name__]
     if fused:
         raise ValueError(
             f"cannot merge {path} into fused projections ({listed(fused)}), which are copies of the weights; call "
             "unet.unfuse_qkv_projections(), and merge before fusing projections."
         )
-    weights = floating_entries(module)
+    own = _own_weights(module, named)
+    weights = floating_entries(own)
     # Quantized and sharded weights are integers, or tensor subclasses whose arithmetic is their own.
     quantized = [
         name
-        for name, tensor in module.state_dict(keep_vars=True).items()
+        for name, tensor in own.items()
         if name in named and (name not in weights or type(tensor) not in (Tensor, nn.Parameter))
     ]
     if quantized:
@@ -94,19 +97,22 @@ def _mergeable_weights(module: nn.Module, path: str | os.PathLike[str], named: s
     return weights
 
 
+def _own_weights(module: nn.Module, named: set[str]) -> dict[str, Tensor]:
+    """The model's weights by the names that they have without adapters, whose own a delta does not speak of."""
+    state = module.state_dict(keep_vars=True)
+    return {
+        name.replace(WRAPPED, "."): tensor
+        for name, tensor in state.items()
+        if name in named or not any(part in f".{name}" for part in BESIDE)
+    }
+
+
 def _require_shapes(file: Any, path: str | os.PathLike[str], module: nn.Module, weights: Mapping[str, Tensor]) -> int:
     """The input channels that the model has more than the file, once nothing else differs."""
     delta_shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    # The weights of IP-Adapters stand beside the model's own; a delta does not speak of them.
-    weight_shapes = {
-        name: tuple(weight.shape)
-        for name, weight in weights.items()
-        if name in delta_shapes or not any(part in f".{name}" for part in IP_ADAPTER_PARTS)
-    }
+    weight_shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     extra = extra_input_channels(delta_shapes, weight_shapes)
     remedy = "Pass a delta that was extracted from the same architecture."
-    if any(LORA_PART in name for name in weights):
-        remedy = "LoRA layers are in the way: call pipe.unload_lora_weights(), merge, and load the LoRA again."
     if extra > 0:
         weight_shapes[INPUT_WEIGHT] = delta_shapes[INPUT_WEIGHT]
     elif extra < 0:

@@ -29,9 +29,11 @@ def why_not_float32(models: Sequence[nn.Module]) -> str | None:
     """What keeps these models from computing in float32 for a while; None where nothing does."""
     if any(_is_group_offload_enabled(model) for model in models) or any(t.is_meta for t in _tensors(models)):
         return "weights that are offloaded layer by layer cannot be made float32"
-    others = {t.dtype for t in _tensors(models)} - {*HALF, torch.float32}
-    if others:
-        return f"weights of {', '.join(sorted(map(str, others)))} cannot be made float32"
+    weights = [weight for model in models for weight in model.parameters()]
+    quantized = {str(weight.dtype) for weight in weights} - {str(dtype) for dtype in (*HALF, torch.float32)}
+    quantized |= {type(weight.data).__name__ for weight in weights} - {"Tensor"}
+    if quantized:
+        return f"weights of {', '.join(sorted(quantized))} cannot be made float32"
     return None
 
 

@@ -76,7 +76,7 @@ def evaluate_samplers(
     rows = []
     if vae is not None:
         rows.append(_row("real renders", data.renders, data, classifier))
-        rows.append(_row("VAE reconstructions", _reconstruct(vae, data.renders), data, classifier))
+        rows.append(_row("VAE reconstructions", reconstruct(vae, data.renders), data, classifier))
     texts = [prompt.text for prompt in data.prompts]
     total = sum(sampler.nfe for sampler in samplers) * len(texts)
     with tqdm(total=total, desc="evaluate", unit="row", unit_scale=True) as progress:
@@ -173,7 +173,8 @@ def _render(scenes: Sequence[Scene], rng: np.random.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def _reconstruct(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+def reconstruct(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Pictures (count, 3, height, width) in [0, 1], encoded (the posterior's mode) and decoded."""
     chunks = [vae.decode(vae.encode(chunk * 2 - 1).latent_dist.mode()).sample for chunk in pictures.split(_BATCH)]
     return (torch.cat(chunks) / 2 + 0.5).clamp(0, 1)
 
