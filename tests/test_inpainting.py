@@ -131,6 +131,15 @@ def test_a_cropped_region_is_painted_at_full_size_and_laid_over_the_picture() ->
     assert difference[~known].max() > 10
 
 
+def test_a_picture_keeps_its_size() -> None:
+    picture, mask = tiny_picture(4, (48, 24)), Image.new("L", (48, 24), 255)
+    images = run(make_pipeline(), image=[picture], mask_image=mask, output_type="pil")
+    assert images[0].size == (48, 24)
+    arrays = {"image": np.asarray(picture)[None] / 255.0, "mask_image": np.ones((1, 24, 48, 1))}
+    assert run(make_pipeline(), **arrays, output_type="np").shape == (1, 24, 48, 3)
+    assert run(make_pipeline(), image=picture, mask_image=mask, height=32, width=32).shape == (1, 4, 16, 16)
+
+
 def test_a_nine_channel_unet_sees_mask_and_masked_picture() -> None:
     pipe, recorded = recording_pipeline(unet=tiny_inpainting_unet()), list[Tensor]()
     seen: list[Tensor] = []

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from .pictures import count_pictures
+from .pictures import count_pictures, picture_size
 
 
 def check_pictures(request: Any, prompts: int, pictures: int, channels: int, unet_channels: int) -> None:
@@ -93,8 +93,8 @@ def _check_count(name: str, count: int, prompts: int, pictures: int) -> None:
 def _check_mask_size(mask_name: str, mask: Any, image_name: str, image: Any) -> None:
     if mask is None or image is None:
         return
-    sizes = {_size(entry) for entry in _entries(image)}
-    mask_sizes = {_size(entry) for entry in _entries(mask)}
+    sizes = {picture_size(entry) for entry in _entries(image)}
+    mask_sizes = {picture_size(entry) for entry in _entries(mask)}
     if sizes != mask_sizes and len(mask_sizes) == len(sizes) == 1:
         (height, width), (mask_height, mask_width) = sizes.pop(), mask_sizes.pop()
         raise ValueError(
@@ -105,15 +105,6 @@ def _check_mask_size(mask_name: str, mask: Any, image_name: str, image: Any) -> 
 
 def _entries(image: Any) -> list[Any]:
     return list(image) if isinstance(image, (list, tuple)) else [image]
-
-
-def _size(image: Any) -> tuple[int, int]:
-    """Height and width of a PIL picture, an array (..., height, width, channels), or a tensor (..., height, width)."""
-    if isinstance(image, Image.Image):
-        return image.height, image.width
-    if isinstance(image, Tensor):
-        return int(image.shape[-2]), int(image.shape[-1])
-    return (image.shape[0], image.shape[1]) if image.ndim == 2 else (image.shape[-3], image.shape[-2])
 
 
 def _describe(value: Any) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..components.inputs import DENOISER_INPUT_FIELDS, embeddings_inputs
 from ..components.specs import guider_spec, unet_spec
-from .pictures import repeat_pictures
+from .pictures import first_picture, picture_size, repeat_pictures
 
 
 class PeRFlowEmbeddingsStep(ModularPipelineBlocks):
@@ -95,7 +95,10 @@ class PeRFlowVaeEncoderStep(StableDiffusionXLVaeEncoderStep):
 
 
 class PeRFlowInpaintVaeEncoderStep(StableDiffusionXLInpaintVaeEncoderStep):
-    """diffusers' VAE encoder for inpainting, without encoding a masked picture that a 4-channel UNet does not take."""
+    """diffusers' VAE encoder for inpainting, at the picture's own size unless the call names another.
+
+    It does not encode the masked picture for a 4-channel UNet, which does not take it.
+    """
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
@@ -107,6 +110,13 @@ class PeRFlowInpaintVaeEncoderStep(StableDiffusionXLInpaintVaeEncoderStep):
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         inner = _one_picture_per_generator(state)
+        if state.get("padding_mask_crop") is None:
+            given = picture_size(first_picture(state.get("image")))
+            wanted = (state.get("height") or given[0], state.get("width") or given[1])
+            # Both being told, the processor looks at the picture no more and only rounds them down to its factor.
+            height, width = components.image_processor.get_default_height_width(state.get("image"), *wanted)
+            inner.set("height", height)
+            inner.set("width", width)
         super().__call__(components, inner)
         return components, _take_outputs(self, state, inner)
 

@@ -111,11 +111,8 @@ class FiniteGuardStep(LoopBlock):
         record, latents = block_state.finite_record, block_state.latents
         record.mark(latents, i)
         record.steps = i + 1
-        if (
-            block_state.on_nonfinite == "fallback"
-            and record.rerun_from is None
-            and (block_state.step_plan.begins_window(i) or not record.window_starts)
-        ):
+        begins = block_state.step_plan.begins_window(i) or not record.window_starts
+        if block_state.on_nonfinite == "fallback" and begins:
             # Copies, since other blocks may write into the latents and the guider into its momentum.
             record.window_starts[i] = (latents.clone(), copy.deepcopy(vars(components.guider)))
         return components, block_state

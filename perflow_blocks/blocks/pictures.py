@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 
@@ -33,6 +34,11 @@ def count_pictures(image: Any) -> int:
     return 1
 
 
+def first_picture(image: Any) -> Any:
+    """The first entry of a list, else what is given."""
+    return image[0] if isinstance(image, (list, tuple)) else image
+
+
 def repeat_pictures(image: Any, count: int) -> Any:
     """`image` with `count` pictures, each of its own repeated in place; `count` is a multiple of how many it holds."""
     times = count // count_pictures(image)
@@ -45,3 +51,12 @@ def repeat_pictures(image: Any, count: int) -> Any:
     if isinstance(image, np.ndarray):
         return np.repeat(image if image.ndim == 4 else image[None], times, axis=0)
     return [image] * times
+
+
+def picture_size(image: Any) -> tuple[int, int]:
+    """Height and width of a PIL picture, an array (..., height, width, channels), or a tensor (..., height, width)."""
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    if isinstance(image, Tensor):
+        return int(image.shape[-2]), int(image.shape[-1])
+    return (image.shape[0], image.shape[1]) if image.ndim == 2 else (image.shape[-3], image.shape[-2])
