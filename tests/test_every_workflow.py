@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionXLAutoBlocks
+from PIL import Image
 
 from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
 from perflow_blocks.testing.tiny import (
@@ -25,7 +26,7 @@ WORKFLOWS = StableDiffusionXLAutoBlocks._workflow_map
 INPUTS: dict[str, tuple[Any, Any]] = {
     "prompt": ("a red star", "a blue ring, large"),
     "image": (tiny_picture(1), tiny_picture(2)),
-    "mask_image": (tiny_mask(), tiny_mask().transpose(0)),
+    "mask_image": (tiny_mask(), tiny_mask().transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
     "control_image": (tiny_picture(3), tiny_picture(4)),
     "control_mode": (0, 2),
     "ip_adapter_image": (tiny_picture(5), tiny_picture(6)),

@@ -159,7 +159,14 @@ def test_the_map_is_made_again_for_a_saved_pipeline(tmp_path: Path) -> None:
 class LinearVAE:
     """Encodes pictures to three mixtures of their averaged colours and one channel that is none."""
 
-    config = AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=2, scaling_factor=0.25).config
+    mean, deviation = [0.5, -1.0, 0.25, 2.0], [2.0, 1.0, 0.5, 4.0]
+    config = AutoencoderKL(
+        block_out_channels=(4, 4),
+        norm_num_groups=2,
+        scaling_factor=0.25,
+        latents_mean=mean,
+        latents_std=deviation,
+    ).config
     device, dtype = torch.device("cpu"), torch.float32
     mixing = torch.tensor([[1.0, 0.5, 0.0], [0.0, -2.0, 1.0], [0.3, 0.0, 0.7]])
 
@@ -174,7 +181,9 @@ def test_fit_finds_the_colours_of_a_vae_that_is_linear() -> None:
     fitted = LatentToRGB.fit(LinearVAE(), [tiny_picture(1), tiny_picture(2, (48, 16))])
     picture = tiny_picture(3)
     sample = torch.from_numpy(pixels(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1.0
-    latents = 0.25 * LinearVAE().encode(sample).latent_dist.mode()  # what the UNet would see
+    encoded = LinearVAE().encode(sample).latent_dist.mode()
+    mean, deviation = (torch.tensor(row)[:, None, None] for row in (LinearVAE.mean, LinearVAE.deviation))
+    latents = 0.25 * (encoded - mean) / deviation  # what the UNet would see
     colours = torch.nn.functional.avg_pool2d(sample, 2)
     torch.testing.assert_close(fitted.decode(latents).sample, colours, rtol=0, atol=1e-3)
     again = LatentToRGB.from_config(dict(fitted.config))

@@ -62,6 +62,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("plain", {**IMAGE, "image_latents": LATENTS}, "both image and image_latents are given"),
     ("plain", {"image_latents": LATENTS[0]}, r"image_latents is of shape \(4, 16, 16\); pass a tensor \(n, 4"),
     ("plain", {**IMAGE, "noising": "line"}, "noising='line' is unknown; pass one of chord, marginal"),
+    ("plain", {"on_nonfinite": "ignore"}, "on_nonfinite='ignore' is unknown; pass one of raise, fallback"),
     ("plain", {"mask_image": MASK}, "a mask is given but no picture; pass image"),
     ("plain", {"image": PICTURE, "mask_image": tiny_mask((32, 24))}, "mask_image is 32x24, image 32x32"),
     ("plain", {"image": PICTURE, "mask_image": np.zeros((16, 32))}, "mask_image is 32x16, image 32x32"),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..components.inputs import OUTPUT_TYPES
+from ..components.inputs import NONFINITE_POLICIES, OUTPUT_TYPES
 from ..core.noising import NOISINGS
 from ..core.windows import require_positive_int
 from .denoising_range import check_denoising_range, check_strength
@@ -71,8 +71,9 @@ def check_sampling(request: Any) -> None:
     if request.strength is not None:
         check_strength(request.strength)
     check_denoising_range(request.denoising_start, request.denoising_end)
-    if request.noising not in (None, *NOISINGS):
-        raise ValueError(f"noising={request.noising!r} is unknown; pass one of {', '.join(NOISINGS)}.")
+    for name, options in (("noising", NOISINGS), ("on_nonfinite", NONFINITE_POLICIES)):
+        if getattr(request, name) not in options:
+            raise ValueError(f"{name}={getattr(request, name)!r} is unknown; pass one of {', '.join(options)}.")
 
 
 def count_prompts(request: Any) -> int:

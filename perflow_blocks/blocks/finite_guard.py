@@ -12,13 +12,12 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ..components.float32 import in_float32, is_float32, precision, why_not_float32
-from ..components.inputs import latents_input, param, step_plan_input
+from ..components.inputs import NONFINITE_POLICIES, latents_input, on_nonfinite_input, step_plan_input
 from ..components.specs import controlnet_spec, guider_spec, unet_spec
 from .loop_block import LoopBlock, Repeat
 
 logger = logging.get_logger(__name__)
 
-POLICIES = ("raise", "fallback")
 NEVER = 2**31 - 1
 
 
@@ -80,13 +79,7 @@ class FiniteGuardStep(LoopBlock):
         return [
             latents_input(),
             step_plan_input(),
-            param(
-                "on_nonfinite",
-                str,
-                f"What to do about latents that are not finite: {' or '.join(POLICIES)} (repeat in float32 from the "
-                "start of the last window that was finite).",
-                default=POLICIES[0],
-            ),
+            on_nonfinite_input(),
         ]
 
     @property
@@ -97,9 +90,9 @@ class FiniteGuardStep(LoopBlock):
         ]
 
     def start(self, components: Any, block_state: Any) -> None:
-        if block_state.on_nonfinite not in POLICIES:
+        if block_state.on_nonfinite not in NONFINITE_POLICIES:
             raise ValueError(
-                f"on_nonfinite={block_state.on_nonfinite!r} is unknown; pass one of {', '.join(POLICIES)}."
+                f"on_nonfinite={block_state.on_nonfinite!r} is unknown; pass one of {', '.join(NONFINITE_POLICIES)}."
             )
         latents = block_state.latents
         block_state.finite_record = FiniteRecord(

@@ -19,6 +19,8 @@ DENOISER_INPUT_FIELDS = "denoiser_input_fields"
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
+NONFINITE_POLICIES = ("raise", "fallback")
+
 CONTROLNET_KWARGS = "controlnet_kwargs"
 """The name under which diffusers collects what only some ControlNets take."""
 
@@ -138,6 +140,16 @@ def noising_input() -> InputParam:
         str,
         f"How a picture is noised inside a window: {' or '.join(NOISINGS)}. The student's path is the chord.",
         default=NOISINGS[0],
+    )
+
+
+def on_nonfinite_input() -> InputParam:
+    return param(
+        "on_nonfinite",
+        str,
+        f"What to do about latents that are not finite: {' or '.join(NONFINITE_POLICIES)} (repeat in float32 from the "
+        "start of the last window that was finite).",
+        default=NONFINITE_POLICIES[0],
     )
 
 

@@ -47,7 +47,7 @@ class LatentToRGB(ConfigMixin):
     ) -> None:
         if not factors or any(len(row) != 3 for row in factors) or len(bias) != 3:
             raise ValueError(
-                f"factors hold rows of {sorted({len(row) for row in factors})} numbers, the bias has {len(bias)}; pass "
+                f"factors hold rows of {sorted({len(row) for row in factors})} numbers, the bias {len(bias)}; pass "
                 "three numbers (red, green, blue) for each latent channel, and three for the bias."
             )
 

@@ -16,6 +16,7 @@ from .inputs import (
     generator_input,
     noising_input,
     num_images_per_prompt_input,
+    on_nonfinite_input,
     output_type_input,
     param,
 )
@@ -69,6 +70,7 @@ def _sampling_inputs() -> list[InputParam]:
         generator_input(),
         param("latents", torch.Tensor, "Starting noise (pictures, channels, height/f, width/f), f the VAE's factor."),
         output_type_input(),
+        on_nonfinite_input(),
     ]
 
 

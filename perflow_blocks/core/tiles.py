@@ -86,10 +86,11 @@ def cut_plane(
 
 
 def _cut_axis(length: int, size: int, overlap: int, device: torch.device | str | None) -> TileAxis:
-    size = min(size, length)
+    if length <= size:
+        return TileAxis(length=length, size=length, starts=(0,), fade=torch.ones(1, length).to(device=device))
     slack = length - size
     gaps = math.ceil(slack / (size - overlap))
-    starts = tuple(k * slack // gaps for k in range(gaps + 1)) if gaps else (0,)
+    starts = tuple(k * slack // gaps for k in range(gaps + 1))
     return TileAxis(length=length, size=size, starts=starts, fade=_fade(starts, size, overlap).to(device=device))
 
 

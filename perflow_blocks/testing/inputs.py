@@ -35,6 +35,9 @@ ALSO_IF_OPTIONAL = frozenset(
 )
 """Inputs that are given where they are optional, since without them little would run; others keep their defaults."""
 
+MADE_FROM_PROMPT = frozenset({"negative_prompt_embeds", "negative_pooled_prompt_embeds"})
+"""What a block that takes a prompt is not given beside it."""
+
 KINDS = {
     "denoiser_input_fields": (
         "prompt_embeds",
@@ -65,11 +68,12 @@ def fill_inputs(
     """
     params, known = list(params), tiny_inputs()
     further = [name for name in given if name not in {param.name for param in params}]
+    also = ALSO_IF_OPTIONAL - (MADE_FROM_PROMPT if "prompt" in {param.name for param in params} else frozenset())
     values: dict[str, Any] = {}
     kinds: dict[str, list[str]] = {}
     for param in params:
         if param.name:
-            values[param.name] = _value(param, given, known, block_name)
+            values[param.name] = _value(param, given, known, also, block_name)
             names = [param.name]
         else:
             names = [*KINDS.get(param.kwargs_type, ()), *further]
@@ -79,10 +83,12 @@ def fill_inputs(
     return values, kinds
 
 
-def _value(param: InputParam, given: Mapping[str, Any], known: Mapping[str, Any], block_name: str) -> Any:
+def _value(
+    param: InputParam, given: Mapping[str, Any], known: Mapping[str, Any], also: frozenset[str], block_name: str
+) -> Any:
     if param.name in given:
         return given[param.name]
-    if param.default is not None or not (param.required or param.name in ALSO_IF_OPTIONAL):
+    if param.default is not None or not (param.required or param.name in also):
         return param.default
     if param.name not in known:
         raise ValueError(
