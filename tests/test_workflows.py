@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image, ImageChops
-from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from perflow_blocks.components.delta_files import save_delta
 from perflow_blocks.testing import (
     check_block,
     load_tiny_ip_adapter,
@@ -27,9 +27,9 @@ from perflow_blocks.testing import (
     tiny_sdxl_components,
     tiny_sdxl_unet,
 )
-from perflow_blocks.testing.tiny import IMAGE_WIDTH
 
 from .blocks_support import count_unet_calls, generator, make_pipeline
+from .workflows_support import save_ip_adapter
 
 WORKFLOWS = Path(__file__).parent.parent / "workflows"
 RECIPES = sorted(WORKFLOWS.glob("*/recipe.py"))
@@ -102,6 +102,15 @@ def test_text2image_draws_what_the_prompt_says(cli: CLI) -> None:
 def test_text2image_takes_any_model(model: Path, cli: CLI) -> None:
     written = Image.open(cli("text2image", "a red star", "--model", model, "--seed", 5))
     assert same(written, recipe("text2image").draw(make_pipeline(), "a red star", seed=5))
+
+
+def test_text2image_merges_a_delta(model: Path, cli: CLI, tmp_path: Path) -> None:
+    path = tmp_path / "delta.safetensors"
+    save_delta({name: torch.full_like(w, 0.01) for name, w in tiny_sdxl_unet().state_dict().items()}, path)
+    written = Image.open(cli("text2image", "a red star", "--model", model, "--delta", path))
+    draw = recipe("text2image").draw
+    assert same(written, draw(make_pipeline(), "a red star", delta=path))
+    assert not same(written, draw(make_pipeline(), "a red star"))
 
 
 def test_image2image_starts_from_the_picture() -> None:
@@ -205,36 +214,13 @@ def test_ip_adapter_follows_the_given_picture() -> None:
 
 
 def test_ip_adapter_of_a_repository(model: Path, cli: CLI, tmp_path: Path) -> None:
-    folder = tmp_path / "adapter" / "sdxl_models"
-    # At the size that diffusers brings pictures to by default.
-    config = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        projection_dim=IMAGE_WIDTH,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=224,
-        patch_size=56,
-    )
-    CLIPVisionModelWithProjection(config).eval().save_pretrained(folder / "image_encoder")
-    save_file(ip_adapter_weights(), folder / "ip-adapter_sdxl.safetensors")
+    save_ip_adapter(tmp_path / "adapter")
     picture = saved(tiny_picture(1), tmp_path / "picture.png")
     options = ["--model", model, "--adapter", tmp_path / "adapter", "--device", "cpu"]
     with_it = Image.open(cli("ip_adapter", picture, "a red star", *options, "--scale", 1)).copy()
     without = Image.open(cli("ip_adapter", picture, "a red star", *options, "--scale", 0)).copy()
     assert same(without, recipe("text2image").draw(make_pipeline(), "a red star"))
     assert not same(with_it, without)
-
-
-def ip_adapter_weights() -> dict[str, torch.Tensor]:
-    """What `load_tiny_ip_adapter` loads, as a file holds it."""
-    loaded: list[Any] = []
-    pipe = SimpleNamespace(
-        unet=tiny_sdxl_unet(), null_component_names=[], load_ip_adapter=lambda weights, **_: loaded.extend(weights)
-    )
-    load_tiny_ip_adapter(pipe)
-    (parts,) = loaded
-    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
@@ -315,6 +301,15 @@ def test_stages_give_the_latents_of_one_pipeline_bit_for_bit() -> None:
         latents = stages.denoise(**encoded, **strength, generator=source, output="latents")
         whole = make_pipeline()(prompt="a red star", **picture, **strength, generator=generator(3), output="latents")
         assert torch.equal(latents, whole)
+
+
+def test_the_sheet_has_a_row_for_each_scale_and_a_column_for_each_seed(cli: CLI) -> None:
+    sheet = Image.open(cli("split_stages", "a red star", "--guidance-scales", 1, 2, "--num-images", 3))
+    assert sheet.size == (3 * 64, 2 * 64)
+    cells = [sheet.crop((x, y, x + 64, y + 64)) for y in (0, 64) for x in (0, 64, 128)]
+    assert not any(same(*pair) for pair in combinations(cells, 2))
+    demo = recipe("text2image").load(None, "cpu")
+    assert same(cells[2], recipe("text2image").draw(demo, "a red star", seed=2))
 
 
 def test_one_encoded_picture_serves_many() -> None:
