@@ -130,9 +130,9 @@ def _tile_settings(components: Any, block_state: Any) -> tuple[int, int]:
             f"tile_size={size} is no multiple of {unit}, which VAE and UNet need; pass {_nearest(size, unit)}."
         )
     if overlap is None:
-        return size, size // 8 // factor * factor
-    if overlap != 0:
-        require_positive_int("tile_overlap", overlap)
+        return size, max(factor, size // 8 // factor * factor)
+    if isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 0:
+        raise ValueError(f"tile_overlap={overlap!r} is no whole number of pixels; pass one from 0 to {size // 2}.")
     if overlap > size // 2:
         most = size // 2 // factor * factor
         raise ValueError(f"tile_overlap={overlap} is more than half of tile_size={size}; pass at most {most}.")
@@ -190,6 +190,5 @@ def _as_picture_of_its_own(batch: Any, picture: Tensor, tile: Tensor) -> Any:
 
 
 def _replace_rows(rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    """`rows` (batch, 2) with `new` for each that equals `old`, as the rows' type rounds it."""
-    same = (rows == old.to(rows.dtype)).all(dim=1, keepdim=True)
-    return torch.where(same, new.to(rows.dtype), rows)
+    """`rows` (batch, 2) with the integers `new` for each row that equals `old`, as the rows' type rounds it."""
+    return torch.where((rows == old).all(dim=1, keepdim=True), new, rows)
