@@ -7,6 +7,8 @@ import torch
 
 from perflow_blocks.core.tiles import Tiling, cut_plane
 
+from .blocks_support import generator
+
 PLANES = [
     (40, 16, 16, 4),  # one axis is cut
     (16, 41, 16, 4),
