@@ -3,6 +3,8 @@
 #   make venv PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"   (the small CPU build of torch)
 PYTHON ?= python3
 PIP_FLAGS ?=
+# Processes that share the tests; each wants about 1.5 GB of memory.
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +31,7 @@ demo: venv  ## draw the demo prompts in four steps with the embedded model, into
 	$(BIN)/perflow demo --out outputs/demo
 
 test: venv  ## run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: venv  ## check style and types
 	$(BIN)/python -m ruff check $(STYLED)
