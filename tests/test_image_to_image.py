@@ -109,6 +109,12 @@ def test_the_picture_is_noised_with_the_windows_in_force() -> None:
     assert (sample - path(500)).abs().max() > 1e-2
 
 
+def test_without_a_strength_a_third_is_redrawn_and_a_hole_wholly() -> None:
+    pipe, inputs = make_pipeline(), {"prompt": "a", "image_latents": PICTURE, "output_type": "latent"}
+    assert pipe(**inputs).get("step_plan").times[0] == 0.3
+    assert pipe(**inputs, mask=torch.ones(1, 1, 16, 16)).get("step_plan").times[0] == 1.0
+
+
 def test_custom_timesteps_are_cut_at_the_strength() -> None:
     pipe = make_pipeline()
     inputs = {"prompt": "a", "image_latents": PICTURE, "timesteps": [1000, 750, 700, 500, 250, 90]}

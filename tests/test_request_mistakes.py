@@ -112,6 +112,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("controlnet", {"controlnet_conditioning_scale": 0.5}, "controlnet_conditioning_scale is given but control_image"),
     ("controlnet", {**CONTROL, "control_mode": 1}, "control_mode is given, but the controlnet is a ControlNetModel"),
     ("controlnet", {**CONTROL, "control_guidance_start": 0.8, "control_guidance_end": 0.5}, "are no range in"),
+    ("controlnet", {**CONTROL, "control_guidance_start": 0.5, "control_guidance_end": 0.5}, "are no range in"),
     ("controlnet", {**CONTROL, "control_guidance_end": 1.5}, "are no range in"),
     (
         "several",

@@ -1,0 +1,59 @@
+"""How pictures are counted, sized and matched to prompts, whatever they are given as."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from perflow_blocks.blocks.pictures import (
+    count_pictures,
+    first_picture,
+    one_for_each_picture,
+    picture_size,
+    repeat_pictures,
+)
+
+PIL_PICTURE = Image.new("RGB", (6, 4))
+TWO_PIL = [PIL_PICTURE, Image.new("RGB", (6, 4), "white")]
+
+
+@pytest.mark.parametrize(
+    ("image", "count", "size"),
+    [
+        (PIL_PICTURE, 1, (4, 6)),
+        (TWO_PIL, 2, (4, 6)),
+        (np.zeros((4, 6, 3)), 1, (4, 6)),
+        (np.zeros((4, 6)), 1, (4, 6)),
+        (np.zeros((2, 4, 6, 3)), 2, (4, 6)),
+        (torch.zeros(3, 4, 6), 1, (4, 6)),
+        (torch.zeros(2, 3, 4, 6), 2, (4, 6)),
+        ([np.zeros((4, 6, 3))] * 3, 3, (4, 6)),
+    ],
+)
+def test_count_and_size(image: Any, count: int, size: tuple[int, int]) -> None:
+    assert count_pictures(image) == count
+    assert picture_size(first_picture(image)) == size
+
+
+def test_repeated_pictures_stand_side_by_side() -> None:
+    assert repeat_pictures(TWO_PIL, 4) == [TWO_PIL[0], TWO_PIL[0], TWO_PIL[1], TWO_PIL[1]]
+    assert repeat_pictures(PIL_PICTURE, 2) == [PIL_PICTURE, PIL_PICTURE]
+    numbers = np.arange(2.0)[:, None, None, None] * np.ones((2, 4, 6, 3))
+    assert repeat_pictures(numbers, 4)[:, 0, 0, 0].tolist() == [0.0, 0.0, 1.0, 1.0]
+    tensors = torch.arange(2.0)[:, None, None, None].expand(2, 3, 4, 6)
+    assert repeat_pictures(tensors, 4)[:, 0, 0, 0].tolist() == [0.0, 0.0, 1.0, 1.0]
+    assert repeat_pictures(np.zeros((4, 6, 3)), 2).shape == (2, 4, 6, 3)
+    assert repeat_pictures(torch.zeros(3, 4, 6), 2).shape == (2, 3, 4, 6)
+
+
+def test_rows_are_matched_to_prompts_in_order() -> None:
+    rows = torch.arange(2.0)[:, None]
+    assert one_for_each_picture("rows", rows, 2, 2).flatten().tolist() == [0.0, 0.0, 1.0, 1.0]
+    assert one_for_each_picture("rows", rows[1:], 2, 2).flatten().tolist() == [1.0] * 4
+    assert one_for_each_picture("rows", rows, 1, 2) is rows
+    with pytest.raises(ValueError, match="rows holds 2 entries for 3 prompts; pass one for all"):
+        one_for_each_picture("rows", rows, 3, 1)
