@@ -13,7 +13,14 @@ from ..components.request import request_inputs
 from ..components.specs import guider_spec, unet_spec, vae_spec
 from .check_conditions import check_controlnet, check_ip_adapters
 from .check_pictures import check_pictures
-from .check_request import check_latents, check_loaded, check_sampling, check_size, count_prompts
+from .check_request import (
+    check_latents,
+    check_loaded,
+    check_sampling,
+    check_size,
+    count_prompts,
+    forget_done_stages,
+)
 
 
 class PeRFlowCheckInputsStep(ModularPipelineBlocks):
@@ -42,8 +49,9 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         request = self.get_block_state(state)
-        loaded, required = components.components, components._blocks.required_inputs
-        check_loaded(loaded, request, required)
+        loaded, blocks = components.components, components._blocks
+        forget_done_stages(request, blocks.sub_blocks)
+        check_loaded(loaded, request, blocks.required_inputs, blocks.sub_blocks)
         check_guider(components.guider, components.unet)
         check_sampling(request)
         prompts = count_prompts(request)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,20 +22,43 @@ EMBEDDING_NAMES = (
 )
 PICTURE_NAMES = ("image", "mask_image", "control_image", "control_mode", "ip_adapter_image")
 
-OPTIONAL_COMPONENTS = {
-    "scheduler": lambda request: False,  # the window set-up makes one
-    "guider": lambda request: False,  # a check of its own says more
-    "vae": lambda request: request.output_type != "latent" or request.image is not None,
-    "text_encoder_2": lambda request: request.prompt is not None,
-    "tokenizer_2": lambda request: request.prompt is not None,
-    "controlnet": lambda request: request.control_image is not None,
-    "image_encoder": lambda request: request.ip_adapter_image is not None,
-    "feature_extractor": lambda request: request.ip_adapter_image is not None,
+STAGES = {
+    "text_encoder": ("prompt_embeds", PROMPT_NAMES),
+    "ip_adapter": ("ip_adapter_embeds", ("ip_adapter_image",)),
+    "vae_encoder": ("image_latents", ("image", "mask_image", "padding_mask_crop")),
 }
-"""Components that a pipeline may lack, and for which requests it may not."""
+"""The blocks of a preset that encode: what each makes, and of what."""
+
+OPTIONAL_COMPONENTS: dict[str, Callable[[Any, Container[str]], bool]] = {
+    "scheduler": lambda request, blocks: False,  # the window set-up makes one
+    "guider": lambda request, blocks: False,  # a check of its own says more
+    "vae": lambda request, blocks: (
+        ("decode" in blocks and request.output_type != "latent")
+        or ("vae_encoder" in blocks and request.image is not None)
+    ),
+    "text_encoder_2": lambda request, blocks: request.prompt is not None,
+    "tokenizer_2": lambda request, blocks: request.prompt is not None,
+    "controlnet": lambda request, blocks: request.control_image is not None,
+    "image_encoder": lambda request, blocks: request.ip_adapter_image is not None,
+    "feature_extractor": lambda request, blocks: request.ip_adapter_image is not None,
+}
+"""Components that a pipeline may lack, and for which requests to which blocks it may not."""
 
 
-def check_loaded(loaded: Mapping[str, Any], request: Any, required: Sequence[str]) -> None:
+def forget_done_stages(request: Any, blocks: Container[str]) -> None:
+    """Takes from the request what another pipeline encoded already: a state that is handed on holds both.
+
+    Args:
+        request: the block state of `PeRFlowCheckInputsStep`, changed in place.
+        blocks: the names of the pipeline's blocks.
+    """
+    for stage, (made, sources) in STAGES.items():
+        if stage not in blocks and getattr(request, made) is not None:
+            for name in sources:
+                setattr(request, name, None)
+
+
+def check_loaded(loaded: Mapping[str, Any], request: Any, required: Sequence[str], blocks: Container[str]) -> None:
     """
     Raises:
         ValueError: a component or an input that the workflow needs is missing, or an unknown `output_type`.
@@ -46,7 +69,9 @@ def check_loaded(loaded: Mapping[str, Any], request: Any, required: Sequence[str
         if name in required and getattr(request, name) is None:
             raise ValueError(f"{name} is missing, and this workflow needs it; pass {name}=.")
     missing = {name for name, component in loaded.items() if component is None}
-    missing -= {name for name in missing & OPTIONAL_COMPONENTS.keys() if not OPTIONAL_COMPONENTS[name](request)}
+    missing -= {
+        name for name in missing & OPTIONAL_COMPONENTS.keys() if not OPTIONAL_COMPONENTS[name](request, blocks)
+    }
     # SDXL's refiner has the second text encoder only.
     if {"text_encoder", "tokenizer"} <= missing or request.prompt is None:
         missing -= {"text_encoder", "tokenizer"}
