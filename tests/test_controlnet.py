@@ -105,6 +105,13 @@ def test_the_controlnet_of_a_nine_channel_unet_sees_the_latents_alone() -> None:
     assert (first - second).abs().max() > 1e-3
 
 
+def test_a_compiled_union_is_known_as_one() -> None:
+    pipe, compiled = make_pipeline(controlnet=tiny_controlnet_union()), make_pipeline()
+    compiled.register_components(controlnet=torch.compile(tiny_controlnet_union(), backend="eager"))
+    inputs = {"control_image": picture(3), "control_mode": 1, "num_inference_steps": 4}
+    torch.testing.assert_close(run(compiled, **inputs), run(pipe, **inputs), rtol=1e-4, atol=1e-4)
+
+
 def test_a_list_of_control_images_is_not_written_into() -> None:
     given = [picture(3), picture(4)]
     kept = list(given)

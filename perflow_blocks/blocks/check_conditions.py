@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers import ControlNetUnionModel, MultiControlNetModel
+from diffusers.utils.torch_utils import unwrap_module
 
 CONTROLNET_SETTINGS = (
     "control_mode",
@@ -30,6 +31,7 @@ def check_controlnet(controlnet: Any, request: Any) -> None:
         if given:
             raise ValueError(f"{given[0]} is given but control_image is missing; pass control_image, or leave it out.")
         return
+    controlnet = unwrap_module(controlnet)  # compiled or not
     if isinstance(controlnet, ControlNetUnionModel):
         _check_union(controlnet, request)
     elif request.control_mode is not None:
