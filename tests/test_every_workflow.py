@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLAutoBlocks
+from diffusers import ClassifierFreeGuidance, StableDiffusionXLAutoBlocks
 from PIL import Image
 
 from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
@@ -99,3 +99,13 @@ def test_workflow(name: str) -> None:
 
     pruned = workflow_pipeline(name, blocks)
     assert torch.equal(first, run(pruned, **inputs))
+
+
+def test_an_ip_adapter_without_guidance() -> None:
+    pipe = workflow_pipeline("ip_adapter_text2image")
+    pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=1.0))
+    prompts = {"prompt": ["a star", "a ring"], "num_images_per_prompt": 2, "num_inference_steps": 4}
+    calls = count_unet_calls(pipe)
+    first, second = (run(pipe, ip_adapter_image=tiny_picture(seed), **prompts) for seed in (5, 6))
+    assert calls == [4] * 8
+    assert (first - second).abs().max() > 1e-3

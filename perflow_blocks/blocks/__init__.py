@@ -17,7 +17,7 @@ from .denoise import (
     PeRFlowInpaintDenoiseStep,
 )
 from .denoiser import PeRFlowControlNetLoopDenoiser, PeRFlowLoopDenoiser
-from .encode import PeRFlowEmbeddingsStep, PeRFlowInpaintVaeEncoderStep, PeRFlowVaeEncoderStep
+from .encode import PeRFlowEmbeddingsStep, PeRFlowInpaintVaeEncoderStep, PeRFlowIPAdapterStep, PeRFlowVaeEncoderStep
 from .finite_guard import ControlNetFiniteGuardStep, FiniteGuardStep
 from .input import PeRFlowInputStep
 from .keep_known import PeRFlowLoopKeepKnownStep
@@ -41,6 +41,7 @@ __all__ = [
     "PeRFlowControlNetUnionInputStep",
     "PeRFlowDenoiseStep",
     "PeRFlowEmbeddingsStep",
+    "PeRFlowIPAdapterStep",
     "PeRFlowImg2ImgPrepareLatentsStep",
     "PeRFlowImg2ImgSetTimestepsStep",
     "PeRFlowInpaintControlNetDenoiseStep",

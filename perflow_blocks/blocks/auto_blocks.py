@@ -13,9 +13,6 @@ from diffusers.modular_pipelines.modular_pipeline import (
     SequentialPipelineBlocks,
 )
 from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
-from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import (
-    StableDiffusionXLAutoIPAdapterStep,
-)
 from PIL import Image
 
 from ..components.specs import DEFAULT_GUIDANCE_SCALE
@@ -29,7 +26,7 @@ from .denoise import (
     PeRFlowInpaintControlNetDenoiseStep,
     PeRFlowInpaintDenoiseStep,
 )
-from .encode import PeRFlowAutoTextEncoderStep, PeRFlowAutoVaeEncoderStep
+from .encode import PeRFlowAutoIPAdapterStep, PeRFlowAutoTextEncoderStep, PeRFlowAutoVaeEncoderStep
 from .input import PeRFlowInputStep
 from .merge_delta import PeRFlowMergeDeltaStep
 
@@ -100,7 +97,7 @@ class PeRFlowSDXLAutoBlocks(SequentialPipelineBlocks):
         PeRFlowCheckInputsStep,
         PeRFlowMergeDeltaStep,
         PeRFlowAutoTextEncoderStep,
-        StableDiffusionXLAutoIPAdapterStep,
+        PeRFlowAutoIPAdapterStep,
         PeRFlowAutoVaeEncoderStep,
         PeRFlowSDXLCoreDenoiseStep,
         PeRFlowAutoDecodeStep,

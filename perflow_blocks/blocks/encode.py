@@ -9,6 +9,7 @@ from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, Mod
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, ConfigSpec, InputParam, OutputParam
 from diffusers.modular_pipelines.stable_diffusion_xl.encoders import (
     StableDiffusionXLInpaintVaeEncoderStep,
+    StableDiffusionXLIPAdapterStep,
     StableDiffusionXLTextEncoderStep,
     StableDiffusionXLVaeEncoderStep,
 )
@@ -82,6 +83,27 @@ class PeRFlowAutoTextEncoderStep(AutoPipelineBlocks):
     @property
     def description(self) -> str:
         return "Encodes the prompt where one is given, else takes the text embeddings that are."
+
+
+class PeRFlowIPAdapterStep(StableDiffusionXLIPAdapterStep):
+    """diffusers' IP-Adapter step, which without guidance fails for want of negative embeddings."""
+
+    def set_block_state(self, state: PipelineState, block_state: Any) -> None:
+        if "negative_ip_adapter_embeds" not in block_state.as_dict():
+            block_state.negative_ip_adapter_embeds = None
+        super().set_block_state(state, block_state)
+
+
+class PeRFlowAutoIPAdapterStep(AutoPipelineBlocks):
+    """Encodes the pictures for IP-Adapters where there are some."""
+
+    block_classes = [PeRFlowIPAdapterStep]  # noqa: RUF012
+    block_names = ["ip_adapter"]  # noqa: RUF012
+    block_trigger_inputs = ["ip_adapter_image"]  # noqa: RUF012
+
+    @property
+    def description(self) -> str:
+        return "Encodes `ip_adapter_image` where it is given, for the IP-Adapters that are loaded; else is skipped."
 
 
 class PeRFlowVaeEncoderStep(StableDiffusionXLVaeEncoderStep):
