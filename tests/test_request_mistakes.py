@@ -110,6 +110,12 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
         "negative_prompt is given beside prompt_embeds",
     ),
     ("controlnet", {"controlnet_conditioning_scale": 0.5}, "controlnet_conditioning_scale is given but control_image"),
+    ("controlnet", {"control_image": [PICTURE] * 2}, "control_image holds 2 pictures for 1 prompts"),
+    (
+        "several",
+        {"control_image": [PICTURE, [PICTURE] * 3]},
+        "control_image holds 3 pictures for 1 prompts; pass one, or one for each",
+    ),
     ("controlnet", {**CONTROL, "control_mode": 1}, "control_mode is given, but the controlnet is a ControlNetModel"),
     ("controlnet", {**CONTROL, "control_guidance_start": 0.8, "control_guidance_end": 0.5}, "are no range in"),
     ("controlnet", {**CONTROL, "control_guidance_start": 0.5, "control_guidance_end": 0.5}, "are no range in"),

@@ -7,6 +7,8 @@ from typing import Any
 from diffusers import ControlNetUnionModel, MultiControlNetModel
 from diffusers.utils.torch_utils import unwrap_module
 
+from .pictures import count_pictures
+
 CONTROLNET_SETTINGS = (
     "control_mode",
     "control_guidance_start",
@@ -16,11 +18,12 @@ CONTROLNET_SETTINGS = (
 )
 
 
-def check_controlnet(controlnet: Any, request: Any) -> None:
+def check_controlnet(controlnet: Any, request: Any, prompts: int) -> None:
     """
     Args:
         controlnet: the component, None where there is none.
         request: the block state of `PeRFlowCheckInputsStep`.
+        prompts: number of prompts.
 
     Raises:
         ValueError: settings without a control image, control images that do not match the ControlNets or the modes, or
@@ -41,6 +44,13 @@ def check_controlnet(controlnet: Any, request: Any) -> None:
         )
     if isinstance(controlnet, MultiControlNetModel):
         _check_several(len(controlnet.nets), request)
+    one = not isinstance(controlnet, (ControlNetUnionModel, MultiControlNetModel))
+    for image in [request.control_image] if one else _listed(request.control_image, None):
+        if count_pictures(image) not in (1, prompts):
+            raise ValueError(
+                f"control_image holds {count_pictures(image)} pictures for {prompts} prompts; pass one, or one "
+                "for each prompt."
+            )
     _check_range(request.control_guidance_start, request.control_guidance_end)
 
 

@@ -59,6 +59,6 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
         check_size(request, components.vae_scale_factor)
         check_pictures(request, prompts, pictures, components.num_channels_latents, components.num_channels_unet)
         check_latents(request, pictures, components.num_channels_latents, components.vae_scale_factor)
-        check_controlnet(loaded.get("controlnet"), request)
+        check_controlnet(loaded.get("controlnet"), request, prompts)
         check_ip_adapters(components.unet, request)
         return components, state
