@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoGuidance, ClassifierFreeGuidance, MultiControlNetModel
+from diffusers import AutoGuidance, ClassifierFreeGuidance, MultiControlNetModel, SkipLayerGuidance
+from diffusers.guiders import BaseGuidance
 from diffusers.modular_pipelines.stable_diffusion_xl.denoise import StableDiffusionXLControlNetLoopDenoiser
 
 from perflow_blocks.blocks import PeRFlowControlNetDenoiseStep, PeRFlowControlNetLoopDenoiser
@@ -34,18 +35,24 @@ def count_controlnet_calls(pipe: Any) -> list[int]:
     return batches
 
 
+def stage(controlnet: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
+    """A pipeline, and what its loop starts with for two prompts, with what the stock denoiser reads besides."""
+    pipe = make_pipeline(controlnet=controlnet)
+    state = pipe(prompt=["a star", "a ring"], negative_prompt="a square", output_type="latent", **inputs)
+    block_state = PeRFlowControlNetDenoiseStep().get_block_state(state)
+    block_state.latents = block_state.scaled_latents = torch.randn(2, 4, 16, 16, generator=generator(7))
+    names = ("control_type", "control_type_idx") if "control_mode" in inputs else ()
+    block_state.controlnet_kwargs = {name: block_state[name] for name in names}
+    return pipe, block_state
+
+
 @pytest.mark.parametrize("guess_mode", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("guider", ["cfg", "auto"])
 def test_one_call_equals_the_stock_calls(kind: str, guess_mode: bool, guider: str) -> None:
     make, inputs = KINDS[kind]
-    pipe = make_pipeline(controlnet=make())
-    state = pipe(prompt=["a star", "a ring"], negative_prompt="a square", output_type="latent", **inputs)
-    block_state = PeRFlowControlNetDenoiseStep().get_block_state(state)
-    block_state.latents = block_state.scaled_latents = torch.randn(2, 4, 16, 16, generator=generator(7))
+    pipe, block_state = stage(make(), inputs)
     block_state.guess_mode = guess_mode
-    names = ("control_type", "control_type_idx")
-    block_state.controlnet_kwargs = {name: block_state[name] for name in names} if "union" in kind else {}
     calls, unet_calls, predictions = count_controlnet_calls(pipe), count_unet_calls(pipe), []
     for denoiser in (PeRFlowControlNetLoopDenoiser(), StableDiffusionXLControlNetLoopDenoiser()):
         pipe.update_components(
@@ -58,7 +65,41 @@ def test_one_call_equals_the_stock_calls(kind: str, guess_mode: bool, guider: st
     torch.testing.assert_close(*predictions, rtol=1e-4, atol=1e-5)
     if guider == "cfg":
         assert unet_calls == [4, 2, 2]
-        assert calls == ([2, 2] if guess_mode else [4, 2, 2])
+        rows = 2 if guess_mode else 4
+        ours = [rows // 2] * 2 if "union" in kind else [rows]  # a union sees one picture at a time
+        assert calls == ours + ([2] if guess_mode else [2, 2])
+
+
+class ThreeAtOnce(SkipLayerGuidance):
+    """Three batches for one call of the model: the third sees the prompt's words in reverse, and all layers."""
+
+    prepare_models = BaseGuidance.prepare_models
+    cleanup_models = BaseGuidance.cleanup_models
+
+    def prepare_inputs(self, data: Any) -> list[Any]:  # as the stock denoiser asks
+        return self._reverse(super().prepare_inputs(data), "prompt_embeds")
+
+    def prepare_inputs_from_block_state(self, data: Any, input_fields: Any) -> list[Any]:
+        return self._reverse(super().prepare_inputs_from_block_state(data, input_fields), "encoder_hidden_states")
+
+    def _reverse(self, batches: list[Any], name: str) -> list[Any]:
+        setattr(batches[2], name, getattr(batches[2], name).flip(1))
+        return batches
+
+
+@pytest.mark.parametrize("kind", ["one", "several"])
+@pytest.mark.parametrize("guider", ["at_once", "in_turn"])
+def test_guess_mode_under_three_batches_controls_the_two_conditional_ones(kind: str, guider: str) -> None:
+    make, inputs = KINDS[kind]
+    pipe, block_state = stage(make(), inputs)
+    block_state.guess_mode, predictions = True, []
+    for denoiser in (PeRFlowControlNetLoopDenoiser(), StableDiffusionXLControlNetLoopDenoiser()):
+        settings = {"skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0, "skip_layer_config": layers()}
+        guider_class = ThreeAtOnce if guider == "at_once" else SkipLayerGuidance
+        pipe.update_components(guider=guider_class(3.0, 1.5, **settings))
+        denoiser(pipe, block_state, i=2, t=block_state.timesteps[2])
+        predictions.append(block_state.noise_pred)
+    torch.testing.assert_close(*predictions, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,6 +139,17 @@ def test_the_controlnet_runs_in_its_share_of_the_steps_only(start: float, end: f
     assert calls == [2] * steps_run
 
 
+def test_each_of_several_controlnets_runs_in_its_own_share_of_the_steps() -> None:
+    make, inputs = KINDS["several"]
+    pipe, scales = make_pipeline(controlnet=make()), []
+    pipe.controlnet.register_forward_pre_hook(
+        lambda module, args, kwargs: scales.append(kwargs["conditioning_scale"]), with_kwargs=True
+    )
+    shares = {"control_guidance_start": [0.0, 0.25], "control_guidance_end": [0.5, 1.0]}
+    run(pipe, num_inference_steps=4, **shares, **inputs)
+    assert scales == [[0.5, 0.0], [0.5, 1.5], [0.0, 1.5], [0.0, 1.5]]
+
+
 def test_the_controlnet_of_a_nine_channel_unet_sees_the_latents_alone() -> None:
     pipe = make_pipeline(unet=tiny_inpainting_unet(), controlnet=tiny_controlnet())
     inputs = {"image": picture(1), "mask_image": tiny_mask(), "num_inference_steps": 4}
@@ -119,6 +171,18 @@ def test_a_list_of_control_images_is_not_written_into() -> None:
     for _ in range(2):
         run(pipe, num_inference_steps=4, control_image=given, control_mode=[2, 0])
     assert given == kept
+
+
+def test_pictures_of_a_batch_do_not_see_one_another_in_a_union() -> None:
+    pipe = make_pipeline(controlnet=tiny_controlnet_union())
+    prompts, pictures = ["a star", "a ring"], [picture(3), picture(4)]
+    together = run(
+        pipe, prompt=prompts, control_image=[pictures], control_mode=1, generator=[generator(0), generator(1)]
+    )
+    for row in range(2):
+        inputs = {"prompt": prompts[row], "control_image": [pictures[row]], "generator": [generator(row)]}
+        alone = run(pipe, control_mode=1, **inputs)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_several_prompts_and_pictures_share_or_have_their_control_picture() -> None:

@@ -32,6 +32,10 @@ def hole_picture() -> Image.Image:
     return Image.fromarray(np.uint8(pixels.numpy() * 255), mode="L")
 
 
+def seeds(count: int) -> Any:
+    return generator() if count == 1 else [generator(seed) for seed in range(count)]
+
+
 class Recorder(LoopBlock):
     """Keeps the latents with which each step ends, in a list that the call gives it."""
 
@@ -201,6 +205,88 @@ def test_pictures_masks_and_prompts_are_matched_in_order() -> None:
             generator=[generator(row + 1)],
         )
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+TWO_PICTURES = [tiny_picture(1), tiny_picture(2)]
+TWO_HOLES = [hole_picture(), hole_picture().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+HOLE_ARRAYS = np.stack([np.asarray(hole) / 255.0 for hole in TWO_HOLES])
+
+
+def in_place(pictures: list[Image.Image]) -> list[Image.Image]:
+    """Each of two repeated in place."""
+    return [pictures[0], pictures[0], pictures[1], pictures[1]]
+
+
+@pytest.mark.parametrize("unet", [None, tiny_inpainting_unet()], ids=["4-channel", "9-channel"])
+@pytest.mark.parametrize("generators", [1, 4])
+@pytest.mark.parametrize(
+    ("pictures", "masks"),
+    [
+        (in_place(TWO_PICTURES), TWO_HOLES),
+        (TWO_PICTURES, in_place(TWO_HOLES)),
+        (TWO_PICTURES, HOLE_ARRAYS),
+        (TWO_PICTURES, HOLE_ARRAYS[..., None]),
+        (TWO_PICTURES, torch.from_numpy(HOLE_ARRAYS)),
+        (in_place(TWO_PICTURES), torch.from_numpy(HOLE_ARRAYS)[:, None]),
+    ],
+    ids=["4-2", "2-4", "n-h-w-array", "n-h-w-1-array", "n-h-w-tensor", "4-2-tensor"],
+)
+def test_pictures_and_masks_of_other_numbers_are_matched(
+    unet: Any, generators: int, pictures: Any, masks: Any
+) -> None:
+    pipe = make_pipeline(**({} if unet is None else {"unet": unet}))
+    # The spread of the latents (log variance, the last four channels) is nothing: draws differ with the count.
+    pipe.vae.quant_conv.register_forward_hook(
+        lambda module, args, moments: moments.index_fill(1, torch.arange(4, 8), -30.0)
+    )
+    noise = torch.randn(4, 4, 16, 16, generator=generator(5))
+    inputs = {"prompt": ["a star", "a ring"], "num_images_per_prompt": 2, "latents": noise}
+    results = [
+        run(pipe, **inputs, image=image, mask_image=mask, generator=seeds(generators))
+        for image, mask in ((pictures, masks), (in_place(TWO_PICTURES), in_place(TWO_HOLES)))
+    ]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["pil", "np", "pt"])
+def test_known_pixels_are_those_of_the_prompts_own_picture(kind: str) -> None:
+    images = run(
+        make_pipeline(),
+        prompt=["a star", "a ring"],
+        num_images_per_prompt=2,
+        image=TWO_PICTURES,
+        mask_image=TWO_HOLES,
+        output_type=kind,
+    )
+    for row in range(4):
+        given, known = np.asarray(TWO_PICTURES[row // 2]) / 255.0, np.asarray(TWO_HOLES[row // 2]) == 0
+        difference = np.abs(as_array(images[row : row + 1]) - given)
+        assert difference[known].max() < 1e-6
+        assert difference[~known].max() > 0.05
+
+
+@pytest.mark.parametrize("kind", ["pil", "np", "pt"])
+def test_a_mask_may_be_of_half_precision(kind: str) -> None:
+    masks = [torch.from_numpy(HOLE_ARRAYS[:1]).to(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    results = [
+        as_array(run(make_pipeline(), image=tiny_picture(3), mask_image=mask, output_type=kind)) for mask in masks
+    ]
+    np.testing.assert_array_equal(results[0], results[1])
+
+
+def test_a_crop_may_have_no_margin_and_a_list_of_generators() -> None:
+    images = run(
+        make_pipeline(),
+        image=tiny_picture(3),
+        mask_image=hole_picture(),
+        padding_mask_crop=0,
+        height=32,
+        width=32,
+        num_images_per_prompt=2,
+        generator=seeds(2),
+        output_type="pil",
+    )
+    assert [image.size for image in images] == [(32, 32)] * 2
 
 
 def test_a_vae_with_latent_statistics_encodes() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import VaeImageProcessor
 from PIL import Image
 
 from perflow_blocks.blocks.pictures import (
@@ -37,6 +38,42 @@ TWO_PIL = [PIL_PICTURE, Image.new("RGB", (6, 4), "white")]
 def test_count_and_size(image: Any, count: int, size: tuple[int, int]) -> None:
     assert count_pictures(image) == count
     assert picture_size(first_picture(image)) == size
+
+
+@pytest.mark.parametrize(
+    ("mask", "count", "size"),
+    [
+        (Image.new("L", (6, 4)), 1, (4, 6)),
+        (np.zeros((4, 6)), 1, (4, 6)),
+        (np.zeros((4, 6, 1)), 1, (4, 6)),
+        (np.zeros((1, 4, 6)), 1, (4, 6)),
+        (np.zeros((2, 4, 6)), 2, (4, 6)),
+        (np.zeros((2, 4, 6, 1)), 2, (4, 6)),
+        (torch.zeros(4, 6), 1, (4, 6)),
+        (torch.zeros(1, 4, 6), 1, (4, 6)),
+        (torch.zeros(2, 4, 6), 2, (4, 6)),
+        (torch.zeros(2, 1, 4, 6), 2, (4, 6)),
+    ],
+)
+def test_masks_are_counted_sized_and_repeated_as_diffusers_reads_them(
+    mask: Any, count: int, size: tuple[int, int]
+) -> None:
+    processor = VaeImageProcessor(
+        do_normalize=False, do_binarize=True, do_convert_grayscale=True, do_resize=isinstance(mask, Image.Image)
+    )
+    size = (8, 8) if isinstance(mask, Image.Image) else size
+    mask = mask.resize((8, 8)) if isinstance(mask, Image.Image) else mask
+    assert processor.preprocess(mask).shape == (count, 1, *size)
+    assert count_pictures(mask, mask=True) == count
+    assert picture_size(mask, mask=True) == size
+    repeated = repeat_pictures(mask, 4, mask=True)
+    assert processor.preprocess(repeated).shape == (4, 1, *size)
+
+
+def test_repeated_masks_stand_side_by_side() -> None:
+    numbers = np.arange(2.0)[:, None, None] * np.ones((2, 4, 6))
+    for masks in (numbers, torch.from_numpy(numbers)):
+        assert repeat_pictures(masks, 4, mask=True)[:, 0, 0].tolist() == [0.0, 0.0, 1.0, 1.0]
 
 
 def test_repeated_pictures_stand_side_by_side() -> None:

@@ -88,7 +88,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("plain", {"generator": (generator(),)}, "generator is of type tuple; pass a torch.Generator, or a list"),
     ("plain", {"generator": [7]}, "generator is of type int"),
     ("plain", {"latents": [LATENTS]}, "latents are of type list; pass a tensor"),
-    ("plain", {"latents": LATENTS, "height": 48}, "height=48, but the latents are those of 32 pixels; pass height=32"),
+    ("plain", {"latents": LATENTS, "height": 48}, "height=48, but the latents are those of 32 pixels; pass 32"),
     ("plain", {"latents": LATENTS, "width": 16}, "width=16, but the latents are those of 32 pixels"),
     ("plain", {"cross_attention_kwargs": 0.5}, "cross_attention_kwargs is of type float; pass a dictionary"),
     ("plain", {"negative_prompt_2": "a"}, "negative_prompt_2 goes with negative_prompt"),
@@ -136,12 +136,39 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("union", {**CONTROL, "control_mode": [0, 1]}, "1 control images for 2 modes"),
     ("union", {**CONTROL, "control_mode": 99}, "control_mode=99 is no kind of this ControlNet-Union; pass 0 to"),
     ("union", {**CONTROL, "control_mode": 1, "control_guidance_end": [0.5]}, "control_guidance_end is a list"),
+    ("controlnet", {**CONTROL, "controlnet_conditioning_scale": [1.0, 0.1]}, "is a list, but a single ControlNet"),
+    ("controlnet", {**CONTROL, "control_guidance_start": [0.0, 0.5]}, "control_guidance_start is a list"),
+    ("controlnet", {**CONTROL, "control_guidance_start": "0.2"}, "are no range in"),
+    ("controlnet", {"control_image": np.zeros((32, 32, 3), np.uint8)}, "control_image holds uint8; pass values in"),
+    ("controlnet", {"control_image": "edges.png"}, "control_image is of type str; pass a PIL picture"),
+    ("controlnet", {"control_image": []}, "control_image is an empty list"),
+    ("union", {"control_image": [np.zeros((32, 32))], "control_mode": [1]}, "control_image"),
+    ("controlnet", {"control_image": (PICTURE, PICTURE)}, "control_image is a tuple; pass a list"),
+    ("union", {**CONTROL, "control_mode": (1,)}, "control_mode is a tuple"),
+    (
+        "union",
+        {"control_image": [PICTURE] * 2, "control_mode": [0, 1], "controlnet_conditioning_scale": [1.0]},
+        "controlnet_conditioning_scale holds 1 values for 2 controls",
+    ),
+    ("plain", {"image_latents": LATENTS, "height": 64}, "height=64, but the latents are those of 32 pixels"),
+    ("plain", {"latents": LATENTS.half()}, r"latents are torch.float16, the UNet torch.float32; pass latents.to"),
     ("nine", {}, "the UNet takes 9 channels and is made for inpainting; pass image and mask_image"),
     ("nine", {**IMAGE}, "the UNet takes 9 channels"),
     ("ip_adapter", {}, r"the UNet has 2 IP-Adapter\(s\) loaded, but ip_adapter_image is missing"),
     ("ip_adapter", {"ip_adapter_image": PICTURE}, "given for 1 IP-Adapters, and 2 are loaded"),
     ("ip_adapter", {"ip_adapter_image": [PICTURE] * 3}, "given for 3 IP-Adapters, and 2 are loaded"),
     ("ip_adapter", {"ip_adapter_embeds": [LATENTS]}, "ip_adapter_embeds is given for 1 IP-Adapters, and 2"),
+    ("ip_adapter", {"ip_adapter_embeds": [LATENTS] * 2}, "negative_ip_adapter_embeds are missing under guidance"),
+    (
+        "ip_adapter",
+        {"ip_adapter_embeds": [LATENTS] * 2, "negative_ip_adapter_embeds": [LATENTS]},
+        "negative_ip_adapter_embeds holds 1 tensors for 2 IP-Adapters",
+    ),
+    (
+        "ip_adapter",
+        {"ip_adapter_embeds": [LATENTS[0, 0]] * 2, "negative_ip_adapter_embeds": [LATENTS] * 2},
+        "ip_adapter_embeds is no list of tensors",
+    ),
     (
         "ip_adapter",
         {"ip_adapter_image": [PICTURE] * 2, "ip_adapter_embeds": [LATENTS] * 2},
@@ -169,6 +196,27 @@ def test_mistake(pipelines: dict[str, Any], kind: str, inputs: dict[str, Any], m
         hook.remove()
     assert ran == []
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["controlnet", "vae", "text_encoder_2"])
+def test_models_of_another_type_are_named(name: str) -> None:
+    pipe = make_pipeline(controlnet=tiny_controlnet())
+    getattr(pipe, name).to(torch.bfloat16)
+    with pytest.raises(ValueError, match=f"the {name} is torch.bfloat16, the UNet torch.float32; load all components"):
+        pipe(prompt="a star", control_image=PICTURE)
+
+
+def test_the_base_model_without_its_first_text_encoder_is_no_refiner() -> None:
+    with pytest.raises(ValueError, match="text_encoder and tokenizer not loaded"):
+        make_pipeline(text_encoder=None, tokenizer=None)(prompt="a star")
+
+
+def test_what_a_part_of_the_preset_does_not_take_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    make_pipeline(PeRFlowSDXLAutoBlocks().get_workflow("text2image"))(prompt="a star", image=PICTURE)
+    assert "image is given, but no block of this pipeline takes it; it is ignored" in caplog.text
+    caplog.clear()
+    make_pipeline()(prompt="a star", image=PICTURE, strength=0.3)
+    assert "is ignored" not in caplog.text
 
 
 @pytest.mark.parametrize(

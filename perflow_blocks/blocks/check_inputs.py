@@ -11,16 +11,10 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, In
 from ..components.guiders import check_guider
 from ..components.request import request_inputs
 from ..components.specs import guider_spec, unet_spec, vae_spec
+from .check_components import check_dtypes, check_loaded, forget_done_stages, warn_of_idle_inputs
 from .check_conditions import check_controlnet, check_ip_adapters
 from .check_pictures import check_pictures
-from .check_request import (
-    check_latents,
-    check_loaded,
-    check_sampling,
-    check_size,
-    count_prompts,
-    forget_done_stages,
-)
+from .check_request import check_latents, check_sampling, check_size, count_prompts
 
 
 class PeRFlowCheckInputsStep(ModularPipelineBlocks):
@@ -53,6 +47,7 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
         forget_done_stages(request, blocks.sub_blocks)
         check_loaded(loaded, request, blocks.required_inputs, blocks.sub_blocks)
         check_guider(components.guider, components.unet)
+        warn_of_idle_inputs(request, [block for block in blocks.sub_blocks.values() if block is not self])
         check_sampling(request)
         prompts = count_prompts(request)
         pictures = prompts * request.num_images_per_prompt
@@ -60,5 +55,6 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
         check_pictures(request, prompts, pictures, components.num_channels_latents, components.num_channels_unet)
         check_latents(request, pictures, components.num_channels_latents, components.vae_scale_factor)
         check_controlnet(loaded.get("controlnet"), request, prompts)
-        check_ip_adapters(components.unet, request)
+        check_ip_adapters(components.unet, components.guider, request, "ip_adapter" in blocks.sub_blocks)
+        check_dtypes(loaded, request, blocks.sub_blocks)
         return components, state

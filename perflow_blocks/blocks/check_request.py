@@ -1,14 +1,13 @@
-"""Mistakes in a request that concern every task: components, prompts, sampling settings, sizes, latents."""
+"""Mistakes in a request that concern every task: prompts, sampling settings, sizes, latents."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..components.inputs import NONFINITE_POLICIES, OUTPUT_TYPES
+from ..components.inputs import NONFINITE_POLICIES
 from ..core.noising import NOISINGS
 from ..core.windows import require_positive_int
 from .denoising_range import check_denoising_range, check_strength
@@ -20,64 +19,6 @@ EMBEDDING_NAMES = (
     "negative_prompt_embeds",
     "negative_pooled_prompt_embeds",
 )
-PICTURE_NAMES = ("image", "mask_image", "control_image", "control_mode", "ip_adapter_image")
-
-STAGES = {
-    "text_encoder": ("prompt_embeds", PROMPT_NAMES),
-    "ip_adapter": ("ip_adapter_embeds", ("ip_adapter_image",)),
-    "vae_encoder": ("image_latents", ("image", "mask_image", "padding_mask_crop")),
-}
-"""The blocks of a preset that encode: what each makes, and of what."""
-
-OPTIONAL_COMPONENTS: dict[str, Callable[[Any, Container[str]], bool]] = {
-    "scheduler": lambda request, blocks: False,  # the window set-up makes one
-    "guider": lambda request, blocks: False,  # a check of its own says more
-    "vae": lambda request, blocks: (
-        ("decode" in blocks and request.output_type != "latent")
-        or ("vae_encoder" in blocks and request.image is not None)
-    ),
-    "text_encoder_2": lambda request, blocks: request.prompt is not None,
-    "tokenizer_2": lambda request, blocks: request.prompt is not None,
-    "controlnet": lambda request, blocks: request.control_image is not None,
-    "image_encoder": lambda request, blocks: request.ip_adapter_image is not None,
-    "feature_extractor": lambda request, blocks: request.ip_adapter_image is not None,
-}
-"""Components that a pipeline may lack, and for which requests to which blocks it may not."""
-
-
-def forget_done_stages(request: Any, blocks: Container[str]) -> None:
-    """Takes from the request what another pipeline encoded already: a state that is handed on holds both.
-
-    Args:
-        request: the block state of `PeRFlowCheckInputsStep`, changed in place.
-        blocks: the names of the pipeline's blocks.
-    """
-    for stage, (made, sources) in STAGES.items():
-        if stage not in blocks and getattr(request, made) is not None:
-            for name in sources:
-                setattr(request, name, None)
-
-
-def check_loaded(loaded: Mapping[str, Any], request: Any, required: Sequence[str], blocks: Container[str]) -> None:
-    """
-    Raises:
-        ValueError: a component or an input that the workflow needs is missing, or an unknown `output_type`.
-    """
-    if request.output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type={request.output_type!r} is unknown; pass one of {', '.join(OUTPUT_TYPES)}.")
-    for name in PICTURE_NAMES:
-        if name in required and getattr(request, name) is None:
-            raise ValueError(f"{name} is missing, and this workflow needs it; pass {name}=.")
-    missing = {name for name, component in loaded.items() if component is None}
-    missing -= {
-        name for name in missing & OPTIONAL_COMPONENTS.keys() if not OPTIONAL_COMPONENTS[name](request, blocks)
-    }
-    # SDXL's refiner has the second text encoder only.
-    if {"text_encoder", "tokenizer"} <= missing or request.prompt is None:
-        missing -= {"text_encoder", "tokenizer"}
-    if missing:
-        names = " and ".join(sorted(missing))
-        raise ValueError(f"{names} not loaded; call pipe.load_components() and look at its warnings.")
 
 
 def check_sampling(request: Any) -> None:
@@ -113,7 +54,9 @@ def count_prompts(request: Any) -> int:
         return _count_embeddings(request)
     both = next((name for name in EMBEDDING_NAMES if getattr(request, name) is not None), None)
     if both is not None:
-        raise ValueError(f"both prompt and {both} are given; pass texts alone, or embeddings for all of them.")
+        raise ValueError(
+            f"both prompt and {both} are given; pass texts alone or embeddings alone (a finished state holds both)."
+        )
     texts = {name: getattr(request, name) for name in PROMPT_NAMES if getattr(request, name) is not None}
     for name, text in texts.items():
         if not isinstance(text, str) and not (isinstance(text, list) and all(isinstance(t, str) for t in text)):
@@ -165,13 +108,13 @@ def check_latents(request: Any, pictures: int, channels: int, factor: int) -> No
             f"latents have shape {tuple(latents.shape)}; for {pictures} pictures pass "
             f"({pictures}, {channels}, height/f, width/f)."
         )
-    for name, axis in (("height", -2), ("width", -1)):
-        size = getattr(request, name)
-        if latents is not None and size is not None and size != latents.shape[axis] * factor:
-            raise ValueError(
-                f"{name}={size}, but the latents are those of {latents.shape[axis] * factor} pixels; pass {name}="
-                f"{latents.shape[axis] * factor}, or leave it out."
-            )
+    for tensor in (given for given in (latents, request.image_latents) if given is not None):
+        for name, axis in (("height", -2), ("width", -1)):
+            size, pixels = getattr(request, name), tensor.shape[axis] * factor
+            if size not in (None, pixels):
+                raise ValueError(
+                    f"{name}={size}, but the latents are those of {pixels} pixels; pass {pixels}, or leave it out."
+                )
 
 
 def _count_embeddings(request: Any) -> int:

@@ -32,9 +32,8 @@ class PeRFlowControlNetUnionInputStep(StableDiffusionXLControlNetUnionInputStep)
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        for name in ("control_image", "control_mode"):
-            if isinstance(state.get(name), list):
-                state.set(name, list(state.get(name)))
+        if isinstance(state.get("control_image"), list):
+            state.set("control_image", list(state.get("control_image")))
         return super().__call__(components, state)
 
 

@@ -83,10 +83,10 @@ class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
         given, hole = repeat_pictures(given, count), repeat_pictures(hole, count)
         known = components.image_processor.postprocess(given, output_type=kind)
         if kind == "pil":
-            masks = [Image.fromarray(np.uint8(one * 255), mode="L") for one in hole.squeeze(1).numpy()]
+            masks = [Image.fromarray(np.uint8(one * 255), mode="L") for one in hole.squeeze(1).float().cpu().numpy()]
             return [Image.composite(*three) for three in zip(painted, known, masks, strict=True)]
         if kind == "np":
-            mask = hole.permute(0, 2, 3, 1).numpy()
+            mask = hole.permute(0, 2, 3, 1).float().cpu().numpy()
             return mask * painted + (1.0 - mask) * known
         return torch.lerp(known.to(painted), painted, hole.to(painted))
 

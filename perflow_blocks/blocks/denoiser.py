@@ -124,6 +124,8 @@ class PeRFlowLoopDenoiser(ModularPipelineBlocks):
 class PeRFlowControlNetLoopDenoiser(PeRFlowLoopDenoiser):
     """The same with a ControlNet, several of them or a ControlNet-Union: one call of it a step, beside the UNet's.
 
+    A ControlNet-Union is called once for each picture, since it lets the pictures of a batch see one another.
+
     A ControlNet whose scale is 0 at a step (`control_guidance_start`, `control_guidance_end`) is not called. In
     `guess_mode` it sees the conditional batches only.
     """
@@ -147,23 +149,25 @@ class PeRFlowControlNetLoopDenoiser(PeRFlowLoopDenoiser):
             return {}
         conditions = _join(controlled)
         copies = len(controlled)
-        control_type = {}
+        inputs = {
+            "sample": _repeat(block_state.latents, copies),
+            "encoder_hidden_states": conditions["encoder_hidden_states"],
+            "controlnet_cond": _repeat(block_state.controlnet_cond, copies),
+            "added_cond_kwargs": {name: conditions[name] for name in ("text_embeds", "time_ids")},
+        }
         if block_state.control_type is not None:
-            control_type = {
-                "control_type": _repeat(block_state.control_type, copies),
-                "control_type_idx": block_state.control_type_idx,
-            }
-        down, mid = components.controlnet(
-            _repeat(block_state.latents, copies),
-            t,
-            encoder_hidden_states=conditions["encoder_hidden_states"],
-            controlnet_cond=_repeat(block_state.controlnet_cond, copies),
-            conditioning_scale=scale,
-            guess_mode=block_state.guess_mode,
-            added_cond_kwargs={name: conditions[name] for name in ("text_embeds", "time_ids")},
-            return_dict=False,
-            **control_type,
-        )
+            inputs["control_type"] = _repeat(block_state.control_type, copies)
+        # The attention of a ControlNet-Union runs over the batch, which would mix the pictures.
+        pictures = 1 if block_state.control_type is None else block_state.latents.shape[0]
+        settings = {"conditioning_scale": scale, "guess_mode": block_state.guess_mode, "return_dict": False}
+        if block_state.control_type is not None:
+            settings["control_type_idx"] = block_state.control_type_idx
+        outputs = []
+        for k in range(pictures):
+            chosen = _every(inputs, k, pictures)
+            outputs.append(components.controlnet(chosen.pop("sample"), t, **chosen, **settings))
+        down = [_interleave(parts) for parts in zip(*(output[0] for output in outputs), strict=True)]
+        mid = _interleave([output[1] for output in outputs])
         if copies < len(batches):
             down, mid = [_spread(rows, batches, controlled) for rows in down], _spread(mid, batches, controlled)
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
@@ -205,7 +209,7 @@ def _concatenate(name: str, values: list[Any]) -> Any:
     if all(value is None for value in values):
         return None
     if any(value is None for value in values):
-        raise ValueError(f"the guider asks for both {' and '.join(GUIDER_FIELDS[name])}; pass both or neither.")
+        raise ValueError(f"the guider asks for both {' and '.join(GUIDER_FIELDS[name])}; pass both.")
     if isinstance(values[0], Tensor):
         return torch.cat(values)
     return [torch.cat(parts) for parts in zip(*values, strict=True)]
@@ -216,6 +220,18 @@ def _repeat(value: Any, copies: int) -> Any:
     if value is None or copies == 1:
         return value
     return torch.cat([value] * copies) if isinstance(value, Tensor) else [_repeat(entry, copies) for entry in value]
+
+
+def _every(value: Any, first: int, step: int) -> Any:
+    """Rows `first`, `first + step`, ... of each tensor, also in lists and dictionaries."""
+    if isinstance(value, dict):
+        return {name: _every(entry, first, step) for name, entry in value.items()}
+    return value[first::step] if isinstance(value, Tensor) else [_every(entry, first, step) for entry in value]
+
+
+def _interleave(parts: Sequence[Tensor]) -> Tensor:
+    """The tensor whose rows `k`, `k + len(parts)`, ... are `parts[k]`."""
+    return parts[0] if len(parts) == 1 else torch.stack(tuple(parts), dim=1).flatten(0, 1)
 
 
 def _spread(rows: Tensor, batches: Sequence[Any], controlled: Sequence[Any]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 from diffusers.utils import logging
@@ -17,7 +18,7 @@ def check_strength(strength: Any) -> None:
     Raises:
         ValueError: not a number in (0, 1].
     """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0.0 < strength <= 1.0:
+    if isinstance(strength, bool) or not isinstance(strength, Real) or not 0.0 < float(strength) <= 1.0:
         raise ValueError(
             f"strength={strength!r} is outside (0, 1]; pass for example 0.5 (1 redraws everything, 0.1 little)."
         )
@@ -29,7 +30,7 @@ def check_denoising_range(start: Any, end: Any) -> None:
         ValueError: `denoising_start` outside (0, 1), `denoising_end` outside (0, 1], or the end not above the start.
     """
     for name, value, closed in (("denoising_start", start, False), ("denoising_end", end, True)):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, Real) and not isinstance(value, bool)
         if value is not None and not (number and (0.0 < value < 1.0 or (closed and value == 1.0))):
             raise ValueError(
                 f"{name}={value!r} is outside (0, 1{']' if closed else ')'}; pass a share, or leave it out."

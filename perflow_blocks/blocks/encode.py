@@ -17,7 +17,15 @@ from torch import Tensor
 
 from ..components.inputs import DENOISER_INPUT_FIELDS, embeddings_inputs
 from ..components.specs import guider_spec, unet_spec
-from .pictures import first_picture, picture_size, repeat_pictures
+from .pictures import count_pictures, first_picture, picture_size, repeat_pictures
+
+
+class PeRFlowTextEncoderStep(StableDiffusionXLTextEncoderStep):
+    """diffusers' text encoder, with this package's default guider where it is the first block to name one."""
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [guider_spec(), *(spec for spec in super().expected_components if spec.name != "guider")]
 
 
 class PeRFlowEmbeddingsStep(ModularPipelineBlocks):
@@ -76,7 +84,7 @@ class PeRFlowEmbeddingsStep(ModularPipelineBlocks):
 class PeRFlowAutoTextEncoderStep(AutoPipelineBlocks):
     """Encodes `prompt`, or takes `prompt_embeds`."""
 
-    block_classes = [StableDiffusionXLTextEncoderStep, PeRFlowEmbeddingsStep]  # noqa: RUF012  (as diffusers does)
+    block_classes = [PeRFlowTextEncoderStep, PeRFlowEmbeddingsStep]  # noqa: RUF012  (as diffusers does)
     block_names = ["prompt", "embeddings"]  # noqa: RUF012
     block_trigger_inputs = ["prompt", "prompt_embeds"]  # noqa: RUF012
 
@@ -111,7 +119,7 @@ class PeRFlowVaeEncoderStep(StableDiffusionXLVaeEncoderStep):
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        inner = _one_picture_per_generator(state)
+        inner = _match_pictures(state)
         super().__call__(components, inner)
         return components, _take_outputs(self, state, inner)
 
@@ -131,7 +139,7 @@ class PeRFlowInpaintVaeEncoderStep(StableDiffusionXLInpaintVaeEncoderStep):
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        inner = _one_picture_per_generator(state)
+        inner = _match_pictures(state)
         if state.get("padding_mask_crop") is None:
             given = picture_size(first_picture(state.get("image")))
             wanted = (state.get("height") or given[0], state.get("width") or given[1])
@@ -162,14 +170,22 @@ class PeRFlowAutoVaeEncoderStep(AutoPipelineBlocks):
         return "Encodes `image` where one is given, for inpainting with `mask_image`; else is skipped."
 
 
-def _one_picture_per_generator(state: PipelineState) -> PipelineState:
-    """A copy of the state in which each generator of a list has a picture of its own to sample latents of."""
+def _match_pictures(state: PipelineState) -> PipelineState:
+    """A copy of the state in which pictures and masks are as many, so that the stock blocks can pair them.
+
+    Each generator of a list gets a picture of its own to sample latents of. One picture or one mask for all stays as
+    it is otherwise: the stock blocks spread it, and a crop needs a single mask.
+    """
     values = dict(state.values)
-    if isinstance(values.get("generator"), list):
-        count = len(values["generator"])
-        values["image"] = repeat_pictures(values["image"], count)
-        if isinstance(values.get("mask_image"), list):
-            values["mask_image"] = repeat_pictures(values["mask_image"], count)
+    image, mask, generator = (values.get(name) for name in ("image", "mask_image", "generator"))
+    pictures = count_pictures(image)
+    masks = 1 if mask is None else count_pictures(mask, mask=True)
+    generators = len(generator) if isinstance(generator, list) else 1
+    count = max(pictures, masks, generators)
+    if pictures > 1 or generators > 1:
+        values["image"] = repeat_pictures(image, count)
+    if masks > 1:
+        values["mask_image"] = repeat_pictures(mask, count, mask=True)
     return PipelineState(values=values, kwargs_mapping=dict(state.kwargs_mapping))
 
 

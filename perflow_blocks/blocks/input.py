@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
-from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
 from torch import Tensor
 
 from ..components.inputs import (
@@ -15,6 +15,7 @@ from ..components.inputs import (
     ip_adapter_inputs,
     num_images_per_prompt_input,
 )
+from ..components.specs import guider_spec
 from .pictures import one_for_each_picture
 
 
@@ -33,6 +34,10 @@ class PeRFlowInputStep(ModularPipelineBlocks):
     @property
     def description(self) -> str:
         return "Repeats the embeddings of texts and IP-Adapter pictures for the pictures of each prompt."
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [guider_spec()]  # unused here: the first block that names the guider decides its default
 
     @property
     def inputs(self) -> list[InputParam]:

@@ -25,13 +25,16 @@ def one_for_each_picture(name: str, tensor: Tensor, prompts: int, images_per_pro
     return tensor if rows == pictures else tensor.repeat_interleave(pictures // rows, dim=0)
 
 
-def count_pictures(image: Any) -> int:
-    """How many pictures an `image` argument holds: a list, a batched array or tensor, or one picture."""
+def count_pictures(image: Any, mask: bool = False) -> int:
+    """How many pictures an `image` argument holds: a list, a batched array or tensor, or one picture.
+
+    Args:
+        image: what was given.
+        mask: whether it is a mask, of which an array or tensor (n, height, width) is a batch, as for diffusers.
+    """
     if isinstance(image, (list, tuple)):
         return len(image)
-    if isinstance(image, (np.ndarray, Tensor)) and image.ndim == 4:
-        return int(image.shape[0])
-    return 1
+    return int(image.shape[0]) if _is_batch(image, mask) else 1
 
 
 def first_picture(image: Any) -> Any:
@@ -39,24 +42,35 @@ def first_picture(image: Any) -> Any:
     return image[0] if isinstance(image, (list, tuple)) else image
 
 
-def repeat_pictures(image: Any, count: int) -> Any:
+def repeat_pictures(image: Any, count: int, mask: bool = False) -> Any:
     """`image` with `count` pictures, each of its own repeated in place; `count` is a multiple of how many it holds."""
-    times = count // count_pictures(image)
+    times = count // count_pictures(image, mask)
     if times == 1:
         return image
     if isinstance(image, (list, tuple)):
         return [picture for picture in image for _ in range(times)]
     if isinstance(image, Tensor):
-        return torch.repeat_interleave(image if image.ndim == 4 else image[None], times, dim=0)
+        return torch.repeat_interleave(image if _is_batch(image, mask) else image[None], times, dim=0)
     if isinstance(image, np.ndarray):
-        return np.repeat(image if image.ndim == 4 else image[None], times, axis=0)
+        return np.repeat(image if _is_batch(image, mask) else image[None], times, axis=0)
     return [image] * times
 
 
-def picture_size(image: Any) -> tuple[int, int]:
-    """Height and width of a PIL picture, an array (..., height, width, channels), or a tensor (..., height, width)."""
+def picture_size(image: Any, mask: bool = False) -> tuple[int, int]:
+    """Height and width of a PIL picture, an array (..., height, width, channels), or a tensor (..., height, width).
+
+    With `mask` also of an array (height, width) or (n, height, width).
+    """
     if isinstance(image, Image.Image):
         return image.height, image.width
-    if isinstance(image, Tensor):
+    flat = image.ndim == 2 or (image.ndim == 3 and _is_batch(image, mask))
+    if isinstance(image, Tensor) or flat:
         return int(image.shape[-2]), int(image.shape[-1])
-    return (image.shape[0], image.shape[1]) if image.ndim == 2 else (image.shape[-3], image.shape[-2])
+    return image.shape[-3], image.shape[-2]
+
+
+def _is_batch(image: Any, mask: bool) -> bool:
+    if not isinstance(image, (np.ndarray, Tensor)):
+        return False
+    one_channel_last = isinstance(image, np.ndarray) and image.shape[-1] == 1
+    return image.ndim == 4 or (mask and image.ndim == 3 and not one_channel_last)

@@ -69,8 +69,8 @@ class PeRFlowImg2ImgPrepareLatentsStep(ModularPipelineBlocks):
 class PeRFlowInpaintPrepareLatentsStep(ModularPipelineBlocks):
     """Starting latents of inpainting, and what the loop needs to keep the known part.
 
-    The whole picture is noised onto the path where the run starts; at time 1 the hole is pure noise. A UNet of 9
-    channels is given mask and masked picture beside the latents.
+    The whole picture is noised onto the path where the run starts; if that is where the path itself does, the hole is
+    pure noise. A UNet of 9 channels is given mask and masked picture beside the latents.
 
     Raises:
         ValueError: mask, picture and prompts differ in number, or the UNet takes neither 4 nor 9 channels.
@@ -128,7 +128,9 @@ class PeRFlowInpaintPrepareLatentsStep(ModularPipelineBlocks):
         if not goes_on:
             signal, sigma = block_state.noise_coefficients[0].unbind()
             start = apply_step(block_state.image_latents, noise, signal, sigma)
-            hole = noise if block_state.step_plan.times[0] == 1.0 else start
+            plan = block_state.step_plan
+            begins_path = plan.window_index[0] == 0 and plan.times[0] == plan.window_start[0]
+            hole = noise if begins_path else start
             block_state.latents = torch.lerp(start, hole, block_state.mask)
         else:
             start = block_state.image_latents if block_state.latents is None else block_state.latents

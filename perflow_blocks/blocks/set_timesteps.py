@@ -11,7 +11,13 @@ from diffusers.utils import logging
 
 from ..components.delta_recipe import DeltaRecipe
 from ..components.inputs import delta_recipe_input, denoising_end_input
-from ..components.specs import DEFAULT_NUM_INFERENCE_STEPS, schedule_config_specs, scheduler_spec, unet_spec
+from ..components.specs import (
+    DEFAULT_NUM_INFERENCE_STEPS,
+    guider_spec,
+    schedule_config_specs,
+    scheduler_spec,
+    unet_spec,
+)
 from ..core.plan import StepPlan
 from ..core.windows import tile_windows
 from ..schedulers import PeRFlowScheduler
@@ -46,7 +52,8 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
-        return [scheduler_spec(), unet_spec()]
+        # The guider is unused here: the first block that names it decides its default.
+        return [guider_spec(), scheduler_spec(), unet_spec()]
 
     @property
     def expected_configs(self) -> list[ConfigSpec]:

@@ -63,7 +63,11 @@ class PeRFlowImg2ImgSetTimestepsStep(PeRFlowSetTimestepsStep):
                 torch.Tensor,
                 "(P, Q) of `P x0 + Q noise` at the start of each step and at the end, (num_steps + 1, 2), float32.",
             ),
-            OutputParam("latent_timestep", torch.Tensor, "The first timestep, once for each picture."),
+            OutputParam(
+                "latent_timestep",
+                torch.Tensor,
+                "The first timestep, once for each picture, for prepare steps of diffusers.",
+            ),
         ]
 
     def prepare(self, components: Any, block_state: Any) -> None:
@@ -78,7 +82,7 @@ class PeRFlowImg2ImgSetTimestepsStep(PeRFlowSetTimestepsStep):
         check_denoising_range(block_state.denoising_start, block_state.denoising_end)
         if block_state.denoising_start is None:
             check_strength(block_state.strength)
-            start = block_state.strength
+            start = min(float(block_state.strength), whole.times[0])  # custom schedules may begin below 1
         else:
             start = start_time(scheduler.windows, block_state.denoising_start)
         end = end_time(scheduler.windows, block_state.denoising_end)

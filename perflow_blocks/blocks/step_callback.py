@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from torch import Tensor
@@ -82,12 +83,12 @@ class StepCallbackStep(LoopBlock):
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
         if block_state.step_callback is not None:
             answer = block_state.step_callback(step_info(block_state, i))
-            if answer is not None and not isinstance(answer, bool):
+            if answer is not None and not isinstance(answer, (bool, np.bool_)):
                 raise ValueError(
                     f"step_callback returned a value of type {type(answer).__name__}; return True to end the run, "
                     "False or None to go on."
                 )
-            block_state.stop_requested = block_state.stop_requested or answer is True
+            block_state.stop_requested = block_state.stop_requested or bool(answer)
         return components, block_state
 
 

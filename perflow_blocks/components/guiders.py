@@ -141,7 +141,7 @@ def _count_predictions(guider: BaseGuidance) -> int:
     # Guiders keep their settings as plain attributes, which users set too, so the config alone would miss some.
     for name, setting in vars(guider).items():
         for value in setting if isinstance(setting, list | tuple) else [setting]:
-            if isinstance(value, Real) and not math.isfinite(value):
+            if isinstance(value, Real) and (math.isnan(value) or (math.isinf(value) and "scale" in name)):
                 raise ValueError(f"the guider's {name}={value} is not finite; set a number, such as 2.0.")
     _forget_step(guider)
     try:

@@ -1,4 +1,4 @@
-"""Every input that more than one block takes, each defined once.
+"""The inputs that more than one block takes.
 
 Functions, not constants: diffusers writes into the parameters that a block returns.
 """
@@ -158,7 +158,7 @@ def denoising_start_input() -> InputParam:
         "denoising_start",
         float,
         "Share of the denoising, in (0, 1), that an earlier run did: no noise is added, and the steps before it are "
-        "left out. Snaps to a window boundary.",
+        "left out. Snaps to a window boundary. With a mask pass the earlier run's `noise` too.",
     )
 
 

@@ -1,4 +1,4 @@
-"""What a call of a preset may be given: the inputs that its first block describes for the whole pipeline."""
+"""What a call of a preset may be given for its task: the inputs that its first block checks and describes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Pictures = Picture | list[Picture]
 
 
 def request_inputs() -> list[InputParam]:
-    """Every input of a preset, in the order in which its documentation lists them."""
+    """In the order in which a preset's documentation lists them; blocks such as `merge_delta` add their own."""
     return [
         *_prompt_inputs(),
         *_sampling_inputs(),
@@ -41,7 +41,11 @@ def request_inputs() -> list[InputParam]:
 def _prompt_inputs() -> list[InputParam]:
     return [
         param("prompt", Text, "What to draw: a text, or a list of texts for as many pictures."),
-        param("prompt_2", Text, "The text for the second text encoder, if not `prompt`."),
+        param(
+            "prompt_2",
+            Text,
+            "The text for the second text encoder, if not `prompt`; has no effect where it is the only one.",
+        ),
         param("negative_prompt", Text, "What not to draw; has no effect while the guidance scale is 1."),
         param("negative_prompt_2", Text, "The negative text for the second encoder, if not `negative_prompt`."),
         *_embeddings_inputs(),
@@ -68,7 +72,12 @@ def _sampling_inputs() -> list[InputParam]:
         param("timesteps", list[int], "In place of a number of steps: descending, with every window start."),
         num_images_per_prompt_input(),
         generator_input(),
-        param("latents", torch.Tensor, "Starting noise (pictures, channels, height/f, width/f), f the VAE's factor."),
+        param(
+            "latents",
+            torch.Tensor,
+            "Starting noise (pictures, channels, height/f, width/f), f the VAE's factor; for image-to-image in place "
+            "of the noised picture.",
+        ),
         output_type_input(),
         on_nonfinite_input(),
     ]
@@ -78,7 +87,11 @@ def _picture_inputs() -> list[InputParam]:
     return [
         param("image", Pictures, "The picture to start from: one for all prompts, or one for each."),
         param("mask_image", Pictures, "For inpainting, of the picture's size: white is painted, black kept."),
-        param("padding_mask_crop", int, "Paint only the mask's surroundings, this many pixels wide, at full size."),
+        param(
+            "padding_mask_crop",
+            int,
+            "Paint only the mask's surroundings, this many pixels wide, at full size; PIL only.",
+        ),
         param("image_latents", torch.Tensor, "In place of `image`: its latents (n, channels, height/f, width/f)."),
         param("mask", torch.Tensor, "In place of `mask_image`, beside `image_latents`: (n, 1, height/f, width/f)."),
         param("masked_image_latents", torch.Tensor, "Beside `mask`, for a 9-channel UNet: without the hole."),
@@ -123,8 +136,16 @@ def _control_inputs() -> list[InputParam]:
 def _size_inputs() -> list[InputParam]:
     told = "that SDXL is told, (height, width) in pixels"
     return [
-        param("height", int, "Height in pixels, a multiple of the VAE's factor. None: the UNet's own."),
-        param("width", int, "Width in pixels, a multiple of the VAE's factor. None: the UNet's own."),
+        param(
+            "height",
+            int,
+            "Height in pixels, a multiple of the VAE's factor. None: the given picture's, else the UNet's own.",
+        ),
+        param(
+            "width",
+            int,
+            "Width in pixels, a multiple of the VAE's factor. None: the given picture's, else the UNet's own.",
+        ),
         param("original_size", Size, f"Size before cropping {told}. None: the picture's."),
         param("aesthetic_score", float, "For SDXL's refiner: how pleasing the picture shall be.", default=6.0),
         param("negative_aesthetic_score", float, "`aesthetic_score` of the negative prompt.", default=2.0),
