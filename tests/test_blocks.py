@@ -10,8 +10,9 @@ from diffusers import ClassifierFreeGuidance, StableDiffusionXLAutoBlocks
 from PIL import Image
 
 from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
+from perflow_blocks.testing.tiny import tiny_picture
 
-from .blocks_support import count_unet_calls, generator, make_pipeline, run
+from .blocks_support import count_unet_calls, generator, make_pipeline, run, watch_models
 
 
 def test_the_preset_reads_like_documentation() -> None:
@@ -112,17 +113,24 @@ def pipeline() -> Any:
 
 @pytest.mark.parametrize(("inputs", "message"), MISTAKES, ids=[message[:30] for _, message in MISTAKES])
 def test_mistakes_are_found_before_anything_runs(pipeline: Any, inputs: dict[str, Any], message: str) -> None:
-    ran: list[str] = []
-    hooks = [
-        getattr(pipeline, name).register_forward_pre_hook(lambda *_: ran.append("a model"))
-        for name in ("text_encoder", "text_encoder_2", "unet", "vae")
-    ]
+    ran, stop = watch_models(pipeline)
     with pytest.raises(ValueError, match=message) as caught:
         pipeline(**{"prompt": "a star", **inputs})
-    for hook in hooks:
-        hook.remove()
+    stop()
     assert ran == []
     assert "\n" not in str(caught.value)
+
+
+def test_a_watch_sees_each_model_until_it_ends(pipeline: Any) -> None:
+    ran, stop = watch_models(pipeline)
+    pipeline(prompt="a star", image=tiny_picture())
+    assert set(ran) == {"text_encoder", "text_encoder_2", "unet", "vae"}
+    assert ran[-1] == "vae"  # which decodes
+    assert "vae" in ran[: ran.index("unet")]  # and encodes
+    stop()
+    ran.clear()
+    pipeline(prompt="a star")
+    assert ran == []
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from perflow_blocks.cli import demo
+from perflow_blocks.evaluation import comparison
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -31,13 +33,21 @@ def test_compare_draws_a_sheet_of_four_columns(run: Run, tmp_path: Path) -> None
         assert 4 * 192 < sheet.width < 5 * 220
 
 
-def test_evaluate_writes_its_table(run: Run, tmp_path: Path) -> None:
+def test_evaluate_writes_its_table(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def small_set(count: int) -> comparison.EvaluationSet:
+        data = make_evaluation_set(count)
+        return replace(data, reference=data.reference[:32])  # each row's distance is measured to all of them
+
+    make_evaluation_set = comparison.make_evaluation_set
+    monkeypatch.setattr(comparison, "make_evaluation_set", small_set)
     path = tmp_path / "table.md"
     status, out, _ = run("evaluate", "--prompts", 4, "--quick", "--out", path)
     assert status == 0
     table = path.read_text()
     assert table.strip() == out.strip()
     assert table.count("| student, PeRFlow |") == 3
+    assert table.count("| teacher, DDIM |") == 5
+    assert "| 50 |" not in table
 
 
 @pytest.mark.parametrize(

@@ -71,19 +71,19 @@ def test_one_call_equals_the_stock_calls(kind: str, guess_mode: bool, guider: st
 
 
 class ThreeAtOnce(SkipLayerGuidance):
-    """Three batches for one call of the model: the third sees the prompt's words in reverse, and all layers."""
+    """Three batches for one call of the model: the third sees other words, and all layers."""
 
     prepare_models = BaseGuidance.prepare_models
     cleanup_models = BaseGuidance.cleanup_models
 
     def prepare_inputs(self, data: Any) -> list[Any]:  # as the stock denoiser asks
-        return self._reverse(super().prepare_inputs(data), "prompt_embeds")
+        return self._change_words(super().prepare_inputs(data), "prompt_embeds")
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: Any) -> list[Any]:
-        return self._reverse(super().prepare_inputs_from_block_state(data, input_fields), "encoder_hidden_states")
+        return self._change_words(super().prepare_inputs_from_block_state(data, input_fields), "encoder_hidden_states")
 
-    def _reverse(self, batches: list[Any], name: str) -> list[Any]:
-        setattr(batches[2], name, getattr(batches[2], name).flip(1))
+    def _change_words(self, batches: list[Any], name: str) -> list[Any]:
+        setattr(batches[2], name, -getattr(batches[2], name))
         return batches
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import ClassifierFreeGuidance
+from diffusers import ClassifierFreeGuidance, UNet2DConditionModel
 from diffusers.modular_pipelines.stable_diffusion_xl.encoders import StableDiffusionXLTextEncoderStep
 
 from perflow_blocks.testing.tiny import (
@@ -17,10 +17,12 @@ from perflow_blocks.testing.tiny import (
     load_tiny_ip_adapter,
     tiny_controlnet,
     tiny_picture,
+    tiny_sdxl_unet,
 )
 
-from .blocks_support import count_unet_calls, generator, make_pipeline, run
+from .blocks_support import count_unet_calls, generator, make_pipeline, run, watch_models
 from .features_support import WORKFLOWS, workflow_inputs
+from .loop_support import loop_pipeline
 
 PROMPTS = ["a star", "a ring"]
 EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds")
@@ -132,10 +134,7 @@ def test_one_generator_draws_for_all_and_a_list_for_each(pipe: Any, workflow: st
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_a_wrong_number_of_generators_is_found_before_a_model_runs(workflow: str, count: int) -> None:
     pipe = make_pipeline()
-    ran: list[str] = []
-    for name in ("text_encoder", "text_encoder_2", "unet", "vae"):
-        for module in getattr(pipe, name).children():  # the VAE encodes and decodes without calling itself
-            module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    ran, _ = watch_models(pipe)
     inputs = workflow_inputs(workflow) | {"prompt": PROMPTS, "num_images_per_prompt": 2}
     with pytest.raises(ValueError, match=f"{count} generators for 4 pictures"):
         run(pipe, **inputs, generator=generators(*range(count)))
@@ -150,6 +149,37 @@ def test_latents_given_decide_the_picture(pipe: Any, workflow: str) -> None:
     first = run(pipe, **inputs, latents=noise(1))
     assert torch.equal(run(pipe, **inputs, latents=noise(1)), first)
     assert not torch.allclose(run(pipe, **inputs, latents=noise(1, seed=1)), first, atol=1e-2)
+
+
+@pytest.mark.parametrize("workflow", ["image2image", "inpainting"])
+def test_image_latents_take_the_type_of_the_run(workflow: str) -> None:
+    pipe = loop_pipeline(workflow, dtype=torch.bfloat16)
+    given: dict[str, torch.Tensor] = {"image_latents": noise(1)}
+    if workflow == "inpainting":
+        given["mask"] = torch.ones(1, 1, LATENT_SIZE, LATENT_SIZE).tril()
+    halved = {name: tensor.bfloat16() for name, tensor in given.items()}
+    result = run(pipe, **given, num_inference_steps=4, strength=0.6)
+    assert result.dtype == torch.bfloat16
+    assert torch.equal(result, run(pipe, **halved, num_inference_steps=4, strength=0.6))
+
+
+def test_a_guidance_embedding_goes_to_all_batches_of_the_guider() -> None:
+    config = {name: value for name, value in tiny_sdxl_unet().config.items() if not name.startswith("_")}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(**config | {"time_cond_proj_dim": 8}).eval()
+    pipe = make_pipeline(unet=unet)
+    seen: list[torch.Tensor] = []
+    pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["timestep_cond"]), with_kwargs=True
+    )
+    together = run(pipe, prompt=PROMPTS, generator=generators(1, 2))
+    assert {tuple(tensor.shape) for tensor in seen} == {(4, 8)}  # two pictures, with guidance and without
+    alone = [run(pipe, prompt=PROMPTS[row], generator=generator(row + 1)) for row in range(2)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    # or else an embedding that is not passed on would go unseen
+    unet.time_embedding.cond_proj.weight.data.zero_()
+    assert not torch.allclose(run(pipe, prompt=PROMPTS, generator=generators(1, 2)), together, atol=1e-3)
 
 
 def test_latents_given_stand_for_those_of_the_generator(pipe: Any) -> None:
@@ -205,28 +235,48 @@ def test_embeddings_need_no_negatives_and_no_text_encoder_without_guidance() -> 
     assert set(batches) == {1}
 
 
+def test_a_model_that_takes_no_zeros_for_negatives_needs_them_under_guidance() -> None:
+    pipe = make_pipeline()
+    pipe.update_components(force_zeros_for_empty_prompt=False)
+    ran, _ = watch_models(pipe)
+    given = embeddings(prompt="a star", negative_prompt="a dot")
+    positive = {name: given[name] for name in EMBEDDINGS}
+    with pytest.raises(ValueError, match=r"^negative_prompt_embeds is missing; pass it beside prompt_embeds"):
+        run(pipe, **positive, prompt=None)
+    assert ran == []
+    assert torch.equal(run(pipe, **given, prompt=None), run(pipe, prompt="a star", negative_prompt="a dot"))
+    pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=1.0))
+    assert torch.isfinite(run(pipe, **positive, prompt=None)).all()
+
+
 def without(*names: str) -> dict[str, Any]:
     given = embeddings(prompt="a star", negative_prompt="a dot")
     return {name: tensor for name, tensor in given.items() if name not in names}
 
 
 @pytest.mark.parametrize(
-    ("given", "named"),
+    ("given", "message"),
     [
-        (lambda: without("pooled_prompt_embeds"), "pooled_prompt_embeds"),
-        (lambda: without("negative_pooled_prompt_embeds"), "negative_pooled_prompt_embeds"),
-        (lambda: without("negative_prompt_embeds"), "negative_prompt_embeds"),
-        (lambda: without("prompt_embeds"), "prompt"),
-        (lambda: without() | {"prompt": "a star"}, "prompt_embeds"),
-        (lambda: without(*EMBEDDINGS) | {"prompt": "a star"}, "negative_prompt_embeds"),
-        (lambda: without() | {"negative_prompt": "a dot"}, "negative_prompt"),
-        (lambda: without() | {"negative_prompt_embeds": torch.zeros(1, 8, 32)}, "negative_prompt_embeds"),
-        (lambda: without() | {"pooled_prompt_embeds": torch.zeros(2, 16)}, "pooled_prompt_embeds"),
+        (lambda: without("pooled_prompt_embeds"), "^only one of prompt_embeds and pooled_prompt_embeds is given"),
+        (lambda: without(NEGATIVES[1]), f"^only one of {' and '.join(NEGATIVES)} is given"),
+        (lambda: without(NEGATIVES[0]), f"^only one of {' and '.join(NEGATIVES)} is given"),
+        (lambda: without("prompt_embeds"), "^prompt is missing"),
+        (lambda: without() | {"prompt": "a star"}, "^both prompt and prompt_embeds are given"),
+        (lambda: without(*EMBEDDINGS) | {"prompt": "a star"}, "^both prompt and negative_prompt_embeds are given"),
+        (lambda: without() | {"negative_prompt": "a dot"}, "^negative_prompt is given beside prompt_embeds"),
+        (
+            lambda: without() | {"negative_prompt_embeds": torch.zeros(1, 8, 32)},
+            r"^negative_prompt_embeds has shape \(1, 8, 32\), prompt_embeds \(1, 16, 32\)",
+        ),
+        (
+            lambda: without() | {"pooled_prompt_embeds": torch.zeros(2, 16)},
+            "^pooled_prompt_embeds holds 2 rows for 1 prompts",
+        ),
     ],
 )
-def test_embeddings_that_do_not_go_together_are_found_first(pipe: Any, given: Any, named: str) -> None:
+def test_embeddings_that_do_not_go_together_are_found_first(pipe: Any, given: Any, message: str) -> None:
     batches = count_unet_calls(pipe)
-    with pytest.raises(ValueError, match=named) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         run(pipe, **{"prompt": None, **given()})
     assert batches == []
     assert "\n" not in str(caught.value)

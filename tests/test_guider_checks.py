@@ -25,7 +25,7 @@ from diffusers.utils import logging
 from perflow_blocks.components.guiders import check_guider, warn_about_few_steps
 from perflow_blocks.testing import tiny_sdxl_unet
 
-from .blocks_support import make_pipeline
+from .blocks_support import make_pipeline, watch_models
 from .guiders_support import attention_scores, draw, hooks_of, layers, perturbed, skip_layer, smoothed
 
 NOT_FOUND = r"SkipLayerGuidance.*LayerSkipConfig\(indices=\[0\], fqn=\"mid_block.attentions.0.transformer_blocks\"\)"
@@ -74,13 +74,12 @@ def test_what_cannot_work_is_refused_in_one_line(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in REFUSED if name != "none"])
 def test_a_refusal_comes_before_any_model_runs(name: str) -> None:
     make, message = REFUSED[name]
-    pipe, calls = make_pipeline(), []
-    for model in (pipe.text_encoder, pipe.text_encoder_2, pipe.unet, pipe.vae):
-        model.register_forward_pre_hook(lambda module, _: calls.append(type(module).__name__))
+    pipe = make_pipeline()
+    ran, _ = watch_models(pipe)
     pipe.guider = make()
     with pytest.raises(ValueError, match=message):
         pipe(prompt="a star", num_inference_steps=4)
-    assert calls == []
+    assert ran == []
 
 
 def test_other_attention_processors_are_refused_for_perturbed_attention_only() -> None:

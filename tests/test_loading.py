@@ -1,4 +1,4 @@
-"""The checkout's root and the embedded model's directory as modular repositories, each loaded in a clean process."""
+"""The checkout's root and the embedded model's directory as modular repositories, loaded in a clean process."""
 
 from __future__ import annotations
 
@@ -22,43 +22,59 @@ ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "perflow_blocks" / "demo" / "weights"
 REPOSITORY_FILES = ("block.py", "modular_config.json", "modular_model_index.json")
 
-LOAD = """
+SCRIPT = """
 import json, sys
 from diffusers import ModularPipeline
-pipe = ModularPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
-from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
-assert type(pipe.blocks) is PeRFlowSDXLAutoBlocks, type(pipe.blocks)
-report = {"pipeline": type(pipe).__name__, "specs": {}, "config": {}}
-for name in pipe.pretrained_component_names:
-    spec = pipe.get_component_spec(name)
-    report["specs"][name] = [spec.pretrained_model_name_or_path, spec.subfolder, spec.variant]
-for name in ("prediction_type", "num_time_windows", "default_num_inference_steps", "guidance_scale", "delta"):
-    report["config"][name] = pipe.config[name]
-"""
-GENERATE = """
-from perflow_blocks.components.delta_files import merge_record
-pipe.load_components()
-report["missing"] = pipe.null_component_names
-models = [pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2]
-report["dtypes"] = sorted({str(model.dtype) for model in models})
-state = pipe(prompt="a red star")
-report["image"] = [type(state.images[0]).__name__, *state.images[0].size]
-report["steps"] = state.num_inference_steps
-report["guidance"] = pipe.guider.guidance_scale
-report["merged"] = merge_record(pipe.unet).source
+
+def load(directory):
+    pipe = ModularPipeline.from_pretrained(directory, trust_remote_code=True)
+    from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
+    assert type(pipe.blocks) is PeRFlowSDXLAutoBlocks, type(pipe.blocks)
+    report = {"pipeline": type(pipe).__name__, "specs": {}, "config": {}}
+    for name in pipe.pretrained_component_names:
+        spec = pipe.get_component_spec(name)
+        report["specs"][name] = [spec.pretrained_model_name_or_path, spec.subfolder, spec.variant]
+    for name in ("prediction_type", "num_time_windows", "default_num_inference_steps", "guidance_scale", "delta"):
+        report["config"][name] = pipe.config[name]
+    return pipe, report
+
+def generate(pipe, report):
+    from perflow_blocks.components.delta_files import merge_record
+    pipe.load_components()
+    report["missing"] = pipe.null_component_names
+    models = [pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2]
+    report["dtypes"] = sorted({str(model.dtype) for model in models})
+    state = pipe(prompt="a red star")
+    report["image"] = [type(state.images[0]).__name__, *state.images[0].size]
+    report["steps"] = state.num_inference_steps
+    report["guidance"] = pipe.guider.guidance_scale
+    report["merged"] = merge_record(pipe.unet).source
+
+reports = []
+for number, directory in enumerate(sys.argv[1:]):
+    pipe, report = load(directory)
+    if number:
+        generate(pipe, report)
+    reports.append(report)
+print("REPORTS" + json.dumps(reports))
 """
 
 
-def load_elsewhere(directory: Path, tmp_path: Path, script: str = LOAD) -> dict[str, Any]:
-    """What a new process without network, in another directory and with an empty cache, says about the repository."""
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+@pytest.fixture(scope="module")
+def reports(embedded_copy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, dict[str, Any]]:
+    """What a new process without network, in another directory and with an empty cache, says about the repositories.
+
+    One process for all, since most of its time goes into imports. The checkout, of which nothing is generated, is
+    first: so it is loaded where the package was not imported before.
+    """
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path_factory.mktemp("cache"))}
     environment.pop("HF_MODULES_CACHE", None)
     # The package is imported as where it is installed; the path stands in for that where tests run uninstalled.
     environment["PYTHONPATH"] = str(ROOT)
+    directories = (ROOT, embedded_copy, EMBEDDED)
     result = subprocess.run(
-        [sys.executable, "-c", script + "\nprint('REPORT' + json.dumps(report))", str(directory)],
+        [sys.executable, "-c", SCRIPT, *map(str, directories)],
         cwd=elsewhere,
         env=environment,
         capture_output=True,
@@ -66,11 +82,11 @@ def load_elsewhere(directory: Path, tmp_path: Path, script: str = LOAD) -> dict[
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.split("REPORT")[1])
+    return dict(zip(directories, json.loads(result.stdout.split("REPORTS")[1]), strict=True))
 
 
-def test_the_checkout_is_a_modular_repository(tmp_path: Path) -> None:
-    report = load_elsewhere(ROOT, tmp_path)
+def test_the_checkout_is_a_modular_repository(reports: dict[Path, dict[str, Any]]) -> None:
+    report = reports[ROOT]
     base = "stabilityai/stable-diffusion-xl-base-1.0"
     assert report["pipeline"] == "StableDiffusionXLModularPipeline"
     assert report["specs"] == {
@@ -93,10 +109,10 @@ def test_the_checkout_is_a_modular_repository(tmp_path: Path) -> None:
     }
 
 
-@pytest.fixture
-def embedded_copy(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def embedded_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded directory's layout around tiny random models, in half precision as they ship."""
-    directory = tmp_path / "model"
+    directory = tmp_path_factory.mktemp("copy") / "model"
     components = tiny_sdxl_components(DDIMScheduler(**BETAS))
     for name, component in components.items():
         if isinstance(component, torch.nn.Module):
@@ -123,15 +139,17 @@ def assert_generates_from(directory: Path, report: dict[str, Any]) -> None:
     assert report["merged"] == str(directory / "perflow_delta.safetensors")
 
 
-def test_the_embedded_layout_generates_offline_from_anywhere(embedded_copy: Path, tmp_path: Path) -> None:
-    report = load_elsewhere(embedded_copy, tmp_path, LOAD + GENERATE)
+def test_the_embedded_layout_generates_offline_from_anywhere(
+    embedded_copy: Path, reports: dict[Path, dict[str, Any]]
+) -> None:
+    report = reports[embedded_copy]
     assert_generates_from(embedded_copy, report)
     assert report["image"] == ["Image", 32, 32]
     assert (report["steps"], report["guidance"]) == (4, 1.0)
 
 
-def test_the_embedded_model_generates_offline_from_anywhere(tmp_path: Path) -> None:
-    assert_generates_from(EMBEDDED, load_elsewhere(EMBEDDED, tmp_path, LOAD + GENERATE))
+def test_the_embedded_model_generates_offline_from_anywhere(reports: dict[Path, dict[str, Any]]) -> None:
+    assert_generates_from(EMBEDDED, reports[EMBEDDED])
 
 
 @pytest.mark.parametrize("directory", [ROOT, EMBEDDED], ids=["root", "embedded"])
@@ -146,9 +164,12 @@ def test_both_repositories_run_the_same_code() -> None:
         assert (ROOT / name).read_text() == (EMBEDDED / name).read_text()
 
 
-def test_a_directory_without_its_code_is_an_error_and_not_the_stock_pipeline(embedded_copy: Path) -> None:
+def test_a_directory_without_its_code_is_an_error_and_not_the_stock_pipeline(
+    embedded_copy: Path, tmp_path: Path
+) -> None:
     from diffusers import ModularPipeline
 
-    (embedded_copy / "modular_config.json").unlink()
+    directory = shutil.copytree(embedded_copy, tmp_path / "model")
+    (directory / "modular_config.json").unlink()
     with pytest.raises(ValueError, match="No pipeline blocks could be resolved"):
-        ModularPipeline.from_pretrained(str(embedded_copy), trust_remote_code=True, local_files_only=True)
+        ModularPipeline.from_pretrained(str(directory), trust_remote_code=True, local_files_only=True)

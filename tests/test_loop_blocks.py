@@ -95,6 +95,17 @@ def test_a_stopped_run_ends_with_the_clean_latents_it_predicts(step: int) -> Non
     assert torch.equal(run(pipe, num_inference_steps=5), run(make_pipeline(), num_inference_steps=5))
 
 
+def test_a_later_callback_does_not_take_back_what_an_earlier_one_asked_for() -> None:
+    blocks = callback_blocks()
+    insert_loop_block(blocks, "second", StepCallbackStep, after="callback")
+    pipe = make_pipeline(blocks)
+    calls, answers = count_unet_calls(pipe), iter([False, None, True, False])
+    inputs = {"prompt": "a red star", "num_inference_steps": 5, "output_type": "latent"}
+    state = pipe(**inputs, step_callback=lambda info: next(answers, False))
+    assert calls == [2, 2]
+    assert state.values["stop_requested"] is True
+
+
 def test_to_stop_at_the_last_step_is_to_finish() -> None:
     pipe = make_pipeline(callback_blocks())
     inputs = {"prompt": "a red star", "generator": generator(), "num_inference_steps": 5, "output_type": "latent"}

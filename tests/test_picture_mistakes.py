@@ -12,7 +12,7 @@ from PIL import Image
 from perflow_blocks.blocks.check_pictures import check_kind
 from perflow_blocks.testing.tiny import tiny_mask, tiny_picture
 
-from .blocks_support import make_pipeline, run
+from .blocks_support import make_pipeline, run, watch_models
 
 PICTURE, MASK = tiny_picture(1), tiny_mask()
 BYTES = np.asarray(PICTURE)
@@ -71,16 +71,10 @@ def pipe() -> Any:
 
 @pytest.mark.parametrize(("inputs", "message"), MISTAKES, ids=[message[:50] for _, message in MISTAKES])
 def test_mistake(pipe: Any, inputs: dict[str, Any], message: str) -> None:
-    ran: list[str] = []
-    hooks = [
-        model.register_forward_pre_hook(lambda *_: ran.append("a model"))
-        for model in pipe.components.values()
-        if isinstance(model, torch.nn.Module)
-    ]
+    ran, stop = watch_models(pipe)
     with pytest.raises(ValueError, match=message) as caught:
         pipe(**{"prompt": "a star", "num_inference_steps": 4, **inputs})
-    for hook in hooks:
-        hook.remove()
+    stop()
     assert ran == []
     assert "\n" not in str(caught.value)
 

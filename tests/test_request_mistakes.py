@@ -21,7 +21,7 @@ from perflow_blocks.testing.tiny import (
     tiny_picture,
 )
 
-from .blocks_support import generator, make_pipeline
+from .blocks_support import generator, make_pipeline, watch_models
 
 PICTURE, MASK = tiny_picture(1), tiny_mask()
 LATENTS = torch.zeros(1, 4, 16, 16)
@@ -184,16 +184,11 @@ def pipelines() -> dict[str, Any]:
 
 @pytest.mark.parametrize(("kind", "inputs", "message"), MISTAKES, ids=[f"{k}-{m[:40]}" for k, _, m in MISTAKES])
 def test_mistake(pipelines: dict[str, Any], kind: str, inputs: dict[str, Any], message: str) -> None:
-    pipe, ran = pipelines[kind], []
-    hooks = [
-        model.register_forward_pre_hook(lambda *_: ran.append("a model"))
-        for model in pipe.components.values()
-        if isinstance(model, torch.nn.Module)
-    ]
+    pipe = pipelines[kind]
+    ran, stop = watch_models(pipe)
     with pytest.raises(ValueError, match=message) as caught:
         pipe(**{"prompt": "a star", "num_inference_steps": 4, **inputs})
-    for hook in hooks:
-        hook.remove()
+    stop()
     assert ran == []
     assert "\n" not in str(caught.value)
 
