@@ -90,6 +90,8 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("plain", {"latents": [LATENTS]}, "latents are of type list; pass a tensor"),
     ("plain", {"latents": LATENTS, "height": 48}, "height=48, but the latents are those of 32 pixels; pass 32"),
     ("plain", {"latents": LATENTS, "width": 16}, "width=16, but the latents are those of 32 pixels"),
+    ("plain", {"original_size": [32, 32]}, r"original_size=\[32, 32\] is no pair; pass a tuple"),
+    ("plain", {"target_size": 32}, "target_size=32 is no pair"),
     ("plain", {"cross_attention_kwargs": 0.5}, "cross_attention_kwargs is of type float; pass a dictionary"),
     ("plain", {"negative_prompt_2": "a"}, "negative_prompt_2 goes with negative_prompt"),
     ("plain", {"prompt": None, "prompt_embeds": [LATENTS]}, "prompt_embeds is of type list; pass a tensor"),

@@ -13,6 +13,14 @@ from ..core.windows import require_positive_int
 from .denoising_range import check_denoising_range, check_strength
 
 PROMPT_NAMES = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
+SIZE_NAMES = (
+    "original_size",
+    "target_size",
+    "crops_coords_top_left",
+    "negative_original_size",
+    "negative_target_size",
+    "negative_crops_coords_top_left",
+)
 EMBEDDING_NAMES = (
     "prompt_embeds",
     "pooled_prompt_embeds",
@@ -75,7 +83,7 @@ def count_prompts(request: Any) -> int:
 def check_size(request: Any, factor: int) -> None:
     """
     Raises:
-        ValueError: height or width no multiple of the VAE's factor, or one of two negative sizes.
+        ValueError: height or width no multiple of the VAE's factor, or sizes that are no pairs or lack their twin.
     """
     for name in ("height", "width"):
         value = getattr(request, name)
@@ -85,6 +93,10 @@ def check_size(request: Any, factor: int) -> None:
         if value % factor:
             nearest = max(factor, round(value / factor) * factor)
             raise ValueError(f"{name}={value} is no multiple of the VAE's factor {factor}; pass {nearest}.")
+    for name in SIZE_NAMES:
+        value = getattr(request, name)
+        if value is not None and not (isinstance(value, tuple) and len(value) == 2):
+            raise ValueError(f"{name}={value!r} is no pair; pass a tuple of two numbers, such as (1024, 1024).")
     if (request.negative_original_size is None) != (request.negative_target_size is None):
         raise ValueError("only one of negative_original_size and negative_target_size is given; pass both or neither.")
 
