@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from perflow_blocks.blocks.check_pictures import check_kind
+from perflow_blocks.blocks.checks.pictures import check_kind
 from perflow_blocks.testing.tiny import tiny_mask, tiny_picture
 
 from .blocks_support import make_pipeline, run, watch_models

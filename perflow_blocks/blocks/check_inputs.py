@@ -11,10 +11,10 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, In
 from ..components.guiders import check_guider
 from ..components.request import request_inputs
 from ..components.specs import guider_spec, unet_spec, vae_spec
-from .check_components import check_dtypes, check_loaded, forget_done_stages, warn_of_idle_inputs
-from .check_conditions import check_controlnet, check_ip_adapters
-from .check_pictures import check_pictures
-from .check_request import check_latents, check_sampling, check_size, count_prompts
+from .checks.components import check_dtypes, check_loaded, forget_done_stages, warn_of_idle_inputs
+from .checks.conditions import check_controlnet, check_ip_adapters
+from .checks.pictures import check_pictures
+from .checks.request import check_latents, check_sampling, check_size, count_prompts
 
 
 class PeRFlowCheckInputsStep(ModularPipelineBlocks):

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from .pictures import count_pictures, picture_size
+from ..pictures import count_pictures, picture_size
 
 
 def check_pictures(request: Any, prompts: int, pictures: int, channels: int, unet_channels: int) -> None:

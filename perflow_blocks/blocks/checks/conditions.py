@@ -10,8 +10,8 @@ from diffusers import ControlNetUnionModel, MultiControlNetModel
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor
 
-from .check_pictures import check_kind
-from .pictures import count_pictures
+from ..pictures import count_pictures
+from .pictures import check_kind
 
 CONTROLNET_SETTINGS = (
     "control_mode",
