@@ -101,7 +101,7 @@ class PeRFlowLoopDenoiser(ModularPipelineBlocks):
     def _predict(self, components: Any, block_state: Any, batches: list[Any], i: int, t: Tensor) -> Tensor:
         """The raw prediction (len(batches) * batch, channels, height/f, width/f), from one UNet call."""
         conditions = _join(batches)
-        residuals = self._residuals(components, block_state, batches, i, t)
+        residuals = self._residuals(components, block_state, batches, conditions, i, t)
         sample = block_state.latents
         if block_state.inpaint_conditioning is not None:
             sample = torch.cat([sample, block_state.inpaint_conditioning], dim=1)
@@ -116,8 +116,10 @@ class PeRFlowLoopDenoiser(ModularPipelineBlocks):
             **residuals,
         )[0]
 
-    def _residuals(self, components: Any, block_state: Any, batches: list[Any], i: int, t: Tensor) -> dict[str, Any]:
-        """What else the UNet is given for these batches."""
+    def _residuals(
+        self, components: Any, block_state: Any, batches: list[Any], conditions: dict[str, Any], i: int, t: Tensor
+    ) -> dict[str, Any]:
+        """What else the UNet is given for these batches, whose joined conditions are `conditions`."""
         return {}
 
 
@@ -142,13 +144,16 @@ class PeRFlowControlNetLoopDenoiser(PeRFlowLoopDenoiser):
     def inputs(self) -> list[InputParam]:
         return [*super().inputs, *controlnet_inputs()]
 
-    def _residuals(self, components: Any, block_state: Any, batches: list[Any], i: int, t: Tensor) -> dict[str, Any]:
+    def _residuals(
+        self, components: Any, block_state: Any, batches: list[Any], conditions: dict[str, Any], i: int, t: Tensor
+    ) -> dict[str, Any]:
         scale = _scale_at(block_state, i)
         controlled = [batch for batch in batches if not (block_state.guess_mode and _is_unconditional(batch))]
         if not controlled or not any(scale if isinstance(scale, list) else [scale]):
             return {}
-        conditions = _join(controlled)
         copies = len(controlled)
+        if copies < len(batches):
+            conditions = _join(controlled)
         inputs = {
             "sample": _repeat(block_state.latents, copies),
             "encoder_hidden_states": conditions["encoder_hidden_states"],

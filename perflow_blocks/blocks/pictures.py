@@ -32,14 +32,14 @@ def count_pictures(image: Any, mask: bool = False) -> int:
         image: what was given.
         mask: whether it is a mask, of which an array or tensor (n, height, width) is a batch, as for diffusers.
     """
-    if isinstance(image, (list, tuple)):
+    if isinstance(image, list):
         return len(image)
     return int(image.shape[0]) if _is_batch(image, mask) else 1
 
 
 def first_picture(image: Any) -> Any:
     """The first entry of a list, else what is given."""
-    return image[0] if isinstance(image, (list, tuple)) else image
+    return image[0] if isinstance(image, list) else image
 
 
 def repeat_pictures(image: Any, count: int, mask: bool = False) -> Any:
@@ -47,7 +47,7 @@ def repeat_pictures(image: Any, count: int, mask: bool = False) -> Any:
     times = count // count_pictures(image, mask)
     if times == 1:
         return image
-    if isinstance(image, (list, tuple)):
+    if isinstance(image, list):
         return [picture for picture in image for _ in range(times)]
     if isinstance(image, Tensor):
         return torch.repeat_interleave(image if _is_batch(image, mask) else image[None], times, dim=0)

@@ -8,7 +8,7 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from diffusers.utils import logging
 
-from ..components.inputs import batch_inputs, denoising_start_input, noising_input
+from ..components.inputs import denoising_start_input, noising_input
 from ..core.plan import StepPlan
 from ..schedulers import PeRFlowScheduler
 from .denoising_range import before, check_denoising_range, check_strength, end_time, start_time
@@ -51,7 +51,6 @@ class PeRFlowImg2ImgSetTimestepsStep(PeRFlowSetTimestepsStep):
             ),
             denoising_start_input(),
             noising_input(),
-            *(param for param in batch_inputs() if param.name != "dtype"),
         ]
 
     @property
@@ -63,19 +62,12 @@ class PeRFlowImg2ImgSetTimestepsStep(PeRFlowSetTimestepsStep):
                 torch.Tensor,
                 "(P, Q) of `P x0 + Q noise` at the start of each step and at the end, (num_steps + 1, 2), float32.",
             ),
-            OutputParam(
-                "latent_timestep",
-                torch.Tensor,
-                "The first timestep, once for each picture, for prepare steps of diffusers.",
-            ),
         ]
 
     def prepare(self, components: Any, block_state: Any) -> None:
         super().prepare(components, block_state)
         table = components.scheduler.noise_coefficients(block_state.step_plan, block_state.noising)
         block_state.noise_coefficients = table.float().to(components._execution_device)
-        pictures = block_state.batch_size * block_state.num_images_per_prompt
-        block_state.latent_timestep = block_state.timesteps[:1].repeat(pictures)
 
     def section(self, scheduler: PeRFlowScheduler, whole: StepPlan, block_state: Any) -> StepPlan:
         """The part from `strength` or `denoising_start` to `denoising_end`."""

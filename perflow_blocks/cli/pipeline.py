@@ -48,7 +48,7 @@ def model_location(model: str | None) -> str:
 
 
 def load_pipeline(location: str, *, device: torch.device, dtype: torch.dtype) -> Any:
-    """A `PeRFlowSDXLAutoBlocks` pipeline with the weights of a directory or repository, whose own code is not run.
+    """The preset's text-to-image workflow with the weights of a directory or repository, whose own code is not run.
 
     Raises:
         ValueError: the location cannot be read, or lacks a component that generation needs.
@@ -57,14 +57,13 @@ def load_pipeline(location: str, *, device: torch.device, dtype: torch.dtype) ->
     from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
 
     try:
-        pipeline = PeRFlowSDXLAutoBlocks().init_pipeline(location)
+        pipeline = PeRFlowSDXLAutoBlocks().get_workflow("text2image").init_pipeline(location)
         pipeline.load_components(dtype=dtype)
     except OSError as error:
         raise ValueError(
             f"cannot load {location} ({error}); pass a directory or a repository of an SDXL model."
         ) from error
-    optional = {"scheduler", "controlnet", "image_encoder", "feature_extractor"}  # text-to-image needs none of these
-    missing = [name for name in pipeline.null_component_names if name not in optional]
+    missing = [name for name in pipeline.null_component_names if name != "scheduler"]
     if missing:
         raise ValueError(f"{location} gave no {', '.join(missing)}; pass a complete SDXL model.")
     return pipeline.to(device)

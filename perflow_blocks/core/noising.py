@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -16,18 +17,18 @@ NOISINGS: tuple[str, ...] = get_args(Noising)
 
 
 def noise_coefficients(
-    plan: StepPlan, alphas_cumprod: Tensor, *, noising: str = "chord", clean_time: float = 0.0
+    plan: StepPlan, rows: Sequence[WindowAlpha], alphas_cumprod: Tensor, *, noising: str = "chord"
 ) -> Tensor:
     """(P, Q) of `z = P x0 + Q noise` where each step of a plan starts and where the last one ends.
 
     On the chord between the marginals at a window's ends, where the student's path runs, or the marginal at the time
-    itself; the two agree at window boundaries. At `clean_time` a picture is left as it is: (1, 0).
+    itself; the two agree at window boundaries. At the end of the last window a picture is left as it is: (1, 0).
 
     Args:
         plan: the steps.
+        rows: the windows that the plan was made for, from `window_table`.
         alphas_cumprod: abar, float64 of shape (num_train_timesteps,), on the host.
         noising: one of `NOISINGS`.
-        clean_time: the time at which a sample counts as a picture, the end of the last window.
 
     Returns:
         float64 of shape (len(plan) + 1, 2), on the host.
@@ -38,22 +39,15 @@ def noise_coefficients(
     if noising not in NOISINGS:
         raise ValueError(f"noising={noising!r} is unknown; pass one of {', '.join(NOISINGS)}.")
     times = (*plan.times, plan.next_times[-1])
-    rows: list[tuple[float, float]] = []
-    for k, t in enumerate(times):
-        step = min(k, len(plan) - 1)
-        window = WindowAlpha(
-            plan.window_start[step],
-            plan.window_end[step],
-            (plan.alpha_start[step] / plan.alpha_end[step]) ** 0.5,
-            plan.alpha_start[step],
-            plan.alpha_end[step],
-        )
-        if t <= clean_time:
-            rows.append((1.0, 0.0))
+    windows = (rows[k] for k in (*plan.window_index, plan.window_index[-1]))
+    pairs: list[tuple[float, float]] = []
+    for t, window in zip(times, windows, strict=True):
+        if t <= rows[-1].end:
+            pairs.append((1.0, 0.0))
         elif noising == "chord":
             signal, sigma = chord_marginal_coefficients(window, t)
-            rows.append((float(signal), float(sigma)))
+            pairs.append((float(signal), float(sigma)))
         else:
             alpha = alpha_at(alphas_cumprod, t)
-            rows.append((alpha**0.5, (1.0 - alpha) ** 0.5))
-    return torch.tensor(rows, dtype=torch.float64)
+            pairs.append((alpha**0.5, (1.0 - alpha) ** 0.5))
+    return torch.tensor(pairs, dtype=torch.float64)

@@ -262,9 +262,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
 
         float64 on the host; (1, 0) where the plan ends at the end of the last window. See `core.noising`.
         """
-        return noise_coefficients(
-            plan, self._exact_alphas_cumprod, noising=noising, clean_time=self.windows.boundaries[-1]
-        )
+        return noise_coefficients(plan, self._window_table, self._exact_alphas_cumprod, noising=noising)
 
     def plan_from(self, t: float, plan: StepPlan) -> StepPlan:
         """The plan of a run that begins at time t in (0, 1]: a first step from t, then the steps of `plan` below it.

@@ -128,7 +128,6 @@ def _schedule() -> dict[str, Any]:
         "step_plan": plan,
         "step_coefficients": plan.coefficients(),
         "noise_coefficients": torch.tensor([*noised, (1.0, 0.0)]),
-        "latent_timestep": scheduler.timesteps[:1],
         "strength": 1.0,
     }
 

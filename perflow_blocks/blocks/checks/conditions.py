@@ -172,4 +172,4 @@ def _check_lengths(request: Any, count: int | None, names: Sequence[str], of: st
 def _listed(value: Any, default: Any) -> list[Any]:
     if value is None:
         return [default]
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    return value if isinstance(value, list) else [value]
