@@ -41,7 +41,7 @@ def path(timestep: int) -> Tensor:
 def first_sample(pipe: Any, **inputs: Any) -> Tensor:
     """What the UNet is given first, of one of its two batches."""
     seen: list[Tensor] = []
-    hook = pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
     run(pipe, image_latents=PICTURE, **inputs)
     hook.remove()
     return seen[0][:1]
@@ -118,7 +118,7 @@ def test_without_a_strength_a_third_is_redrawn_and_a_hole_wholly() -> None:
 def test_a_schedule_that_begins_below_one_is_entered_at_its_start() -> None:
     pipe = make_pipeline(scheduler=PeRFlowScheduler(**BETAS, t_noise=0.9))
     seen: list[Tensor] = []
-    pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0][:1]))
+    pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0][:1].clone()))
     run(pipe, image_latents=PICTURE, mask=torch.ones(1, 1, 16, 16), num_inference_steps=4)
     assert torch.equal(seen[0], NOISE)
     state = make_pipeline()(prompt="a", image_latents=PICTURE, timesteps=[600, 500, 250], strength=1.0)

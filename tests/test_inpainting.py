@@ -87,7 +87,7 @@ def test_the_known_part_follows_the_path_and_ends_untouched(strength: float, ste
 def test_at_full_strength_the_hole_starts_as_pure_noise() -> None:
     pipe = make_pipeline()
     seen: list[Tensor] = []
-    pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0][:1]))
+    pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0][:1].clone()))
     run(pipe, image_latents=PICTURE, mask=HOLE, num_inference_steps=4)
     assert torch.equal(seen[0][~KNOWN], NOISE[~KNOWN])
     known = PeRFlowScheduler(**BETAS).add_noise_chord(PICTURE, NOISE, torch.tensor(1000))
@@ -145,7 +145,7 @@ def test_a_picture_keeps_its_size() -> None:
 def test_a_nine_channel_unet_sees_mask_and_masked_picture() -> None:
     pipe, recorded = recording_pipeline(unet=tiny_inpainting_unet()), list[Tensor]()
     seen: list[Tensor] = []
-    pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
     state = pipe(
         prompt="a star",
         image=tiny_picture(3),

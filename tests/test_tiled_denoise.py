@@ -153,10 +153,12 @@ def test_blending_closes_the_seams_that_hard_cuts_show() -> None:
 def noted_calls(model: Any) -> list[dict[str, torch.Tensor]]:
     """Sample and keyword arguments of the model's calls, appended to as they happen."""
     calls: list[dict[str, torch.Tensor]] = []
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append({**dict(zip(["sample"], args, strict=False)), **kwargs}),
-        with_kwargs=True,
-    )
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        call = {**dict(zip(["sample"], args, strict=False)), **kwargs}
+        calls.append({**call, "sample": call["sample"].clone()})  # a copy: the loop writes the next one over it
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
     return calls
 
 

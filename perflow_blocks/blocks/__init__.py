@@ -8,6 +8,7 @@ from .before_denoise import (
     PeRFlowSDXLInpaintBeforeDenoiseStep,
 )
 from .check_inputs import PeRFlowCheckInputsStep
+from .controlnet_denoiser import PeRFlowControlNetLoopDenoiser
 from .controlnet_input import PeRFlowControlNetUnionInputStep
 from .decode import PeRFlowKeepKnownPixelsStep
 from .denoise import (
@@ -16,7 +17,7 @@ from .denoise import (
     PeRFlowInpaintControlNetDenoiseStep,
     PeRFlowInpaintDenoiseStep,
 )
-from .denoiser import PeRFlowControlNetLoopDenoiser, PeRFlowLoopDenoiser
+from .denoiser import PeRFlowLoopDenoiser
 from .encode import PeRFlowEmbeddingsStep, PeRFlowInpaintVaeEncoderStep, PeRFlowIPAdapterStep, PeRFlowVaeEncoderStep
 from .finite_guard import ControlNetFiniteGuardStep, FiniteGuardStep
 from .input import PeRFlowInputStep

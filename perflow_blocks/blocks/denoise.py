@@ -26,7 +26,8 @@ from ..components.guiders import warn_about_few_steps
 from ..components.inputs import latents_input, schedule_inputs
 from ..components.specs import guider_spec, unet_spec
 from ..core.plan import apply_step
-from .denoiser import PeRFlowControlNetLoopDenoiser, PeRFlowLoopDenoiser
+from .controlnet_denoiser import PeRFlowControlNetLoopDenoiser
+from .denoiser import PeRFlowLoopDenoiser
 from .finite_guard import ControlNetFiniteGuardStep, FiniteGuardStep
 from .keep_known import PeRFlowLoopKeepKnownStep
 from .loop_block import LoopBlock

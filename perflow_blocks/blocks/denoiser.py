@@ -1,12 +1,11 @@
-"""The guided prediction of one step: all of the guider's batches in one UNet call, with or without ControlNets."""
+"""The guided prediction of one step: all of the guider's batches in one UNet call."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
 from torch import Tensor
@@ -14,12 +13,13 @@ from torch import Tensor
 from ..components.guiders import is_batchable
 from ..components.inputs import (
     conditioning_inputs,
-    controlnet_inputs,
     inpaint_conditioning_input,
     latents_input,
     num_inference_steps_input,
 )
-from ..components.specs import controlnet_spec, guider_spec, unet_spec
+from ..components.network_inputs import NetworkInputs
+from ..components.specs import guider_spec, unet_spec
+from .control_residuals import control_residuals
 
 GUIDER_FIELDS = {
     "encoder_hidden_states": ("prompt_embeds", "negative_prompt_embeds"),
@@ -29,8 +29,8 @@ GUIDER_FIELDS = {
 }
 """What the UNet takes: the names of the tensors for the guider's conditional and unconditional batches."""
 
-UNCONDITIONAL = "pred_uncond"
-"""What every diffusers guider calls its unconditional batch."""
+NETWORK_INPUTS = "_network_inputs"
+"""Where the block state of a run keeps its `NetworkInputs`."""
 
 
 class PeRFlowLoopDenoiser(ModularPipelineBlocks):
@@ -76,9 +76,7 @@ class PeRFlowLoopDenoiser(ModularPipelineBlocks):
     @torch.no_grad()
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
         guider, unet = components.guider, components.unet
-        guider.set_state(step=i, num_inference_steps=block_state.num_inference_steps, timestep=t)
-        batches = guider.prepare_inputs_from_block_state(block_state, GUIDER_FIELDS)
-        _require_embeddings(batches)
+        batches = self._batches(components, block_state, i, t)
         if is_batchable(guider):
             noise_pred = self._predict(components, block_state, batches, i, t)
             for batch, rows in zip(batches, noise_pred.chunk(len(batches)), strict=True):
@@ -98,84 +96,71 @@ class PeRFlowLoopDenoiser(ModularPipelineBlocks):
             )
         return components, block_state
 
+    def _batches(self, components: Any, block_state: Any, i: int, t: Tensor) -> list[Any]:
+        """What the guider asks for at this step, a batch with conditions for each prediction."""
+        guider = components.guider
+        guider.set_state(step=i, num_inference_steps=block_state.num_inference_steps, timestep=t)
+        batches = guider.prepare_inputs_from_block_state(block_state, GUIDER_FIELDS)
+        _require_embeddings(batches)
+        vars(block_state).setdefault(NETWORK_INPUTS, NetworkInputs())
+        return batches
+
     def _predict(self, components: Any, block_state: Any, batches: list[Any], i: int, t: Tensor) -> Tensor:
         """The raw prediction (len(batches) * batch, channels, height/f, width/f), from one UNet call."""
-        conditions = _join(batches)
-        residuals = self._residuals(components, block_state, batches, conditions, i, t)
-        sample = block_state.latents
-        if block_state.inpaint_conditioning is not None:
-            sample = torch.cat([sample, block_state.inpaint_conditioning], dim=1)
-        return components.unet(
-            _repeat(sample, len(batches)),
-            t,
-            encoder_hidden_states=conditions.pop("encoder_hidden_states"),
-            timestep_cond=_repeat(block_state.timestep_cond, len(batches)),
-            cross_attention_kwargs=block_state.cross_attention_kwargs,
-            added_cond_kwargs=conditions,
-            return_dict=False,
-            **residuals,
-        )[0]
+        return predict_noise(self._networks(components), t, **self._gather(block_state, batches, i))
 
-    def _residuals(
-        self, components: Any, block_state: Any, batches: list[Any], conditions: dict[str, Any], i: int, t: Tensor
-    ) -> dict[str, Any]:
-        """What else the UNet is given for these batches, whose joined conditions are `conditions`."""
-        return {}
+    def _networks(self, components: Any) -> tuple[Any, ...]:
+        """The UNet, and the ControlNet where there is one."""
+        return (components.unet,)
 
-
-class PeRFlowControlNetLoopDenoiser(PeRFlowLoopDenoiser):
-    """The same with a ControlNet, several of them or a ControlNet-Union: one call of it a step, beside the UNet's.
-
-    A ControlNet-Union is called once for each picture, since it lets the pictures of a batch see one another.
-
-    A ControlNet whose scale is 0 at a step (`control_guidance_start`, `control_guidance_end`) is not called. In
-    `guess_mode` it sees the conditional batches only.
-    """
-
-    @property
-    def description(self) -> str:
-        return "Loop step that runs ControlNet and UNet once each on all batches of the guider and combines them."
-
-    @property
-    def expected_components(self) -> list[ComponentSpec]:
-        return [*super().expected_components, controlnet_spec()]
-
-    @property
-    def inputs(self) -> list[InputParam]:
-        return [*super().inputs, *controlnet_inputs()]
-
-    def _residuals(
-        self, components: Any, block_state: Any, batches: list[Any], conditions: dict[str, Any], i: int, t: Tensor
-    ) -> dict[str, Any]:
-        scale = _scale_at(block_state, i)
-        controlled = [batch for batch in batches if not (block_state.guess_mode and _is_unconditional(batch))]
-        if not controlled or not any(scale if isinstance(scale, list) else [scale]):
-            return {}
-        copies = len(controlled)
-        if copies < len(batches):
-            conditions = _join(controlled)
-        inputs = {
-            "sample": _repeat(block_state.latents, copies),
-            "encoder_hidden_states": conditions["encoder_hidden_states"],
-            "controlnet_cond": _repeat(block_state.controlnet_cond, copies),
-            "added_cond_kwargs": {name: conditions[name] for name in ("text_embeds", "time_ids")},
+    def _gather(self, block_state: Any, batches: list[Any], i: int) -> dict[str, Any]:
+        """The arguments of `predict_noise` for these batches, all tensors but for settings."""
+        inputs: NetworkInputs = block_state[NETWORK_INPUTS]
+        copies = len(batches)
+        settings = {
+            "timestep_cond": inputs.repeat("timestep_cond", block_state.timestep_cond, copies),
+            "cross_attention_kwargs": block_state.cross_attention_kwargs,
         }
-        if block_state.control_type is not None:
-            inputs["control_type"] = _repeat(block_state.control_type, copies)
-        # The attention of a ControlNet-Union runs over the batch, which would mix the pictures.
-        pictures = 1 if block_state.control_type is None else block_state.latents.shape[0]
-        settings = {"conditioning_scale": scale, "guess_mode": block_state.guess_mode, "return_dict": False}
-        if block_state.control_type is not None:
-            settings["control_type_idx"] = block_state.control_type_idx
-        outputs = []
-        for k in range(pictures):
-            chosen = _every(inputs, k, pictures)
-            outputs.append(components.controlnet(chosen.pop("sample"), t, **chosen, **settings))
-        down = [_interleave(parts) for parts in zip(*(output[0] for output in outputs), strict=True)]
-        mid = _interleave([output[1] for output in outputs])
-        if copies < len(batches):
-            down, mid = [_spread(rows, batches, controlled) for rows in down], _spread(mid, batches, controlled)
-        return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        return {
+            "sample": inputs.samples(block_state.latents, copies, block_state.inpaint_conditioning),
+            "conditions": join_conditions(inputs, batches),
+            "settings": settings,
+        }
+
+
+def predict_noise(
+    networks: Sequence[Any],
+    t: Tensor,
+    sample: Tensor,
+    conditions: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    control: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """One call of the UNet, after one of the ControlNet if that is in force: tensors in, a tensor out.
+
+    Args:
+        networks: the UNet, and the ControlNet where there is one.
+        t: the timestep, of no dimensions.
+        sample: (rows, channels, height/f, width/f).
+        conditions: by the UNet's names, `rows` of each.
+        settings: further arguments of the UNet.
+        control: arguments of `control_residuals`; None runs the UNet alone.
+
+    Returns:
+        The raw prediction, of the latents' channels.
+    """
+    unet, *controlnets = networks
+    added = {name: value for name, value in conditions.items() if name != "encoder_hidden_states"}
+    residuals = {} if control is None else control_residuals(controlnets[0], t, **control)
+    return unet(
+        sample,
+        t,
+        encoder_hidden_states=conditions["encoder_hidden_states"],
+        added_cond_kwargs=added,
+        return_dict=False,
+        **settings,
+        **residuals,
+    )[0]
 
 
 def _require_embeddings(batches: list[Any]) -> None:
@@ -186,62 +171,14 @@ def _require_embeddings(batches: list[Any]) -> None:
         )
 
 
-def _is_unconditional(batch: Any) -> bool:
-    return batch[BaseGuidance._identifier_key] == UNCONDITIONAL
-
-
-def _scale_at(block_state: Any, i: int) -> float | list[float]:
-    """The ControlNets' scale at step i: a number for one ControlNet, a list for several, or for a union's controls."""
-    keep, scale = block_state.controlnet_keep[i], block_state.conditioning_scale
-    if isinstance(keep, list):
-        scales = scale if isinstance(scale, list) else [scale] * len(keep)
-        return [float(s * k) for s, k in zip(scales, keep, strict=True)]
-    if isinstance(scale, list):
-        return [float(s * keep) for s in scale] if block_state.control_type is not None else float(scale[0] * keep)
-    return float(scale * keep)
-
-
-def _join(batches: list[Any]) -> dict[str, Any]:
+def join_conditions(inputs: NetworkInputs, batches: list[Any]) -> dict[str, Any]:
     """The batches' tensors by the UNet's name, concatenated along the batch; without those that are not given."""
-    joined = {name: _concatenate(name, [batch[name] for batch in batches]) for name in GUIDER_FIELDS}
-    return {name: value for name, value in joined.items() if value is not None}
-
-
-def _concatenate(name: str, values: list[Any]) -> Any:
-    """Tensors along the batch; lists (one tensor per IP-Adapter) adapter by adapter; None where nothing is given."""
-    if len(values) == 1:
-        return values[0]
-    if all(value is None for value in values):
-        return None
-    if any(value is None for value in values):
-        raise ValueError(f"the guider asks for both {' and '.join(GUIDER_FIELDS[name])}; pass both.")
-    if isinstance(values[0], Tensor):
-        return torch.cat(values)
-    return [torch.cat(parts) for parts in zip(*values, strict=True)]
-
-
-def _repeat(value: Any, copies: int) -> Any:
-    """A tensor, or each tensor of a list, `copies` times along the batch; None as it is."""
-    if value is None or copies == 1:
-        return value
-    return torch.cat([value] * copies) if isinstance(value, Tensor) else [_repeat(entry, copies) for entry in value]
-
-
-def _every(value: Any, first: int, step: int) -> Any:
-    """Rows `first`, `first + step`, ... of each tensor, also in lists and dictionaries."""
-    if isinstance(value, dict):
-        return {name: _every(entry, first, step) for name, entry in value.items()}
-    return value[first::step] if isinstance(value, Tensor) else [_every(entry, first, step) for entry in value]
-
-
-def _interleave(parts: Sequence[Tensor]) -> Tensor:
-    """The tensor whose rows `k`, `k + len(parts)`, ... are `parts[k]`."""
-    return parts[0] if len(parts) == 1 else torch.stack(tuple(parts), dim=1).flatten(0, 1)
-
-
-def _spread(rows: Tensor, batches: Sequence[Any], controlled: Sequence[Any]) -> Tensor:
-    """`rows` of the controlled batches at their places among all batches, with zeros at the others."""
-    parts = iter(rows.chunk(len(controlled)))
-    chosen = {id(batch) for batch in controlled}
-    empty = torch.zeros_like(rows[: rows.shape[0] // len(controlled)])
-    return torch.cat([next(parts) if id(batch) in chosen else empty for batch in batches])
+    joined = {}
+    for name in GUIDER_FIELDS:
+        values = [batch[name] for batch in batches]
+        if all(value is None for value in values):
+            continue
+        if any(value is None for value in values):
+            raise ValueError(f"the guider asks for both {' and '.join(GUIDER_FIELDS[name])}; pass both.")
+        joined[name] = inputs.join(name, values)
+    return joined

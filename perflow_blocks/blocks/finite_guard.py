@@ -18,7 +18,8 @@ from .loop_block import LoopBlock, Repeat
 
 logger = logging.get_logger(__name__)
 
-NEVER = 2**31 - 1
+Marks = list[int | None]
+"""For each picture the number of the first step whose latents are broken at its start; None for a sound one."""
 
 
 @dataclass(kw_only=True)
@@ -26,31 +27,45 @@ class FiniteRecord:
     """What the guard noted in one run.
 
     Attributes:
-        broken_at: (pictures,) int64 on the device: the number of the first step that a picture's latents were not
-            finite at the start of (the number of steps: only the result is not), or `NEVER`.
+        largest: (steps + 1, pictures) on the device: the largest magnitude in each picture's latents at the start of
+            each step, and of the result in the last row that was written; not finite where the latents are not.
         steps: how many steps were begun, counted from the schedule's first.
         window_starts: for the fallback, by the number of a window's first step: the latents and the guider's state.
         rerun_from: the number of the step from which the run was repeated in float32, or None.
     """
 
-    broken_at: Tensor
+    largest: Tensor
     steps: int = 0
     window_starts: dict[int, tuple[Tensor, dict[str, Any]]] = field(default_factory=dict)
     rerun_from: int | None = None
 
-    def mark(self, latents: Tensor, i: int) -> None:
-        broken = ~torch.isfinite(latents).flatten(1).all(dim=1)
-        self.broken_at.masked_fill_(broken & (self.broken_at > i), i)
+    @classmethod
+    def blank(cls, steps: int, latents: Tensor) -> FiniteRecord:
+        dtype = torch.promote_types(latents.dtype, torch.float32)
+        return cls(largest=latents.new_zeros(steps + 1, len(latents), dtype=dtype))
 
-    def first_broken(self, latents: Tensor) -> int | None:
-        """The number of the first step with broken latents at its start, with the result's; one read of the device."""
+    def mark(self, latents: Tensor, i: int) -> None:
+        """One reduction into the record; a maximum, unlike a sum, cannot overflow where all values are finite."""
+        row = self.largest[i]
+        torch.linalg.vector_norm(latents, ord=torch.inf, dim=(1, 2, 3), dtype=row.dtype, out=row)
+
+    def first_broken(self, latents: Tensor) -> Marks:
+        """For each picture the number of the first step with broken latents at its start; one read of the device.
+
+        A picture of which only the result is broken has the number of steps, a sound one None.
+        """
         self.mark(latents, self.steps)
-        first = int(self.broken_at.min())
-        return None if first == NEVER else first
+        rows = torch.isfinite(self.largest).T.tolist()
+        return [row.index(False) if False in row else None for row in rows]
+
+    def restart(self, first: int) -> None:
+        """Forgets the marks, for a run again from step `first`."""
+        self.largest.zero_()
+        self.rerun_from = first
 
 
 class FiniteGuardStep(LoopBlock):
-    """Marks the first step whose latents are not finite, on the device; reads one number after the loop.
+    """Marks the first step whose latents are not finite, on the device; reads that once, after the loop.
 
     Stands first in the loop: there it sees what each step starts with. With `on_nonfinite="raise"` broken latents are
     an error that names step, window and type. With `"fallback"` the run is repeated in float32 from the start of the
@@ -94,10 +109,7 @@ class FiniteGuardStep(LoopBlock):
             raise ValueError(
                 f"on_nonfinite={block_state.on_nonfinite!r} is unknown; pass one of {', '.join(NONFINITE_POLICIES)}."
             )
-        latents = block_state.latents
-        block_state.finite_record = FiniteRecord(
-            broken_at=torch.full((len(latents),), NEVER, dtype=torch.int64, device=latents.device)
-        )
+        block_state.finite_record = FiniteRecord.blank(len(block_state.step_plan), block_state.latents)
 
     @torch.no_grad()
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
@@ -113,32 +125,31 @@ class FiniteGuardStep(LoopBlock):
     @torch.no_grad()
     def finish(self, components: Any, block_state: Any, repeat: Repeat) -> None:
         record = block_state.finite_record
-        broken = record.first_broken(block_state.latents)
-        if broken is not None:
+        marks = record.first_broken(block_state.latents)
+        if any(mark is not None for mark in marks):
             if block_state.on_nonfinite == "raise":
-                raise ValueError(_complaint(block_state, broken, fallback=', or pass on_nonfinite="fallback"'))
-            self._fall_back(components, block_state, broken, repeat)
+                raise ValueError(_complaint(block_state, marks, fallback=', or pass on_nonfinite="fallback"'))
+            self._fall_back(components, block_state, marks, repeat)
         record.window_starts.clear()
 
-    def _fall_back(self, components: Any, block_state: Any, broken: int, repeat: Repeat) -> None:
+    def _fall_back(self, components: Any, block_state: Any, marks: Marks, repeat: Repeat) -> None:
         """Repeats the run in float32 from the start of the last window that was finite."""
-        record, given = block_state.finite_record, block_state.latents
+        record, given, broken = block_state.finite_record, block_state.latents, _earliest(marks)
         models = [getattr(components, name) for name in self.models]
         first = max((step for step in record.window_starts if step < broken), default=None)
         if first is None or is_float32(models, given):
-            raise ValueError(_complaint(block_state, broken))
+            raise ValueError(_complaint(block_state, marks))
         obstacle = why_not_float32(models)
         if obstacle is not None:
-            raise ValueError(_complaint(block_state, broken, also=f", and {obstacle}"))
-        in_vain = _complaint(block_state, broken, also=", nor are they in torch.float32", wider=False)
+            raise ValueError(_complaint(block_state, marks, also=f", and {obstacle}"))
+        in_vain = _complaint(block_state, marks, also=", nor are they in torch.float32", wider=False)
         block_state.latents, guider_state = record.window_starts[first]
         vars(components.guider).clear()
         vars(components.guider).update(guider_state)
-        record.broken_at.fill_(NEVER)
-        record.rerun_from = first
+        record.restart(first)
         with in_float32(models, vars(block_state)):
             repeat(first)
-        if record.first_broken(block_state.latents) is not None:
+        if any(mark is not None for mark in record.first_broken(block_state.latents)):
             raise ValueError(in_vain)
         logger.warning(
             "The latents after %s were not finite in %s; steps %d to %d were repeated in torch.float32. To spare the "
@@ -178,19 +189,23 @@ def _wider(latents: Tensor) -> str:
     return f"load the pipeline with dtype={' or '.join(types)}"
 
 
-def _complaint(block_state: Any, broken: int, *, also: str = "", wider: bool = True, fallback: str = "") -> str:
+def _earliest(marks: Marks) -> int:
+    return min(mark for mark in marks if mark is not None)
+
+
+def _complaint(block_state: Any, marks: Marks, *, also: str = "", wider: bool = True, fallback: str = "") -> str:
     """The error's text.
 
     Args:
         block_state: after the loop.
-        broken: the number of the first step with broken latents at its start.
+        marks: for each picture the number of the first step with broken latents at its start.
         also: what is known beyond step, window and pictures.
         wider: whether a type of more range may help.
         fallback: what else may.
     """
-    latents, marks = block_state.latents, block_state.finite_record.broken_at.tolist()
+    latents, broken = block_state.latents, _earliest(marks)
     dtype = precision(latents)
-    bad = [f"images[{index}]" for index, mark in enumerate(marks) if mark != NEVER]
+    bad = [f"images[{index}]" for index, mark in enumerate(marks) if mark is not None]
     which = f"for {', '.join(bad[:8])}{' and more' if len(bad) > 8 else ''} of {len(marks)}"
     if broken == 0:
         return (

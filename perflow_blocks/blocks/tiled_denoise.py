@@ -13,7 +13,8 @@ from ..components.inputs import DENOISER_INPUT_FIELDS, param
 from ..components.specs import vae_spec
 from ..core.tiles import Tiling, cut_plane
 from ..core.windows import require_positive_int
-from .denoiser import PeRFlowControlNetLoopDenoiser, PeRFlowLoopDenoiser
+from .controlnet_denoiser import PeRFlowControlNetLoopDenoiser
+from .denoiser import PeRFlowLoopDenoiser
 from .loop_block import LoopBlock
 
 

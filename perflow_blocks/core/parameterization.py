@@ -182,9 +182,27 @@ def chord_marginal_coefficients(window: WindowAlpha, t: Scalar) -> tuple[Scalar,
 
 
 def weighted_sum(x: Tensor, y: Tensor, a: Scalar, b: Scalar) -> Tensor:
-    """`a x + b y` in float32 or better, returned in x's type; a (batch,) coefficient counts per row."""
+    """`a x + b y` in float32 or better, returned in x's type; a (batch,) coefficient counts per row.
+
+    Two kernels and one new tensor; one cast more for half precision.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return (per_row(a, x) * x.to(dtype) + per_row(b, y) * y.to(dtype)).to(x.dtype)
+    total = _scaled(x, a, dtype)
+    if isinstance(b, Tensor):
+        total.addcmul_(y, _weight(b, y, dtype))
+    else:
+        total.add_(y, alpha=b)
+    return total.to(x.dtype)
+
+
+def _scaled(x: Tensor, a: Scalar, dtype: torch.dtype) -> Tensor:
+    """`a x` in `dtype`, as a new tensor."""
+    return x * _weight(a, x, dtype) if isinstance(a, Tensor) else x.to(dtype) * a
+
+
+def _weight(value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A coefficient, one or one per row, with the dimensions of `like`: one of none would not lift half precision."""
+    return value.to(dtype).reshape(-1, *(1,) * (like.ndim - 1)) if like.ndim else value.to(dtype)
 
 
 def per_row(value: Scalar, like: Tensor) -> Scalar:

@@ -132,7 +132,8 @@ class Trial:
     def _writes(self) -> set[str]:
         noted = self.watch.block_state_writes if self.in_loop else self.watch.state_writes
         changed = {name for name, value in self._held().items() if value is not self.values.get(name, self)}
-        return noted | changed
+        # As with reads, a name with an underscore in front is the block's own affair, for a loop to keep things in.
+        return {name for name in noted | changed if not name.startswith("_")}
 
     def _missing(self) -> set[str]:
         """Outputs that are not there; also those that were set on the block state and never handed to the state."""
