@@ -9,15 +9,19 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AttentionConfig": "components.attention.config",
+    "AttentionStrategy": "components.attention.strategy",
     "FiniteGuardStep": "blocks.finite_guard",
     "LatentToRGB": "components.latent_preview",
     "LoopBlock": "blocks.loop_block",
     "PFODESolver": "schedulers.pfode_solver",
     "PFODESolverSDXL": "schedulers.pfode_solver",
+    "PeRFlowApplyAttentionStep": "blocks.apply_attention",
     "PeRFlowDenoiseStep": "blocks.denoise",
     "PeRFlowImg2ImgSetTimestepsStep": "blocks.set_timesteps_img2img",
     "PeRFlowLoopDenoiser": "blocks.denoiser",
     "PeRFlowLoopSolverStep": "blocks.solver",
+    "PeRFlowMemoryFormatStep": "blocks.memory_format",
     "PeRFlowMergeDeltaStep": "blocks.merge_delta",
     "PeRFlowSDXLAutoBlocks": "blocks.auto_blocks",
     "PeRFlowScheduler": "schedulers.scheduling_perflow",
@@ -29,8 +33,10 @@ _PUBLIC = {
     "StepInfo": "blocks.step_callback",
     "TimeWindows": "core.windows",
     "WindowLogStep": "blocks.window_log",
+    "compile_loops": "blocks.compiled_step",
     "extract_delta": "core.delta",
     "insert_loop_block": "blocks.recombine",
+    "register_attention_strategy": "components.attention.registry",
 }
 
 __all__ = ["__version__", *_PUBLIC]

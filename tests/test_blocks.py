@@ -28,7 +28,7 @@ def test_the_preset_reads_like_documentation() -> None:
 def test_stock_names_and_defaults() -> None:
     blocks = PeRFlowSDXLAutoBlocks()
     stock = list(StableDiffusionXLAutoBlocks().sub_blocks)
-    assert list(blocks.sub_blocks) == ["check_inputs", "merge_delta", *stock]
+    assert list(blocks.sub_blocks) == ["check_inputs", "apply_attention", "merge_delta", "memory_format", *stock]
     pipe = blocks.init_pipeline()
     assert type(pipe.guider) is ClassifierFreeGuidance
     assert pipe.guider.guidance_scale == 2.0

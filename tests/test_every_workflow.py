@@ -59,7 +59,9 @@ def expected_blocks(name: str) -> list[str]:
     loop = "denoise.denoise"
     return [
         "check_inputs",
+        "apply_attention",
         "merge_delta",
+        "memory_format",
         "text_encoder",
         *(["ip_adapter"] if "ip_adapter" in name else []),
         *(["vae_encoder"] if picture else []),

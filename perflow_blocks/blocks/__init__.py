@@ -1,5 +1,6 @@
 """Leaf blocks, the denoising loops and the assembled presets for Modular Diffusers."""
 
+from .apply_attention import PeRFlowApplyAttentionStep, PeRFlowControlNetApplyAttentionStep
 from .auto_blocks import PeRFlowSDXLAutoBlocks, PeRFlowSDXLCoreDenoiseStep
 from .before_denoise import (
     PeRFlowSDXLAutoBeforeDenoiseStep,
@@ -8,6 +9,7 @@ from .before_denoise import (
     PeRFlowSDXLInpaintBeforeDenoiseStep,
 )
 from .check_inputs import PeRFlowCheckInputsStep
+from .compiled_step import PeRFlowCompiledLoopStep, PeRFlowControlNetCompiledLoopStep
 from .controlnet_denoiser import PeRFlowControlNetLoopDenoiser
 from .controlnet_input import PeRFlowControlNetUnionInputStep
 from .decode import PeRFlowKeepKnownPixelsStep
@@ -23,6 +25,7 @@ from .finite_guard import ControlNetFiniteGuardStep, FiniteGuardStep
 from .input import PeRFlowInputStep
 from .keep_known import PeRFlowLoopKeepKnownStep
 from .loop_block import LoopBlock as LoopBlock
+from .memory_format import PeRFlowControlNetMemoryFormatStep, PeRFlowMemoryFormatStep
 from .merge_delta import PeRFlowMergeDeltaStep
 from .prepare_latents import PeRFlowImg2ImgPrepareLatentsStep, PeRFlowInpaintPrepareLatentsStep
 from .preview import PreviewStep
@@ -36,9 +39,14 @@ from .window_log import WindowLogStep
 __all__ = [
     "ControlNetFiniteGuardStep",
     "FiniteGuardStep",
+    "PeRFlowApplyAttentionStep",
     "PeRFlowCheckInputsStep",
+    "PeRFlowCompiledLoopStep",
+    "PeRFlowControlNetApplyAttentionStep",
+    "PeRFlowControlNetCompiledLoopStep",
     "PeRFlowControlNetDenoiseStep",
     "PeRFlowControlNetLoopDenoiser",
+    "PeRFlowControlNetMemoryFormatStep",
     "PeRFlowControlNetUnionInputStep",
     "PeRFlowDenoiseStep",
     "PeRFlowEmbeddingsStep",
@@ -55,6 +63,7 @@ __all__ = [
     "PeRFlowLoopDenoiser",
     "PeRFlowLoopKeepKnownStep",
     "PeRFlowLoopSolverStep",
+    "PeRFlowMemoryFormatStep",
     "PeRFlowMergeDeltaStep",
     "PeRFlowSDXLAutoBeforeDenoiseStep",
     "PeRFlowSDXLAutoBlocks",

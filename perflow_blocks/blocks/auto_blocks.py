@@ -16,6 +16,8 @@ from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from PIL import Image
 
 from ..components.specs import DEFAULT_GUIDANCE_SCALE
+from .apply_attention import PeRFlowAutoApplyAttentionStep
+from .assembly import AskedOnce
 from .before_denoise import PeRFlowSDXLAutoBeforeDenoiseStep
 from .check_inputs import PeRFlowCheckInputsStep
 from .controlnet_input import PeRFlowAutoControlNetInputStep
@@ -28,10 +30,11 @@ from .denoise import (
 )
 from .encode import PeRFlowAutoIPAdapterStep, PeRFlowAutoTextEncoderStep, PeRFlowAutoVaeEncoderStep
 from .input import PeRFlowInputStep
+from .memory_format import PeRFlowAutoMemoryFormatStep
 from .merge_delta import PeRFlowMergeDeltaStep
 
 
-class PeRFlowSDXLAutoControlNetDenoiseStep(AutoPipelineBlocks):
+class PeRFlowSDXLAutoControlNetDenoiseStep(AskedOnce, AutoPipelineBlocks):
     """The loop with a ControlNet, for inpainting where there is a mask."""
 
     block_classes = [PeRFlowInpaintControlNetDenoiseStep, PeRFlowControlNetDenoiseStep]  # noqa: RUF012
@@ -43,7 +46,7 @@ class PeRFlowSDXLAutoControlNetDenoiseStep(AutoPipelineBlocks):
         return "The denoising loop with a ControlNet, for inpainting where there is a mask."
 
 
-class PeRFlowSDXLAutoDenoiseStep(AutoPipelineBlocks):
+class PeRFlowSDXLAutoDenoiseStep(AskedOnce, AutoPipelineBlocks):
     """The loop that the task calls for."""
 
     block_classes = [  # noqa: RUF012
@@ -84,7 +87,8 @@ class PeRFlowSDXLAutoBlocks(SequentialPipelineBlocks):
 
     Text-to-image, image-to-image and inpainting, each with ControlNets, ControlNet-Union and IP-Adapters: the
     workflows of `StableDiffusionXLAutoBlocks`, chosen by what a call is given. Top-level names are diffusers' own
-    (`text_encoder`, `ip_adapter`, `vae_encoder`, `denoise`, `decode`), after `check_inputs` and `merge_delta`.
+    (`text_encoder`, `ip_adapter`, `vae_encoder`, `denoise`, `decode`), after `check_inputs`,
+    `apply_attention`, `merge_delta` and `memory_format`.
 
     Example:
         >>> pipe = PeRFlowSDXLAutoBlocks().init_pipeline("stabilityai/stable-diffusion-xl-base-1.0")
@@ -95,7 +99,9 @@ class PeRFlowSDXLAutoBlocks(SequentialPipelineBlocks):
 
     block_classes = [  # noqa: RUF012
         PeRFlowCheckInputsStep,
+        PeRFlowAutoApplyAttentionStep,
         PeRFlowMergeDeltaStep,
+        PeRFlowAutoMemoryFormatStep,
         PeRFlowAutoTextEncoderStep,
         PeRFlowAutoIPAdapterStep,
         PeRFlowAutoVaeEncoderStep,
@@ -104,7 +110,9 @@ class PeRFlowSDXLAutoBlocks(SequentialPipelineBlocks):
     ]
     block_names = [  # noqa: RUF012
         "check_inputs",
+        "apply_attention",
         "merge_delta",
+        "memory_format",
         "text_encoder",
         "ip_adapter",
         "vae_encoder",

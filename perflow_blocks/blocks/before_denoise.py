@@ -9,6 +9,7 @@ from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import (
     StableDiffusionXLPrepareLatentsStep,
 )
 
+from .assembly import AskedOnce
 from .prepare_latents import PeRFlowImg2ImgPrepareLatentsStep, PeRFlowInpaintPrepareLatentsStep
 from .set_timesteps import PeRFlowSetTimestepsStep
 from .set_timesteps_img2img import PeRFlowImg2ImgSetTimestepsStep, PeRFlowInpaintSetTimestepsStep
@@ -61,7 +62,7 @@ class PeRFlowSDXLInpaintBeforeDenoiseStep(SequentialPipelineBlocks):
         return "Prepares the loop for inpainting: windows, noised picture, mask and SDXL's size conditioning."
 
 
-class PeRFlowSDXLAutoBeforeDenoiseStep(AutoPipelineBlocks):
+class PeRFlowSDXLAutoBeforeDenoiseStep(AskedOnce, AutoPipelineBlocks):
     """Inpainting where there is a mask, image-to-image where there is a picture, else text-to-image."""
 
     block_classes = [  # noqa: RUF012

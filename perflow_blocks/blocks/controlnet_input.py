@@ -13,6 +13,7 @@ from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import (
 )
 
 from ..components.specs import vae_spec
+from .assembly import AskedOnce
 
 
 class PeRFlowControlNetUnionInputStep(StableDiffusionXLControlNetUnionInputStep):
@@ -37,7 +38,7 @@ class PeRFlowControlNetUnionInputStep(StableDiffusionXLControlNetUnionInputStep)
         return super().__call__(components, state)
 
 
-class PeRFlowAutoControlNetInputStep(AutoPipelineBlocks):
+class PeRFlowAutoControlNetInputStep(AskedOnce, AutoPipelineBlocks):
     """Prepares the control pictures: for a ControlNet-Union with `control_mode`, else for one or more ControlNets."""
 
     block_classes = [PeRFlowControlNetUnionInputStep, StableDiffusionXLControlNetInputStep]  # noqa: RUF012

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..components.inputs import output_type_input, param
+from .assembly import AskedOnce
 from .pictures import repeat_pictures
 
 Pictures = list[Image.Image] | np.ndarray | Tensor
@@ -102,7 +103,7 @@ class PeRFlowInpaintDecodeStep(SequentialPipelineBlocks):
         return "Decodes the latents and puts the known pixels of the given picture back."
 
 
-class PeRFlowAutoDecodeStep(AutoPipelineBlocks):
+class PeRFlowAutoDecodeStep(AskedOnce, AutoPipelineBlocks):
     """Decodes; for inpainting with the known pixels put back, or the whole painted crop laid over the picture."""
 
     block_classes = [  # noqa: RUF012

@@ -26,6 +26,7 @@ from ..components.guiders import warn_about_few_steps
 from ..components.inputs import latents_input, schedule_inputs
 from ..components.specs import guider_spec, unet_spec
 from ..core.plan import apply_step
+from .assembly import AskedOnce
 from .controlnet_denoiser import PeRFlowControlNetLoopDenoiser
 from .denoiser import PeRFlowLoopDenoiser
 from .finite_guard import ControlNetFiniteGuardStep, FiniteGuardStep
@@ -34,7 +35,7 @@ from .loop_block import LoopBlock
 from .solver import PeRFlowLoopSolverStep
 
 
-class PeRFlowDenoiseStep(LoopSequentialPipelineBlocks):
+class PeRFlowDenoiseStep(AskedOnce, LoopSequentialPipelineBlocks):
     """The loop over the steps of a plan. Another loop is another two lists, or a block inserted into `sub_blocks`."""
 
     model_name = "stable-diffusion-xl"
@@ -131,6 +132,8 @@ def _predicted_clean(block_state: Any, i: int) -> Tensor:
 
 def _require_one_dtype(unet: Any, latents: Tensor) -> None:
     """Latents take the text encoders' type, and transformers loads what a file holds where diffusers loads float32."""
+    if latents.dtype == next(unet.parameters()).dtype:  # spares `unet.dtype`, which looks at all the weights
+        return
     if latents.dtype != unet.dtype and not torch.is_autocast_enabled(latents.device.type):
         raise ValueError(
             f"the latents are {latents.dtype}, the UNet is {unet.dtype}; load all components with one type, "

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..components.inputs import DENOISER_INPUT_FIELDS, embeddings_inputs
 from ..components.specs import guider_spec, unet_spec
+from .assembly import AskedOnce
 from .pictures import count_pictures, first_picture, picture_size, repeat_pictures
 
 
@@ -81,7 +82,7 @@ class PeRFlowEmbeddingsStep(ModularPipelineBlocks):
         return components, state
 
 
-class PeRFlowAutoTextEncoderStep(AutoPipelineBlocks):
+class PeRFlowAutoTextEncoderStep(AskedOnce, AutoPipelineBlocks):
     """Encodes `prompt`, or takes `prompt_embeds`."""
 
     block_classes = [PeRFlowTextEncoderStep, PeRFlowEmbeddingsStep]  # noqa: RUF012  (as diffusers does)
@@ -102,7 +103,7 @@ class PeRFlowIPAdapterStep(StableDiffusionXLIPAdapterStep):
         super().set_block_state(state, block_state)
 
 
-class PeRFlowAutoIPAdapterStep(AutoPipelineBlocks):
+class PeRFlowAutoIPAdapterStep(AskedOnce, AutoPipelineBlocks):
     """Encodes the pictures for IP-Adapters where there are some."""
 
     block_classes = [PeRFlowIPAdapterStep]  # noqa: RUF012
@@ -158,7 +159,7 @@ class PeRFlowInpaintVaeEncoderStep(StableDiffusionXLInpaintVaeEncoderStep):
         return super().prepare_mask_latents(components, mask, masked_image, *args)
 
 
-class PeRFlowAutoVaeEncoderStep(AutoPipelineBlocks):
+class PeRFlowAutoVaeEncoderStep(AskedOnce, AutoPipelineBlocks):
     """Encodes the given picture: with a mask for inpainting, alone for image-to-image."""
 
     block_classes = [PeRFlowInpaintVaeEncoderStep, PeRFlowVaeEncoderStep]  # noqa: RUF012

@@ -15,6 +15,8 @@ from diffusers import (
 from diffusers.configuration_utils import FrozenDict
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, ConfigSpec
 
+from .attention.config import AttentionConfig
+
 DEFAULT_NUM_INFERENCE_STEPS = 6
 DEFAULT_GUIDANCE_SCALE = 2.0
 """What the published SDXL weights recommend (https://github.com/magic-research/piecewise-rectified-flow)."""
@@ -52,6 +54,39 @@ def guider_spec() -> ComponentSpec:
         config=FrozenDict({"guidance_scale": DEFAULT_GUIDANCE_SCALE}),
         default_creation_method="from_config",
     )
+
+
+def attention_spec() -> ComponentSpec:
+    return ComponentSpec(
+        "attention",
+        AttentionConfig,
+        description="Which attention strategies UNet and ControlNets use, and what they ran.",
+        config=FrozenDict({"plan": None}),
+        default_creation_method="from_config",
+    )
+
+
+def attention_config_specs() -> list[ConfigSpec]:
+    """What an index says about attention: a list, since JSON need not keep the order of a mapping's entries."""
+    return [
+        ConfigSpec(
+            "attention_plan",
+            None,
+            'Attention strategies: a name for all modules, or a list such as ["self=sage", "mid_block.*=native"]. '
+            "None: the models stay as they are. The plan of an AttentionConfig that you set is written here.",
+        )
+    ]
+
+
+def memory_format_config_specs() -> list[ConfigSpec]:
+    return [
+        ConfigSpec(
+            "channels_last",
+            None,
+            "Layout of convolution weights in UNet and ControlNets: True is channels_last, False the usual one. "
+            "None: as they are.",
+        )
+    ]
 
 
 def schedule_config_specs() -> list[ConfigSpec]:

@@ -1,0 +1,87 @@
+"""Puts the attention plan into effect on UNet and ControlNets, before anything runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, ModularPipelineBlocks, PipelineState
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, ConfigSpec
+
+from ..components.attention.config import AttentionConfig
+from ..components.attention.plan import parse_plan
+from ..components.specs import attention_config_specs, attention_spec, controlnet_spec, unet_spec
+
+
+class PeRFlowApplyAttentionStep(ModularPipelineBlocks):
+    """Gives every attention module of the UNet the strategy that the plan asks for, and leaves the others as they are.
+
+    Which plan: that of an `AttentionConfig` set as the component `attention` and not run before, else the
+    configuration's `attention_plan`. The first is written to the configuration, so that a save keeps it. What was set
+    last holds, whichever of the two it is. Without a plan, what an earlier one attached is taken out.
+
+    Runs at every call, since IP-Adapters and fused projections bring new processors; where nothing changed, it changes
+    nothing.
+
+    Raises:
+        ImportError: a strategy's package is missing or too old.
+        ValueError: no plan; an unknown strategy, or one that does not run here; a pattern that means no module.
+    """
+
+    model_name = "stable-diffusion-xl"
+
+    models: tuple[str, ...] = ("unet",)
+    """The components whose attention the plan is about."""
+
+    @property
+    def description(self) -> str:
+        return (
+            "Puts the attention plan into effect: strategies such as `sage` or `sliced`, by kind and name of module.\n"
+            "To set one: pipe.update_components(attention=AttentionConfig({...})). What ran: pipe.attention.report()."
+        )
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [attention_spec(), unet_spec()]
+
+    @property
+    def expected_configs(self) -> list[ConfigSpec]:
+        return attention_config_specs()
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        attention = components.attention
+        if not isinstance(attention, AttentionConfig):
+            raise ValueError(
+                f"attention={attention!r} is wrong because it is no AttentionConfig; pass AttentionConfig()."
+            )
+        is_new = attention.is_new_to(components)
+        plan = attention.config.plan if is_new else components.config.attention_plan
+        models = {name: getattr(components, name) for name in self.models}
+        attention.establish(parse_plan(plan), models, device=components._execution_device)
+        if is_new:
+            components.update_components(attention_plan=plan)
+            attention.remember(components)
+        return components, state
+
+
+class PeRFlowControlNetApplyAttentionStep(PeRFlowApplyAttentionStep):
+    """The same for UNet and ControlNets."""
+
+    models = ("unet", "controlnet")
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [*super().expected_components, controlnet_spec()]
+
+
+class PeRFlowAutoApplyAttentionStep(AutoPipelineBlocks):
+    """The plan on UNet and ControlNets where there is a control image, else on the UNet."""
+
+    block_classes = [PeRFlowControlNetApplyAttentionStep, PeRFlowApplyAttentionStep]  # noqa: RUF012
+    block_names = ["controlnet", "unet"]  # noqa: RUF012
+    block_trigger_inputs = ["control_image", None]  # noqa: RUF012
+
+    @property
+    def description(self) -> str:
+        return "Puts the attention plan into effect on the UNet, and with `control_image` on the ControlNets too."

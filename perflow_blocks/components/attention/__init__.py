@@ -1,0 +1,1 @@
+"""Attention strategies for UNet and ControlNet: which kernels there are, what each needs, and where it is used."""
