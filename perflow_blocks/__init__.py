@@ -29,6 +29,7 @@ _PUBLIC = {
     "PeRFlowTiledControlNetLoopDenoiser": "blocks.tiled_denoise",
     "PeRFlowTiledLoopDenoiser": "blocks.tiled_denoise",
     "PreviewStep": "blocks.preview",
+    "PromptCacheStep": "blocks.prompt_cache",
     "StepCallbackStep": "blocks.step_callback",
     "StepInfo": "blocks.step_callback",
     "TimeWindows": "core.windows",

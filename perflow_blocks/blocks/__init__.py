@@ -29,6 +29,7 @@ from .memory_format import PeRFlowControlNetMemoryFormatStep, PeRFlowMemoryForma
 from .merge_delta import PeRFlowMergeDeltaStep
 from .prepare_latents import PeRFlowImg2ImgPrepareLatentsStep, PeRFlowInpaintPrepareLatentsStep
 from .preview import PreviewStep
+from .prompt_cache import PromptCacheStep
 from .set_timesteps import PeRFlowSetTimestepsStep
 from .set_timesteps_img2img import PeRFlowImg2ImgSetTimestepsStep, PeRFlowInpaintSetTimestepsStep
 from .solver import PeRFlowLoopSolverStep
@@ -76,6 +77,7 @@ __all__ = [
     "PeRFlowTiledLoopDenoiser",
     "PeRFlowVaeEncoderStep",
     "PreviewStep",
+    "PromptCacheStep",
     "StepCallbackStep",
     "WindowLogStep",
 ]
