@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from perflow_blocks.components.attention import registry
 from perflow_blocks.testing import tiny_controlnet, tiny_controlnet_union, tiny_picture
 
 from .blocks_support import make_pipeline
@@ -25,6 +27,7 @@ def snippets(heading: str) -> list[str]:
 
 def test_the_section_on_recombining_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_STRATEGIES", dict(registry._STRATEGIES))
     repositories = {
         "diffusers/controlnet-canny-sdxl-1.0": tmp_path / "controlnet",
         "xinsir/controlnet-union-sdxl-1.0": tmp_path / "union",
@@ -43,10 +46,12 @@ def test_the_section_on_recombining_runs(tmp_path: Path, monkeypatch: pytest.Mon
         pipe = defined.get("pipe")
         if names:
             defined["pipe"] = tiny
-        exec(compile(snippet, "README.md", "exec"), defined)
+        with torch.compiler.set_stance("force_eager"):  # compiling for a CPU takes minutes
+            exec(compile(snippet, "README.md", "exec"), defined)
         if names:
             defined["pipe"] = pipe
     assert (tmp_path / "star-3.png").is_file()
     assert (tmp_path / "preview-2.png").is_file() and not (tmp_path / "preview-3.png").is_file()
+    assert (defined["hits"], defined["misses"]) == (3, 1)
     assert tiny.controlnet.config.num_control_type
     assert defined["image"].size == (64, 64)
