@@ -49,7 +49,7 @@ demo-weights: venv  ## train the embedded model again, into runs/demo (an hour a
 evaluate: venv  ## print the quality table of the embedded model
 	$(BIN)/perflow evaluate
 
-bench: venv  ## time the denoising loop
+bench: venv  ## run the benchmarks that this machine can run, into benchmarks/results
 	$(BIN)/python -m benchmarks
 
 clean:  ## remove .venv, caches and build products; runs/ and outputs/ stay

@@ -1,8 +1,85 @@
-"""`make bench`: runs every benchmark and writes its table to benchmarks/results/."""
+"""`make bench`: runs the parts that this machine can run and writes their tables into benchmarks/results/."""
 
 from __future__ import annotations
 
-from .loop import main
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging
+
+from . import attention, loop, sdxl, stages
+from .measure import Setting
+from .report import Report, write
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A benchmark: what it is about, how it is run, and why it is left out where it is."""
+
+    about: str
+    run: Callable[[Setting], Report]
+    why_not: Callable[[Setting], str | None] = lambda setting: None
+
+
+PARTS = {
+    "loop": Part(about="the denoising loop over bare UNet calls", run=loop.run),
+    "stages": Part(about="the embedded model's stages, beside its teacher's", run=stages.run),
+    "attention": Part(about="attention strategies at SDXL's sizes", run=attention.run),
+    "sdxl": Part(about="full-size SDXL with random weights", run=sdxl.run, why_not=sdxl.why_not),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the named parts, or all of them; prints each table and what was left out."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda is wrong because torch finds no CUDA GPU; pass --device cpu")
+    setting = Setting(device=torch.device(options.device), quick=options.quick)
+    directory = options.out or (None if options.quick else RESULTS)
+    left_out = []
+    for name in options.parts or PARTS:
+        reason = PARTS[name].why_not(setting)
+        if reason is not None:
+            left_out.append(f"{name} was left out: {reason}")
+            continue
+        text = PARTS[name].run(setting).markdown(setting)
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+        if directory is not None:
+            write(text, directory / f"{name}{'' if setting.device.type == 'cpu' else '-' + setting.device.type}.md")
+    sys.stdout.write("".join(f"{line}\n" for line in left_out))
+
+
+def _parser() -> argparse.ArgumentParser:
+    listed = "\n".join(f"  {name:10} {part.about}" for name, part in PARTS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=f"Parts:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="part", help="all of them if none is named")
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="what is measured on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a dry run with tiny models; writes files only where --out is given"
+    )
+    parser.add_argument(
+        "--out", type=Path, help=f"directory of the tables (default: {RESULTS.name}/ beside this file)"
+    )
+    return parser
+
 
 if __name__ == "__main__":
+    logging.set_verbosity_error()  # a line for each of many pipelines
     main()

@@ -1,105 +1,107 @@
-"""What the denoising loop costs over bare UNet calls, beside diffusers' own SDXL pipeline with the same scheduler."""
+"""What the denoising loop costs over bare UNet calls, beside the two loops of diffusers with the same scheduler."""
 
 from __future__ import annotations
 
-import platform
-import statistics
-import sys
-import time
-from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
 
-import torch
-from diffusers import ClassifierFreeGuidance, StableDiffusionXLPipeline
-from tqdm.auto import tqdm
+from diffusers import UNet2DConditionModel
 
-from perflow_blocks import PeRFlowScheduler
-from perflow_blocks.components.files import atomic_path
-from perflow_blocks.demo import perflow_pipeline
+from .contenders import BARE, GUIDANCE, RIVALS, Denoise, make_contenders, verify
+from .measure import Setting, Timing, time_in_turns
+from .models import MEDIUM, TINY, FreeUNet, build_unet
+from .report import Report, table
 
-RESULTS = Path(__file__).parent / "results" / "loop.md"
-BASE = "text encoding and bare UNet calls"
-STEPS, BATCH, REPEATS, GUIDANCE = 4, 8, 15, 2.0
-PROMPTS = ["a red star on a white background"] * BATCH
+STEPS, ROUNDS = 4, 12
+FREE_STEPS, FREE_ROUNDS = (4, 24), 50
+
+SETTING = """SDXL's architecture with random weights ({weights:.0f} M), one picture of {latents} x {latents} latents in
+float32, {steps} steps, guidance {guidance:g}; embeddings given, nothing decoded. All use `PeRFlowScheduler`, and their
+latents agree. Medians and quartiles of {rounds} rounds taken in turns. The stock modular blocks call the UNet once for
+each of the guider's batches, the others once a step with both."""
+
+RATIOS = "Ratio of medians above: how many times the first one's time the second one takes."
+
+FREE = """The same with a UNet that returns its input: what is left is Python and the small tensor operations of a step
+(combining the predictions, the solver). Calls of {few} and {many} steps, {rounds} rounds in turns; the cost of a step
+is the difference of their medians over {between} steps, the rest is what a call costs once."""
 
 
-def contenders() -> dict[str, Callable[[], Any]]:
-    """What is timed, all with the same UNet, embeddings, steps and guidance; latents in and out, no decoding."""
-    pipe = perflow_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=GUIDANCE))
-    latents = torch.randn(BATCH, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    call = {"prompt": PROMPTS, "latents": latents, "num_inference_steps": STEPS, "output_type": "latent"}
-    state = pipe(**call)
-    unet: Any = pipe.unet
-    scheduler: Any = pipe.scheduler
-
-    names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet")
-    parts = {name: getattr(pipe, name) for name in names}
-    stock = StableDiffusionXLPipeline(
-        **parts, scheduler=PeRFlowScheduler.from_config(scheduler.config), add_watermarker=False
+def run(setting: Setting) -> Report:
+    size, steps = (TINY if setting.quick else MEDIUM), STEPS
+    unet = build_unet(size, setting.device)
+    contenders = make_contenders(unet, size, steps, setting.device)
+    calls = verify(contenders, unet, steps)
+    timings = time_in_turns(contenders, setting, rounds=ROUNDS, label="loop")
+    text = SETTING.format(
+        weights=_millions(unet),
+        latents=size.latents,
+        steps=steps,
+        guidance=GUIDANCE,
+        rounds=setting.rounds(ROUNDS),
     )
-    stock.set_progress_bar_config(disable=True)
-
-    conditions = {
-        "encoder_hidden_states": torch.cat([state.get("prompt_embeds")] * 2),
-        "added_cond_kwargs": {
-            "text_embeds": torch.cat([state.get("pooled_prompt_embeds")] * 2),
-            "time_ids": torch.cat([state.get("add_time_ids")] * 2),
-        },
-    }
-    twice = torch.cat([latents] * 2)
-
-    @torch.no_grad()
-    def bare_calls() -> None:
-        stock.encode_prompt(prompt=PROMPTS, do_classifier_free_guidance=True)
-        for timestep in scheduler.timesteps:
-            unet(twice, timestep, **conditions, return_dict=False)
-
-    def blocks() -> None:
-        pipe(**call)
-
-    def stock_pipeline() -> None:
-        stock(
-            prompt=PROMPTS, latents=latents, num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="latent"
-        )
-
-    return {
-        BASE: bare_calls,
-        "PeRFlow blocks": blocks,
-        "StableDiffusionXLPipeline with PeRFlowScheduler": stock_pipeline,
-    }
+    few, many = FREE_STEPS
+    free = FREE.format(few=few, many=many, rounds=setting.rounds(FREE_ROUNDS), between=many - few)
+    return Report(
+        title="Denoising loop",
+        parts=(
+            text,
+            overheads(timings, calls, steps),
+            RATIOS,
+            comparisons(timings),
+            "## Without the network",
+            free,
+            free_steps(setting),
+        ),
+    )
 
 
-def measure() -> dict[str, float]:
-    """Median seconds of each contender, measured in turns."""
-    runs = contenders()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in tqdm(range(REPEATS + 1), desc="loop", unit="round"):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def overheads(timings: Mapping[str, Timing], calls: Mapping[str, int], steps: int) -> str:
+    """Each contender's time above that of the bare calls."""
+    base = timings[BARE].median
+    return table(
+        ("what", "UNet calls", "ms (quartiles)", "over bare %", "over bare, ms a step"),
+        (
+            (
+                name,
+                calls[name],
+                timing.milliseconds(),
+                "-" if name == BARE else f"{100 * (timing.median / base - 1):+.2f}",
+                "-" if name == BARE else f"{1000 * (timing.median - base) / steps:+.2f}",
+            )
+            for name, timing in timings.items()
+        ),
+    )
 
 
-def main() -> None:
-    medians = measure()
-    base = medians[BASE]
-    lines = [
-        "# Denoising loop",
-        "",
-        f"Embedded demo model, {BATCH} pictures, {STEPS} steps, guidance {GUIDANCE:g}; text encoded, nothing",
-        f"decoded. Medians of {REPEATS} rounds taken in turns. {platform.machine()} CPU,",
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, diffusers {version('diffusers')}.",
-        "",
-        "| what | ms | ratio |",
-        "|---|---|---|",
-        *(f"| {name} | {1000 * value:.1f} | {value / base:.3f} |" for name, value in medians.items()),
-    ]
-    with atomic_path(RESULTS) as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
-    sys.stdout.write("\n".join(lines) + "\n")
+def comparisons(timings: Mapping[str, Timing]) -> str:
+    """How this package's loop and stage stand beside those that do the same work."""
+    return table(
+        ("of this package", "of diffusers", "ratio"),
+        (
+            (own, rival, f"{timings[rival].median / timings[own].median:.3f}")
+            for own, rivals in RIVALS.items()
+            for rival in rivals
+        ),
+    )
+
+
+def free_steps(setting: Setting) -> str:
+    """The table of what a step and a call cost without the network."""
+    size, (few, many) = (TINY if setting.quick else MEDIUM), FREE_STEPS
+    unet: UNet2DConditionModel = build_unet(size, setting.device, kind=FreeUNet)
+    runs: dict[str, Denoise] = {}
+    for steps in FREE_STEPS:
+        contenders = make_contenders(unet, size, steps, setting.device)
+        verify(contenders, unet, steps)
+        runs |= {f"{name} {steps}": run for name, run in contenders.items()}
+    timings = time_in_turns(runs, setting, rounds=FREE_ROUNDS, label="loop without network")
+    rows = []
+    for name in contenders:
+        short, long = (timings[f"{name} {steps}"].median for steps in FREE_STEPS)
+        step = (long - short) / (many - few)
+        rows.append((name, f"{1000 * step:.3f}", f"{1000 * (short - few * step):.2f}"))
+    return table(("what", "ms a step", "ms a call besides"), rows)
+
+
+def _millions(unet: UNet2DConditionModel) -> float:
+    return sum(weight.numel() for weight in unet.parameters()) / 1e6
