@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models import MultiControlNetModel
 
 from perflow_blocks import AttentionConfig, PeRFlowSDXLAutoBlocks
 from perflow_blocks.components.specs import attention_spec
-from perflow_blocks.testing import tiny_sdxl_unet
+from perflow_blocks.testing import tiny_controlnet, tiny_sdxl_unet
 
 from .attention_support import Kernel, assert_same_processors, calls_of, kernel, processors
 from .blocks_support import make_pipeline, run
@@ -55,6 +56,50 @@ def test_what_was_set_last_holds(kernel: MakeKernel) -> None:
     pipe.update_components(attention_plan=None)
     assert ran() == set()
     assert_same_processors(pipe.unet, before)
+
+
+def test_a_component_that_is_set_again_holds_again(kernel: MakeKernel) -> None:
+    a, b = kernel("a"), kernel("b")
+    pipe = make_pipeline()
+    first, second = AttentionConfig("a"), AttentionConfig("b")
+    for component, counted in ((first, a), (second, b), (first, a)):
+        pipe.update_components(attention=component)
+        counted.calls.clear()
+        run(pipe)
+        assert counted.calls
+    pipe.update_components(attention_plan=None)
+    a.calls.clear()
+    run(pipe)
+    assert not a.calls
+    pipe.update_components(attention=first)
+    run(pipe)
+    assert a.calls
+
+
+def test_strategies_are_tried_where_the_model_will_run(kernel: MakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = kernel("own")
+    pipe = make_pipeline(attention=AttentionConfig("own"))
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cpu", 0))
+    run(pipe)
+    assert {device for device, *_ in own.required} == {torch.device("cpu", 0)}
+
+
+def test_devices_of_models_outside_a_pipeline(kernel: MakeKernel) -> None:
+    own = kernel("own")
+    AttentionConfig("own").attach({"unet": tiny_sdxl_unet()}, device="cpu")
+    assert {device.type for device, *_ in own.required} == {"cpu"}
+    with pytest.raises(ValueError, match=r"UNet2DConditionModel holds no values .device 'meta'.*pass device="):
+        AttentionConfig("own").attach({"unet": tiny_sdxl_unet().to("meta")})
+    with pytest.raises(ValueError, match=r"'sliced' fails on cuda: .*choose another one such as 'native'"):
+        AttentionConfig("sliced").attach({"unet": tiny_sdxl_unet()}, device="cuda")
+
+
+def test_one_controlnet_in_two_places_is_one(kernel: MakeKernel) -> None:
+    kernel("own")
+    net, attention = tiny_controlnet(), AttentionConfig({"controlnet.nets.0.*": "own"})
+    attention.attach({"controlnet": MultiControlNetModel([net, net])})
+    assert {row.asked for row in attention.report().rows} == {"own"}
+    assert len(attention.report().rows) == 4
 
 
 def test_a_detached_pipeline_attaches_again_at_its_next_call() -> None:

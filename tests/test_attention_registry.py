@@ -162,3 +162,20 @@ def test_strategies_can_be_copied_and_pickled(name: str) -> None:
     ):
         assert other.name == name
         assert other.constraints == get_attention_strategy(name).constraints
+
+
+def test_what_computes_nothing_or_needs_arguments_is_refused() -> None:
+    class NeedsArguments(AttentionStrategy):
+        def __init__(self, size: int) -> None:
+            self.size = size
+
+        def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+            return query
+
+    names = attention_strategy_names()
+    for strategy in (AttentionStrategy, AttentionStrategy()):
+        with pytest.raises(ValueError, match="computes nothing; pass one that has a __call__"):
+            register_attention_strategy("mine", strategy)
+    with pytest.raises(ValueError, match=r"needs arguments .*size.*; pass an instance"):
+        register_attention_strategy("mine", NeedsArguments)
+    assert attention_strategy_names() == names

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import AdaptiveProjectedGuidance, ClassifierFreeGuidance, MultiControlNetModel
 
 from perflow_blocks import AttentionConfig, compile_loops
@@ -22,6 +23,7 @@ from perflow_blocks.blocks import (
     WindowLogStep,
 )
 from perflow_blocks.blocks.recombine import find_loops, insert_loop_block
+from perflow_blocks.components.settled_guidance import settings_of, settle
 from perflow_blocks.testing.tiny import tiny_controlnet, tiny_controlnet_union, tiny_picture
 
 from .blocks_support import make_pipeline, run
@@ -95,8 +97,8 @@ def test_a_scale_changed_during_the_run_counts_from_that_step_on() -> None:
         insert_loop_block(blocks, "spy", Spy, after="finite_guard")
         results.append(run(make_pipeline(blocks), spy=change, num_inference_steps=4))
     assert torch.equal(*results)
-    assert not torch.equal(results[0], run(pipes[0], num_inference_steps=4))
     assert counter.frame_count == 1
+    assert not torch.equal(results[0], run(pipes[0], num_inference_steps=4))
 
 
 def test_guidance_that_stops_early_is_two_functions() -> None:
@@ -161,8 +163,8 @@ def test_a_controlnet_out_of_force_is_another_function() -> None:
 
 def test_nothing_is_read_back_around_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
     """That nothing is read inside is what `fullgraph` makes sure of."""
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     blocks, reached = compiled_blocks(), list[int]()
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     loop = blocks.sub_blocks["denoise"].sub_blocks["denoise"].sub_blocks["denoise"]
     inner = type(loop).loop_step
 
@@ -202,11 +204,13 @@ def test_another_guider_is_refused_before_a_network_runs() -> None:
         run(pipe)
 
 
-def test_an_offloaded_model_is_refused() -> None:
-    from accelerate.hooks import ModelHook, add_hook_to_module
-
+@pytest.mark.parametrize("by", ["hooks", "groups"])
+def test_an_offloaded_model_is_refused(by: str) -> None:
     pipe = make_pipeline(compiled_blocks())
-    add_hook_to_module(pipe.unet, ModelHook())
+    if by == "hooks":
+        add_hook_to_module(pipe.unet, ModelHook())
+    else:
+        pipe.unet.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
     with pytest.raises(ValueError, match=r"UNet2DConditionModel is offloaded.*keep it on the device"):
         run(pipe)
 
@@ -245,21 +249,66 @@ def test_loops_that_cannot_be_one_function_are_left_as_they_are() -> None:
         compile_loops(compiled_blocks())
 
 
+def test_an_option_that_torch_does_not_have_is_refused_at_once() -> None:
+    for options, named in (({"fullgraph": True}, "fullgraph=True"), ({"modus": "fast"}, "modus='fast'")):
+        with pytest.raises(ValueError, match=f"{named} is no option of a compiled step.* pass some of backend"):
+            compile_loops(PeRFlowSDXLAutoBlocks(), **options)
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_the_limit_of_compilations_is_for_each_loop_and_has_a_remedy() -> None:
+    for _ in range(2):  # each pipeline compiles once
+        pipe = make_pipeline(compiled_blocks())
+        run(pipe, num_inference_steps=4)
+    pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=1.0))
+    with pytest.raises(ValueError, match=r"as torch allows; raise torch._dynamo.config.recompile_limit"):
+        run(pipe, num_inference_steps=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_half_precision_does_not_round_the_scale(dtype: torch.dtype, rescale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    predictions = [torch.randn(2, 4, 8, 8, generator=generator).to(dtype) for _ in range(2)]
+    guider = ClassifierFreeGuidance(guidance_scale=1.7, guidance_rescale=rescale)
+    exact = guider.forward(*(prediction.double() for prediction in predictions)).pred
+    settled = settle(settings_of(guider), torch.device("cpu")).forward(*predictions).pred
+    usual = guider.forward(*predictions).pred
+    assert (settled - exact).norm() <= (usual - exact).norm()
+    assert usual.dtype == dtype and settled.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_agrees_with_the_usual_loop_to_its_rounding(dtype: torch.dtype) -> None:
+    compiled = loop_pipeline("text2image", compiled_blocks(), dtype)
+    usual, exact = loop_pipeline("text2image", dtype=dtype), loop_pipeline("text2image")
+    for pipe in (compiled, usual, exact):
+        pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=1.7))
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ours, theirs, truth = (run(pipe, latents=noise.to(pipe.unet.dtype)).float() for pipe in (compiled, usual, exact))
+    assert run(compiled, latents=noise).dtype == dtype
+    assert (ours - truth).norm() <= 1.2 * (theirs - truth).norm()
+
+
 def test_options_reach_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
+    blocks = compiled_blocks("eager", dynamic=False)
 
     def compile_nothing(function: Any, **options: Any) -> Any:
         asked.append(options)
         return function
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
-    pipe = make_pipeline(compiled_blocks("eager", dynamic=False))
+    pipe = make_pipeline(blocks)
     run(pipe)
     run(pipe)
     assert asked == [{"fullgraph": True, "backend": "eager", "dynamic": False}]
 
 
-def test_with_graphs_nothing_kept_is_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "options", [{"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}, {"backend": "cudagraphs"}]
+)
+def test_with_graphs_nothing_kept_is_overwritten(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for captured graphs: like theirs, its results lie at the same addresses at every run."""
     results: list[tuple[torch.Tensor, torch.Tensor]] = []
     marks: list[int] = []
@@ -275,11 +324,10 @@ def test_with_graphs_nothing_kept_is_overwritten(monkeypatch: pytest.MonkeyPatch
 
         return replay
 
-    usual = run(make_pipeline())
+    usual, blocks = run(make_pipeline()), PeRFlowSDXLAutoBlocks()
+    compile_loops(blocks, **options)
     monkeypatch.setattr(torch, "compile", capture)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
-    blocks = PeRFlowSDXLAutoBlocks()
-    compile_loops(blocks, mode="reduce-overhead")
     pipe = make_pipeline(blocks)
     first = run(pipe)
     before = first.clone()

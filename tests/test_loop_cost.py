@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from perflow_blocks.blocks import PeRFlowDenoiseStep
 from perflow_blocks.components.network_inputs import NetworkInputs
+from perflow_blocks.testing import check_block, tiny_inputs
 from perflow_blocks.testing.tiny import tiny_inpainting_unet
 
 from .blocks_support import make_pipeline, run
@@ -183,6 +185,17 @@ def test_samples_are_written_into_one_buffer() -> None:
     wider = inputs.samples(latents, 3)
     assert torch.equal(wider, torch.cat([latents] * 3))
     assert inputs.samples(latents.double(), 3).dtype == torch.float64
+
+
+def test_a_buffer_of_another_size_has_its_further_channels_too() -> None:
+    inputs, latents, also = NetworkInputs(), torch.randn(2, 4, 8, 8), torch.ones(2, 5, 8, 8)
+    for copies in (2, 1, 2):  # guidance that starts or stops within the run
+        assert torch.equal(inputs.samples(latents, copies, also)[:, 4:], torch.ones(2 * copies, 5, 8, 8))
+
+
+def test_the_loop_alone_refuses_latents_of_another_type() -> None:
+    with pytest.raises(ValueError, match=r"the latents are torch.float16, the UNet is torch.float32; load all"):
+        check_block(PeRFlowDenoiseStep(), inputs={"latents": tiny_inputs()["latents"].half()})
 
 
 def test_inference_tensors_are_joined_anew_since_writes_to_them_leave_no_trace() -> None:

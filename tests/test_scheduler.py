@@ -374,3 +374,13 @@ def test_a_scheduler_of_other_length() -> None:
     scheduler = ready(4, num_train_timesteps=100)
     assert scheduler.timesteps.tolist() == [100, 75, 50, 25]
     assert len(scheduler) == len(scheduler.alphas_cumprod) == 100
+
+
+def test_one_picture_is_noised_with_several_noises() -> None:
+    scheduler = PeRFlowScheduler()
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.randn(1, 4, 8, 8, generator=generator)
+    noise = torch.randn(3, 4, 8, 8, generator=generator)
+    together = scheduler.add_noise(picture, noise, torch.tensor([500]))
+    alone = [scheduler.add_noise(picture, noise[row : row + 1], torch.tensor([500])) for row in range(3)]
+    assert torch.equal(together, torch.cat(alone))

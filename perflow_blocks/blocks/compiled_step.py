@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from torch import Tensor
@@ -53,7 +56,8 @@ def guided_step(
     noise_pred = predict_noise(networks, t, **call)
     if guider is not None:
         parts = dict(zip(names, noise_pred.chunk(len(names)), strict=True))
-        noise_pred = guider.forward(**parts)["pred"]  # by its name: an attribute of its output cannot be traced
+        # By its name, since an attribute of the guider's output cannot be traced.
+        noise_pred = guider.forward(**parts)["pred"].to(latents.dtype)
     return apply_step(latents, noise_pred, row[0], row[1]), noise_pred
 
 
@@ -78,12 +82,19 @@ class PeRFlowCompiledLoopStep(PeRFlowLoopDenoiser, LoopBlock):
         options: arguments of `torch.compile` besides `fullgraph`, such as `mode`, `dynamic` or `backend`.
 
     Raises:
-        ValueError: before the first step, for another guider, for offloaded models, or for an attention strategy that
-            CUDA graphs may not capture.
+        ValueError: at once, for an option that `torch.compile` does not have. Before the first step, for another
+            guider, for offloaded models, or for an attention strategy that CUDA graphs may not capture. At a step,
+            where torch has compiled for as many kinds of input as it allows.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
+        known = set(inspect.signature(torch.compile).parameters) - {"model", "fullgraph"}
+        for name in options.keys() - known:
+            raise ValueError(
+                f"{name}={options[name]!r} is no option of a compiled step, which is always one graph; pass some of "
+                f"{', '.join(sorted(known))}."
+            )
         self.options = options
         self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
 
@@ -102,7 +113,7 @@ class PeRFlowCompiledLoopStep(PeRFlowLoopDenoiser, LoopBlock):
     def start(self, components: Any, block_state: Any) -> None:
         settings_of(components.guider)
         for network in self._networks(components):
-            if hasattr(network, "_hf_hook"):
+            if hasattr(network, "_hf_hook") or _is_group_offload_enabled(network):
                 raise ValueError(
                     f"{type(network).__name__} is offloaded, and its hooks cannot be compiled into the step; keep it "
                     "on the device, or leave the loop as it is."
@@ -111,7 +122,7 @@ class PeRFlowCompiledLoopStep(PeRFlowLoopDenoiser, LoopBlock):
             if unfit and self._captured:
                 raise ValueError(
                     f"attention strategy {unfit[0]!r} is not known to work in a CUDA graph; choose another one such "
-                    f"as 'native', or another mode than {self.options['mode']!r}."
+                    f"as 'native', or a mode without graphs."
                 )
 
     @torch.no_grad()
@@ -120,18 +131,26 @@ class PeRFlowCompiledLoopStep(PeRFlowLoopDenoiser, LoopBlock):
         names = [batch[components.guider._identifier_key] for batch in batches]
         guider = self._settled(components.guider, block_state) if len(batches) > 1 else None
         if self._compiled is None:
-            self._compiled = torch.compile(guided_step, fullgraph=True, **self.options)
+            # A code object of its own: torch counts the compilations of each, up to a limit.
+            function = types.FunctionType(guided_step.__code__.replace(), guided_step.__globals__)
+            self._compiled = torch.compile(function, fullgraph=True, **self.options)
         if self._captured:
             torch.compiler.cudagraph_mark_step_begin()
-        latents, noise_pred = self._compiled(
-            self._networks(components),
-            guider,
-            t,
-            block_state.latents,
-            block_state.step_coefficients[i],
-            names,
-            self._gather(block_state, batches, i),
-        )
+        try:
+            latents, noise_pred = self._compiled(
+                self._networks(components),
+                guider,
+                t,
+                block_state.latents,
+                block_state.step_coefficients[i],
+                names,
+                self._gather(block_state, batches, i),
+            )
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise ValueError(
+                "the step was compiled for as many sizes and kinds of input as torch allows; raise "
+                "torch._dynamo.config.recompile_limit, or forget what was compiled with torch.compiler.reset()."
+            ) from error
         if self._captured:  # what a graph returns is overwritten by its next run
             latents, noise_pred = latents.clone(), noise_pred.clone()
         block_state.latents, block_state.noise_pred = latents, noise_pred
@@ -139,7 +158,9 @@ class PeRFlowCompiledLoopStep(PeRFlowLoopDenoiser, LoopBlock):
 
     @property
     def _captured(self) -> bool:
-        return self.options.get("mode") in GRAPH_MODES
+        settings = self.options.get("options") or {}
+        by_name = self.options.get("mode") in GRAPH_MODES or self.options.get("backend") == "cudagraphs"
+        return by_name or bool(settings.get("triton.cudagraphs"))
 
     def _settled(self, guider: Any, block_state: Any) -> Any:
         """The guider's formula, made again where a block changed its settings since the last step."""

@@ -39,8 +39,12 @@ def settings_of(guider: BaseGuidance) -> Settings:
 
 
 def settle(settings: Settings, device: torch.device) -> Any:
-    """A guider with these settings whose scale lies on the device; copies one number there."""
+    """A guider with these settings whose scale, (1, 1, 1, 1) in float32, lies on the device; copies one number there.
+
+    With fewer dimensions it would be rounded to the type of half-precision predictions first. So it computes in
+    float32, and what it returns for them is float32.
+    """
     scale, rescale, original = settings
     guider: Any = SettledGuidance(guidance_rescale=rescale, use_original_formulation=original)
-    guider.guidance_scale = torch.tensor(scale, device=device)
+    guider.guidance_scale = torch.full((1, 1, 1, 1), scale, dtype=torch.float32, device=device)
     return guider

@@ -187,6 +187,7 @@ def weighted_sum(x: Tensor, y: Tensor, a: Scalar, b: Scalar) -> Tensor:
     Two kernels and one new tensor; one cast more for half precision.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
+    x, y = torch.broadcast_tensors(x, y)
     total = _scaled(x, a, dtype)
     if isinstance(b, Tensor):
         total.addcmul_(y, _weight(b, y, dtype))

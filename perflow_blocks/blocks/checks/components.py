@@ -84,7 +84,8 @@ def check_dtypes(loaded: Mapping[str, Any], request: Any, blocks: Container[str]
         ValueError: a model or a given tensor is of another type than the UNet, where the two meet.
     """
     unet = loaded["unet"]
-    if torch.is_autocast_enabled(unet.device.type):
+    device_type = unet.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # "meta": offloaded layer by layer
         return
     meets = {
         "text_encoder_2": request.prompt is not None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import ConfigMixin
@@ -36,6 +36,8 @@ class AttentionConfig(ConfigMixin):
     without the component in front ("unet.mid_block.*", "controlnet.*"). Modules that a plan does not speak of are left
     as they are; so are those whose processor is not diffusers' plain one, such as an IP-Adapter's.
 
+    Diffusers' `set_default_attn_processor` refuses processors that it does not know: call `detach` before it.
+
     A pipeline with `PeRFlowApplyAttentionStep` puts the plan into effect at every call, as in the example. `attach`
     does it for models outside such a pipeline.
 
@@ -60,7 +62,7 @@ class AttentionConfig(ConfigMixin):
         self.register_to_config(plan=None if self._plan is None else self._plan.as_list())
         self._records: WeakKeyDictionary[Attention, AttentionRecord] = WeakKeyDictionary()
         self._models: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether each was compiled as a whole
-        self._pipelines: WeakSet[Any] = WeakSet()
+        self._taken: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by pipeline: the setting that it has run with
         self._found_fit: set[tuple[AttentionStrategy, torch.device, torch.dtype, int]] = set()
         self._told: set[tuple[str, str]] = set()
 
@@ -72,7 +74,7 @@ class AttentionConfig(ConfigMixin):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config.plan})"
 
-    def attach(self, models: Mapping[str, nn.Module], *, device: torch.device | None = None) -> None:
+    def attach(self, models: Mapping[str, nn.Module], *, device: torch.device | str | None = None) -> None:
         """Puts the plan into effect.
 
         Args:
@@ -81,20 +83,21 @@ class AttentionConfig(ConfigMixin):
 
         Raises:
             ImportError: a strategy's package is missing or too old.
-            ValueError: a strategy does not run here; a pattern that means no attention module. Then no module is
-                changed.
+            ValueError: a strategy does not run here; a pattern that means no attention module; a model without values
+                (device "meta") and no device. Then no module is changed.
         """
         self.establish(self._plan, models, device=device)
 
     def establish(
-        self, plan: AttentionPlan | None, models: Mapping[str, nn.Module], *, device: torch.device | None = None
+        self, plan: AttentionPlan | None, models: Mapping[str, nn.Module], *, device: torch.device | str | None = None
     ) -> None:
         """As `attach`, with a plan in place of the component's own; None takes out what any plan has attached."""
+        given = None if device is None else torch.device(device)
         sites = list(_sites(models))
         if plan is not None:
             plan.require_places([site.place for site in sites], models)
         # Once for each model, since both look through all weights.
-        run_as = cache(lambda model: (model.device if device is None else device, model.dtype))
+        run_as = cache(lambda model: (_device_of(model) if given is None else given, model.dtype))
         changes = [self._change(plan, site, run_as) for site in sites]
         for site, change in zip(sites, changes, strict=True):
             self._apply(site, *change)
@@ -124,16 +127,16 @@ class AttentionConfig(ConfigMixin):
             record.reset()
 
     def is_new_to(self, pipeline: Any) -> bool:
-        """Whether it brings a plan that the pipeline has not been run with.
+        """Whether the pipeline has not been run since this component was set, and so not with its plan.
 
         A component that a pipeline made by itself, without a plan, brings none.
         """
-        made_by_pipeline = _LOAD_ID in vars(self)
-        return pipeline not in self._pipelines and not (made_by_pipeline and self._plan is None)
+        made_by_pipeline = _LOAD_ID in vars(self)  # set by ComponentSpec.create
+        return self._taken.get(pipeline) is not _setting(pipeline) and not (made_by_pipeline and self._plan is None)
 
     def remember(self, pipeline: Any) -> None:
         """Notes that the pipeline has taken the plan into its own configuration, which says what runs from now on."""
-        self._pipelines.add(pipeline)
+        self._taken[pipeline] = _setting(pipeline)
 
     def _change(
         self, plan: AttentionPlan | None, site: _Site, run_as: Callable[[Any], tuple[torch.device, torch.dtype]]
@@ -166,6 +169,19 @@ class AttentionConfig(ConfigMixin):
             _set_processor(site.attn, PROCESSORS[type(plain)](strategy, plain, record))
 
 
+def _device_of(model: Any) -> torch.device:
+    if model.device.type == "meta":
+        raise ValueError(
+            f"{type(model).__name__} holds no values (device 'meta'), so where it will run is not known; pass device=."
+        )
+    return model.device
+
+
+def _setting(pipeline: Any) -> Any:
+    """What `update_components(attention=...)` makes anew each time, also for a component that was set before."""
+    return pipeline._component_specs["attention"]
+
+
 class _Site(NamedTuple):
     """An attention module, the model it is part of, and where it stands."""
 
@@ -176,10 +192,12 @@ class _Site(NamedTuple):
 
 def _sites(models: Mapping[str, nn.Module]) -> Iterator[_Site]:
     """All attention modules of the denoising models, in their order."""
+    seen: set[Attention] = set()  # one ControlNet may stand in several places
     for label, (model, _) in _single_models(models).items():
         for path, attn in model.named_modules():
             name = path.replace("_orig_mod.", "")  # of a part that was compiled
-            if isinstance(attn, Attention) and not name.startswith(IMAGE_PROJECTION):
+            if isinstance(attn, Attention) and attn not in seen and not name.startswith(IMAGE_PROJECTION):
+                seen.add(attn)
                 kind: AttentionKind = "cross" if attn.is_cross_attention else "self"
                 place = AttentionPlace(component=label.split(".")[0], model=label, name=name, kind=kind)
                 yield _Site(attn, model, place)

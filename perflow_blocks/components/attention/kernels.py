@@ -47,7 +47,7 @@ class DispatchedAttention(AttentionStrategy):
         except RuntimeError as error:
             raise ImportError(
                 f"attention strategy {self.name!r} needs {self.needs}, which is missing, too old or cannot be "
-                f"imported; {self.install}."
+                f"imported{self.besides(device)}; {self.install}."
             ) from error
         self.require_device(device)
         self.load()

@@ -79,7 +79,7 @@ class AttentionPlan:
             components: those of `COMPONENTS` at hand; what a pattern says of another one cannot be checked now.
         """
         places = list(places)
-        absent = tuple(f"{name}." for name in COMPONENTS if name not in set(components))
+        absent = tuple(name for name in COMPONENTS if name not in set(components))
         for pattern, _ in self.patterns:
             if not pattern.startswith(absent) and not any(place.matches(pattern) for place in places):
                 raise ValueError(

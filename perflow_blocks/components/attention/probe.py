@@ -50,13 +50,13 @@ def _compare(
     generator = torch.Generator().manual_seed(0)
     batch, _, heads, head_dim = shape
     shapes = (shape, (batch, keys, heads, head_dim), (batch, keys, heads, head_dim))
-    inputs = [torch.randn(size, generator=generator).to(device, dtype) for size in shapes]
-    given = [tensor.clone() for tensor in inputs]
-    query, key, value = (tensor.float().transpose(1, 2) for tensor in inputs)
-    expected = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
     try:
+        inputs = [torch.randn(size, generator=generator).to(device, dtype) for size in shapes]
+        given = [tensor.clone() for tensor in inputs]
+        query, key, value = (tensor.float().transpose(1, 2) for tensor in inputs)
+        expected = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
         result = strategy(*given).float()
-    except Exception as error:  # a kernel's error may be of any kind
+    except Exception as error:  # a kernel's or a driver's error may be of any kind
         raise ValueError(f"{_subject(strategy)} fails on {device}: {error}; {_REMEDY}.") from error
     if result.shape != expected.shape:
         raise ValueError(

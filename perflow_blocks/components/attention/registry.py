@@ -33,9 +33,11 @@ def register_attention_strategy(name: str, strategy: Registered) -> Registered:
         raise ValueError(f"name={name!r} is no Python identifier, so no plan could name it; pass one such as 'mine'.")
     if name in _STRATEGIES:
         raise ValueError(f"name={name!r} is taken by {type(_STRATEGIES[name]).__name__}; pass another one.")
-    made = strategy() if isinstance(strategy, type) and issubclass(strategy, AttentionStrategy) else strategy
+    made = _made(strategy)
     if not isinstance(made, AttentionStrategy):
         raise ValueError(f"strategy={strategy!r} is no AttentionStrategy; pass an instance or a class of one.")
+    if type(made).__call__ is AttentionStrategy.__call__:
+        raise ValueError(f"strategy={strategy!r} computes nothing; pass one that has a __call__.")
     if any(known is made for known in _STRATEGIES.values()):
         raise ValueError(
             f"strategy={made!r} is registered as {made.name!r}; pass an instance of its own for {name!r}."
@@ -43,6 +45,15 @@ def register_attention_strategy(name: str, strategy: Registered) -> Registered:
     made.name = name
     _STRATEGIES[name] = made
     return strategy
+
+
+def _made(strategy: object) -> object:
+    if not (isinstance(strategy, type) and issubclass(strategy, AttentionStrategy)):
+        return strategy
+    try:
+        return strategy()
+    except TypeError as error:
+        raise ValueError(f"strategy={strategy!r} needs arguments ({error}); pass an instance.") from error
 
 
 def get_attention_strategy(name: str) -> AttentionStrategy:

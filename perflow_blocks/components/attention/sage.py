@@ -58,7 +58,7 @@ class SageAttention(AttentionStrategy):
         self._dispatched = False
 
     def require(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-        self._dispatched = self._find_release()
+        self._dispatched = self._find_release(device)
         self.constraints = SECOND_RELEASE if self._dispatched else FIRST_RELEASE
         super().require(device, dtype, head_dim)
 
@@ -77,7 +77,7 @@ class SageAttention(AttentionStrategy):
         with torch.cuda.device_of(query):
             return _package().sageattn(query, key.clone(), value, tensor_layout="NHD")
 
-    def _find_release(self) -> bool:
+    def _find_release(self, device: torch.device) -> bool:
         """Whether diffusers' dispatcher can call the release that is installed.
 
         Raises:
@@ -87,7 +87,7 @@ class SageAttention(AttentionStrategy):
         try:
             installed = importlib.metadata.version("sageattention")
         except importlib.metadata.PackageNotFoundError as error:
-            raise ImportError(f"{needs} and a GPU that triton knows; {INSTALL}.") from error
+            raise ImportError(f"{needs}, which is missing{self.besides(device)}; {INSTALL}.") from error
         if compare_versions("sageattention", ">=", _REQUIRED_SAGE_VERSION):
             try:
                 _check_attention_backend_requirements(AttentionBackendName.SAGE)

@@ -169,6 +169,11 @@ class AttentionStrategy:
                 f"attention strategy {self.name!r} {reason}; move the model, or choose another one such as 'native'."
             )
 
+    def besides(self, device: torch.device) -> str:
+        """What is to be added to the error about a missing package, where that alone would not help."""
+        reason = self.constraints.against_device(device)
+        return "" if reason is None else f" (and it {reason})"
+
     def supports(
         self,
         query_shape: Shape,
