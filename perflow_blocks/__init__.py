@@ -31,6 +31,9 @@ _PUBLIC = {
     "WindowLogStep": "blocks.window_log",
     "extract_delta": "core.delta",
     "insert_loop_block": "blocks.recombine",
+    "merge_delta": "components.delta_merge",
+    "rescale_delta": "components.delta_merge",
+    "unmerge_delta": "components.delta_merge",
 }
 
 __all__ = ["__version__", *_PUBLIC]
