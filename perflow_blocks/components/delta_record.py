@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, FrozenDict
+from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 
 from ..core.delta import floating_entries
@@ -121,11 +122,13 @@ def remember(module: nn.Module, state: MergeState) -> None:
     """Puts the state on the module and its records in its configuration; an empty one leaves no trace."""
     module = uncompiled(module)
     if isinstance(module, ConfigMixin):
-        config: dict[str, Any] = {name: value for name, value in module._internal_dict.items() if name != CONFIG_KEY}
+        # In place, past the freezing: a new FrozenDict would lose what diffusers set as attributes of this one, such
+        # as the kind of projection when an IP-Adapter was loaded.
+        OrderedDict.pop(module._internal_dict, CONFIG_KEY, None)
         if state.records:
             deltas = [record.to_config() for record in state.records]
-            config[CONFIG_KEY] = {"deltas": deltas, "witness": _witness(module)}
-        module._internal_dict = FrozenDict(config)
+            saved = {"deltas": deltas, "witness": _witness(module)}
+            OrderedDict.__setitem__(module._internal_dict, CONFIG_KEY, saved)
     if state.records or state.broken:
         setattr(module, STATE_ATTRIBUTE, state)
     elif STATE_ATTRIBUTE in vars(module):

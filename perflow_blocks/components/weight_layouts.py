@@ -130,7 +130,7 @@ def named_as_model(weights: Weights, model_names: Iterable[str], config: Mapping
         return weights
     try:
         # The converter moves values from name to name: given the old names for values it returns the translation.
-        translated = convert_ldm_unet_checkpoint(unet, dict(config))
+        translated = convert_ldm_unet_checkpoint({**_every_block(config), **unet}, dict(config))
     except (KeyError, IndexError) as error:
         raise ValueError(
             f"{weights.label} has Latent Diffusion names that are not this UNet's ({error} is missing); "
@@ -142,7 +142,14 @@ def named_as_model(weights: Weights, model_names: Iterable[str], config: Mapping
             f"{weights.label}: {len(lost)} Latent Diffusion names have no place in this UNet ({listed(lost)}); "
             "pass a delta that was extracted from the same architecture."
         )
-    return RenamedWeights(weights, translated)
+    return RenamedWeights(weights, {new: old for new, old in translated.items() if old in weights.shapes})
+
+
+def _every_block(config: Mapping[str, Any]) -> dict[str, str]:
+    """A name in every block, of no layer. The converter counts the blocks, which a partial delta may leave out."""
+    count = len(config["block_out_channels"]) * (config["layers_per_block"] + 1)
+    numbers = {"input_blocks": count, "middle_block": 3, "output_blocks": count}
+    return {f"{LDM_PREFIX}{kind}.{i}.9.none": "" for kind, number in numbers.items() for i in range(number)}
 
 
 def _without_prefixes(name: str) -> str:
