@@ -160,7 +160,7 @@ def table(setting: Setting, found: Measurement) -> list[str]:
         f"({found.peak_bytes / found.model_bytes:.1%} of it; the largest tensor has "
         f"{found.largest_bytes / megabytes:.0f} MB), and corrections for the way back, "
         f"{found.correction_bytes / megabytes:.0f} MB ({found.correction_bytes / found.model_bytes:.1%}), "
-        "in a temporary file beyond 64 MB.",
+        "in a temporary file beyond 16 MB.",
         f"Taken out, the weights are {'the same bit for bit' if found.exact else 'NOT the same'}.",
     ]
 

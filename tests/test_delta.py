@@ -6,7 +6,6 @@ import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -298,67 +297,6 @@ def test_tied_weights_are_changed_once(tmp_path: Path) -> None:
     assert_same(model, {name: tensor + 1 for name, tensor in before.items()})
 
 
-@pytest.mark.parametrize("chunks", [0, 1, 5])
-@pytest.mark.parametrize("stop", ["before", "after"])
-def test_an_interrupted_merge_leaves_no_trace(
-    delta_file: Path, monkeypatch: pytest.MonkeyPatch, chunks: int, stop: str
-) -> None:
-    """Wherever it is interrupted: while a sum is formed, or as soon as it was written."""
-    from perflow_blocks.components import delta_rewrite, weight_files
-
-    monkeypatch.setattr(weight_files, "CHUNK", 40)  # several to a tensor
-    model = network(0, dtype=torch.float16)
-    before, done = values(model), []
-
-    class Interrupting(list[Any]):
-        def append(self, entry: Any) -> None:
-            if stop == "after" and len(self) == chunks:
-                raise KeyboardInterrupt
-            super().append(entry)
-
-    def interrupted(weight: Tensor, change: Tensor) -> Tensor:
-        done.append(weight)
-        if stop == "before" and len(done) == chunks + 1:
-            raise KeyboardInterrupt
-        return add(weight, change)
-
-    class Watched(delta_rewrite._Rewrite):
-        def run(self) -> None:
-            self._done = Interrupting()
-            super().run()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(delta_rewrite, "add", interrupted)
-        patch.setattr(delta_rewrite, "_Rewrite", Watched)
-        with pytest.raises(KeyboardInterrupt):
-            merge_delta(model, delta_file)
-    assert done and merge_record(model) is None
-    assert_same(model, before)
-    merge_delta(model, delta_file)
-    unmerge_delta(model)
-    assert_same(model, before)
-
-
-def test_a_model_that_cannot_be_put_back_is_known_to_be_broken(
-    delta_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from perflow_blocks.components import delta_rewrite
-
-    def failing(*args: Any) -> Tensor:
-        raise RuntimeError("the device is gone")
-
-    model = network(0)
-    merge_delta(model, delta_file)
-    with monkeypatch.context() as patch:
-        patch.setattr(delta_rewrite._Rewrite, "undo", failing)
-        patch.setattr(delta_rewrite, "restore", failing)
-        with pytest.raises(ValueError, match=r"could not be put back \(the device is gone\); load the model"):
-            unmerge_delta(model)
-    for use in (lambda: merge_delta(model, delta_file), lambda: unmerge_delta(model)):
-        with pytest.raises(ValueError, match="load the model again"):
-            use()
-
-
 class LiveMemory(TorchDispatchMode):
     """The most bytes of tensors made by operations that were alive at once; views and inputs are not counted."""
 
@@ -388,63 +326,6 @@ def test_merging_holds_no_more_than_a_few_tensors_at_once(tmp_path: Path) -> Non
     assert one <= memory.peak <= 4 * one  # of 40
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, DeltaRecipe(), DeltaRecipe(guidance_scale=0.0, base_model="7")])
-def test_the_recipe_travels_in_the_metadata(tmp_path: Path, recipe: DeltaRecipe) -> None:
-    path = tmp_path / "delta.safetensors"
-    save_delta({"w": torch.ones(1)}, path, recipe)
-    assert read_delta_recipe(path) == recipe
-    with safe_open(path, framework="pt") as file:
-        assert {k: v for k, v in file.metadata().items() if k != "format"} == recipe.to_metadata()
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("prediction_type", "epsilon"),
-        ("num_time_windows", "four"),
-        ("num_time_windows", "0"),
-        ("num_inference_steps", "2.5"),
-        ("guidance_scale", "NaN"),
-        ("guidance_scale", "-1"),
-        ("guidance_scale", '"2"'),
-        ("window_boundaries", "[0, 1]"),
-        ("window_boundaries", "3"),
-        ("window_boundaries", "[1, null]"),
-    ],
-)
-def test_metadata_that_makes_no_sense_is_refused_with_the_file_named(tmp_path: Path, name: str, value: str) -> None:
-    path = tmp_path / "delta.safetensors"
-    save_file({"w": torch.ones(1)}, path, metadata={f"perflow.{name}": value})
-    with pytest.raises(ValueError, match="names unusable settings") as caught:
-        read_delta_recipe(path)
-    assert str(path) in str(caught.value)
-
-
-def test_recipes_check_themselves() -> None:
-    with pytest.raises(ValueError, match=r"num_time_windows=3 disagrees with the 2 windows"):
-        DeltaRecipe(num_time_windows=3, window_boundaries=(1.0, 0.5, 0.0))
-
-
-def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    delta = {"w": torch.ones(3)}
-    (tmp_path / "file").write_text("not a directory")
-    with pytest.raises(ValueError, match="choose a writable path"):
-        save_delta(delta, tmp_path / "file" / "delta.safetensors")
-    with pytest.raises(ValueError, match="is a directory"):
-        save_delta(delta, tmp_path)
-    with pytest.raises(ValueError, match="holds no tensors"):
-        save_delta({}, tmp_path / "delta.safetensors")
-    path = tmp_path / "new" / "delta.safetensors"
-    save_delta(delta, path)
-    good = path.read_bytes()
-    with pytest.raises(ValueError, match=r"not finite as torch\.float16"):
-        save_delta({"w": torch.tensor([1e6])}, path)
-    assert path.read_bytes() == good
-    assert [p.name for p in path.parent.iterdir()] == ["delta.safetensors"]
-    (tmp_path / "usual").touch()
-    assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
-
-
 def test_extraction_wants_a_pair() -> None:
     with pytest.raises(ValueError, match=r"no pair: .*0\.weight is \[16, 8\] instead of \[16, 9\]"):
         extract_delta(network(0), network(1, width=9))
@@ -456,8 +337,3 @@ def test_extraction_wants_a_pair() -> None:
         extract_delta(network(1).to("meta"), network(0))
     same = extract_delta(network(1), network(0).state_dict())
     assert all(torch.equal(same[k], v) for k, v in extract_delta(network(1).state_dict(), network(0)).items())
-
-
-def test_a_recipe_whose_windows_do_not_tile_is_refused() -> None:
-    with pytest.raises(ValueError, match="do not tile"):
-        DeltaRecipe(window_boundaries=(0.9, 0.5, 0.1))

@@ -43,7 +43,8 @@ class Small(nn.Module):
             value = torch.randn(shape, generator=generator) * 2**exponent
             value[value.abs() < 0.05] = -0.0
             self.register_parameter(name.replace(".", "_"), nn.Parameter(value.to(dtype), requires_grad=False))
-        self.up_k.data = self.up_k.data.contiguous(memory_format=torch.channels_last)
+        kernel = self.get_parameter("up_k")
+        kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:
@@ -166,7 +167,7 @@ def test_weights_that_were_changed_since_are_found_out() -> None:
     """As by a LoRA that was fused, or training: what was merged is then not there to be taken out."""
     model = Small(0, torch.float16)
     merge_delta(model, difference(1))
-    model.down_b[3] += 1
+    model.get_parameter("down_b")[3] += 1
     changed = state(model)
     for use in (lambda: unmerge_delta(model), lambda: merge_delta(model, difference(2))):
         with pytest.raises(ValueError, match=r"down_b, or the delta in it, has changed since the merge"):

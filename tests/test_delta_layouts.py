@@ -42,7 +42,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 def shards(folder: Path, delta: dict[str, Tensor]) -> None:
     names = sorted(delta)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, part in enumerate((names[::2], names[1::2]), 1):
         file = f"{STEM}-{i:05d}-of-00002.safetensors"
         save_file({name: delta[name] for name in part}, folder / file)

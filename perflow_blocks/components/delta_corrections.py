@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 BLOCK_BITS = 16
-IN_MEMORY = 64 * 2**20
+IN_MEMORY = 16 * 2**20
 """Bytes of corrections that stay in memory; more go to a temporary file."""
 
 

@@ -37,7 +37,7 @@ def merge_delta(
     or interrupted leaves every weight as it was. A delta is known again by its values.
 
     Files stay open, and mappings referred to, until the delta is taken out. What rounding lost is kept for
-    `unmerge_delta`, in memory up to 64 MB and beyond that in a temporary file.
+    `unmerge_delta`, in memory up to 16 MB and beyond that in a temporary file.
 
     The delta of a UNet with 4 input channels goes into the first 4 of one with more (inpainting UNets have 9) and
     leaves the others alone, bit for bit; a warning says so, as quality at few steps suffers.

@@ -132,8 +132,9 @@ class FileWeights(Weights):
 
     def __init__(self, paths: Sequence[str | os.PathLike[str]], label: str | os.PathLike[str] | None = None) -> None:
         self.label = str(label or paths[0])
-        self._paths = [str(Path(path).resolve()) for path in paths]
+        self._paths = [str(path) for path in paths]
         self._open()
+        self._paths = [str(Path(path).resolve()) for path in paths]  # for a copy, wherever it is made
 
     def _open(self) -> None:
         self._descriptors: list[int] = []
