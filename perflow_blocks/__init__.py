@@ -37,7 +37,10 @@ _PUBLIC = {
     "compile_loops": "blocks.compiled_step",
     "extract_delta": "core.delta",
     "insert_loop_block": "blocks.recombine",
+    "merge_delta": "components.delta_merge",
     "register_attention_strategy": "components.attention.registry",
+    "rescale_delta": "components.delta_merge",
+    "unmerge_delta": "components.delta_merge",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -11,9 +11,12 @@ import torch
 from diffusers import ClassifierFreeGuidance
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks, merge_delta
-from perflow_blocks.components.delta_files import merge_delta_file, merge_record, save_delta
+from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
+from perflow_blocks.blocks import merge_delta as block
+from perflow_blocks.components.delta_files import save_delta
+from perflow_blocks.components.delta_merge import merge_delta
 from perflow_blocks.components.delta_recipe import DeltaRecipe
+from perflow_blocks.components.delta_record import merge_record, merge_records
 from perflow_blocks.testing.tiny import tiny_sd_unet, tiny_sdxl_components, tiny_sdxl_unet
 
 from .blocks_support import count_unet_calls, make_pipeline, run
@@ -114,8 +117,25 @@ def test_false_asks_for_the_base_model(tmp_path: Path, delta: Path) -> None:
     assert equal(weights(pipe), before)
     assert batches == [2] * 6
     run(pipe)
-    with pytest.raises(ValueError, match=r"delta=False, but .* is merged"):
-        run(pipe, delta=False)
+    assert not equal(weights(pipe), before)
+    assert run(pipe, delta=False) is not None
+    assert equal(weights(pipe), before) and merge_record(pipe.unet) is None
+
+
+def test_two_deltas_that_say_how_to_sample_are_refused_and_others_are_not(tmp_path: Path, delta: Path) -> None:
+    pipe = make_pipeline()
+    run(pipe, delta=delta)
+    merged, style, other = weights(pipe), tmp_path / "style.safetensors", tmp_path / "other.safetensors"
+    difference = {name: torch.full_like(tensor, 0.01) for name, tensor in merged.items()}
+    save_delta(difference, style)
+    save_delta(difference, other, RECIPE)
+    with pytest.raises(ValueError, match=r"is merged into the UNet already, at scale 1; call unmerge_delta"):
+        run(pipe, delta=other)
+    assert equal(weights(pipe), merged)
+    run(pipe, delta=style)
+    assert [Path(record.source).name for record in merge_records(pipe.unet)] == [delta.name, style.name]
+    run(pipe, delta=delta)  # still there, and the recipe is its own
+    assert len(merge_records(pipe.unet)) == 2 and pipe.guider.guidance_scale == 1.0
 
 
 def test_a_relative_name_without_a_directory_is_an_error() -> None:
@@ -134,7 +154,7 @@ def test_an_index_on_the_hub_names_a_file_beside_it(delta: Path, monkeypatch: py
             raise LocalEntryNotFoundError("offline")
         return str(delta)
 
-    monkeypatch.setattr(merge_delta, "hf_hub_download", download)
+    monkeypatch.setattr(block, "hf_hub_download", download)
     pipe = make_pipeline()
     pipe._pretrained_model_name_or_path = "owner/model"
     pipe.update_components(delta="absent.safetensors")
@@ -212,20 +232,20 @@ def test_a_scale_equal_to_the_default_wins_once_a_recipe_was_applied(delta: Path
 
 def test_the_guidance_in_effect_is_known_before_the_call(delta: Path) -> None:
     pipe = make_pipeline()
-    assert merge_delta.guidance_in_effect(pipe.guider, None, None) == 2.0
-    assert merge_delta.guidance_in_effect(pipe.guider, None, RECIPE) == 1.0
-    assert merge_delta.guidance_in_effect(pipe.guider, 1.5, RECIPE) == 1.5
+    assert block.guidance_in_effect(pipe.guider, None, None) == 2.0
+    assert block.guidance_in_effect(pipe.guider, None, RECIPE) == 1.0
+    assert block.guidance_in_effect(pipe.guider, 1.5, RECIPE) == 1.5
     run(pipe, delta=delta)
     pipe.guider.guidance_scale = 3.5
-    assert merge_delta.guidance_in_effect(pipe.guider, 1.5, RECIPE) == 3.5
+    assert block.guidance_in_effect(pipe.guider, 1.5, RECIPE) == 3.5
 
 
 def test_a_compiled_unet_is_merged_as_the_module_it_wraps(delta: Path) -> None:
     unet = tiny_sdxl_unet(0)
     compiled: Any = torch.compile(unet)
-    record = merge_delta_file(compiled, delta)
+    record = merge_delta(compiled, delta)
     assert merge_record(compiled) is merge_record(unet) is record
     merged = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     again: Any = torch.compile(unet)
-    merge_delta_file(again, delta)
+    merge_delta(again, delta)
     assert equal(unet.state_dict(), merged)

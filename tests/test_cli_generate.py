@@ -16,7 +16,8 @@ from PIL import Image, ImageChops
 
 from perflow_blocks.cli import _request_error, main
 from perflow_blocks.cli.options import choose_device, choose_dtype, parse_size
-from perflow_blocks.components.delta_files import DeltaRecipe, save_delta
+from perflow_blocks.components.delta_files import save_delta
+from perflow_blocks.components.delta_recipe import DeltaRecipe
 from perflow_blocks.components.files import require_writable_directory
 from perflow_blocks.testing.tiny import IMAGE_SIZE, tiny_sdxl_components, tiny_sdxl_unet
 

@@ -15,15 +15,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from perflow_blocks.components.delta_files import (
-    DeltaRecipe,
-    merge_delta_file,
-    merge_record,
-    read_delta_recipe,
-    save_delta,
-    verify_delta,
-)
-from perflow_blocks.core.delta import add_scaled_, extract_delta, subtract
+from perflow_blocks.components.delta_files import read_delta_recipe, save_delta, verify_delta
+from perflow_blocks.components.delta_merge import merge_delta, unmerge_delta
+from perflow_blocks.components.delta_recipe import DeltaRecipe
+from perflow_blocks.components.delta_record import merge_record, merge_records
+from perflow_blocks.core.delta import extract_delta, subtract
+from perflow_blocks.core.reversible import add, weighted_sum
 
 RECIPE = DeltaRecipe(
     prediction_type="ddim_eps",
@@ -67,7 +64,7 @@ def delta_file(tmp_path: Path) -> Path:
 
 def test_base_plus_delta_is_the_student_exactly_in_float32(delta_file: Path) -> None:
     model, student = network(0), network(1)
-    merge_delta_file(model, delta_file)
+    merge_delta(model, delta_file)
     for name, tensor in student.state_dict().items():
         if tensor.is_floating_point():
             assert torch.equal(model.state_dict()[name], tensor), name
@@ -76,7 +73,7 @@ def test_base_plus_delta_is_the_student_exactly_in_float32(delta_file: Path) -> 
 
 def test_a_delta_accelerates_another_model_by_the_same_difference(delta_file: Path) -> None:
     other = network(7)
-    merge_delta_file(other, delta_file, scale=0.5)
+    merge_delta(other, delta_file, scale=0.5)
     for name in ("0.weight", "0.bias", "1.weight", "running"):
         w, s, b = (network(seed).state_dict()[name] for seed in (7, 1, 0))
         assert torch.equal(other.state_dict()[name], w + 0.5 * (s - b)), name
@@ -89,7 +86,7 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     delta = (torch.randn(4096, generator=generator) * 1e-2).to(dtype)
     once = (weight.double() + 0.3 * delta.double()).to(dtype)
     twice = weight + (0.3 * delta).to(dtype)
-    merged = add_scaled_(weight.clone(), delta, 0.3)
+    merged = add(weight, weighted_sum([(delta, 0.3)], torch.float32, weight.device))
     assert merged.dtype == dtype
     # float32 sums decide a tie of the last bit differently from float64 at most once in a long while.
     assert (merged != once).sum() <= 2
@@ -102,7 +99,7 @@ def test_merging_half_precision_files_into_half_precision_models(tmp_path: Path)
     save_delta(extract_delta(student, base), path)
     with safe_open(path, framework="pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
-    merge_delta_file(base, path)
+    merge_delta(base, path)
     for name in ("0.weight", "1.weight"):
         reached, wanted = base.state_dict()[name], student.state_dict()[name]
         assert reached.dtype == torch.float16
@@ -118,74 +115,62 @@ def test_differences_are_taken_in_float32() -> None:
 
 def test_wider_weights_keep_their_precision() -> None:
     weight = torch.tensor([1.0 + 2.0**-40], dtype=torch.float64)
-    assert add_scaled_(weight, torch.tensor([1.0]), 2.0).item() == 3.0 + 2.0**-40
+    change = weighted_sum([(torch.tensor([1.0]), 2.0)], torch.float64, weight.device)
+    assert add(weight, change).item() == 3.0 + 2.0**-40
 
 
 def test_merging_again_changes_nothing_and_needs_no_second_reading(delta_file: Path) -> None:
     model = network(0)
-    first = merge_delta_file(model, delta_file, scale=0.25)
+    first = merge_delta(model, delta_file, scale=0.25)
     before = values(model)
-    assert merge_delta_file(model, delta_file, scale=0.25) is first
+    assert merge_delta(model, delta_file, scale=0.25) is first
     assert_same(model, before)
 
 
 def test_a_copy_of_the_file_counts_as_the_same_delta(delta_file: Path, tmp_path: Path) -> None:
     model = network(0)
-    merge_delta_file(model, delta_file)
+    first = merge_delta(model, delta_file)
     before = values(model)
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(delta_file.read_bytes())
-    assert merge_delta_file(model, copy).source == str(copy)
+    assert merge_delta(model, copy) == first
+    assert merge_delta(model, {**extract_delta(network(1), network(0))}) == first
     assert_same(model, before)
 
 
-def test_another_scale_adds_the_difference(delta_file: Path) -> None:
+def test_another_scale_is_as_if_merged_with_it(delta_file: Path) -> None:
     rescaled, fresh = network(0), network(0)
-    merge_delta_file(rescaled, delta_file, scale=0.5)
-    merge_delta_file(rescaled, delta_file, scale=2.0)
-    merge_delta_file(fresh, delta_file, scale=2.0)
+    merge_delta(rescaled, delta_file, scale=0.5)
+    merge_delta(rescaled, delta_file, scale=2.0)
+    merge_delta(fresh, delta_file, scale=2.0)
     assert_same(rescaled, values(fresh))
-    merge_delta_file(rescaled, delta_file, scale=0.0)
+    merge_delta(rescaled, delta_file, scale=0.0)
     assert_same(rescaled, values(network(0)))
+    assert merge_record(rescaled) is None
 
 
 def test_the_record_tells_what_is_merged(delta_file: Path) -> None:
     model = network(0)
     assert merge_record(model) is None
-    record = merge_delta_file(model, delta_file, scale=0.5)
+    record = merge_delta(model, delta_file, scale=0.5)
     assert merge_record(model) is record
     assert (record.source, record.scale, record.recipe) == (str(delta_file), 0.5, RECIPE)
-    assert re.fullmatch("[0-9a-f]{64}", record.sha256)
+    assert re.fullmatch("[0-9a-f]{64}", record.digest)
     assert "_perflow_merge_record" not in model.state_dict()
 
 
-def test_another_file_is_refused(delta_file: Path, tmp_path: Path) -> None:
-    model = network(0)
-    merge_delta_file(model, delta_file)
+def test_a_file_that_was_written_to_is_refused(delta_file: Path, tmp_path: Path) -> None:
+    model, content = network(0), delta_file.read_bytes()
+    merge_delta(model, delta_file)
     before = values(model)
-    other = tmp_path / "other.safetensors"
-    save_delta(extract_delta(network(2), network(0)), other)
-    with pytest.raises(ValueError, match=r"already merged .* load the model again.* before merging .*other"):
-        merge_delta_file(model, other)
+    save_delta(extract_delta(network(2), network(0)), tmp_path / "other.safetensors")
+    delta_file.write_bytes((tmp_path / "other.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="was written to since"):
+        unmerge_delta(model)
     assert_same(model, before)
-    merge_delta_file(model, delta_file, scale=0.0)
-    merge_delta_file(model, other)  # in the first one's place
-    record = merge_record(model)
-    assert record is not None and record.source == str(other)
-    expected = network(0)
-    merge_delta_file(expected, other)
-    assert_same(model, values(expected))
-
-
-def test_the_same_path_with_other_contents_is_another_file(delta_file: Path, tmp_path: Path) -> None:
-    model = network(0)
-    merge_delta_file(model, delta_file)
-    before = values(model)
-    other = tmp_path / "other.safetensors"
-    save_delta(extract_delta(network(2), network(0)), other)
-    delta_file.write_bytes(other.read_bytes())
-    with pytest.raises(ValueError, match="already merged"):
-        merge_delta_file(model, delta_file)
+    delta_file.unlink()  # a new file in the place of the one that stays open
+    delta_file.write_bytes(content)
+    assert merge_delta(model, delta_file).digest == merge_records(model)[0].digest
     assert_same(model, before)
 
 
@@ -214,7 +199,7 @@ def test_a_delta_of_another_architecture_is_refused(
     change(delta)
     save_delta(delta, path)
     before = values(model)
-    for check in (lambda: verify_delta(path, model), lambda: merge_delta_file(model, path)):
+    for check in (lambda: verify_delta(path, model), lambda: merge_delta(model, path)):
         with pytest.raises(ValueError, match=message) as caught:
             check()
         assert str(path) in str(caught.value)
@@ -237,9 +222,9 @@ def test_a_partial_delta_leaves_the_rest_alone(tmp_path: Path) -> None:
     delta = {"0.bias": extract_delta(network(1), model)["0.bias"]}
     save_delta(delta, path)
     with pytest.raises(ValueError, match="3 missing"):
-        merge_delta_file(model, path)
+        merge_delta(model, path)
     save_delta(delta, path, partial=True)
-    merge_delta_file(model, path)
+    merge_delta(model, path)
     expected = values(network(0))
     expected["0.bias"] += delta["0.bias"].half()  # the file's type
     assert_same(model, expected)
@@ -251,14 +236,14 @@ def test_a_truncated_file_is_refused_wherever_it_ends(delta_file: Path) -> None:
     for length in (0, 1, 7, 8, 9, 100, len(content) // 2, len(content) - 1):
         delta_file.write_bytes(content[:length])
         with pytest.raises(ValueError, match=r"no complete safetensors file .* extract it again") as caught:
-            merge_delta_file(model, delta_file)
+            merge_delta(model, delta_file)
         assert str(delta_file) in str(caught.value)
     assert_same(model, before)
 
 
 def test_what_is_no_delta_file_is_refused(tmp_path: Path) -> None:
     for path, message in ((tmp_path, "is a directory"), (tmp_path / "nowhere.safetensors", "does not exist")):
-        for use in (read_delta_recipe, lambda path: merge_delta_file(network(0), path)):
+        for use in (read_delta_recipe, lambda path: merge_delta(network(0), path)):
             with pytest.raises(ValueError, match=message):
                 use(path)
     picture = tmp_path / "picture.png"
@@ -277,7 +262,7 @@ def test_values_that_are_not_finite_are_found_before_anything_changes(tmp_path: 
     assert not path.exists()
     save_file(delta, path)
     before = values(model)
-    for check in (lambda: verify_delta(path, model), lambda: merge_delta_file(model, path)):
+    for check in (lambda: verify_delta(path, model), lambda: merge_delta(model, path)):
         with pytest.raises(ValueError, match=r"not finite in 1 tensors \(running\)"):
             check()
     assert_same(model, before)
@@ -287,20 +272,20 @@ def test_a_sum_beyond_the_weights_type_is_refused(delta_file: Path) -> None:
     model = network(0, dtype=torch.float16)
     before = values(model)
     with pytest.raises(ValueError, match="lower the scale"):
-        merge_delta_file(model, delta_file, scale=1e6)
+        merge_delta(model, delta_file, scale=1e6)
     for scale in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="not finite; pass a number"):
-            merge_delta_file(model, delta_file, scale=scale)
+            merge_delta(model, delta_file, scale=scale)
     assert_same(model, before)
 
 
 def test_offloaded_and_quantized_weights_are_refused(delta_file: Path) -> None:
     with pytest.raises(ValueError, match="merge before enabling offload"):
-        merge_delta_file(network(0).to("meta"), delta_file)
+        merge_delta(network(0).to("meta"), delta_file)
     quantized = network(0)
     quantized[1].weight = nn.Parameter(torch.zeros(4, 16, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"quantized .*\(1\.weight\)"):
-        merge_delta_file(quantized, delta_file)
+        merge_delta(quantized, delta_file)
 
 
 def test_tied_weights_are_changed_once(tmp_path: Path) -> None:
@@ -308,26 +293,8 @@ def test_tied_weights_are_changed_once(tmp_path: Path) -> None:
     model[1].weight = model[0].weight
     before = values(model)
     save_delta({name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}, path)
-    merge_delta_file(model, path)
+    merge_delta(model, path)
     assert_same(model, {name: tensor + 1 for name, tensor in before.items()})
-
-
-def test_an_interrupted_merge_is_found_out(delta_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Tensor] = []
-
-    def interrupted(weight: Tensor, delta: Tensor, scale: float) -> Tensor:
-        if calls:
-            raise KeyboardInterrupt
-        calls.append(weight)
-        return add_scaled_(weight, delta, scale)
-
-    model = network(0)
-    with monkeypatch.context() as patch:
-        patch.setattr("perflow_blocks.components.delta_files.add_scaled_", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            merge_delta_file(model, delta_file)
-    with pytest.raises(ValueError, match="was interrupted"):
-        merge_delta_file(model, delta_file)
 
 
 class LiveMemory(TorchDispatchMode):
@@ -355,65 +322,8 @@ def test_merging_holds_no_more_than_a_few_tensors_at_once(tmp_path: Path) -> Non
     save_delta({name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}, path)
     one = width * width * 4
     with LiveMemory() as memory:
-        merge_delta_file(model, path)
+        merge_delta(model, path)
     assert one <= memory.peak <= 4 * one  # of 40
-
-
-@pytest.mark.parametrize("recipe", [RECIPE, DeltaRecipe(), DeltaRecipe(guidance_scale=0.0, base_model="7")])
-def test_the_recipe_travels_in_the_metadata(tmp_path: Path, recipe: DeltaRecipe) -> None:
-    path = tmp_path / "delta.safetensors"
-    save_delta({"w": torch.ones(1)}, path, recipe)
-    assert read_delta_recipe(path) == recipe
-    with safe_open(path, framework="pt") as file:
-        assert {k: v for k, v in file.metadata().items() if k != "format"} == recipe.to_metadata()
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("prediction_type", "epsilon"),
-        ("num_time_windows", "four"),
-        ("num_time_windows", "0"),
-        ("num_inference_steps", "2.5"),
-        ("guidance_scale", "NaN"),
-        ("guidance_scale", "-1"),
-        ("guidance_scale", '"2"'),
-        ("window_boundaries", "[0, 1]"),
-        ("window_boundaries", "3"),
-        ("window_boundaries", "[1, null]"),
-    ],
-)
-def test_metadata_that_makes_no_sense_is_refused_with_the_file_named(tmp_path: Path, name: str, value: str) -> None:
-    path = tmp_path / "delta.safetensors"
-    save_file({"w": torch.ones(1)}, path, metadata={f"perflow.{name}": value})
-    with pytest.raises(ValueError, match="names unusable settings") as caught:
-        read_delta_recipe(path)
-    assert str(path) in str(caught.value)
-
-
-def test_recipes_check_themselves() -> None:
-    with pytest.raises(ValueError, match=r"num_time_windows=3 disagrees with the 2 windows"):
-        DeltaRecipe(num_time_windows=3, window_boundaries=(1.0, 0.5, 0.0))
-
-
-def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    delta = {"w": torch.ones(3)}
-    (tmp_path / "file").write_text("not a directory")
-    with pytest.raises(ValueError, match="choose a writable path"):
-        save_delta(delta, tmp_path / "file" / "delta.safetensors")
-    with pytest.raises(ValueError, match="is a directory"):
-        save_delta(delta, tmp_path)
-    with pytest.raises(ValueError, match="holds no tensors"):
-        save_delta({}, tmp_path / "delta.safetensors")
-    path = tmp_path / "new" / "delta.safetensors"
-    save_delta(delta, path)
-    good = path.read_bytes()
-    with pytest.raises(ValueError, match=r"not finite as torch\.float16"):
-        save_delta({"w": torch.tensor([1e6])}, path)
-    assert path.read_bytes() == good
-    assert [p.name for p in path.parent.iterdir()] == ["delta.safetensors"]
-    (tmp_path / "usual").touch()
-    assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 def test_extraction_wants_a_pair() -> None:
@@ -427,8 +337,3 @@ def test_extraction_wants_a_pair() -> None:
         extract_delta(network(1).to("meta"), network(0))
     same = extract_delta(network(1), network(0).state_dict())
     assert all(torch.equal(same[k], v) for k, v in extract_delta(network(1).state_dict(), network(0)).items())
-
-
-def test_a_recipe_whose_windows_do_not_tile_is_refused() -> None:
-    with pytest.raises(ValueError, match="do not tile"):
-        DeltaRecipe(window_boundaries=(0.9, 0.5, 0.1))

@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from perflow_blocks.blocks.merge_delta import PeRFlowMergeDeltaStep
-from perflow_blocks.components.delta_files import merge_delta_file, merge_record, save_delta, verify_delta
+from perflow_blocks.components.delta_files import save_delta, verify_delta
+from perflow_blocks.components.delta_merge import merge_delta
 from perflow_blocks.components.delta_recipe import DeltaRecipe
+from perflow_blocks.components.delta_record import merge_record
 from perflow_blocks.core.delta import extract_delta
 from perflow_blocks.testing.tiny import LATENT_SIZE, TEXT_WIDTH, tiny_inpainting_unet, tiny_sdxl_unet
 
@@ -74,7 +76,7 @@ def test_the_first_channels_become_the_students_and_the_others_stay(
     model = inpainting().to(memory_format=memory_format)
     before, student = values(model), plain(1).state_dict()
     assert merge_record(model) is None
-    assert merge_delta_file(model, delta_file) is merge_record(model)
+    assert merge_delta(model, delta_file) is merge_record(model)
     after = model.state_dict()
     assert torch.equal(after[KEY][:, :4], student[KEY])
     assert torch.equal(bits(after[KEY][:, 4:]), bits(before[KEY][:, 4:]))
@@ -88,14 +90,14 @@ def test_a_scale_multiplies_the_delta_of_the_first_channels(delta_file: Path, de
     expected = values(model)
     for name, difference in delta.items():
         (expected[name][:, :4] if name == KEY else expected[name]).add_(0.5 * difference)
-    merge_delta_file(model, delta_file, scale=0.5)
+    merge_delta(model, delta_file, scale=0.5)
     assert_same(model, expected)
 
 
 @torch.no_grad()
 def test_fed_with_noisy_latents_alone_the_merged_unet_is_the_student(delta_file: Path) -> None:
     model, student = inpainting(), plain(1)
-    merge_delta_file(model, delta_file)
+    merge_delta(model, delta_file)
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 4, LATENT_SIZE, LATENT_SIZE, generator=generator)
     text = torch.randn(1, 3, 2 * TEXT_WIDTH, generator=generator)
@@ -111,7 +113,7 @@ def test_fed_with_noisy_latents_alone_the_merged_unet_is_the_student(delta_file:
 def test_half_precision_is_rounded_once(delta_file: Path, delta: dict[str, Tensor], dtype: torch.dtype) -> None:
     model = inpainting().to(dtype)
     before = values(model)[KEY]
-    merge_delta_file(model, delta_file, scale=0.5)
+    merge_delta(model, delta_file, scale=0.5)
     after = model.state_dict()[KEY]
     assert torch.equal(after[:, :4], (before[:, :4].float() + 0.5 * delta[KEY]).to(dtype))
     assert torch.equal(bits(after[:, 4:]), bits(before[:, 4:]))
@@ -120,11 +122,11 @@ def test_half_precision_is_rounded_once(delta_file: Path, delta: dict[str, Tenso
 def test_another_scale_adds_the_difference_and_zero_takes_the_delta_out(delta_file: Path) -> None:
     model, fresh = inpainting(), inpainting()
     before = values(model)
-    merge_delta_file(model, delta_file, scale=0.5)
-    merge_delta_file(model, delta_file, scale=2.0)
-    merge_delta_file(fresh, delta_file, scale=2.0)
+    merge_delta(model, delta_file, scale=0.5)
+    merge_delta(model, delta_file, scale=2.0)
+    merge_delta(fresh, delta_file, scale=2.0)
     assert_same(model, values(fresh))
-    merge_delta_file(model, delta_file, scale=0.0)
+    merge_delta(model, delta_file, scale=0.0)
     assert_same(model, before)
     assert torch.equal(bits(model.state_dict()[KEY]), bits(before[KEY]))
 
@@ -133,28 +135,28 @@ def test_one_warning_names_the_channels_and_the_loss_of_quality(
     delta_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = inpainting()
-    merge_delta_file(model, delta_file, scale=0.0)
+    merge_delta(model, delta_file, scale=0.0)
     verify_delta(delta_file, model)
     assert warnings(caplog) == []
-    merge_delta_file(model, delta_file, scale=0.5)
+    merge_delta(model, delta_file, scale=0.5)
     (warning,) = warnings(caplog)
     assert str(delta_file) in warning and "\n" not in warning
     assert "4 input channels, and this UNet2DConditionModel has 9" in warning
     assert "the first 4, the noisy latents, and the other 5 stay as they are" in warning
     assert "Quality at few steps suffers" in warning and "inpainting" in warning
-    for scale in (0.5, 1.0, 0.0):  # merged already, rescaled, taken out
-        merge_delta_file(model, delta_file, scale=scale)
+    for scale in (1.0, 0.0):  # rescaled, taken out
+        merge_delta(model, delta_file, scale=scale)
     assert warnings(caplog) == []
-    merge_delta_file(model, delta_file)
+    merge_delta(model, delta_file)
     assert len(warnings(caplog)) == 1
-    merge_delta_file(plain(0), delta_file)
+    merge_delta(plain(0), delta_file)
     assert warnings(caplog) == []
 
 
 def refused(model: nn.Module, path: Path, message: str, caplog: pytest.LogCaptureFixture) -> None:
     """Checks that the file is refused in one line that names it, before a weight changes or a warning is logged."""
     before = values(model)
-    for use in (verify_delta, lambda path, model: merge_delta_file(model, path)):
+    for use in (verify_delta, lambda path, model: merge_delta(model, path)):
         with pytest.raises(ValueError, match=message) as caught:
             use(path, model)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
@@ -174,7 +176,7 @@ def test_the_delta_of_an_inpainting_unet_is_refused_by_a_plain_one(
     )
     refused(plain(0), path, message, caplog)
     model = inpainting(0)
-    merge_delta_file(model, path)  # it fits its own kind, in all channels
+    merge_delta(model, path)  # it fits its own kind, in all channels
     torch.testing.assert_close(model.state_dict()[KEY], inpainting(1).state_dict()[KEY], rtol=0, atol=1e-3)
     assert warnings(caplog) == []
 
@@ -249,11 +251,11 @@ def test_a_sum_beyond_the_weights_type_is_refused(
 
 def test_quantized_and_offloaded_input_weights_are_refused(delta_file: Path) -> None:
     with pytest.raises(ValueError, match="merge before enabling offload"):
-        merge_delta_file(inpainting().to("meta"), delta_file)
+        merge_delta(inpainting().to("meta"), delta_file)
     quantized = inpainting()
     quantized.conv_in.weight = nn.Parameter(torch.zeros(16, 9, 3, 3, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=rf"quantized .*\({KEY}\)"):
-        merge_delta_file(quantized, delta_file)
+        merge_delta(quantized, delta_file)
 
 
 def test_a_partial_delta_changes_what_it_names(
@@ -262,7 +264,7 @@ def test_a_partial_delta_changes_what_it_names(
     path, model = tmp_path / "delta.safetensors", inpainting()
     expected = values(model)
     save_delta({KEY: delta[KEY]}, path, dtype=torch.float32, partial=True)
-    merge_delta_file(model, path)
+    merge_delta(model, path)
     expected[KEY][:, :4] += delta[KEY]
     assert_same(model, expected)
     assert len(warnings(caplog)) == 1
@@ -270,7 +272,7 @@ def test_a_partial_delta_changes_what_it_names(
     path, model = tmp_path / "without.safetensors", inpainting()
     expected = values(model)
     save_delta({"conv_in.bias": delta["conv_in.bias"]}, path, dtype=torch.float32, partial=True)
-    merge_delta_file(model, path)
+    merge_delta(model, path)
     expected["conv_in.bias"] += delta["conv_in.bias"]
     assert_same(model, expected)
     assert warnings(caplog) == []  # nothing tells how many channels it was distilled with
@@ -283,7 +285,7 @@ def test_extra_channels_cost_no_memory(tmp_path: Path) -> None:
     for channels in (4, 9):
         model = nn.ModuleDict({"conv_in": nn.Conv2d(channels, 64, 3, bias=False)})
         with LiveMemory() as memory:
-            merge_delta_file(model, path)
+            merge_delta(model, path)
         peaks.append(memory.peak)
     assert peaks[0] >= 64 * 4 * 3 * 3 * 4
     assert peaks[1] <= peaks[0]

@@ -11,7 +11,8 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from safetensors import safe_open
 
-from perflow_blocks.components.delta_files import merge_record, read_delta_recipe
+from perflow_blocks.components.delta_files import read_delta_recipe
+from perflow_blocks.components.delta_record import merge_record
 from perflow_blocks.demo import perflow_pipeline, teacher_pipeline, weights_directory
 from perflow_blocks.evaluation.classifier import WEIGHTS as CLASSIFIER
 from perflow_blocks.evaluation.classifier import load_classifier

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from perflow_blocks.components.delta_files import merge_record
+from perflow_blocks.components.delta_record import merge_record
 from perflow_blocks.testing.tiny import IMAGE_SIZE, load_tiny_ip_adapter, tiny_picture
 
 from .blocks_support import make_pipeline, run

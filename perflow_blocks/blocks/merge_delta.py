@@ -13,9 +13,11 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, Co
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ..components.delta_files import merge_delta_file, merge_record
+from ..components.delta_merge import find_merged, is_merged, merge_delta, read_recipe, unmerge_delta
 from ..components.delta_recipe import DeltaRecipe, require_guidance
+from ..components.delta_record import merge_record, merge_records
 from ..components.specs import DEFAULT_GUIDANCE_SCALE, delta_config_specs, guider_spec, unet_spec
+from ..components.weight_layouts import open_weights
 
 RECIPE_SCALE_ATTRIBUTE = "_perflow_recipe_scale"
 """On the default guider: the scale that this block gave it, to tell it from one that a user set."""
@@ -25,8 +27,8 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
     """Merges a delta file into the UNet and takes over the guidance scale that configuration or delta recommend.
 
     Which file: the argument `delta`, else the configuration's `delta`, else none. `delta=False` asks for a run without
-    one, to compare with the base model say; it is refused on a UNet that holds one already, since taking it out again
-    rounds half-precision weights. Repeated calls with the same file and scale change nothing.
+    one, to compare with the base model say, and takes out what is merged, bit for bit. Repeated calls with the same
+    file and scale change nothing.
 
     Raises:
         ValueError: the file is missing, broken or of another architecture, or another one is merged already.
@@ -76,21 +78,30 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
         block_state = self.get_block_state(state)
         if components.config.guidance_scale is not None:
             require_guidance(components.config.guidance_scale)
-        record = merge_record(components.unet)
         if block_state.delta is False:
-            if record is not None and record.scale:
-                raise ValueError(
-                    f"delta=False, but {record.source} is merged into the UNet; load the UNet again, "
-                    "or pass the file with delta_scale=0.0 to subtract it."
-                )
+            if merge_records(components.unet):
+                unmerge_delta(components.unet)
         else:
             path = delta_path(block_state.delta, components)
-            if path is not None:
-                record = merge_delta_file(components.unet, path, block_state.delta_scale)
-        block_state.delta_recipe = record.recipe if record is not None and record.scale else None
+            if path is not None and not is_merged(components.unet, path, block_state.delta_scale):
+                _merge(components.unet, path, block_state.delta_scale)
+        record = merge_record(components.unet)
+        block_state.delta_recipe = None if record is None else record.recipe
         _set_guidance(components.guider, components.config.guidance_scale, block_state.delta_recipe)
         self.set_block_state(state, block_state)
         return components, state
+
+
+def _merge(unet: Any, path: Path, scale: float) -> None:
+    """Merges a delta; of those that say how to sample there can be one at a time."""
+    other, weights = merge_record(unet), open_weights(path)
+    if other is not None and DeltaRecipe() not in (other.recipe, read_recipe(weights)):
+        if find_merged(unet, weights) is None:
+            raise ValueError(
+                f"{other.source} is merged into the UNet already, at scale {other.scale:g}; call unmerge_delta(unet), "
+                f"or pass it with delta_scale=0.0, before merging {path}."
+            )
+    merge_delta(unet, weights, scale)
 
 
 def delta_path(given: Any, components: Any) -> Path | None:

@@ -105,7 +105,7 @@ def draw(pipeline: Any, requests: list[Request], out: Path, *, model: str) -> li
 
 def describe(pipeline: Any, request: Request, image: Image, model: str) -> dict[str, Any]:
     """The settings that a picture was drawn with, as they were in effect."""
-    from ..components.delta_files import merge_record
+    from ..components.delta_record import merge_record
 
     record = merge_record(pipeline.unet)
     return {
@@ -116,7 +116,7 @@ def describe(pipeline: Any, request: Request, image: Image, model: str) -> dict[
         "seed": request.seed,
         "size": list(image.size),
         "model": model,
-        "delta": record and {"file": Path(record.source).name, "sha256": record.sha256, "scale": record.scale},
+        "delta": record and {"file": Path(record.source).name, "digest": record.digest, "scale": record.scale},
         "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
         "versions": {"perflow_blocks": __version__, **{name: version(name) for name in ("diffusers", "torch")}},
     }

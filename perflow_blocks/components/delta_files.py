@@ -1,65 +1,23 @@
-"""Delta files: dW as safetensors under the model's state-dict keys, with the sampling recipe in the metadata.
-
-A file is streamed into the model tensor by tensor, so merging needs one more tensor of memory, never a second model.
-It is checked wholly before the first weight changes, and a record on the model says what is merged.
-"""
+"""Delta files: dW as safetensors under the model's state-dict keys, with the sampling recipe in the metadata."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.utils import logging
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core.delta import LATENT_CHANNELS, add_scaled_, is_finite, listed
-from .delta_fit import PARTIAL_KEY, fit_delta
-from .delta_recipe import DeltaRecipe
+from ..core.delta import is_finite, listed
+from .delta_fit import PARTIAL_KEY, architecture_of, fit_delta, require_difference, require_finite
+from .delta_merge import Delta, opened, read_recipe
+from .delta_recipe import ARCHITECTURE_KEY, DeltaRecipe
 from .files import atomic_path
-
-logger = logging.get_logger(__name__)
-
-RECORD_ATTRIBUTE = "_perflow_merge_record"
-
-
-@dataclass(frozen=True)
-class MergeRecord:
-    """What is merged into a model.
-
-    Attributes:
-        source: absolute path of the delta file.
-        sha256: of its bytes, hexadecimal; this, not the path, identifies the delta.
-        scale: the factor dW is in the weights with.
-        recipe: the sampling settings the file names.
-        complete: False while weights are being changed, so that an interrupted merge is found out.
-        stamp: size and modification time of the file, which spare reading it again when nothing changed.
-    """
-
-    source: str
-    sha256: str
-    scale: float
-    recipe: DeltaRecipe
-    complete: bool = True
-    stamp: tuple[int, int] = (0, 0)
-
-
-def merge_record(module: nn.Module) -> MergeRecord | None:
-    """What `merge_delta_file` put into the module; None when nothing."""
-    return vars(_uncompiled(module)).get(RECORD_ATTRIBUTE)
-
-
-def _uncompiled(module: nn.Module) -> nn.Module:
-    """The module that `torch.compile` wrapped, whose weights and keys are the model's own; else the module."""
-    return getattr(module, "_orig_mod", module)
+from .weight_files import DifferenceWeights, Weights
+from .weight_layouts import named_as_model, open_weights
 
 
 def save_delta(
@@ -69,11 +27,13 @@ def save_delta(
     dtype: torch.dtype = torch.float16,
     *,
     partial: bool = False,
+    base: nn.Module | None = None,
 ) -> None:
     """Writes a delta file; it appears complete or not at all.
 
     `partial` says that weights the delta does not name are meant to stay as they are; otherwise a merge takes their
-    absence for an error.
+    absence for an error. From `base`, the model the delta was taken from, the file gets the architecture that it fits,
+    which is checked when it is merged, also for a partial one.
 
     Raises:
         ValueError: nothing to save, values that are not finite (in `dtype`), or a path that cannot be written.
@@ -90,6 +50,8 @@ def save_delta(
     metadata = {"format": "pt", **(recipe or DeltaRecipe()).to_metadata()}
     if partial:
         metadata[PARTIAL_KEY] = "true"
+    if base is not None:
+        metadata[ARCHITECTURE_KEY] = architecture_of(base)
     with atomic_path(path) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
@@ -103,121 +65,36 @@ def read_delta_recipe(path: str | os.PathLike[str]) -> DeltaRecipe:
     Raises:
         ValueError: the file cannot be read, or its settings make no sense.
     """
-    with _open_delta(path) as file:
-        return _recipe(file, path)
+    return read_recipe(open_weights(path))
 
 
-def verify_delta(path: str | os.PathLike[str], module: nn.Module) -> None:
-    """Checks that a delta file can be merged into the module: keys, shapes and every value. Changes nothing.
+def verify_delta(delta: Delta, module: nn.Module) -> None:
+    """Checks that a delta can be merged into the module: names, shapes and every value. Changes nothing.
 
     The delta of a UNet with 4 input channels fits one with more, as for inpainting.
 
     Raises:
         ValueError: one line that says what does not fit, naming up to five tensors of each kind.
     """
-    with _open_delta(path) as file:
-        _recipe(file, path)
-        fit_delta(file, path, _uncompiled(module), change=1.0)
+    weights = opened(delta)
+    read_recipe(weights)
+    fit = fit_delta(weights, getattr(module, "_orig_mod", module))
+    require_difference(fit.weights, fit.targets)
+    require_finite(fit.weights, fit.targets, 1.0)
 
 
-def merge_delta_file(module: nn.Module, path: str | os.PathLike[str], scale: float = 1.0) -> MergeRecord:
-    """Adds `scale * dW` to the module's weights in place, in float32 and rounded once to each weight's type.
+def open_difference(
+    student: str | os.PathLike[str] | Weights,
+    base: str | os.PathLike[str] | Weights,
+    config: Mapping[str, Any] | None = None,
+) -> Weights:
+    """The delta `student - base` of two checkpoints, for a student that was published merged.
 
-    Calling again with the same file and scale does nothing; with another scale it adds the difference (one more
-    rounding in half precision), so that scale 0 takes it out and another file may follow. A merge that is refused
-    leaves the module as it was.
-
-    The delta of a UNet with 4 input channels goes into the first 4 of one with more (inpainting UNets have 9) and
-    leaves the others alone, bit for bit; a warning says so, as quality at few steps suffers.
+    It is formed tensor by tensor as it is read; both checkpoints stay memory-mapped. They may be named differently:
+    for an original Latent Diffusion one `config` is the configuration of the UNet.
 
     Raises:
-        ValueError: the file or scale is unusable, does not fit the module, or another file is merged already.
+        ValueError: a checkpoint cannot be read, or the two are no pair.
     """
-    if not math.isfinite(scale):
-        raise ValueError(f"scale={scale} is not finite; pass a number, 1.0 for the delta as it was extracted.")
-    module = _uncompiled(module)
-    done = merge_record(module)
-    stamp = _stamp(path)
-    source = str(Path(path).resolve())
-    if done is not None and not done.complete:
-        raise ValueError(
-            f"an earlier merge of {done.source} was interrupted and left some weights changed; load the model again."
-        )
-    if done is not None and (done.source, done.stamp, done.scale) == (source, stamp, scale):
-        return done
-    digest = _sha256(path)
-    if done is not None and done.scale and done.sha256 != digest:
-        raise ValueError(
-            f"{done.source} is already merged into this {type(module).__name__}, at scale {done.scale:g}; "
-            f"load the model again, or merge that file at scale 0, before merging {path}."
-        )
-    with _open_delta(path) as file:
-        record = MergeRecord(source, digest, scale, _recipe(file, path), stamp=stamp)
-        change = scale - (done.scale if done else 0.0)
-        if change:
-            fit = fit_delta(file, path, module, change)
-            if fit.extra_input_channels and not (done and done.scale):
-                logger.warning(_extra_channels_warning(source, module, fit.extra_input_channels))
-            _remember(module, replace(record, complete=False))
-            _add(file, fit.weights, change)
-        _remember(module, record)
-    logger.info(f"merged {source} into {type(module).__name__} at scale {scale:g}.")
-    return record
-
-
-def _remember(module: nn.Module, record: MergeRecord) -> None:
-    setattr(module, RECORD_ATTRIBUTE, record)
-
-
-def _extra_channels_warning(source: str, module: nn.Module, extra: int) -> str:
-    return (
-        f"{source} is the delta of a UNet with {LATENT_CHANNELS} input channels, and this {type(module).__name__} has "
-        f"{LATENT_CHANNELS + extra}: it is added to the first {LATENT_CHANNELS}, the noisy latents, and the other "
-        f"{extra} stay as they are. Quality at few steps suffers, since it was distilled without them, not for "
-        "inpainting."
-    )
-
-
-def _add(file: Any, weights: Mapping[str, Tensor], change: float) -> None:
-    changed: set[int] = set()
-    for name, weight in weights.items():
-        if id(weight) not in changed:  # tied weights stand under several keys but are one tensor
-            add_scaled_(weight, file.get_tensor(name), change)
-            changed.add(id(weight))
-
-
-def _recipe(file: Any, path: str | os.PathLike[str]) -> DeltaRecipe:
-    try:
-        return DeltaRecipe.from_metadata(file.metadata() or {})
-    except ValueError as error:
-        raise ValueError(f"{path} names unusable settings: {error}") from error
-
-
-@contextmanager
-def _open_delta(path: str | os.PathLike[str]) -> Iterator[Any]:
-    _stamp(path)
-    try:
-        file = safe_open(os.fspath(path), framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no complete safetensors file ({error}); download or extract it again.") from error
-    with file as opened:
-        yield opened
-
-
-def _stamp(path: str | os.PathLike[str]) -> tuple[int, int]:
-    if not Path(path).is_file():
-        kind = "is a directory, not a file" if Path(path).is_dir() else "does not exist"
-        raise ValueError(f"delta {path} {kind}; pass the path of a .safetensors file.")
-    status = Path(path).stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _sha256(path: str | os.PathLike[str]) -> str:
-    digest = hashlib.sha256()
-    try:
-        with Path(path).open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; check its permissions.") from error
-    return digest.hexdigest()
+    first, second = (part if isinstance(part, Weights) else open_weights(part) for part in (student, base))
+    return DifferenceWeights(named_as_model(first, second.shapes, config or {}), second)

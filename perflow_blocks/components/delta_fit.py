@@ -1,4 +1,4 @@
-"""Whether a delta file fits a model, found out before a weight changes: keys, shapes, types and every value.
+"""Whether a delta fits a model, found out before a weight changes: names, shapes, types and, if asked, every value.
 
 A delta fits a model of its own architecture. One difference is allowed: a UNet that is fed more than noisy latents,
 for inpainting say, takes the delta of a UNet that is not.
@@ -6,11 +6,12 @@ for inpainting say, takes the delta of a UNet that is not.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
@@ -22,14 +23,21 @@ from ..core.delta import (
     floating_entries,
     is_finite,
     listed,
-    scaled_sum,
 )
+from ..core.reversible import REVERSIBLE_TYPES, add, weighted_sum, wide_type
+from .delta_recipe import ARCHITECTURE_KEY
+from .weight_files import Weights, row_chunks, rows_of
+from .weight_layouts import named_as_model
 
 BESIDE = (".processor.", ".encoder_hid_proj.", ".to_qkv.", ".to_kv.", ".lora_")
 """Parts of the names of weights that stand beside a model's own: of IP-Adapters, fused projections, LoRA."""
 
 WRAPPED = ".base_layer."
 """What peft puts into the name of a weight that it has wrapped."""
+
+SAMPLES, WHOLE_WEIGHTS = 8, 0.9
+"""How many tensors are compared with the model's, and the cosine above which all of them are weights themselves.
+Fine-tunes of one base are above 0.99 of each other, differences near 0."""
 
 PARTIAL_KEY = "perflow.partial"
 """In a file's metadata, with the value "true": the model may have weights that the file does not name."""
@@ -40,65 +48,81 @@ class DeltaFit:
     """Where a delta goes.
 
     Attributes:
-        weights: by the file's keys, what each of its tensors is added to: the model's weight, or that part of it
-            which has the tensor's shape. Writing to them changes the model.
+        weights: the delta under the model's names.
+        targets: by those names, what each tensor is added to: the model's weight, or that part of it which has the
+            tensor's shape. Writing to them changes the model. Tied weights are there once.
         extra_input_channels: how many input channels of the model the delta leaves alone; 0 or more.
     """
 
-    weights: dict[str, Tensor]
+    weights: Weights
+    targets: dict[str, Tensor]
     extra_input_channels: int
 
 
-def fit_delta(file: Any, path: str | os.PathLike[str], module: nn.Module, change: float) -> DeltaFit:
-    """Where `change` times the delta can be added. Reads the file tensor by tensor and changes nothing.
-
-    `file` is the opened safetensors file at `path`.
+def fit_delta(weights: Weights, module: nn.Module) -> DeltaFit:
+    """Where the delta can be added. Looks at names, shapes and types, not at values.
 
     Raises:
-        ValueError: one line: a key or shape that does not fit, weights that cannot be changed, or values that are not
-            finite in the file or would not be in the model.
+        ValueError: one line: a name or shape that does not fit, another architecture, or a model whose weights cannot
+            be changed.
     """
-    weights = _mergeable_weights(module, path, set(file.keys()))
-    extra = _require_shapes(file, path, module, weights)
+    own = own_weights(module)
+    weights = named_as_model(weights, own, getattr(module, "config", {}))
+    targets = _mergeable_weights(module, weights.label, set(weights.shapes))
+    extra = _require_shapes(weights, module, targets)
     if extra:
-        weights[INPUT_WEIGHT] = weights[INPUT_WEIGHT][:, :LATENT_CHANNELS]  # a view: no copy, and writable in place
-    targets = {name: weights[name] for name in file.keys()}
-    _require_finite(file, path, targets, change)
-    return DeltaFit(targets, extra)
+        targets[INPUT_WEIGHT] = targets[INPUT_WEIGHT][:, :LATENT_CHANNELS]  # a view: no copy, and writable in place
+    seen: set[int] = set()
+    once = {}
+    for name in weights.shapes:
+        if id(targets[name]) not in seen:  # tied weights stand under several names but are one tensor
+            seen.add(id(targets[name]))
+            once[name] = targets[name]
+    return DeltaFit(weights, once, extra)
 
 
-def _mergeable_weights(module: nn.Module, path: str | os.PathLike[str], named: set[str]) -> dict[str, Tensor]:
+def architecture_of(module: nn.Module) -> str:
+    """Identifies the names and shapes of a model's weights, whatever number of channels it is fed: 64 hex digits."""
+    shapes = sorted((n, list(t.shape)) for n, t in floating_entries(own_weights(module)).items() if n != INPUT_WEIGHT)
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+
+
+def _mergeable_weights(module: nn.Module, label: str, named: set[str]) -> dict[str, Tensor]:
     attentions = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, Attention))
     fused = [name for name, layer in attentions if "Fused" in type(layer.processor).__name__]
     if fused:
         raise ValueError(
-            f"cannot merge {path} into fused projections ({listed(fused)}), which are copies of the weights; call "
+            f"cannot merge {label} into fused projections ({listed(fused)}), which are copies of the weights; call "
             "unet.unfuse_qkv_projections(), and merge before fusing projections."
         )
-    own = _own_weights(module, named)
+    own = own_weights(module, named)
     weights = floating_entries(own)
     # Quantized and sharded weights are integers, or tensor subclasses whose arithmetic is their own.
     quantized = [
         name
         for name, tensor in own.items()
-        if name in named and (name not in weights or type(tensor) not in (Tensor, nn.Parameter))
+        if name in named
+        and (name not in weights or type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype not in REVERSIBLE_TYPES)
     ]
     if quantized:
         raise ValueError(
-            f"cannot merge {path} into quantized or sharded weights ({listed(quantized)}); "
+            f"cannot merge {label} into quantized or sharded weights ({listed(quantized)}); "
             "merge first, then quantize or shard."
         )
     offloaded = [name for name, tensor in weights.items() if name in named and tensor.is_meta]
     if offloaded:
         raise ValueError(
-            f"cannot merge {path} into weights that are offloaded (device 'meta': {listed(offloaded)}); "
+            f"cannot merge {label} into weights that are offloaded (device 'meta': {listed(offloaded)}); "
             "merge before enabling offload."
         )
     return weights
 
 
-def _own_weights(module: nn.Module, named: set[str]) -> dict[str, Tensor]:
-    """The model's weights by the names that they have without adapters, whose own a delta does not speak of."""
+def own_weights(module: nn.Module, named: Container[str] = ()) -> dict[str, Tensor]:
+    """The model's weights by the names that they have without adapters, whose own a delta does not speak of.
+
+    What is `named` counts as the model's own, whatever it is called.
+    """
     state = module.state_dict(keep_vars=True)
     return {
         name.replace(WRAPPED, "."): tensor
@@ -107,45 +131,72 @@ def _own_weights(module: nn.Module, named: set[str]) -> dict[str, Tensor]:
     }
 
 
-def _require_shapes(file: Any, path: str | os.PathLike[str], module: nn.Module, weights: Mapping[str, Tensor]) -> int:
-    """The input channels that the model has more than the file, once nothing else differs."""
-    delta_shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+def _require_shapes(delta: Weights, module: nn.Module, weights: Mapping[str, Tensor]) -> int:
+    """The input channels that the model has more than the delta, once nothing else differs."""
     weight_shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    extra = extra_input_channels(delta_shapes, weight_shapes)
+    extra = extra_input_channels(delta.shapes, weight_shapes)
     remedy = "Pass a delta that was extracted from the same architecture."
     if extra > 0:
-        weight_shapes[INPUT_WEIGHT] = delta_shapes[INPUT_WEIGHT]
+        weight_shapes[INPUT_WEIGHT] = delta.shapes[INPUT_WEIGHT]
     elif extra < 0:
         remedy = (
-            f"The delta is of a UNet with {delta_shapes[INPUT_WEIGHT][1]} input channels, as for inpainting, and this "
+            f"The delta is of a UNet with {delta.shapes[INPUT_WEIGHT][1]} input channels, as for inpainting, and this "
             f"one has {LATENT_CHANNELS}: pass a delta of a UNet with {LATENT_CHANNELS}, or load the UNet it is for."
         )
     mismatch = describe_mismatch(
-        delta_shapes,
+        delta.shapes,
         weight_shapes,
         given="the file",
         expected="the model",
-        partial=(file.metadata() or {}).get(PARTIAL_KEY) == "true",
+        partial=delta.metadata.get(PARTIAL_KEY) == "true",
     )
+    if not mismatch and delta.metadata.get(ARCHITECTURE_KEY) not in (None, architecture_of(module)):
+        mismatch = "the names it does hold fit, but the model it was extracted from had others"
     if mismatch:
-        raise ValueError(f"{path} does not fit this {type(module).__name__}: {mismatch}. {remedy}")
+        raise ValueError(f"{delta.label} does not fit this {type(module).__name__}: {mismatch}. {remedy}")
     return extra
 
 
-def _require_finite(file: Any, path: str | os.PathLike[str], targets: Mapping[str, Tensor], change: float) -> None:
+def require_difference(delta: Weights, targets: Mapping[str, Tensor]) -> None:
+    """Raises for whole weights, as of a merged model: a few large tensors of theirs all resemble the model's own."""
+    matrices = [name for name, shape in delta.shapes.items() if name in targets and len(shape) > 1 and shape[0] > 1]
+    looked_at = matrices[:: max(1, len(matrices) // SAMPLES)]
+    if not looked_at:
+        return
+    for name in looked_at:
+        rows = min(8, delta.shapes[name][0])
+        own, given = (rows_of(t, 0, rows).detach().reshape(-1) for t in (targets[name], delta.tensor(name)))
+        similarity = torch.cosine_similarity(own.double().cpu(), given.double().cpu(), dim=0)
+        if not similarity > WHOLE_WEIGHTS:
+            return
+    raise ValueError(
+        f"{delta.label} holds whole weights, not their difference from a base (they point the way of this model's); "
+        "pass open_difference(it, base)."
+    )
+
+
+def require_finite(delta: Weights, targets: Mapping[str, Tensor], scale: float) -> None:
+    """Raises the ValueError that names all tensors which are not finite, or would not be with `scale` times added."""
     not_finite: list[str] = []
     too_large: list[str] = []
     for name, weight in targets.items():
-        delta = file.get_tensor(name)
-        if not is_finite(scaled_sum(weight, delta, change).to(weight.dtype)):
-            (too_large if is_finite(delta) else not_finite).append(name)
+        tensor = delta.tensor(name)
+        for start, stop in row_chunks(delta.shapes[name]):
+            rows = rows_of(tensor, start, stop)
+            change = weighted_sum([(rows, scale)], wide_type(weight.dtype), weight.device)
+            if not is_finite(rows.float()):
+                not_finite.append(name)
+                break
+            if not is_finite(add(rows_of(weight.detach(), start, stop), change)):
+                too_large.append(name)
+                break
     if not_finite:
         raise ValueError(
-            f"{path} holds values that are not finite in {len(not_finite)} tensors ({listed(not_finite)}); "
+            f"{delta.label} holds values that are not finite in {len(not_finite)} tensors ({listed(not_finite)}); "
             "download or extract it again."
         )
     if too_large:
         raise ValueError(
-            f"with {path} added, {len(too_large)} weights would not be finite in their type ({listed(too_large)}); "
-            "lower the scale or load the model in a wider dtype."
+            f"with {delta.label} added, {len(too_large)} weights would not be finite in their type "
+            f"({listed(too_large)}); lower the scale or load the model in a wider dtype."
         )

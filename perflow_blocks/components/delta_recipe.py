@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -12,6 +13,9 @@ from ..core.parameterization import PREDICTION_TYPES
 from ..core.windows import require_positive_int, tile_windows
 
 PREFIX = "perflow."
+
+ARCHITECTURE_KEY = PREFIX + "architecture"
+"""In a file's metadata: `architecture_of` the model that the delta was extracted from."""
 
 
 def require_guidance(value: object) -> None:
@@ -31,6 +35,9 @@ class DeltaRecipe:
         num_inference_steps: recommended steps.
         guidance_scale: recommended classifier-free guidance, 1 for none; at least 0.
         base_model: repository or description of the model that dW was taken from.
+        base_sha256: SHA-256 of that model's file, 64 hexadecimal digits.
+        scheduler_config: the noise schedule it was distilled on, as a scheduler's configuration: beta_start, beta_end,
+            beta_schedule, num_train_timesteps.
 
     Raises:
         ValueError: a value outside its range, or boundaries and a number of windows that disagree.
@@ -42,6 +49,8 @@ class DeltaRecipe:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     base_model: str | None = None
+    base_sha256: str | None = None
+    scheduler_config: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.prediction_type is not None and self.prediction_type not in PREDICTION_TYPES:
@@ -53,6 +62,10 @@ class DeltaRecipe:
                 require_positive_int(name, getattr(self, name))
         if self.guidance_scale is not None:
             require_guidance(self.guidance_scale)
+        if self.base_sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.base_sha256):
+            raise ValueError(f"base_sha256={self.base_sha256!r} is no SHA-256; pass 64 hexadecimal digits, or None.")
+        if self.scheduler_config is not None and not isinstance(self.scheduler_config, dict):
+            raise ValueError(f"scheduler_config={self.scheduler_config!r} is no mapping; pass a scheduler's config.")
         if self.window_boundaries is not None:
             windows = tile_windows(num_windows=1, boundaries=self.window_boundaries)
             object.__setattr__(self, "window_boundaries", windows.boundaries)
@@ -79,7 +92,7 @@ class DeltaRecipe:
         """
         known = {field.name for field in fields(cls)}
         values = {name: metadata[PREFIX + name] for name in known if PREFIX + name in metadata}
-        text = {"prediction_type", "base_model"}
+        text = {"prediction_type", "base_model", "base_sha256"}
         parsed: dict[str, Any] = {n: value if n in text else _number(n, value) for n, value in values.items()}
         return cls(**parsed)
 

@@ -24,21 +24,6 @@ def subtract(student: Tensor, base: Tensor) -> Tensor:
     return student.detach().float() - base.detach().to(student.device).float()
 
 
-@torch.no_grad()
-def scaled_sum(weight: Tensor, delta: Tensor, scale: float) -> Tensor:
-    """`weight + scale * delta` before rounding: a new tensor of `weight`'s shape, float32 or wider, on its device."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    total = weight.detach().to(wide, copy=True)
-    # The delta crosses to the device in its own (small) type; add_ widens it element by element, without a copy.
-    return total.add_(delta.to(weight.device), alpha=scale)
-
-
-@torch.no_grad()
-def add_scaled_(weight: Tensor, delta: Tensor, scale: float) -> Tensor:
-    """Adds `scale * delta` to `weight` in place, rounded once to its type; returns `weight`."""
-    return weight.copy_(scaled_sum(weight, delta, scale))
-
-
 def floating_entries(weights: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The floating-point parameters and buffers by state-dict key: those a delta speaks of. Nothing is copied."""
     state = weights.state_dict(keep_vars=True) if isinstance(weights, nn.Module) else weights
@@ -117,7 +102,8 @@ def describe_mismatch(
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no value is infinite or NaN; waits for the device."""
-    return bool(torch.isfinite(tensor).all())
+    known = tensor if tensor.element_size() > 1 else tensor.half()  # of 8-bit floats torch cannot tell
+    return bool(torch.isfinite(known).all())
 
 
 def listed(names: list[str], *, limit: int = 5, separator: str = ", ") -> str:

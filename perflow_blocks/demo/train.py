@@ -16,7 +16,8 @@ import typer
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from ..components.delta_files import DeltaRecipe, save_delta
+from ..components.delta_files import save_delta
+from ..components.delta_recipe import DeltaRecipe
 from ..core.delta import extract_delta
 from .conditioning import CaptionEncoder
 from .data import RenderedPictures, render_pictures

@@ -1,0 +1,160 @@
+"""What is merged into a model: on the model while it lives, and in its configuration, so that saving keeps it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from torch import nn
+
+from ..core.delta import floating_entries
+from .delta_corrections import Corrections
+from .delta_fit import own_weights
+from .delta_recipe import DeltaRecipe
+from .weight_files import Weights, rows_of
+
+STATE_ATTRIBUTE = "_perflow_merges"
+CONFIG_KEY = "_perflow_merges"
+"""In the model's configuration. diffusers saves and reads keys with an underscore and gives them to no constructor."""
+
+WITNESSES, WITNESS_VALUES = 4, 4
+
+
+@dataclass(frozen=True)
+class MergeRecord:
+    """A delta that is merged into a model.
+
+    Attributes:
+        source: where it was read from: the path, absolute unless the model was saved since.
+        digest: identifies its values, 64 hexadecimal digits; this, not the path, tells deltas apart.
+        scale: the factor that dW is in the weights with.
+        scales: further factors, (pattern, factor) for names of weights; the first pattern that matches counts.
+        recipe: the sampling settings that came with it.
+        reloaded: whether the model was saved with it and loaded again, so that it cannot be taken out bit for bit.
+    """
+
+    source: str
+    digest: str
+    scale: float
+    scales: tuple[tuple[str, float], ...] = ()
+    recipe: DeltaRecipe = field(default_factory=DeltaRecipe)
+    reloaded: bool = False
+
+    def to_config(self) -> dict[str, Any]:
+        """For the model's configuration, in JSON's types. Of the path only the name, as the rest is this machine's."""
+        return {
+            "source": Path(self.source).name,
+            "digest": self.digest,
+            "scale": self.scale,
+            "scales": [list(pair) for pair in self.scales],
+            "recipe": self.recipe.to_metadata(),
+        }
+
+    @classmethod
+    def from_config(cls, entry: Mapping[str, Any]) -> MergeRecord:
+        """The inverse of `to_config`, for a model that was loaded."""
+        scales = tuple((str(pattern), float(factor)) for pattern, factor in entry["scales"])
+        recipe = DeltaRecipe.from_metadata(entry["recipe"])
+        return cls(entry["source"], entry["digest"], float(entry["scale"]), scales, recipe, reloaded=True)
+
+
+@dataclass
+class MergeState:
+    """What it takes to change or take out what is merged.
+
+    Attributes:
+        records: in the order of merging, which is the order of the sum.
+        weights: the deltas by digest, under the model's names.
+        stamps: the digests of files that were read, which spare reading them again while nothing changed.
+        corrections: what rounding lost.
+        broken: why the weights are no longer what the records say; empty while they are.
+    """
+
+    records: tuple[MergeRecord, ...] = ()
+    weights: dict[str, Weights] = field(default_factory=dict)
+    stamps: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    corrections: Corrections = field(default_factory=Corrections)
+    broken: str = ""
+
+
+def merge_records(module: nn.Module) -> tuple[MergeRecord, ...]:
+    """What is merged into the model, in the order of merging; also into one that was saved and loaded again."""
+    return merge_state(module).records
+
+
+def merge_record(module: nn.Module) -> MergeRecord | None:
+    """The delta that says how to sample, else the first one; None where nothing is merged."""
+    records = merge_records(module)
+    return next((record for record in records if record.recipe != DeltaRecipe()), records[0] if records else None)
+
+
+def note_digest(module: nn.Module, state: MergeState, weights: Weights, digest: str) -> None:
+    """Remembers what a file holds as long as it is not written to."""
+    stamp = weights.stamp()
+    if stamp is not None and state.records:
+        state.stamps[stamp] = digest
+        setattr(uncompiled(module), STATE_ATTRIBUTE, state)
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wrapped, whose weights and names are the model's own; else the module."""
+    return getattr(module, "_orig_mod", module)
+
+
+def merge_state(module: nn.Module) -> MergeState:
+    """The module's own state, or what its configuration says, or an empty one."""
+    module = uncompiled(module)
+    state = vars(module).get(STATE_ATTRIBUTE)
+    if state is not None:
+        return state
+    saved = module.config.get(CONFIG_KEY) if isinstance(module, ConfigMixin) else None
+    if not saved or not _holds(module, saved["witness"]):
+        return MergeState()
+    return MergeState(tuple(MergeRecord.from_config(entry) for entry in saved["deltas"]))
+
+
+def remember(module: nn.Module, state: MergeState) -> None:
+    """Puts the state on the module and its records in its configuration; an empty one leaves no trace."""
+    module = uncompiled(module)
+    if isinstance(module, ConfigMixin):
+        # In place, past the freezing: a new FrozenDict would lose what diffusers set as attributes of this one, such
+        # as the kind of projection when an IP-Adapter was loaded.
+        OrderedDict.pop(module._internal_dict, CONFIG_KEY, None)
+        if state.records:
+            deltas = [record.to_config() for record in state.records]
+            saved = {"deltas": deltas, "witness": _witness(module)}
+            OrderedDict.__setitem__(module._internal_dict, CONFIG_KEY, saved)
+    if state.records or state.broken:
+        setattr(module, STATE_ATTRIBUTE, state)
+    elif STATE_ATTRIBUTE in vars(module):
+        delattr(module, STATE_ATTRIBUTE)
+
+
+def _witness(module: nn.Module) -> dict[str, list[float]]:
+    """A few weights as they now are. A model that only got the configuration, by `from_config`, has others."""
+    weights = floating_entries(own_weights(module))
+    matrices = [name for name, weight in weights.items() if weight.dim() > 1]
+    chosen = matrices[:: max(1, len(matrices) // WITNESSES)][:WITNESSES]
+    return {name: _values(weights[name]) for name in chosen}
+
+
+def _values(weight: torch.Tensor) -> list[float]:
+    return rows_of(weight.detach(), 0, 1).flatten()[:WITNESS_VALUES].float().tolist()
+
+
+def _holds(module: nn.Module, witness: Mapping[str, list[float]]) -> bool:
+    """Whether the model has those values, but for a change of type; where it cannot be told, yes."""
+    weights = floating_entries(own_weights(module))
+    for name, values in witness.items():
+        weight = weights.get(name)
+        if weight is None or weight.is_meta:
+            continue
+        found, expected = torch.tensor(_values(weight)), torch.tensor(values)
+        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0.02, atol=1e-6):
+            return False
+    return True

@@ -1,0 +1,101 @@
+"""A merge that is interrupted or fails leaves every weight as it was, or says that it could not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from perflow_blocks.components import delta_rewrite, weight_files
+from perflow_blocks.components.delta_files import save_delta
+from perflow_blocks.components.delta_merge import merge_delta, unmerge_delta
+from perflow_blocks.components.delta_record import merge_record
+from perflow_blocks.core.delta import extract_delta
+from perflow_blocks.core.reversible import add
+
+from .test_delta import assert_same, network, values
+
+
+@pytest.fixture
+def delta_file(tmp_path: Path) -> Path:
+    path = tmp_path / "delta.safetensors"
+    save_delta(extract_delta(network(1), network(0)), path, dtype=torch.float32)
+    return path
+
+
+@pytest.mark.parametrize("chunks", [0, 1, 5])
+@pytest.mark.parametrize("stop", ["before", "after"])
+def test_an_interrupted_merge_leaves_no_trace(
+    delta_file: Path, monkeypatch: pytest.MonkeyPatch, chunks: int, stop: str
+) -> None:
+    """Wherever it is interrupted: while a sum is formed, or as soon as it was written."""
+    monkeypatch.setattr(weight_files, "CHUNK", 40)  # several to a tensor
+    model = network(0, dtype=torch.float16)
+    before, done = values(model), []
+
+    class Interrupting(list[Any]):
+        def append(self, entry: Any) -> None:
+            if stop == "after" and len(self) == chunks:
+                raise KeyboardInterrupt
+            super().append(entry)
+
+    def interrupted(weight: Tensor, change: Tensor) -> Tensor:
+        done.append(weight)
+        if stop == "before" and len(done) == chunks + 1:
+            raise KeyboardInterrupt
+        return add(weight, change)
+
+    class Watched(delta_rewrite._Rewrite):
+        def run(self) -> None:
+            self._done = Interrupting()
+            super().run()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(delta_rewrite, "add", interrupted)
+        patch.setattr(delta_rewrite, "_Rewrite", Watched)
+        with pytest.raises(KeyboardInterrupt):
+            merge_delta(model, delta_file)
+    assert done and merge_record(model) is None
+    assert_same(model, before)
+    merge_delta(model, delta_file)
+    unmerge_delta(model)
+    assert_same(model, before)
+
+
+def test_a_model_that_cannot_be_put_back_is_known_to_be_broken(
+    delta_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: Any) -> Tensor:
+        raise RuntimeError("the device is gone")
+
+    model = network(0)
+    merge_delta(model, delta_file)
+    with monkeypatch.context() as patch:
+        patch.setattr(delta_rewrite._Rewrite, "undo", failing)
+        patch.setattr(delta_rewrite, "restore", failing)
+        with pytest.raises(ValueError, match=r"could not be put back \(the device is gone\); load the model"):
+            unmerge_delta(model)
+    for use in (lambda: merge_delta(model, delta_file), lambda: unmerge_delta(model)):
+        with pytest.raises(ValueError, match="load the model again"):
+            use()
+
+
+def test_no_room_for_corrections_leaves_no_trace(delta_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network(0, dtype=torch.float16)
+    before, calls = values(model), []
+
+    def full(self: delta_rewrite.Corrections, data: bytes) -> None:
+        calls.append(data)
+        if len(calls) > 2:
+            raise OSError("No space left on device")
+        append(self, data)
+
+    append = delta_rewrite.Corrections._append
+    monkeypatch.setattr(delta_rewrite.Corrections, "_append", full)
+    with pytest.raises(ValueError, match=r"no room for what rounding lost .*set TMPDIR"):
+        merge_delta(model, delta_file)
+    assert merge_record(model) is None
+    assert_same(model, before)
