@@ -29,6 +29,7 @@ _PUBLIC = {
     "StepInfo": "blocks.step_callback",
     "TimeWindows": "core.windows",
     "WindowLogStep": "blocks.window_log",
+    "delta_to_lora": "components.delta_lora",
     "extract_delta": "core.delta",
     "insert_loop_block": "blocks.recombine",
 }
