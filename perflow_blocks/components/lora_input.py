@@ -29,7 +29,7 @@ UNET_PARTS = (
 """The modules that a `UNet2DConditionModel` is made of, as its weights are named."""
 
 KEPT_IN_FULL = ("time_embedding*", "add_embedding*", "class_embedding*")
-"""Patterns of the modules that the residual always holds. diffusers cannot read back the kohya names of some of them."""
+"""Patterns of the modules that the residual always holds; diffusers cannot read the kohya names of some of them."""
 
 
 def factorised_modules(tensors: Mapping[str, Tensor], keep: Sequence[str]) -> dict[str, str]:
