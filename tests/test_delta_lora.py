@@ -81,7 +81,7 @@ def test_peft_multiplies_a_pair_of_convolutions_to_the_same_kernel(stride: int, 
     shape = (5, 6, kernel, kernel)
     change = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     converted = delta_to_lora({f"{CONV}.weight": change}, rank=3, dtype=torch.float32)
-    model = nn.Sequential(nn.Conv2d(6, 5, kernel, stride=stride, padding=padding))
+    model: Any = nn.Sequential(nn.Conv2d(6, 5, kernel, stride=stride, padding=padding))
     plain = model[0].weight.detach().clone()
     inject_adapter_in_model(LoraConfig(r=3, lora_alpha=3, target_modules=["0"]), model)
     for side in "AB":

@@ -231,6 +231,9 @@ def test_a_unet_for_inpainting_loads_what_leaves_conv_in_out(tmp_path: Path) -> 
     assert_same(predict(pipe.unet), predict(add_by_hand(tiny_inpainting_unet(), converted.lora)))
 
 
+WRONG: Any = "lycoris"
+
+
 def lora_of(*ranks: int, size: float = 1.0, dtype: torch.dtype = torch.float16) -> DeltaLora:
     lora: dict[str, Tensor] = {}
     for number, rank in enumerate(ranks):
@@ -244,7 +247,7 @@ def lora_of(*ranks: int, size: float = 1.0, dtype: torch.dtype = torch.float16) 
 @pytest.mark.parametrize(
     ("converted", "save", "message"),
     [
-        (lora_of(2), partial(save_lora, layout="lycoris"), "layout='lycoris' is unknown; pass one of peft, kohya"),
+        (lora_of(2), partial(save_lora, layout=WRONG), "layout='lycoris' is unknown; pass one of peft, kohya"),
         (lora_of(2, 2, 8, size=4e4), partial(save_lora, layout="kohya"), "alpha=2, 2 factors .*float32"),
         (lora_of(2), save_residual, "no residual"),
     ],
