@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from perflow_blocks import delta_to_lora, extract_delta
 from perflow_blocks.components.delta_lora import DeltaLora
 from perflow_blocks.components.delta_recipe import DeltaRecipe
+from perflow_blocks.components.lora_input import opened_tensors
 from perflow_blocks.testing.tiny import tiny_sd_unet, tiny_sdxl_unet
 
 SQUARE = "mid_block.attentions.0.proj_in"
@@ -115,6 +116,31 @@ def test_max_rank_bounds_energy_and_nothing_else(delta: dict[str, Tensor]) -> No
     assert {layer.rank for layer in delta_to_lora(delta, rank=7, max_rank=2).report.layers} == {7, 4}  # conv_out has 4
 
 
+def test_a_bound_that_costs_nothing_is_no_note() -> None:
+    layer = f"{SQUARE}.weight"
+    enough = delta_to_lora({layer: torch.eye(5)}, energy=0.55, max_rank=3).report.layers[0]
+    assert (enough.rank, enough.note) == (3, "")
+    random = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
+    whole = delta_to_lora({layer: random}, energy=1.0, max_rank=48).report.layers[0]
+    assert (whole.rank, whole.note) == (48, "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_deltas_of_any_floating_type_are_factorised(delta: dict[str, Tensor], dtype: torch.dtype) -> None:
+    own = {name: tensor.to(dtype) for name, tensor in delta.items()}
+    wide = {name: tensor.float() for name, tensor in own.items()}
+    for layer, other in zip(
+        delta_to_lora(own, rank=4).report.layers, delta_to_lora(wide, rank=4).report.layers, strict=True
+    ):
+        assert layer.relative_error == pytest.approx(other.relative_error, rel=1e-3, abs=1e-4)
+
+
+def test_embeddings_stay_in_full() -> None:
+    embeddings = ("time_embedding.linear_1", "add_embedding.linear_2", "class_embedding", "class_embedding.linear_1")
+    delta = {f"{name}.weight": torch.ones(4, 4) for name in (*embeddings, SQUARE)}
+    assert set(delta_to_lora(delta, rank=1).residual) == {f"{name}.weight" for name in embeddings}
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_the_report_is_of_the_factors_as_they_are_stored(delta: dict[str, Tensor], dtype: torch.dtype) -> None:
     converted = delta_to_lora(delta, rank=6, dtype=dtype)
@@ -198,6 +224,10 @@ def test_a_file_gives_the_same_and_its_recipe(delta: dict[str, Tensor], tmp_path
     for one, other in ((read.lora, given.lora), (read.residual, given.residual)):
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert delta_to_lora(path, rank=3, recipe=DeltaRecipe()).recipe == DeltaRecipe()
+    with opened_tensors(path) as (tensors, _):
+        assert set(tensors) == set(delta)
+        reference = weakref.ref(tensors["conv_in.weight"])
+        assert reference() is None  # nothing holds what was read
 
 
 GOOD = {f"{SQUARE}.weight": torch.ones(4, 4), f"{SQUARE}.bias": torch.ones(4)}

@@ -89,6 +89,7 @@ def test_rounding_has_no_rank() -> None:
 def test_energy_counts_what_the_spectrum_leaves_out() -> None:
     spectrum = leading_spectrum(torch.diag(torch.tensor([2.0, 1.0, 1.0, 1.0, 1.0])), 2)
     assert kept_energy(spectrum, 2) == pytest.approx(5 / 8)
+    assert rank_for_energy(spectrum, 0.45) == 1 and rank_for_energy(spectrum, 0.55) == 2
     assert rank_for_energy(spectrum, 0.9) == 2  # no more than there are values
 
 
