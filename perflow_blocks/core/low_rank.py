@@ -48,13 +48,17 @@ def as_matrix(weight: Tensor) -> Tensor:
     return weight.flatten(1)
 
 
+def squared_norm(matrix: Tensor) -> float:
+    """The squared Frobenius norm, row by row in the matrix's type and then in float64, without a copy."""
+    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
+
+
 def leading_spectrum(matrix: Tensor, count: int) -> Spectrum:
     """The `count` largest singular triples of a float32 or wider matrix, fewer where it has no more.
 
     Exact for small matrices. For large ones a randomised range finder with power iterations (Halko, Martinsson and
     Tropp, arXiv 0909.4061, by `torch.svd_lowrank`), with fixed seed: the caller's random state is left alone.
     """
-    squared_norm = float(matrix.double().square().sum()) if matrix.numel() else 0.0
     smaller = min(matrix.shape)
     sketch = count + max(16, count // 2)
     if smaller <= _EXACT_BELOW * sketch:
@@ -65,7 +69,10 @@ def leading_spectrum(matrix: Tensor, count: int) -> Spectrum:
             left, values, transposed = torch.svd_lowrank(matrix, q=sketch, niter=_POWER_ITERATIONS)
         right = transposed.mT
     return Spectrum(
-        left=left[:, :count], values=values[:count].double(), right=right[:count], squared_norm=squared_norm
+        left=left[:, :count],
+        values=values[:count].double(),
+        right=right[:count],
+        squared_norm=squared_norm(matrix),
     )
 
 
@@ -103,5 +110,5 @@ def balanced_factors(spectrum: Spectrum, rank: int) -> Factors:
 
 def squared_error(matrix: Tensor, factors: Factors) -> float:
     """The squared Frobenius norm of `matrix - up @ down`, the product taken in the matrix's type."""
-    product = factors.up.to(matrix.dtype) @ factors.down.to(matrix.dtype)
-    return float((matrix - product).double().square().sum())
+    up, down = factors.up.to(matrix.dtype), factors.down.to(matrix.dtype)
+    return squared_norm(torch.addmm(matrix, up, down, alpha=-1))
