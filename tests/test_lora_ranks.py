@@ -26,14 +26,15 @@ from perflow_blocks.testing.tiny import tiny_sdxl_unet
 Run = Callable[..., tuple[int, str, str]]
 
 
-def small_set(count: int = 2) -> EvaluationSet:
-    data = make_evaluation_set(count)
+@pytest.fixture(scope="module")
+def data() -> EvaluationSet:
+    data = make_evaluation_set(2)
     return replace(data, reference=data.reference[:32])  # each row's distance is measured to all of them
 
 
 @pytest.fixture(scope="module")
-def measured() -> LoraRanks:
-    return evaluate_lora_ranks([2, 128], small_set(), load_classifier(), steps=4)
+def measured(data: EvaluationSet) -> LoraRanks:
+    return evaluate_lora_ranks([2, 128], data, load_classifier(), steps=4)
 
 
 def test_errors_go_from_none_with_the_full_delta_to_all_without(measured: LoraRanks) -> None:
@@ -81,9 +82,9 @@ def test_recorded_inputs_are_those_of_the_block_alone() -> None:
 
 
 @pytest.mark.parametrize("ranks", [[], [4, 4]])
-def test_ranks_that_are_refused(ranks: list[int]) -> None:
+def test_ranks_that_are_refused(data: EvaluationSet, ranks: list[int]) -> None:
     with pytest.raises(ValueError, match="names none or one twice"):
-        evaluate_lora_ranks(ranks, small_set(), load_classifier())
+        evaluate_lora_ranks(ranks, data, load_classifier())
 
 
 @pytest.mark.parametrize(
@@ -102,9 +103,22 @@ def test_a_mistake_is_one_line(run: Run, arguments: tuple[str, ...], message: st
     assert status == 2 and out == "" and err.count("\n") == 1 and message in err
 
 
-def test_the_command_writes_the_report(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "make_evaluation_set", small_set)
+def test_the_command_writes_the_report(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: EvaluationSet, measured: LoraRanks
+) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def make(count: int) -> EvaluationSet:
+        asked.append((count,))
+        return data
+
+    def evaluate(ranks: list[int], given: EvaluationSet, _: object) -> LoraRanks:
+        asked.append((ranks, given))
+        return measured
+
+    monkeypatch.setattr(comparison, "make_evaluation_set", make)
+    monkeypatch.setattr(lora_ranks, "evaluate_lora_ranks", evaluate)
     path = tmp_path / "lora.md"
-    status, out, _ = run("evaluate", "--prompts", 2, "--lora-ranks", "3", "--out", path)
-    assert status == 0 and path.read_text().strip() == out.strip()
-    assert "| LoRA of rank 3 and residual |" in out
+    status, out, _ = run("evaluate", "--prompts", 7, "--lora-ranks", "2,128", "--out", path)
+    assert status == 0 and asked == [(7,), ([2, 128], data)]
+    assert path.read_text().strip() == out.strip() == ranks_report(measured)
