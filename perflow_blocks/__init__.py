@@ -35,6 +35,7 @@ _PUBLIC = {
     "TimeWindows": "core.windows",
     "WindowLogStep": "blocks.window_log",
     "compile_loops": "blocks.compiled_step",
+    "delta_to_lora": "components.delta_lora",
     "extract_delta": "core.delta",
     "insert_loop_block": "blocks.recombine",
     "merge_delta": "components.delta_merge",

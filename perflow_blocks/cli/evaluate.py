@@ -19,6 +19,10 @@ def evaluate(
             "--editing", help="Measure image-to-image and inpainting instead; --out puts a sheet (.png) beside."
         ),
     ] = False,
+    lora_ranks: Annotated[
+        str | None,
+        typer.Option(help="Compare the delta with LoRAs of these ranks instead, as in 8,32,64."),
+    ] = None,
 ) -> None:
     """Measure prompt accuracy and Frechet distance of teacher and PeRFlow, with standard errors and times."""
     from ..components.files import require_writable_directory
@@ -27,11 +31,18 @@ def evaluate(
         raise ValueError('evaluate needs torchmetrics; install it with pip install "perflow-blocks[eval]".')
     if editing and quick:
         raise ValueError("--quick leaves out rows that --editing does not have; pass the one or the other.")
+    if lora_ranks is not None and (editing or quick):
+        raise ValueError("--lora-ranks is a measurement of its own; pass it without --editing and --quick.")
+    ranks = None if lora_ranks is None else _whole_numbers(lora_ranks)
+    if ranks is not None and find_spec("peft") is None:
+        raise ValueError("--lora-ranks needs peft; install it with pip install peft.")
     if out is not None:
         if out.is_dir() or out.suffix == ".png":
             raise ValueError(f"--out {out} is {'a directory' if out.is_dir() else 'a picture'}; name a Markdown file.")
         require_writable_directory(out.parent)
-    if editing:
+    if ranks is not None:
+        _evaluate_lora(prompts, ranks, out)
+    elif editing:
         _evaluate_editing(prompts, out)
     else:
         _evaluate_samplers(prompts, out, quick=quick)
@@ -51,6 +62,31 @@ def _evaluate_samplers(prompts: int, out: Path | None, *, quick: bool) -> None:
 
     rows = evaluate_samplers(demo_samplers(quick=quick), data, load_classifier(), teacher_pipeline().vae)
     _hand_over(report(rows), out)
+
+
+def _evaluate_lora(prompts: int, ranks: list[int], out: Path | None) -> None:
+    from ..evaluation.comparison import make_evaluation_set
+
+    data = make_evaluation_set(prompts)
+    from .pipeline import quiet_libraries
+
+    quiet_libraries()
+    from ..evaluation.classifier import load_classifier
+    from ..evaluation.lora_ranks import evaluate_lora_ranks, ranks_report
+
+    _hand_over(ranks_report(evaluate_lora_ranks(ranks, data, load_classifier())), out)
+
+
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--lora-ranks {text!r} is no list of whole numbers; write them as in 8,32,64.") from error
+    if min(numbers) < 1 or len(set(numbers)) < len(numbers):
+        raise ValueError(
+            f"--lora-ranks {text!r} has a rank below 1 or one twice; write different ones, as in 8,32,64."
+        )
+    return numbers
 
 
 def _evaluate_editing(prompts: int, out: Path | None) -> None:

@@ -1,0 +1,114 @@
+"""A weight difference as a product of two thin matrices, by truncated singular value decomposition.
+
+The truncation is the best approximation of its rank in the Frobenius norm (Eckart and Young, 1936). A convolution's
+kernel (out, in, k, k) counts as the matrix (out, in * k * k), which is what LoRA's pair of convolutions multiplies to:
+k x k from `in` to `rank` channels, then 1 x 1 from `rank` to `out`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_SKETCH_SEED = 0
+_POWER_ITERATIONS = 4
+_EXACT_BELOW = 4
+"""A matrix whose smaller side is at most this many times the sketch is decomposed exactly: there is little to save."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectrum:
+    """The largest singular triples of a matrix (rows, columns), and what they leave out.
+
+    Attributes:
+        left: (rows, count), orthonormal columns.
+        values: (count,), float64, descending.
+        right: (count, columns), orthonormal rows.
+        squared_norm: of the whole matrix (Frobenius), so at least the sum of the squares of `values`.
+    """
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+    squared_norm: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """`up @ down`, with up (rows, rank) and down (rank, columns)."""
+
+    up: Tensor
+    down: Tensor
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """A linear weight (out, in) as it is, a kernel (out, in, k, k) as (out, in * k * k); no copy if it can be."""
+    return weight.flatten(1)
+
+
+def squared_norm(matrix: Tensor) -> float:
+    """The squared Frobenius norm, row by row in the matrix's type and then in float64, without a copy."""
+    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
+
+
+def leading_spectrum(matrix: Tensor, count: int) -> Spectrum:
+    """The `count` largest singular triples of a float32 or wider matrix, fewer where it has no more.
+
+    Exact for small matrices. For large ones a randomised range finder with power iterations (Halko, Martinsson and
+    Tropp, arXiv 0909.4061, by `torch.svd_lowrank`), with fixed seed: the caller's random state is left alone.
+    """
+    smaller = min(matrix.shape)
+    sketch = count + max(16, count // 2)
+    if smaller <= _EXACT_BELOW * sketch:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
+            torch.manual_seed(_SKETCH_SEED)
+            left, values, transposed = torch.svd_lowrank(matrix, q=sketch, niter=_POWER_ITERATIONS)
+        right = transposed.mT
+    return Spectrum(
+        left=left[:, :count],
+        values=values[:count].double(),
+        right=right[:count],
+        squared_norm=squared_norm(matrix),
+    )
+
+
+def numerical_rank(spectrum: Spectrum) -> int:
+    """How many of the values are above the rounding of the type that they were computed in; 0 for a zero matrix."""
+    if not len(spectrum.values):
+        return 0
+    rows, columns = len(spectrum.left), spectrum.right.shape[1]
+    floor = float(spectrum.values[0]) * max(rows, columns) * torch.finfo(spectrum.left.dtype).eps
+    return int((spectrum.values > floor).sum())
+
+
+def rank_for_energy(spectrum: Spectrum, energy: float) -> int:
+    """The least rank that keeps a share `energy` in (0, 1] of the squared norm, at most what is above rounding."""
+    most = numerical_rank(spectrum)
+    kept = spectrum.values.square().cumsum(0)
+    return min(int((kept < energy * spectrum.squared_norm).sum()) + 1, most)
+
+
+def kept_energy(spectrum: Spectrum, rank: int) -> float:
+    """The share, in [0, 1], of the squared norm in the `rank` largest singular values; 1 for a zero matrix."""
+    if not spectrum.squared_norm:
+        return 1.0
+    return min(float(spectrum.values[:rank].square().sum()) / spectrum.squared_norm, 1.0)
+
+
+def balanced_factors(spectrum: Spectrum, rank: int) -> Factors:
+    """The truncation at `rank`, each side with the roots of the singular values, so that both have the same norm.
+
+    In half precision that keeps both in range, where one side with all of the (small) values might round to nothing.
+    """
+    roots = spectrum.values[:rank].sqrt().to(spectrum.left.dtype)
+    return Factors(up=spectrum.left[:, :rank] * roots, down=roots[:, None] * spectrum.right[:rank])
+
+
+def squared_error(matrix: Tensor, factors: Factors) -> float:
+    """The squared Frobenius norm of `matrix - up @ down`, the product taken in the matrix's type."""
+    up, down = factors.up.to(matrix.dtype), factors.down.to(matrix.dtype)
+    return squared_norm(torch.addmm(matrix, up, down, alpha=-1))
