@@ -63,16 +63,16 @@ MISTAKES: dict[str, tuple[Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipeli
     ),
     "role": (lambda it, at: it.with_unet(tiny_vae()), "unet: AutoencoderKL is no UNet2DConditionModel"),
     "other role": (lambda it, at: it.with_vae(tiny_sdxl_unet()), "vae: UNet2DConditionModel is no AutoencoderKL"),
-    "no model": (lambda it, at: it.with_text_encoder("not" and 3), "text_encoder: int is no CLIPTextModel"),
+    "no model": (lambda it, at: it.with_text_encoder(3), "text_encoder: int is no CLIPTextModel"),
     "class": (lambda it, at: it.with_vae(AutoencoderKL), "AutoencoderKL is a class; pass an instance"),
     "directory": (lambda it, at: it.with_vae(at / "nothing"), "vae: .*nothing.* does not exist"),
-    "folder": (lambda it, at: it.with_vae(at, subfolder="vae"), "vae: .*there is no directory|vae: .*no file"),
+    "folder": (lambda it, at: it.with_vae(at, subfolder="vae"), "vae: there is no directory .*vae"),
     "loading field": (lambda it, at: it.with_vae(at / "sd_unet", folder="x"), "folder='x' is no field"),
     "object's folder": (lambda it, at: it.with_vae(tiny_vae(), subfolder="x"), "subfolder are for what is loaded"),
     "spec": (lambda it, at: it.with_vae(ComponentSpec("vae", AutoencoderKL)), "names no pretrained_model"),
     "scheduler": (
         lambda it, at: it.with_scheduler(tiny_vae()),
-        "scheduler: AutoencoderKL is no EulerDiscreteScheduler",
+        "scheduler: AutoencoderKL is no Euler",
     ),
     "frozen": (
         lambda it, at: it.with_component("tokenizer", tiny_sdxl_components()["tokenizer"], freeze=True),
@@ -114,7 +114,7 @@ MISTAKES: dict[str, tuple[Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipeli
     "no lora": (lambda it, at: it.with_lora(at / "sd_delta.safetensors"), "is no LoRA for this UNet"),
     "module of lora": (lambda it, at: it.with_lora(at / "lora.safetensors"), r"no LoRA .*\(mid_block.resnets.7.conv1"),
     "family of lora": (lambda it, at: it.with_lora(at / "wide.safetensors"), r"no LoRA .*attn1.to_q"),
-    "weight": (lambda it, at: it.with_lora(at / "wide.safetensors", "much"), "weight='much' is no finite number"),  # type: ignore[arg-type]
+    "weight": (lambda it, at: it.with_lora(at / "wide.safetensors", "much"), "weight='much' is no finite number"),
     "lora names": (
         lambda it, at: it.with_lora(at / "a" / "style.safetensors").with_lora(at / "b" / "style.safetensors"),
         "2 LoRAs are called 'style'; pass adapter_name",
@@ -127,7 +127,10 @@ MISTAKES: dict[str, tuple[Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipeli
         lambda it, at: it.with_workflow("text2image").with_ip_adapter(at, subfolder="", weight_name="x.safetensors"),
         "with_ip_adapter: the blocks take no image_encoder",
     ),
-    "guider": (lambda it, at: it.with_guider(SmoothedEnergyGuidance(guidance_scale=2.0)), "does not work on a UNet"),
+    "guider": (
+        lambda it, at: it.with_guider(SmoothedEnergyGuidance(seg_guidance_layers=[0])),
+        "does not work on a UNet",
+    ),
     "no guider": (lambda it, at: it.with_guider(2.0), "with_guider: the guider is of type float"),
     "layers": (lambda it, at: it.with_guider(skipping("nowhere")), "nowhere"),
     "guidance": (lambda it, at: it.with_guidance(-1.0), "guidance_scale=-1.0 is no finite number"),
@@ -138,7 +141,7 @@ MISTAKES: dict[str, tuple[Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipeli
     "attention here": (lambda it, at: it.with_attention({"self": "native_cudnn"}), "'native_cudnn' runs on cuda"),
     "attention's place": (
         lambda it, at: it.with_attention({"top.*": "sliced"}),
-        "'top.*' is wrong because no attention",
+        "'top.*' is wrong because",
     ),
     "config": (lambda it, at: it.with_config(windows=4), "windows=4 is unknown; the blocks know .*num_time_windows"),
     "windows": (
@@ -152,7 +155,7 @@ MISTAKES: dict[str, tuple[Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipeli
     "boundaries": (lambda it, at: it.with_config(window_boundaries=[0.0, 1.0]), r"window_boundaries=...\): "),
     "prediction": (lambda it, at: it.with_config(prediction_type="eps"), "prediction_type='eps' is unknown"),
     "layout": (lambda it, at: it.with_config(channels_last="yes"), "channels_last='yes' is no choice"),
-    "blocks": (lambda it, at: it.with_blocks("auto"), "with_blocks.'auto'. is wrong"),  # type: ignore[arg-type]
+    "blocks": (lambda it, at: it.with_blocks("auto"), "with_blocks.'auto'. is wrong"),
     "workflow": (lambda it, at: it.with_workflow("text2img"), "no workflow 'text2img'; pass one of text2image"),
     "workflow's need": (lambda it, at: it.with_workflow("controlnet_text2image"), "controlnet missing"),
     "place": (
@@ -171,7 +174,7 @@ MISTAKES: dict[str, tuple[Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipeli
         "a and b ask for the same place",
     ),
     "name": (lambda it, at: it.insert_block("decode", WindowLogStep, before="denoise"), "'decode' is taken by"),
-    "no block": (lambda it, at: it.insert_block("x", 3, before="denoise"), "3 is no block"),  # type: ignore[arg-type]
+    "no block": (lambda it, at: it.insert_block("x", 3, before="denoise"), "3 is no block"),
     "compile": (lambda it, at: it.with_compile(speed="high"), "with_compile: speed='high' is no option"),
     "mode": (lambda it, at: it.with_compile(mode="fast"), "mode='fast' is unknown; pass one of default"),
     "within the step": (
@@ -180,14 +183,14 @@ MISTAKES: dict[str, tuple[Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipeli
     ),
     "compiled guider": (
         lambda it, at: it.with_compile().with_guider(skipping("mid_block")),
-        "cannot be part of a compiled",
+        "cannot be part of",
     ),
     "cache": (lambda it, at: it.with_prompt_cache(0), "max_entries=0 is wrong"),
     "cache's place": (
         lambda it, at: it.with_blocks(PeRFlowSDXLAutoBlocks().sub_blocks["denoise"]).with_prompt_cache(),
         "with_prompt_cache: the block 'text_encoder' of PeRFlowSDXLCoreDenoiseStep is none",
     ),
-    "offload": (lambda it, at: it.offload("disk"), r"offload\('disk'\) is unknown; pass one of auto, group"),  # type: ignore[arg-type]
+    "offload": (lambda it, at: it.offload("disk"), r"offload\('disk'\) is unknown; pass one of auto, group"),
     "offload here": (lambda it, at: it.on("cpu").offload("group"), "and they run on the CPU"),
     "offload and compile": (lambda it, at: it.offload("auto").with_compile(), "exclude each other"),
     "device": (lambda it, at: it.on("gpu"), r"on\('gpu'\) is no device"),
@@ -300,7 +303,7 @@ def test_a_lora_that_fails_while_it_is_loaded_is_taken_out(
     assert not any("lora" in name for name in unet.state_dict())
 
 
-def test_the_solver_can_be_a_neighbour_in_a_single_loop_block() -> None:
+def test_a_block_that_only_some_loops_have_is_no_neighbour() -> None:
     blocks = PeRFlowSDXLAutoBlocks()
     text = problems(
         PeRFlowPipelineBuilder().with_blocks(blocks).insert_block("x", PeRFlowLoopSolverStep, after="keep_known")

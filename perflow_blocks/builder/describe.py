@@ -47,12 +47,12 @@ def _steps(plan: BuildPlan) -> Iterator[tuple[str, str]]:
     settings = plan.settings
     if plan.config.get("delta") is not None:
         scale = 1.0 if settings.delta is None else settings.delta.scale
-        yield "delta", f"{plan.config['delta']} at scale {scale:g}, merged by the first call"
+        yield "delta", f"{plan.config['delta']} at scale {scale}, merged by the first call"
     for lora in settings.loras:
-        yield "lora", f"{lora.location} as {lora.adapter_name!r}, weight {lora.weight:g}"
+        yield "lora", f"{lora.location} as {lora.adapter_name!r}, weight {lora.weight}"
     if settings.ip_adapter is not None:
         adapter = settings.ip_adapter
-        yield "ip_adapter", f"{adapter.location}: {', '.join(adapter.weight_names)}, scale {adapter.scale:g}"
+        yield "ip_adapter", f"{adapter.location}: {', '.join(adapter.weight_names)}, scale {adapter.scale}"
     if settings.guidance is not None:
         yield "guider", f"ClassifierFreeGuidance, {_pairs(settings.guidance)}"
     elif settings.guider is not None:

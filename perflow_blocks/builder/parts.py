@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,9 @@ def _chosen(name: str, choice: ComponentChoice, expected: Mapping[str, Component
         value = ComponentSpec(
             name, spec.type_hint, pretrained_model_name_or_path=str(value), **_loading(choice, problems)
         )
-        with problems.noted(about=f"{name}: "):
+        # What a directory lacks is told with its other files.
+        local = Path(str(value.pretrained_model_name_or_path)).exists()
+        with suppress(OSError, ValueError) if local else problems.noted(about=f"{name}: "):
             value.type_hint = _named_class(value)
     elif choice.loading:
         problems.add(f"{name}: {', '.join(choice.loading)} are for what is loaded from a directory; leave them out.")

@@ -129,7 +129,8 @@ def _read_sources(settings: BuilderSettings, problems: Problems) -> tuple[dict[s
     if settings.single_file is None:
         return None, None if settings.repository is None else settings.repository.location
     path, config = settings.single_file.path, settings.single_file.config
-    if config is not None and Path(config).is_dir() and not (Path(config) / "model_index.json").is_file():
+    usable = config is None or not Path(config).is_dir() or (Path(config) / "model_index.json").is_file()
+    if not usable:
         problems.add(
             f"from_single_file: config={config} holds no model_index.json; pass the directory of a saved "
             "StableDiffusionXLPipeline (without weights will do)."
@@ -141,7 +142,7 @@ def _read_sources(settings: BuilderSettings, problems: Problems) -> tuple[dict[s
                 f"from_single_file: {path} holds no UNet under the names of original checkpoints; pass a whole "
                 "checkpoint, or a model in diffusers' layout with from_pretrained or with_unet."
             )
-        return shapes, single_file.config_location(config, shapes)
+        return shapes, single_file.config_location(config, shapes) if usable else None
     return None, None
 
 
@@ -221,6 +222,8 @@ def _empty_unet(parts: Mapping[str, Part], blocks: Any, dtype: torch.dtype, prob
     part = parts.get("unet")
     if part is None or part.origin == "none" or any(problem.startswith("unet:") for problem in problems):
         return None
+    if part.origin == "single file" and not part.spec.pretrained_model_name_or_path:
+        return None  # what is wrong with its configuration is told already
     try:
         config = _config_of(part)
         checks.check_unet(config, blocks.model_name, problems)
@@ -236,6 +239,8 @@ def _config_of(part: Part) -> Mapping[str, Any]:
         return unwrap_module(part.value).config
     if part.origin == "create":
         return part.spec.config or {}
+    if not part.spec.pretrained_model_name_or_path:
+        raise ValueError(f"nothing says where the {part.name} is")
     return component_config(part.spec)
 
 

@@ -48,6 +48,8 @@ def require_loadable(spec: ComponentSpec) -> None:
     if not folder.is_dir():
         raise ValueError(f"{spec.name}: there is no directory {folder}; pass a complete model, or with_component.")
     if is_model(spec.type_hint):
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{spec.name}: {folder} holds no config.json; pass a complete model, or with_component.")
         for file in _weight_files(folder, spec):
             require_readable(file)
     elif isinstance(spec.type_hint, type) and not any(folder.iterdir()):
