@@ -19,6 +19,7 @@ from perflow_blocks.demo import perflow_pipeline, weights_directory
 from perflow_blocks.testing.tiny import (
     BETAS,
     tiny_controlnet,
+    tiny_inpainting_unet,
     tiny_picture,
     tiny_sdxl_components,
     tiny_sdxl_unet,
@@ -122,6 +123,11 @@ def test_the_delta_is_merged_by_the_first_call_at_its_scale(repository: Path, tm
         latents(builder(repository).with_delta(delta, 0.5).build(), delta_scale=1.0),
         latents(make_pipeline(), delta=delta),
     )
+
+
+def test_a_delta_goes_into_a_unet_for_inpainting(repository: Path, tmp_path: Path) -> None:
+    chain = builder(repository).with_delta(write_delta(tmp_path / "delta.safetensors"))
+    assert chain.with_unet(tiny_inpainting_unet()).problems() == []
 
 
 @pytest.mark.parametrize("guided", [None, 2.0, 3.0])

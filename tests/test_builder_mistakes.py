@@ -123,6 +123,14 @@ MISTAKES: dict[str, tuple[Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipeli
         lambda it, at: it.with_ip_adapter(at, subfolder="models", weight_name="ip.safetensors"),
         "with_ip_adapter: .*ip.safetensors does not exist",
     ),
+    "ip-adapter's encoder": (
+        lambda it, at: it.with_ip_adapter(at, subfolder="", weight_name="wide.safetensors", image_encoder_folder=None),
+        "with_ip_adapter needs an image encoder",
+    ),
+    "attention's blocks": (
+        lambda it, at: it.with_blocks(PeRFlowSDXLAutoBlocks().sub_blocks["decode"]).with_attention("sliced"),
+        "with_attention: the blocks take no attention",
+    ),
     "ip-adapter's blocks": (
         lambda it, at: it.with_workflow("text2image").with_ip_adapter(at, subfolder="", weight_name="x.safetensors"),
         "with_ip_adapter: the blocks take no image_encoder",

@@ -107,6 +107,17 @@ def test_given_models_are_not_changed_twice(repository: Path, files: Path) -> No
     assert torch.equal(first, latents(builder(repository).with_lora(files / "lora", 0.5).build()))
 
 
+def test_models_with_a_lora_are_shared_together_or_not_at_all(repository: Path, files: Path) -> None:
+    """Since diffusers loads it into all of them: what had it already would have it twice."""
+    chain = builder(repository).with_lora(files / "lora", 0.5)
+    second_encoder = tiny_sdxl_components()["text_encoder_2"]
+    first = chain.with_text_encoder(second_encoder, number=2).build()
+    pipe = chain.build()
+    assert pipe.unet is not first.unet
+    assert pipe.vae is first.vae
+    assert torch.equal(latents(pipe), latents(builder(repository).with_lora(files / "lora", 0.5).build()))
+
+
 def test_a_collection_holds_the_components(repository: Path) -> None:
     manager = ComponentsManager()
     pipe = builder(repository, components_manager=manager, collection="sdxl").build()

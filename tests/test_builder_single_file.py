@@ -161,3 +161,9 @@ def test_mistakes(checkpoint: Path, config: Path, tmp_path: Path) -> None:
     for text, built in cases.items():
         assert text in problems(built)
         assert built.components_manager.components == {}
+
+
+def test_a_unet_that_is_given_need_not_be_like_the_file_s(checkpoint: Path, config: Path) -> None:
+    unet = checkpoint_components()["unet"]
+    wider = type(unet).from_config({**unet.config, "in_channels": 9})
+    assert single(checkpoint, config).with_unet(wider).build().unet is wider

@@ -78,22 +78,11 @@ def make_plan(settings: BuilderSettings, manager: ComponentsManager, collection:
     unet = _empty_unet(parts, blocks, dtype, problems)
     if unet is not None:
         _check_controlnet(parts, unet, problems)
-        if shapes is not None and parts["unet"].origin == "single file":
-            with problems.noted():
-                single_file.require_unet(str(settings.single_file and settings.single_file.path), shapes, unet)
-    if config.get("delta") is not None and Path(config["delta"]).is_absolute():
-        scale = 1.0 if settings.delta is None else settings.delta.scale
-        checks.check_delta(Path(config["delta"]), scale, unet, problems)
-    checks.check_loras(settings.loras, list(parts), unet, problems)
-    checks.check_ip_adapter(settings.ip_adapter, list(parts), problems)
-    for step, name, value in (
-        ("with_guider", "guider", settings.guider or settings.guidance),
-        ("with_attention", "attention", settings.attention),
-    ):
-        if value is not None and name not in parts:
-            problems.add(f"{step}: {type(blocks).__name__} takes no {name}; pass blocks that do.")
-    checks.check_guidance(settings, unet, problems)
-    checks.check_attention(settings.attention, unet, device, problems)
+    from_file = "unet" in parts and parts["unet"].origin == "single file"
+    if unet is not None and shapes is not None and settings.single_file is not None and from_file:
+        with problems.noted():
+            single_file.require_unet(settings.single_file.path, shapes, unet)
+    _check_steps(settings, parts, config, unet, device, problems)
     keys = {
         name: _key(part, settings, config, dtype, device, manager)
         for name, part in parts.items()
@@ -110,6 +99,32 @@ def make_plan(settings: BuilderSettings, manager: ComponentsManager, collection:
         dtype=dtype,
         problems=tuple(problems),
     )
+
+
+def _check_steps(
+    settings: BuilderSettings,
+    parts: Mapping[str, Part],
+    config: Mapping[str, Any],
+    unet: Any,
+    device: torch.device,
+    problems: Problems,
+) -> None:
+    """The weights that are added, guidance and attention, against the parts and the UNet without values."""
+    if config.get("delta") is not None and Path(config["delta"]).is_absolute():
+        scale = 1.0 if settings.delta is None else settings.delta.scale
+        checks.check_delta(Path(config["delta"]), scale, unet, problems)
+    checks.check_loras(settings.loras, list(parts), unet, problems)
+    checks.check_ip_adapter(settings.ip_adapter, list(parts), problems)
+    if settings.ip_adapter is not None and "image_encoder" in parts and parts["image_encoder"].origin == "none":
+        problems.add('with_ip_adapter needs an image encoder; pass with_component("image_encoder", ...).')
+    for step, name, value in (
+        ("with_guider", "guider", settings.guider or settings.guidance),
+        ("with_attention", "attention", settings.attention),
+    ):
+        if value is not None and name not in parts:
+            problems.add(f"{step}: the blocks take no {name}; pass blocks that do.")
+    checks.check_guidance(settings, unet, problems)
+    checks.check_attention(settings.attention, unet, device, problems)
 
 
 def _with_image_encoder(settings: BuilderSettings) -> BuilderSettings:
