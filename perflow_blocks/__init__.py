@@ -23,6 +23,7 @@ _PUBLIC = {
     "PeRFlowLoopSolverStep": "blocks.solver",
     "PeRFlowMemoryFormatStep": "blocks.memory_format",
     "PeRFlowMergeDeltaStep": "blocks.merge_delta",
+    "PeRFlowPipelineBuilder": "builder.pipeline_builder",
     "PeRFlowSDXLAutoBlocks": "blocks.auto_blocks",
     "PeRFlowScheduler": "schedulers.scheduling_perflow",
     "PeRFlowSetTimestepsStep": "blocks.set_timesteps",
