@@ -1,0 +1,89 @@
+"""A merged delta in a pipeline that is offloaded, laid out anew, or saved and loaded again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
+
+from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
+from perflow_blocks.components import delta_merge
+from perflow_blocks.components.delta_files import save_delta
+from perflow_blocks.components.delta_merge import unmerge_delta
+from perflow_blocks.components.delta_recipe import DeltaRecipe
+from perflow_blocks.components.delta_record import merge_records
+from perflow_blocks.testing.tiny import tiny_sdxl_unet
+
+from .blocks_support import make_pipeline, run
+
+
+@pytest.fixture
+def delta(tmp_path: Path) -> Path:
+    base, student = tiny_sdxl_unet(0).state_dict(), tiny_sdxl_unet(1).state_dict()
+    path = tmp_path / "delta.safetensors"
+    recipe = DeltaRecipe(num_inference_steps=4, guidance_scale=1.0)
+    save_delta({name: student[name] - base[name] for name in base}, path, recipe, dtype=torch.float32)
+    return path
+
+
+@pytest.fixture
+def rewrites(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every change of a model's weights."""
+    made: list[int] = []
+    inner = delta_merge.rewrite
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        made.append(1)
+        inner(*args, **kwargs)
+
+    monkeypatch.setattr(delta_merge, "rewrite", counted)
+    return made
+
+
+def test_an_offloaded_pipeline_merges_once(delta: Path, rewrites: list[int]) -> None:
+    usual, pipe = make_pipeline(), make_pipeline()
+    expected = run(usual, delta=delta)
+    rewrites.clear()
+    cpu_offload_with_hook(pipe.unet, execution_device="cpu")
+    assert torch.equal(run(pipe, delta=delta), expected)
+    assert torch.equal(run(pipe, delta=delta), expected)
+    assert rewrites == [1]
+    assert len(merge_records(pipe.unet)) == 1
+
+
+def test_weights_that_are_elsewhere_are_refused_before_anything_runs(delta: Path, rewrites: list[int]) -> None:
+    pipe = make_pipeline()
+    cpu_offload(pipe.unet, execution_device=torch.device("cpu"))  # layer by layer
+    pipe.text_encoder.register_forward_pre_hook(lambda *_: pytest.fail("an encoder ran"))
+    with pytest.raises(ValueError, match=r"offloaded .*; merge before enabling offload"):
+        run(pipe, delta=delta)
+    assert rewrites == []
+
+
+def test_another_layout_of_the_weights_changes_nothing_of_the_delta(delta: Path) -> None:
+    pipe = make_pipeline()
+    base = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+    expected = run(pipe, delta=delta)
+    pipe.update_components(channels_last=True)
+    torch.testing.assert_close(run(pipe, delta=delta), expected, rtol=1e-4, atol=1e-4)
+    half = run(pipe, delta=delta, delta_scale=0.5)
+    assert not torch.allclose(half, expected, atol=1e-3)
+    unmerge_delta(pipe.unet)
+    assert all(torch.equal(weight, base[name]) for name, weight in pipe.unet.state_dict().items())
+
+
+def test_a_saved_pipeline_is_not_merged_again(delta: Path, tmp_path: Path, rewrites: list[int]) -> None:
+    pipe = make_pipeline()
+    expected = run(pipe, delta=delta)
+    saved = tmp_path / "saved"
+    pipe.save_pretrained(str(saved), overwrite_modular_index=True)
+    rewrites.clear()
+    again = PeRFlowSDXLAutoBlocks().init_pipeline(str(saved))
+    again.load_components()
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(run(again, delta=delta), expected)
+    assert rewrites == []
+    assert [record.reloaded for record in merge_records(again.unet)] == [True]
