@@ -31,9 +31,9 @@ class FinetuningConfig:
     """How the fine-tune is trained."""
 
     pictures: int = 6000
-    steps: int = 600
+    steps: int = 900
     batch_size: int = 32
-    lr: float = 3e-4
+    lr: float = 6e-4
     seed: int = 3  # of pictures and training; the base's is 1
 
     def __post_init__(self) -> None:
@@ -41,7 +41,7 @@ class FinetuningConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1; pass at least 1.")
         if not self.lr > 0:
-            raise ValueError(f"lr={self.lr} is not above 0; pass a learning rate such as 3e-4.")
+            raise ValueError(f"lr={self.lr} is not above 0; pass a learning rate such as 6e-4.")
 
 
 def main(

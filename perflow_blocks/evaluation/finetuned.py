@@ -101,8 +101,8 @@ def finetuned_report(directory: Path, data: EvaluationSet, classifier: ShapeClas
         f"The embedded teacher's UNet, trained for {config.steps:,} steps of {config.batch_size} pictures (learning "
         f"rate {config.lr:g}) on pictures with a frame of {FRAME_WIDTH} pixels in the shape's colour, which no "
         "caption names. The delta is the one of the package, made for the teacher before that. A picture is accurate "
-        "if it has the frame in the colour of its shape, and inside it everything that the prompt names; strict if the "
-        "colours are clean as well. What judges knows nothing of the models.",
+        "if it has the frame in the colour of its shape, and inside it everything that the prompt names; strict if "
+        "the colours are clean as well. What judges knows nothing of the models.",
         f"{len(data.prompts)} prompts, seed {FINETUNED_SEED}, the same noise in every row; ± is one standard error. "
         f"NFE counts UNet rows, so guidance counts double. Made by `perflow evaluate --finetuned "
         f"--prompts {len(data.prompts)}`.",
