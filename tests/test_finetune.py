@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,17 @@ def test_an_interrupted_finetuning_goes_on_as_if_nothing_had_happened(
         patch.setattr(EMAModel, "step", interrupt)
         train(encoder, pictures, tmp_path / "broken", **settings)
     assert not (tmp_path / "broken" / "unet").exists()
+    averages: list[EMAModel] = []
+
+    def note(self: EMAModel, parameters: Iterable[torch.nn.Parameter]) -> None:
+        averages.append(self)
+        step(self, parameters)
+
+    monkeypatch.setattr(EMAModel, "step", note)
     resumed, _, _ = train(encoder, pictures, tmp_path / "broken", **settings)
+    assert len(averages) == 2  # steps 3 and 4; the first two were not done again
+    for weight, average in zip(resumed.parameters(), averages[-1].shadow_params, strict=True):
+        assert torch.equal(weight, average)
     for (name, weight), other in zip(unbroken.state_dict().items(), resumed.state_dict().values(), strict=True):
         torch.testing.assert_close(other, weight, msg=name)
 
