@@ -162,6 +162,15 @@ def test_an_interrupted_finetuning_goes_on_as_if_nothing_had_happened(
         torch.testing.assert_close(other, weight, msg=name)
 
 
+def test_another_seed_is_another_training(encoder: CaptionEncoder, pictures: RenderedPictures, tmp_path: Path) -> None:
+    weights = []
+    for name, seed in (("first", 3), ("again", 3), ("other", 4)):
+        unet, _, _ = train(encoder, pictures, tmp_path / name, steps=2, batch_size=2, seed=seed)
+        weights.append(unet.conv_out.weight)
+    torch.testing.assert_close(weights[0], weights[1])
+    assert not torch.allclose(weights[0], weights[2])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
