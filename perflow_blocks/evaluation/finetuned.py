@@ -104,7 +104,7 @@ def finetuned_report(directory: Path, data: EvaluationSet, classifier: ShapeClas
         "if it has the frame in the colour of its shape, and inside it everything that the prompt names; strict if "
         "the colours are clean as well. What judges knows nothing of the models.",
         f"{len(data.prompts)} prompts, seed {FINETUNED_SEED}, the same noise in every row; ± is one standard error. "
-        f"NFE counts UNet rows, so guidance counts double. Made by `perflow evaluate --finetuned "
+        f"NFE counts UNet rows, so guidance counts double. Made by `perflow evaluate --finetuned DIRECTORY "
         f"--prompts {len(data.prompts)}`.",
         markdown_table(rows),
         "The same, prompt by prompt: how much more accurate the fine-tune with the delta is in four steps.",
