@@ -1,4 +1,4 @@
-"""`perflow evaluate`: how good the embedded model's pictures are, drawn from nothing or from others."""
+"""`perflow evaluate`: how good pictures of the embedded model, edits of others, and pictures of a fine-tune are."""
 
 from __future__ import annotations
 
@@ -23,16 +23,22 @@ def evaluate(
         str | None,
         typer.Option(help="Compare the delta with LoRAs of these ranks instead, as in 8,32,64."),
     ] = None,
+    finetuned: Annotated[
+        Path | None,
+        typer.Option(help="Measure the delta on the fine-tune in this directory instead; --out as with --editing."),
+    ] = None,
 ) -> None:
     """Measure prompt accuracy and Frechet distance of teacher and PeRFlow, with standard errors and times."""
     from ..components.files import require_writable_directory
 
     if find_spec("torchmetrics") is None:
         raise ValueError('evaluate needs torchmetrics; install it with pip install "perflow-blocks[eval]".')
-    if editing and quick:
-        raise ValueError("--quick leaves out rows that --editing does not have; pass the one or the other.")
-    if lora_ranks is not None and (editing or quick):
-        raise ValueError("--lora-ranks is a measurement of its own; pass it without --editing and --quick.")
+    given = {"--editing": editing, "--finetuned": finetuned is not None, "--lora-ranks": lora_ranks is not None}
+    others = [name for name, asked in given.items() if asked]
+    if others and quick:
+        raise ValueError(f"--quick leaves out rows that {others[0]} does not have; pass the one or the other.")
+    if len(others) > 1:
+        raise ValueError(f"{' and '.join(others)} are reports of their own; pass one of them.")
     ranks = None if lora_ranks is None else _whole_numbers(lora_ranks)
     if ranks is not None and find_spec("peft") is None:
         raise ValueError("--lora-ranks needs peft; install it with pip install peft.")
@@ -44,6 +50,8 @@ def evaluate(
         _evaluate_lora(prompts, ranks, out)
     elif editing:
         _evaluate_editing(prompts, out)
+    elif finetuned is not None:
+        _evaluate_finetuned(finetuned, prompts, out)
     else:
         _evaluate_samplers(prompts, out, quick=quick)
 
@@ -106,6 +114,21 @@ def _evaluate_editing(prompts: int, out: Path | None) -> None:
     _hand_over(editing_report(pipe, data, load_classifier()), out)
     if out is not None:
         save_png(editing_sheet(pipe, data), out.with_suffix(".png"), {})
+
+
+def _evaluate_finetuned(directory: Path, prompts: int, out: Path | None) -> None:
+    from .pipeline import quiet_libraries
+
+    quiet_libraries()
+    from ..evaluation.classifier import load_classifier
+    from ..evaluation.finetuned import finetuned_report, finetuned_sheet, make_finetuned_set, require_finetune
+    from .generate import save_png
+
+    require_finetune(directory)
+    data = make_finetuned_set(prompts)
+    _hand_over(finetuned_report(directory, data, load_classifier()), out)
+    if out is not None:
+        save_png(finetuned_sheet(directory, data), out.with_suffix(".png"), {})
 
 
 def _hand_over(text: str, out: Path | None) -> None:

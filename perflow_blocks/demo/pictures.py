@@ -128,7 +128,7 @@ def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
         An RGB picture of 64x64 pixels, drawn at four times that size and reduced.
     """
     size = PICTURE_SIZE * _OVERSAMPLING
-    canvas = Image.new("RGB", (size, size), _jitter(BACKGROUNDS[scene.background], rng))
+    canvas = Image.new("RGB", (size, size), jitter(BACKGROUNDS[scene.background], rng))
     center_x = PICTURE_SIZE / 2 + POSITIONS[scene.position] + rng.uniform(-2.0, 2.0)
     center_y = PICTURE_SIZE / 2 + rng.uniform(-3.0, 3.0)
     radius = SIZES[scene.size] * rng.uniform(0.93, 1.07)
@@ -140,7 +140,7 @@ def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
         rotated = points @ np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
         placed = (rotated + np.array([center_x, center_y])) * _OVERSAMPLING
         draw.polygon([(float(x), float(y)) for x, y in placed], fill=value)
-    canvas.paste(_jitter(COLORS[scene.color], rng), mask=mask)
+    canvas.paste(jitter(COLORS[scene.color], rng), mask=mask)
     return canvas.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BOX)
 
 
@@ -186,7 +186,8 @@ def _on_circle(radius: float, angle: float) -> tuple[float, float]:
     return radius * math.cos(angle), radius * math.sin(angle)
 
 
-def _jitter(color: RGB, rng: np.random.Generator) -> RGB:
+def jitter(color: RGB, rng: np.random.Generator) -> RGB:
+    """`color` with each channel off by up to 10 levels, within 0 to 255."""
     red, green, blue = np.clip(np.asarray(color) + rng.integers(-_COLOR_JITTER, _COLOR_JITTER + 1, 3), 0, 255)
     return int(red), int(green), int(blue)
 

@@ -48,12 +48,35 @@ def train_teacher(
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     encoder = CaptionEncoder(tokenizer, *build_text_encoders(tokenizer))
-    unet = build_unet().to(memory_format=torch.channels_last)
+    unet = build_unet()
+    fit_teacher(unet, encoder, latents, pictures, out, steps=steps, batch_size=batch_size, lr=lr, seed=seed)
+    save_teacher(unet, encoder, out)
+    return unet, encoder
+
+
+def fit_teacher(
+    unet: UNet2DConditionModel,
+    encoder: CaptionEncoder,
+    latents: torch.Tensor,
+    pictures: RenderedPictures,
+    out: Path,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+) -> None:
+    """Trains the weights of `unet` and `encoder` that require gradients, in place; they end as their average.
+
+    The other arguments are those of `train_teacher`. Training goes on from `out/teacher_state.pt` when it exists.
+    """
+    unet.to(memory_format=torch.channels_last)
     unet.set_attn_processor(AttnProcessor())  # faster than SDPA in CPU training at these sizes
     model = torch.nn.ModuleDict({"unet": unet, "encoder": encoder})
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.04)
-    ema = EMAModel(model.parameters(), decay=0.999)
+    ema = EMAModel(trained, decay=0.999)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "ema": ema}
     checkpoint = Checkpoint(out / "teacher_state.pt", parts)
     start = checkpoint.load()
@@ -61,18 +84,16 @@ def train_teacher(
     for step in progress:
         loss = teacher_loss(unet, encoder, latents, pictures, batch_size, (seed, step))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        ema.step(model.parameters())
+        ema.step(trained)
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}")
         if (step + 1) % _CHECKPOINT_EVERY == 0:
             checkpoint.save(step + 1)
-    ema.copy_to(model.parameters())
-    save_teacher(unet, encoder, out)
-    return unet, encoder
+    ema.copy_to(trained)
 
 
 def teacher_loss(

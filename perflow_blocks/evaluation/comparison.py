@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..demo.data import RenderedPictures
+from ..demo.data import RenderedPictures, Renderer
 from ..demo.models import LATENT_CHANNELS, LATENT_SIZE
 from ..demo.pictures import Prompt, Scene, render
 from .classifier import ShapeClassifier
@@ -21,6 +21,8 @@ from .samplers import Sampler
 
 PROMPT_SEED = 20_260  # no training run draws its prompts from this seed
 _BATCH = 32
+
+Judge = Callable[[Tensor, Sequence[Prompt], ShapeClassifier], Verdicts]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +48,8 @@ class EvaluationSet:
     reference: Tensor  # other renders of the same kind, which distances are measured to
 
 
-def make_evaluation_set(count: int, *, seed: int = PROMPT_SEED) -> EvaluationSet:
-    """`count` prompts with attributes left open as in training, with fixed seeds.
+def make_evaluation_set(count: int, *, seed: int = PROMPT_SEED, renderer: Renderer = render) -> EvaluationSet:
+    """`count` prompts with attributes left open as in training, with fixed seeds; `renderer` draws real pictures.
 
     Raises:
         ValueError: fewer than 2 prompts, which give no standard error.
@@ -61,22 +63,27 @@ def make_evaluation_set(count: int, *, seed: int = PROMPT_SEED) -> EvaluationSet
     return EvaluationSet(
         prompts=prompts,
         latents=torch.randn(count, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE, generator=generator),
-        renders=_render(scenes, rng),
-        reference=_render([Scene.random(rng) for _ in range(2048)], rng),
+        renders=_render(scenes, rng, renderer),
+        reference=_render([Scene.random(rng) for _ in range(2048)], rng, renderer),
     )
 
 
 def evaluate_samplers(
-    samplers: Sequence[Sampler], data: EvaluationSet, classifier: ShapeClassifier, vae: AutoencoderKL | None = None
+    samplers: Sequence[Sampler],
+    data: EvaluationSet,
+    classifier: ShapeClassifier,
+    vae: AutoencoderKL | None = None,
+    *,
+    judge: Judge = judge,
 ) -> list[Row]:
-    """Draws every prompt with every sampler and judges the pictures.
+    """Draws every prompt with every sampler and judges the pictures by `judge`.
 
     With `vae` two floors come first: real renders, and their reconstructions.
     """
     rows = []
     if vae is not None:
-        rows.append(_row("real renders", data.renders, data, classifier))
-        rows.append(_row("VAE reconstructions", reconstruct(vae, data.renders), data, classifier))
+        rows.append(_row("real renders", data.renders, data, classifier, judge))
+        rows.append(_row("VAE reconstructions", reconstruct(vae, data.renders), data, classifier, judge))
     texts = [prompt.text for prompt in data.prompts]
     total = sum(sampler.nfe for sampler in samplers) * len(texts)
     with tqdm(total=total, desc="evaluate", unit="row", unit_scale=True) as progress:
@@ -96,6 +103,7 @@ def evaluate_samplers(
                     torch.cat(drawn),
                     data,
                     classifier,
+                    judge,
                     sampler=sampler,
                     seconds=seconds / len(texts),
                 )
@@ -152,6 +160,7 @@ def _row(
     pictures: Tensor,
     data: EvaluationSet,
     classifier: ShapeClassifier,
+    judge: Judge,
     *,
     sampler: Sampler | None = None,
     seconds: float | None = None,
@@ -167,8 +176,8 @@ def _row(
     )
 
 
-def _render(scenes: Sequence[Scene], rng: np.random.Generator) -> Tensor:
-    pixels = torch.from_numpy(np.stack([np.asarray(render(scene, rng)) for scene in scenes]))
+def _render(scenes: Sequence[Scene], rng: np.random.Generator, renderer: Renderer) -> Tensor:
+    pixels = torch.from_numpy(np.stack([np.asarray(renderer(scene, rng)) for scene in scenes]))
     return RenderedPictures(pixels=pixels.permute(0, 3, 1, 2), scenes=tuple(scenes)).unit_interval()
 
 

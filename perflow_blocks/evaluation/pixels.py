@@ -15,7 +15,7 @@ _FOREGROUND_DISTANCE = 50.0  # RGB distance from the background beyond which a p
 _MIN_FOREGROUND = 24  # pixels; the smallest shape has about 100
 _FAR_FROM_PALETTE = 80.0  # a median colour farther than this from every named colour has no name
 _CLEAN_DISTANCE = 45.0  # the jitter of rendered colours stays below 18
-_CLEAN_SHARE = 0.75
+CLEAN_SHARE = 0.75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +42,18 @@ def _read(picture: Tensor) -> PixelReading:
     border_mask[_BORDER:-_BORDER, _BORDER:-_BORDER] = False
     border = picture[:, border_mask].T  # (pixels, 3)
     background_color = border.median(0).values
-    background = _nearest(background_color, BACKGROUNDS)
+    background = nearest_color(background_color, BACKGROUNDS)
     distance = (picture - background_color[:, None, None]).norm(dim=0)
     mask = _eroded(distance > _FOREGROUND_DISTANCE)
     if int(mask.sum()) < _MIN_FOREGROUND:
         return PixelReading(color=None, background=background, clean=False)
     shape = picture[:, mask].T
-    color = _nearest(shape.median(0).values, COLORS)
+    color = nearest_color(shape.median(0).values, COLORS)
     clean = (
         color is not None
         and background is not None
-        and _share_near(shape, COLORS[color]) >= _CLEAN_SHARE
-        and _share_near(border, BACKGROUNDS[background]) >= _CLEAN_SHARE
+        and share_near(shape, COLORS[color]) >= CLEAN_SHARE
+        and share_near(border, BACKGROUNDS[background]) >= CLEAN_SHARE
     )
     return PixelReading(color=color, background=background, clean=clean)
 
@@ -68,7 +68,8 @@ def _eroded(mask: Tensor) -> Tensor:
     return inner
 
 
-def _nearest(color: Tensor, palette: Mapping[str, RGB]) -> str | None:
+def nearest_color(color: Tensor, palette: Mapping[str, RGB]) -> str | None:
+    """The name in `palette` nearest to a colour (3,) in [0, 255]; None where none is near."""
     distances = {
         name: float((color - torch.tensor(value, dtype=color.dtype)).norm()) for name, value in palette.items()
     }
@@ -76,6 +77,7 @@ def _nearest(color: Tensor, palette: Mapping[str, RGB]) -> str | None:
     return name if distances[name] <= _FAR_FROM_PALETTE else None
 
 
-def _share_near(pixels: Tensor, color: RGB) -> float:
+def share_near(pixels: Tensor, color: RGB) -> float:
+    """The share of pixels (count, 3) in [0, 255] that are near `color`, allowing for the jitter of renders."""
     distance = (pixels - torch.tensor(color, dtype=pixels.dtype)).norm(dim=1)
     return float((distance <= _CLEAN_DISTANCE).float().mean())
