@@ -10,13 +10,22 @@ from .. import __version__
 from .compare import compare
 from .demo import demo
 from .evaluate import evaluate
+from .extract import extract
 from .generate import generate
+from .inspect import inspect
+from .merge import merge, unmerge
+from .to_lora import to_lora
 
 app = typer.Typer(add_completion=False, help="Few-step pictures from PeRFlow diffusion models.")
 app.command()(generate)
 app.command()(compare)
 app.command()(evaluate)
 app.command()(demo)
+app.command()(extract)
+app.command()(merge)
+app.command()(unmerge)
+app.command()(to_lora)
+app.command()(inspect)
 
 
 @app.callback(invoke_without_command=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +29,10 @@ Seed = Annotated[int, typer.Option(help="Seed of the first picture; each further
 Size = Annotated[str | None, typer.Option(help="Size in pixels, N or WxH. By default the model's own.")]
 Device = Annotated[str | None, typer.Option(help="Where to run, such as cpu or cuda:0. By default an accelerator.")]
 Dtype = Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}. By default float32 on the CPU, else float16.")]
+
+RecipeSteps = Annotated[int | None, typer.Option("--steps", help="Steps to recommend, at least 1.")]
+RecipeGuidance = Annotated[float | None, typer.Option("--guidance", help="Guidance to recommend; 1 is none.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
 def require_prompts(prompts: list[str]) -> None:
@@ -79,7 +85,48 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     import torch
 
     if name is None:
-        name = "float32" if device.type == "cpu" else "float16"
-    if name not in DTYPES:
+        return torch.float32 if device.type == "cpu" else torch.float16
+    return parse_dtype(name)
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The type of a name, which may be short: fp16, fp32, bf16.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    import torch
+
+    known = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(name, name)
+    if known not in DTYPES:
         raise ValueError(f"--dtype {name} is unknown; pass one of {', '.join(DTYPES)}.")
-    return getattr(torch, name)
+    return getattr(torch, known)
+
+
+def require_weights(name: str, path: Path) -> None:
+    if not path.expanduser().exists():
+        raise ValueError(f"{name} {path} does not exist; pass a file or a folder of weights.")
+
+
+def require_free_file(option: str, path: Path, force: bool) -> None:
+    """
+    Raises:
+        ValueError: the path is a directory, has another ending, stands there already and is not to be replaced, or
+            cannot be written to.
+    """
+    from ..components.files import require_writable_directory
+
+    if path.is_dir() or path.suffix != ".safetensors":
+        raise ValueError(f"{option} {path} is {'a directory' if path.is_dir() else 'no .safetensors file'}; name one.")
+    if path.exists() and not force:
+        raise ValueError(f"{option} {path} exists; name another file, or pass --force to replace it.")
+    require_writable_directory(path.parent)
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """Shows on a terminal that something is going on."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield

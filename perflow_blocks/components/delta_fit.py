@@ -81,6 +81,17 @@ def fit_delta(weights: Weights, module: nn.Module) -> DeltaFit:
     return DeltaFit(weights, once, extra)
 
 
+def require_architecture(weights: Weights, module: nn.Module) -> Weights:
+    """The delta under the model's names, once those and the shapes fit; the model may be without values, on "meta".
+
+    Raises:
+        ValueError: one line: a name or shape that does not fit, or another architecture.
+    """
+    weights = named_as_model(weights, own_weights(module), getattr(module, "config", {}))
+    _require_shapes(weights, module, floating_entries(own_weights(module, set(weights.shapes))))
+    return weights
+
+
 def architecture_of(module: nn.Module) -> str:
     """Identifies the names and shapes of a model's weights, whatever number of channels it is fed: 64 hex digits."""
     shapes = sorted((n, list(t.shape)) for n, t in floating_entries(own_weights(module)).items() if n != INPUT_WEIGHT)

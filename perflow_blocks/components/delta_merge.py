@@ -286,7 +286,7 @@ def _subtract(
     module: nn.Module, state: MergeState, reloaded: list[MergeRecord], delta: Delta | MergeRecord | None
 ) -> None:
     """Takes a delta out that the weights were loaded with, but for a rounding."""
-    if delta is None or isinstance(delta, MergeRecord) or len(state.records) != len(reloaded):
+    if delta is None or isinstance(delta, MergeRecord) or not all(r.reloaded for r in state.records):
         raise ValueError("exact=False wants the delta, as a file or mapping, and no other one merged since loading.")
     fit = fit_delta(opened(delta), module)
     terms = [Term(fit.weights, -record.scale, record.scales) for record in reloaded]

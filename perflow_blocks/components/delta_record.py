@@ -87,6 +87,12 @@ def merge_records(module: nn.Module) -> tuple[MergeRecord, ...]:
     return merge_state(module).records
 
 
+def saved_records(config: Mapping[str, Any]) -> tuple[MergeRecord, ...]:
+    """What the configuration of a saved model says is merged into it; its weights are not looked at."""
+    saved = config.get(CONFIG_KEY)
+    return tuple(MergeRecord.from_config(entry) for entry in saved["deltas"]) if saved else ()
+
+
 def merge_record(module: nn.Module) -> MergeRecord | None:
     """The delta that says how to sample, else the first one; None where nothing is merged."""
     records = merge_records(module)
@@ -112,10 +118,9 @@ def merge_state(module: nn.Module) -> MergeState:
     state = vars(module).get(STATE_ATTRIBUTE)
     if state is not None:
         return state
-    saved = module.config.get(CONFIG_KEY) if isinstance(module, ConfigMixin) else None
-    if not saved or not _holds(module, saved["witness"]):
-        return MergeState()
-    return MergeState(tuple(MergeRecord.from_config(entry) for entry in saved["deltas"]))
+    config = module.config if isinstance(module, ConfigMixin) else {}
+    saved = config.get(CONFIG_KEY)
+    return MergeState(saved_records(config) if saved and _holds(module, saved["witness"]) else ())
 
 
 def remember(module: nn.Module, state: MergeState) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,3 +58,38 @@ def require_writable_directory(path: str | os.PathLike[str]) -> None:
     finally:
         for directory in reversed(made):
             directory.rmdir()
+
+
+@contextmanager
+def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary directory beside `path` to fill; it takes `path`'s place when the block ends, or goes when it fails.
+
+    Missing parent directories are made. A directory that is there already is replaced as a whole, at the end; whoever
+    calls has made sure that this is meant.
+
+    Raises:
+        ValueError: `path` is a file, or its parent directory cannot be made or written to.
+    """
+    target = Path(os.path.abspath(path))
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"cannot write {path}: it is a file; name a directory.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}; choose a writable path.") from error
+    old = temporary / "replaced"
+    new = temporary / "new"
+    try:
+        new.mkdir()  # with the permissions of an ordinary directory, which mkdtemp does not give
+        yield new
+        if target.exists():
+            target.replace(old)
+        try:
+            new.replace(target)
+        except OSError:
+            if old.exists():
+                old.replace(target)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

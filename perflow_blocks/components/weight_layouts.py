@@ -44,6 +44,11 @@ def open_weights(path: str | os.PathLike[str], variant: str | None = None, *, al
     return FileWeights([found], label=path)
 
 
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are a LoRA's, or of one of its relatives."""
+    return any(_LORA.search(name) for name in names)
+
+
 def _in_folder(folder: Path, variant: str | None) -> Path:
     for place in (folder, folder / "unet"):
         files = {_variant(file.name): file for file in sorted(place.glob(f"{_STEM}*")) if _is_whole(file)}
