@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from diffusers.utils import logging
 
-from . import attention, loop, sdxl, stages
+from . import attention, loop, merge, sdxl, stages
 from .measure import Setting
 from .report import Report, write
 
@@ -31,6 +31,7 @@ PARTS = {
     "loop": Part(about="the denoising loop over bare UNet calls", run=loop.run),
     "stages": Part(about="the embedded model's stages, beside its teacher's", run=stages.run),
     "attention": Part(about="attention strategies at SDXL's sizes", run=attention.run),
+    "merge": Part(about="merging a delta beside reading its file", run=merge.run, why_not=merge.why_not),
     "sdxl": Part(about="full-size SDXL with random weights", run=sdxl.run, why_not=sdxl.why_not),
 }
 

@@ -12,23 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.utils import logging
 
 from perflow_blocks import delta_to_lora
 
-SDXL = {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
-}
+from .models import SDXL, build_unet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +41,7 @@ class Estimate:
 
 def run(rank: int = 64, device: str = "cpu") -> Estimate:
     """Factorises one random dW of each shape in half precision, as files hold it, after one for warming up."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**SDXL)
+    unet = build_unet(SDXL, "meta")
     shapes = [
         tuple(tensor.shape)
         for name, tensor in unet.state_dict().items()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import platform
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -20,14 +18,16 @@ from torch import nn
 from perflow_blocks.components.delta_files import save_delta
 from perflow_blocks.components.delta_merge import merge_delta, rescale_delta, unmerge_delta
 from perflow_blocks.components.delta_record import merge_state
-from perflow_blocks.components.files import atomic_path
 
-RESULTS = Path(__file__).parent / "results" / "merge.md"
+from .measure import Setting
+from .report import Report, megabytes, table
+
+STATUS = Path("/proc/self/status")
 SDXL_WEIGHTS = 2_567_463_684
 
 
 @dataclass(frozen=True)
-class Setting:
+class Size:
     """What is merged.
 
     Attributes:
@@ -56,15 +56,15 @@ class Measurement:
     exact: bool
 
 
-def run(setting: Setting) -> Measurement:
+def measure(size: Size) -> Measurement:
     """Merges, rescales and takes out a random delta of SDXL's mix of shapes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "delta.safetensors"
         # In a process of its own, as memory that it gave back would hide what merging takes.
-        writer = multiprocessing.get_context("spawn").Process(target=_write, args=(setting, path))
+        writer = multiprocessing.get_context("spawn").Process(target=_write, args=(size, path))
         writer.start()
         writer.join()
-        model = _weights(setting, 1.0, seed=0)
+        model = _weights(size, 1.0, seed=0)
         module = nn.ParameterDict(model).requires_grad_(False)
         before = _fingerprint(module)
         sizes = [parameter.nbytes for parameter in module.parameters()]
@@ -78,22 +78,22 @@ def run(setting: Setting) -> Measurement:
     return Measurement(read, merge, rescale, unmerge, sum(sizes), max(sizes), memory.peak, corrections, exact)
 
 
-def _weights(setting: Setting, spread: float, seed: int) -> dict[str, torch.Tensor]:
+def _weights(size: Size, spread: float, seed: int) -> dict[str, torch.Tensor]:
     """Matrices, kernels and vectors in SDXL's proportions, of about the number of weights that is asked for."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(1280, 1280), (10240, 1280), (1280, 5120), (1280, 2048), (640, 640), (1280, 1280, 3, 3), (1280,)]
     weights: dict[str, torch.Tensor] = {}
-    left = setting.weights
+    left = size.weights
     while left > 0:
         for shape in shapes:
-            value = torch.empty(shape, dtype=setting.dtype).normal_(std=0.02 * spread, generator=generator)
+            value = torch.empty(shape, dtype=size.dtype).normal_(std=0.02 * spread, generator=generator)
             weights[f"w{len(weights)}"] = value
             left -= value.numel()
     return weights
 
 
-def _write(setting: Setting, path: Path) -> None:
-    save_delta(_weights(setting, setting.relative, seed=1), path, dtype=setting.dtype)
+def _write(size: Size, path: Path) -> None:
+    save_delta(_weights(size, size.relative, seed=1), path, dtype=size.dtype)
 
 
 def _fingerprint(module: nn.Module) -> list[int]:
@@ -137,43 +137,42 @@ class PeakMemory:
 
 
 def _anonymous() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = STATUS.read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
-def table(setting: Setting, found: Measurement) -> list[str]:
-    """The measurement as Markdown."""
-    kind, megabytes = str(setting.dtype).removeprefix("torch."), 2**20
+def why_not(setting: Setting) -> str | None:
+    if not hasattr(os, "posix_fadvise") or not STATUS.is_file():
+        return "it reads memory and drops files from the cache in Linux's way"
+    if shutil.disk_usage(tempfile.gettempdir()).free < 4 * _size(setting).weights:
+        return "there is no space for its file; set TMPDIR"
+    return None
+
+
+def run(setting: Setting) -> Report:
+    size = _size(setting)
+    found = measure(size)
     rows = {"reading the file": found.read, "merge": found.merge, "rescale": found.rescale, "unmerge": found.unmerge}
-    return [
-        "# Merging a delta",
-        "",
-        f"{found.model_bytes / megabytes:.0f} MB of {kind} weights in SDXL's shapes (SDXL has "
-        f"{2 * SDXL_WEIGHTS / megabytes:.0f}), dW {setting.relative:g} of W; the file is read from disk each time.",
-        f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}.",
-        "",
-        "| what | seconds | times reading |",
-        "|---|---|---|",
-        *(f"| {name} | {seconds:.2f} | {seconds / found.read:.2f} |" for name, seconds in rows.items()),
-        "",
-        f"Beside the model: {found.peak_bytes / megabytes:.0f} MB of memory at most "
-        f"({found.peak_bytes / found.model_bytes:.1%} of it; the largest tensor has "
-        f"{found.largest_bytes / megabytes:.0f} MB), and corrections for the way back, "
-        f"{found.correction_bytes / megabytes:.0f} MB ({found.correction_bytes / found.model_bytes:.1%}), "
-        "in a temporary file beyond 16 MB.",
-        f"Taken out, the weights are {'the same bit for bit' if found.exact else 'NOT the same'}.",
-    ]
+    kind = str(size.dtype).removeprefix("torch.")
+    return Report(
+        title="Merging a delta",
+        parts=(
+            f"{megabytes(found.model_bytes)} MB of {kind} weights on the CPU in SDXL's shapes (SDXL's UNet has "
+            f"{megabytes(2 * SDXL_WEIGHTS)}), dW {size.relative:g} of W. One run; the file is read from disk "
+            "each time.",
+            table(
+                ("what", "seconds", "times reading"),
+                ((name, f"{seconds:.2f}", f"{seconds / found.read:.2f}") for name, seconds in rows.items()),
+            ),
+            f"Beside the model: {megabytes(found.peak_bytes)} MB of memory at most "
+            f"({found.peak_bytes / found.model_bytes:.1%} of it; the largest tensor has "
+            f"{megabytes(found.largest_bytes)} MB), and corrections for the way back, "
+            f"{megabytes(found.correction_bytes)} MB ({found.correction_bytes / found.model_bytes:.1%}), in a "
+            "temporary file beyond 16 MB.",
+            f"Taken out, the weights are {'the same bit for bit' if found.exact else 'NOT the same'}.",
+        ),
+    )
 
 
-def main() -> None:
-    setting = Setting()
-    if shutil.disk_usage(tempfile.gettempdir()).free < 4 * setting.weights:
-        raise SystemExit("not enough space for the benchmark's file; set TMPDIR.")
-    lines = table(setting, run(setting))
-    with atomic_path(RESULTS) as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
-    sys.stdout.write("\n".join(lines) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def _size(setting: Setting) -> Size:
+    return Size(weights=20_000_000) if setting.quick else Size()

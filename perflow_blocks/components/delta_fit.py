@@ -24,7 +24,7 @@ from ..core.delta import (
     is_finite,
     listed,
 )
-from ..core.reversible import REVERSIBLE_TYPES, add, weighted_sum, wide_type
+from ..core.reversible import REVERSIBLE_TYPES, add, sum_of_terms, wide_type
 from .delta_recipe import ARCHITECTURE_KEY
 from .weight_files import Weights, row_chunks, rows_of
 from .weight_layouts import named_as_model
@@ -194,7 +194,7 @@ def require_finite(delta: Weights, targets: Mapping[str, Tensor], scale: float) 
         tensor = delta.tensor(name)
         for start, stop in row_chunks(delta.shapes[name]):
             rows = rows_of(tensor, start, stop)
-            change = weighted_sum([(rows, scale)], wide_type(weight.dtype), weight.device)
+            change = sum_of_terms([(rows, scale)], wide_type(weight.dtype), weight.device)
             if not is_finite(rows.float()):
                 not_finite.append(name)
                 break

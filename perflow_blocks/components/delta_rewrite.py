@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from ..core.reversible import add, checksum, restore, rounding_loss, weighted_sum, wide_type
+from ..core.reversible import add, checksum, restore, rounding_loss, sum_of_terms, wide_type
 from .delta_corrections import Corrections, Piece
 from .weight_files import Digest, Weights, row_chunks, rows_of
 
@@ -174,4 +174,4 @@ def _change_of(name: str, piece: Piece, rows: Tensor, terms: Sequence[Term]) -> 
         for term in terms
         if (factor := term.factor(name))
     ]
-    return weighted_sum(parts, wide_type(rows.dtype), rows.device) if parts else None
+    return sum_of_terms(parts, wide_type(rows.dtype), rows.device) if parts else None

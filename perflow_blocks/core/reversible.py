@@ -28,7 +28,7 @@ def wide_type(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def weighted_sum(terms: Sequence[tuple[Tensor, float]], dtype: torch.dtype, device: torch.device) -> Tensor:
+def sum_of_terms(terms: Sequence[tuple[Tensor, float]], dtype: torch.dtype, device: torch.device) -> Tensor:
     """sum_i factor_i * tensor_i, in the order given: a new tensor of their common shape, in `dtype` on `device`.
 
     `terms` holds at least one.
