@@ -46,6 +46,7 @@ EXPECTED = {
     "loop": [BARE, LOOP, STAGE, STOCK_LOOP, STOCK_STAGE, STOCK_PIPELINE],
     "stages": ["teacher DDIM 2 steps | 3 | 4", "student PeRFlow 4 steps | 1 | 4"],
     "attention": ["native", "native_math", "flex (compiled)", "sliced", "auto (here native)", "native_flash takes"],
+    "merge": ["reading the file | ", "merge | ", "rescale | ", "unmerge | "],
     "sdxl": ["plain", "channels last", "attention `sliced`", "compiled", "plain, again"],
 }
 
