@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -146,10 +148,10 @@ def test_a_relative_name_without_a_directory_is_an_error() -> None:
 
 
 def test_an_index_on_the_hub_names_a_file_beside_it(delta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str]] = []
+    asked: list[tuple[str, str, str | None]] = []
 
-    def download(repository: str, name: str) -> str:
-        asked.append((repository, name))
+    def download(repository: str, name: str, revision: str | None) -> str:
+        asked.append((repository, name, revision))
         if name == "absent.safetensors":
             raise LocalEntryNotFoundError("offline")
         return str(delta)
@@ -162,7 +164,19 @@ def test_an_index_on_the_hub_names_a_file_beside_it(delta: Path, monkeypatch: py
         run(pipe)
     pipe.update_components(delta="d.safetensors")
     assert pipe(prompt="a star", output_type="latent").delta_recipe == RECIPE
-    assert asked[-1] == ("owner/model", "d.safetensors")
+    assert asked[-1] == ("owner/model", "d.safetensors", None)
+
+    # diffusers names the modules of a repository's code by its commit, and keeps the revision nowhere else
+    first, second = "1" * 40, "2" * 40
+    monkeypatch.setitem(sys.modules, f"diffusers_modules.local.owner--model.{first}.block", ModuleType("block"))
+    run(pipe)
+    assert asked[-1][-1] == first
+    monkeypatch.setitem(sys.modules, f"diffusers_modules.local.owner--model.{second}.block", ModuleType("block"))
+    with pytest.raises(ValueError, match="loaded at 2 commits"):
+        run(pipe)
+    monkeypatch.setattr(type(pipe._blocks), "__module__", f"diffusers_modules.local.owner--model.{second}.block")
+    run(pipe)
+    assert asked[-1][-1] == second
 
 
 def test_bad_files_are_errors_that_change_nothing(tmp_path: Path, delta: Path) -> None:

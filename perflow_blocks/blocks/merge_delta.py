@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from ..components.delta_merge import find_merged, is_merged, merge_delta, read_recipe, unmerge_delta
 from ..components.delta_recipe import DeltaRecipe, require_guidance
 from ..components.delta_record import merge_record, merge_records
+from ..components.origin import loaded_commit
 from ..components.specs import DEFAULT_GUIDANCE_SCALE, delta_config_specs, guider_spec, unet_spec
 from ..components.weight_layouts import open_weights
 
@@ -105,7 +106,7 @@ def _merge(unet: Any, path: Path, scale: float) -> None:
 
 
 def delta_path(given: Any, components: Any) -> Path | None:
-    """The file to merge: the caller's, as any path, or the index's, relative to the index's own place."""
+    """The file to merge: the caller's, as any path, or the index's, beside the index and at its commit."""
     if given is not None:
         if isinstance(given, bool) or not isinstance(given, (str, os.PathLike)):
             raise ValueError(f"delta={given!r} is no path; pass a .safetensors file, or False for none.")
@@ -119,12 +120,14 @@ def delta_path(given: Any, components: Any) -> Path | None:
             f"the configuration names delta={named!r}, but this pipeline was not loaded from a directory; "
             "pass delta= with a path."
         )
-    return Path(origin) / named if Path(origin).is_dir() else _download(str(origin), named)
+    if Path(origin).is_dir():
+        return Path(origin) / named
+    return _download(str(origin), named, loaded_commit(components, str(origin)))
 
 
-def _download(repository: str, name: str) -> Path:
+def _download(repository: str, name: str, revision: str | None) -> Path:
     try:
-        return Path(hf_hub_download(repository, name))
+        return Path(hf_hub_download(repository, name, revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(
             f"cannot fetch delta {name!r} from {repository} ({type(error).__name__}); pass delta= with a local path."
@@ -136,7 +139,7 @@ def guidance_in_effect(guider: Any, configured: float | None, recipe: DeltaRecip
 
     That is the configuration's scale, or the delta's, or 2.0. Guiders without a scale count as 1.
     """
-    if not _is_default(guider):
+    if not is_default_guider(guider):
         return float(vars(guider).get("guidance_scale", 1.0))
     recommended = configured
     if recommended is None and recipe is not None:
@@ -146,12 +149,12 @@ def guidance_in_effect(guider: Any, configured: float | None, recipe: DeltaRecip
 
 def _set_guidance(guider: Any, configured: float | None, recipe: DeltaRecipe | None) -> None:
     """Gives the pipeline's own guider the recommended scale; one that a user made or changed is left alone."""
-    if _is_default(guider):
+    if is_default_guider(guider):
         guider.guidance_scale = guidance_in_effect(guider, configured, recipe)
         setattr(guider, RECIPE_SCALE_ATTRIBUTE, guider.guidance_scale)
 
 
-def _is_default(guider: Any) -> bool:
+def is_default_guider(guider: Any) -> bool:
     """Whether this is the guider that the pipeline made from `guider_spec`, unchanged by anyone but this block."""
     kind, state = type(guider), vars(guider)
     return (

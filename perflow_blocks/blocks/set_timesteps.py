@@ -11,6 +11,7 @@ from diffusers.utils import logging
 
 from ..components.delta_recipe import DeltaRecipe
 from ..components.inputs import delta_recipe_input, denoising_end_input
+from ..components.origin import remember_source
 from ..components.specs import (
     DEFAULT_NUM_INFERENCE_STEPS,
     guider_spec,
@@ -158,6 +159,7 @@ def _place_scheduler(components: Any, settings: dict[str, Any]) -> None:
     wanted = PeRFlowScheduler.from_scheduler(current, **settings)
     if not mine or dict(wanted.config) != dict(current.config):
         setattr(wanted, OWN_ATTRIBUTE, True)
+        remember_source(wanted, components)
         components.update_components(scheduler=wanted)
 
 
