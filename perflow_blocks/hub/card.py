@@ -1,0 +1,170 @@
+"""The model card of a workflow repository: what it is, how to run it, what it takes, where its weights come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
+from huggingface_hub import ModelCardData
+
+from .card_tables import component_table, config_table, input_table, output_table, table
+from .entries import Entry
+
+TAGS = ("diffusers", "modular-diffusers", "perflow", "few-step")
+
+EXAMPLES = {
+    "prompt": '"a lighthouse at dusk"',
+    "image": 'load_image("photo.png")',
+    "mask_image": 'load_image("mask.png")',
+    "control_image": 'load_image("control.png")',
+    "ip_adapter_image": 'load_image("style.png")',
+    "strength": "0.6",
+}
+"""What the card's example passes for inputs that a call needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What the card says beyond the blocks.
+
+    Attributes:
+        title: heading.
+        mode: "self-contained" or "thin".
+        blocks: the workflow's blocks.
+        class_name: their class in the repository.
+        entries: components of the index.
+        config: configuration values of the index.
+        recipe: names of sampling settings to their values, as text.
+        repository: what the examples load.
+        licence: identifier for the front matter; None where the user names none.
+        picture: file name of a picture in the repository.
+        notes: what users of this workflow have to know, in Markdown.
+        requirements: packages that the code needs beyond diffusers' own.
+    """
+
+    title: str
+    mode: str
+    blocks: Any
+    class_name: str
+    entries: Sequence[Entry]
+    config: Mapping[str, Any]
+    recipe: Mapping[str, str]
+    repository: str
+    licence: str | None = None
+    picture: str | None = None
+    notes: str = ""
+    requirements: Mapping[str, str] = field(default_factory=dict)
+
+
+def make_card(facts: CardFacts) -> str:
+    """The text of README.md, with its YAML front matter."""
+    blocks = facts.blocks
+    sections = [
+        f"# {facts.title}",
+        "" if facts.picture is None else f"![{facts.title}]({facts.picture})",
+        blocks.description.strip(),
+        facts.notes.strip(),
+        _section("Recipe", table(tuple(facts.recipe), [tuple(facts.recipe.values())]) if facts.recipe else ""),
+        _section("Run", _run(facts)),
+        _section("Workflows", _workflows(blocks)),
+        _section("Inputs", input_table(blocks.inputs)),
+        _section("Outputs", output_table(blocks.outputs)),
+        _section("Components", component_table(facts.entries) if facts.entries else _NO_COMPONENTS),
+        _section("Configuration", config_table(blocks.expected_configs, facts.config) if facts.config else ""),
+        _section("Code", _code(facts)),
+        _section("Licence", _licence(facts)),
+    ]
+    front = f"---\n{_front_matter(facts).to_yaml()}\n---\n\n"
+    return front + "\n\n".join(section for section in sections if section) + "\n"
+
+
+_NO_COMPONENTS = "The index names no components: load your own, and set them with `pipe.update_components(...)`."
+
+
+def _section(heading: str, text: str) -> str:
+    return f"## {heading}\n\n{text}" if text else ""
+
+
+def _front_matter(facts: CardFacts) -> ModelCardData:
+    names = {param.name for param in _call_inputs(facts.blocks)}
+    task = "image-to-image" if names & {"image", "control_image"} else "text-to-image"
+    bases = [entry.location for entry in facts.entries if entry.location and not entry.location.startswith("https")]
+    return ModelCardData(
+        license=facts.licence,
+        library_name="diffusers",
+        pipeline_tag=task,
+        base_model=list(dict.fromkeys(bases)) or None,
+        tags=[*TAGS, *(["stable-diffusion-xl"] if facts.blocks.model_name == "stable-diffusion-xl" else []), task],
+    )
+
+
+def _run(facts: CardFacts) -> str:
+    parts = [_snippet(facts), _LOADER.format(repository=facts.repository)]
+    if facts.requirements:
+        needed = " ".join(f'"{name}{version}"' for name, version in facts.requirements.items())
+        parts.insert(0, f"It needs diffusers and `pip install {needed}`.")
+    return "\n\n".join(parts)
+
+
+def _snippet(facts: CardFacts) -> str:
+    given = [param.name for param in _call_inputs(facts.blocks)]
+    arguments = ", ".join(f"{name}={EXAMPLES.get(str(name), '...')}" for name in given)
+    outputs = [param.name for param in facts.blocks.outputs if param.name]
+    images = "images" in outputs
+    lines = [
+        "```py",
+        "import torch",
+        "from diffusers import ModularPipeline",
+        *(["from diffusers.utils import load_image"] if "load_image" in arguments else []),
+        "",
+        f'pipe = ModularPipeline.from_pretrained("{facts.repository}", trust_remote_code=True)',
+        "pipe.load_components(dtype=torch.float16)",
+        'pipe.to("cuda")',
+        f'image = pipe({arguments}, output="images")[0]' if images else f"state = pipe({arguments})",
+        *(['image.save("picture.png")'] if images else []),
+        "```",
+    ]
+    return "\n".join(lines)
+
+
+_LOADER = """With the package perflow-blocks the files are compared with `perflow_manifest.json` before any code runs,
+components that fail to load are an error, and a `revision` counts for code and weights alike:
+
+```py
+from perflow_blocks import load_workflow
+
+pipe = load_workflow("{repository}", trust_remote_code=True, dtype=torch.float16, device="cuda")
+```"""
+
+
+def _call_inputs(blocks: Any) -> list[InputParam]:
+    """The inputs of the card's example: those that a call needs, and a prompt."""
+    return [param for param in blocks.inputs if param.required or param.name == "prompt"]
+
+
+def _workflows(blocks: Any) -> str:
+    names = getattr(blocks, "_workflow_map", None)
+    if not names:
+        return ""
+    rows = [(f"`{name}`", ", ".join(f"`{trigger}`" for trigger in triggers)) for name, triggers in names.items()]
+    return "What a call is given decides what it does.\n\n" + table(("workflow", "inputs that ask for it"), rows)
+
+
+def _code(facts: CardFacts) -> str:
+    described = {
+        "thin": f"`block.py` takes `{facts.class_name}` from the installed package perflow-blocks.",
+        "self-contained": (
+            f"`block.py` defines `{facts.class_name}`; the files beside it are all that it runs besides diffusers and "
+            "what diffusers needs, generated from perflow-blocks and to be read before they are trusted."
+        ),
+    }
+    return f"{described[facts.mode]} `perflow_manifest.json` has the SHA-256 of every file."
+
+
+def _licence(facts: CardFacts) -> str:
+    code = "The code of perflow-blocks is licensed under Apache-2.0."
+    if any(entry.location for entry in facts.entries):
+        code += " Weights that are referred to keep the licences of their repositories."
+    return code if facts.licence is None else f"This repository: {facts.licence}. {code}"
