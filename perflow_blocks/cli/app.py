@@ -10,6 +10,7 @@ from .. import __version__
 from .compare import compare
 from .demo import demo
 from .evaluate import evaluate
+from .export import export
 from .extract import extract
 from .generate import generate
 from .inspect import inspect
@@ -26,6 +27,7 @@ app.command()(merge)
 app.command()(unmerge)
 app.command()(to_lora)
 app.command()(inspect)
+app.command()(export)
 
 
 @app.callback(invoke_without_command=True)

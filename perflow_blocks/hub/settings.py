@@ -103,9 +103,9 @@ def _windows(pipe: Any, problems: Problems) -> dict[str, Any]:
 
 def _attention(pipe: Any, values: dict[str, Any]) -> dict[str, Any]:
     """The plan that a call would take: of a component that was not run yet, else the configuration's."""
-    attention = getattr(pipe, "attention", None)
-    is_new = attention is not None and hasattr(attention, "is_new_to") and attention.is_new_to(pipe)
-    plan = parse_plan(attention.config.plan if attention is not None and is_new else values.get("attention_plan"))
+    attention: Any = getattr(pipe, "attention", None)
+    is_new = hasattr(attention, "is_new_to") and attention.is_new_to(pipe)
+    plan = parse_plan(attention.config.plan if is_new else values.get("attention_plan"))
     if plan is None:
         return {"attention_plan": None} if is_new and "attention_plan" in values else {}
     entries = plan.as_list()
