@@ -6,12 +6,10 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, SequentialPipelineBlocks
-from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 
 from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
 from ..blocks.compiled_step import compile_loops
@@ -19,24 +17,11 @@ from ..blocks.encode import PeRFlowAutoTextEncoderStep
 from ..blocks.merge_delta import PeRFlowMergeDeltaStep
 from ..blocks.prompt_cache import PromptCacheStep
 from ..blocks.recombine import find_loops, insert_loop_block
+from ..blocks.scaled_merge import PeRFlowScaledMergeDeltaStep
 from .problems import Problems
 from .settings import BuilderSettings, Insertion
 
 TEXT_ENCODER = "text_encoder"
-
-
-class PeRFlowScaledMergeDeltaStep(PeRFlowMergeDeltaStep):
-    """The step that merges a delta, with another default of `delta_scale`."""
-
-    def __init__(self, scale: float) -> None:
-        super().__init__()
-        self.scale = scale
-
-    @property
-    def inputs(self) -> list[InputParam]:
-        return [
-            replace(given, default=self.scale) if given.name == "delta_scale" else given for given in super().inputs
-        ]
 
 
 def arrange_blocks(settings: BuilderSettings, problems: Problems) -> Any:
