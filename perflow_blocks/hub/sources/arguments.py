@@ -102,8 +102,8 @@ def arguments(block: ModularPipelineBlocks, usual: ModularPipelineBlocks | None)
 def settings(block: ModularPipelineBlocks, kind: type) -> dict[str, Any]:
     """What tells two blocks of the class `kind` apart: constructor values and public attributes.
 
-    Private attributes are caches and display options. Of an object that is no argument (a cache, a lock) the type alone
-    counts: it is the constructor that makes it.
+    Private attributes are caches and display options. Of an object that is no argument (a cache, a lock) the type
+    alone counts: it is the constructor that makes it.
     """
     attributes = {
         name: value if is_plain(value) else type(value)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ast
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .modules import PACKAGE, Module, is_module, module_path, origin, read_module
+from .modules import PACKAGE, Module, is_module, module_path, origin, public_names, read_module
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def external_imports(module: Module, tree: ast.Module) -> set[str]:
 
 
 def absolute_name(module: Module, node: ast.ImportFrom) -> str:
-    """What a `from` import imports from, as a dotted name from the top; may be empty for a script's `from . import`."""
+    """What a `from` import imports from, as a dotted name; empty for a relative one outside a package."""
     if not node.level:
         return node.module or ""
     parts = module.package.split(".") if module.package else []
@@ -97,9 +96,9 @@ def trace(source: str, name: str) -> tuple[str, str | None]:
     if not _is_init(source):
         return source, name
     if source == PACKAGE:
-        defined = getattr(importlib.import_module(PACKAGE), "_PUBLIC", {})
-        if name in defined:
-            return f"{PACKAGE}.{defined[name]}", name
+        defined = public_names().get(name)
+        if defined is not None:
+            return f"{PACKAGE}.{defined}", name
     handed_on = _handed_on(source).get(name)
     if handed_on is not None:
         return trace(*handed_on)
@@ -114,7 +113,7 @@ def _handed_on(package: str) -> dict[str, tuple[str, str]]:
     if path is None or path.is_dir():
         return {}
     module = read_module(package)
-    found = {}
+    found: dict[str, tuple[str, str]] = {}
     for node in ast.parse(module.text).body:
         if isinstance(node, ast.ImportFrom):
             source = absolute_name(module, node)

@@ -97,6 +97,11 @@ def read_module(name: str) -> Module:
         raise ValueError(f"the module {name} is not in UTF-8; save {path.name} in UTF-8.") from None
 
 
+def public_names() -> dict[str, str]:
+    """The names that this package hands on at its top -> the module of each, from the package on."""
+    return vars(sys.modules[PACKAGE])["_PUBLIC"]
+
+
 def _package_of(name: str, path: Path) -> str:
     if name == "__main__":  # known by another name if it was started with `python -m`
         return getattr(getattr(sys.modules[name], "__spec__", None), "parent", None) or ""

@@ -26,9 +26,9 @@ def requirements_of(blocks: ModularPipelineBlocks, modules: Mapping[str, Module]
 
     Versions are at least those installed, in their first two numbers. What the blocks declare goes before.
     """
-    found = (
-        {DISTRIBUTION: _at_least(__version__)} if mode == "thin" else {"diffusers": _at_least(version("diffusers"))}
-    )
+    found = {"diffusers": _at_least(version("diffusers"))} if mode == "self-contained" else {}
+    if mode == "thin":
+        found[DISTRIBUTION] = _at_least(__version__)
     provided = {*_needed_by_diffusers(), canonicalize_name(DISTRIBUTION)}
     owners = packages_distributions()
     for module in modules.values():

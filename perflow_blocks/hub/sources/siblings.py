@@ -17,7 +17,7 @@ RELATIVE_IMPORT = re.compile(r"^\s*(?:from\s+\.(\S+)\s+import|import\s+\.(\S+)\s
 
 
 def sibling_names(modules: Mapping[str, Module]) -> dict[str, str]:
-    """The file of each module, without the suffix: `perflow_`, eight digits that all texts decide, the module's name."""
+    """The file of each module, without the suffix: `perflow_`, digits that all texts decide, the module's name."""
     tag = content_tag(modules)
     names: dict[str, str] = {}
     for name, module in sorted(modules.items()):
@@ -49,11 +49,9 @@ def _flat_name(name: str, module: Module) -> str:
 def header(module: Module) -> str:
     """The first line of a sibling: where it is from."""
     if origin(module.name) == "package":
-        return (
-            f"# Generated from {module.name} of {PACKAGE} {__version__}, imports apart as it is. Licence: {LICENCE}.\n"
-        )
+        return f"# {module.name} of {PACKAGE} {__version__}, as it is but for its imports. Licence: {LICENCE}.\n"
     name = module.path.stem if module.name == "__main__" else module.name
-    return f"# The user's module {name}, imports apart as it is, exported with {PACKAGE} {__version__}.\n"
+    return f"# The user's module {name}, as it is but for its imports. Exported with {PACKAGE} {__version__}.\n"
 
 
 def require_readable(name: str, text: str, siblings: Collection[str]) -> None:

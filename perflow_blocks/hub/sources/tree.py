@@ -74,8 +74,8 @@ def triggers(block: ConditionalPipelineBlocks, place: str) -> list[Any]:
     for name in block.sub_blocks:
         if name not in known:
             raise ValueError(
-                f"{label(block, place)} cannot be exported: nothing triggers its block {name!r}, which was put in later; "
-                "write a class that names it in block_names and block_trigger_inputs."
+                f"{label(block, place)} cannot be exported: nothing triggers its block {name!r}, which was put in "
+                "later; write a class that names it in block_names and block_trigger_inputs."
             )
     return [known[name] for name in block.sub_blocks]
 
