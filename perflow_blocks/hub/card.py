@@ -20,9 +20,8 @@ EXAMPLES = {
     "mask_image": 'load_image("mask.png")',
     "control_image": 'load_image("control.png")',
     "ip_adapter_image": 'load_image("style.png")',
-    "strength": "0.6",
 }
-"""What the card's example passes for inputs that a call needs."""
+"""What the card's example passes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +32,7 @@ class CardFacts:
         title: heading.
         mode: "self-contained" or "thin".
         blocks: the workflow's blocks.
+        description: what they do.
         class_name: their class in the repository.
         entries: components of the index.
         config: configuration values of the index.
@@ -47,6 +47,7 @@ class CardFacts:
     title: str
     mode: str
     blocks: Any
+    description: str
     class_name: str
     entries: Sequence[Entry]
     config: Mapping[str, Any]
@@ -64,15 +65,15 @@ def make_card(facts: CardFacts) -> str:
     sections = [
         f"# {facts.title}",
         "" if facts.picture is None else f"![{facts.title}]({facts.picture})",
-        blocks.description.strip(),
+        facts.description.strip(),
         facts.notes.strip(),
         _section("Recipe", table(tuple(facts.recipe), [tuple(facts.recipe.values())]) if facts.recipe else ""),
         _section("Run", _run(facts)),
         _section("Workflows", _workflows(blocks)),
         _section("Inputs", input_table(blocks.inputs)),
         _section("Outputs", output_table(blocks.outputs)),
-        _section("Components", component_table(facts.entries) if facts.entries else _NO_COMPONENTS),
-        _section("Configuration", config_table(blocks.expected_configs, facts.config) if facts.config else ""),
+        _section("Components", _components(facts)),
+        _section("Configuration", config_table(blocks.expected_configs, facts.config)),
         _section("Code", _code(facts)),
         _section("Licence", _licence(facts)),
     ]
@@ -80,7 +81,12 @@ def make_card(facts: CardFacts) -> str:
     return front + "\n\n".join(section for section in sections if section) + "\n"
 
 
-_NO_COMPONENTS = "The index names no components: load your own, and set them with `pipe.update_components(...)`."
+def _components(facts: CardFacts) -> str:
+    if facts.entries:
+        return component_table(facts.entries)
+    if any(spec.pretrained_model_name_or_path for spec in facts.blocks.expected_components):
+        return "The blocks name their components themselves; the index names none."
+    return "The index names no components: load your own, and set them with `pipe.update_components(...)`."
 
 
 def _section(heading: str, text: str) -> str:
@@ -140,8 +146,9 @@ pipe = load_workflow("{repository}", trust_remote_code=True, dtype=torch.float16
 
 
 def _call_inputs(blocks: Any) -> list[InputParam]:
-    """The inputs of the card's example: those that a call needs, and a prompt."""
-    return [param for param in blocks.inputs if param.required or param.name == "prompt"]
+    """The inputs of the card's example: those that a call needs, and for one task what it is about."""
+    subjects = {"prompt"} if getattr(blocks, "_workflow_map", None) else set(EXAMPLES)
+    return [param for param in blocks.inputs if param.required or param.name in subjects]
 
 
 def _workflows(blocks: Any) -> str:

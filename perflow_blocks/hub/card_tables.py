@@ -45,11 +45,16 @@ def component_table(entries: Iterable[Entry]) -> str:
 
 
 def config_table(specs: Iterable[ConfigSpec], values: Mapping[str, Any]) -> str:
-    """The configuration values that the index sets and that blocks speak of; of specs of one name, the first does."""
+    """The configuration values that the index sets and that blocks speak of; of specs of one name, the first does.
+
+    Empty where there are none.
+    """
     described: dict[str, str] = {}
     for spec in specs:
         described[spec.name] = described.get(spec.name) or spec.description or ""
     rows = [(f"`{name}`", f"`{value}`", _text(described[name])) for name, value in values.items() if described[name]]
+    if not rows:
+        return ""
     return table(("value", "set to", "what"), rows)
 
 

@@ -53,7 +53,9 @@ def choose_delta(
 
 
 def recipe_of(pipe: Any, path: Path | None) -> DeltaRecipe:
-    """How the weights of the export were distilled, as far as they say it."""
+    """How the weights of the export were distilled, as far as the delta `path`, or one of the blocks' own, says it."""
+    if path is None and os.path.isabs(pipe.config.get("delta") or ""):
+        path = delta_path(None, pipe)
     if path is not None:
         return read_recipe(open_weights(path))
     unet = getattr(pipe, "unet", None)

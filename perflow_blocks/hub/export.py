@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import diffusers
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
@@ -26,18 +26,17 @@ from .index import BLOCKS_CONFIG, INDEX, MELLON, make_blocks_config, make_index,
 from .manifest import MANIFEST, list_files, read_manifest, write_manifest
 from .picture import PICTURE, require_picture, save_picture
 from .settings import config_values, guider_entry
-from .sources import WorkflowSources, workflow_sources
-
-ExportMode = Literal["self-contained", "thin"]
+from .sources import Mode, WorkflowSources, workflow_sources
 
 
 def export_workflow(
     pipe_or_blocks: ModularPipeline | ModularPipelineBlocks,
     directory: str | os.PathLike[str],
     *,
-    mode: ExportMode = "self-contained",
+    mode: Mode = "self-contained",
     weights: WeightsMode = "reference",
     name: str | None = None,
+    description: str | None = None,
     title: str | None = None,
     notes: str = "",
     picture: str | os.PathLike[str] | None = None,
@@ -59,6 +58,7 @@ def export_workflow(
         weights: "reference" names the repositories that components came from; "include" saves them here, with a
             merged delta in them; "delta-only" names the repositories and copies the delta.
         name: class of the workflow's blocks; by default that of the given blocks.
+        description: what the blocks say of themselves, in their `doc` and on the card; by default what they say now.
         title: heading of the model card; by default the directory's name.
         notes: what the card tells users besides, in Markdown.
         picture: shown on the card; one larger than 1 MB is made smaller.
@@ -75,7 +75,7 @@ def export_workflow(
         ValueError: names all that cannot be exported, before anything is written.
     """
     target = Path(directory).expanduser()
-    plan = _plan(pipe_or_blocks, target, mode, weights, name, delta)
+    plan = _plan(pipe_or_blocks, target, mode, weights, name, delta, description)
     _require_target(target, overwrite)
     extras = _named_files(files, plan)
     if picture is not None:
@@ -85,6 +85,7 @@ def export_workflow(
         title=heading,
         mode=mode,
         blocks=plan.blocks,
+        description=description or plan.blocks.description,
         class_name=plan.class_name,
         entries=plan.entries,
         config=plan.config,
@@ -127,9 +128,15 @@ class _Plan:
 
 
 def _plan(
-    given: Any, target: Path, mode: str, weights: str, name: str | None, delta: str | os.PathLike[str] | None
+    given: Any,
+    target: Path,
+    mode: Mode,
+    weights: WeightsMode,
+    name: str | None,
+    delta: str | os.PathLike[str] | None,
+    description: str | None,
 ) -> _Plan:
-    _require_choice("mode", mode, get_args(ExportMode))
+    _require_choice("mode", mode, get_args(Mode))
     _require_choice("weights", weights, get_args(WeightsMode))
     if not isinstance(given, (ModularPipeline, ModularPipelineBlocks)):
         raise ValueError(f"{given!r} is neither a modular pipeline nor blocks; pass one of them.")
@@ -142,13 +149,12 @@ def _plan(
         problems.add(
             f"the pipeline is a {type(pipe).__qualname__}, which no index can name; use blocks.init_pipeline."
         )
-    kind: Any = weights
-    entries = component_entries(pipe, blocks, kind, problems)
+    entries = component_entries(pipe, blocks, weights, problems)
     guider = guider_entry(pipe, blocks, problems)
     config: dict[str, Any] = {}
     with problems.noted():
         config = config_values(pipe, blocks, problems)
-    source = choose_delta(pipe, blocks, kind, delta, problems)
+    source = choose_delta(pipe, blocks, weights, delta, problems)
     if source is not None:
         config["delta"] = DELTA_FILE
     class_name, sources = name or _class_name(blocks, target), None
@@ -156,7 +162,7 @@ def _plan(
         problems.add(f"name={class_name!r} is no name of a class; pass one such as MyWorkflow.")
     else:
         with problems.noted():
-            sources = workflow_sources(blocks, class_name, mode)
+            sources = workflow_sources(blocks, class_name, mode, description=description)
     if problems or sources is None:
         raise ValueError(_complaint(list(problems)))
     return _Plan(

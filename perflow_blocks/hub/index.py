@@ -91,7 +91,7 @@ def _mellon_input(param: InputParam) -> str | None:
     hint = str(param.type_hint)
     if param.type_hint is bool:
         return "checkbox"
-    if param.type_hint in (int, float):
+    if param.type_hint in (int, float) and param.default is not None:  # a widget would make None a 0
         return "number"
     if "Image" in hint and "image" in str(param.name):
         return "image"

@@ -1,7 +1,7 @@
 r"""Base and refiner: one UNet draws the first part of the picture's way from noise to data, another one the rest.
 
-    python workflows/base_refiner/recipe.py "a red star on a white background"
-    python workflows/base_refiner/recipe.py "a lighthouse at dusk" --model . --device cuda \
+    python workflows/sdxl-base-refiner/recipe.py "a red star on a white background"
+    python workflows/sdxl-base-refiner/recipe.py "a lighthouse at dusk" --model . --device cuda \
         --refiner hansyan/perflow-sdxl-dreamshaper --variant v0-fix
 
 The velocity of a PeRFlow student is that of a whole time window, so the hand-over is at a window boundary, the one

@@ -1,6 +1,6 @@
 """IP-Adapter: a picture as part of the prompt, for its style and its subject.
 
-    python workflows/ip_adapter/recipe.py photo.png "a bear in a forest"
+    python workflows/sdxl-ip-adapter/recipe.py photo.png "a bear in a forest"
 
 Full-size SDXL on a GPU: PeRFlow's published weights, unless `--model` names others, and the IP-Adapter of
 `--adapter`, a directory or repository, with its image encoder.
@@ -19,8 +19,8 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from perflow_blocks import PeRFlowSDXLAutoBlocks
 
-ROOT = Path(__file__).parents[2]
-"""This repository, whose index names PeRFlow's published weights for SDXL."""
+HERE = Path(__file__).parent
+"""This workflow's repository, whose index names PeRFlow's published weights for SDXL."""
 
 
 def draw(
@@ -36,7 +36,7 @@ def load(model: str, adapter: str, subfolder: str, weight_name: str, device: str
     """The pipeline of a directory or repository, with the IP-Adapter of another."""
     dtype = torch.float32 if device == "cpu" else torch.float16
     pipe = PeRFlowSDXLAutoBlocks().init_pipeline(model)
-    pipe.load_components(dtype=dtype)
+    pipe.load_components([name for name in pipe.pretrained_component_names if name != "image_encoder"], dtype=dtype)
     encoder = CLIPVisionModelWithProjection.from_pretrained(
         adapter, subfolder=f"{subfolder}/image_encoder", dtype=dtype
     )
@@ -51,7 +51,7 @@ def main(
     prompt: str,
     *,
     scale: float = 0.6,
-    model: str = str(ROOT),
+    model: str = str(HERE),
     adapter: str = "h94/IP-Adapter",
     subfolder: str = "sdxl_models",
     weight_name: str = "ip-adapter_sdxl.safetensors",

@@ -1,7 +1,7 @@
 """Text to image: one prompt, one picture, in a few steps.
 
-    python workflows/text2image/recipe.py "a red star on a white background"
-    python workflows/text2image/recipe.py "a lighthouse at dusk" --model . --device cuda
+    python workflows/sdxl-text2image/recipe.py "a red star on a white background"
+    python workflows/sdxl-text2image/recipe.py "a lighthouse at dusk" --model . --device cuda
 
 The embedded demo model draws, unless `--model` names a directory or repository of SDXL weights: `.`, this
 repository's root, fetches PeRFlow's published ones. Any other SDXL checkpoint takes a delta file, `--delta`.

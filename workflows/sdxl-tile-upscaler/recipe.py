@@ -1,7 +1,7 @@
 """Upscaling in a few steps: a picture two or four times as large, tile by tile, without seams.
 
-    python workflows/controlnet_tile_upscaler/recipe.py "a red star on a white background" --scale 4
-    python workflows/controlnet_tile_upscaler/recipe.py "a lighthouse at dusk" --image small.png --scale 4 --model . \
+    python workflows/sdxl-tile-upscaler/recipe.py "a red star on a white background" --scale 4
+    python workflows/sdxl-tile-upscaler/recipe.py "a lighthouse at dusk" --image small.png --scale 4 --model . \
         --controlnet xinsir/controlnet-tile-sdxl-1.0 --device cuda
 
 The picture is enlarged, noised to the time `strength`, and drawn again with new detail. A ControlNet for tiles holds

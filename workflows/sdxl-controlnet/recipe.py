@@ -1,6 +1,6 @@
 """ControlNet: the edges of a picture say where things are, the prompt says what they are.
 
-    python workflows/controlnet/recipe.py photo.png "a watercolour of a harbour"
+    python workflows/sdxl-controlnet/recipe.py photo.png "a watercolour of a harbour"
 
 Full-size SDXL on a GPU: PeRFlow's published weights, unless `--model` names others, and a ControlNet for edges.
 Another kind of control picture needs the ControlNet for it (`--controlnet`, `--variant`) and its own way of making
@@ -21,8 +21,8 @@ from PIL import Image, ImageFilter
 
 from perflow_blocks import PeRFlowSDXLAutoBlocks
 
-ROOT = Path(__file__).parents[2]
-"""This repository, whose index names PeRFlow's published weights for SDXL."""
+HERE = Path(__file__).parent
+"""This workflow's repository, whose index names PeRFlow's published weights for SDXL."""
 
 
 def draw(
@@ -60,7 +60,7 @@ def load(model: str, controlnet: str, variant: str | None, device: str) -> Any:
     """The pipeline of a directory or repository, with the ControlNet of another."""
     dtype = torch.float32 if device == "cpu" else torch.float16
     pipe = PeRFlowSDXLAutoBlocks().init_pipeline(model)
-    pipe.load_components(dtype=dtype)
+    pipe.load_components([name for name in pipe.pretrained_component_names if name != "controlnet"], dtype=dtype)
     pipe.update_components(controlnet=ControlNetModel.from_pretrained(controlnet, variant=variant, dtype=dtype))
     return pipe.to(device)
 
@@ -71,7 +71,7 @@ def main(
     *,
     scale: float = 0.7,
     size: int = 1024,
-    model: str = str(ROOT),
+    model: str = str(HERE),
     controlnet: str = "diffusers/controlnet-canny-sdxl-1.0",
     variant: str | None = "fp16",
     device: str = "cuda",
