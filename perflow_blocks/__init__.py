@@ -42,6 +42,7 @@ _PUBLIC = {
     "insert_loop_block": "blocks.recombine",
     "load_workflow": "hub.loading",
     "merge_delta": "components.delta_merge",
+    "push_workflow": "hub.publish",
     "register_attention_strategy": "components.attention.registry",
     "rescale_delta": "components.delta_merge",
     "unmerge_delta": "components.delta_merge",

@@ -199,7 +199,7 @@ class Handler(Transport):
         for asked in json.loads(self.body)["files"]:
             path, there = asked["path"], present.get(asked["path"])
             mode = "lfs" if self.hub.is_large(path, asked["size"]) else "regular"
-            answer = {"path": path, "uploadMode": mode, "shouldIgnore": False}
+            answer = {"path": path, "uploadMode": mode, "shouldIgnore": path in self.hub.ignored}
             answers.append(answer if there is None else {**answer, "oid": there.etag})
         return self.json({"files": answers})
 

@@ -59,6 +59,7 @@ class LoopbackHub:
         requests: all that was asked, in the order in which the answers began.
         lfs_above: files of more bytes than that are large ones, and so are all `*.safetensors`.
         part_size: large files of more bytes than that are uploaded in parts of as many.
+        ignored: paths that a .gitignore would keep out of every commit.
         page_size: how many entries of a tree are listed at once.
     """
 
@@ -69,6 +70,7 @@ class LoopbackHub:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
         self.lfs_above, self.part_size, self.page_size = 10_000_000, 100_000_000, 1000
+        self.ignored: set[str] = set()
         self.parts: dict[tuple[str, int], bytes] = {}
         self._faults: list[Fault] = []
         self.lock = threading.RLock()

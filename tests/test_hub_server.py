@@ -102,11 +102,12 @@ def test_trees_are_listed_by_folder_and_by_page(loopback_hub: LoopbackHub, api: 
 def test_nobody_sees_more_than_he_may(loopback_hub: LoopbackHub, tmp_path: Path) -> None:
     hub = loopback_hub
     hub.create(REPO, FILES, private=True)
-    for token in (hub.other_token, False):
+    strangers: tuple[str | bool, ...] = (hub.other_token, False)
+    for token in strangers:
         with pytest.raises(RepositoryNotFoundError):
             HfApi(endpoint=hub.endpoint, token=token).model_info(REPO)
     hub.create(REPO, FILES, gated=True)
-    for number, token in enumerate((hub.other_token, False)):
+    for number, token in enumerate(strangers):
         HfApi(endpoint=hub.endpoint, token=token).model_info(REPO)
         with pytest.raises(GatedRepoError):
             hf_hub_download(REPO, "config.json", cache_dir=tmp_path / str(number), endpoint=hub.endpoint, token=token)
@@ -114,9 +115,9 @@ def test_nobody_sees_more_than_he_may(loopback_hub: LoopbackHub, tmp_path: Path)
     assert download(hub, tmp_path / "granted", token=hub.other_token) == FILES
     with pytest.raises(HfHubHTTPError, match="Invalid credentials"):
         HfApi(endpoint=hub.endpoint, token="unknown").model_info(REPO)
-    for token in (hub.other_token, hub.read_token):
+    for writer in (hub.other_token, hub.read_token):
         with pytest.raises(HfHubHTTPError, match="rights to write"):
-            HfApi(endpoint=hub.endpoint, token=token).create_commit(REPO, add(FILES), commit_message="not mine")
+            HfApi(endpoint=hub.endpoint, token=writer).create_commit(REPO, add(FILES), commit_message="not mine")
 
 
 def test_what_is_not_there_is_said_to_be_missing(loopback_hub: LoopbackHub, api: HfApi, tmp_path: Path) -> None:

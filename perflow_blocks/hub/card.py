@@ -12,6 +12,9 @@ from huggingface_hub import ModelCardData
 from .card_tables import component_table, config_table, input_table, output_table, table
 from .entries import Entry
 
+LINE_LENGTH = 119
+"""Of the code on a card."""
+
 TAGS = ("diffusers", "modular-diffusers", "perflow", "few-step")
 
 EXAMPLES = {
@@ -116,23 +119,36 @@ def _run(facts: CardFacts) -> str:
 
 def _snippet(facts: CardFacts) -> str:
     given = [param.name for param in _call_inputs(facts.blocks)]
-    arguments = ", ".join(f"{name}={EXAMPLES.get(str(name), '...')}" for name in given)
+    arguments = [f"{name}={EXAMPLES.get(str(name), '...')}" for name in given]
     outputs = [param.name for param in facts.blocks.outputs if param.name]
     images = "images" in outputs
     lines = [
         "```py",
         "import torch",
         "from diffusers import ModularPipeline",
-        *(["from diffusers.utils import load_image"] if "load_image" in arguments else []),
+        *(
+            ["from diffusers.utils import load_image"]
+            if any("load_image" in argument for argument in arguments)
+            else []
+        ),
         "",
         f'pipe = ModularPipeline.from_pretrained("{facts.repository}", trust_remote_code=True)',
         "pipe.load_components(dtype=torch.float16)",
         'pipe.to("cuda")',
-        f'image = pipe({arguments}, output="images")[0]' if images else f"state = pipe({arguments})",
+        _call("image", [*arguments, 'output="images"'], "[0]") if images else _call("state", arguments),
         *(['image.save("picture.png")'] if images else []),
         "```",
     ]
     return "\n".join(lines)
+
+
+def _call(result: str, arguments: Sequence[str], end: str = "") -> str:
+    """The call of the pipeline, its arguments in as many lines as they need."""
+    joined = ", ".join(arguments)
+    for text in (f"{result} = pipe({joined}){end}", f"{result} = pipe(\n    {joined}\n){end}"):
+        if all(len(line) <= LINE_LENGTH for line in text.splitlines()):
+            return text
+    return f"{result} = pipe(\n" + "".join(f"    {argument},\n" for argument in arguments) + f"){end}"
 
 
 _LOADER = """With the package perflow-blocks the files are compared with `perflow_manifest.json` before any code runs,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,9 @@ def make_index(
     }
 
 
-def addressed(index: Mapping[str, Any], repo_id: str) -> dict[str, Any]:
-    """The index with the repository's id in the entries of its own weights.
-
-    From a local copy diffusers loads them by their folders. Pulled by id, it skips an entry that names no repository,
-    so whoever publishes an index writes the id into it.
-    """
-    return {name: _addressed(value, repo_id) for name, value in index.items()}
+def addressed(index: Mapping[str, Any], repo_id: str, folders: Collection[str]) -> dict[str, Any]:
+    """The index with the repository's id in the entries of its own weights, which are those in its folders."""
+    return {name: _addressed(value, repo_id, folders) for name, value in index.items()}
 
 
 def make_blocks_config(class_name: str, requirements: Mapping[str, str]) -> dict[str, Any]:
@@ -72,12 +68,16 @@ def make_mellon_config(blocks: Any, label: str, repo_id: str | None) -> MellonPi
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(to_json(values), encoding="utf-8")
 
 
-def _addressed(value: Any, repo_id: str) -> Any:
+def to_json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def _addressed(value: Any, repo_id: str, folders: Collection[str]) -> Any:
     is_entry = isinstance(value, list) and len(value) == 3 and isinstance(value[2], dict)
-    if not is_entry or value[2].get("pretrained_model_name_or_path") is not None:
+    if not is_entry or value[2].get("subfolder") not in folders:
         return value
     return [*value[:2], {**value[2], "pretrained_model_name_or_path": repo_id}]
 

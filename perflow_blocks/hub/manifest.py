@@ -78,13 +78,23 @@ def write_manifest(directory: str | os.PathLike[str], *, blocks: str, mode: str)
         reason = f"holds links to directories ({', '.join(linked)})" if linked else "holds no files"
         raise ValueError(f"no manifest can be written for {root}: it {reason}; put the files themselves there.")
     try:
-        files = {path: FileEntry(sha256=_sha256(root / path), size=(root / path).stat().st_size) for path in found}
+        files = {path: file_entry(root / path) for path in found}
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be read: {error.strerror}; remove it or mend it.") from error
     manifest = Manifest(blocks=blocks, mode=mode, package_version=__version__, files=files)
-    with atomic_path(root / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+    save_manifest(root, manifest)
     return manifest
+
+
+def save_manifest(directory: Path, manifest: Manifest) -> None:
+    """Writes a manifest as it is, compared with nothing."""
+    with atomic_path(directory / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+
+
+def file_entry(path: Path) -> FileEntry:
+    """What a manifest says of a file as it is now."""
+    return FileEntry(sha256=sha256_of(path), size=path.stat().st_size)
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
@@ -171,12 +181,13 @@ def _differs(root: Path, path: str, manifest: Manifest, weights: bool) -> bool:
     try:
         if not file.is_file() or file.stat().st_size != entry.size:
             return True
-        return (weights or file.suffix != ".safetensors") and _sha256(file) != entry.sha256
+        return (weights or file.suffix != ".safetensors") and sha256_of(file) != entry.sha256
     except OSError:
         return True
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal digits; reads it piece by piece."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
