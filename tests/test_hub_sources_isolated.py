@@ -1,0 +1,140 @@
+"""Exports loaded by diffusers where this package is not installed: the same pictures, also from two in one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from perflow_blocks import PeRFlowSDXLAutoBlocks, PreviewStep, WindowLogStep, insert_loop_block
+from perflow_blocks.hub.sources import workflow_sources
+from perflow_blocks.testing import tiny_mask, tiny_picture
+
+from .hub_sources_blocks import Doubling
+from .hub_sources_support import block_tree, copy_weights, run_without_the_package, save_tiny_weights, write_repository
+
+SCRIPT = """
+import logging, torch
+from diffusers import ModularPipeline
+from PIL import Image
+
+def run(directory, inputs):
+    pipe = ModularPipeline.from_pretrained(directory, trust_remote_code=True)
+    pipe.load_components()
+    for name in ("image", "mask_image"):
+        if name in inputs:
+            inputs[name] = Image.open(inputs[name])
+    latents = pipe(**inputs, generator=torch.Generator().manual_seed(0), output_type="latent", output="images")
+    torch.save(latents, directory + "/latents.pt")
+    blocks = pipe.blocks
+    return {
+        "class": type(blocks).__name__,
+        "modules": sorted({type(pipe.scheduler).__module__, type(blocks).__module__}),
+        "scheduler": type(pipe.scheduler).__name__,
+        "missing": pipe.null_component_names,
+        "tree": tree(blocks),
+    }
+
+reports = [run(*job) for job in json.loads(sys.argv[2])]
+# What was loaded first is still itself.
+print("REPORT" + json.dumps(reports))
+"""
+
+
+def altered() -> Any:
+    blocks = PeRFlowSDXLAutoBlocks()
+    insert_loop_block(blocks, "double", Doubling(steps=2), after="solver")
+    insert_loop_block(blocks, "preview", PreviewStep, before="solver")
+    insert_loop_block(blocks, "log", WindowLogStep(level=10), before="solver")
+    return blocks
+
+
+EXPORTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "Preset": (PeRFlowSDXLAutoBlocks, {"prompt": "a red star", "num_inference_steps": 4}),
+    "Altered": (altered, {"prompt": "a red star", "num_inference_steps": 4}),
+    "Picture": (
+        lambda: PeRFlowSDXLAutoBlocks().get_workflow("inpainting"),
+        {"prompt": "a ring", "image": "picture.png", "mask_image": "mask.png", "num_inference_steps": 4},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Any], torch.Tensor, torch.Tensor]]:
+    """For each export what a process without this package says of it, its latents, and those of this package."""
+    home = tmp_path_factory.mktemp("isolated")
+    save_tiny_weights(home / "weights")
+    tiny_picture(1).save(home / "picture.png")
+    tiny_mask().save(home / "mask.png")
+    jobs = []
+    for name, (blocks, inputs) in EXPORTS.items():
+        directory = write_repository(workflow_sources(blocks(), name), home / name, name)
+        copy_weights(home / "weights", directory)
+        jobs.append([str(directory), inputs])
+    reports = run_without_the_package(SCRIPT, home, json.dumps(jobs))
+    return {
+        name: (report, torch.load(home / name / "latents.pt"), _here(home / name, *EXPORTS[name]))
+        for name, report in zip(EXPORTS, reports, strict=True)
+    }
+
+
+def _here(directory: Path, blocks: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    pipe = blocks().init_pipeline(str(directory))
+    pipe.load_components()
+    given = {"image": tiny_picture(1), "mask_image": tiny_mask()}
+    inputs = {name: given.get(name, value) for name, value in inputs.items()}
+    return pipe(**inputs, generator=torch.Generator().manual_seed(0), output_type="latent", output="images")
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_an_export_draws_what_the_package_draws(name: str, exports: Any) -> None:
+    report, latents, expected = exports[name]
+    assert report["class"] == name
+    assert report["scheduler"] == "PeRFlowScheduler"
+    assert all(module.startswith("diffusers_modules.local.") for module in report["modules"])
+    assert set(report["missing"]) <= {"image_encoder", "controlnet"}
+    assert torch.equal(latents, expected)
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_an_export_has_the_tree_of_its_blocks(name: str, exports: Any) -> None:
+    assert exports[name][0]["tree"] == block_tree(EXPORTS[name][0]())
+
+
+def test_the_exports_differ(exports: Any) -> None:
+    """Or else a mix-up of their files in diffusers' folder would go unseen."""
+    assert not torch.equal(exports["Preset"][1], exports["Altered"][1])
+
+
+VERSIONS = """
+from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
+
+loaded = [ModularPipelineBlocks.from_pretrained(path, trust_remote_code=True) for path in sys.argv[2:]]
+print("REPORT" + json.dumps([[type(blocks).VERSION, blocks.said()] for blocks in loaded]))
+"""
+
+
+def test_two_versions_of_a_module_live_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one size and written in one second, so that Python alone would take the second `block.py` for the first."""
+    directories = []
+    for number in range(4):
+        folder = tmp_path / f"source{number}"
+        folder.mkdir()
+        (folder / f"my_versions{number}.py").write_text(
+            "from diffusers.modular_pipelines import ModularPipelineBlocks\n\n\n"
+            "def word():\n"
+            f"    return {number}\n\n\n"
+            "class Versioned(ModularPipelineBlocks):\n"
+            f"    VERSION = {number}\n\n"
+            "    def said(self):\n"
+            "        return word()\n"
+        )
+        monkeypatch.syspath_prepend(str(folder))
+        module = __import__(f"my_versions{number}")
+        sources = workflow_sources(module.Versioned(), "Versioned")
+        directories.append(str(write_repository(sources, tmp_path / f"export{number}", "Versioned")))
+    report = run_without_the_package(VERSIONS, tmp_path / "home", *directories)
+    assert report == [[number, number] for number in range(4)]
