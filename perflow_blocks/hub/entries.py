@@ -67,7 +67,7 @@ def component_entries(pipe: Any, blocks: Any, weights: WeightsMode, problems: Pr
         if spec.default_creation_method != "from_pretrained":
             continue
         if name == "scheduler":
-            entry = _scheduler(pipe, spec, problems)
+            entry = _scheduler(pipe, spec, private, problems)
         elif weights == "include":
             entry = _included(name, pipe, problems)
         else:
@@ -76,8 +76,8 @@ def component_entries(pipe: Any, blocks: Any, weights: WeightsMode, problems: Pr
             entries.append(entry)
     for location, names in private.items():
         problems.add(
-            f"{location}, where {', '.join(names)} came from, is a place that others do not have; pass "
-            "weights='include'."
+            f"{location}, where {', '.join(names)} came from, is a place that others do not have; call "
+            "pipe.load_components() and pass weights='include'."
         )
     return entries
 
@@ -142,7 +142,7 @@ def _included(name: str, pipe: Any, problems: Problems) -> Entry | None:
     return Entry(name=name, kind=type(component), location=None, subfolder=name, component=component)
 
 
-def _scheduler(pipe: Any, declared: ComponentSpec, problems: Problems) -> Entry | None:
+def _scheduler(pipe: Any, declared: ComponentSpec, private: dict[str, list[str]], problems: Problems) -> Entry | None:
     """Never the class of this package, which its own block makes from the stock scheduler and the configuration."""
     source = scheduler_source(pipe)
     if source is not None:
@@ -153,10 +153,7 @@ def _scheduler(pipe: Any, declared: ComponentSpec, problems: Problems) -> Entry 
             return _entry_of("scheduler", source, problems)
     if pipe.scheduler is None:
         if source is not None:
-            problems.add(
-                f"scheduler comes from {source.pretrained_model_name_or_path}, which others do not have, and is not "
-                "loaded; call pipe.load_components('scheduler')."
-            )
+            private.setdefault(str(source.pretrained_model_name_or_path), []).append("scheduler")
         return None
     stock = stock_scheduler(pipe.scheduler)
     if not is_stock(type(stock)):
