@@ -24,6 +24,7 @@ def use_own_modules(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "HF_MODULES_CACHE", str(folder))
     for name in [name for name in sys.modules if name.split(".")[0] == "diffusers_modules"]:
         monkeypatch.delitem(sys.modules, name)
+    folder.mkdir()  # Python remembers of a place in sys.path that it is none
     monkeypatch.syspath_prepend(folder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib import invalidate_caches
 from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ def _require_fresh_modules(directory: Path, manifest: Manifest) -> None:
                     "in a process of its own."
                 )
         Path(cache_from_source(str(copy))).unlink(missing_ok=True)
+    invalidate_caches()  # of the places that modules are looked for in
 
 
 def _load_components(pipe: Any, directory: Path, options: dict[str, Any]) -> None:
