@@ -191,20 +191,21 @@ def _entry(name: str, source: Source, kind: type | None) -> Entry:
     return replace(entry, subfolder=source.subfolder, variant=source.variant)
 
 
-def main() -> list[Path]:
-    """Brings the checkout up to date and returns the files that changed."""
+def main(root: Path = ROOT) -> list[Path]:
+    """Brings a checkout up to date and returns the files that changed."""
     changed: list[Path] = []
     with tempfile.TemporaryDirectory() as temporary:
         for name in PUBLISHED:
             made = generate(name, Path(temporary))
             names = {MANIFEST, *read_manifest(made).files} - {"recipe.py"}
-            changed += _copied(made, WORKFLOWS / name, sorted(names))
-        changed += _copied(generate_root(Path(temporary)), ROOT, ROOT_FILES)
+            changed += _copied(made, root / "workflows" / name, sorted(names))
+        changed += _copied(generate_root(Path(temporary)), root, ROOT_FILES)
     return changed
 
 
 def _copied(made: Path, place: Path, names: Any) -> list[Path]:
     changed = [n for n in names if not (place / n).is_file() or (place / n).read_bytes() != (made / n).read_bytes()]
+    place.mkdir(parents=True, exist_ok=True)
     for name in changed:
         shutil.copyfile(made / name, place / name)
     return [place / name for name in changed]

@@ -57,7 +57,7 @@ def export(
         else:
             pipe = _preset(location)
         if weights == "include":
-            pipe.load_components(dtype=precision)
+            pipe.load_components(_sources(pipe), dtype=precision)
     with options.busy(f"writing {directory}"):
         export_workflow(
             pipe,
@@ -91,6 +91,12 @@ def list_written(directory: Path) -> list[str]:
     lines = [f"  {place:<{width}}  {size:>15,} bytes" for place, size in sorted(sizes.items())]
     total = f"{len(manifest.files) + 1} files, {sum(sizes.values()):,} bytes"
     return [f"{directory}: {manifest.blocks}, {manifest.mode}, {total}", *lines]
+
+
+def _sources(pipe: Any) -> list[str]:
+    """The components that the source has; one that its index names without a type it has not."""
+    names = pipe.pretrained_component_names
+    return [name for name in names if pipe.get_component_spec(name).type_hint is not None]
 
 
 def _preset(location: str) -> Any:

@@ -66,6 +66,8 @@ def component_entries(pipe: Any, blocks: Any, weights: WeightsMode, problems: Pr
     for name, spec in declared.items():
         if spec.default_creation_method != "from_pretrained":
             continue
+        if _is_absent(name, pipe):
+            continue
         if name == "scheduler":
             entry = _scheduler(pipe, spec, private, problems)
         elif weights == "include":
@@ -80,6 +82,11 @@ def component_entries(pipe: Any, blocks: Any, weights: WeightsMode, problems: Pr
             "pipe.load_components() and pass weights='include'."
         )
     return entries
+
+
+def _is_absent(name: str, pipe: Any) -> bool:
+    """Whether a plain `model_index.json` said that it has no such component, read as one of no type."""
+    return getattr(pipe, name, None) is None and pipe.get_component_spec(name).type_hint is None
 
 
 def is_on_hub(location: str) -> bool:
