@@ -16,7 +16,6 @@ from perflow_blocks import (
     PeRFlowTiledLoopDenoiser,
     PreviewStep,
     PromptCacheStep,
-    TimeWindows,
     WindowLogStep,
     compile_loops,
     insert_loop_block,
@@ -26,7 +25,7 @@ from perflow_blocks.blocks.scaled_merge import PeRFlowScaledMergeDeltaStep
 from perflow_blocks.hub.sources import Mode, workflow_sources
 from perflow_blocks.hub.sources.tree import describe_tree, differences
 
-from .hub_sources_blocks import ByMask, ByPicture, Colour, Counting, Inherits, Settled, a_function
+from .hub_sources_blocks import ByMask, ByPicture, Counting, Settled, many_settings
 from .hub_sources_support import block_tree, load_as_package
 
 numbers = itertools.count()
@@ -93,13 +92,7 @@ TREES: dict[str, Callable[[], Any]] = {
     "sequence": lambda: SequentialPipelineBlocks.from_blocks_dict({"a": Settled(1.5), "b.c": Counting()}),
     "conditional": ByPicture,
     "conditional changed": reordered,
-    "arguments of many kinds": lambda: SequentialPipelineBlocks.from_blocks_dict(
-        {
-            "a": Settled(float("inf"), name='it\'s "quoted"\n', options_of={"k": (1, [None, {2}], b"x")}),
-            "b": Inherits(2, dtype=torch.float16, device=torch.device("cpu"), colour=Colour.RED),
-            "c": Inherits(3, windows=TimeWindows(boundaries=(1.0, 0.5, 0.0)), kind=Settled, function=a_function),
-        }
-    ),
+    "arguments of many kinds": many_settings,
 }
 
 
@@ -182,7 +175,7 @@ def test_settings_are_what_they_were(tmp_path: Path) -> None:
     assert (a.number, a._name, a.options) == (
         float("inf"),
         'it\'s "quoted"\n',
-        {"options_of": {"k": (1, [None, {2}], b"x")}},
+        {"options_of": {"k": (1, [None, {"b", "a", "c"}], b"x")}},
     )
     assert (b.number, b.options["dtype"], b.options["device"]) == (2, torch.float16, torch.device("cpu"))
     assert b.options["colour"].name == "RED"

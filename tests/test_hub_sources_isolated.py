@@ -21,6 +21,7 @@ from .hub_sources_support import block_tree, copy_weights, run_without_the_packa
 SCRIPT = """
 import torch
 from diffusers import ModularPipeline
+from diffusers.modular_pipelines import ModularPipelineBlocks
 from PIL import Image
 
 def run(directory, inputs):
@@ -40,8 +41,10 @@ def run(directory, inputs):
         "tree": tree(blocks),
     }
 
-reports = [run(*job) for job in json.loads(sys.argv[2])]
-print("REPORT" + json.dumps(reports))
+jobs, versions = json.loads(sys.argv[2])
+reports = [run(*job) for job in jobs]
+loaded = [ModularPipelineBlocks.from_pretrained(path, trust_remote_code=True) for path in versions]
+print("REPORT" + json.dumps([reports, [[type(blocks).VERSION, blocks.said()] for blocks in loaded]]))
 """
 
 
@@ -64,8 +67,8 @@ EXPORTS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Any], torch.Tensor, torch.Tensor]]:
-    """For each export what a process without this package says of it, its latents, and those of this package."""
+def reports(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]], list[list[int]]]:
+    """What one process without this package says: of the exports, and of two versions of one module."""
     home = tmp_path_factory.mktemp("isolated")
     save_tiny_weights(home / "weights")
     tiny_picture(1).save(home / "picture.png")
@@ -75,10 +78,18 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[st
         directory = write_repository(workflow_sources(blocks(), name), home / name, name)
         copy_weights(home / "weights", directory)
         jobs.append([str(directory), inputs])
-    reports = run_without_the_package(SCRIPT, home, json.dumps(jobs))
+    with pytest.MonkeyPatch.context() as patch:
+        versions = [export_version(number, home, patch) for number in VERSIONS]
+    return home, *run_without_the_package(SCRIPT, home, json.dumps([jobs, versions]))
+
+
+@pytest.fixture(scope="module")
+def exports(reports: Any) -> dict[str, tuple[dict[str, Any], torch.Tensor, torch.Tensor]]:
+    """For each export what was said of it, its latents, and those of this package."""
+    home, said, _ = reports
     return {
         name: (report, torch.load(home / name / "latents.pt"), _here(home / name, *EXPORTS[name]))
-        for name, report in zip(EXPORTS, reports, strict=True)
+        for name, report in zip(EXPORTS, said, strict=True)
     }
 
 
@@ -110,24 +121,20 @@ def test_the_exports_differ(exports: Any) -> None:
     assert not torch.equal(exports["Preset"][1], exports["Altered"][1])
 
 
-VERSIONS = """
-from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
-
-loaded = [ModularPipelineBlocks.from_pretrained(path, trust_remote_code=True) for path in sys.argv[2:]]
-print("REPORT" + json.dumps([[type(blocks).VERSION, blocks.said()] for blocks in loaded]))
-"""
+VERSIONS = (2, 3, 4)
 
 
-def test_two_versions_of_a_module_live_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written in one second, so that Python could take the second `block.py` for the first."""
-    exported = [_export_version(number, tmp_path, monkeypatch) for number in range(2, 5)]
-    sizes = [(Path(path) / "block.py").stat().st_size for path in exported]
-    assert len(set(sizes)) > 1  # by the line at its end alone
-    report = run_without_the_package(VERSIONS, tmp_path / "home", exported[0], exported[1 + (sizes[0] == sizes[1])])
-    assert report == [[2, 2], [3 + (sizes[0] == sizes[1])] * 2]
+def test_versions_of_a_module_live_in_one_process(reports: Any) -> None:
+    """Written in one second, so that Python could take the second `block.py` for the first, but for their sizes."""
+    home, _, versions = reports
+    sizes = [(home / f"export{number}" / "block.py").stat().st_size for number in VERSIONS]
+    assert len(set(sizes)) > 1
+    assert [pair for pair, size in zip(versions, sizes, strict=True) if sizes.count(size) == 1] == [
+        [number, number] for number, size in zip(VERSIONS, sizes, strict=True) if sizes.count(size) == 1
+    ]
 
 
-def _export_version(number: int, directory: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def export_version(number: int, directory: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     folder = directory / f"source{number}"
     folder.mkdir()
     (folder / "my_versions.py").write_text(
