@@ -120,3 +120,14 @@ def many_settings() -> SequentialPipelineBlocks:
             ),
         }
     )
+
+
+class MakesItsBlocks(SequentialPipelineBlocks):
+    """Puts its own block in, whatever its lists say."""
+
+    block_classes = [Counting]  # noqa: RUF012
+    block_names = ["first"]  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sub_blocks["first"] = Counting()
