@@ -131,3 +131,9 @@ class MakesItsBlocks(SequentialPipelineBlocks):
     def __init__(self) -> None:
         super().__init__()
         self.sub_blocks["first"] = Counting()
+
+
+class Demanding(Counting):
+    """Says what it needs."""
+
+    _requirements = {"kornia": ">=0.7"}  # noqa: RUF012

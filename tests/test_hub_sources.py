@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,7 +26,7 @@ from perflow_blocks.blocks.scaled_merge import PeRFlowScaledMergeDeltaStep
 from perflow_blocks.hub.sources import Mode, workflow_sources
 from perflow_blocks.hub.sources.tree import describe_tree, differences
 
-from .hub_sources_blocks import ByMask, ByPicture, Counting, Settled, many_settings
+from .hub_sources_blocks import ByMask, ByPicture, Counting, Demanding, Settled, many_settings
 from .hub_sources_support import block_tree, load_as_package
 
 numbers = itertools.count()
@@ -77,7 +78,7 @@ def loop_of(**blocks: Any) -> Any:
 TREES: dict[str, Callable[[], Any]] = {
     "preset": PeRFlowSDXLAutoBlocks,
     **{
-        f"workflow {name}": lambda name=name: PeRFlowSDXLAutoBlocks().get_workflow(name)
+        f"workflow {name}": partial(PeRFlowSDXLAutoBlocks().get_workflow, name)
         for name in PeRFlowSDXLAutoBlocks().available_workflows
     },
     "class inserted": lambda: with_loop_block(PreviewStep),
@@ -189,3 +190,15 @@ def test_blocks_that_were_loaded_from_an_export_are_exported_again(tmp_path: Pat
     for mode in get_args(Mode):
         again = written_and_loaded(loaded, mode, tmp_path)
         assert block_tree(again) == block_tree(loaded)
+
+
+def test_a_workflow_may_have_the_name_of_a_block_inside(tmp_path: Path) -> None:
+    blocks = SequentialPipelineBlocks.from_blocks_dict({"count": Counting(), "log": WindowLogStep(level=10)})
+    sources = workflow_sources(blocks, "Counting", "thin")
+    loaded = load_as_package(sources, tmp_path / f"generated_{next(numbers)}", "Counting")
+    assert block_tree(loaded) == block_tree(blocks)
+
+
+def test_what_blocks_declare_is_required() -> None:
+    blocks = SequentialPipelineBlocks.from_blocks_dict({"a": Counting(), "b": Demanding()})
+    assert workflow_sources(blocks, "Flow").requirements == {"diffusers": ">=0.42", "kornia": ">=0.7"}

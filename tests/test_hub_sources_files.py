@@ -120,7 +120,7 @@ def test_only_what_is_needed_is_carried(preset: WorkflowSources) -> None:
 
 def test_names_say_what_is_inside(monkeypatch: pytest.MonkeyPatch, preset: WorkflowSources) -> None:
     tags = {name.split("_")[1] for name in preset.files if name != "block.py"}
-    assert len(tags) == 1 and re.fullmatch("[0-9a-f]{8}", *tags)
+    assert len(tags) == 1 and re.fullmatch("[0-9a-f]{8}", tags.pop())
     monkeypatch.setattr("perflow_blocks.hub.sources.siblings.__version__", "0.2.0")
     later = workflow_sources(PeRFlowSDXLAutoBlocks(), "Preset")
     assert not (later.files.keys() & preset.files.keys()) - {"block.py"}
@@ -230,22 +230,30 @@ def test_of_a_script_only_what_the_block_needs_is_carried() -> None:
 
 SCRIPT = """
 import json
+import sys
 from diffusers.modular_pipelines import ModularPipelineBlocks
 from perflow_blocks.hub.sources import workflow_sources
 from tests.hub_sources_blocks import many_settings
 
 FACTOR = 3
+TABLE = {}
+TABLE["factor"] = FACTOR
+for key in ("a", "b"):
+    TABLE[key] = 1
+OTHERS = {}
+OTHERS["x"] = print("not here")
+assert __name__ == "__main__"
 
 
 # Why it is there.
 class Mine(ModularPipelineBlocks):
     @property
     def description(self):
-        return f"Times {FACTOR}."
+        return f"Times {sorted(TABLE)}."
 
 
 sources = [workflow_sources(blocks, "Flow") for blocks in (Mine(), many_settings())]
-print(json.dumps([list(given.files.items()) for given in sources]))
+sys.stdout.write(json.dumps([list(given.files.items()) for given in sources]))
 """
 
 
@@ -262,7 +270,7 @@ def exported_by_a_script(tmp_path_factory: pytest.TempPathFactory) -> list[list[
         text=True,
         check=True,
     )
-    return json.loads(result.stdout)
+    return json.loads(result.stdout.split("not here")[1])
 
 
 def test_the_same_blocks_give_the_same_bytes_in_any_process(exported_by_a_script: list[list[list[str]]]) -> None:
@@ -274,7 +282,10 @@ def test_a_block_of_the_script_that_exports_it(exported_by_a_script: list[list[l
     (_, (name, text)) = exported_by_a_script[0]
     assert re.fullmatch(r"perflow_[0-9a-f]{8}_user_my_script\.py", name)
     assert "FACTOR = 3" in text and "# Why it is there." in text
-    assert "workflow_sources" not in text and "print" not in text
+    assert "workflow_sources" not in text and "print" not in text and "__main__" not in text
+    namespace: dict[str, Any] = {"__name__": "elsewhere"}
+    exec(text, namespace)
+    assert namespace["Mine"]().description == "Times ['a', 'b', 'factor']."
 
 
 def test_blocks_of_a_module_that_lies_in_no_package_are_carried() -> None:

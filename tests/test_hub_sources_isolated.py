@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from perflow_blocks import PeRFlowSDXLAutoBlocks, PreviewStep, WindowLogStep, insert_loop_block
+from perflow_blocks.components.delta_files import save_delta
+from perflow_blocks.components.delta_recipe import DeltaRecipe
 from perflow_blocks.hub.sources import workflow_sources
-from perflow_blocks.testing import tiny_mask, tiny_picture
+from perflow_blocks.testing import tiny_mask, tiny_picture, tiny_sdxl_unet
 
 from .hub_sources_blocks import Doubling
 from .hub_sources_support import block_tree, copy_weights, run_without_the_package, save_tiny_weights, write_repository
@@ -36,6 +38,8 @@ def run(directory, inputs):
     return {
         "class": type(blocks).__name__,
         "modules": sorted({type(pipe.scheduler).__module__, type(blocks).__module__}),
+        "processors": sorted({type(p).__module__.split(".")[0] for p in pipe.unet.attn_processors.values()}),
+        "merged": any("merge" in str(key) for key in pipe.unet.config),
         "scheduler": type(pipe.scheduler).__name__,
         "missing": pipe.null_component_names,
         "tree": tree(blocks),
@@ -66,17 +70,28 @@ EXPORTS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "Altered": {"attention_plan": "sliced"},
+    "Picture": {"delta": "delta.safetensors"},
+}
+"""What the index says besides: parts of the package that are not used otherwise."""
+
+
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]], list[list[int]]]:
     """What one process without this package says: of the exports, and of two versions of one module."""
     home = tmp_path_factory.mktemp("isolated")
     save_tiny_weights(home / "weights")
+    recipe = DeltaRecipe(prediction_type="ddim_eps", num_time_windows=4, num_inference_steps=4, guidance_scale=1.5)
+    delta = {name: torch.full_like(weight, 1e-3) for name, weight in tiny_sdxl_unet().state_dict().items()}
+    save_delta(delta, home / "weights" / "delta.safetensors", recipe)
     tiny_picture(1).save(home / "picture.png")
     tiny_mask().save(home / "mask.png")
     jobs = []
     for name, (blocks, inputs) in EXPORTS.items():
         directory = write_repository(workflow_sources(blocks(), name), home / name, name)
         copy_weights(home / "weights", directory)
+        (directory / "modular_model_index.json").write_text(json.dumps(_index(directory) | SETTINGS.get(name, {})))
         jobs.append([str(directory), inputs])
     with pytest.MonkeyPatch.context() as patch:
         versions = [export_version(number, home, patch) for number in VERSIONS]
@@ -93,6 +108,10 @@ def exports(reports: Any) -> dict[str, tuple[dict[str, Any], torch.Tensor, torch
     }
 
 
+def _index(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "modular_model_index.json").read_text())
+
+
 def _here(directory: Path, blocks: Any, inputs: dict[str, Any]) -> torch.Tensor:
     pipe = blocks().init_pipeline(str(directory))
     pipe.load_components()
@@ -105,6 +124,8 @@ def _here(directory: Path, blocks: Any, inputs: dict[str, Any]) -> torch.Tensor:
 def test_an_export_draws_what_the_package_draws(name: str, exports: Any) -> None:
     report, latents, expected = exports[name]
     assert report["class"] == name
+    assert ("diffusers_modules" in report["processors"]) == (name == "Altered")
+    assert report["merged"] == (name == "Picture")
     assert report["scheduler"] == "PeRFlowScheduler"
     assert all(module.startswith("diffusers_modules.local.") for module in report["modules"])
     assert set(report["missing"]) <= {"image_encoder", "controlnet"}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,8 +16,6 @@ from perflow_blocks import PeRFlowSDXLAutoBlocks, insert_loop_block
 from perflow_blocks.hub.sources import workflow_sources
 
 from .hub_sources_blocks import ByMask, Counting, Forgetful, Inherits, MakesItsBlocks, Settled
-
-ROOT = Path(__file__).parent.parent
 
 
 def preset_with(block: Any) -> Any:
@@ -45,7 +43,7 @@ def counted() -> Any:
 
 def given_an_attribute() -> Any:
     block = Settled(1)
-    block.threshold = 0.5  # type: ignore[attr-defined]
+    block.threshold = 0.5
     return block
 
 
@@ -69,7 +67,7 @@ def changed_inside() -> Any:
         (lambda: preset_with(Settled(1, x=[object()])), r"block 'denoise.*mine'.*object is no value that can be"),
         (
             lambda: preset_with(Forgetful(4)),
-            r"mine' \(Forgetful\).*argument 'size' is not kept.*self.size in __init__",
+            r"mine' \(Forgetful\).*'size' is not kept.*self.size in __init__",
         ),
         (lambda: preset_with(local_class()), r"mine' \(Local\).*inside a function; define it at the top of a module"),
         (lambda: preset_with(redefined()), r"mine' \(Counting\).*is not what the module .* make the blocks anew"),
@@ -78,7 +76,7 @@ def changed_inside() -> Any:
         (automatic_with_another, r"ByMask cannot be exported: nothing triggers its block 'extra'.*write a class"),
         (
             changed_inside,
-            r"MakesItsBlocks\) cannot be exported|block 'first'.*cannot be exported|MakesItsBlocks cannot",
+            r"block 'first' \(Settled\) cannot be exported: its class Settled comes out as Counting",
         ),
         (PeRFlowSDXLAutoBlocks, None),
     ],
@@ -102,7 +100,7 @@ def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="mode='fat' is unknown; pass one of 'self-contained', 'thin'"):
         workflow_sources(Counting(), "Flow", "fat")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"Counting is no block that was made; pass blocks such as"):
-        workflow_sources(Counting, "Flow")  # type: ignore[arg-type]
+        workflow_sources(Counting, "Flow")
 
 
 MODULE = """{imports}
@@ -126,27 +124,27 @@ class Mine(ModularPipelineBlocks):
     [
         (
             {"imports": "import perflow_blocks", "inside": "perflow_blocks"},
-            r"line 1 of my_mistake.py.*write `from perf",
+            r"line 1 of my_mistake.*write `from perf",
         ),
         (
             {"inside": "import perflow_blocks.core.windows"},
-            r"line 12 of my_mistake.py .*write `from perflow_blocks.core",
+            r"line 12 of .*write `from perflow_blocks.core",
         ),
         (
             {"inside": "from perflow_blocks.testing import tiny_vae"},
-            r"perflow_blocks.testing.* is not part of self-con",
+            r"testing.* is not part of self-contained",
         ),
         ({"inside": "from perflow_blocks import PeRFlowPipelineBuilder"}, r'builder.* move what .*mode="thin"'),
         ({"inside": "from perflow_blocks import __version__"}, r"perflow_blocks is not part of self-contained"),
         ({"inside": "__import__('perflow_blocks.core.windows')"}, r"line 12 .*by its name as a text.*write an import"),
         (
             {"imports": "HERE = __file__", "inside": "HERE"},
-            r"line 1 of my_mistake.py uses __file__.*not carried; fetch",
+            r"line 1 .* uses __file__.*not carried; fetch",
         ),
         ({"docstring": "from .elsewhere import this"}, r"holds the line 'from .elsewhere import'.*another form"),
         (
             {"imports": "from perflow_blocks.blocks import *", "inside": "PreviewStep"},
-            r"line 1 .*; name what is needed",
+            "; name what is needed",
         ),
     ],
 )
@@ -162,17 +160,10 @@ def test_a_module_that_cannot_be_carried(
         workflow_sources(module.Mine(), "Flow")
 
 
-CONSOLE = """
-from diffusers.modular_pipelines import ModularPipelineBlocks
-from perflow_blocks.hub.sources import workflow_sources
-class Mine(ModularPipelineBlocks):
-    pass
-workflow_sources(Mine(), "Flow")
-"""
-
-
-def test_a_block_of_a_notebook() -> None:
-    result = subprocess.run([sys.executable, "-c", CONSOLE], cwd=ROOT, capture_output=True, text=True)
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("ValueError: block 'mine'") or "the notebook or console has no source file" in last
-    assert "write your blocks into a .py file" in last
+def test_a_block_of_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = ModuleType("__main__")
+    mine = type("Mine", (ModularPipelineBlocks,), {"__module__": "__main__"})
+    vars(notebook)["Mine"] = mine
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    with pytest.raises(ValueError, match=r"the notebook .* has no source file; write your blocks into a .py file and"):
+        workflow_sources(mine(), "Flow", "thin")
