@@ -5,15 +5,17 @@ from __future__ import annotations
 import enum
 from typing import Any
 
+import torch
 from diffusers.modular_pipelines import (
     AutoPipelineBlocks,
     ConditionalPipelineBlocks,
     InputParam,
     ModularPipelineBlocks,
     OutputParam,
+    SequentialPipelineBlocks,
 )
 
-from perflow_blocks import WindowLogStep
+from perflow_blocks import TimeWindows, WindowLogStep
 
 
 def a_function() -> None:
@@ -101,3 +103,37 @@ class Doubling(ModularPipelineBlocks):
         if i < self.steps:
             block_state.latents = 2 * block_state.latents
         return components, block_state
+
+
+def many_settings() -> SequentialPipelineBlocks:
+    """Blocks whose arguments are of every kind that can be written down."""
+    return SequentialPipelineBlocks.from_blocks_dict(
+        {
+            "a": Settled(float("inf"), name='it\'s "quoted"\n', options_of={"k": (1, [None, {"b", "a", "c"}], b"x")}),
+            "b": Inherits(2, dtype=torch.float16, device=torch.device("cpu"), colour=Colour.RED),
+            "c": Inherits(
+                3,
+                windows=TimeWindows(boundaries=(1.0, 0.5, 0.0)),
+                kind=Settled,
+                function=a_function,
+                parts=frozenset(),
+            ),
+        }
+    )
+
+
+class MakesItsBlocks(SequentialPipelineBlocks):
+    """Puts its own block in, whatever its lists say."""
+
+    block_classes = [Counting]  # noqa: RUF012
+    block_names = ["first"]  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sub_blocks["first"] = Counting()
+
+
+class Demanding(Counting):
+    """Says what it needs."""
+
+    _requirements = {"kornia": ">=0.7"}  # noqa: RUF012

@@ -107,6 +107,7 @@ def run_without_the_package(script: str, home: Path, *arguments: str) -> Any:
     home.mkdir(parents=True, exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_MODULES_CACHE")}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "hf")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is compiled is kept, as with users
     result = subprocess.run(
         [sys.executable, "-S", "-c", PROLOGUE + script, sysconfig.get_paths()["purelib"], *arguments],
         cwd=home,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +17,6 @@ from perflow_blocks import (
     PeRFlowTiledLoopDenoiser,
     PreviewStep,
     PromptCacheStep,
-    TimeWindows,
     WindowLogStep,
     compile_loops,
     insert_loop_block,
@@ -26,7 +26,7 @@ from perflow_blocks.blocks.scaled_merge import PeRFlowScaledMergeDeltaStep
 from perflow_blocks.hub.sources import Mode, workflow_sources
 from perflow_blocks.hub.sources.tree import describe_tree, differences
 
-from .hub_sources_blocks import ByMask, ByPicture, Colour, Counting, Inherits, Settled, a_function
+from .hub_sources_blocks import ByMask, ByPicture, Counting, Demanding, Settled, many_settings
 from .hub_sources_support import block_tree, load_as_package
 
 numbers = itertools.count()
@@ -78,7 +78,7 @@ def loop_of(**blocks: Any) -> Any:
 TREES: dict[str, Callable[[], Any]] = {
     "preset": PeRFlowSDXLAutoBlocks,
     **{
-        f"workflow {name}": lambda name=name: PeRFlowSDXLAutoBlocks().get_workflow(name)
+        f"workflow {name}": partial(PeRFlowSDXLAutoBlocks().get_workflow, name)
         for name in PeRFlowSDXLAutoBlocks().available_workflows
     },
     "class inserted": lambda: with_loop_block(PreviewStep),
@@ -93,13 +93,7 @@ TREES: dict[str, Callable[[], Any]] = {
     "sequence": lambda: SequentialPipelineBlocks.from_blocks_dict({"a": Settled(1.5), "b.c": Counting()}),
     "conditional": ByPicture,
     "conditional changed": reordered,
-    "arguments of many kinds": lambda: SequentialPipelineBlocks.from_blocks_dict(
-        {
-            "a": Settled(float("inf"), name='it\'s "quoted"\n', options_of={"k": (1, [None, {2}], b"x")}),
-            "b": Inherits(2, dtype=torch.float16, device=torch.device("cpu"), colour=Colour.RED),
-            "c": Inherits(3, windows=TimeWindows(boundaries=(1.0, 0.5, 0.0)), kind=Settled, function=a_function),
-        }
-    ),
+    "arguments of many kinds": many_settings,
 }
 
 
@@ -182,7 +176,7 @@ def test_settings_are_what_they_were(tmp_path: Path) -> None:
     assert (a.number, a._name, a.options) == (
         float("inf"),
         'it\'s "quoted"\n',
-        {"options_of": {"k": (1, [None, {2}], b"x")}},
+        {"options_of": {"k": (1, [None, {"b", "a", "c"}], b"x")}},
     )
     assert (b.number, b.options["dtype"], b.options["device"]) == (2, torch.float16, torch.device("cpu"))
     assert b.options["colour"].name == "RED"
@@ -196,3 +190,15 @@ def test_blocks_that_were_loaded_from_an_export_are_exported_again(tmp_path: Pat
     for mode in get_args(Mode):
         again = written_and_loaded(loaded, mode, tmp_path)
         assert block_tree(again) == block_tree(loaded)
+
+
+def test_a_workflow_may_have_the_name_of_a_block_inside(tmp_path: Path) -> None:
+    blocks = SequentialPipelineBlocks.from_blocks_dict({"count": Counting(), "log": WindowLogStep(level=10)})
+    sources = workflow_sources(blocks, "Counting", "thin")
+    loaded = load_as_package(sources, tmp_path / f"generated_{next(numbers)}", "Counting")
+    assert block_tree(loaded) == block_tree(blocks)
+
+
+def test_what_blocks_declare_is_required() -> None:
+    blocks = SequentialPipelineBlocks.from_blocks_dict({"a": Counting(), "b": Demanding()})
+    assert workflow_sources(blocks, "Flow").requirements == {"diffusers": ">=0.42", "kornia": ">=0.7"}

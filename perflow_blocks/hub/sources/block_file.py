@@ -51,7 +51,7 @@ def block_file(code: BlockCode, siblings: Mapping[str, str]) -> str:
     listed = f'__all__ = ["{code.class_name}"]\n'
     text = "\n\n\n".join([f"{_docstring(siblings)}\n{imports}", *(part.rstrip("\n") for part in code.classes)])
     text += f"\n\n{listed}" if not code.classes else f"\n\n\n{listed}"
-    return text + _named_for_diffusers(unnamed) + (_ruler(text) if siblings else "")
+    return text + _named_for_diffusers(unnamed) + (_ruler(text) if siblings or code.classes else "")
 
 
 def public_module(module: str, name: str) -> str:
@@ -103,6 +103,13 @@ def _named_for_diffusers(siblings: list[str]) -> str:
 
 
 def _ruler(text: str) -> str:
-    """A line whose length the content decides: Python tells files by size and by the second they were written in."""
+    """A line whose length the content decides.
+
+    All local directories have their `block.py` copied to one place, and Python takes what it compiled before for the
+    file's if it is of the same size and second.
+    """
     digits = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
-    return f"\n# {'-' * (1 + digits % 101)}\n"
+    return (
+        "\n# Python tells a file from one it compiled earlier by second and size. So this one has a size of its own:\n"
+        f"# {'-' * (1 + digits % 113)}\n"
+    )

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 import sysconfig
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -76,9 +77,14 @@ def _is_package(name: str) -> bool:
 
 
 def _is_installed(path: Path) -> bool:
+    resolved = path.resolve()
+    return any(resolved.is_relative_to(root) for root in _installed_roots())
+
+
+@cache
+def _installed_roots() -> frozenset[Path]:
     schemes = sysconfig.get_paths()
-    roots = {Path(schemes[scheme]).resolve() for scheme in ("purelib", "platlib", "stdlib", "platstdlib")}
-    return any(path.resolve().is_relative_to(root) for root in roots)
+    return frozenset(Path(schemes[scheme]).resolve() for scheme in ("purelib", "platlib", "stdlib", "platstdlib"))
 
 
 def read_module(name: str) -> Module:

@@ -12,7 +12,8 @@ from .modules import Module
 def pruned(module: Module, names: set[str]) -> Module:
     """A module with only what `names` need: imports, constants, functions and classes, each as it was written.
 
-    Left out is what defines nothing that is needed: other functions, calls, and `if __name__ == "__main__":`.
+    Left out is what neither defines nor changes anything that is needed: other functions, calls of functions, and
+    `if __name__ == "__main__":`.
     """
     tree = ast.parse(module.text)
     kept = _needed(tree, names)
@@ -33,15 +34,44 @@ def _needed(tree: ast.Module, names: set[str]) -> set[ast.stmt]:
     for node in tree.body:
         for name in _bound(node):
             by_name.setdefault(name, []).append(node)
+    waiting = [node for node in tree.body if not _is_main_guard(node)]
     kept: set[ast.stmt] = set()
+    own: set[str] = set()
     wanted = sorted(names)
     while wanted:
-        for node in by_name.pop(wanted.pop(), []):
+        name = wanted.pop()
+        if any(not isinstance(node, ast.Import | ast.ImportFrom) for node in by_name.get(name, [])):
+            own.add(name)
+        found = by_name.pop(name, [])
+        found += [node for node in waiting if _is_star(node) or _changed(node) & own]
+        for node in found:
             if node not in kept:
                 kept.add(node)
                 wanted.extend(inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name))
                 wanted.extend(_names_in_strings(node))
     return kept
+
+
+def _changed(node: ast.stmt) -> set[str]:
+    """The names of what a statement changes without binding it anew: `table[key] = value`, `table.update(values)`."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return set()
+    found = set()
+    for part in ast.walk(node):
+        inner: ast.AST | None = None
+        if isinstance(part, ast.Attribute | ast.Subscript) and isinstance(part.ctx, ast.Store | ast.Del):
+            inner = part
+        elif isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute):
+            inner = part.func
+        while isinstance(inner, ast.Attribute | ast.Subscript):
+            inner = inner.value
+        if isinstance(inner, ast.Name):
+            found.add(inner.id)
+    return found
+
+
+def _is_star(node: ast.stmt) -> bool:
+    return isinstance(node, ast.ImportFrom) and node.names[0].name == "*"
 
 
 def _bound(node: ast.stmt) -> set[str]:
