@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from perflow_blocks.hub.errors import explained
+
 from .hub_push_support import CONTENT, REPO, files_of, push, write_workflow
 from .hub_server import LoopbackHub
 
@@ -67,6 +69,8 @@ def test_only_branches_and_pull_requests_are_pushed_to(loopback_hub: LoopbackHub
     for revision in ("next", "v1", sha, "refs/pr/7"):
         with pytest.raises(ValueError, match=f"{REPO} has no branch {revision}; pass one of main"):
             push(loopback_hub, workflow, revision=revision)
+    with pytest.raises(ValueError, match="revision refs/pr/1 is a pull request; leave create_pr out"):
+        push(loopback_hub, workflow, revision="refs/pr/1", create_pr=True)
     assert loopback_hub.files(REPO) == {} and not loopback_hub.asked("POST")
 
 
@@ -89,6 +93,19 @@ def test_an_answer_that_is_no_hub_s(loopback_hub: LoopbackHub, workflow: Path) -
     loopback_hub.fault("POST /api/validate-yaml", cut_download=0)
     with pytest.raises(ConnectionError, match=r"the connection to .* failed"):
         push(loopback_hub, workflow)
+
+
+def test_errors_of_the_transfer_library_are_explained_and_others_left_alone() -> None:
+    for error, kind in (
+        (PermissionError("no access"), ValueError),
+        (ConnectionError("no route"), ConnectionError),
+        (PermissionError(13, "denied", "/local/file"), PermissionError),
+        (FileNotFoundError(2, "missing", "/local/file"), FileNotFoundError),
+        (RuntimeError("a defect"), RuntimeError),
+    ):
+        with pytest.raises(kind) as caught, explained(REPO, "http://hub"):
+            raise error
+        assert (caught.value is error) == (kind not in (ValueError, ConnectionError))
 
 
 def test_the_command_publishes_and_says_where(ours: LoopbackHub, workflow: Path, run: Run) -> None:

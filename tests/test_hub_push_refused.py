@@ -40,7 +40,7 @@ def test_all_problems_are_named_at_once(loopback_hub: LoopbackHub, workflow: Pat
     (workflow / "extra.txt").write_text("x")
     (workflow / "linked").symlink_to(tmp_path, target_is_directory=True)
     text = refused(loopback_hub, workflow)
-    assert text.startswith("nothing was pushed, for ")
+    assert text.startswith(f"nothing was pushed, since {workflow} cannot be published:\n- ")
     for part in (
         "1 changed (unet/first.safetensors), 1 missing (perflow_part.py), 1 unexpected (linked)",
         "- notes.md: line 2 holds what looks like a Hugging Face token (hf_...); take it out",
@@ -187,9 +187,10 @@ def test_tokens_are_found_in_every_kind_of_file(tmp_path: Path, secret: str) -> 
         assert "holds what looks like a" in found and secret not in found
 
 
-def test_the_embedded_model_holds_nothing_private() -> None:
-    weights = Path(perflow_blocks.__file__).parent / "demo" / "weights"
+def test_what_the_package_itself_publishes_holds_nothing_private() -> None:
+    package = Path(perflow_blocks.__file__).parent
     search = PrivateContent()
-    files = [path for path in weights.rglob("*") if path.is_file()]
-    assert len(files) > 10
-    assert {path.name: found for path in files if (found := list(search.findings(path)))} == {}
+    files = [*package.rglob("*.py"), *(path for path in (package / "demo" / "weights").rglob("*") if path.is_file())]
+    assert len(files) > 100
+    ours = package / "hub" / "private_content.py"  # which names what it looks for
+    assert {path: found for path in files if path != ours and (found := list(search.findings(path)))} == {}
