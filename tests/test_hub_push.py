@@ -58,6 +58,7 @@ def test_a_later_workflow_takes_the_place_of_the_former(loopback_hub: LoopbackHu
     (workflow / "perflow_part.py").rename(workflow / "perflow_other.py")
     (workflow / "block.py").write_bytes(b"from .perflow_other import Blocks\n")
     (workflow / "unet" / "second.safetensors").unlink()
+    (workflow / "unet" / "first.safetensors").write_bytes(CONTENT["unet/first.safetensors"][:-1] + b"x")
     write_manifest(workflow, blocks="block.Blocks", mode="self-contained")
     second = push(loopback_hub, workflow)
     assert changes(second) == {
@@ -65,6 +66,7 @@ def test_a_later_workflow_takes_the_place_of_the_former(loopback_hub: LoopbackHu
         MANIFEST: "changed",
         "perflow_other.py": "new",
         "perflow_part.py": "deleted",
+        "unet/first.safetensors": "changed",
         "unet/second.safetensors": "deleted",
     }
     assert len(loopback_hub.asked("POST .*/commit/")) == 2

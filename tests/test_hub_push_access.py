@@ -59,6 +59,10 @@ def test_a_gated_workflow_is_read_by_who_was_let_in(loopback_hub: LoopbackHub, w
         push(loopback_hub, workflow, token=loopback_hub.other_token, create_pr=True)
     loopback_hub.repositories[REPO].granted.add("other")
     assert push(loopback_hub, workflow, token=loopback_hub.other_token, create_pr=True).up_to_date
+    loopback_hub.fault("GET /api/models/", status=403, headers={"X-Error-Code": "GatedRepo"})
+    with pytest.raises(ValueError, match="is gated"):  # and not taken for one that has to be made
+        push(loopback_hub, workflow, token=loopback_hub.other_token)
+    assert not loopback_hub.asked("POST /api/repos/create")
 
 
 def test_only_branches_and_pull_requests_are_pushed_to(loopback_hub: LoopbackHub, workflow: Path) -> None:
@@ -82,8 +86,10 @@ def test_a_card_that_the_hub_refuses_stops_the_upload(loopback_hub: LoopbackHub,
 
 
 def test_where_nobody_answers(workflow: Path, loopback_hub: LoopbackHub) -> None:
-    with pytest.raises(ConnectionError, match=r"the connection to http://127.0.0.1:9 failed .*try again"):
-        push(loopback_hub, workflow, endpoint="http://127.0.0.1:9")
+    with LoopbackHub() as gone:
+        pass
+    with pytest.raises(ConnectionError, match=rf"the connection to {gone.endpoint} failed .*try again"):
+        push(loopback_hub, workflow, endpoint=gone.endpoint)
     loopback_hub.fault("GET /api/models/", status=502, times=None)
     with pytest.raises(ConnectionError, match="the Hub failed with status 502"):
         push(loopback_hub, workflow)

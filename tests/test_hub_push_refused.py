@@ -96,6 +96,11 @@ def test_the_token_in_use_is_found_whatever_it_looks_like(loopback_hub: Loopback
     assert loopback_hub.token not in text
 
 
+def test_the_directory_s_own_path_is_found(loopback_hub: LoopbackHub, workflow: Path) -> None:
+    write_workflow(workflow, {**CONTENT, "README.md": f"`load_workflow('{workflow}/x')`\n".encode()})
+    assert f"README.md: line 1 names the local path {workflow}/x;" in refused(loopback_hub, workflow)
+
+
 @pytest.mark.parametrize("repo_id", ["workflow", "a/b/c", "some one/workflow", "someone/", "someone/work..flow"])
 def test_names_of_no_repository(loopback_hub: LoopbackHub, workflow: Path, repo_id: str) -> None:
     with pytest.raises(ValueError, match="pass owner/name") as caught:
@@ -148,6 +153,7 @@ def test_local_paths_are_found(tmp_path: Path, text: str) -> None:
         'f"{name}:\\n" and "x:\\n" and {a:/b}',
         "http://a.b s3://bucket/x.y",
         "/srv/data/exported and /srv/data",
+        f"x{SECRET}",
         "def hf_hub_download_with_a_very_long_name_indeed(): ...",
         '{"unet": "unet/config.json", "/a/b": "a/b/c", "x": "/", "y": "/a"}',
     ],
