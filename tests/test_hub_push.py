@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,7 @@ def test_a_later_workflow_takes_the_place_of_the_former(loopback_hub: LoopbackHu
     (workflow / "perflow_part.py").rename(workflow / "perflow_other.py")
     (workflow / "block.py").write_bytes(b"from .perflow_other import Blocks\n")
     (workflow / "unet" / "second.safetensors").unlink()
+    (workflow / "unet" / "first.safetensors").write_bytes(CONTENT["unet/first.safetensors"][:-1] + b"x")
     write_manifest(workflow, blocks="block.Blocks", mode="self-contained")
     second = push(loopback_hub, workflow)
     assert changes(second) == {
@@ -62,6 +66,7 @@ def test_a_later_workflow_takes_the_place_of_the_former(loopback_hub: LoopbackHu
         MANIFEST: "changed",
         "perflow_other.py": "new",
         "perflow_part.py": "deleted",
+        "unet/first.safetensors": "changed",
         "unet/second.safetensors": "deleted",
     }
     assert len(loopback_hub.asked("POST .*/commit/")) == 2
@@ -147,6 +152,30 @@ def test_an_upload_that_breaks_off_is_completed(loopback_hub: LoopbackHub, workf
     assert len(hub.asked(f"PUT /lfs/.*{first}")) == sent
     assert hub.files(REPO) == files_of(workflow)
     assert len(hub.asked("POST .*/commit/")) == 1
+
+
+def test_a_process_that_is_killed_leaves_nothing_half_done(
+    loopback_hub: LoopbackHub, workflow: Path, tmp_path: Path
+) -> None:
+    hub = loopback_hub
+    second = verify_manifest(workflow).files["unet/second.safetensors"].sha256
+    hub.fault(f"PUT /lfs/.*{second}", cut_upload=3000, times=None)
+    command = [sys.executable, "-m", "perflow_blocks.cli", "push", str(workflow), REPO]
+    environment = {**hub.environment(tmp_path / "home"), "PYTHONPATH": str(Path(__file__).parent.parent)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        pause = threading.Event()
+        while not (hub.asked(f"PUT /lfs/.*{second}") and len(hub.repositories[REPO].storage) == 1):
+            assert process.poll() is None, process.communicate()
+            pause.wait(0.02)
+        process.kill()
+    assert hub.files(REPO) == {}
+    hub.mend()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[-1] == f"{hub.endpoint}/{REPO}"
+    assert hub.files(REPO) == files_of(workflow)
+    finished = [request for request in hub.asked("PUT /lfs/") if request.status == 200]
+    assert len(finished) == 2, "one that had arrived was sent again"
 
 
 def test_a_commit_that_fails_changes_nothing(loopback_hub: LoopbackHub, workflow: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from perflow_blocks.hub.errors import explained
+
 from .hub_push_support import CONTENT, REPO, files_of, push, write_workflow
 from .hub_server import LoopbackHub
 
@@ -57,6 +59,10 @@ def test_a_gated_workflow_is_read_by_who_was_let_in(loopback_hub: LoopbackHub, w
         push(loopback_hub, workflow, token=loopback_hub.other_token, create_pr=True)
     loopback_hub.repositories[REPO].granted.add("other")
     assert push(loopback_hub, workflow, token=loopback_hub.other_token, create_pr=True).up_to_date
+    loopback_hub.fault("GET /api/models/", status=403, headers={"X-Error-Code": "GatedRepo"})
+    with pytest.raises(ValueError, match="is gated"):  # and not taken for one that has to be made
+        push(loopback_hub, workflow, token=loopback_hub.other_token)
+    assert not loopback_hub.asked("POST /api/repos/create")
 
 
 def test_only_branches_and_pull_requests_are_pushed_to(loopback_hub: LoopbackHub, workflow: Path) -> None:
@@ -67,6 +73,8 @@ def test_only_branches_and_pull_requests_are_pushed_to(loopback_hub: LoopbackHub
     for revision in ("next", "v1", sha, "refs/pr/7"):
         with pytest.raises(ValueError, match=f"{REPO} has no branch {revision}; pass one of main"):
             push(loopback_hub, workflow, revision=revision)
+    with pytest.raises(ValueError, match="revision refs/pr/1 is a pull request; leave create_pr out"):
+        push(loopback_hub, workflow, revision="refs/pr/1", create_pr=True)
     assert loopback_hub.files(REPO) == {} and not loopback_hub.asked("POST")
 
 
@@ -78,8 +86,10 @@ def test_a_card_that_the_hub_refuses_stops_the_upload(loopback_hub: LoopbackHub,
 
 
 def test_where_nobody_answers(workflow: Path, loopback_hub: LoopbackHub) -> None:
-    with pytest.raises(ConnectionError, match=r"the connection to http://127.0.0.1:9 failed .*try again"):
-        push(loopback_hub, workflow, endpoint="http://127.0.0.1:9")
+    with LoopbackHub() as gone:
+        pass
+    with pytest.raises(ConnectionError, match=rf"the connection to {gone.endpoint} failed .*try again"):
+        push(loopback_hub, workflow, endpoint=gone.endpoint)
     loopback_hub.fault("GET /api/models/", status=502, times=None)
     with pytest.raises(ConnectionError, match="the Hub failed with status 502"):
         push(loopback_hub, workflow)
@@ -89,6 +99,19 @@ def test_an_answer_that_is_no_hub_s(loopback_hub: LoopbackHub, workflow: Path) -
     loopback_hub.fault("POST /api/validate-yaml", cut_download=0)
     with pytest.raises(ConnectionError, match=r"the connection to .* failed"):
         push(loopback_hub, workflow)
+
+
+def test_errors_of_the_transfer_library_are_explained_and_others_left_alone() -> None:
+    for error, kind in (
+        (PermissionError("no access"), ValueError),
+        (ConnectionError("no route"), ConnectionError),
+        (PermissionError(13, "denied", "/local/file"), PermissionError),
+        (FileNotFoundError(2, "missing", "/local/file"), FileNotFoundError),
+        (RuntimeError("a defect"), RuntimeError),
+    ):
+        with pytest.raises(kind) as caught, explained(REPO, "http://hub"):
+            raise error
+        assert (caught.value is error) == (kind not in (ValueError, ConnectionError))
 
 
 def test_the_command_publishes_and_says_where(ours: LoopbackHub, workflow: Path, run: Run) -> None:

@@ -40,7 +40,7 @@ def test_all_problems_are_named_at_once(loopback_hub: LoopbackHub, workflow: Pat
     (workflow / "extra.txt").write_text("x")
     (workflow / "linked").symlink_to(tmp_path, target_is_directory=True)
     text = refused(loopback_hub, workflow)
-    assert text.startswith("nothing was pushed, for ")
+    assert text.startswith(f"nothing was pushed, since {workflow} cannot be published:\n- ")
     for part in (
         "1 changed (unet/first.safetensors), 1 missing (perflow_part.py), 1 unexpected (linked)",
         "- notes.md: line 2 holds what looks like a Hugging Face token (hf_...); take it out",
@@ -96,6 +96,11 @@ def test_the_token_in_use_is_found_whatever_it_looks_like(loopback_hub: Loopback
     assert loopback_hub.token not in text
 
 
+def test_the_directory_s_own_path_is_found(loopback_hub: LoopbackHub, workflow: Path) -> None:
+    write_workflow(workflow, {**CONTENT, "README.md": f"`load_workflow('{workflow}/x')`\n".encode()})
+    assert f"README.md: line 1 names the local path {workflow}/x;" in refused(loopback_hub, workflow)
+
+
 @pytest.mark.parametrize("repo_id", ["workflow", "a/b/c", "some one/workflow", "someone/", "someone/work..flow"])
 def test_names_of_no_repository(loopback_hub: LoopbackHub, workflow: Path, repo_id: str) -> None:
     with pytest.raises(ValueError, match="pass owner/name") as caught:
@@ -148,6 +153,7 @@ def test_local_paths_are_found(tmp_path: Path, text: str) -> None:
         'f"{name}:\\n" and "x:\\n" and {a:/b}',
         "http://a.b s3://bucket/x.y",
         "/srv/data/exported and /srv/data",
+        f"x{SECRET}",
         "def hf_hub_download_with_a_very_long_name_indeed(): ...",
         '{"unet": "unet/config.json", "/a/b": "a/b/c", "x": "/", "y": "/a"}',
     ],
@@ -187,9 +193,10 @@ def test_tokens_are_found_in_every_kind_of_file(tmp_path: Path, secret: str) -> 
         assert "holds what looks like a" in found and secret not in found
 
 
-def test_the_embedded_model_holds_nothing_private() -> None:
-    weights = Path(perflow_blocks.__file__).parent / "demo" / "weights"
+def test_what_the_package_itself_publishes_holds_nothing_private() -> None:
+    package = Path(perflow_blocks.__file__).parent
     search = PrivateContent()
-    files = [path for path in weights.rglob("*") if path.is_file()]
-    assert len(files) > 10
-    assert {path.name: found for path in files if (found := list(search.findings(path)))} == {}
+    files = [*package.rglob("*.py"), *(path for path in (package / "demo" / "weights").rglob("*") if path.is_file())]
+    assert len(files) > 100
+    ours = package / "hub" / "private_content.py"  # which names what it looks for
+    assert {path: found for path in files if path != ours and (found := list(search.findings(path)))} == {}

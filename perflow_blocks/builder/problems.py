@@ -31,8 +31,8 @@ class Problems:
         return len(self._found)
 
 
-def complaint(problems: list[str], outcome: str = "nothing was built") -> str:
-    """The text of the error for these mistakes: what comes of them, and the mistake itself or a list of them."""
+def complaint(problems: list[str]) -> str:
+    """The text of the error for these mistakes: the mistake itself, or a list of them."""
     if len(problems) == 1:
-        return f"{outcome}: {problems[0]}"
-    return "\n".join([f"{outcome}, for {len(problems)} reasons:", *(f"- {problem}" for problem in problems)])
+        return f"nothing was built: {problems[0]}"
+    return "\n".join([f"nothing was built, for {len(problems)} reasons:", *(f"- {problem}" for problem in problems)])

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import tqdm
+
 from .. import __version__
 from ..components.files import atomic_path
 
@@ -156,7 +158,7 @@ def verify_manifest(
     wanted = manifest.files if only is None else only
     unexpected = (path for path in present - manifest.files.keys() if path.endswith(".py") or (root / path).is_dir())
     findings = {
-        "changed": [path for path in manifest.files if path in present and _differs(root, path, manifest, weights)],
+        "changed": _changed(root, manifest, present, weights),
         "missing": [path for path in manifest.files if path not in present and path in wanted],
         "unexpected": sorted(unexpected),
     }
@@ -174,6 +176,18 @@ def list_files(directory: Path) -> Iterator[str]:
             path = (Path(folder) / name).relative_to(directory).as_posix()
             if path != MANIFEST:
                 yield path
+
+
+def _changed(root: Path, manifest: Manifest, present: Collection[str], weights: bool) -> list[str]:
+    """The files that are not as the manifest says; on a terminal a bar shows how far it is, when weights are read."""
+    total = sum(entry.size for entry in manifest.files.values())
+    changed = []
+    with tqdm(total=total, desc="Check files", unit="B", unit_scale=True, disable=None if weights else True) as bar:
+        for path, entry in manifest.files.items():
+            if path in present and _differs(root, path, manifest, weights):
+                changed.append(path)
+            bar.update(entry.size)
+    return changed
 
 
 def _differs(root: Path, path: str, manifest: Manifest, weights: bool) -> bool:

@@ -99,7 +99,7 @@ def push_workflow(
         revision: the branch, or the pull request ("refs/pr/1"), to push to; by default main.
         token: an access token that may write; by default the one that huggingface_hub finds.
         commit_message: by default one that names the workflow's class.
-        dry_run: only says what would be done.
+        dry_run: only says what would be done. It needs no token, but without one sees no private repository.
         endpoint: the Hub's address; by default huggingface_hub's.
 
     Raises:
@@ -172,6 +172,8 @@ def _remote(api: HfApi, repo_id: str, revision: str | None, *, private: bool | N
         raise ValueError(f"{repo_id} exists and is {is_now}; change that in its settings, or leave private out.")
     if revision is None:
         return remote
+    if create_pr and revision.startswith("refs/pr/"):
+        raise ValueError(f"revision {revision} is a pull request; leave create_pr out to push to it.")
     refs = api.list_repo_refs(repo_id, include_pull_requests=True)
     names = [*(branch.name for branch in refs.branches), *(request.ref for request in refs.pull_requests or ())]
     if revision not in names:
