@@ -28,7 +28,8 @@ from perflow_blocks.blocks.workflows import (
 )
 from perflow_blocks.demo.blocks import PeRFlowDemoBlocks
 from perflow_blocks.hub.entries import Entry
-from perflow_blocks.hub.index import INDEX, make_index, write_json
+from perflow_blocks.hub.index import make_index
+from perflow_blocks.hub.json_files import INDEX, write_json
 from perflow_blocks.hub.manifest import MANIFEST, read_manifest
 
 ROOT = Path(__file__).parent.parent

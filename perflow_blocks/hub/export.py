@@ -22,7 +22,8 @@ from ..components.specs import DEFAULT_NUM_INFERENCE_STEPS
 from .card import CardFacts, make_card
 from .delta import DELTA_FILE, choose_delta, recipe_of
 from .entries import Entry, WeightsMode, component_entries
-from .index import BLOCKS_CONFIG, INDEX, MELLON, make_blocks_config, make_index, make_mellon_config, write_json
+from .index import MELLON, make_blocks_config, make_index, make_mellon_config
+from .json_files import BLOCKS_CONFIG, INDEX, write_json
 from .manifest import MANIFEST, list_files, read_manifest, write_manifest
 from .picture import PICTURE, require_picture, save_picture
 from .settings import config_values, guider_entry

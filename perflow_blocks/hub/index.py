@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -13,8 +11,6 @@ from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, Outpu
 
 from .entries import Entry
 
-INDEX = "modular_model_index.json"
-BLOCKS_CONFIG = "modular_config.json"
 MELLON = MellonPipelineConfig.config_name
 
 MELLON_STAGES = ("text_encoder", "denoise", "decode")
@@ -34,11 +30,6 @@ def make_index(
         **{entry.name: entry.to_index(repo_id) for entry in entries},
         **config,
     }
-
-
-def addressed(index: Mapping[str, Any], repo_id: str, folders: Collection[str]) -> dict[str, Any]:
-    """The index with the repository's id in the entries of its own weights, which are those in its folders."""
-    return {name: _addressed(value, repo_id, folders) for name, value in index.items()}
 
 
 def make_blocks_config(class_name: str, requirements: Mapping[str, str]) -> dict[str, Any]:
@@ -65,21 +56,6 @@ def make_mellon_config(blocks: Any, label: str, repo_id: str | None) -> MellonPi
     )
     config.default_repo = repo_id or ""
     return config
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(to_json(values), encoding="utf-8")
-
-
-def to_json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-
-
-def _addressed(value: Any, repo_id: str, folders: Collection[str]) -> Any:
-    is_entry = isinstance(value, list) and len(value) == 3 and isinstance(value[2], dict)
-    if not is_entry or value[2].get("subfolder") not in folders:
-        return value
-    return [*value[:2], {**value[2], "pretrained_model_name_or_path": repo_id}]
 
 
 def _has_type(param: InputParam | OutputParam) -> bool:

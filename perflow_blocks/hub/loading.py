@@ -15,7 +15,7 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME, HF_MODULES_CACHE
 
 from .fetch import fetch_workflow
-from .index import BLOCKS_CONFIG, INDEX
+from .json_files import BLOCKS_CONFIG, INDEX
 from .manifest import Manifest, verify_manifest
 
 

@@ -41,5 +41,5 @@ def save_picture(path: str | os.PathLike[str], target: Path) -> None:
 
 def _png(picture: Image.Image) -> bytes:
     buffer = BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    picture.save(buffer, "PNG")
     return buffer.getvalue()
