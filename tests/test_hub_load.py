@@ -153,8 +153,11 @@ def test_type_and_device_are_as_asked(thin: Path) -> None:
     assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float64}
 
 
-def test_two_workflows_whose_files_are_alike_in_size_and_time_are_told_apart(tmp_path: Path) -> None:
+def test_two_workflows_whose_files_are_alike_in_size_and_time_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Python takes bytecode for up to date by the source's size and second; diffusers copies all to one place."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     first = export_workflow(PeRFlowSDXLText2ImageBlocks(), tmp_path / "a", mode="thin", name="Flow", description="A.")
     second = Path(shutil.copytree(first, tmp_path / "b"))
     rewritten(second, "block.py", '"A."', '"B."')
