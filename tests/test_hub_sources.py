@@ -27,7 +27,7 @@ from perflow_blocks.hub.sources import Mode, workflow_sources
 from perflow_blocks.hub.sources.tree import describe_tree, differences
 
 from .hub_sources_blocks import ByMask, ByPicture, Counting, Demanding, Settled, many_settings
-from .hub_sources_support import block_tree, load_as_package
+from .hub_sources_support import block_tree, import_from, load_as_package
 
 numbers = itertools.count()
 
@@ -202,3 +202,20 @@ def test_a_workflow_may_have_the_name_of_a_block_inside(tmp_path: Path) -> None:
 def test_what_blocks_declare_is_required() -> None:
     blocks = SequentialPipelineBlocks.from_blocks_dict({"a": Counting(), "b": Demanding()})
     assert workflow_sources(blocks, "Flow").requirements == {"diffusers": ">=0.42", "kornia": ">=0.7"}
+
+
+def recipe(pattern: str) -> Any:
+    (path,) = (Path(__file__).parent.parent / "workflows").glob(f"{pattern}/recipe.py")
+    return import_from(path, f"recipe_{path.parent.name.replace('-', '_')}")
+
+
+@pytest.mark.parametrize("mode", get_args(Mode))
+def test_what_the_recipes_assemble_comes_back(mode: Mode, tmp_path: Path) -> None:
+    upscaler, split = recipe("*tile*upscaler"), recipe("split_stages")
+    assembled = [
+        recipe("custom_block").mirrored_blocks(),
+        upscaler.assemble(with_controlnet=True),
+        *(pipe.blocks for pipe in split.take_apart()),
+    ]
+    for blocks in assembled:
+        assert block_tree(written_and_loaded(blocks, mode, tmp_path))[1:] == block_tree(blocks)[1:]

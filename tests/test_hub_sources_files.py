@@ -8,21 +8,25 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from diffusers.utils import dynamic_modules_utils
-from diffusers.utils.dynamic_modules_utils import check_imports, get_cached_module_file, get_relative_imports
+from diffusers.utils.dynamic_modules_utils import (
+    check_imports,
+    get_class_from_dynamic_module,
+    get_relative_imports,
+)
 
 import perflow_blocks
 from perflow_blocks import PeRFlowSDXLAutoBlocks, WindowLogStep
 from perflow_blocks.hub.sources import WorkflowSources, workflow_sources
 
 from .hub_sources_blocks import Counting, many_settings
-from .hub_sources_support import import_from, write_repository
+from .hub_sources_support import block_tree, import_from, write_repository
 
 PACKAGE = Path(perflow_blocks.__file__).parent
 ROOT = PACKAGE.parent
@@ -67,22 +71,34 @@ def test_diffusers_finds_every_file_in_block_py(
     assert "not found in your environment" not in caplog.text
 
 
-def test_from_a_hub_each_file_is_fetched_once(
-    repository: Path, preset: WorkflowSources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fetched: Counter[str] = Counter()
+@pytest.fixture
+def fetched(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """How often diffusers fetched each file of a repository on the Hub, for which the directory stands in."""
+    counts: Counter[str] = Counter()
 
     def download(repository_id: str, filename: str, **_: Any) -> str:
-        fetched[filename] += 1
+        counts[filename] += 1
         return str(repository / filename)
 
     monkeypatch.setattr(dynamic_modules_utils, "hf_hub_download", download)
     monkeypatch.setattr(dynamic_modules_utils, "model_info", lambda *_, **__: SimpleNamespace(sha="0" * 40))
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path))
     monkeypatch.setattr(sys, "path", [*sys.path])
-    path = get_cached_module_file("someone/preset", "block.py", trust_remote_code=True)
+    before = {name: module for name, module in sys.modules.items() if name.startswith("diffusers_modules")}
+    for name in before:
+        del sys.modules[name]
+    yield counts
+    for name in [name for name in sys.modules if name.startswith("diffusers_modules")]:
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+@pytest.mark.parametrize("name", ["someone/preset", "someone/preset-1.0"])
+def test_from_a_hub_each_file_is_fetched_once(name: str, fetched: Counter[str], preset: WorkflowSources) -> None:
+    loaded = get_class_from_dynamic_module(name, "block.py", class_name="Preset", trust_remote_code=True)()
     assert fetched == dict.fromkeys(preset.files, 1)
-    assert {file.name for file in (tmp_path / path).parent.glob("*.py")} == {*preset.files, "__init__.py"}
+    assert block_tree(loaded) == block_tree(PeRFlowSDXLAutoBlocks())
+    assert type(loaded).__module__.startswith("diffusers_modules.local.someone--preset")
 
 
 def test_all_but_the_imports_is_as_it_was(preset: WorkflowSources) -> None:

@@ -20,6 +20,8 @@ from .tree import describe_tree, differences, label, triggers
 
 ASSEMBLED = (ConditionalPipelineBlocks, SequentialPipelineBlocks, LoopSequentialPipelineBlocks)
 LINE_LENGTH = 119
+RESERVED = frozenset({"sys", "import_module", "Path", "ModuleType", "TYPE_CHECKING", "package", "_"})
+"""Names that `block.py` uses itself."""
 
 
 @dataclass
@@ -77,14 +79,16 @@ def block_code(blocks: ModularPipelineBlocks, class_name: str, description: str 
     Raises:
         ValueError: the name cannot be one of a class, or a block cannot be written down; names block, reason, remedy.
     """
-    if not class_name.isidentifier() or not class_name.isascii() or keyword.iskeyword(class_name):
+    taken = keyword.iskeyword(class_name) or class_name in RESERVED
+    if taken or not class_name.isidentifier() or not class_name.isascii():
         raise ValueError(f"class_name={class_name!r} is no name of a class; pass one such as 'MyWorkflow'.")
     expected = describe_tree(blocks)
-    code = BlockCode(class_name, taken={class_name})
+    code = BlockCode(class_name, taken={class_name, *RESERVED})
     expression = _expression(code, blocks, "")
     if expression != class_name:
         if expression == f"Given{class_name}" and code.used[expression] is type(blocks) and description is None:
-            code = BlockCode(class_name)  # the class has the name already, so it is handed on as it is
+            # The class has the name already, so it is handed on as it is.
+            code = BlockCode(class_name, taken=set(RESERVED))
             code.refer(type(blocks))
         else:
             _add_whole(code, blocks, expression)

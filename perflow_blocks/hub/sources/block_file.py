@@ -16,6 +16,14 @@ from .block_code import LINE_LENGTH, BlockCode
 from .literals import importable
 from .modules import PACKAGE, origin, public_names
 
+FIND_SIBLINGS = """\
+try:
+    import_module(__package__)
+except ModuleNotFoundError:  # there is a dot in the name of the repository, of which diffusers makes a module's name
+    package = ModuleType(__package__)
+    package.__path__ = [str(Path(__file__).parent)]
+    sys.modules[__package__] = package"""
+
 
 def defined_in(thing: Any) -> tuple[str, str]:
     """The module that defines a class or function, and its name there; a module and "" for a module itself."""
@@ -42,9 +50,10 @@ def block_file(code: BlockCode, siblings: Mapping[str, str]) -> str:
     named = {source.removeprefix(".") for source in sources}
     unnamed = sorted(name for name in siblings.values() if name not in named)
     groups = [
-        ["from typing import TYPE_CHECKING"] if unnamed else [],
+        _standard_imports(bool(siblings), bool(unnamed)),
         [*sorted(plain), *_from_imports(sources, "installed")],
         _from_imports(sources, "package"),
+        [FIND_SIBLINGS] if siblings else [],
         _from_imports(sources, "sibling"),
     ]
     imports = "\n\n".join("\n".join(group) for group in groups if group)
@@ -66,6 +75,18 @@ def public_module(module: str, name: str) -> str:
         if found is not None and found is getattr(sys.modules[module], name):
             return "diffusers.modular_pipelines"
     return module
+
+
+def _standard_imports(finds_siblings: bool, names_siblings: bool) -> list[str]:
+    if not finds_siblings:
+        return []
+    return [
+        "import sys",
+        "from importlib import import_module",
+        "from pathlib import Path",
+        "from types import ModuleType",
+        *(["from typing import TYPE_CHECKING"] if names_siblings else []),
+    ]
 
 
 def _from_imports(sources: Mapping[str, list[str]], group: str) -> list[str]:
