@@ -15,6 +15,8 @@ from .entries import Entry
 LINE_LENGTH = 119
 """Of the code on a card."""
 
+CARD = "README.md"
+
 TAGS = ("diffusers", "modular-diffusers", "perflow", "few-step")
 
 EXAMPLES = {
