@@ -46,7 +46,7 @@ class CardFacts:
         licence: identifier for the front matter; None where the user names none.
         picture: file name of a picture in the repository.
         notes: what users of this workflow have to know, in Markdown.
-        requirements: packages that the code needs beyond diffusers' own.
+        requirements: packages that the code needs, and their versions.
     """
 
     title: str
@@ -112,10 +112,9 @@ def _front_matter(facts: CardFacts) -> ModelCardData:
 
 
 def _run(facts: CardFacts) -> str:
-    parts = [_snippet(facts), _LOADER.format(repository=facts.repository)]
-    if facts.requirements:
-        needed = " ".join(f'"{name}{version}"' for name, version in facts.requirements.items())
-        parts.insert(0, f"It needs diffusers and `pip install {needed}`.")
+    needed = {"diffusers": "", **facts.requirements}
+    packages = " ".join(f'"{name}{version}"' if version else name for name, version in needed.items())
+    parts = [f"It needs `pip install {packages}`.", _snippet(facts), _LOADER.format(repository=facts.repository)]
     return "\n\n".join(parts)
 
 
