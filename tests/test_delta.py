@@ -86,7 +86,7 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     delta = (torch.randn(4096, generator=generator) * 1e-2).to(dtype)
     once = (weight.double() + 0.3 * delta.double()).to(dtype)
     twice = weight + (0.3 * delta).to(dtype)
-    merged = add(weight, sum_of_terms([(delta, 0.3)], torch.float32, weight.device))
+    merged = add(weight, sum_of_terms([(delta, 0.3)], weight))
     assert merged.dtype == dtype
     # float32 sums decide a tie of the last bit differently from float64 at most once in a long while.
     assert (merged != once).sum() <= 2
@@ -115,7 +115,7 @@ def test_differences_are_taken_in_float32() -> None:
 
 def test_wider_weights_keep_their_precision() -> None:
     weight = torch.tensor([1.0 + 2.0**-40], dtype=torch.float64)
-    change = sum_of_terms([(torch.tensor([1.0]), 2.0)], torch.float64, weight.device)
+    change = sum_of_terms([(torch.tensor([1.0]), 2.0)], weight)
     assert add(weight, change).item() == 3.0 + 2.0**-40
 
 

@@ -84,6 +84,8 @@ def test_a_saved_pipeline_is_not_merged_again(delta: Path, tmp_path: Path, rewri
     again = PeRFlowSDXLAutoBlocks().init_pipeline(str(saved))
     again.load_components()
     again.set_progress_bar_config(disable=True)
-    assert torch.equal(run(again, delta=delta), expected)
+    # Weights in a mapped file begin at other addresses, for which some processors' kernels round differently.
+    torch.testing.assert_close(run(again, delta=delta), expected, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(w, again.unet.state_dict()[name]) for name, w in pipe.unet.state_dict().items())
     assert rewrites == []
     assert [record.reloaded for record in merge_records(again.unet)] == [True]

@@ -99,9 +99,10 @@ def test_a_saved_pipeline_that_names_the_delta_draws_the_same(tmp_path: Path, de
     pipe = make_pipeline()
     expected = run(pipe, delta=delta)
     other = make_pipeline(unet=reloaded(pipe.unet, tmp_path / "unet"))
-    assert torch.equal(run(other, delta=delta), expected)
-    assert torch.equal(run(other, delta=delta), expected)
-    assert torch.equal(run(other), expected)
+    for inputs in ({"delta": delta}, {"delta": delta}, {}):
+        # Weights in a mapped file begin at other addresses, for which some processors' kernels round differently.
+        torch.testing.assert_close(run(other, **inputs), expected, rtol=1e-4, atol=1e-4)
+    assert same(other.unet, pipe.unet)
     assert other.guider.guidance_scale == 1.0
     with pytest.raises(ValueError, match="was loaded with"):
         run(other, delta=False)
