@@ -178,6 +178,9 @@ class FileWeights(Weights):
         states = [os.fstat(descriptor) for descriptor in self._descriptors]
         return tuple(value for state in states for value in (state.st_size, state.st_mtime_ns))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FileWeights:
+        return self  # nothing in it changes, and its file may have been deleted
+
     def __getstate__(self) -> dict[str, Any]:
         return {"label": self.label, "paths": self._paths, "opened_at": self._opened_at}
 
