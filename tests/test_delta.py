@@ -290,9 +290,8 @@ def test_offloaded_and_quantized_weights_are_refused(delta_file: Path) -> None:
 
 def test_tied_weights_are_changed_once(tmp_path: Path) -> None:
     path, model = tmp_path / "delta.safetensors", nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    model[1].weight = model[0].weight
-    with torch.no_grad():  # ones are then no multiple of the weights
-        model[0].weight.copy_(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
+    # Ones are no multiple of these.
+    model[0].weight = model[1].weight = nn.Parameter(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
     before = values(model)
     save_delta({name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}, path)
     merge_delta(model, path)
