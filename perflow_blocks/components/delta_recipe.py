@@ -65,12 +65,8 @@ class DeltaRecipe:
             require_guidance(self.guidance_scale)
         if self.base_sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.base_sha256):
             raise ValueError(f"base_sha256={self.base_sha256!r} is no SHA-256; pass 64 hexadecimal digits, or None.")
-        if self.scheduler_config is not None and not isinstance(self.scheduler_config, dict):
-            raise ValueError(f"scheduler_config={self.scheduler_config!r} is no mapping; pass a scheduler's config.")
-        try:
-            PeRFlowScheduler(**self.noise_schedule())
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"scheduler_config={self.scheduler_config!r} is no noise schedule: {error}") from error
+        if self.scheduler_config is not None:
+            self._require_noise_schedule()
         if self.window_boundaries is not None:
             windows = tile_windows(num_windows=1, boundaries=self.window_boundaries)
             object.__setattr__(self, "window_boundaries", windows.boundaries)
@@ -79,6 +75,14 @@ class DeltaRecipe:
                     f"num_time_windows={self.num_time_windows} disagrees with the {windows.num_windows} windows of "
                     f"window_boundaries={list(windows.boundaries)}; name one of them."
                 )
+
+    def _require_noise_schedule(self) -> None:
+        if not isinstance(self.scheduler_config, dict):
+            raise ValueError(f"scheduler_config={self.scheduler_config!r} is no mapping; pass a scheduler's config.")
+        try:
+            PeRFlowScheduler(**self.noise_schedule())
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"scheduler_config={self.scheduler_config!r} is no noise schedule: {error}") from error
 
     def noise_schedule(self) -> dict[str, Any]:
         """What `scheduler_config` says about betas and training timesteps, as settings of a `PeRFlowScheduler`."""
