@@ -40,6 +40,7 @@ _PUBLIC = {
     "extract_delta": "core.delta",
     "insert_loop_block": "blocks.recombine",
     "merge_delta": "components.delta_merge",
+    "push_workflow": "hub.publish",
     "register_attention_strategy": "components.attention.registry",
     "rescale_delta": "components.delta_merge",
     "unmerge_delta": "components.delta_merge",

@@ -14,6 +14,7 @@ from .extract import extract
 from .generate import generate
 from .inspect import inspect
 from .merge import merge, unmerge
+from .push import push
 from .to_lora import to_lora
 
 app = typer.Typer(add_completion=False, help="Few-step pictures from PeRFlow diffusion models.")
@@ -26,6 +27,7 @@ app.command()(merge)
 app.command()(unmerge)
 app.command()(to_lora)
 app.command()(inspect)
+app.command()(push)
 
 
 @app.callback(invoke_without_command=True)

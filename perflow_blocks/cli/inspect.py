@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options
+from .tables import aligned
 
 if TYPE_CHECKING:
     from ..components.delta_recipe import DeltaRecipe
@@ -103,17 +104,9 @@ def _kind_table(summary: WeightSummary) -> list[str]:
         square = sum(tensor.squared_norm for tensor in tensors)
         mean = (square / numbers) ** 0.5 if numbers else 0.0
         rows.append([kind, str(len(tensors)), f"{numbers:,}", f"{mean:.3g}"])
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _largest_table(summary: WeightSummary, count: int, *, relative: bool) -> list[str]:
     rows = [["largest tensors", "norm over the base's" if relative else "root mean square"]]
-    return _aligned([*rows, *([tensor.name, f"{tensor.size:.3g}"] for tensor in summary.largest(count))])
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])  # the names left, the numbers right
-        for row in rows
-    ]
+    return aligned([*rows, *([tensor.name, f"{tensor.size:.3g}"] for tensor in summary.largest(count))])

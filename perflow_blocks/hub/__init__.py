@@ -1,0 +1,1 @@
+"""Workflows as repositories: exported, published and loaded."""
