@@ -88,7 +88,7 @@ def numerical_rank(spectrum: Spectrum) -> int:
 def rank_for_energy(spectrum: Spectrum, energy: float) -> int:
     """The least rank that keeps a share `energy` in (0, 1] of the squared norm, at most what is above rounding."""
     most = numerical_rank(spectrum)
-    # What is lost counts, added up from its smallest part: near 1 the kept part differs from the whole by its rounding.
+    # What is lost is added up, from its smallest part: what is kept differs from the whole by rounding, near 1.
     tail = spectrum.values.square().flip(0).cumsum(0).flip(0)
     whole = float(tail[0]) if len(tail) else 0.0
     complete = len(tail) == min(len(spectrum.left), spectrum.right.shape[1])
