@@ -26,23 +26,24 @@ def read_with_bar(weights: Weights, what: str, passes: int = 1) -> Iterator[Weig
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=passes * len(weights.shapes))
-        yield CountedWeights(weights, lambda: bar.advance(task))
+        yield CountedWeights(weights, lambda: bar.advance(task), passes)
 
 
 class CountedWeights(Weights):
-    """Weights that say when a tensor is read for the first time, and again once all of them have been."""
+    """Weights that say when a tensor is read for the first time, and again in each further pass over all of them."""
 
-    def __init__(self, weights: Weights, count: Callable[[], Any]) -> None:
-        self._weights, self._count = weights, count
+    def __init__(self, weights: Weights, count: Callable[[], Any], passes: int = 1) -> None:
+        self._weights, self._count, self._left = weights, count, passes
         self._read: set[str] = set()
         self.label, self.shapes, self.metadata = weights.label, weights.shapes, weights.metadata
 
     def tensor(self, name: str) -> Tensor:
-        if name not in self._read:
+        if self._left and name not in self._read:
             self._read.add(name)
             self._count()
             if len(self._read) == len(self.shapes):
-                self._read = {name}  # which may be read once more in the same pass
+                self._read = set()
+                self._left -= 1
         return self._weights.tensor(name)
 
     def require_unchanged(self) -> None:
