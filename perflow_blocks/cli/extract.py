@@ -22,15 +22,8 @@ def extract(
     dtype: Annotated[str, typer.Option(help="Type to store: float16, float32 or bfloat16.")] = "float16",
     variant: Annotated[str | None, typer.Option(help="Which files of the student's folder, fp16 say.")] = None,
     base_variant: Annotated[str | None, typer.Option(help="Which files of the base's folder.")] = None,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read .bin, .pt and .ckpt too; their code is not run.")
-    ] = False,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="A folder with the UNet's config.json, for files with original names. By default the base's."
-        ),
-    ] = None,
+    allow_pickle: options.AllowPickle = False,
+    config: options.Config = None,
     prediction_type: Annotated[str | None, typer.Option(help="ddim_eps, diff_eps or velocity.")] = None,
     windows: Annotated[int | None, typer.Option(help="Number of time windows it was distilled for.")] = None,
     steps: options.RecipeSteps = None,
@@ -56,8 +49,9 @@ def extract(
     from ..components.delta_fit import require_architecture
     from ..components.weight_layouts import open_weights
     from ..components.weight_writer import write_weights
+    from .unets import find_config
 
-    unet = _unet(config, base, student)
+    unet = find_config(config, base, student)
     weights = [open_weights(student, variant, allow_pickle=allow_pickle)]
     weights.append(open_weights(base, base_variant, allow_pickle=allow_pickle))
     if unet is not None:
@@ -72,16 +66,6 @@ def extract(
     difference = open_difference(weights[0], weights[1])
     write_weights(difference, out, precision, _metadata(recipe, unet))
     typer.echo(f"{out}: {len(difference.shapes)} tensors, {out.stat().st_size / 1e6:,.1f} MB")
-
-
-def _unet(config: Path | None, base: Path, student: Path) -> UNet2DConditionModel | None:
-    """The UNet without values, from the first configuration that is there."""
-    from .unets import empty_unet, find_unet, require_unet
-
-    if config is not None:
-        return empty_unet(require_unet(config.parent if config.is_file() else config))
-    folder = find_unet(base) or find_unet(student)
-    return None if folder is None else empty_unet(folder)
 
 
 def _metadata(recipe: DeltaRecipe, unet: UNet2DConditionModel | None) -> dict[str, str]:
