@@ -125,9 +125,9 @@ def test_the_configuration_s_scale_holds_where_a_call_names_none(tmp_path: Path,
 @pytest.mark.parametrize("scale", ["1", float("nan"), True])
 def test_a_scale_that_is_no_number_is_an_error(tmp_path: Path, delta: Path, scale: Any) -> None:
     pipe = make_pipeline()
-    with pytest.raises(ValueError, match="delta_scale=.* is no finite number; pass 1.0"):
+    with pytest.raises(ValueError, match=r"delta_scale=.* is no finite number; pass 1\.0"):
         run(pipe, delta=delta, delta_scale=scale)
-    with pytest.raises(ValueError, match="delta_scale=.* is no finite number; pass 1.0"):
+    with pytest.raises(ValueError, match=r"delta_scale=.* is no finite number; pass 1\.0"):
         run(index_pipeline(tmp_path, {"delta": str(delta), "delta_scale": scale}))
     assert merge_records(pipe.unet) == ()
 

@@ -194,7 +194,7 @@ MISTAKES: dict[str, tuple[Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipeli
     "prediction": (lambda it, at: it.with_config(prediction_type="eps"), "prediction_type='eps' is unknown"),
     "config's delta": (
         lambda it, at: it.with_config(delta=False),
-        "with_config: the configuration's delta=False is no path",
+        "the configuration's delta=False is no path",
     ),
     "config's scale": (
         lambda it, at: it.with_config(delta=at / "x", delta_scale="1"),

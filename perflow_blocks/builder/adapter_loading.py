@@ -18,7 +18,7 @@ def add_adapters(pipe: Any, plan: BuildPlan) -> None:
     """Adds what the plan names, unless the models have it from another builder.
 
     Raises:
-        ValueError: one cannot be loaded; the models are as they were then.
+        ValueError: one cannot be loaded.
     """
     settings, adapter = plan.settings, plan.settings.ip_adapter
     if adapter is not None and "feature_extractor" in plan.parts and "feature_extractor" not in settings.components:
@@ -26,16 +26,15 @@ def add_adapters(pipe: Any, plan: BuildPlan) -> None:
         pipe.register_components(feature_extractor=CLIPImageProcessor(size=size, crop_size=size))
     if "unet" in plan.shared:
         return
-    with _undone_where_it_fails(pipe):
-        for lora in settings.loras:
-            with _told(f"with_lora({lora.location!r})"):
-                _load_lora(pipe, lora)
-        if settings.loras:
-            with _told("with_lora"):
-                pipe.set_adapters([lora.adapter_name for lora in settings.loras], [x.weight for x in settings.loras])
-        if adapter is not None:
-            with _told(f"with_ip_adapter({adapter.location!r})"):
-                _load_ip_adapter(pipe, adapter)
+    for lora in settings.loras:
+        with _told(f"with_lora({lora.location!r})"):
+            _load_lora(pipe, lora)
+    if settings.loras:
+        with _told("with_lora"):
+            pipe.set_adapters([lora.adapter_name for lora in settings.loras], [x.weight for x in settings.loras])
+    if adapter is not None:
+        with _told(f"with_ip_adapter({adapter.location!r})"):
+            _load_ip_adapter(pipe, adapter)
 
 
 def _load_lora(pipe: Any, lora: LoraChoice) -> None:
@@ -57,7 +56,8 @@ def _told(step: str) -> Iterator[None]:
 
 
 @contextmanager
-def _undone_where_it_fails(pipe: Any) -> Iterator[None]:
+def no_adapters_where_it_fails(pipe: Any) -> Iterator[None]:
+    """Takes the adapters out that were added within, and only those, if it ends with an error."""
     models = {name: model for name in LORA_MODELS if (model := getattr(pipe, name, None)) is not None}
     held = {name: adapters_of(model).loras for name, model in models.items()}
     restore_ip_adapter = _ip_adapter_restorer(models["unet"]) if "unet" in models else None
@@ -83,7 +83,8 @@ def _ip_adapter_restorer(unet: Any) -> Callable[[], None]:
     kind = unet.config.encoder_hid_dim_type
 
     def restore() -> None:
-        unet.set_attn_processor(dict(processors))
+        if any(found is not processors.get(name) for name, found in unet.attn_processors.items()):
+            unet.set_attn_processor(dict(processors))
         unet.encoder_hid_proj = projection
         if unet.config.encoder_hid_dim_type != kind:
             unet.config.encoder_hid_dim_type = kind

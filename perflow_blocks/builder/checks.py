@@ -11,7 +11,7 @@ from diffusers import ClassifierFreeGuidance, UNet2DConditionModel
 from diffusers.guiders import BaseGuidance
 from torch import nn
 
-from ..blocks.merge_delta import require_configured_delta, require_delta_scale, require_no_rival
+from ..blocks.merge_delta import require_delta_scale, require_no_rival
 from ..components.attention.config import AttentionConfig
 from ..components.attention.plan import parse_plan
 from ..components.delta_fit import require_architecture
@@ -68,9 +68,6 @@ def check_config(declared: Sequence[str], values: Mapping[str, Any], problems: P
         elif name in _OF_RECIPE:
             with problems.noted(TypeError, about=f"with_config({name}=...): "):
                 DeltaRecipe(**{_OF_RECIPE[name]: value})
-        elif name == "delta" and value is not None:
-            with problems.noted(about="with_config: "):
-                require_configured_delta(value)
         elif name == "channels_last" and value not in (None, True, False):
             problems.add(f"with_config: channels_last={value!r} is no choice; pass True, False or None.")
     if not problems:

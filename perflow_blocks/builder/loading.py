@@ -17,7 +17,7 @@ from torch import nn
 from ..blocks.merge_delta import PeRFlowMergeDeltaStep
 from ..components.attention.config import AttentionConfig
 from . import single_file
-from .adapter_loading import add_adapters
+from .adapter_loading import add_adapters, no_adapters_where_it_fails
 from .checks import make_guider
 from .parts import Part
 from .placement import CPU
@@ -33,7 +33,7 @@ def build_pipeline(plan: BuildPlan, manager: ComponentsManager, collection: str 
 
     Raises:
         ValueError: parts that cannot be loaded after all, each in a sentence; the manager has none of the others then,
-            and given models hold no more than before.
+            and given models have no more adapters than before.
     """
     pipe, settings = plan.pipe, plan.settings
     given = {name: part.value for name, part in plan.parts.items() if part.origin == "given"}
@@ -45,8 +45,9 @@ def build_pipeline(plan: BuildPlan, manager: ComponentsManager, collection: str 
     _leave_out(pipe, plan.parts)
     pipe.update_components(**settings.config_values)
     _guide(pipe, plan)
-    add_adapters(pipe, plan)
-    _place(pipe, plan, manager)
+    with no_adapters_where_it_fails(pipe):
+        add_adapters(pipe, plan)
+        _place(pipe, plan, manager)
     for name, key in plan.keys.items():
         mark(getattr(pipe, name), key)
     if settings.attention is not None:

@@ -12,6 +12,7 @@ from diffusers import ComponentsManager, MultiControlNetModel
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor
 
+from ..blocks.merge_delta import require_configured_delta
 from . import checks, single_file
 from .adapter_checks import check_given_adapters, check_ip_adapter, check_loras
 from .arrangement import arrange_blocks
@@ -64,7 +65,7 @@ def make_plan(settings: BuilderSettings, manager: ComponentsManager) -> BuildPla
     _check_hooks(manager, settings, device, problems)
     declared = list(dict.fromkeys(spec.name for spec in blocks.expected_configs))
     checks.check_config(declared, settings.config, problems)
-    config = _configuration(pipe, declared, settings)
+    config = _configuration(pipe, declared, settings, problems)
     _check_files(parts, problems)
     if readable:
         _check_missing(parts, settings, problems)
@@ -199,15 +200,17 @@ def _check_hooks(
         problems.add(f"{step} does not go with a ComponentsManager that moves models; use another manager.")
 
 
-def _configuration(pipe: Any, declared: list[str], settings: BuilderSettings) -> dict[str, Any]:
+def _configuration(pipe: Any, declared: list[str], settings: BuilderSettings, problems: Problems) -> dict[str, Any]:
     """The configuration values: the index's, then the steps'. A delta is named by its whole path where it is local."""
     config = {name: pipe.config[name] for name in declared}
     config |= {name: value for name, value in settings.config_values.items() if name in config}
     named, origin = config.get("delta"), pipe._pretrained_model_name_or_path
-    if not isinstance(named, str):
-        config |= {"delta": None} if "delta" in config else {}  # what is no path is told where it was given
-    elif origin is not None and Path(origin).is_dir():
-        config["delta"] = str((Path(origin) / named).resolve())
+    if named is not None:
+        config["delta"] = None
+        with problems.noted():
+            require_configured_delta(named)
+            local = origin is not None and Path(origin).is_dir()
+            config["delta"] = str((Path(origin) / named).resolve()) if local else named
     return config
 
 
