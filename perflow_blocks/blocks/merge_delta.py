@@ -88,7 +88,7 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
             scale = components.config.delta_scale if given is None else given
             require_delta_scale(scale)
             path = delta_path(block_state.delta, components)
-            if path is not None:
+            if path is not None and not (block_state.delta is None and _was_saved_with(components.unet, path, scale)):
                 variant = components.config.delta_variant if block_state.delta is None else None
                 _merge(components.unet, open_weights(path, variant), scale)
         record = merge_record(components.unet)
@@ -113,6 +113,16 @@ def require_no_rival(unet: Any, weights: Weights) -> None:
                 f"{other.source} is merged into the UNet already, at scale {other.scale:g}; call unmerge_delta(unet), "
                 f"or pass it with delta_scale=0.0, before merging {weights.label}."
             )
+
+
+def _was_saved_with(unet: Any, path: Path, scale: float) -> bool:
+    """Whether a delta is missing where the index names it because it is in the UNet, which was saved beside the index.
+
+    Saving a pipeline writes its weights as they are and its configuration, but no delta.
+    """
+    if path.exists():
+        return False
+    return any(r.reloaded and (r.source, r.scale) == (path.name, scale) for r in merge_records(unet))
 
 
 def _merge(unet: Any, weights: Weights, scale: float) -> None:
