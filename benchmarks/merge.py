@@ -14,15 +14,17 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from perflow_blocks.components.delta_files import save_delta
 from perflow_blocks.components.delta_merge import merge_delta, rescale_delta, unmerge_delta
 from perflow_blocks.components.delta_record import merge_state
 
-from .measure import Setting
+from .measure import Setting, Timing
 from .report import Report, megabytes, table
 
 STATUS = Path("/proc/self/status")
+MEMORY = Path("/proc/meminfo")
 SDXL_WEIGHTS = 2_567_463_684
 
 
@@ -31,24 +33,22 @@ class Size:
     """What is merged.
 
     Attributes:
-        weights: how many, 2.57e9 for SDXL's UNet. Twice their bytes are needed on disk, and a little more in memory.
+        weights: how many. Their bytes are needed three times in memory, with the system's cache of the file, and
+            once on disk beside a quarter for corrections.
         dtype: of model and file.
         relative: standard deviation of dW, that of W being 1. PeRFlow's demo delta has 0.1.
     """
 
-    weights: int = 320_000_000
+    weights: int = SDXL_WEIGHTS
     dtype: torch.dtype = torch.float16
     relative: float = 0.05
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds, and bytes beside the model; the file was out of the system's cache each time."""
+    """Times, and bytes beside the model; the file was out of the system's cache each time."""
 
-    read: float
-    merge: float
-    rescale: float
-    unmerge: float
+    times: dict[str, Timing]
     model_bytes: int
     largest_bytes: int
     peak_bytes: int
@@ -56,26 +56,34 @@ class Measurement:
     exact: bool
 
 
-def measure(size: Size) -> Measurement:
-    """Merges, rescales and takes out a random delta of SDXL's mix of shapes."""
+def measure(size: Size, rounds: int) -> Measurement:
+    """Reads the file of a random delta of SDXL's mix of shapes, merges it, rescales it and takes it out, in turns."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "delta.safetensors"
         # In a process of its own, as memory that it gave back would hide what merging takes.
         writer = multiprocessing.get_context("spawn").Process(target=_write, args=(size, path))
         writer.start()
         writer.join()
-        model = _weights(size, 1.0, seed=0)
-        module = nn.ParameterDict(model).requires_grad_(False)
+        module = nn.ParameterDict(_weights(size, 1.0, seed=0)).requires_grad_(False)
         before = _fingerprint(module)
         sizes = [parameter.nbytes for parameter in module.parameters()]
-        read = min(_timed(path, lambda: _read(path)) for _ in range(3))
-        with PeakMemory() as memory:
-            merge = _timed(path, lambda: merge_delta(module, path))
-        corrections = merge_state(module).corrections.size
-        rescale = _timed(path, lambda: rescale_delta(module, 0.5))
-        unmerge = _timed(path, lambda: unmerge_delta(module))
+        actions: dict[str, Callable[[], object]] = {
+            "reading the file": lambda: _read(path),
+            "merge": lambda: merge_delta(module, path),
+            "rescale": lambda: rescale_delta(module, 0.5),
+            "unmerge": lambda: unmerge_delta(module),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in actions}
+        peak = corrections = 0
+        for _ in tqdm(range(rounds), desc="merging", unit="round"):
+            for name, action in actions.items():
+                with PeakMemory() as memory:
+                    seconds[name].append(_timed(path, action))
+                peak = max(peak, memory.peak)
+                corrections = max(corrections, merge_state(module).corrections.size)
         exact = _fingerprint(module) == before
-    return Measurement(read, merge, rescale, unmerge, sum(sizes), max(sizes), memory.peak, corrections, exact)
+    times = {name: Timing(tuple(values)) for name, values in seconds.items()}
+    return Measurement(times, sum(sizes), max(sizes), peak, corrections, exact)
 
 
 def _weights(size: Size, spread: float, seed: int) -> dict[str, torch.Tensor]:
@@ -144,25 +152,32 @@ def _anonymous() -> int:
 def why_not(setting: Setting) -> str | None:
     if not hasattr(os, "posix_fadvise") or not STATUS.is_file():
         return "it reads memory and drops files from the cache in Linux's way"
-    if shutil.disk_usage(tempfile.gettempdir()).free < 4 * _size(setting).weights:
+    if shutil.disk_usage(tempfile.gettempdir()).free < 3 * _size(setting).weights:
         return "there is no space for its file; set TMPDIR"
     return None
 
 
 def run(setting: Setting) -> Report:
     size = _size(setting)
-    found = measure(size)
-    rows = {"reading the file": found.read, "merge": found.merge, "rescale": found.rescale, "unmerge": found.unmerge}
+    found = measure(size, setting.rounds(3))
+    read = found.times["reading the file"].median
     kind = str(size.dtype).removeprefix("torch.")
     return Report(
         title="Merging a delta",
         parts=(
             f"{megabytes(found.model_bytes)} MB of {kind} weights on the CPU in SDXL's shapes (SDXL's UNet has "
-            f"{megabytes(2 * SDXL_WEIGHTS)}), dW {size.relative:g} of W. One run; the file is read from disk "
-            "each time.",
+            f"{megabytes(2 * SDXL_WEIGHTS)}), dW {size.relative:g} of W. The four take turns; the file is read from "
+            f"disk each time, at {found.model_bytes / read / 1e9:.1f} GB/s.",
             table(
-                ("what", "seconds", "times reading"),
-                ((name, f"{seconds:.2f}", f"{seconds / found.read:.2f}") for name, seconds in rows.items()),
+                ("what", "seconds, median", "from", "to", "times reading"),
+                (
+                    (
+                        name,
+                        *(f"{value:.2f}" for value in (timing.median, min(timing.seconds), max(timing.seconds))),
+                        f"{timing.median / read:.2f}",
+                    )
+                    for name, timing in found.times.items()
+                ),
             ),
             f"Beside the model: {megabytes(found.peak_bytes)} MB of memory at most "
             f"({found.peak_bytes / found.model_bytes:.1%} of it; the largest tensor has "
@@ -175,4 +190,12 @@ def run(setting: Setting) -> Report:
 
 
 def _size(setting: Setting) -> Size:
-    return Size(weights=20_000_000) if setting.quick else Size()
+    if setting.quick:
+        return Size(weights=20_000_000)
+    return Size() if _available() > 3 * 2 * SDXL_WEIGHTS else Size(weights=SDXL_WEIGHTS // 8)
+
+
+def _available() -> int:
+    """Bytes of memory that programs can still get."""
+    lines = MEMORY.read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

@@ -149,3 +149,30 @@ def test_unequal_windows_of_a_recipe_are_not_dropped_silently(caplog: pytest.Log
     pipe.update_components(num_time_windows=2)
     set_up(pipe, delta_recipe=DeltaRecipe(window_boundaries=(1.0, 0.4, 0.0)))
     assert "windows=(1.0, 0.5, 0.0) is used, but the merged delta was distilled with (1.0, 0.4, 0.0)" in caplog.text
+
+
+def test_a_delta_brings_the_noise_schedule_it_was_distilled_on(caplog: pytest.LogCaptureFixture) -> None:
+    caplog_handler(caplog)
+    recipe = DeltaRecipe(scheduler_config={**BETAS, "_class_name": "DDIMScheduler", "clip_sample": True})
+    for given in (EulerDiscreteScheduler(beta_end=0.012, beta_schedule="linear"), None):
+        pipe = make_pipeline(scheduler=given) if given else make_pipeline()
+        if given is None:
+            pipe.update_components(scheduler=None)
+        set_up(pipe, delta_recipe=recipe)
+        config = pipe.scheduler.config
+        assert (config.beta_start, config.beta_end, config.beta_schedule) == (0.001, 0.02, "linear")
+    messages = list(dict.fromkeys(r.getMessage() for r in caplog.records if "distilled" in r.getMessage()))
+    assert messages == [
+        "The merged delta was distilled with beta_start=0.001, which is used instead of the scheduler's 0.0001.",
+        "The merged delta was distilled with beta_end=0.02, which is used instead of the scheduler's 0.012.",
+    ]
+
+
+def test_without_the_delta_the_schedule_is_the_repositorys_again() -> None:
+    pipe = make_pipeline(scheduler=EulerDiscreteScheduler(beta_end=0.012, beta_schedule="linear"))
+    set_up(pipe, delta_recipe=DeltaRecipe(scheduler_config=BETAS))
+    set_up(pipe)
+    assert pipe.scheduler.config.beta_end == 0.012
+    kept = pipe.scheduler
+    set_up(pipe)
+    assert pipe.scheduler is kept

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from perflow_blocks import extract_delta, merge_delta, rescale_delta, unmerge_delta
 from perflow_blocks.components import delta_corrections
+from perflow_blocks.components.delta_files import save_delta
 from perflow_blocks.components.delta_record import merge_record, merge_records
 from perflow_blocks.core.reversible import bits
 from perflow_blocks.demo import weights_directory
@@ -143,7 +144,10 @@ def test_patterns_scale_blocks(caplog: pytest.LogCaptureFixture) -> None:
     assert "already; nothing was changed" in caplog.text
     rescale_delta(model, 1.0)
     assert_bits(model, summed(base, [(delta, 1.0)]))
-    for bad, message in (({"mid.*": 1.0}, r"mid\.\*, which match no weight"), ({"up_w": float("nan")}, "not finite")):
+    for bad, message in (
+        ({"mid.*": 1.0}, r"mid\.\*, which match no weight"),
+        ({"up_w": float("nan")}, "no finite number"),
+    ):
         with pytest.raises(ValueError, match=message):
             rescale_delta(model, 1.0, scales=bad)
     unmerge_delta(model)
@@ -207,3 +211,54 @@ def test_which_delta_is_meant_must_be_clear() -> None:
         rescale_delta(model, 1.0)
     assert len(unmerge_delta(model)) == 2
     assert_bits(model, state(Small(0, torch.float32)))
+
+
+def test_wrong_arguments_are_named() -> None:
+    model, delta = Small(0, torch.float32), difference(1)
+    before = state(model)
+    for arguments, message in (
+        ({"scale": "0.5"}, "scale='0.5' is no finite number"),
+        ({"scale": None}, "scale=None is no finite number"),
+        ({"scale": True}, "scale=True is no finite number"),
+        ({"scales": ["up_*"]}, r"scales=\['up_\*'\] is no mapping"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge_delta(model, delta, **arguments)
+    for wrong in (None, 3, model):
+        with pytest.raises(ValueError, match=f"delta={type(wrong).__name__} is no delta; pass a file"):
+            merge_delta(model, wrong)
+    assert_bits(model, before)
+    merge_delta(model, delta)
+    with pytest.raises(ValueError, match=r"mid\.\*, which match no weight"):
+        merge_delta(model, delta, scales={"mid.*": 1.0})
+
+
+def test_a_copy_needs_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "delta.safetensors"
+    save_delta(difference(1), path, dtype=torch.float32)
+    model = Small(0, torch.float32)
+    base = state(model)
+    merge_delta(model, path)
+    path.unlink()
+    other = copy.deepcopy(model)
+    unmerge_delta(model)
+    rescale_delta(other, 0.5)
+    unmerge_delta(other)
+    assert_bits(model, base)
+    assert_bits(other, base)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.floats(-8, 8))
+def test_the_student_comes_back(seed: int, exponent: float) -> None:
+    """Bit for bit within a factor of 2 of the base, else but for one unit in the last place of the larger."""
+    base = torch.randn(512, generator=torch.Generator().manual_seed(seed))
+    student = torch.randn(512, generator=torch.Generator().manual_seed(seed + 1)) * 2**exponent
+    model = nn.Module()
+    model.register_parameter("w", nn.Parameter(base.clone(), requires_grad=False))
+    merge_delta(model, extract_delta({"w": student}, {"w": base}))
+    reached, larger = model.get_parameter("w"), torch.maximum(student.abs(), base.abs())
+    assert bool(((reached - student).abs() <= larger * torch.finfo(torch.float32).eps).all())
+    ratio = student / base
+    near = (ratio >= 0.5) & (ratio <= 2)
+    assert torch.equal(reached[near], student[near])

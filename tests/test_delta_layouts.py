@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from perflow_blocks.components.delta_files import open_difference, save_delta
 from perflow_blocks.components.delta_record import merge_record, merge_records
 from perflow_blocks.components.weight_layouts import open_weights
 from perflow_blocks.demo.models import build_unet
-from perflow_blocks.testing.tiny import tiny_sdxl_unet
+from perflow_blocks.testing.tiny import tiny_sdxl_components, tiny_sdxl_unet
+
+from .single_file_support import save_checkpoint
 
 STEM = "diffusion_pytorch_model"
 
@@ -61,12 +64,49 @@ def test_a_delta_is_found_in_every_layout(tmp_path: Path, layout: str, expected:
     assert_same(merged(tmp_path / f"{STEM}.safetensors.index.json" if layout == "index" else tmp_path), expected)
 
 
-def test_a_variant_is_chosen_by_name(tmp_path: Path, expected: dict[str, Tensor]) -> None:
+def test_a_variant_is_chosen_by_name_and_need_not_be_where_it_is_alone(
+    tmp_path: Path, expected: dict[str, Tensor]
+) -> None:
     save_file(difference(), tmp_path / f"{STEM}.v0-1.safetensors")
     assert_same(merged(open_weights(tmp_path, "v0-1")), expected)
-    for variant in (None, "v0-2"):
-        with pytest.raises(ValueError, match=r"holds the variants 'v0-1' and .*pass variant="):
-            open_weights(tmp_path, variant)
+    assert_same(merged(tmp_path), expected)
+    with pytest.raises(ValueError, match=r"holds the variants 'v0-1' and not 'v0-2'; name one as the variant"):
+        open_weights(tmp_path, "v0-2")
+    save_file({"conv_in.bias": torch.ones(1)}, tmp_path / f"{STEM}.v0-2.safetensors")
+    with pytest.raises(ValueError, match=r"'v0-1', 'v0-2' and no variant was named; .* pass its file") as caught:
+        open_weights(tmp_path)
+    named = str(caught.value).rsplit(" ", 1)[1].removesuffix(".")
+    assert_same(merged(named), expected)  # the file in the message is one that can be passed
+    save_file({"conv_in.bias": torch.ones(1)}, tmp_path / f"{STEM}.safetensors")
+    assert list(open_weights(tmp_path).shapes) == ["conv_in.bias"]
+
+
+@pytest.mark.parametrize("variant", [None, "fp16", "v0-1"])
+def test_shards_as_diffusers_writes_them_are_read(tmp_path: Path, variant: str | None) -> None:
+    unet = tiny_sdxl_unet(1)
+    unet.save_pretrained(tmp_path, variant=variant, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*-of-*"))) > 2
+    for asked in {variant, None}:
+        weights = open_weights(tmp_path, asked)
+        assert weights.shapes.keys() == unet.state_dict().keys()
+        assert_same({name: weights.tensor(name) for name in weights.shapes}, unet.state_dict())
+    with pytest.raises(ValueError, match=r"holds the variants \S+( one without a name)? and not 'other'"):
+        open_weights(tmp_path, "other")
+
+
+def test_the_index_is_taken_before_a_whole_file_and_older_names_of_shards_are_known(tmp_path: Path) -> None:
+    unet, file = tiny_sdxl_unet(1), tmp_path / f"{STEM}.v0-1.safetensors"
+    unet.save_pretrained(tmp_path, variant="v0-1", max_shard_size="100KB")
+    save_file({"conv_in.bias": torch.ones(1)}, file)
+    assert len(open_weights(tmp_path, "v0-1").shapes) == len(unet.state_dict())
+    for part in (*tmp_path.glob("*-of-*"), *tmp_path.glob("*.json")):
+        part.unlink()
+    file.rename(tmp_path / f"{STEM}-00001-of-00001.fp16.safetensors")
+    with pytest.raises(ValueError, match=rf"holds no {STEM}\.safetensors"):
+        open_weights(tmp_path)
+    index = {"weight_map": {"conv_in.bias": f"{STEM}-00001-of-00001.fp16.safetensors"}}
+    (tmp_path / f"{STEM}.safetensors.index.fp16.json").write_text(json.dumps(index))
+    assert list(open_weights(tmp_path, "fp16").shapes) == ["conv_in.bias"]
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "unet.", "module._orig_mod."])
@@ -151,6 +191,33 @@ def test_a_merged_student_and_its_base_are_a_delta(tmp_path: Path, expected: dic
     save_file({"conv_in.weight": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"are no pair: .*missing from the student"):
         open_difference(tmp_path / "other.safetensors", tmp_path / "0")
+
+
+def test_two_checkpoints_of_different_names_are_a_pair(tmp_path: Path, expected: dict[str, Tensor]) -> None:
+    unets = [tiny_sdxl_unet(seed) for seed in (0, 1)]
+    files: dict[str, list[Path]] = {"plain": [], "wrapped": [], "original": []}
+    for seed, unet in enumerate(unets):
+        for kind, prefix in (("plain", ""), ("wrapped", f"module.{'unet.' * seed}")):
+            files[kind].append(tmp_path / f"{kind}{seed}.safetensors")
+            save_file({prefix + name: tensor for name, tensor in unet.state_dict().items()}, files[kind][-1])
+        path, encoders = tmp_path / f"original{seed}.safetensors", ("text_encoder", "text_encoder_2")
+        beside = encoders if seed else ("vae", *encoders)  # one file holds a VAE too
+        files["original"].append(save_checkpoint(path, {**tiny_sdxl_components(), "unet": unet}, beside))
+    config = unets[0].config
+    for base, student in itertools.product(files, files):
+        assert_same(merged(open_difference(files[student][1], files[base][0], config)), expected)
+    for one, other in (("original", "plain"), ("plain", "original"), ("wrapped", "original")):
+        with pytest.raises(ValueError, match=r"original Latent Diffusion names.*pass config= with the UNet's config"):
+            open_difference(files[one][1], files[other][0])
+
+
+@pytest.mark.parametrize("wrong", ["student", "base"])
+def test_a_delta_is_no_model_to_take_a_difference_of(tmp_path: Path, wrong: str) -> None:
+    save_delta(difference(), tmp_path / "delta.safetensors")
+    tiny_sdxl_unet(0).save_pretrained(tmp_path / "model")
+    pair = {"student": tmp_path / "model", "base": tmp_path / "model", wrong: tmp_path / "delta.safetensors"}
+    with pytest.raises(ValueError, match=rf"the {wrong} .*delta\.safetensors holds differences"):
+        open_difference(pair["student"], pair["base"])
 
 
 def test_whole_weights_are_no_delta(tmp_path: Path) -> None:

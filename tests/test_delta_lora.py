@@ -15,10 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from perflow_blocks import delta_to_lora, extract_delta
+from perflow_blocks.components.delta_files import open_difference
 from perflow_blocks.components.delta_lora import DeltaLora
 from perflow_blocks.components.delta_recipe import DeltaRecipe
 from perflow_blocks.components.lora_input import opened_tensors
 from perflow_blocks.testing.tiny import tiny_sd_unet, tiny_sdxl_unet
+
+from .single_file_support import unet_keys
 
 SQUARE = "mid_block.attentions.0.proj_in"
 CONV = "down_blocks.0.resnets.0.conv1"
@@ -224,10 +227,48 @@ def test_a_file_gives_the_same_and_its_recipe(delta: dict[str, Tensor], tmp_path
     for one, other in ((read.lora, given.lora), (read.residual, given.residual)):
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert delta_to_lora(path, rank=3, recipe=DeltaRecipe()).recipe == DeltaRecipe()
-    with opened_tensors(path) as (tensors, _):
-        assert set(tensors) == set(delta)
-        reference = weakref.ref(tensors["conv_in.weight"])
-        assert reference() is None  # nothing holds what was read
+    tensors, _ = opened_tensors(path)
+    assert set(tensors) == set(delta)
+    reference = weakref.ref(tensors["conv_in.weight"])
+    assert reference() is None  # nothing holds what was read
+
+
+@pytest.mark.parametrize("layout", ["folder", "variant", "shards", "wrapped", "original", "mapping", "difference"])
+def test_a_delta_in_any_layout_gives_the_same(delta: dict[str, Tensor], tmp_path: Path, layout: str) -> None:
+    unet = tiny_sdxl_unet(0)
+    config: Any = None
+    given: Any = tmp_path
+    unet.load_state_dict(delta)
+    if layout in ("folder", "variant", "shards"):
+        unet.save_pretrained(
+            tmp_path,
+            variant=None if layout == "folder" else "v0-1",
+            max_shard_size="100KB" if layout == "shards" else "1GB",
+        )
+    elif layout == "wrapped":
+        given = tmp_path / "delta.safetensors"
+        save_file({f"module._orig_mod.{name}": tensor for name, tensor in delta.items()}, given)
+    elif layout == "difference":
+        for seed in (0, 1):
+            tiny_sdxl_unet(seed).save_pretrained(tmp_path / str(seed))
+        given = open_difference(tmp_path / "1", tmp_path / "0")
+    else:
+        given, config = unet_keys(unet), unet.config
+        if layout == "original":
+            save_file(given, tmp_path / "delta.safetensors")
+            given = tmp_path / "delta.safetensors"
+        with pytest.raises(ValueError, match="pass config= with the UNet's configuration"):
+            delta_to_lora(given, rank=2)
+    expected, read = delta_to_lora(delta, rank=2), delta_to_lora(given, rank=2, config=config)
+    for one, other in ((read.lora, expected.lora), (read.residual, expected.residual)):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_whole_weights_and_loras_make_no_lora(delta: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match="a model's whole weights, not their difference from a base"):
+        delta_to_lora(tiny_sdxl_unet(0).state_dict(), rank=2)
+    with pytest.raises(ValueError, match=r"is a LoRA .*load_lora_weights"):
+        delta_to_lora(delta_to_lora(delta, rank=2).lora, rank=2)
 
 
 GOOD = {f"{SQUARE}.weight": torch.ones(4, 4), f"{SQUARE}.bias": torch.ones(4)}

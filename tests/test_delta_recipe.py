@@ -48,6 +48,8 @@ def test_the_recipe_travels_in_the_metadata(tmp_path: Path, recipe: DeltaRecipe)
         ("window_boundaries", "[1, null]"),
         ("base_sha256", "abc"),
         ("scheduler_config", "[1]"),
+        ("scheduler_config", '{"beta_schedule": "wavy"}'),
+        ("scheduler_config", '{"beta_start": "small"}'),
     ],
 )
 def test_metadata_that_makes_no_sense_is_refused_with_the_file_named(tmp_path: Path, name: str, value: str) -> None:

@@ -95,13 +95,52 @@ def test_a_model_that_only_has_the_configuration_is_not_taken_for_merged(delta: 
     assert merge_records(UNet2DConditionModel.from_config(unet.config)) == ()
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e-2, 1e-1])
+def test_training_further_does_not_make_the_model_forget(tmp_path: Path, delta: Path, size: float) -> None:
+    unet, generator = tiny_sdxl_unet(0), torch.Generator().manual_seed(0)
+    merge_delta(unet, delta)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise, alpha=size * parameter.abs().mean().item())
+    again = reloaded(unet, tmp_path)
+    assert [record.source for record in merge_records(again)] == ["delta.safetensors"]
+    before = {name: tensor.clone() for name, tensor in again.state_dict().items()}
+    merge_delta(again, delta)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in again.state_dict().items())
+
+
+def test_the_base_is_not_taken_for_merged_when_few_weights_are_in_the_delta(tmp_path: Path) -> None:
+    name, unet = "mid_block.attentions.0.proj_in.weight", tiny_sdxl_unet(0)
+    path = tmp_path / "one.safetensors"
+    save_delta({name: torch.full_like(unet.state_dict()[name], 0.01)}, path, partial=True)
+    merge_delta(unet, path)
+    assert merge_records(reloaded(unet, tmp_path / "merged"))
+    other = UNet2DConditionModel.from_config(unet.config)
+    other.load_state_dict(tiny_sdxl_unet(0).state_dict())
+    assert merge_records(other) == ()
+
+
+@pytest.mark.parametrize("gone", ["source", "digest", "scale", "scales", "recipe"])
+def test_a_damaged_record_is_named(tmp_path: Path, delta: Path, gone: str) -> None:
+    unet = tiny_sdxl_unet(0)
+    merge_delta(unet, delta)
+    unet.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["_perflow_merges"]["deltas"][0][gone]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"_perflow_merges in the model's config\.json is damaged .*{gone}"):
+        merge_records(UNet2DConditionModel.from_pretrained(tmp_path))
+
+
 def test_a_saved_pipeline_that_names_the_delta_draws_the_same(tmp_path: Path, delta: Path) -> None:
     pipe = make_pipeline()
     expected = run(pipe, delta=delta)
     other = make_pipeline(unet=reloaded(pipe.unet, tmp_path / "unet"))
-    assert torch.equal(run(other, delta=delta), expected)
-    assert torch.equal(run(other, delta=delta), expected)
-    assert torch.equal(run(other), expected)
+    for inputs in ({"delta": delta}, {"delta": delta}, {}):
+        # Weights in a mapped file begin at other addresses, for which some processors' kernels round differently.
+        torch.testing.assert_close(run(other, **inputs), expected, rtol=1e-4, atol=1e-4)
+    assert same(other.unet, pipe.unet)
     assert other.guider.guidance_scale == 1.0
     with pytest.raises(ValueError, match="was loaded with"):
         run(other, delta=False)

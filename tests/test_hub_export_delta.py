@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from perflow_blocks import export_workflow, extract_delta, merge_delta
+from perflow_blocks import export_workflow, extract_delta, merge_delta, rescale_delta
 from perflow_blocks.blocks.workflows import PeRFlowSDXLText2ImageBlocks
 from perflow_blocks.components.delta_files import save_delta
 from perflow_blocks.components.delta_recipe import DeltaRecipe
@@ -65,12 +65,24 @@ def test_a_merged_delta_is_in_the_included_weights_and_merged_once(tmp_path: Pat
     assert len(merge_records(again.unet)) == 1
 
 
+def test_a_pipeline_that_diffusers_saved_with_its_delta_needs_no_file(tmp_path: Path, pipe: Any, delta: Path) -> None:
+    pipe.update_components(delta=str(delta))
+    run(pipe)
+    pipe.update_components(delta=delta.name)  # as an index says it
+    pipe.save_pretrained(str(tmp_path / "saved"), overwrite_modular_index=True)
+    saved = PeRFlowSDXLText2ImageBlocks().init_pipeline(str(tmp_path / "saved"))
+    saved.load_components()
+    directory = export_workflow(saved, tmp_path / "out", mode="thin", weights="include")
+    assert not {"delta", "delta_scale"} & set(index_of(directory)) and not (directory / "delta").exists()
+    assert [record.source for record in merge_records(loaded(directory).unet)] == [delta.name]
+
+
 def test_a_delta_that_waits_for_its_merge_is_copied_with_included_weights(
     tmp_path: Path, pipe: Any, delta: Path
 ) -> None:
-    pipe.update_components(delta=str(delta))
+    pipe.update_components(delta=str(delta), delta_scale=0.5)
     directory = export_workflow(pipe, tmp_path / "out", mode="thin", weights="include")
-    assert index_of(directory)["delta"] == DELTA_FILE
+    assert (index_of(directory)["delta"], index_of(directory)["delta_scale"]) == (DELTA_FILE, 0.5)
     assert (directory / DELTA_FILE).read_bytes() == delta.read_bytes()
     assert merge_record(pipe.unet) is None
     again = loaded(directory)
@@ -128,7 +140,10 @@ def test_a_merged_delta_is_copied_for_a_referred_base(tmp_path: Path, referring:
     unet._diffusers_load_id = spec.load_id
     referring.update_components(unet=unet)
     merge_delta(unet, delta, 0.5)
-    with pytest.raises(ValueError, match=r"merged at scale 0.5, which no index keeps"):
+    scaled = export_workflow(referring, tmp_path / "scaled", mode="thin", weights="delta-only")
+    assert (index_of(directory)["delta_scale"], index_of(scaled)["delta_scale"]) == (1.0, 0.5)
+    rescale_delta(unet, 0.5, scales={"up_blocks.*": 0.25})
+    with pytest.raises(ValueError, match=r"merged at scales of its own .*, which no index keeps"):
         export_workflow(referring, tmp_path / "no", mode="thin", weights="delta-only")
     merge_delta(unet, other)
     with pytest.raises(ValueError, match=r"2 deltas are merged .* of which an index can name one"):

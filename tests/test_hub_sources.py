@@ -22,7 +22,6 @@ from perflow_blocks import (
     insert_loop_block,
 )
 from perflow_blocks.blocks.denoise import PeRFlowDenoiseStep
-from perflow_blocks.blocks.scaled_merge import PeRFlowScaledMergeDeltaStep
 from perflow_blocks.hub.sources import Mode, workflow_sources
 from perflow_blocks.hub.sources.tree import describe_tree, differences
 
@@ -84,7 +83,6 @@ TREES: dict[str, Callable[[], Any]] = {
     "class inserted": lambda: with_loop_block(PreviewStep),
     "arguments inserted": lambda: with_loop_block(WindowLogStep(level=10)),
     "prompt cache": lambda: with_parts(text_encoder=PromptCacheStep(4)),
-    "scaled delta": lambda: with_parts(merge_delta=PeRFlowScaledMergeDeltaStep(0.5)),
     "compiled": compiled,
     "tiled": tiled,
     "part": lambda: PeRFlowSDXLAutoBlocks().sub_blocks["denoise"],

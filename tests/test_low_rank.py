@@ -75,6 +75,18 @@ def test_the_least_rank_that_keeps_the_energy(energy: float, rank: int) -> None:
     assert kept_energy(spectrum, rank) >= energy - 1e-6
 
 
+@pytest.mark.parametrize("smallest", [1e-3, 3e-4, 1e-4])
+def test_all_energy_is_every_value_above_rounding(smallest: float) -> None:
+    """A value whose square is below the rounding of the sum of all squares is kept too."""
+    for seed in range(5):
+        values = torch.tensor([*([1.0] * 31), smallest])
+        matrix = matrix_with(values, 32, 32, seed)
+        spectrum = leading_spectrum(matrix, 32)
+        assert rank_for_energy(spectrum, 1.0) == 32
+        assert squared_error(matrix, balanced_factors(spectrum, 32)) < 1e-10
+        assert rank_for_energy(spectrum, 1 - 1e-4) == 31
+
+
 def test_rounding_has_no_rank() -> None:
     generator = torch.Generator().manual_seed(0)
     product = torch.randn(40, 2, generator=generator) @ torch.randn(2, 30, generator=generator)

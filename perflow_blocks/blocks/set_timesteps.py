@@ -27,14 +27,15 @@ from .denoising_range import before, end_time
 logger = logging.get_logger(__name__)
 
 OWN_ATTRIBUTE = "_perflow_made_in_set_up"
-"""On a scheduler: that this block made it, to tell it from one that a user set."""
+"""On a scheduler that this block made, to tell it from one that a user set: the configuration it was made from."""
 
 
 class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
     """Sets up the time windows of a text-to-image run (arXiv 2405.07510).
 
     What the configuration says about the windows wins over the merged delta's recipe, which wins over the defaults
-    (`ddim_eps`, 4 windows, 6 steps); an argument of the call wins over all. A PeRFlowScheduler that you set stays as
+    (`ddim_eps`, 4 windows, 6 steps); an argument of the call wins over all. The noise schedule is the delta's, or that
+    of the scheduler that is replaced. A PeRFlowScheduler that you set stays as
     it is; one that this block made follows configuration and delta from call to call.
 
     Raises:
@@ -96,7 +97,7 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
     def prepare(self, components: Any, block_state: Any) -> None:
         """Puts the scheduler in place and what the loop needs of its plan on `block_state`."""
         recipe = block_state.delta_recipe or DeltaRecipe()
-        _place_scheduler(components, window_settings(components.config, recipe))
+        _place_scheduler(components, window_settings(components.config, recipe), recipe.noise_schedule())
         scheduler, device = components.scheduler, components._execution_device
         if block_state.timesteps is not None:
             scheduler.set_timesteps(timesteps=block_state.timesteps, device=device)
@@ -149,16 +150,29 @@ def _warn_of_a_clash(name: str, configured: Any, distilled: Any) -> None:
         )
 
 
-def _place_scheduler(components: Any, settings: dict[str, Any]) -> None:
-    """Puts a PeRFlowScheduler with the settings in place, unless the user set one."""
+def _place_scheduler(components: Any, settings: dict[str, Any], noise_schedule: dict[str, Any]) -> None:
+    """Puts a PeRFlowScheduler with the settings in place, unless the user set one.
+
+    Its noise schedule is that which the delta was distilled on, and where the delta does not say that of the scheduler
+    it replaces.
+    """
     current = components.scheduler
-    mine = vars(current).get(OWN_ATTRIBUTE, False) if current is not None else False
-    if isinstance(current, PeRFlowScheduler) and not mine:
-        _warn_of_other_windows(current, settings)
+    own = vars(current).get(OWN_ATTRIBUTE) if current is not None else None
+    if isinstance(current, PeRFlowScheduler) and own is None:
+        _warn_of_other_windows(current, {**settings, **noise_schedule})
         return
-    wanted = PeRFlowScheduler.from_scheduler(current, **settings)
-    if not mine or dict(wanted.config) != dict(current.config):
-        setattr(wanted, OWN_ATTRIBUTE, True)
+    source = own["source"] if own is not None else current and dict(current.config)
+    wanted = PeRFlowScheduler.from_scheduler(source, **settings, **noise_schedule)
+    if own is None or dict(wanted.config) != dict(current.config):
+        for name, value in noise_schedule.items():
+            if source and source.get(name, value) != value:
+                logger.warning(
+                    "The merged delta was distilled with %s=%s, which is used instead of the scheduler's %s.",
+                    name,
+                    value,
+                    source[name],
+                )
+        setattr(wanted, OWN_ATTRIBUTE, {"source": source})
         remember_source(wanted, components)
         components.update_components(scheduler=wanted)
 

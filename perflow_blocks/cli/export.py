@@ -46,10 +46,11 @@ def export(
         raise ValueError(f"--notes {notes} is no file; pass a Markdown file.")
     from ..hub.export import export_workflow
     from .pipeline import model_location, quiet_libraries
+    from .progress import busy
 
     quiet_libraries()
     location = model_location(source)
-    with options.busy(f"reading {source}"):
+    with busy(f"reading {source}"):
         if trust_remote_code:
             from ..hub.loading import load_workflow
 
@@ -58,7 +59,7 @@ def export(
             pipe = _preset(location)
         if weights == "include":
             pipe.load_components(_sources(pipe), dtype=precision)
-    with options.busy(f"writing {directory}"):
+    with busy(f"writing {directory}"):
         export_workflow(
             pipe,
             directory,

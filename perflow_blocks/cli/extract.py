@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
     from ..components.delta_recipe import DeltaRecipe
 
+SCHEDULER = "scheduler_config.json"
+
 
 def extract(
     student: Annotated[Path, typer.Argument(help="The accelerated UNet: a file, or a UNet's or pipeline's folder.")],
@@ -22,20 +26,16 @@ def extract(
     dtype: Annotated[str, typer.Option(help="Type to store: float16, float32 or bfloat16.")] = "float16",
     variant: Annotated[str | None, typer.Option(help="Which files of the student's folder, fp16 say.")] = None,
     base_variant: Annotated[str | None, typer.Option(help="Which files of the base's folder.")] = None,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read .bin, .pt and .ckpt too; their code is not run.")
-    ] = False,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="A folder with the UNet's config.json, for files with original names. By default the base's."
-        ),
-    ] = None,
+    allow_pickle: options.AllowPickle = False,
+    config: options.Config = None,
     prediction_type: Annotated[str | None, typer.Option(help="ddim_eps, diff_eps or velocity.")] = None,
     windows: Annotated[int | None, typer.Option(help="Number of time windows it was distilled for.")] = None,
     steps: options.RecipeSteps = None,
     guidance: options.RecipeGuidance = None,
     base_model: Annotated[str | None, typer.Option(help="Name of the base, such as its repository.")] = None,
+    scheduler: Annotated[
+        Path | None, typer.Option(help="Folder of a scheduler with the base's noise schedule; else the base's own.")
+    ] = None,
     force: options.Force = False,
 ) -> None:
     """Write STUDENT minus BASE as a delta file, with the recipe to sample it by; reads one tensor at a time."""
@@ -47,6 +47,7 @@ def extract(
         num_inference_steps=steps,
         guidance_scale=guidance,
         base_model=base_model,
+        scheduler_config=_noise_schedule(scheduler, base),
     )
     options.require_free_file("--out", out, force)
     options.require_weights("student", student)
@@ -56,8 +57,9 @@ def extract(
     from ..components.delta_fit import require_architecture
     from ..components.weight_layouts import open_weights
     from ..components.weight_writer import write_weights
+    from .unets import find_config
 
-    unet = _unet(config, base, student)
+    unet = find_config(config, base, student)
     weights = [open_weights(student, variant, allow_pickle=allow_pickle)]
     weights.append(open_weights(base, base_variant, allow_pickle=allow_pickle))
     if unet is not None:
@@ -70,18 +72,34 @@ def extract(
                 "config.json."
             )
     difference = open_difference(weights[0], weights[1])
+    recipe = replace(recipe, base_sha256=_sha256(base, base_variant))
     write_weights(difference, out, precision, _metadata(recipe, unet))
     typer.echo(f"{out}: {len(difference.shapes)} tensors, {out.stat().st_size / 1e6:,.1f} MB")
 
 
-def _unet(config: Path | None, base: Path, student: Path) -> UNet2DConditionModel | None:
-    """The UNet without values, from the first configuration that is there."""
-    from .unets import empty_unet, find_unet, require_unet
+def _noise_schedule(scheduler: Path | None, base: Path) -> dict[str, Any] | None:
+    """That of the scheduler which is named, or lies in the pipeline of the base; None where there is none."""
+    folders = [scheduler] if scheduler is not None else [base / "scheduler", base.parent / "scheduler"]
+    file = next((folder / SCHEDULER for folder in folders if (folder / SCHEDULER).is_file()), None)
+    if file is None:
+        if scheduler is not None:
+            raise ValueError(f"--scheduler {scheduler} holds no {SCHEDULER}; pass a pipeline's scheduler folder.")
+        return None
+    from ..components.delta_recipe import noise_schedule_of
 
-    if config is not None:
-        return empty_unet(require_unet(config.parent if config.is_file() else config))
-    folder = find_unet(base) or find_unet(student)
-    return None if folder is None else empty_unet(folder)
+    try:
+        return noise_schedule_of(json.loads(file.read_text())) or None
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{file} is no scheduler's configuration ({error}); pass --scheduler.") from error
+
+
+def _sha256(base: Path, variant: str | None) -> str | None:
+    """Of the base's file; None where it is in several."""
+    from ..components.weight_folders import find_weights
+    from ..hub.manifest import sha256_of
+
+    file = base if base.is_file() else find_weights(base, variant)
+    return None if file.suffix == ".json" else sha256_of(file)
 
 
 def _metadata(recipe: DeltaRecipe, unet: UNet2DConditionModel | None) -> dict[str, str]:

@@ -21,10 +21,10 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A delta, a LoRA, or a UNet's or pipeline's folder.")],
     base: Annotated[Path | None, typer.Option(help="Weights of a delta's base, to compare its layers with.")] = None,
     top: Annotated[int, typer.Option(help="How many of the largest tensors to name.")] = 5,
-    variant: Annotated[str | None, typer.Option(help="Which files of a folder, fp16 say.")] = None,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read .bin, .pt and .ckpt too; their code is not run.")
-    ] = False,
+    variant: Annotated[str | None, typer.Option(help="Which files of PATH's folder, fp16 say.")] = None,
+    base_variant: Annotated[str | None, typer.Option(help="Which files of the base's folder.")] = None,
+    allow_pickle: options.AllowPickle = False,
+    config: options.Config = None,
 ) -> None:
     """Say what PATH holds: delta, LoRA or UNet, its recipe, tensors by kind, norms, and what is merged into it."""
     if top < 0:
@@ -36,11 +36,14 @@ def inspect(
     from ..components.delta_recipe import ARCHITECTURE_KEY
     from ..components.weight_layouts import open_weights
     from ..components.weight_summary import summarise
+    from .unets import find_config
 
     weights = open_weights(path, variant, allow_pickle=allow_pickle)
     recipe = read_recipe(weights)
     records = _merged(path)
-    summary = summarise(weights, None if base is None else open_weights(base))
+    own = None if base is None else open_weights(base, base_variant, allow_pickle=allow_pickle)
+    unet = None if base is None else find_config(config, base, path)
+    summary = summarise(weights, own, None if unet is None else unet.config)
     lines = [f"{path}: {_what(path, summary)}", *_totals(summary)]
     lines += _recipe_lines(recipe)
     if architecture := weights.metadata.get(ARCHITECTURE_KEY):

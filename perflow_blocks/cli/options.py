@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +30,13 @@ Dtype = Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}. By defaul
 
 RecipeSteps = Annotated[int | None, typer.Option("--steps", help="Steps to recommend, at least 1.")]
 RecipeGuidance = Annotated[float | None, typer.Option("--guidance", help="Guidance to recommend; 1 is none.")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read .bin, .pt and .ckpt too; their code is not run.")
+]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", help="The UNet's config.json, or its folder, by which original names are translated."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
@@ -121,12 +126,3 @@ def require_free_file(option: str, path: Path, force: bool) -> None:
     if path.exists() and not force:
         raise ValueError(f"{option} {path} exists; name another file, or pass --force to replace it.")
     require_writable_directory(path.parent)
-
-
-@contextmanager
-def busy(what: str) -> Iterator[None]:
-    """Shows on a terminal that something is going on."""
-    from rich.console import Console
-
-    with Console(stderr=True).status(what):
-        yield

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from . import options
 
+if TYPE_CHECKING:
+    from ..components.delta_lora import DeltaLora
+
 
 def to_lora(
-    delta: Annotated[Path, typer.Argument(help="The delta, a .safetensors file of a UNet.")],
+    delta: Annotated[Path, typer.Argument(help="The delta of a UNet: a .safetensors file or a folder of weights.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The LoRA, a .safetensors file.")],
     rank: Annotated[int | None, typer.Option(help="Rank of every layer; or pass --energy.")] = None,
     energy: Annotated[
@@ -26,10 +29,13 @@ def to_lora(
         str | None, typer.Option(help="Where to compute, such as cuda:0. By default an accelerator.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Type to store: float16, float32 or bfloat16.")] = "float16",
+    variant: Annotated[str | None, typer.Option(help="Which files of the delta's folder, if it has several.")] = None,
+    allow_pickle: options.AllowPickle = False,
+    config: options.Config = None,
     force: options.Force = False,
 ) -> None:
     """Write DELTA as a LoRA for load_lora_weights, and say what it keeps."""
-    from ..components.lora_files import Layout, save_lora, save_residual
+    from ..components.lora_files import Layout, save_lora
 
     if layout not in get_args(Layout):
         raise ValueError(f"--layout {layout} is unknown; pass one of {', '.join(get_args(Layout))}.")
@@ -39,15 +45,41 @@ def to_lora(
         options.require_free_file("--residual", residual, force)
         if residual.resolve() == out.resolve():
             raise ValueError(f"--residual {residual} is --out too; name two files.")
+    options.require_weights("delta", delta)
+    for option, path in (("--out", out), ("--residual", residual)):
+        if path is not None and path.resolve() == delta.expanduser().resolve():
+            raise ValueError(f"{option} {path} is the delta itself; name another file.")
     place = options.choose_device(device)
     from ..components.delta_lora import delta_to_lora
+    from ..components.weight_layouts import open_weights
+    from .unets import find_config
 
-    converted = delta_to_lora(delta, rank=rank, energy=energy, max_rank=max_rank, dtype=precision, device=place)
+    unet = find_config(config, delta)
+    converted = delta_to_lora(
+        open_weights(delta, variant, allow_pickle=allow_pickle),
+        rank=rank,
+        energy=energy,
+        max_rank=max_rank,
+        dtype=precision,
+        device=place,
+        config=None if unet is None else unet.config,
+    )
     save_lora(converted, out, layout)  # type: ignore[arg-type]
-    written = [f"{out}: {converted.report.summary()}"]
-    if residual is not None and converted.residual:
-        save_residual(converted, residual)
-        written.append(f"{residual}: {len(converted.residual)} tensors, to be merged beside the LoRA.")
-    elif converted.residual:
-        written.append("The tensors kept in full are in no file; --residual writes them.")
-    typer.echo("\n".join(written))
+    typer.echo(f"{out}: {converted.report.summary()}")
+    typer.echo(_write_residual(converted, residual))
+
+
+def _write_residual(converted: DeltaLora, path: Path | None) -> str:
+    """Writes the residual to the file that is named for it, of which none older stays; says what was done."""
+    from ..components.lora_files import save_residual
+
+    if converted.residual and path is not None:
+        save_residual(converted, path)
+        return f"{path}: {len(converted.residual)} tensors, to be merged beside the LoRA."
+    if converted.residual:
+        return "The tensors kept in full are in no file; --residual writes them."
+    if path is None:
+        return "Nothing is left beside it."
+    old = path.exists()
+    path.unlink(missing_ok=True)
+    return f"{path}: {'removed, as' if old else 'not written:'} the LoRA holds the whole delta."

@@ -11,7 +11,9 @@ from diffusers import UNet2DConditionModel
 
 from ..components.delta_fit import require_architecture
 from ..components.files import atomic_directory
+from ..components.weight_folders import find_weights, is_weights_of, variant_of
 from ..components.weight_layouts import open_weights
+from ..core.delta import listed
 
 CONFIG = "config.json"
 
@@ -31,6 +33,27 @@ def require_unet(path: Path) -> Path:
         state = "holds no UNet" if path.is_dir() else "is a file" if path.exists() else "does not exist"
         raise ValueError(f"model {path} {state}; pass the directory of a saved UNet, or of a pipeline with one.")
     return folder
+
+
+def find_config(config: Path | None, *models: Path) -> UNet2DConditionModel | None:
+    """The UNet, without values, of a configuration that is named, else of the first of the models that has one.
+
+    Raises:
+        ValueError: the configuration that is named is no UNet's, or one makes no UNet.
+    """
+    if config is not None:
+        return empty_unet(require_unet(config.parent if config.is_file() else config))
+    folder = next((found for model in models if (found := find_unet(model.expanduser()))), None)
+    return None if folder is None else empty_unet(folder)
+
+
+def stored_variant(folder: Path, variant: str | None) -> str | None:
+    """The variant of a UNet folder's weights: the one that is named, or the only one there is.
+
+    Raises:
+        ValueError: there is no such variant, or it is not clear which one is meant.
+    """
+    return variant_of(find_weights(folder, variant))
 
 
 def empty_unet(folder: Path) -> UNet2DConditionModel:
@@ -77,37 +100,52 @@ def require_own_weights(folder: Path, variant: str | None) -> UNet2DConditionMod
     return unet
 
 
-def save_unet(unet: UNet2DConditionModel, out: Path) -> None:
-    """Writes a UNet folder whole or not at all.
+def save_unet(unet: UNet2DConditionModel, out: Path, variant: str | None) -> None:
+    """Writes a UNet folder whole or not at all, its weights in files of the variant.
 
     Raises:
         ValueError: it cannot be written.
     """
     with atomic_directory(out) as temporary:
         try:
-            unet.save_pretrained(temporary)
+            unet.save_pretrained(temporary, variant=variant)
+            usual = (temporary / CONFIG).stat().st_mode
+            for file in temporary.iterdir():  # safetensors makes files that only their owner may read
+                file.chmod(usual)
         except OSError as error:
             raise ValueError(f"cannot write {out}: {error}; check the disk's free space and permissions.") from error
 
 
-def require_free_directory(out: Path, force: bool) -> None:
-    """
+def require_free_directory(out: Path, force: bool, variant: str | None) -> str | None:
+    """The variant to save a UNet in: that of the model's weights where those replace files of it, else none.
+
     Raises:
-        ValueError: nothing can be written there; something stands there and `force` is not given, or it is no UNet
-            folder, which is never replaced.
+        ValueError: nothing can be written there; something stands there and `force` is not given; or it is no UNet
+            folder, or holds files that would not be replaced, which are never deleted.
     """
     from ..components.files import require_writable_directory
 
+    kept = None
     if out.is_dir() and any(out.iterdir()):
         if not force:
             raise ValueError(f"--out {out} exists; name another directory, or pass --force to replace it.")
-        if not _is_unet(out) or any(entry.is_dir() for entry in out.iterdir()):
+        if not _is_unet(out):
             raise ValueError(
                 f"--out {out} is no folder of a UNet alone, so --force leaves it; name another directory."
+            )
+        files = {entry.name for entry in out.iterdir() if entry.is_file()}
+        kept = variant if any(is_weights_of(name, variant) for name in files) else None
+        replaced = {name for name in files if name == CONFIG or is_weights_of(name, kept)}
+        others = sorted(entry.name for entry in out.iterdir() if entry.name not in replaced)
+        if others:
+            raise ValueError(
+                f"--out {out} holds {listed(others)} too, which --force does not delete; name another directory, or "
+                "move them elsewhere."
             )
     elif out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a directory.")
     require_writable_directory(out.absolute().parent)
+    return kept
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK_BITS = 16
 IN_MEMORY = 16 * 2**20
 """Bytes of corrections that stay in memory; more go to a temporary file."""
 
@@ -23,24 +22,26 @@ class Piece:
     Attributes:
         start, stop: rows, the first dimension.
         checksum: of the rows' bit patterns before any delta was added.
-        offset: of the parts, in bytes; they follow one another: how many corrections each block of 65,536 values has
-            (uint32), their positions in the block (uint16), their values where they fit (int8), then positions
-            (uint32) and values (int64) of those that do not.
-        blocks, small, large: the numbers of blocks, of corrections, and of those that do not fit in 8 bits.
+        offset: of the parts, in bytes; they follow one another: a bit for each value that says whether it was changed
+            by rounding, a bit that says whether by -1, then positions (uint32) and values of those that were changed
+            by more than 1 either way.
+        plane: bytes of either row of bits; 0 where rounding changed nothing.
+        large: how many values were changed by more than 1.
+        width: bytes of a weight.
     """
 
     start: int
     stop: int
     checksum: int
     offset: int = 0
-    blocks: int = 0
-    small: int = 0
+    plane: int = 0
     large: int = 0
+    width: int = 0
 
     @property
     def size(self) -> int:
         """In bytes."""
-        return 4 * self.blocks + 3 * self.small + 12 * self.large
+        return 2 * self.plane + (4 + self.width) * self.large
 
 
 class Corrections:
@@ -73,23 +74,12 @@ class Corrections:
     def names(self) -> Iterator[str]:
         return iter(self._pieces)
 
-    def add(self, name: str, start: int, stop: int, checksum: int, loss: Tensor) -> None:
-        """Takes note of `rounding_loss` of the rows, integers of any shape; waits for the device."""
-        positions, values = _nonzero(loss)
-        small = values.astype(np.int8)
-        large = np.flatnonzero(small != values)
-        blocks = -(-loss.numel() // (1 << BLOCK_BITS)) if len(positions) else 0
-        counts = np.bincount(positions >> BLOCK_BITS, minlength=blocks).astype(np.uint32) if blocks else positions
-        piece = Piece(start, stop, checksum, self._end, blocks, len(positions), len(large))
-        parts = (
-            counts,
-            (positions & ((1 << BLOCK_BITS) - 1)).astype(np.uint16),
-            small,
-            positions[large].astype(np.uint32),
-            values[large].astype(np.int64),
-        )
-        self._append(b"".join(part.tobytes() for part in parts))
+    def add(self, name: str, start: int, stop: int, checksum: int, loss: Encoded) -> Piece:
+        """Takes note of the `rounding_loss` of the rows, encoded; returns where it is."""
+        piece = Piece(start, stop, checksum, self._end, loss.plane, loss.large, loss.width)
+        self._append(loss.data)
         self._pieces.setdefault(name, []).append(piece)
+        return piece
 
     def take(self, other: Corrections, name: str) -> None:
         """Copies what `other` has of a weight."""
@@ -99,25 +89,15 @@ class Corrections:
             self._pieces.setdefault(name, []).append(moved)
 
     def loss(self, piece: Piece, like: Tensor) -> Tensor | None:
-        """The integers that `add` was given, of the shape and on the device of `like`; None where all are zero."""
-        if not piece.small:
+        """The `rounding_loss` of the rows, of the shape and on the device of `like`; None where all are zero."""
+        if not piece.plane:
             return None
-        data, at = self._read(piece), 0
-        arrays: list[np.ndarray[Any, Any]] = []
-        for kind, count in (
-            (np.uint32, piece.blocks),
-            (np.uint16, piece.small),
-            (np.int8, piece.small),
-            (np.uint32, piece.large),
-            (np.int64, piece.large),
-        ):
-            arrays.append(np.frombuffer(data, kind, count, at))
-            at += arrays[-1].nbytes
-        counts, low, small, large, large_values = arrays
-        positions = (np.repeat(np.arange(piece.blocks, dtype=np.int64), counts) << BLOCK_BITS) | low
-        dense = np.zeros(like.numel(), np.dtype(f"i{like.element_size()}"))
-        dense[positions] = small
-        dense[large] = large_values
+        data = np.frombuffer(self._read(piece), np.uint8)
+        changed, negative, rest = np.split(data, [piece.plane, 2 * piece.plane])
+        bits = [np.unpackbits(plane, count=like.numel()).view(np.int8) for plane in (changed, negative)]
+        dense = (bits[0] - 2 * bits[1]).astype(f"i{piece.width}")
+        positions, values = np.split(rest, [4 * piece.large])
+        dense[positions.view(np.uint32)] = values.view(dense.dtype)
         return torch.from_numpy(dense).view(like.shape).to(like.device)
 
     def _read(self, piece: Piece) -> bytes:
@@ -130,12 +110,27 @@ class Corrections:
         self._end += len(data)
 
 
-def _nonzero(loss: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Positions in the flattened tensor and values of what is not zero."""
+class Encoded(NamedTuple):
+    """The parts of a `Piece` one after another, and its numbers of the same names."""
+
+    data: bytes
+    plane: int
+    large: int
+    width: int
+
+
+def encode(loss: Tensor) -> Encoded:
+    """A `rounding_loss`, integers of any shape; waits for the device.
+
+    Most weights are off by one in their last bit or not at all, so that two bits each say it.
+    """
     flat = loss.reshape(-1)
-    if flat.device.type != "cpu":
-        found = flat.nonzero().view(-1)
-        return found.cpu().numpy(), flat[found].cpu().numpy()
-    array = flat.numpy()
-    positions = np.flatnonzero(array != 0)  # several times faster of booleans than of numbers
-    return positions, array[positions]
+    near = flat.numpy() if flat.device.type == "cpu" else flat.clamp(-2, 2).to(torch.int8).cpu().numpy()
+    changed = np.packbits(near != 0)
+    if not changed.any():
+        return Encoded(b"", 0, 0, loss.element_size())
+    negative = np.packbits(near < 0)
+    positions = np.flatnonzero((near > 1) | (near < -1))
+    values = flat[torch.from_numpy(positions).to(flat.device)].cpu().numpy()
+    data = b"".join(part.tobytes() for part in (changed, negative, positions.astype(np.uint32), values))
+    return Encoded(data, len(changed), len(positions), loss.element_size())

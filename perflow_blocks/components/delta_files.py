@@ -17,7 +17,8 @@ from .delta_merge import Delta, opened, read_recipe
 from .delta_recipe import ARCHITECTURE_KEY, DeltaRecipe
 from .files import atomic_path
 from .weight_files import DifferenceWeights, Weights
-from .weight_layouts import named_as_model, open_weights
+from .weight_layouts import named_alike, open_weights
+from .weight_summary import hold_differences
 
 
 def save_delta(
@@ -94,7 +95,14 @@ def open_difference(
     for an original Latent Diffusion one `config` is the configuration of the UNet.
 
     Raises:
-        ValueError: a checkpoint cannot be read, or the two are no pair.
+        ValueError: a checkpoint cannot be read or is a delta itself, or the two are no pair.
     """
     first, second = (part if isinstance(part, Weights) else open_weights(part) for part in (student, base))
-    return DifferenceWeights(named_as_model(first, second.shapes, config or {}), second)
+    first, second = named_alike(first, second, config or {})
+    difference = DifferenceWeights(first, second)
+    for name, weights in (("student", first), ("base", second)):
+        if hold_differences(weights.shapes, weights.tensor):
+            raise ValueError(
+                f"the {name} {weights.label} holds differences, as a delta does, and no whole weights; pass a model's."
+            )
+    return difference

@@ -24,7 +24,7 @@ from ..core.delta import (
     is_finite,
     listed,
 )
-from ..core.reversible import REVERSIBLE_TYPES, add, sum_of_terms, wide_type
+from ..core.reversible import REVERSIBLE_TYPES, add, sum_of_terms
 from .delta_recipe import ARCHITECTURE_KEY
 from .weight_files import Weights, row_chunks, rows_of
 from .weight_layouts import named_as_model
@@ -193,12 +193,12 @@ def require_finite(delta: Weights, targets: Mapping[str, Tensor], scale: float) 
     for name, weight in targets.items():
         tensor = delta.tensor(name)
         for start, stop in row_chunks(delta.shapes[name]):
-            rows = rows_of(tensor, start, stop)
-            change = sum_of_terms([(rows, scale)], wide_type(weight.dtype), weight.device)
+            rows, own = rows_of(tensor, start, stop), rows_of(weight.detach(), start, stop)
+            change = sum_of_terms([(rows, scale)], own)
             if not is_finite(rows.float()):
                 not_finite.append(name)
                 break
-            if not is_finite(add(rows_of(weight.detach(), start, stop), change)):
+            if not is_finite(add(own, change)):
                 too_large.append(name)
                 break
     if not_finite:

@@ -8,9 +8,9 @@ is the residual, a small partial delta to merge beside it. What is lost is the s
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.utils import logging
@@ -25,6 +25,7 @@ from ..core.low_rank import (
     rank_for_energy,
     squared_error,
 )
+from .delta_merge import Delta
 from .delta_recipe import DeltaRecipe
 from .lora_input import factorised_modules, opened_tensors
 from .lora_report import LoraLayer, LoraReport
@@ -74,7 +75,7 @@ class _Target:
 
 
 def delta_to_lora(
-    delta: Mapping[str, Tensor] | str | os.PathLike[str],
+    delta: Delta,
     *,
     rank: int | None = None,
     energy: float | None = None,
@@ -83,14 +84,15 @@ def delta_to_lora(
     dtype: torch.dtype = torch.float16,
     device: torch.device | str | None = None,
     recipe: DeltaRecipe | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> DeltaLora:
     """Factorises a UNet's delta layer by layer by truncated singular value decomposition.
 
-    A file is read one tensor at a time, so memory holds the result and one layer. diffusers' progress bar shows the
+    Files are read one tensor at a time, so memory holds the result and one layer. diffusers' progress bar shows the
     layers; `diffusers.utils.logging.disable_progress_bar()` hides it.
 
     Args:
-        delta: what `extract_delta` returned, or the path of a delta file.
+        delta: a file, a folder, a mapping from `extract_delta`, or what `open_weights` or `open_difference` gave.
         rank: of every layer; one that allows less gets what it allows, and the report says so.
         energy: instead of `rank`, the share in (0, 1] of each layer's squared Frobenius norm to keep; each layer gets
             the least rank that does, up to `max_rank`.
@@ -100,32 +102,34 @@ def delta_to_lora(
         dtype: in which factors and residual are stored; computed is in float32 or better.
         device: where to compute, "cuda" say; by default where the delta's tensors are. The result is on the CPU.
         recipe: how the delta is to be sampled; by default what the file says.
+        config: the configuration of the UNet, by which the original Latent Diffusion names of a delta are translated.
 
     Raises:
         ValueError: neither or both of rank and energy, or one out of range; a delta that is empty, is no UNet's, or
-            that changes no layer; values that are not finite, or are not in `dtype`; an unusable file or device.
+            that changes no layer; whole weights; values that are not finite, or are not in `dtype`; an unusable file
+            or device.
     """
     target = _Target(rank=rank, energy=energy, max_rank=max_rank)
     where = _usable_device(device)
     if not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} cannot hold factors; pass torch.float16, bfloat16 or float32.")
-    with opened_tensors(delta) as (tensors, written_recipe):
-        modules = factorised_modules(tensors, keep)
-        lora: dict[str, Tensor] = {}
-        residual: dict[str, Tensor] = {}
-        layers: list[LoraLayer] = []
-        residual_norm = 0.0
-        total = 0
-        for name in logging.tqdm(tensors, desc="delta to LoRA", unit="tensor"):
-            tensor = tensors[name]
-            total += tensor.numel()
-            if name in modules:
-                layer, pair = _factorise(modules[name], tensor.to(where), target, dtype)
-                layers.append(layer)
-                lora |= pair
-            else:
-                residual[name] = _stored(tensor, dtype, name)
-                residual_norm += float(tensor.double().square().sum())
+    tensors, written_recipe = opened_tensors(delta, config)
+    modules = factorised_modules(tensors, keep)
+    lora: dict[str, Tensor] = {}
+    residual: dict[str, Tensor] = {}
+    layers: list[LoraLayer] = []
+    residual_norm = 0.0
+    total = 0
+    for name in logging.tqdm(tensors, desc="delta to LoRA", unit="tensor"):
+        tensor = tensors[name]
+        total += tensor.numel()
+        if name in modules:
+            layer, pair = _factorise(modules[name], tensor.to(where), target, dtype)
+            layers.append(layer)
+            lora |= pair
+        else:
+            residual[name] = _stored(tensor, dtype, name)
+            residual_norm += float(tensor.double().square().sum())
     if not lora:
         raise ValueError("the delta changes no linear or convolution layer; merge it as it is.")
     report = LoraReport(

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from numbers import Real
 from pathlib import Path
 
 from diffusers.utils import logging
@@ -34,7 +35,8 @@ def merge_delta(
 
     Several deltas may be merged one after another; the weights are always the base plus the sum of all, rounded once.
     The same delta again changes nothing and logs a warning; with another scale it is rescaled. A merge that is refused
-    or interrupted leaves every weight as it was. A delta is known again by its values.
+    or interrupted leaves every weight as it was. A delta is known again by its values and their type, whatever file or
+    mapping they are in.
 
     Files stay open, and mappings referred to, until the delta is taken out. What rounding lost is kept for
     `unmerge_delta`, in memory up to 16 MB and beyond that in a temporary file.
@@ -58,6 +60,7 @@ def merge_delta(
     weights = opened(delta)
     known = find_merged(module, weights)
     if known is not None:
+        _require_matches(pairs, state.weights.get(known.digest, weights))
         return _merged_already(module, state, known, replace(known, scale=scale, scales=pairs))
     fit = fit_delta(weights, module)
     _require_matches(pairs, fit.weights)
@@ -179,6 +182,10 @@ def opened(delta: Delta) -> Weights:
     """The weights of a delta in any form; a mapping's are not copied."""
     if isinstance(delta, Weights):
         return delta
+    if not isinstance(delta, (str, os.PathLike, Mapping)):
+        raise ValueError(
+            f"delta={type(delta).__name__} is no delta; pass a file, a folder or what extract_delta returned."
+        )
     return MappingWeights(delta) if isinstance(delta, Mapping) else open_weights(delta)
 
 
@@ -187,9 +194,13 @@ def _source(delta: Delta, weights: Weights) -> str:
 
 
 def _pairs(scale: float, scales: Mapping[str, float] | None) -> tuple[tuple[str, float], ...]:
+    if scales is not None and not isinstance(scales, Mapping):
+        raise ValueError(f"scales={scales!r} is no mapping; pass factors by pattern, as in {{'up_blocks.*': 0.5}}.")
     for name, factor in {"scale": scale, **(scales or {})}.items():
-        if not math.isfinite(factor):
-            raise ValueError(f"{name}={factor} is not finite; pass a number, 1.0 for the delta as it was extracted.")
+        if isinstance(factor, bool) or not isinstance(factor, Real) or not math.isfinite(factor):
+            raise ValueError(
+                f"{name}={factor!r} is no finite number; pass a number, 1.0 for the delta as it was extracted."
+            )
     return tuple((scales or {}).items())
 
 

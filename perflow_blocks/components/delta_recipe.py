@@ -11,6 +11,7 @@ from typing import Any
 
 from ..core.parameterization import PREDICTION_TYPES
 from ..core.windows import require_positive_int, tile_windows
+from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS, PeRFlowScheduler
 
 PREFIX = "perflow."
 
@@ -22,6 +23,11 @@ def require_guidance(value: object) -> None:
     """Raises the ValueError for a guidance scale that is no finite number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
         raise ValueError(f"guidance_scale={value!r} is no finite number of at least 0; pass 1 for no guidance.")
+
+
+def noise_schedule_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a scheduler's configuration says about betas and training timesteps; the rest of it is left out."""
+    return {key: config[key] for key in NOISE_SCHEDULE_KEYS if config.get(key) is not None}
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class DeltaRecipe:
         base_model: repository or description of the model that dW was taken from.
         base_sha256: SHA-256 of that model's file, 64 hexadecimal digits.
         scheduler_config: the noise schedule it was distilled on, as a scheduler's configuration: beta_start, beta_end,
-            beta_schedule, num_train_timesteps.
+            beta_schedule, num_train_timesteps, trained_betas; other keys are left alone.
 
     Raises:
         ValueError: a value outside its range, or boundaries and a number of windows that disagree.
@@ -64,8 +70,8 @@ class DeltaRecipe:
             require_guidance(self.guidance_scale)
         if self.base_sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.base_sha256):
             raise ValueError(f"base_sha256={self.base_sha256!r} is no SHA-256; pass 64 hexadecimal digits, or None.")
-        if self.scheduler_config is not None and not isinstance(self.scheduler_config, dict):
-            raise ValueError(f"scheduler_config={self.scheduler_config!r} is no mapping; pass a scheduler's config.")
+        if self.scheduler_config is not None:
+            self._require_noise_schedule()
         if self.window_boundaries is not None:
             windows = tile_windows(num_windows=1, boundaries=self.window_boundaries)
             object.__setattr__(self, "window_boundaries", windows.boundaries)
@@ -74,6 +80,18 @@ class DeltaRecipe:
                     f"num_time_windows={self.num_time_windows} disagrees with the {windows.num_windows} windows of "
                     f"window_boundaries={list(windows.boundaries)}; name one of them."
                 )
+
+    def _require_noise_schedule(self) -> None:
+        if not isinstance(self.scheduler_config, dict):
+            raise ValueError(f"scheduler_config={self.scheduler_config!r} is no mapping; pass a scheduler's config.")
+        try:
+            PeRFlowScheduler(**self.noise_schedule())
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"scheduler_config={self.scheduler_config!r} is no noise schedule: {error}") from error
+
+    def noise_schedule(self) -> dict[str, Any]:
+        """What `scheduler_config` says about betas and training timesteps, as settings of a `PeRFlowScheduler`."""
+        return noise_schedule_of(self.scheduler_config or {})
 
     def to_metadata(self) -> dict[str, str]:
         """The settings that are not None, as strings under "perflow." keys: text as it is, the others in JSON."""

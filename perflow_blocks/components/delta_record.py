@@ -10,19 +10,25 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.delta import floating_entries
+from ..core.reversible import sum_of_terms
 from .delta_corrections import Corrections
 from .delta_fit import own_weights
 from .delta_recipe import DeltaRecipe
+from .delta_rewrite import Term
 from .weight_files import Weights, rows_of
 
 STATE_ATTRIBUTE = "_perflow_merges"
 CONFIG_KEY = "_perflow_merges"
 """In the model's configuration. diffusers saves and reads keys with an underscore and gives them to no constructor."""
 
-WITNESSES, WITNESS_VALUES = 4, 4
+WITNESSES, WITNESS_VALUES = 8, 32
+"""How many weights are noted in the configuration, and how many values of each."""
+
+RELATED = 0.5
+"""Cosine above which values are those of the model that was saved, trained further perhaps; of other models near 0."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,20 @@ class MergeRecord:
 
     @classmethod
     def from_config(cls, entry: Mapping[str, Any]) -> MergeRecord:
-        """The inverse of `to_config`, for a model that was loaded."""
-        scales = tuple((str(pattern), float(factor)) for pattern, factor in entry["scales"])
-        recipe = DeltaRecipe.from_metadata(entry["recipe"])
-        return cls(entry["source"], entry["digest"], float(entry["scale"]), scales, recipe, reloaded=True)
+        """The inverse of `to_config`, for a model that was loaded.
+
+        Raises:
+            ValueError: the entry lacks something.
+        """
+        try:
+            scales = tuple((str(pattern), float(factor)) for pattern, factor in entry["scales"])
+            recipe = DeltaRecipe.from_metadata(entry["recipe"])
+            return cls(entry["source"], entry["digest"], float(entry["scale"]), scales, recipe, reloaded=True)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{CONFIG_KEY} in the model's config.json is damaged ({error!r}); restore it, or remove the entry if "
+                "no delta is in the weights."
+            ) from error
 
 
 @dataclass
@@ -90,7 +106,7 @@ def merge_records(module: nn.Module) -> tuple[MergeRecord, ...]:
 def saved_records(config: Mapping[str, Any]) -> tuple[MergeRecord, ...]:
     """What the configuration of a saved model says is merged into it; its weights are not looked at."""
     saved = config.get(CONFIG_KEY)
-    return tuple(MergeRecord.from_config(entry) for entry in saved["deltas"]) if saved else ()
+    return tuple(MergeRecord.from_config(entry) for entry in saved.get("deltas", ())) if saved else ()
 
 
 def merge_record(module: nn.Module) -> MergeRecord | None:
@@ -120,7 +136,7 @@ def merge_state(module: nn.Module) -> MergeState:
         return state
     config = module.config if isinstance(module, ConfigMixin) else {}
     saved = config.get(CONFIG_KEY)
-    return MergeState(saved_records(config) if saved and _holds(module, saved["witness"]) else ())
+    return MergeState(saved_records(config) if saved and _holds(module, saved.get("witness", {})) else ())
 
 
 def remember(module: nn.Module, state: MergeState) -> None:
@@ -132,7 +148,7 @@ def remember(module: nn.Module, state: MergeState) -> None:
         OrderedDict.pop(module._internal_dict, CONFIG_KEY, None)
         if state.records:
             deltas = [record.to_config() for record in state.records]
-            saved = {"deltas": deltas, "witness": _witness(module)}
+            saved = {"deltas": deltas, "witness": _witness(module, state)}
             OrderedDict.__setitem__(module._internal_dict, CONFIG_KEY, saved)
     if state.records or state.broken:
         setattr(module, STATE_ATTRIBUTE, state)
@@ -140,26 +156,42 @@ def remember(module: nn.Module, state: MergeState) -> None:
         delattr(module, STATE_ATTRIBUTE)
 
 
-def _witness(module: nn.Module) -> dict[str, list[float]]:
-    """A few weights as they now are. A model that only got the configuration, by `from_config`, has others."""
+def _witness(module: nn.Module, state: MergeState) -> dict[str, dict[str, list[float]]]:
+    """Some values of weights as they now are, "with" the deltas, and where it is known as they would be "without".
+
+    A model may have got the configuration but not the weights, by `from_config`.
+    """
+    weights = {name: w for name, w in floating_entries(own_weights(module)).items() if w.dim() > 1}
+    terms = [Term(state.weights[r.digest], r.scale, r.scales) for r in state.records if r.digest in state.weights]
+    changed = [name for name in weights if any(term.factor(name) for term in terms)] or list(weights)
+    found = {}
+    for name in changed[:: max(1, len(changed) // WITNESSES)][:WITNESSES]:
+        values = _values(weights[name])
+        found[name] = {"with": values.tolist()}
+        parts = [(_values(term.weights.tensor(name)), factor) for term in terms if (factor := term.factor(name))]
+        if parts and all(part.shape == values.shape for part, _ in parts):
+            found[name]["without"] = (values - sum_of_terms(parts, values)).tolist()
+    return found
+
+
+def _values(weight: Tensor) -> Tensor:
+    return rows_of(weight.detach(), 0, 1).flatten()[:WITNESS_VALUES].float().cpu()
+
+
+def _holds(module: nn.Module, witness: Mapping[str, Mapping[str, list[float]]]) -> bool:
+    """Whether the weights are nearer to those with the deltas than to those without; where it cannot be told, yes.
+
+    Training further, another type or a fused LoRA change weights too, and a delta stays in them.
+    """
     weights = floating_entries(own_weights(module))
-    matrices = [name for name, weight in weights.items() if weight.dim() > 1]
-    chosen = matrices[:: max(1, len(matrices) // WITNESSES)][:WITNESSES]
-    return {name: _values(weights[name]) for name in chosen}
-
-
-def _values(weight: torch.Tensor) -> list[float]:
-    return rows_of(weight.detach(), 0, 1).flatten()[:WITNESS_VALUES].float().tolist()
-
-
-def _holds(module: nn.Module, witness: Mapping[str, list[float]]) -> bool:
-    """Whether the model has those values, but for a change of type; where it cannot be told, yes."""
-    weights = floating_entries(own_weights(module))
-    for name, values in witness.items():
-        weight = weights.get(name)
-        if weight is None or weight.is_meta:
-            continue
-        found, expected = torch.tensor(_values(weight)), torch.tensor(values)
-        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0.02, atol=1e-6):
-            return False
-    return True
+    known = {name: weights[name] for name in witness if name in weights and not weights[name].is_meta}
+    if not known:
+        return True
+    found = torch.cat([_values(weight) for weight in known.values()])
+    merged = torch.tensor([value for name in known for value in witness[name]["with"]])
+    base = torch.tensor([value for name in known for value in witness[name].get("without", ())])
+    if found.shape != merged.shape or torch.cosine_similarity(found, merged, dim=0) < RELATED:
+        return False
+    if base.shape != found.shape:
+        return True
+    return bool(torch.linalg.vector_norm(found - merged) <= torch.linalg.vector_norm(found - base))

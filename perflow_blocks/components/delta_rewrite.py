@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.reversible import add, checksum, restore, rounding_loss, sum_of_terms, wide_type
-from .delta_corrections import Corrections, Piece
-from .weight_files import Digest, Weights, row_chunks, rows_of
+from ..core.reversible import Scratch, add, bits, checksum, restore, rounding_loss, sum_of_terms
+from .delta_corrections import Corrections, Encoded, Piece, encode
+from .weight_files import Digest, Weights, digest_parts, row_chunks, rows_of
 
-GPU_CHUNKS = 32
+GPU_CHUNKS = 8
 """How many chunks at a time on a GPU, where every one costs some waiting."""
 
 
@@ -83,6 +85,29 @@ def rewrite(
         raise
 
 
+Part = tuple[Tensor, float]
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What some rows of a weight become.
+
+    Attributes:
+        name, piece: which rows.
+        checksum: of the rows without any delta.
+        result: what they become; belongs to a scratch.
+        loss: what rounding lost; None where the rows are without a delta then.
+        identity: what a digest of the new delta takes in.
+    """
+
+    name: str
+    piece: Piece
+    checksum: int
+    result: Tensor
+    loss: Encoded | None
+    identity: Sequence[str]
+
+
 class _Rewrite:
     """One run of `rewrite`, with what it takes to undo it."""
 
@@ -98,80 +123,111 @@ class _Rewrite:
         self.before, self.after = before, after
         self.corrections, self.fresh, self.digest = corrections, Corrections(), digest
         self._done: list[tuple[str, Piece]] = []
-        self._pending: tuple[Tensor, Tensor] | None = None
+        self._pending: tuple[str, Piece, Tensor] | None = None
+        self._read = _Reader()
 
     def run(self) -> None:
         for name in self.corrections.names():
             if name not in self.targets:
                 self.fresh.take(self.corrections, name)
+        scratch = Scratch()
         for name, target in self.targets.items():
             old, new = _factors(name, self.before), _factors(name, self.after)
             if old == new:
                 self.fresh.take(self.corrections, name)
-            else:
-                for piece in self.corrections.pieces(name) or _division(target):
-                    self._change(name, piece)
+                continue
+            for piece in self.corrections.pieces(name) or _division(target):
+                self._write(self._changed(name, piece, scratch))
 
-    def _change(self, name: str, piece: Piece) -> None:
-        rows = rows_of(self.targets[name], piece.start, piece.stop)
-        old, new = (_change_of(name, piece, rows, terms) for terms in (self.before, self.after))
-        if self.digest is not None and self.after[-1].factor(name):
-            self.digest.update(name, rows_of(self.after[-1].weights.tensor(name), piece.start, piece.stop))
-        base = rows if old is None else restore(rows, old, self.corrections.loss(piece, rows))
+    def _changed(self, name: str, piece: Piece, scratch: Scratch) -> _Change:
+        """What some rows become, and what it takes to go back."""
+        rows = self._rows(name, piece)
+        before, after = (self._parts(name, piece, terms) for terms in (self.before, self.after))
+        taken_in = self.digest is not None and self.after[-1].factor(name)
+        identity = digest_parts(after[-1][0]) if taken_in else ()
+        base = rows
+        if before:
+            loss = self.corrections.loss(piece, rows)
+            base = restore(rows, sum_of_terms(before, rows, scratch, "terms before"), loss, scratch)
         total = checksum(base)
-        if old is not None and total != piece.checksum:
+        if before and total != piece.checksum:
             raise ValueError(
                 f"{name}, or the delta in it, has changed since the merge; undo what changed it, a fused LoRA say, or "
                 "load the model again."
             )
-        result = base if new is None else add(base, new)
-        if new is not None:
-            low, high = torch.aminmax(result)
-            if not bool(torch.isfinite(low) & torch.isfinite(high)):
-                raise NotFiniteError(name)
-            self.fresh.add(name, piece.start, piece.stop, total, rounding_loss(base, result, new))
-            done = self.fresh.pieces(name)[-1]
-        else:
-            done = Piece(piece.start, piece.stop, total)
-        self._pending = rows, rows.clone()
-        rows.copy_(result)
+        if not after:
+            return _Change(name, piece, total, base, None, identity)
+        change = sum_of_terms(after, rows, scratch, "terms after")
+        result = add(base, change, scratch)
+        if not all(math.isfinite(extreme.item()) for extreme in torch.aminmax(result)):
+            raise NotFiniteError(name)
+        return _Change(name, piece, total, result, encode(rounding_loss(base, result, change, scratch)), identity)
+
+    def _write(self, change: _Change) -> None:
+        name, start, stop = change.name, change.piece.start, change.piece.stop
+        if self.digest is not None and change.identity:
+            self.digest.add(name, change.identity)
+        done = Piece(start, stop, change.checksum)
+        if change.loss is not None:
+            done = self.fresh.add(name, start, stop, change.checksum, change.loss)
+        self._pending = name, done, change.result
+        _write(change.result, self._rows(name, done))
         self._done.append((name, done))
         self._pending = None
 
     def undo(self) -> None:
         """Puts the weights back; they are then what they were before `run`."""
+        done = list(self._done)
         if self._pending is not None:
-            rows, backup = self._pending
-            rows.copy_(backup)
-            if self._done and rows.data_ptr() == self._rows(*self._done[-1]).data_ptr():
-                self._done.pop()
-            self._pending = None
-        while self._done:
-            name, piece = self._done[-1]
+            # An interrupt came before the weights were written or after; where the two look alike, they are.
+            name, piece, result = self._pending
+            if (name, piece) not in done[-1:] and torch.equal(bits(self._rows(name, piece)), bits(result)):
+                done.append((name, piece))
+        scratch = Scratch()
+        for name, piece in reversed(done):
             rows = self._rows(name, piece)
-            old, new = (_change_of(name, piece, rows, terms) for terms in (self.before, self.after))
-            base = rows if new is None else restore(rows, new, self.fresh.loss(piece, rows))
-            rows.copy_(base if old is None else add(base, old))
-            self._done.pop()
+            before, after = (self._parts(name, piece, terms) for terms in (self.before, self.after))
+            base = rows
+            if after:
+                change = sum_of_terms(after, rows, scratch, "terms after")
+                base = restore(rows, change, self.fresh.loss(piece, rows), scratch)
+            rows.copy_(add(base, sum_of_terms(before, rows, scratch, "terms before"), scratch) if before else base)
 
     def _rows(self, name: str, piece: Piece) -> Tensor:
         return rows_of(self.targets[name], piece.start, piece.stop)
+
+    def _parts(self, name: str, piece: Piece, terms: Sequence[Term]) -> list[Part]:
+        """What the terms have for some rows, with the factors."""
+        return [(self._read(term, name, piece), factor) for term in terms if (factor := term.factor(name))]
+
+
+class _Reader:
+    """Rows of the deltas; a delta that is computed when it is read is so once per tensor."""
+
+    def __init__(self) -> None:
+        self._name, self._tensors = "", dict[int, Tensor]()
+
+    def __call__(self, term: Term, name: str, piece: Piece) -> Tensor:
+        if name != self._name:
+            self._name, self._tensors = name, {}
+        key = id(term.weights)
+        if key not in self._tensors:
+            self._tensors[key] = term.weights.tensor(name)
+        return rows_of(self._tensors[key], piece.start, piece.stop)
 
 
 def _factors(name: str, terms: Sequence[Term]) -> list[tuple[int, float]]:
     return [(id(term.weights), factor) for term in terms if (factor := term.factor(name))]
 
 
+def _write(source: Tensor, target: Tensor) -> None:
+    if target.device.type == "cpu":
+        # Torch's threads wait awake for work after every operation of theirs, and here comes none for a while.
+        np.copyto(bits(target).numpy(), bits(source).numpy())
+    else:
+        target.copy_(source)
+
+
 def _division(target: Tensor) -> list[Piece]:
     multiple = 1 if target.device.type == "cpu" else GPU_CHUNKS
     return [Piece(start, stop, 0) for start, stop in row_chunks(target.shape, multiple)]
-
-
-def _change_of(name: str, piece: Piece, rows: Tensor, terms: Sequence[Term]) -> Tensor | None:
-    """The sum that is added to some rows; None where nothing is."""
-    parts = [
-        (rows_of(term.weights.tensor(name), piece.start, piece.stop), factor)
-        for term in terms
-        if (factor := term.factor(name))
-    ]
-    return sum_of_terms(parts, wide_type(rows.dtype), rows.device) if parts else None

@@ -1,32 +1,20 @@
-"""What a LoRA is made from: the tensors of a UNet's delta, in memory or in a file, and which are factorised."""
+"""What a LoRA is made from: the tensors of a UNet's delta in any layout, and which of them are factorised."""
 
 from __future__ import annotations
 
 import fnmatch
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..core.delta import is_finite, listed
+from .delta_merge import Delta, read_recipe
 from .delta_recipe import DeltaRecipe
-
-UNET_PARTS = (
-    "conv_in",
-    "time_embedding",
-    "add_embedding",
-    "class_embedding",
-    "down_blocks",
-    "mid_block",
-    "up_blocks",
-    "conv_norm_out",
-    "conv_out",
-)
-"""The modules that a `UNet2DConditionModel` is made of, as its weights are named."""
+from .weight_files import Weights
+from .weight_layouts import UNET_PARTS, open_weights, translated_names, unet_names
+from .weight_summary import hold_whole
 
 KEPT_IN_FULL = ("time_embedding*", "add_embedding*", "class_embedding*")
 """Patterns of the modules that the residual always holds; diffusers cannot read the kohya names of some of them."""
@@ -38,7 +26,8 @@ def factorised_modules(tensors: Mapping[str, Tensor], keep: Sequence[str]) -> di
     These are the linear and convolution layers, less the embeddings and the modules that a pattern of `keep` matches.
 
     Raises:
-        ValueError: a delta that is empty or no UNet's, values that are not finite, or a pattern that matches nothing.
+        ValueError: a delta that is empty or no UNet's, values that are not finite, whole weights, or a pattern that
+            matches nothing.
     """
     if not len(tensors):
         raise ValueError("the delta holds no tensors; pass what extract_delta returned.")
@@ -61,6 +50,11 @@ def factorised_modules(tensors: Mapping[str, Tensor], keep: Sequence[str]) -> di
         raise ValueError(
             f"{len(bad)} tensors hold values that are no finite numbers ({listed(bad)}); extract it again."
         )
+    if hold_whole(tensors, tensors.__getitem__):
+        raise ValueError(
+            "these are a model's whole weights, not their difference from a base; pass a delta, such as what "
+            "open_difference(it, base) or perflow extract gives."
+        )
     unmatched = [p for p in keep if not fnmatch.filter(modules.values(), p)]
     if unmatched:
         raise ValueError(
@@ -71,15 +65,15 @@ def factorised_modules(tensors: Mapping[str, Tensor], keep: Sequence[str]) -> di
     return {name: module for name, module in modules.items() if not any(fnmatch.fnmatchcase(module, p) for p in kept)}
 
 
-class _FileTensors(Mapping[str, Tensor]):
-    """The tensors of an opened safetensors file; each is read when it is asked for and not kept."""
+class _NamedTensors(Mapping[str, Tensor]):
+    """Tensors under other names, {new: old}; each is read when it is asked for and not kept."""
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._names = tuple(file.keys())
+    def __init__(self, tensors: Mapping[str, Tensor] | Weights, names: Mapping[str, str]) -> None:
+        self._read = tensors.tensor if isinstance(tensors, Weights) else tensors.__getitem__
+        self._names = names
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._file.get_tensor(name)
+        return self._read(self._names[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -88,27 +82,21 @@ class _FileTensors(Mapping[str, Tensor]):
         return len(self._names)
 
 
-@contextmanager
-def opened_tensors(
-    delta: Mapping[str, Tensor] | str | os.PathLike[str],
-) -> Iterator[tuple[Mapping[str, Tensor], DeltaRecipe]]:
-    """The delta's tensors by name, and its recipe; those of a file are read one at a time, as they are asked for.
+def opened_tensors(delta: Delta, config: Mapping[str, Any] | None = None) -> tuple[Mapping[str, Tensor], DeltaRecipe]:
+    """The delta's tensors by a UNet's own names, and its recipe; those of a file are read as they are asked for.
 
     Raises:
-        ValueError: there is no such file, or it is broken.
+        ValueError: there is no such file, it is broken or a LoRA, or has original names that `config` does not fit.
     """
-    if isinstance(delta, Mapping):
-        yield delta, DeltaRecipe()
-        return
-    if not isinstance(delta, (str, os.PathLike)):
+    if isinstance(delta, (str, os.PathLike)):
+        delta = open_weights(delta)
+    if isinstance(delta, Weights):
+        names, label, recipe = list(delta.shapes), delta.label, read_recipe(delta)
+    elif isinstance(delta, Mapping):
+        names, label, recipe = list(delta), "the mapping", DeltaRecipe()
+    else:
         raise ValueError(f"delta is a {type(delta).__name__}; pass what extract_delta returned, or a file's path.")
-    path = Path(delta)
-    if not path.is_file():
-        kind = "is a directory, not a file" if path.is_dir() else "does not exist"
-        raise ValueError(f"delta {path} {kind}; pass the path of a .safetensors file.")
-    try:
-        file = safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no complete safetensors file ({error}); download or extract it again.") from error
-    with file as opened:
-        yield _FileTensors(opened), DeltaRecipe.from_metadata(opened.metadata() or {})
+    renamed = translated_names(names, unet_names(names), config or {}, label)
+    if renamed is None and isinstance(delta, Mapping):
+        return delta, recipe
+    return _NamedTensors(delta, renamed or dict(zip(names, names, strict=True))), recipe

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..core.delta import describe_mismatch, floating_entries, listed, subtract
 from ..core.reversible import checksum
 
-CHUNK = 1 << 18
-"""Values that are read at a time: their intermediate results fit in a core's cache."""
+CHUNK = 1 << 20
+"""Values that are changed at a time: few enough for a processor's cache, enough to keep its cores busy."""
 
 _FLOATS = {"F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64"}
 
@@ -61,12 +61,11 @@ class Digest:
 
     def update(self, name: str, rows: Tensor) -> None:
         """Takes in a tensor, or its next rows, as many as one or more of its `row_chunks` have."""
-        for start, stop in row_chunks(rows.shape):
-            part = rows_of(rows, start, stop)
-            # What 8-bit floats, which only files hold, are as half-precision numbers says the same.
-            total = checksum(part if part.element_size() > 1 else part.half())
-            kind = str(part.dtype).removeprefix("torch.")
-            self._parts.setdefault(name, []).append(f"{kind} {list(part.shape)} {total:016x}")
+        self.add(name, digest_parts(rows))
+
+    def add(self, name: str, parts: Sequence[str]) -> None:
+        """Takes in what `digest_parts` says of a tensor's next rows."""
+        self._parts.setdefault(name, []).extend(parts)
 
     def __contains__(self, name: str) -> bool:
         return name in self._parts
@@ -75,6 +74,17 @@ class Digest:
         """64 hexadecimal digits."""
         lines = [f"{name}: {'; '.join(parts)}" for name, parts in sorted(self._parts.items())]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def digest_parts(rows: Tensor) -> list[str]:
+    """What a `Digest` takes in of a tensor, or of as many of its rows as one or more of its `row_chunks` have."""
+    parts = []
+    for start, stop in row_chunks(rows.shape):
+        part = rows_of(rows, start, stop)
+        # What 8-bit floats, which only files hold, are as half-precision numbers says the same.
+        total = checksum(part if part.element_size() > 1 else part.half())
+        parts.append(f"{str(part.dtype).removeprefix('torch.')} {list(part.shape)} {total:016x}")
+    return parts
 
 
 def digest_of(weights: Weights, names: Iterable[str]) -> str:
@@ -167,6 +177,9 @@ class FileWeights(Weights):
         # Of the open file itself: it may have been renamed, replaced or deleted, and its contents are still there.
         states = [os.fstat(descriptor) for descriptor in self._descriptors]
         return tuple(value for state in states for value in (state.st_size, state.st_mtime_ns))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FileWeights:
+        return self  # nothing in it changes, and its file may have been deleted
 
     def __getstate__(self) -> dict[str, Any]:
         return {"label": self.label, "paths": self._paths, "opened_at": self._opened_at}

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.utils import logging
 
 from .weight_files import Weights, row_chunks, rows_of
-from .weight_layouts import is_lora
+from .weight_layouts import is_lora, named_alike
 
 WHOLE_NORM = 0.5
 """Mean of the scales of normalization layers above which weights are whole: a trained model's are about 1, the
 differences of two models' about 0."""
+
+DIFFERENCE_NORM = 0.1
+"""Absolute value of that mean below which weights are surely differences. Nothing is refused between the two."""
 
 KINDS = {
     "norm": "normalization",
@@ -72,10 +77,10 @@ class WeightSummary:
         """ "LoRA", "delta", "weights" (of a model), or "delta or weights" where no normalization layer tells."""
         if is_lora(tensor.name for tensor in self.tensors):
             return "LoRA"
-        norms = [tensor.mean for tensor in self.tensors if "norm" in tensor.name and tensor.name.endswith(".weight")]
-        if not norms:
+        means = [tensor.mean for tensor in self.tensors if is_norm_scale(tensor.name)]
+        if not means:
             return "delta or weights"
-        return "weights" if sum(norms) / len(norms) > WHOLE_NORM else "delta"
+        return "weights" if sum(means) / len(means) > WHOLE_NORM else "delta"
 
     @property
     def dtypes(self) -> str:
@@ -105,22 +110,47 @@ class WeightSummary:
         return sorted(self.tensors, key=lambda tensor: -tensor.size)[:count]
 
 
-def summarise(weights: Weights, base: Weights | None = None) -> WeightSummary:
-    """Reads every tensor once; `base` are weights of the same names, to which sizes are then relative.
+def is_norm_scale(name: str) -> bool:
+    """Whether it is the scales of a normalization layer, which tell weights from their differences."""
+    return "norm" in name and name.endswith(".weight")
 
+
+def hold_whole(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> bool:
+    """Whether tensors are surely a model's weights, by `WHOLE_NORM`; reads the scales of the normalization layers."""
+    mean = _mean_scale(names, read)
+    return mean is not None and mean > WHOLE_NORM
+
+
+def hold_differences(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> bool:
+    """Whether tensors are surely differences of weights, by `DIFFERENCE_NORM`; reads the same as `hold_whole`."""
+    mean = _mean_scale(names, read)
+    return mean is not None and abs(mean) < DIFFERENCE_NORM
+
+
+def summarise(weights: Weights, base: Weights | None = None, config: Mapping[str, Any] | None = None) -> WeightSummary:
+    """Reads every tensor once; sizes are relative to `base` where it is given.
+
+    The two may be named differently: for original Latent Diffusion names `config` is the configuration of the UNet.
     diffusers' progress bar shows the tensors; `diffusers.utils.logging.disable_progress_bar()` hides it.
 
     Raises:
         ValueError: the base has none of a name.
     """
-    missing = [] if base is None else [name for name in weights.shapes if name not in base.shapes]
-    if base is not None and missing:
-        raise ValueError(f"{base.label} has no {missing[0]}; pass the base that {weights.label} was extracted from.")
+    if base is not None:
+        weights, base = named_alike(weights, base, config or {})
+        missing = [name for name in weights.shapes if name not in base.shapes]
+        if missing:
+            raise ValueError(f"{base.label} has no {missing[0]}; pass the base that {weights.label} was taken from.")
     return WeightSummary(
         tensors=tuple(
             _tensor(weights, name, base) for name in logging.tqdm(weights.shapes, desc="read", unit="tensor")
         )
     )
+
+
+def _mean_scale(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> float | None:
+    means = [float(read(name).double().mean()) for name in names if is_norm_scale(name)]
+    return sum(means) / len(means) if means else None
 
 
 def kind_of(name: str, shape: tuple[int, ...]) -> str:

@@ -88,8 +88,13 @@ def numerical_rank(spectrum: Spectrum) -> int:
 def rank_for_energy(spectrum: Spectrum, energy: float) -> int:
     """The least rank that keeps a share `energy` in (0, 1] of the squared norm, at most what is above rounding."""
     most = numerical_rank(spectrum)
-    kept = spectrum.values.square().cumsum(0)
-    return min(int((kept < energy * spectrum.squared_norm).sum()) + 1, most)
+    # What is lost is added up, from its smallest part: what is kept differs from the whole by rounding, near 1.
+    tail = spectrum.values.square().flip(0).cumsum(0).flip(0)
+    whole = float(tail[0]) if len(tail) else 0.0
+    complete = len(tail) == min(len(spectrum.left), spectrum.right.shape[1])
+    unseen = 0.0 if complete else max(spectrum.squared_norm - whole, 0.0)
+    allowed = (1.0 - energy) * (whole + unseen)
+    return min(int((tail + unseen > allowed).sum()), most)
 
 
 def kept_energy(spectrum: Spectrum, rank: int) -> float:

@@ -28,45 +28,81 @@ def wide_type(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def sum_of_terms(terms: Sequence[tuple[Tensor, float]], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """sum_i factor_i * tensor_i, in the order given: a new tensor of their common shape, in `dtype` on `device`.
+class Scratch:
+    """Memory for intermediate results that is used again: to get it anew each time costs more than the arithmetic."""
 
-    `terms` holds at least one.
+    def __init__(self) -> None:
+        self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, use: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A contiguous tensor of a tensor's shape and device, and of its type or another, with whatever is in it.
+
+        It is valid until the next request for the same use.
+        """
+        key = use, dtype or like.dtype, like.device
+        flat = self._flat.get(key)
+        if flat is None or flat.numel() < like.numel():
+            flat = self._flat[key] = torch.empty(like.numel(), dtype=key[1], device=like.device)
+        return flat[: like.numel()].view(like.shape)
+
+
+def sum_of_terms(
+    terms: Sequence[tuple[Tensor, float]], weight: Tensor, scratch: Scratch | None = None, use: str = "terms"
+) -> Tensor:
+    """sum_i factor_i * tensor_i, in the order given, to be added to `weight`, whose shape they have; to be read only.
+
+    `terms` holds at least one. The sum is in the `wide_type` of the weight, but for a single tensor of the weight's
+    own type with the factor 1, which is its own sum.
     """
-    total: Tensor | None = None
-    for tensor, factor in terms:
+    scratch = scratch or Scratch()
+    first, factor = terms[0]
+    if len(terms) == 1 and factor == 1.0 and first.dtype == weight.dtype:
+        return first.to(weight.device)
+    wide = wide_type(weight.dtype)
+    total = scratch.take(use, weight, wide)
+    for number, (tensor, factor) in enumerate(terms):
         # Widened to a tensor of its own: a sum of mixed types is several times slower. Product and sum are rounded
         # one by one, since a fused multiply-add is not the same on every device.
-        term = tensor.to(device).to(dtype, copy=True, memory_format=torch.contiguous_format)
+        term = (scratch.take(f"one of the {use}", weight, wide) if number else total).copy_(tensor)
         if factor != 1.0:
             term.mul_(factor)
-        total = term if total is None else total.add_(term)
-    assert total is not None
+        if number:
+            total.add_(term)
     return total
 
 
-def add(weight: Tensor, change: Tensor) -> Tensor:
-    """`weight + change`, summed in `change`'s type and rounded once to the weight's: a new contiguous tensor."""
-    wide = weight.to(change.dtype, copy=True, memory_format=torch.contiguous_format)
-    return wide.add_(change).to(weight.dtype)
+def add(weight: Tensor, change: Tensor, scratch: Scratch | None = None) -> Tensor:
+    """`weight + change`, summed in the wide type and rounded once to the weight's: contiguous, the scratch's "sum"."""
+    scratch = scratch or Scratch()
+    result = scratch.take("sum", weight)
+    if change.dtype == weight.dtype:
+        # Torch's kernels form sums of half-precision numbers in float32 too: the same bits in one pass.
+        return torch.add(weight, change, out=result)
+    return result.copy_(scratch.take("wide", weight, change.dtype).copy_(weight).add_(change))
 
 
-def _subtract(merged: Tensor, change: Tensor) -> Tensor:
-    wide = merged.to(change.dtype, copy=True, memory_format=torch.contiguous_format)
-    return wide.sub_(change).to(merged.dtype)
+def _subtract(merged: Tensor, change: Tensor, scratch: Scratch, use: str) -> Tensor:
+    result = scratch.take(use, merged)
+    if change.dtype == merged.dtype:
+        return torch.sub(merged, change, out=result)
+    return result.copy_(scratch.take("wide", merged, change.dtype).copy_(merged).sub_(change))
 
 
-def rounding_loss(weight: Tensor, merged: Tensor, change: Tensor) -> Tensor:
+def rounding_loss(weight: Tensor, merged: Tensor, change: Tensor, scratch: Scratch | None = None) -> Tensor:
     """What `merged - change` lacks of `weight`: the difference of their bit patterns, integers modulo 2^bits.
 
-    All three have one shape; `merged` is `add(weight, change)`.
+    All three have one shape; `merged` is `add(weight, change)`. The result is the scratch's "loss".
     """
-    return bits(weight.contiguous()).sub(bits(_subtract(merged, change)))
+    loss = bits(_subtract(merged, change, scratch or Scratch(), "loss"))
+    return torch.sub(bits(weight), loss, out=loss)
 
 
-def restore(merged: Tensor, change: Tensor, loss: Tensor | None) -> Tensor:
-    """The weight that `add(weight, change)` made `merged`, bit for bit, given its `rounding_loss`; None is zero."""
-    weight = _subtract(merged, change)
+def restore(merged: Tensor, change: Tensor, loss: Tensor | None, scratch: Scratch | None = None) -> Tensor:
+    """The weight that `add(weight, change)` made `merged`, bit for bit, given its `rounding_loss`; None is zero.
+
+    The result is the scratch's "base".
+    """
+    weight = _subtract(merged, change, scratch or Scratch(), "base")
     if loss is not None:
         bits(weight).add_(loss)
     return weight
@@ -79,5 +115,7 @@ def checksum(tensor: Tensor) -> int:
         patterns = patterns.clone()  # as it must not matter where in memory the values lie
     width = 8 // patterns.element_size()
     even = patterns.numel() // width * width
-    total = int(patterns[:even].view(torch.int64).sum()) + int(patterns[even:].sum(dtype=torch.int64))
+    total = int(patterns[:even].view(torch.int64).sum())
+    if even < patterns.numel():
+        total += int(patterns[even:].sum(dtype=torch.int64))
     return total % (1 << 64)

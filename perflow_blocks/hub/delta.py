@@ -26,7 +26,10 @@ def choose_delta(
     configured = pipe.config.get("delta") if "delta" in declared else None
     if configured == declared.get("delta"):
         configured = None  # the blocks name it by themselves
-    merged = [record for record in _records(pipe) if not record.reloaded]
+    records = _records(pipe)
+    if configured is not None and Path(str(configured)).name in {r.source for r in records if r.reloaded}:
+        configured = None  # the weights were saved with it
+    merged = [record for record in records if not record.reloaded]
     names = [record.source for record in merged] or ([str(configured)] if configured else [])
     if weights == "reference":
         if names or given is not None:
@@ -52,6 +55,12 @@ def choose_delta(
     return path
 
 
+def delta_settings(pipe: Any) -> dict[str, Any]:
+    """The configuration values for a delta that is copied."""
+    scales = [record.scale for record in _records(pipe) if not record.reloaded]
+    return {"delta": DELTA_FILE, "delta_scale": scales[0] if scales else pipe.config.get("delta_scale", 1.0)}
+
+
 def recipe_of(pipe: Any, path: Path | None) -> DeltaRecipe:
     """How the weights of the export were distilled, as far as the delta `path`, or one of the blocks' own, says it."""
     if path is None and os.path.isabs(pipe.config.get("delta") or ""):
@@ -69,7 +78,7 @@ def _records(pipe: Any) -> tuple[MergeRecord, ...]:
 
 
 def _file(pipe: Any, merged: list[MergeRecord], given: str | os.PathLike[str] | None) -> Path:
-    """The delta's file, which a configuration can name: one alone, at scale 1, of one file.
+    """The delta's file, which a configuration can name: one alone, at one scale, of one file.
 
     Raises:
         ValueError: it is none of this, or no longer the one that is merged.
@@ -80,10 +89,10 @@ def _file(pipe: Any, merged: list[MergeRecord], given: str | os.PathLike[str] | 
             "an index can name one; pass weights='include'."
         )
     for record in merged:
-        if record.scale != 1.0 or record.scales:
+        if record.scales:
             raise ValueError(
-                f"{Path(record.source).name} is merged at scale {record.scale:g}, which no index keeps; merge it at "
-                "1, or pass weights='include'."
+                f"{Path(record.source).name} is merged at scales of its own for some weights, which no index keeps; "
+                "pass weights='include'."
             )
     if given is not None:
         path = Path(given).expanduser()

@@ -15,6 +15,7 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
+from ..blocks.set_timesteps import OWN_ATTRIBUTE
 from ..builder.problems import Problems
 from ..components.origin import scheduler_source
 from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS, PeRFlowScheduler
@@ -172,8 +173,9 @@ def stock_scheduler(scheduler: Any) -> Any:
     """A scheduler of diffusers with the noise schedule of PeRFlow's; any other scheduler itself."""
     if not is_perflow_scheduler(scheduler):
         return scheduler
-    schedule = {key: scheduler.config[key] for key in NOISE_SCHEDULE_KEYS}
-    return EulerDiscreteScheduler(**schedule)
+    made = vars(scheduler).get(OWN_ATTRIBUTE) or {}  # of another one, whose schedule a delta may have replaced
+    config = made.get("source") or scheduler.config
+    return EulerDiscreteScheduler(**{key: config[key] for key in NOISE_SCHEDULE_KEYS if key in config})
 
 
 def is_perflow_scheduler(scheduler: Any) -> bool:

@@ -15,7 +15,7 @@ from ..blocks.merge_delta import guidance_in_effect
 from ..builder.problems import Problems
 from ..components.delta_recipe import DeltaRecipe
 from ..components.specs import DEFAULT_NUM_INFERENCE_STEPS
-from .delta import DELTA_FILE, choose_delta, recipe_of
+from .delta import choose_delta, delta_settings, recipe_of
 from .entries import Entry, WeightsMode, component_entries
 from .settings import config_values, guider_entry
 from .sources import Mode, WorkflowSources, workflow_sources
@@ -78,7 +78,7 @@ def make_plan(
         config = config_values(pipe, blocks, problems)
     source = choose_delta(pipe, blocks, weights, delta, problems)
     if source is not None:
-        config["delta"] = DELTA_FILE
+        config |= delta_settings(pipe)
     class_name, sources = name or _class_name(blocks, target), None
     if not class_name.isidentifier():
         problems.add(f"name={class_name!r} is no name of a class; pass one such as MyWorkflow.")

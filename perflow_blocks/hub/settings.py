@@ -20,13 +20,15 @@ from .entries import Entry, is_perflow_scheduler, is_stock, library_of
 
 logger = logging.get_logger(__name__)
 
+DELTA_VALUES = ("delta", "delta_scale", "delta_variant")
+
 PACKAGE = library_of(PeRFlowScheduler)
 
 
 def config_values(pipe: Any, blocks: Any, problems: Problems) -> dict[str, Any]:
     """Every configuration value that is not None, with what scheduler, guider and attention add, in JSON's types.
 
-    Without `delta`, whose place in the repository `choose_delta` says.
+    Without those about the delta, which follow from `choose_delta`.
     """
     declared = {spec.name: spec.default for spec in blocks.expected_configs}
     values = {name: pipe.config.get(name, default) for name, default in declared.items()}
@@ -42,7 +44,8 @@ def config_values(pipe: Any, blocks: Any, problems: Problems) -> dict[str, Any]:
                 f"the blocks have no configuration value {name}, which would have to keep {value!r}; insert the block "
                 "that declares it, or take the setting back."
             )
-    values.pop("delta", None)
+    for name in DELTA_VALUES:
+        values.pop(name, None)
     kept = {name: value for name, value in values.items() if value is not None or declared[name] is not None}
     return {name: _in_json(name, value, problems) for name, value in kept.items()}
 
