@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
@@ -37,6 +37,7 @@ def export_workflow(
     delta: str | os.PathLike[str] | None = None,
     repo_id: str | None = None,
     files: Sequence[str | os.PathLike[str]] = (),
+    exclude: Collection[str] = (),
     overwrite: bool = False,
 ) -> Path:
     """Writes a workflow repository: code, index, Mellon's configuration, model card, manifest, and weights if asked.
@@ -59,6 +60,7 @@ def export_workflow(
         delta: the delta file, in place of the pipeline's own.
         repo_id: the repository of the Hub that this will be, if it is known. Publishing fills it in.
         files: further files to copy beside the others, such as a script that uses the workflow.
+        exclude: names of components that the index shall not have.
         overwrite: replace a workflow repository that is there, as a whole.
 
     Returns:
@@ -68,7 +70,7 @@ def export_workflow(
         ValueError: names all that cannot be exported, before anything is written.
     """
     target = Path(directory).expanduser()
-    plan = make_plan(pipe_or_blocks, target, mode, weights, name, delta, description)
+    plan = make_plan(pipe_or_blocks, target, mode, weights, name, delta, description, exclude)
     _require_target(target, overwrite)
     extras = _named_files(files, plan)
     if picture is not None:
