@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from importlib import invalidate_caches
@@ -16,7 +15,7 @@ from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME, HF_MODULES_CACHE
 from huggingface_hub.utils import WeakFileLock
 
 from .fetch import fetch_workflow
-from .json_files import BLOCKS_CONFIG, INDEX
+from .json_files import BLOCKS_CONFIG, INDEX, parse_json
 from .manifest import Manifest, sha256_of, verify_manifest
 
 
@@ -198,9 +197,7 @@ def _reason(error: Exception) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = path.read_bytes()
+    except OSError as error:
         raise ValueError(f"{path} cannot be read ({error}); download or export the workflow again.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object; download or export the workflow again.")
-    return values
+    return parse_json(content, str(path))

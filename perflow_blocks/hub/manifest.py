@@ -95,12 +95,22 @@ def write_manifest(directory: str | os.PathLike[str], *, blocks: str, mode: str)
 def save_manifest(directory: Path, manifest: Manifest) -> None:
     """Writes a manifest as it is, compared with nothing."""
     with atomic_path(directory / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+        temporary.write_bytes(manifest_bytes(manifest))
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The content of its file."""
+    return (json.dumps(asdict(manifest), indent=2) + "\n").encode()
 
 
 def file_entry(path: Path) -> FileEntry:
     """What a manifest says of a file as it is now."""
     return FileEntry(sha256=sha256_of(path), size=path.stat().st_size)
+
+
+def bytes_entry(content: bytes) -> FileEntry:
+    """What a manifest says of a file with this content."""
+    return FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
