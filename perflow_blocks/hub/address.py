@@ -32,7 +32,7 @@ def address_workflow(directory: str | os.PathLike[str], repo_id: str) -> Manifes
     if wanted == index:
         return manifest
     with atomic_path(root / INDEX) as temporary:
-        temporary.write_text(to_json(wanted), encoding="utf-8")
+        temporary.write_text(to_json(wanted), encoding="utf-8", newline="\n")
     manifest = replace(manifest, files={**manifest.files, INDEX: file_entry(root / INDEX)})
     save_manifest(root, manifest)
     return manifest

@@ -91,7 +91,7 @@ def write_manifest(directory: str | os.PathLike[str], *, blocks: str, mode: str)
 def save_manifest(directory: Path, manifest: Manifest) -> None:
     """Writes a manifest as it is, compared with nothing."""
     with atomic_path(directory / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def file_entry(path: Path) -> FileEntry:
