@@ -103,7 +103,7 @@ def export_workflow(
     texts = _texts(plan, facts, repo_id)
     with atomic_directory(target) as folder:
         for file, text in texts.items():
-            (folder / file).write_text(text, encoding="utf-8")
+            (folder / file).write_text(text, encoding="utf-8", newline="\n")
         for file, source in extras.items():
             shutil.copyfile(source, folder / file)
         if picture is not None:

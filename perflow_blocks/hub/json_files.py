@@ -13,7 +13,7 @@ MELLON = "mellon_pipeline_config.json"
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(to_json(values), encoding="utf-8")
+    path.write_text(to_json(values), encoding="utf-8", newline="\n")
 
 
 def to_json(values: Mapping[str, Any]) -> str:
