@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from perflow_blocks.hub.address import address_workflow
+from perflow_blocks.hub.address import addressed_files
 from perflow_blocks.hub.json_files import BLOCKS_CONFIG, INDEX, write_json
-from perflow_blocks.hub.manifest import MANIFEST, read_manifest, verify_manifest, write_manifest
+from perflow_blocks.hub.manifest import MANIFEST, read_manifest, write_manifest
 from workflows.generate import ROOT, WORKFLOWS, generate
 
 NAME = "sdxl-text2image"
@@ -36,17 +36,15 @@ def test_an_export_on_windows_has_the_bytes_of_any_other(tmp_path: Path) -> None
         assert (made / name).read_bytes() == (WORKFLOWS / NAME / name).read_bytes(), name
 
 
-@pytest.mark.usefixtures("windows")
-def test_an_address_is_written_with_the_same_line_ends(tmp_path: Path) -> None:
+def test_an_address_is_sent_with_the_same_line_ends(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
     write_json(tmp_path / "unet" / "config.json", {"a": 1})
     write_json(tmp_path / BLOCKS_CONFIG, {"a": 1})
     write_json(tmp_path / INDEX, {"unet": ["diffusers", "UNet2DConditionModel", {"subfolder": "unet"}]})
     write_manifest(tmp_path, blocks="Flow", mode="thin")
-    address_workflow(tmp_path, "someone/flow")
-    assert json.loads((tmp_path / INDEX).read_text())["unet"][2]["pretrained_model_name_or_path"] == "someone/flow"
-    assert not [path.name for path in tmp_path.rglob("*.json") if b"\r" in path.read_bytes()]
-    verify_manifest(tmp_path)
+    sent = addressed_files(tmp_path, "someone/flow")
+    assert json.loads(sent[INDEX])["unet"][2]["pretrained_model_name_or_path"] == "someone/flow"
+    assert not [name for name, content in sent.items() if b"\r" in content]
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
