@@ -247,3 +247,16 @@ def test_code_that_another_process_puts_in_place_is_an_error(
 
     monkeypatch.setattr(loading.ModularPipelineBlocks, "from_pretrained", overtaken)
     assert "another process loaded other code while that of" in refused(thin)
+
+
+def test_the_modules_are_in_packages_which_win_over_those_of_another_cache(
+    whole: Path, modules: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other" / "diffusers_modules" / "local"
+    other.mkdir(parents=True)
+    for folder in (other, other.parent):
+        (folder / "__init__.py").touch()
+    monkeypatch.syspath_prepend(other.parent.parent)
+    monkeypatch.syspath_prepend(modules)
+    load_workflow(whole, trust_remote_code=True, load_components=False)
+    assert (modules / "diffusers_modules" / "__init__.py").is_file()

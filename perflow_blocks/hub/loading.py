@@ -86,9 +86,9 @@ def _load_blocks(directory: Path, manifest: Manifest) -> Any:
         raise ValueError(
             f"{directory / BLOCKS_CONFIG} runs {named}, and the manifest says block.{name}; export the workflow again."
         )
-    shared = _shared_modules()
-    shared.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(shared / ".perflow.lock"):  # other processes copy their files to the same place
+    # Not in the folder of the modules, which diffusers is to make: it makes packages of folders that it makes alone.
+    Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(Path(HF_MODULES_CACHE) / "perflow.lock"):  # other processes copy their files to the same place
         _require_fresh_modules(directory, manifest)
         try:
             blocks = ModularPipelineBlocks.from_pretrained(str(directory), trust_remote_code=True)
