@@ -34,8 +34,11 @@ SIBLINGS = {
     "demo": {"training"},
     "cli": {"demo", "training", "evaluation"},
 }
-NAMED = {("training/data/demo.py", "demo.pictures")}
-"""Files that may use one module of a sibling: pictures are a data set, and know nothing of training."""
+NAMED = {
+    ("training/data/demo.py", "demo.pictures"),
+    ("training/teacher_source.py", "demo.weights_directory"),
+}
+"""Files that may use one name of a sibling: pictures are a data set and weights a teacher that know of no training."""
 EXPORTED = {"torch", "diffusers", "transformers", "safetensors", "huggingface_hub", "numpy", "PIL"}
 """Third-party packages that layers 1 to 3 may use; the core has torch alone."""
 

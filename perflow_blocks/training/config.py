@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..core.parameterization import PredictionType
 from ..core.windows import TimeWindows, tile_windows
-from .data.config import DataConfig
+from .data.config import DataConfig, value_problems
 from .rules import ConfigError, at_least, not_negative, positive, share, share_below_one
 
 DTypeName = Literal["float32", "float16", "bfloat16"]
@@ -16,7 +16,7 @@ Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosi
 
 
 class Section:
-    """A part of the configuration. Made from values that break its rules it raises a `ConfigError` with all of them."""
+    """A part of the configuration. Values that break its rules raise a `ConfigError` that names all of them."""
 
     def problems(self) -> Iterator[str]:
         """A sentence for each rule that is broken."""
@@ -302,6 +302,8 @@ def cross_problems(sections: dict[str, object]) -> Iterator[str]:
         if isinstance(teacher, TeacherConfig):
             yield from _solver_problems(windows.tile(), teacher.steps_per_window)
     teacher, data = sections.get("teacher"), sections.get("data")
+    if isinstance(data, DataConfig):
+        yield from value_problems(data)
     if isinstance(teacher, TeacherConfig) and isinstance(data, DataConfig):
         if teacher.starts == "noised" and data.kind == "prompts":
             yield "data.kind='prompts' has no pictures to noise; pass teacher.starts=trajectory, or pictures."

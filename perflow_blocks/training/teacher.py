@@ -1,0 +1,79 @@
+"""The frozen teacher: windows solved with or without guidance, in its own type, resident or offloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import cpu_offload_with_hook
+from torch import Tensor
+
+from ..core.parameterization import WindowAlpha
+from ..schedulers import PFODESolver
+from ..schedulers.conditioning import Conditioning
+from .conditioning import PromptEncoder, TextRow, cast
+from .config import TeacherConfig
+from .geometry import WindowGeometry
+
+
+class Teacher:
+    """Solves the probability-flow ODE of a frozen UNet across windows.
+
+    Args:
+        unet: the teacher's, on its device; where it is offloaded, `offload` takes it back to the host.
+        scheduler: of the teacher.
+        encoder: of its prompts.
+        geometry: the windows.
+        config: steps and guidance.
+        offload: called after each solve.
+    """
+
+    def __init__(
+        self,
+        unet: Any,
+        scheduler: Any,
+        encoder: PromptEncoder,
+        geometry: WindowGeometry,
+        config: TeacherConfig,
+        offload: Any = None,
+    ) -> None:
+        self.encoder = encoder
+        self.geometry = geometry
+        self.config = config
+        self._unet = unet
+        self._offload = offload
+        self._solver = PFODESolver(scheduler)
+        self._num_windows = geometry.solver_windows(config.steps_per_window)
+
+    @torch.no_grad()
+    def solve(self, z_start: Tensor, window: WindowAlpha, rows: list[TextRow], time_ids: Tensor) -> Tensor:
+        """The ends (batch, channels, height, width) of windows that begin at `z_start`, for a prompt each.
+
+        Under "fixed" guidance a prompt that was dropped is solved like any other: guidance from it to itself is none.
+        """
+        scale = self.config.guidance_scale if self.config.cfg_mode == "fixed" else 1.0
+        dtype = getattr(torch, self.config.dtype)
+        positive = cast(self.encoder.conditioning(rows, time_ids), dtype)
+        negative: Conditioning | None = None
+        if scale > 1.0:
+            negative = cast(self.encoder.conditioning([self.encoder.empty] * len(rows), time_ids), dtype)
+        z_end = self._solver.solve_conditioned(
+            z_start,
+            self._unet,
+            torch.as_tensor(window.start),
+            torch.as_tensor(window.end),
+            positive,
+            negative,
+            guidance_scale=scale,
+            num_steps=self.config.steps_per_window,
+            num_windows=self._num_windows,
+        )
+        if self._offload is not None:
+            self._offload()
+        return z_end
+
+
+def offloaded(model: torch.nn.Module, device: torch.device) -> Any:
+    """Keeps a model on the host and brings it to the device when it runs; returns what takes it back."""
+    _, hook = cpu_offload_with_hook(model, device)
+    return hook.offload
