@@ -1,7 +1,8 @@
 """The architecture, read from the sources: imports only go down.
 
 Layers as in the table below. A file may import from lower layers and from its own package; siblings that it may use
-besides stand in `SIBLINGS`, single files with one such module in `NAMED`. What a self-contained export carries (layers 0 to 3) uses few third-party packages.
+besides stand in `SIBLINGS`, single files with one such module in `NAMED`. What a self-contained export carries (layers
+0 to 3) uses few third-party packages.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ CAPTION_NAMES = ("text", "caption", "prompt")
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """A data set and how its pictures are cut. Values are checked by `value_problems`, so that all are reported at once."""
+    """A data set and how its pictures are cut. `value_problems` checks all values at once."""
 
     kind: Kind = "prompts"
     """"datasets": a Hugging Face data set. "folder": pictures with captions in metadata.jsonl, captions.jsonl or .txt
@@ -36,8 +36,8 @@ class DataConfig:
     image_column: str | None = None
     """Column (webdataset: extension) of the pictures; None takes the first one that holds pictures."""
     caption_column: str | None = None
-    """Column (JSON: key, webdataset: extension or key) of the captions, each a string or a list of which one is drawn.
-    None takes the first of "text", "caption" and "prompt" (webdataset: the .txt file, then these keys of the .json)."""
+    """Column (JSON: key; webdataset: extension, or key of the .json) of the captions: each a string, or a list of
+    which one is drawn. None takes the first of "text", "caption" and "prompt" (webdataset: after the .txt)."""
     trigger: str = ""
     """Words put before every caption, with a comma between."""
 

@@ -12,7 +12,7 @@ DEFAULT_COUNT = 10_000
 
 
 class DemoRecords:
-    """Random scenes of 64x64 pixels, each with a caption that leaves some of it open; `seed` and number settle both."""
+    """Random scenes of 64x64 pixels, each with a caption that leaves some of it open, settled by `seed`."""
 
     def __init__(self, count: int | None, seed: int) -> None:
         self.size: Size | None = (PICTURE_SIZE, PICTURE_SIZE)

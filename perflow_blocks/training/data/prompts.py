@@ -11,7 +11,7 @@ from .records import as_captions
 
 
 class PromptRecords:
-    """One prompt a line of a .txt file, or an object a line of a .jsonl file. The time ids are those of whole squares."""
+    """A prompt a line of a .txt file, or an object a line of a .jsonl file. Time ids are those of whole squares."""
 
     def __init__(self, path: str, prompts: list[tuple[str, ...]], resolution: int) -> None:
         self.size: Size | None = (resolution, resolution)
@@ -30,7 +30,9 @@ class PromptRecords:
             raise ValueError(f"data.path={config.path!r} is not a file; name a .txt or .jsonl file with prompts.")
         match path.suffix.lower():
             case ".txt":
-                prompts = [(line.strip(),) for line in read_text(path).splitlines() if line.strip()]
+                prompts: list[tuple[str, ...]] = [
+                    (line.strip(),) for line in read_text(path).splitlines() if line.strip()
+                ]
             case ".jsonl":
                 prompts = _from_json_lines(path, config.caption_column)
             case _:
