@@ -22,7 +22,6 @@ from .data.batch import BatchSource
 from .starts import PairSource
 
 FOLDER = "checkpoints"
-LATEST = "latest"
 _NAME = re.compile(r"step_(\d{8,})")
 _STATE = "state.json"
 _ADAPTER = "adapter.safetensors"
@@ -70,15 +69,15 @@ class Checkpoints:
         self._config = config
         self._data = data
         self._pairs = pairs
-        self._directory = Path(config.output.directory) / FOLDER
+        self.directory = Path(config.output.directory) / FOLDER
 
     def save(self, position: Position) -> Path:
-        """Writes a checkpoint under a name that is not taken for one, then gives it its own. Every process calls it."""
+        """Writes a checkpoint, which gets its name when it is complete. Every process calls it."""
         accelerator = self._accelerator
-        final = self._directory / f"step_{position.step:08d}"
-        temporary = self._directory / f".{final.name}.tmp"
+        final = self.directory / f"step_{position.step:08d}"
+        temporary = self.directory / f".{final.name}.tmp"
         if accelerator.is_main_process:
-            for leftover in self._directory.glob(".*.tmp"):
+            for leftover in self.directory.glob(".*.tmp"):
                 shutil.rmtree(leftover)
             temporary.mkdir(parents=True)
         accelerator.wait_for_everyone()
@@ -97,7 +96,7 @@ class Checkpoints:
             (temporary / _STATE).write_text(json.dumps(state, indent=2))
             shutil.rmtree(final, ignore_errors=True)
             temporary.replace(final)
-            for old in list_checkpoints(self._directory)[: -self._config.output.keep_checkpoints]:
+            for old in list_checkpoints(self.directory)[: -self._config.output.keep_checkpoints]:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
         return final
@@ -112,8 +111,8 @@ class Checkpoints:
         accelerator = self._accelerator
         if state["num_processes"] != accelerator.num_processes:
             raise ValueError(
-                f"{path} is of {state['num_processes']} processes and this run has {accelerator.num_processes}; launch "
-                f"as many, or start in another output.directory with model.init_student."
+                f"{path} is of {state['num_processes']} processes and this run has {accelerator.num_processes}; "
+                "launch as many, or start anew in another output.directory."
             )
         accelerator.load_state(str(path))
         own = json.loads((path / _process_file(accelerator.process_index)).read_text())
@@ -172,7 +171,8 @@ def require_same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> 
     ]
     if changed:
         raise ValueError(
-            f"{path.name} cannot be gone on from: {'; '.join(changed)}; set these back, or take another output.directory."
+            f"{path.name} cannot be gone on from: {'; '.join(changed)}; set these back, or take another "
+            "output.directory."
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -289,7 +289,7 @@ class DistillConfig(Section):
         yield from cross_problems(vars(self))
 
 
-def cross_problems(sections: dict[str, object]) -> Iterator[str]:
+def cross_problems(sections: Mapping[str, object]) -> Iterator[str]:
     """Rules between sections, as far as the sections are there: a broken one is told by itself."""
     windows, loss, output = sections.get("windows"), sections.get("loss"), sections.get("output")
     if isinstance(windows, WindowConfig):

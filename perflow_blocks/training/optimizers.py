@@ -51,7 +51,7 @@ def set_learning_rate(optimizer: Any, schedule: Any, learning_rate: float) -> No
         learning_rate: the base rate from here on.
     """
     schedule.base_lrs = [learning_rate] * len(schedule.base_lrs)
-    rates = [base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas)]
+    rates = [learning_rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["initial_lr"], group["lr"] = learning_rate, rate
     schedule._last_lr = rates

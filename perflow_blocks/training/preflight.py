@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from .config import (
     ModelConfig,
     OptimizerConfig,
     OutputConfig,
-    TeacherConfig,
     WindowConfig,
+    cross_problems,
 )
 from .data.config import value_problems
-from .data.source import problems as data_problems
+from .data.opening import problems as data_problems
 from .geometry import WindowGeometry
 from .optimizers import optimizer_problem
 from .rules import ConfigError
@@ -44,7 +44,7 @@ def require_possible(config: DistillConfig) -> None:
 
 
 def preflight(sections: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence for each mistake, as far as the sections are there. Reads configurations, and no weights or pictures."""
+    """A sentence for each mistake, as far as the sections are there. Reads no weights and no pictures."""
     problems = Problems()
     model, windows = sections.get("model"), sections.get("windows")
     if isinstance(model, ModelConfig):
@@ -73,8 +73,8 @@ def empty_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
 def _note_teacher(problems: Problems, source: TeacherSource, windows: WindowConfig) -> None:
     if source.scheduler_config.get("rescale_betas_zero_snr"):
         problems.add(
-            "model.teacher: its scheduler has rescale_betas_zero_snr, where a window that starts at noise is singular; "
-            "pass a teacher without."
+            "model.teacher: its scheduler has rescale_betas_zero_snr, where a window that starts at noise is "
+            "singular; pass a teacher without."
         )
         return
     with problems.noted(about="model.teacher: "):
@@ -102,7 +102,8 @@ def _note_size(problems: Problems, source: TeacherSource, sections: Mapping[str,
     data = sections.get("data")
     if isinstance(data, DataConfig) and data.resolution % source.vae_factor:
         problems.add(
-            f"data.resolution={data.resolution} is no multiple of the {source.vae_factor} pixels of a latent; pass one."
+            f"data.resolution={data.resolution} is no multiple of the {source.vae_factor} pixels of a latent; "
+            "pass one."
         )
 
 
@@ -111,6 +112,7 @@ def _note_output(problems: Problems, output: OutputConfig, sections: Mapping[str
         require_writable_directory(Path(output.directory))
     if output.tracker is not None and find_spec(output.tracker) is None:
         problems.add(f"output.tracker={output.tracker!r} is not installed; install it, or leave it out.")
-    if all(isinstance(sections.get(name), kind) for name, kind in _KINDS.items()):
+    complete = all(field.name in sections for field in fields(DistillConfig))
+    if complete and not list(cross_problems(sections)):
         with problems.noted():
-            find_checkpoint(DistillConfig(**{name: sections[name] for name in sections}))
+            find_checkpoint(DistillConfig(**sections))

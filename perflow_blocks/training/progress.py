@@ -50,8 +50,8 @@ class Progress:
         windows = " ".join("-" if loss is None else f"{loss:.4g}" for loss in self.window_losses)
         minutes, seconds = divmod(round(self.eta_seconds), 60)
         return (
-            f"step {self.step}/{self.max_steps}  loss {self.loss:.4g}  windows {windows}  lr {self.learning_rate:.3g}  "
-            f"{self.samples_per_second:.3g} samples/s  ETA {minutes // 60}:{minutes % 60:02}:{seconds:02}"
+            f"step {self.step}/{self.max_steps}  loss {self.loss:.4g}  windows {windows}  "
+            f"lr {self.learning_rate:.3g}  {self.samples_per_second:.3g} samples/s  ETA {minutes // 60}:{minutes % 60:02}:{seconds:02}"
         )
 
     def figures(self) -> dict[str, float]:

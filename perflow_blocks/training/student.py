@@ -18,7 +18,9 @@ ADAPTER = "default"
 _BLOCKS = ("down_blocks.*", "mid_block.*", "up_blocks.*")
 
 
-def build_student(source: TeacherSource, model: ModelConfig, optimizer: OptimizerConfig, base_dtype: torch.dtype) -> Any:
+def build_student(
+    source: TeacherSource, model: ModelConfig, optimizer: OptimizerConfig, base_dtype: torch.dtype
+) -> Any:
     """The student on the CPU; its trainable weights are float32 and those that require gradients.
 
     Args:

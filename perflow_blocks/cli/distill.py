@@ -1,0 +1,83 @@
+"""`perflow distill`: an accelerator from a teacher, as a configuration file says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..training.loop import Observer
+
+
+def distill(
+    context: typer.Context,
+    config: Annotated[Path, typer.Option("--config", help="Settings: a .toml, .yaml or .json file.")],
+) -> None:
+    """Distil a PeRFlow student of a teacher. Every setting can be given as --section.field VALUE as well.
+
+    For several processes: accelerate launch -m perflow_blocks.cli distill --config FILE
+    """
+    overrides = parse_overrides(context.args)
+    from .pipeline import quiet_libraries
+
+    quiet_libraries()
+    from ..training.config_file import load_config
+    from ..training.loop import train
+    from ..training.preflight import preflight
+
+    settings = load_config(config, overrides, inspect=preflight)
+    result = train(settings, [_observer()])
+    for path in (result.student, result.lora, result.delta, result.scheduler):
+        if path is not None and _is_main_process():
+            typer.echo(path)
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """The texts by "section.field" of `--section.field VALUE` and `--section.field=VALUE`.
+
+    Raises:
+        ValueError: an argument that is neither, or a setting without a value.
+    """
+    found: dict[str, str] = {}
+    left = list(arguments)
+    while left:
+        argument = left.pop(0)
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or "." not in name:
+            raise ValueError(f"{argument} is no setting; write --section.field VALUE, --optimizer.max_steps 100 say.")
+        if not equals:
+            if not left:
+                raise ValueError(f"{argument} has no value; write {argument} VALUE.")
+            value = left.pop(0)
+        found[name] = value
+    return found
+
+
+def _is_main_process() -> bool:
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+def _observer() -> Observer:
+    from ..training.loop import Observer
+    from ..training.progress import Progress
+    from ..training.session import Session
+
+    class Lines(Observer):
+        """A line for each reading, by the main process."""
+
+        def started(self, session: Session, step: int) -> None:
+            if _is_main_process():
+                typer.echo(session.data.describe())
+                if step:
+                    typer.echo(f"going on after step {step}")
+
+        def read(self, progress: Progress) -> None:
+            if _is_main_process():
+                typer.echo(progress.describe())
+
+    return Lines()
