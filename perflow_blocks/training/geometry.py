@@ -14,6 +14,8 @@ from ..core.parameterization import WindowAlpha, window_table
 from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS
 from .config import WindowConfig
 
+_ROUNDING = 1e-3  # of a step between two discrete times: far above float32's rounding
+
 
 class WindowGeometry:
     """The windows of a configuration on a teacher's noise schedule, with the numbers of each on a device.
@@ -51,8 +53,9 @@ class WindowGeometry:
         if self.config.times == "continuous":
             return t
         count = self.config.num_discrete_times
-        # Up to the next of the equidistant times, so never to or below the window's end; rounding must not skip one.
-        snapped = torch.ceil(t * count - 1e-3) / count
+        # Up to the next of the equidistant times, which lies beyond the window's end and not beyond its start.
+        first = torch.floor(torch.as_tensor(window.end) * count + _ROUNDING) + 1
+        snapped = torch.maximum(torch.ceil(t * count - _ROUNDING), first) / count
         return torch.minimum(snapped, torch.as_tensor(window.start))
 
     def solver_windows(self, steps_per_window: int) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,10 @@ class Progress:
     def describe(self) -> str:
         """One line for a terminal."""
         windows = " ".join("-" if loss is None else f"{loss:.4g}" for loss in self.window_losses)
-        minutes, seconds = divmod(round(self.eta_seconds), 60)
+        eta = timedelta(seconds=round(self.eta_seconds))
         return (
             f"step {self.step}/{self.max_steps}  loss {self.loss:.4g}  windows {windows}  "
-            f"lr {self.learning_rate:.3g}  {self.samples_per_second:.3g} samples/s  ETA {minutes // 60}:{minutes % 60:02}:{seconds:02}"
+            f"lr {self.learning_rate:.3g}  {self.samples_per_second:.3g} samples/s  ETA {eta}"
         )
 
     def figures(self) -> dict[str, float]:

@@ -122,7 +122,7 @@ class TrajectoryStarts:
 
     def _draw(self, generator: torch.Generator) -> WindowPairs:
         """Random windows of random trajectories that have one size."""
-        first = self._buffer[int(torch.randint(len(self._buffer), (1,), generator=generator))]
+        first = self._buffer[torch.randint(len(self._buffer), (1,), generator=generator).tolist()[0]]
         alike = [row for row in self._buffer if row.starts.shape == first.starts.shape]
         chosen = [alike[i] for i in torch.randint(len(alike), (self._batch_size,), generator=generator).tolist()]
         numbers = torch.randint(self._teacher.geometry.num_windows, (self._batch_size,), generator=generator)
