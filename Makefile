@@ -14,7 +14,7 @@ TYPED := $(foreach d,perflow_blocks tests workflows benchmarks,$(if $(wildcard $
 STYLED := $(TYPED) $(wildcard *.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format demo-weights evaluate bench clean
+.PHONY: help venv demo test lint format demo-weights workflows evaluate bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 18
@@ -37,6 +37,7 @@ lint: venv  ## check style and types
 	$(BIN)/python -m ruff check $(STYLED)
 	$(BIN)/python -m ruff format --check $(STYLED)
 	$(BIN)/python -m mypy $(TYPED)
+	@for recipe in $(wildcard workflows/*-*/recipe.py); do $(BIN)/python -m mypy $$recipe || exit 1; done
 
 format: venv  ## rewrite the sources in the project's style
 	$(BIN)/python -m ruff check --fix $(STYLED)
@@ -45,6 +46,9 @@ format: venv  ## rewrite the sources in the project's style
 demo-weights: venv  ## train the embedded model again, into runs/demo (an hour and a half on two quiet cores)
 	$(BIN)/python -m perflow_blocks.evaluation.train_classifier
 	$(BIN)/python -m perflow_blocks.demo.train --out runs/demo
+
+workflows: venv  ## write the repositories under workflows/ and at the root again, from workflows/generate.py
+	$(BIN)/python -m workflows.generate
 
 evaluate: venv  ## print the quality table of the embedded model
 	$(BIN)/perflow evaluate

@@ -18,7 +18,7 @@ CONTENT = {
     "block.py": b"from .perflow_part import Blocks\n",
     "perflow_part.py": b"class Blocks: ...\n",
     "modular_config.json": b'{"auto_map": {"ModularPipelineBlocks": "block.Blocks"}}\n',
-    "modular_model_index.json": b'{"unet": ["diffusers", "UNet", {"subfolder": "unet"}]}\n',
+    "modular_model_index.json": b'{"unet": ["diffusers", "UNet", {"pretrained_model_name_or_path": null}]}\n',
     "unet/first.safetensors": b"\2\0\0\0\0\0\0\0{}" + bytes(range(256)) * 40,
     "unet/second.safetensors": b"\2\0\0\0\0\0\0\0{}" + bytes(range(255)) * 80,
 }

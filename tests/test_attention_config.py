@@ -163,7 +163,8 @@ def test_the_plan_survives_a_save(tmp_path: Path) -> None:
     loaded = PeRFlowSDXLAutoBlocks().init_pipeline(str(tmp_path))
     loaded.load_components()
     loaded.set_progress_bar_config(disable=True)
-    assert torch.equal(run(loaded, num_inference_steps=4), expected)
+    # Weights in a mapped file begin at other addresses, for which some processors' kernels round differently.
+    torch.testing.assert_close(run(loaded, num_inference_steps=4), expected, rtol=1e-4, atol=1e-4)
     assert calls_of(loaded) == calls_of(pipe)
     assert {name for calls in calls_of(loaded).values() for name in calls} == {"native_math", "sliced"}
 

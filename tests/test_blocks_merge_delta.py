@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -109,6 +111,49 @@ def test_an_index_names_a_file_in_its_own_directory(
     assert batches == [1, 1, 1]
 
 
+def test_the_configuration_s_scale_holds_where_a_call_names_none(tmp_path: Path, delta: Path) -> None:
+    pipe = index_pipeline(tmp_path, {"delta": str(delta), "delta_scale": 0.5})
+    run(pipe)
+    record = merge_record(pipe.unet)
+    assert record is not None and record.scale == 0.5
+    run(pipe, delta_scale=0.25)
+    record = merge_record(pipe.unet)
+    assert record is not None and record.scale == 0.25
+    run(pipe)
+    record = merge_record(pipe.unet)
+    assert record is not None and record.scale == 0.5
+
+
+@pytest.mark.parametrize("scale", ["1", float("nan"), True])
+def test_a_scale_that_is_no_number_is_an_error(tmp_path: Path, delta: Path, scale: Any) -> None:
+    pipe = make_pipeline()
+    with pytest.raises(ValueError, match=r"delta_scale=.* is no finite number; pass 1\.0"):
+        run(pipe, delta=delta, delta_scale=scale)
+    with pytest.raises(ValueError, match=r"delta_scale=.* is no finite number; pass 1\.0"):
+        run(index_pipeline(tmp_path, {"delta": str(delta), "delta_scale": scale}))
+    assert merge_records(pipe.unet) == ()
+
+
+def test_a_configuration_that_names_no_path_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the configuration's delta=False is no path"):
+        run(index_pipeline(tmp_path, {"delta": False}))
+
+
+def test_an_index_names_a_variant_in_a_folder(tmp_path: Path, delta: Path) -> None:
+    """Where a call names another delta, the variant is not meant for that."""
+    folder = tmp_path / "delta"
+    folder.mkdir()
+    for kind in ("v0-1", "v0-2"):
+        (folder / f"diffusion_pytorch_model.{kind}.safetensors").write_bytes(delta.read_bytes())
+    pipe = index_pipeline(tmp_path, {"delta": "delta", "delta_variant": "v0-2"})
+    run(pipe)
+    run(pipe)
+    assert len(merge_records(pipe.unet)) == 1
+    run(pipe, delta=delta)
+    with pytest.raises(ValueError, match="v0-3"):
+        run(index_pipeline(tmp_path, {"delta": "delta", "delta_variant": "v0-3"}))
+
+
 def test_false_asks_for_the_base_model(tmp_path: Path, delta: Path) -> None:
     pipe = index_pipeline(tmp_path, {"delta": str(delta)})
     before = weights(pipe)
@@ -146,10 +191,10 @@ def test_a_relative_name_without_a_directory_is_an_error() -> None:
 
 
 def test_an_index_on_the_hub_names_a_file_beside_it(delta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str]] = []
+    asked: list[tuple[str, str, str | None]] = []
 
-    def download(repository: str, name: str) -> str:
-        asked.append((repository, name))
+    def download(repository: str, name: str, revision: str | None) -> str:
+        asked.append((repository, name, revision))
         if name == "absent.safetensors":
             raise LocalEntryNotFoundError("offline")
         return str(delta)
@@ -162,7 +207,19 @@ def test_an_index_on_the_hub_names_a_file_beside_it(delta: Path, monkeypatch: py
         run(pipe)
     pipe.update_components(delta="d.safetensors")
     assert pipe(prompt="a star", output_type="latent").delta_recipe == RECIPE
-    assert asked[-1] == ("owner/model", "d.safetensors")
+    assert asked[-1] == ("owner/model", "d.safetensors", None)
+
+    # diffusers names the modules of a repository's code by its commit, and keeps the revision nowhere else
+    first, second = "1" * 40, "2" * 40
+    monkeypatch.setitem(sys.modules, f"diffusers_modules.local.owner--model.{first}.block", ModuleType("block"))
+    run(pipe)
+    assert asked[-1][-1] == first
+    monkeypatch.setitem(sys.modules, f"diffusers_modules.local.owner--model.{second}.block", ModuleType("block"))
+    with pytest.raises(ValueError, match="loaded at 2 commits"):
+        run(pipe)
+    monkeypatch.setattr(type(pipe._blocks), "__module__", f"diffusers_modules.local.owner--model.{second}.block")
+    run(pipe)
+    assert asked[-1][-1] == second
 
 
 def test_bad_files_are_errors_that_change_nothing(tmp_path: Path, delta: Path) -> None:

@@ -144,7 +144,15 @@ def test_guidance_that_is_asked_for_wins_over_the_recipe(
 def test_a_guider_of_ones_own(repository: Path) -> None:
     guider = AdaptiveProjectedGuidance(guidance_scale=1.5)
     assert builder(repository).with_guider(guider).build().guider is guider
-    assert builder(repository).with_component("guider", guider).build().guider is guider
+    chain = builder(repository).with_component("guider", guider)
+    assert chain.build().guider is guider
+    spec = ComponentSpec(
+        "guider", ClassifierFreeGuidance, config={"guidance_scale": 3.0}, default_creation_method="from_config"
+    )
+    assert chain.with_component("guider", spec).build().guider.guidance_scale == 3.0
+    assert chain.with_component("guider", spec).with_guider(guider).build().guider is guider
+    assert chain.with_component("guider", None).build().guider.guidance_scale == 2.0
+    assert chain.with_component("guider", spec).with_component("guider", None).build().guider.guidance_scale == 2.0
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers.modular_pipelines import SequentialPipelineBlocks
 
 from perflow_blocks import PeRFlowSDXLAutoBlocks, StepCallbackStep, WindowLogStep
 from perflow_blocks.blocks.recombine import find_loops
@@ -47,6 +49,34 @@ def test_loras_are_loaded_with_their_weights(repository: Path, loras: list[Path]
     assert set(made[0].get_active_adapters()) == {"ink", "paint"}
     for pipe in made:
         torch.testing.assert_close(latents(pipe), expected, rtol=1e-4, atol=5e-4)
+        assert torch.equal(latents(pipe), latents(made[0]))
+
+
+def test_the_order_of_loras_does_not_matter(repository: Path, loras: list[Path]) -> None:
+    """Not even by rounding, since sums of three or more hang on their order."""
+    steps = [(loras[0], 0.5, "c"), (loras[1], -0.25, "a"), (loras[0], 0.3, "b")]
+    chains = []
+    for order in (steps, steps[::-1], [steps[1], steps[0], steps[2]]):
+        chain = builder(repository)
+        for step in order:
+            chain = chain.with_lora(*step)
+        chains.append(chain)
+    assert len({chain.describe() for chain in chains}) == 1
+    made = [chain.build() for chain in chains]
+    assert [list(pipe.unet.peft_config) for pipe in made] == [["a", "b", "c"]] * 3
+    assert all(torch.equal(latents(pipe), latents(made[0])) for pipe in made)
+
+
+def test_two_files_of_one_repository_are_two_loras(repository: Path, tmp_path: Path, loras: list[Path]) -> None:
+    for name, folder in zip(("ink", "oil"), loras, strict=True):
+        shutil.copy(folder / "pytorch_lora_weights.safetensors", tmp_path / f"{name}.safetensors")
+    files = [f"{name}.safetensors" for name in ("ink", "oil")]
+    chain = builder(repository).with_lora(tmp_path, weight_name=files[0]).with_lora(tmp_path, weight_name=files[1])
+    assert chain.build().get_active_adapters() == ["ink", "oil"]
+    chain = builder(repository)
+    for file in (tmp_path / "a" / "x.safetensors", tmp_path / "b" / "x.safetensors"):
+        chain = chain.with_lora(tmp_path, weight_name=str(file.relative_to(tmp_path)))
+    assert "2 LoRAs are called 'x'; pass adapter_name" in problems(chain)
 
 
 def test_the_name_of_a_lora_follows_from_its_file(repository: Path, loras: list[Path]) -> None:
@@ -146,3 +176,27 @@ def test_blocks_are_copied_when_they_are_given(repository: Path) -> None:
     pipe = chain.insert_block("log", WindowLogStep, before="denoiser").build()
     assert "decode" in pipe.blocks.sub_blocks
     assert all("log" not in loop.sub_blocks for loop in find_loops(blocks))
+
+
+def check_inputs() -> Any:
+    return PeRFlowSDXLAutoBlocks().sub_blocks["check_inputs"]
+
+
+@pytest.mark.parametrize("name", ["zinner", "inner"])
+def test_a_block_goes_into_an_inserted_one_which_is_copied(name: str) -> None:
+    from perflow_blocks import PeRFlowPipelineBuilder
+    from perflow_blocks.builder.arrangement import arrange_blocks
+    from perflow_blocks.builder.problems import Problems
+
+    given = SequentialPipelineBlocks.from_blocks_dict({"first": check_inputs(), "second": check_inputs()})
+    chain = PeRFlowPipelineBuilder().insert_block("seq", given, before="decode")
+    chain = chain.insert_block(name, check_inputs(), before="seq.second").insert_block(
+        "a", check_inputs(), after=f"seq.{name}"
+    )
+    given.sub_blocks.pop("first")
+    for _ in range(2):
+        found = Problems()
+        blocks = arrange_blocks(chain.settings, found)
+        assert list(found) == []
+        assert list(blocks.sub_blocks["seq"].sub_blocks) == ["first", name, "a", "second"]
+    assert list(given.sub_blocks) == ["second"]

@@ -43,6 +43,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "wide.safetensors",
     )
     tiny_sd_unet().save_pretrained(folder / "sd_unet")
+    save_file({"unet.conv_in.lora_A.weight": torch.ones(2)}, folder / "flat.safetensors")
+    save_file({"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3)}, folder / "half.safetensors")
+    save_file(
+        {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(16, 3, 1, 1)},
+        folder / "ranks.safetensors",
+    )
+    save_file(
+        {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(2, 8)}, folder / "kohya.safetensors"
+    )
     return folder
 
 
@@ -99,7 +108,7 @@ MISTAKES: dict[str, tuple[Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipeli
     "broken delta": (lambda it, at: it.with_delta(at / "broken.safetensors"), "no complete safetensors file"),
     "family of delta": (
         lambda it, at: it.with_delta(at / "sd_delta.safetensors"),
-        "sd_delta.safetensors is of another family than the UNet: .*add_embedding",
+        "sd_delta.safetensors does not fit this UNet2DConditionModel: .*add_embedding",
     ),
     "scale": (
         lambda it, at: it.with_delta(at / "sd_delta.safetensors", float("nan")),
@@ -114,6 +123,27 @@ MISTAKES: dict[str, tuple[Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipeli
     "no lora": (lambda it, at: it.with_lora(at / "sd_delta.safetensors"), "is no LoRA for this UNet"),
     "module of lora": (lambda it, at: it.with_lora(at / "lora.safetensors"), r"no LoRA .*\(mid_block.resnets.7.conv1"),
     "family of lora": (lambda it, at: it.with_lora(at / "wide.safetensors"), r"no LoRA .*attn1.to_q"),
+    "flat lora": (
+        lambda it, at: it.with_lora(at / "flat.safetensors"),
+        r"no LoRA for this UNet \(conv_in has only one",
+    ),
+    "half lora": (
+        lambda it, at: it.with_lora(at / "half.safetensors"),
+        r"no LoRA for this UNet \(conv_in has only one",
+    ),
+    "ranks of lora": (lambda it, at: it.with_lora(at / "ranks.safetensors"), r"no LoRA .*conv_in: the ranks of"),
+    "half kohya lora": (
+        lambda it, at: it.with_lora(at / "kohya.safetensors"),
+        "it cannot be read as a LoRA .KeyError",
+    ),
+    "adapter's name": (
+        lambda it, at: it.with_lora(at / "wide.safetensors", adapter_name="my.style"),
+        "adapter_name='my.style' is wrong; pass a name without a dot",
+    ),
+    "adapter's scale": (
+        lambda it, at: it.with_ip_adapter(at, subfolder="", weight_name="wide.safetensors", scale="x"),
+        "with_ip_adapter: scale='x' is no finite number",
+    ),
     "weight": (lambda it, at: it.with_lora(at / "wide.safetensors", "much"), "weight='much' is no finite number"),
     "lora names": (
         lambda it, at: it.with_lora(at / "a" / "style.safetensors").with_lora(at / "b" / "style.safetensors"),
@@ -162,6 +192,40 @@ MISTAKES: dict[str, tuple[Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipeli
     ),
     "boundaries": (lambda it, at: it.with_config(window_boundaries=[0.0, 1.0]), r"window_boundaries=...\): "),
     "prediction": (lambda it, at: it.with_config(prediction_type="eps"), "prediction_type='eps' is unknown"),
+    "config's delta": (
+        lambda it, at: it.with_config(delta=False),
+        "the configuration's delta=False is no path",
+    ),
+    "config's scale": (
+        lambda it, at: it.with_config(delta=at / "x", delta_scale="1"),
+        "delta_scale='1' is no finite number",
+    ),
+    "config's plan": (
+        lambda it, at: it.with_config(attention_plan="nonsense"),
+        "configuration's attention_plan='nonsense': attention strategy 'nonsense' is unknown",
+    ),
+    "guider's folder": (
+        lambda it, at: it.with_component("guider", skipping("mid_block"), subfolder="x"),
+        "guider: subfolder are for what is loaded",
+    ),
+    "frozen guider": (
+        lambda it, at: it.with_component("guider", skipping("mid_block"), freeze=True),
+        "guider: freeze=True is for models",
+    ),
+    "nothing frozen": (
+        lambda it, at: it.with_component("image_encoder", None, freeze=True),
+        "image_encoder: freeze do nothing to a component that is left out",
+    ),
+    "guider and spec": (
+        lambda it, at: it.with_component("guider", ComponentSpec("guider", PerturbedAttentionGuidance)).with_guidance(
+            2.0
+        ),
+        "and with_guidance are both given",
+    ),
+    "file of a component": (
+        lambda it, at: it.with_vae(at / "wide.safetensors"),
+        r"vae: .*wide.safetensors is a file, which does not say how .*AutoencoderKL.from_single_file",
+    ),
     "layout": (lambda it, at: it.with_config(channels_last="yes"), "channels_last='yes' is no choice"),
     "blocks": (lambda it, at: it.with_blocks("auto"), "with_blocks.'auto'. is wrong"),
     "workflow": (lambda it, at: it.with_workflow("text2img"), "no workflow 'text2img'; pass one of text2image"),
@@ -305,10 +369,18 @@ def test_a_lora_that_fails_while_it_is_loaded_is_taken_out(
     unet = tiny_sdxl_unet()
     built = builder(repository).with_unet(unet).with_lora(write_lora(tmp_path / "lora", 1))
     monkeypatch.setattr(type(unet), "set_adapters", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no")))
-    with pytest.raises(RuntimeError, match="no"):
+    with pytest.raises(ValueError, match="with_lora: no"):
         built.build()
+    assert built.components_manager.components == {}
     assert not getattr(unet, "peft_config", {})
     assert not any("lora" in name for name in unet.state_dict())
+
+
+@pytest.mark.parametrize("step", ["from_pretrained", "from_single_file", "with_delta", "with_lora", "with_ip_adapter"])
+def test_a_location_that_is_none_is_told_by_its_step(step: str) -> None:
+    more = {"subfolder": None, "weight_name": "x"} if step == "with_ip_adapter" else {}
+    with pytest.raises(ValueError, match=f"{step}: None is no path; pass a file"):
+        getattr(PeRFlowPipelineBuilder(), step)(None, **more)
 
 
 def test_a_block_that_only_some_loops_have_is_no_neighbour() -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from perflow_blocks import delta_to_lora, extract_delta, merge_delta
-from perflow_blocks.components.delta_files import save_delta
+from perflow_blocks.components.delta_files import read_delta_recipe, save_delta
 from perflow_blocks.components.delta_recipe import DeltaRecipe
 from perflow_blocks.components.delta_record import merge_records
 from perflow_blocks.testing.tiny import tiny_sdxl_components, tiny_sdxl_unet
@@ -65,7 +68,9 @@ def test_an_extracted_file_is_what_save_delta_writes(run: Run, models: Path, tmp
     out = done(run, "extract", models / "student", models / "base", "-o", ours, "--dtype", dtype, *OPTIONS)
     kind = {"fp16": torch.float16, "bfloat16": torch.bfloat16, "fp32": torch.float32}[dtype]
     base = tiny_sdxl_unet(0)
-    save_delta(extract_delta(tiny_sdxl_unet(1), base), theirs, RECIPE, kind, base=base)
+    digest = hashlib.sha256((models / "base" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    recipe = replace(RECIPE, base_sha256=digest)
+    save_delta(extract_delta(tiny_sdxl_unet(1), base), theirs, recipe, kind, base=base)
     one, other = load_file(ours), load_file(theirs)
     assert one.keys() == other.keys()
     assert all(one[name].dtype == kind and torch.equal(one[name], other[name]) for name in other)
@@ -100,6 +105,36 @@ def test_layouts_are_mixed_as_one_likes(run: Run, models: Path, tmp_path: Path) 
     assert_close({name: t.float() for name, t in load_file(half).items()}, wanted, 2e-3)
     status, _, err = run("extract", single, original, "-o", tmp_path / "none.safetensors")
     assert status == 2 and "--config" in err.splitlines()[-1] and not (tmp_path / "none.safetensors").exists()
+
+
+def test_the_bases_noise_schedule_travels_with_the_delta(run: Run, models: Path, tmp_path: Path) -> None:
+    pipeline, other, out = tmp_path / "pipeline", tmp_path / "other", tmp_path / "delta.safetensors"
+    tiny_sdxl_unet(0).save_pretrained(pipeline / "unet")
+    EulerDiscreteScheduler(beta_end=0.013, beta_schedule="linear").save_pretrained(pipeline / "scheduler")
+    EulerDiscreteScheduler(beta_end=0.014).save_pretrained(other)
+    for base, options, end in (
+        (pipeline, [], 0.013),
+        (pipeline / "unet", [], 0.013),
+        (pipeline, ["--scheduler", other], 0.014),
+        (models / "base", [], None),
+    ):
+        done(run, "extract", models / "student", base, "-o", out, "--force", *options)
+        schedule = read_delta_recipe(out).scheduler_config
+        assert (schedule and schedule["beta_end"]) == end
+        assert schedule is None or "timestep_spacing" not in schedule
+
+
+def test_a_scheduler_that_is_none_is_named(run: Run, models: Path, tmp_path: Path) -> None:
+    out, scheduler = tmp_path / "delta.safetensors", tmp_path / "scheduler"
+    scheduler.mkdir()
+    arguments = ("extract", models / "student", models / "base", "-o", out, "--scheduler", scheduler)
+    status, _, err = run(*arguments)
+    assert status == 2 and "holds no scheduler_config.json" in err
+    for text in ("{", "[1]", json.dumps({"beta_schedule": "wavy"})):
+        (scheduler / "scheduler_config.json").write_text(text)
+        status, _, err = run(*arguments)
+        assert status == 2 and "schedule" in err
+    assert not out.exists()
 
 
 def test_there_and_back_again(run: Run, models: Path, tmp_path: Path) -> None:

@@ -89,3 +89,23 @@ def test_a_saved_pipeline_is_not_merged_again(delta: Path, tmp_path: Path, rewri
     assert all(torch.equal(w, again.unet.state_dict()[name]) for name, w in pipe.unet.state_dict().items())
     assert rewrites == []
     assert [record.reloaded for record in merge_records(again.unet)] == [True]
+
+
+def test_a_saved_pipeline_whose_index_names_a_delta_is_called_as_it_is(delta: Path, tmp_path: Path) -> None:
+    """The index is saved as it was, the weights with the delta in them, the delta's file not at all."""
+    for number, named in enumerate(("delta.safetensors", str(tmp_path / "gone" / "delta.safetensors"))):
+        saved = tmp_path / f"saved{number}"
+        pipe = make_pipeline()
+        pipe.update_components(delta=str(delta))
+        expected = run(pipe)
+        pipe.update_components(delta=named)
+        pipe.save_pretrained(str(saved), overwrite_modular_index=True)
+        again = PeRFlowSDXLAutoBlocks().init_pipeline(str(saved))
+        again.load_components()
+        again.set_progress_bar_config(disable=True)
+        torch.testing.assert_close(run(again), expected, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match="does not exist"):
+            run(again, delta_scale=0.5)
+        again.unet.load_state_dict(make_pipeline().unet.state_dict())  # now the delta is not in the weights
+        with pytest.raises(ValueError, match="does not exist"):
+            run(again)

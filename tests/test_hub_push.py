@@ -113,6 +113,15 @@ def test_a_pull_request_leaves_main_alone(loopback_hub: LoopbackHub, workflow: P
     assert loopback_hub.files(REPO) == {"README.md": b"by hand"}
 
 
+def test_a_dry_run_without_a_network_lists_the_files(loopback_hub: LoopbackHub, workflow: Path) -> None:
+    loopback_hub.fault(r"GET /api/models", times=None, status=503)
+    report = push(loopback_hub, workflow, dry_run=True)
+    assert report.dry_run and not report.compared and report.uploaded_bytes == report.total_bytes > 0
+    assert {file.change for file in report.files} == {"new"}
+    with pytest.raises(ConnectionError):
+        push(loopback_hub, workflow)
+
+
 def test_a_dry_run_only_says_what_would_be(loopback_hub: LoopbackHub, workflow: Path) -> None:
     report = push(loopback_hub, workflow, dry_run=True)
     assert report.dry_run and report.commit is None and report.uploaded_bytes == report.total_bytes

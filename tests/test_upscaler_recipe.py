@@ -13,7 +13,7 @@ from perflow_blocks.testing import tiny_controlnet, tiny_picture
 
 from .blocks_support import count_unet_calls, make_pipeline
 
-RECIPE = runpy.run_path(str(Path(__file__).parent.parent / "workflows" / "controlnet_tile_upscaler" / "recipe.py"))
+RECIPE = runpy.run_path(str(Path(__file__).parent.parent / "workflows" / "sdxl-tile-upscaler" / "recipe.py"))
 
 
 @pytest.mark.parametrize(

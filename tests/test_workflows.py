@@ -33,7 +33,15 @@ from .workflows_support import save_ip_adapter
 
 WORKFLOWS = Path(__file__).parent.parent / "workflows"
 RECIPES = sorted(WORKFLOWS.glob("*/recipe.py"))
-ON_THE_DEMO_MODEL = ["text2image", "image2image", "inpaint", "base_refiner", "split_stages", "custom_block"]
+ON_THE_DEMO_MODEL = [
+    "demo-text2image",
+    "sdxl-text2image",
+    "sdxl-image2image",
+    "sdxl-inpaint",
+    "sdxl-base-refiner",
+    "split_stages",
+    "custom_block",
+]
 CLI = Callable[..., Path]
 
 
@@ -94,35 +102,35 @@ def test_the_demo_model_runs_by_default(name: str, cli: CLI) -> None:
 
 
 def test_text2image_draws_what_the_prompt_says(cli: CLI) -> None:
-    picture = pixels(Image.open(cli("text2image", "a red star on a white background", "--seed", 3)))
+    picture = pixels(Image.open(cli("sdxl-text2image", "a red star on a white background", "--seed", 3)))
     shape = picture[picture.sum(-1) < 2.4].mean(0)  # the background is white
     assert shape[0] > 1.5 * shape[1] and shape[0] > 1.5 * shape[2]
 
 
 def test_text2image_takes_any_model(model: Path, cli: CLI) -> None:
-    written = Image.open(cli("text2image", "a red star", "--model", model, "--seed", 5))
-    assert same(written, recipe("text2image").draw(make_pipeline(), "a red star", seed=5))
+    written = Image.open(cli("sdxl-text2image", "a red star", "--model", model, "--seed", 5))
+    assert same(written, recipe("sdxl-text2image").draw(make_pipeline(), "a red star", seed=5))
 
 
 def test_text2image_merges_a_delta(model: Path, cli: CLI, tmp_path: Path) -> None:
     path = tmp_path / "delta.safetensors"
     save_delta({name: torch.full_like(w, 0.01) for name, w in tiny_sdxl_unet().state_dict().items()}, path)
-    written = Image.open(cli("text2image", "a red star", "--model", model, "--delta", path))
-    draw = recipe("text2image").draw
+    written = Image.open(cli("sdxl-text2image", "a red star", "--model", model, "--delta", path))
+    draw = recipe("sdxl-text2image").draw
     assert same(written, draw(make_pipeline(), "a red star", delta=path))
     assert not same(written, draw(make_pipeline(), "a red star"))
 
 
 def test_image2image_starts_from_the_picture() -> None:
-    redraw, pipe = recipe("image2image").redraw, make_pipeline()
+    redraw, pipe = recipe("sdxl-image2image").redraw, make_pipeline()
     first, second = (redraw(pipe, tiny_picture(k), "a red star", 0.3, num_inference_steps=4) for k in (1, 2))
     assert not same(first, second)
 
 
 def test_image2image_moves_further_from_the_picture_with_strength() -> None:
-    module = recipe("image2image")
+    module = recipe("sdxl-image2image")
     pipe = module.load(None, "cpu")
-    given = recipe("text2image").draw(pipe, "a yellow circle on a navy background")
+    given = recipe("sdxl-text2image").draw(pipe, "a yellow circle on a navy background")
     redrawn = [
         module.redraw(pipe, given, "a red ring on a white background", strength) for strength in (0.2, 0.5, 0.9)
     ]
@@ -132,12 +140,12 @@ def test_image2image_moves_further_from_the_picture_with_strength() -> None:
 
 def test_image2image_reads_a_picture(model: Path, cli: CLI, tmp_path: Path) -> None:
     given = saved(tiny_picture(1), tmp_path / "given.png")
-    written = Image.open(cli("image2image", "a red star", "--image", given, "--strength", 0.3, "--model", model))
-    assert same(written, recipe("image2image").redraw(make_pipeline(), tiny_picture(1), "a red star", 0.3))
+    written = Image.open(cli("sdxl-image2image", "a red star", "--image", given, "--strength", 0.3, "--model", model))
+    assert same(written, recipe("sdxl-image2image").redraw(make_pipeline(), tiny_picture(1), "a red star", 0.3))
 
 
 def test_inpaint_changes_the_masked_part_alone() -> None:
-    repaint, pipe = recipe("inpaint").repaint, make_pipeline()
+    repaint, pipe = recipe("sdxl-inpaint").repaint, make_pipeline()
     image, mask = tiny_picture(1), tiny_mask()
     painted = repaint(pipe, image, mask, "a red star", num_inference_steps=4)
     hole = np.asarray(mask) > 127
@@ -149,19 +157,19 @@ def test_inpaint_changes_the_masked_part_alone() -> None:
 
 def test_inpaint_reads_picture_and_mask(model: Path, cli: CLI, tmp_path: Path) -> None:
     image, mask = saved(tiny_picture(1), tmp_path / "image.png"), saved(tiny_mask(), tmp_path / "mask.png")
-    written = Image.open(cli("inpaint", "a red star", "--image", image, "--mask", mask, "--model", model))
-    assert same(written, recipe("inpaint").repaint(make_pipeline(), tiny_picture(1), tiny_mask(), "a red star"))
+    written = Image.open(cli("sdxl-inpaint", "a red star", "--image", image, "--mask", mask, "--model", model))
+    assert same(written, recipe("sdxl-inpaint").repaint(make_pipeline(), tiny_picture(1), tiny_mask(), "a red star"))
 
 
 def test_inpaint_without_a_mask_paints_a_disc() -> None:
-    disc = np.asarray(recipe("inpaint").disc((40, 20))) > 127
+    disc = np.asarray(recipe("sdxl-inpaint").disc((40, 20))) > 127
     assert disc.shape == (20, 40)
     assert disc[10, 20] and not disc[0].any() and not disc[:, 0].any() and not disc[3, 6]
 
 
 @pytest.mark.parametrize("kind", ["controlnet", "union"])
 def test_controlnet_follows_the_control_picture(kind: str) -> None:
-    draw = recipe("controlnet").draw
+    draw = recipe("sdxl-controlnet").draw
     union = {"control_mode": 0} if kind == "union" else {}
     pipe = make_pipeline(controlnet=tiny_controlnet_union() if union else tiny_controlnet())
 
@@ -175,7 +183,7 @@ def test_controlnet_follows_the_control_picture(kind: str) -> None:
 def test_edges_are_white_on_black() -> None:
     picture = Image.new("RGB", (16, 16), "navy")
     picture.paste("yellow", (8, 0, 16, 16))
-    found = np.asarray(recipe("controlnet").edges(picture))
+    found = np.asarray(recipe("sdxl-controlnet").edges(picture))
     assert found.shape == (16, 16, 3)
     assert found[:, 7:9].min() == 255
     assert found[:, :5].max() == found[:, 11:].max() == 0
@@ -196,14 +204,14 @@ def test_controlnet_of_a_repository(model: Path, cli: CLI, tmp_path: Path) -> No
         "--size",
         40,
     ]
-    written = Image.open(cli("controlnet", saved(given, tmp_path / "given.png"), "a red star", *options))
-    module, pipe = recipe("controlnet"), make_pipeline(controlnet=tiny_controlnet())
+    written = Image.open(cli("sdxl-controlnet", saved(given, tmp_path / "given.png"), "a red star", *options))
+    module, pipe = recipe("sdxl-controlnet"), make_pipeline(controlnet=tiny_controlnet())
     edges = module.edges(given.resize((40, 24), Image.Resampling.LANCZOS))
     assert same(written, module.draw(pipe, edges, "a red star", 1.0, width=40, height=24))
 
 
 def test_ip_adapter_follows_the_given_picture() -> None:
-    draw, pipe = recipe("ip_adapter").draw, make_pipeline()
+    draw, pipe = recipe("sdxl-ip-adapter").draw, make_pipeline()
     load_tiny_ip_adapter(pipe)
 
     def picture(seed: int, scale: float) -> Image.Image:
@@ -217,9 +225,9 @@ def test_ip_adapter_of_a_repository(model: Path, cli: CLI, tmp_path: Path) -> No
     save_ip_adapter(tmp_path / "adapter")
     picture = saved(tiny_picture(1), tmp_path / "picture.png")
     options = ["--model", model, "--adapter", tmp_path / "adapter", "--device", "cpu"]
-    with_it = Image.open(cli("ip_adapter", picture, "a red star", *options, "--scale", 1)).copy()
-    without = Image.open(cli("ip_adapter", picture, "a red star", *options, "--scale", 0)).copy()
-    assert same(without, recipe("text2image").draw(make_pipeline(), "a red star"))
+    with_it = Image.open(cli("sdxl-ip-adapter", picture, "a red star", *options, "--scale", 1)).copy()
+    without = Image.open(cli("sdxl-ip-adapter", picture, "a red star", *options, "--scale", 0)).copy()
+    assert same(without, recipe("sdxl-text2image").draw(make_pipeline(), "a red star"))
     assert not same(with_it, without)
 
 
@@ -228,9 +236,9 @@ def test_base_then_refiner_of_one_unet_is_the_undivided_run(share: float) -> Non
     pipe = make_pipeline()
     steps = {"num_inference_steps": 6}
     calls = count_unet_calls(pipe)
-    divided = recipe("base_refiner").draw(pipe, pipe, "a red star", share, **steps)
+    divided = recipe("sdxl-base-refiner").draw(pipe, pipe, "a red star", share, **steps)
     assert len(calls) == 6
-    whole = recipe("text2image").draw(pipe, "a red star", **steps)
+    whole = recipe("sdxl-text2image").draw(pipe, "a red star", **steps)
     assert np.abs(pixels(divided) - pixels(whole)).max() < 1.5 / 255
     assert pixels(whole).std() > 0.05
 
@@ -238,7 +246,7 @@ def test_base_then_refiner_of_one_unet_is_the_undivided_run(share: float) -> Non
 def test_base_and_refiner_each_do_their_share(caplog: pytest.LogCaptureFixture) -> None:
     base, refiner = make_pipeline(), make_pipeline(unet=tiny_sdxl_unet(seed=1))
     first, second = count_unet_calls(base), count_unet_calls(refiner)
-    draw = recipe("base_refiner").draw
+    draw = recipe("sdxl-base-refiner").draw
     pictures = [draw(base, refiner, "a red star", share, num_inference_steps=4) for share in (0.25, 0.75)]
     assert (len(first), len(second)) == (1 + 3, 3 + 1)
     assert not same(*pictures)
@@ -249,9 +257,9 @@ def test_base_and_refiner_each_do_their_share(caplog: pytest.LogCaptureFixture) 
 def test_the_refiner_of_another_repository(model: Path, cli: CLI, tmp_path: Path) -> None:
     tiny_sdxl_unet(seed=1).save_pretrained(tmp_path / "other" / "unet", variant="v0-fix")
     options = ["--model", model, "--refiner", tmp_path / "other", "--variant", "v0-fix"]
-    written = Image.open(cli("base_refiner", "a red star", *options))
+    written = Image.open(cli("sdxl-base-refiner", "a red star", *options))
     pipes = make_pipeline(), make_pipeline(unet=tiny_sdxl_unet(seed=1))
-    assert same(written, recipe("base_refiner").draw(*pipes, "a red star"))
+    assert same(written, recipe("sdxl-base-refiner").draw(*pipes, "a red star"))
 
 
 def split() -> tuple[Any, Any]:
@@ -288,7 +296,7 @@ def test_one_encoding_serves_many_pictures() -> None:
             drawn = module.draw(stages, encoded, generator(seed), guidance, num_inference_steps=4)
             whole.guider.guidance_scale = guidance
             inputs = {"negative_prompt": "a dot", "num_inference_steps": 4}
-            assert same(drawn, recipe("text2image").draw(whole, "a red star", seed, **inputs))
+            assert same(drawn, recipe("sdxl-text2image").draw(whole, "a red star", seed, **inputs))
     assert calls == once
 
 
@@ -308,8 +316,8 @@ def test_the_sheet_has_a_row_for_each_scale_and_a_column_for_each_seed(cli: CLI)
     assert sheet.size == (3 * 64, 2 * 64)
     cells = [sheet.crop((x, y, x + 64, y + 64)) for y in (0, 64) for x in (0, 64, 128)]
     assert not any(same(*pair) for pair in combinations(cells, 2))
-    demo = recipe("text2image").load(None, "cpu")
-    assert same(cells[2], recipe("text2image").draw(demo, "a red star", seed=2))
+    demo = recipe("sdxl-text2image").load(None, "cpu")
+    assert same(cells[2], recipe("sdxl-text2image").draw(demo, "a red star", seed=2))
 
 
 def test_one_encoded_picture_serves_many() -> None:
@@ -338,7 +346,7 @@ def test_the_custom_pipeline_draws_symmetric_pictures() -> None:
     latents = pipe(prompt="a red star", generator=generator(), output="latents")
     assert torch.equal(latents, latents.flip(-1))
     never, once, always = (module.draw(pipe, "a red star", steps) for steps in (0, 1, None))
-    assert same(never, recipe("text2image").draw(make_pipeline(), "a red star"))
+    assert same(never, recipe("sdxl-text2image").draw(make_pipeline(), "a red star"))
     assert not same(never, once) and not same(once, always)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from ..components.delta_merge import find_merged, is_merged, merge_delta, read_recipe, unmerge_delta
 from ..components.delta_recipe import DeltaRecipe, require_guidance
 from ..components.delta_record import merge_record, merge_records
+from ..components.origin import loaded_commit
 from ..components.specs import DEFAULT_GUIDANCE_SCALE, delta_config_specs, guider_spec, unet_spec
+from ..components.weight_files import Weights
 from ..components.weight_layouts import open_weights
 
 RECIPE_SCALE_ATTRIBUTE = "_perflow_recipe_scale"
@@ -27,11 +30,12 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
     """Merges a delta file into the UNet and takes over the guidance scale that configuration or delta recommend.
 
     Which file: the argument `delta`, else the configuration's `delta`, else none. `delta=False` asks for a run without
-    one, to compare with the base model say, and takes out what is merged, bit for bit. Repeated calls with the same
-    file and scale change nothing.
+    one, to compare with the base model say, and takes out what is merged, bit for bit. At which scale: the argument
+    `delta_scale`, else the configuration's. Repeated calls with the same file and scale change nothing.
 
     Raises:
-        ValueError: the file is missing, broken or of another architecture, or another one is merged already.
+        ValueError: the file is missing, broken or of another architecture, another one is merged already, or the
+            scale is no finite number.
     """
 
     model_name = "stable-diffusion-xl"
@@ -57,13 +61,12 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
             InputParam(
                 "delta",
                 type_hint=str | Path | bool,
-                description="Path of a delta file (.safetensors), or False for none. None: the configuration's.",
+                description="Path of a delta (file or folder), or False for none. None: the configuration's.",
             ),
             InputParam(
                 "delta_scale",
                 type_hint=float,
-                default=1.0,
-                description="Factor of the delta; 1 as it was distilled, 0 takes a merged one out again.",
+                description="Factor of the delta; 0 takes a merged one out again. None: the configuration's.",
             ),
         ]
 
@@ -82,9 +85,13 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
             if merge_records(components.unet):
                 unmerge_delta(components.unet)
         else:
+            given = block_state.delta_scale
+            scale = components.config.delta_scale if given is None else given
+            require_delta_scale(scale)
             path = delta_path(block_state.delta, components)
-            if path is not None and not is_merged(components.unet, path, block_state.delta_scale):
-                _merge(components.unet, path, block_state.delta_scale)
+            if path is not None and not (block_state.delta is None and _was_saved_with(components.unet, path, scale)):
+                variant = components.config.delta_variant if block_state.delta is None else None
+                _merge(components.unet, open_weights(path, variant), scale)
         record = merge_record(components.unet)
         block_state.delta_recipe = None if record is None else record.recipe
         _set_guidance(components.guider, components.config.guidance_scale, block_state.delta_recipe)
@@ -92,39 +99,71 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
         return components, state
 
 
-def _merge(unet: Any, path: Path, scale: float) -> None:
-    """Merges a delta; of those that say how to sample there can be one at a time."""
-    other, weights = merge_record(unet), open_weights(path)
+def require_delta_scale(value: object) -> None:
+    """Raises the ValueError for a factor of a delta that is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"delta_scale={value!r} is no finite number; pass 1.0 for the delta as it was distilled.")
+
+
+def require_no_rival(unet: Any, weights: Weights) -> None:
+    """Raises the ValueError where another delta is merged and both say how to sample: there can be one at a time."""
+    other = merge_record(unet)
     if other is not None and DeltaRecipe() not in (other.recipe, read_recipe(weights)):
         if find_merged(unet, weights) is None:
             raise ValueError(
                 f"{other.source} is merged into the UNet already, at scale {other.scale:g}; call unmerge_delta(unet), "
-                f"or pass it with delta_scale=0.0, before merging {path}."
+                f"or pass it with delta_scale=0.0, before merging {weights.label}."
             )
-    merge_delta(unet, weights, scale)
+
+
+def _was_saved_with(unet: Any, path: Path, scale: float) -> bool:
+    """Whether a delta is missing where the index names it because it is in the UNet, which was saved beside the index.
+
+    Saving a pipeline writes its weights as they are and its configuration, but no delta.
+    """
+    if path.exists():
+        return False
+    return any(r.reloaded and (r.source, r.scale) == (path.name, scale) for r in merge_records(unet))
+
+
+def _merge(unet: Any, weights: Weights, scale: float) -> None:
+    if not is_merged(unet, weights, scale):
+        require_no_rival(unet, weights)
+        merge_delta(unet, weights, scale)
+
+
+def require_configured_delta(value: object) -> None:
+    """Raises the ValueError for a configuration's `delta` that names no file; False is for a call."""
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"the configuration's delta={value!r} is no path; pass that of a delta, or None for none.")
 
 
 def delta_path(given: Any, components: Any) -> Path | None:
-    """The file to merge: the caller's, as any path, or the index's, relative to the index's own place."""
+    """The file to merge: the caller's, as any path, or the index's, beside the index and at its commit."""
     if given is not None:
         if isinstance(given, bool) or not isinstance(given, (str, os.PathLike)):
             raise ValueError(f"delta={given!r} is no path; pass a .safetensors file, or False for none.")
         return Path(given).expanduser()
     named = components.config.delta
-    if named is None or Path(named).is_absolute():
-        return named and Path(named)
+    if named is None:
+        return None
+    require_configured_delta(named)
+    if Path(named).is_absolute():
+        return Path(named)
     origin = components._pretrained_model_name_or_path
     if origin is None:
         raise ValueError(
             f"the configuration names delta={named!r}, but this pipeline was not loaded from a directory; "
             "pass delta= with a path."
         )
-    return Path(origin) / named if Path(origin).is_dir() else _download(str(origin), named)
+    if Path(origin).is_dir():
+        return Path(origin) / named
+    return _download(str(origin), named, loaded_commit(components, str(origin)))
 
 
-def _download(repository: str, name: str) -> Path:
+def _download(repository: str, name: str, revision: str | None) -> Path:
     try:
-        return Path(hf_hub_download(repository, name))
+        return Path(hf_hub_download(repository, name, revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(
             f"cannot fetch delta {name!r} from {repository} ({type(error).__name__}); pass delta= with a local path."
@@ -136,7 +175,7 @@ def guidance_in_effect(guider: Any, configured: float | None, recipe: DeltaRecip
 
     That is the configuration's scale, or the delta's, or 2.0. Guiders without a scale count as 1.
     """
-    if not _is_default(guider):
+    if not is_default_guider(guider):
         return float(vars(guider).get("guidance_scale", 1.0))
     recommended = configured
     if recommended is None and recipe is not None:
@@ -146,12 +185,12 @@ def guidance_in_effect(guider: Any, configured: float | None, recipe: DeltaRecip
 
 def _set_guidance(guider: Any, configured: float | None, recipe: DeltaRecipe | None) -> None:
     """Gives the pipeline's own guider the recommended scale; one that a user made or changed is left alone."""
-    if _is_default(guider):
+    if is_default_guider(guider):
         guider.guidance_scale = guidance_in_effect(guider, configured, recipe)
         setattr(guider, RECIPE_SCALE_ATTRIBUTE, guider.guidance_scale)
 
 
-def _is_default(guider: Any) -> bool:
+def is_default_guider(guider: Any) -> bool:
     """Whether this is the guider that the pipeline made from `guider_spec`, unchanged by anyone but this block."""
     kind, state = type(guider), vars(guider)
     return (

@@ -33,6 +33,11 @@ class PeRFlowCachedTextEncoderStep(PeRFlowTextEncoderStep):
         self.cache = EmbeddingCache(max_entries)
 
     @property
+    def max_entries(self) -> int:
+        """How many requests are kept at most."""
+        return self.cache.max_entries
+
+    @property
     def description(self) -> str:
         return (
             "Text Encoder step that generates text embeddings to guide the image generation, and keeps them: the same "
@@ -133,6 +138,11 @@ class PromptCacheStep(PeRFlowAutoTextEncoderStep):
     def cache(self) -> EmbeddingCache:
         """What is kept, shared with the copies of this block that pipelines make."""
         return self.sub_blocks["prompt"].cache
+
+    @property
+    def max_entries(self) -> int:
+        """How many requests are kept at most."""
+        return self.cache.max_entries
 
     @property
     def hits(self) -> int:

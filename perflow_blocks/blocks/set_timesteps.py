@@ -11,6 +11,7 @@ from diffusers.utils import logging
 
 from ..components.delta_recipe import DeltaRecipe
 from ..components.inputs import delta_recipe_input, denoising_end_input
+from ..components.origin import remember_source
 from ..components.specs import (
     DEFAULT_NUM_INFERENCE_STEPS,
     guider_spec,
@@ -172,6 +173,7 @@ def _place_scheduler(components: Any, settings: dict[str, Any], noise_schedule: 
                     source[name],
                 )
         setattr(wanted, OWN_ATTRIBUTE, {"source": source})
+        remember_source(wanted, components)
         components.update_components(scheduler=wanted)
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, SequentialPipelineBlocks
-from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 
 from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
 from ..blocks.compiled_step import compile_loops
@@ -25,25 +23,11 @@ from .settings import BuilderSettings, Insertion
 TEXT_ENCODER = "text_encoder"
 
 
-class PeRFlowScaledMergeDeltaStep(PeRFlowMergeDeltaStep):
-    """The step that merges a delta, with another default of `delta_scale`."""
-
-    def __init__(self, scale: float) -> None:
-        super().__init__()
-        self.scale = scale
-
-    @property
-    def inputs(self) -> list[InputParam]:
-        return [
-            replace(given, default=self.scale) if given.name == "delta_scale" else given for given in super().inputs
-        ]
-
-
 def arrange_blocks(settings: BuilderSettings, problems: Problems) -> Any:
     """New blocks as the settings ask for; where they cannot be had, the nearest that can, and a problem."""
     blocks = _chosen(settings.blocks, problems)
     with problems.noted():
-        _scale_delta(blocks, settings)
+        _require_merge_step(blocks, settings)
     with problems.noted():
         _remember_prompts(blocks, settings.prompt_cache)
     _insert_all(blocks, settings.insertions, problems)
@@ -72,17 +56,22 @@ def _chosen(given: Any, problems: Problems) -> Any:
     return PeRFlowSDXLAutoBlocks()
 
 
-def _scale_delta(blocks: Any, settings: BuilderSettings) -> None:
+def _require_merge_step(blocks: Any, settings: BuilderSettings) -> None:
     if settings.delta is None:
         return
-    names = [name for name, block in blocks.sub_blocks.items() if isinstance(block, PeRFlowMergeDeltaStep)]
-    if not names:
+    steps = [block for block in blocks.sub_blocks.values() if isinstance(block, PeRFlowMergeDeltaStep)]
+    if not steps:
         raise ValueError(
             f"with_delta has no effect on {type(blocks).__name__}, which has no PeRFlowMergeDeltaStep at its top; "
             "insert one, or leave the delta out."
         )
-    if settings.delta.scale != 1:
-        blocks.sub_blocks[names[0]] = PeRFlowScaledMergeDeltaStep(settings.delta.scale)
+    known = {spec.name: spec.default for spec in blocks.expected_configs}
+    for name, value in settings.config_values.items():
+        if name.startswith("delta") and name not in known and value not in (None, 1):
+            raise ValueError(
+                f"with_delta: {type(steps[0]).__name__} takes no {name}={value!r} from the configuration; leave it "
+                "out, or let the block declare it."
+            )
 
 
 def _remember_prompts(blocks: Any, max_entries: int | None) -> None:
@@ -109,12 +98,25 @@ def _insert_all(blocks: Any, insertions: Mapping[str, Insertion], problems: Prob
         for name in names:
             del waiting[name]
     while waiting:
+        to_come = [_landing(name, insertion) for name, insertion in waiting.items()]
         # By name, not by call: the order of calls says nothing.
-        ready = [name for name in sorted(waiting) if not {waiting[name].before, waiting[name].after} & set(waiting)]
+        ready = [name for name in sorted(waiting) if not _waits(waiting[name], to_come)]
         for name in ready or sorted(waiting):  # where two wait for each other, each says what it misses
             with problems.noted(TypeError, about=f"insert_block({name!r}): "):
                 _insert(blocks, name, waiting[name])
             del waiting[name]
+
+
+def _landing(name: str, insertion: Insertion) -> str:
+    """The dotted path that the block will have; its name for one in the loops."""
+    parent = (insertion.before or insertion.after or "").rpartition(".")[0]
+    return f"{parent}.{name}" if parent else name
+
+
+def _waits(insertion: Insertion, to_come: Iterable[str]) -> bool:
+    """Whether the neighbour is one of the blocks to come, or inside one."""
+    places = [f"{place}." for place in (insertion.before, insertion.after) if place is not None]
+    return any(place.startswith(f"{coming}.") for place in places for coming in to_come)
 
 
 def _rivals(insertions: Mapping[str, Insertion]) -> Iterator[list[str]]:
@@ -130,12 +132,13 @@ def _insert(blocks: Any, name: str, insertion: Insertion) -> None:
     if len(neighbours) != 1:
         raise ValueError(f"before={insertion.before!r} and after={insertion.after!r}; pass one of the two.")
     parent, neighbour = _parent(blocks, neighbours[0])
+    block = deepcopy(insertion.block)  # others may go into it
     if parent is None:
-        insert_loop_block(blocks, name, insertion.block, before=insertion.before, after=insertion.after)
+        insert_loop_block(blocks, name, block, before=insertion.before, after=insertion.after)
         return
     if name in parent.sub_blocks:
         raise ValueError(f"{name!r} is taken by {type(parent.sub_blocks[name]).__name__}; pass another name.")
-    block = insertion.block() if isinstance(insertion.block, type) else insertion.block
+    block = block() if isinstance(block, type) else block
     if not isinstance(block, ModularPipelineBlocks):
         raise ValueError(f"{block!r} is no block; pass a ModularPipelineBlocks, or its class.")
     index = list(parent.sub_blocks).index(neighbour) + (insertion.after is not None)

@@ -46,8 +46,9 @@ def _models(plan: BuildPlan) -> str:
 def _steps(plan: BuildPlan) -> Iterator[tuple[str, str]]:
     settings = plan.settings
     if plan.config.get("delta") is not None:
-        scale = 1.0 if settings.delta is None else settings.delta.scale
-        yield "delta", f"{plan.config['delta']} at scale {scale}, merged by the first call"
+        named = {"variant": plan.config.get("delta_variant"), "at scale": plan.config.get("delta_scale")}
+        extras = [f"{key} {value}" for key, value in named.items() if value is not None]
+        yield "delta", f"{' '.join([plan.config['delta'], *extras])}, merged by the first call"
     for lora in settings.loras:
         yield "lora", f"{lora.location} as {lora.adapter_name!r}, weight {lora.weight}"
     if settings.ip_adapter is not None:
@@ -66,7 +67,7 @@ def _steps(plan: BuildPlan) -> Iterator[tuple[str, str]]:
         yield "prompt cache", f"{settings.prompt_cache} requests"
     if settings.compile is not None:
         yield "compiled", f"the steps of the loops {_pairs(settings.compile)}".rstrip()
-    config = {name: value for name, value in plan.config.items() if name != "delta" and value is not None}
+    config = {name: value for name, value in plan.config.items() if value is not None and not name.startswith("delta")}
     if config:
         yield "config", _pairs(config)
 

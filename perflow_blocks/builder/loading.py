@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ComponentsManager, ConfigMixin, ModelMixin
 from diffusers.hooks import apply_group_offloading
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
+from diffusers.utils import logging
 from torch import nn
-from transformers import CLIPImageProcessor
 
 from ..blocks.merge_delta import PeRFlowMergeDeltaStep
 from ..components.attention.config import AttentionConfig
 from . import single_file
-from .checks import LORA_MODELS, make_guider
-from .parts import KEY_ATTRIBUTE, Part
+from .adapter_loading import add_adapters, no_adapters_where_it_fails
+from .checks import make_guider
+from .parts import Part
 from .placement import CPU
 from .plan import BuildPlan
 from .problems import complaint
+from .sharing import mark
+
+logger = logging.get_logger(__name__)
 
 
-def build_pipeline(plan: BuildPlan, manager: ComponentsManager) -> Any:
+def build_pipeline(plan: BuildPlan, manager: ComponentsManager, collection: str | None) -> Any:
     """The pipeline of a plan without problems.
 
     Raises:
-        ValueError: parts that cannot be loaded after all, each in a sentence; the manager has none of the others then.
+        ValueError: parts that cannot be loaded after all, each in a sentence; the manager has none of the others then,
+            and given models have no more adapters than before.
     """
     pipe, settings = plan.pipe, plan.settings
     given = {name: part.value for name, part in plan.parts.items() if part.origin == "given"}
@@ -38,17 +43,21 @@ def build_pipeline(plan: BuildPlan, manager: ComponentsManager) -> Any:
             components[name].requires_grad_(False)
     _put(pipe, components)
     _leave_out(pipe, plan.parts)
-    delta = {} if settings.delta is None else {"delta": settings.delta.path}
-    pipe.update_components(**settings.config, **delta)
+    pipe.update_components(**settings.config_values)
     _guide(pipe, plan)
-    _add_adapters(pipe, plan)
-    _place(pipe, plan, manager)
+    with no_adapters_where_it_fails(pipe):
+        add_adapters(pipe, plan)
+        _place(pipe, plan, manager)
     for name, key in plan.keys.items():
-        setattr(getattr(pipe, name), KEY_ATTRIBUTE, key)
+        mark(getattr(pipe, name), key)
     if settings.attention is not None:
         given = settings.attention
         attention = given if isinstance(given, AttentionConfig) else AttentionConfig(given)
         pipe.update_components(attention=attention, attention_plan=attention.config.plan)
+    _hand_over(pipe, manager, collection)
+    if settings.offload == "auto" and manager.model_hooks is None:
+        manager.enable_auto_cpu_offload(device=plan.device)
+    _warn_of_local_delta(plan)
     return pipe
 
 
@@ -131,40 +140,27 @@ def _guide(pipe: Any, plan: BuildPlan) -> None:
         pipe.update_components(guider=guider)
 
 
-def _add_adapters(pipe: Any, plan: BuildPlan) -> None:
-    """LoRAs and IP-Adapters, unless the models have them from another builder; none of them stays where one fails."""
-    settings, adapter = plan.settings, plan.settings.ip_adapter
-    if settings.loras and not all(name in plan.shared for name in LORA_MODELS):
-        with _undone_by(pipe.unload_lora_weights):
-            for lora in settings.loras:
-                extra = {} if lora.weight_name is None else {"weight_name": lora.weight_name}
-                pipe.load_lora_weights(lora.location, adapter_name=lora.adapter_name, **extra)
-            pipe.set_adapters([lora.adapter_name for lora in settings.loras], [lora.weight for lora in settings.loras])
-    if adapter is None:
-        return
-    if "feature_extractor" in plan.parts and "feature_extractor" not in settings.components:
-        size = pipe.image_encoder.config.image_size
-        pipe.register_components(feature_extractor=CLIPImageProcessor(size=size, crop_size=size))
-    if "unet" not in plan.shared:
-        with _undone_by(pipe.unload_ip_adapter):
-            pipe.load_ip_adapter(adapter.location, subfolder=adapter.subfolder, weight_name=list(adapter.weight_names))
-            pipe.set_ip_adapter_scale(adapter.scale)
+def _hand_over(pipe: Any, manager: ComponentsManager, collection: str | None) -> None:
+    """Makes the pipeline one of the manager's: as the last step, so that a failure leaves nothing there."""
+    pipe._components_manager, pipe._collection = manager, collection
+    for name, component in pipe.components.items():
+        if component is not None and pipe.get_component_spec(name).default_creation_method == "from_pretrained":
+            manager.add(name, component, collection)
 
 
-@contextmanager
-def _undone_by(undo: Callable[[], None]) -> Any:
-    try:
-        yield
-    except Exception:
-        undo()
-        raise
+def _warn_of_local_delta(plan: BuildPlan) -> None:
+    """What a saved pipeline needs and is not saved with it."""
+    named = plan.settings.config_values.get("delta")
+    if named is not None and Path(named).is_absolute():
+        logger.warning(
+            f"the configuration of this pipeline names {named}: after save_pretrained it can be loaded only where "
+            "that file is; export it with weights='delta-only', which copies the delta beside the index."
+        )
 
 
 def _place(pipe: Any, plan: BuildPlan, manager: ComponentsManager) -> None:
     settings = plan.settings
-    if settings.offload == "auto" and manager.model_hooks is None:
-        manager.enable_auto_cpu_offload(device=plan.device)
-    elif settings.offload == "group":
+    if settings.offload == "group":
         for name, model in pipe.components.items():
             if isinstance(model, nn.Module) and name not in plan.shared:
                 offload_in_groups(model, plan.device)

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
-import torch
-from diffusers import ComponentsManager, ModelMixin, MultiControlNetModel, SchedulerMixin
+from diffusers import ModelMixin, MultiControlNetModel, SchedulerMixin
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
@@ -20,9 +19,6 @@ from .problems import Problems
 from .settings import BuilderSettings, ComponentChoice
 from .weight_check import component_config, is_model
 
-KEY_ATTRIBUTE = "_perflow_builder_key"
-"""On a component that a builder loaded: its `ComponentKey`."""
-
 REQUIRED = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 """What a pipeline cannot do without, where its blocks take it and the source does not say that it has none."""
 
@@ -30,22 +26,6 @@ REQUIRED_BY_WORKFLOWS = ("controlnet", "image_encoder")
 """What a workflow cannot do without, and blocks for several of them can."""
 
 Origin = Literal["given", "load", "create", "single file", "own", "none"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComponentKey:
-    """What makes two components one, so that builders with one manager share it.
-
-    Attributes:
-        source: where it was loaded from.
-        dtype, device: of a model; None for others, and the device where the manager moves models.
-        treatment: what was done to its weights, or will be by the pipeline.
-    """
-
-    source: str
-    dtype: torch.dtype | None
-    device: str | None
-    treatment: tuple[Any, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +101,9 @@ def _of_source(spec: ComponentSpec, settings: BuilderSettings) -> ComponentSpec:
 def _chosen(name: str, choice: ComponentChoice, expected: Mapping[str, ComponentSpec], problems: Problems) -> Part:
     value, spec = choice.value, copy(expected[name])
     if value is None:
+        if choice.freeze or choice.loading:
+            options = ", ".join([*(["freeze"] if choice.freeze else []), *choice.loading])
+            problems.add(f"{name}: {options} do nothing to a component that is left out; leave them out too.")
         return Part(name=name, origin="none", spec=spec, left_out=True)
     if name == "controlnet" and isinstance(value, (list, tuple)):
         with problems.noted(TypeError, about="controlnet: "):
@@ -183,28 +166,3 @@ def _check_kind(name: str, kind: Any, expected: Mapping[str, ComponentSpec], pro
     )
     if of_another_role or of_no_role or name == "unet":
         problems.add(f"{name}: {kind.__name__} is no {wanted.__name__}; pass one.")
-
-
-def treatment(name: str, settings: BuilderSettings, config: Mapping[str, Any], freeze: bool) -> tuple[Any, ...]:
-    """What is done to a component's weights, by the builder or by the pipeline it builds."""
-    done: list[Any] = ["frozen"] if freeze else []
-    if name == "unet":
-        scale = 1.0 if settings.delta is None else settings.delta.scale
-        done += [("delta", config["delta"], scale)] if config.get("delta") is not None else []
-        done += [("ip_adapter", settings.ip_adapter)] if settings.ip_adapter is not None else []
-    if name in ("unet", "text_encoder", "text_encoder_2"):
-        done += [("lora", lora) for lora in sorted(settings.loras, key=lambda lora: lora.adapter_name)]
-    if name in ("unet", "controlnet"):
-        done += [("channels_last", config["channels_last"])] if config.get("channels_last") is not None else []
-    if settings.offload == "group":
-        done.append("group offload")
-    return tuple(done)
-
-
-def find_shared(manager: ComponentsManager, name: str, key: ComponentKey) -> Any:
-    """The manager's component of this name that a builder made for the same key; None where there is none."""
-    for component in manager.get_components_by_ids(manager.get_ids(name), return_dict_with_names=False).values():
-        found = getattr(component, KEY_ATTRIBUTE, None)
-        if found == key and getattr(component, "dtype", key.dtype) == key.dtype:
-            return component
-    return None

@@ -49,7 +49,8 @@ class PeRFlowPipelineBuilder:
 
     Builders with one `ComponentsManager` share what they load: the same weights in the same type, on the same device
     and with the same delta, LoRAs and adapters are loaded once. A builder shares the manager of the one that it came
-    from. What is done to a shared component outside a builder, all of its pipelines see.
+    from. What is done to a shared component outside a builder, all of its pipelines see; one whose LoRAs or
+    IP-Adapters or type were changed is not shared with pipelines that are built after that.
 
     Example:
         >>> builder = (
@@ -89,7 +90,7 @@ class PeRFlowPipelineBuilder:
             dtype: of all models. "auto": that of models which are given, else bfloat16 where the device computes in
                 it, float16 on other accelerators, float32 on the CPU.
         """
-        source = Repository(location=_text(location), revision=revision, variant=variant)
+        source = Repository(location=_text(location, "from_pretrained"), revision=revision, variant=variant)
         return self._with(repository=source, dtype=dtype)
 
     def from_single_file(
@@ -104,7 +105,8 @@ class PeRFlowPipelineBuilder:
                 None: a repository of the Hub, which diffusers infers from the weights.
             dtype: as for `from_pretrained`.
         """
-        source = SingleFile(path=_text(path), config=None if config is None else _text(config))
+        step = "from_single_file"
+        source = SingleFile(path=_text(path, step), config=None if config is None else _text(config, step))
         return self._with(single_file=source, dtype=dtype)
 
     def with_component(
@@ -115,15 +117,19 @@ class PeRFlowPipelineBuilder:
         Args:
             name: the pipeline's name for it, such as "unet" or "image_encoder".
             component: the object; a `ComponentSpec`; a directory or repository to load it from; or None to leave it
-                out. A list of ControlNets becomes a `MultiControlNetModel`.
+                out, and for guider and attention to have those that the blocks make. A list of ControlNets becomes a
+                `MultiControlNetModel`.
             freeze: whether its weights take no gradients, as while something else is trained. Also sets those of an
                 object that is given.
             loading: for a directory or repository: subfolder, variant, revision.
         """
-        if name in ("guider", "attention") and component is not None and not isinstance(component, ComponentSpec):
-            return self._with(**{name: component})
+        builder = self
+        if name in ("guider", "attention"):
+            if not isinstance(component, ComponentSpec) and not freeze and not loading:
+                return self._with_own(name, component)
+            builder = self._with_own(name, None)
         choice = ComponentChoice(value=component, freeze=freeze, loading=loading)
-        return self._with(components={**self.settings.components, name: choice})
+        return builder._with(components={**builder.settings.components, name: choice})
 
     def with_unet(self, unet: Any, *, freeze: bool = False, **loading: str | None) -> PeRFlowPipelineBuilder:
         """`with_component("unet", ...)`."""
@@ -155,7 +161,7 @@ class PeRFlowPipelineBuilder:
         self,
         location: PathLike,
         *,
-        subfolder: str,
+        subfolder: str | None,
         weight_name: str | Sequence[str],
         scale: float = 1.0,
         image_encoder_folder: str | None = "image_encoder",
@@ -164,7 +170,7 @@ class PeRFlowPipelineBuilder:
 
         Args:
             location: directory or repository.
-            subfolder: of the weights in it, such as "sdxl_models".
+            subfolder: of the weights in it, such as "sdxl_models"; None where they are at its top.
             weight_name: the file; a list for several adapters, in the order of the pictures of a call.
             scale: of the adapters.
             image_encoder_folder: where the image encoder is, below `subfolder` if it has no slash. None, or an encoder
@@ -172,17 +178,24 @@ class PeRFlowPipelineBuilder:
         """
         names = (weight_name,) if isinstance(weight_name, str) else tuple(weight_name)
         adapter = IPAdapterChoice(
-            location=_text(location),
-            subfolder=subfolder,
+            location=_text(location, "with_ip_adapter"),
+            subfolder=subfolder or "",
             weight_names=names,
             scale=scale,
             image_encoder_folder=image_encoder_folder,
         )
         return self._with(ip_adapter=adapter)
 
-    def with_delta(self, path: PathLike, scale: float = 1.0) -> PeRFlowPipelineBuilder:
-        """Has every call merge a delta file (.safetensors), at this scale where the call names none."""
-        return self._with(delta=DeltaChoice(path=str(Path(path).expanduser().resolve()), scale=scale))
+    def with_delta(self, path: PathLike, scale: float = 1.0, variant: str | None = None) -> PeRFlowPipelineBuilder:
+        """Has every call merge a delta. The pipeline's configuration keeps all three, and so does a saved one.
+
+        Args:
+            path: a .safetensors file, an index of shards, or a folder of either.
+            scale: its factor where a call names none.
+            variant: which of several files in a folder, such as "fp16"; None for those without one.
+        """
+        resolved = Path(_text(path, "with_delta")).expanduser().resolve()
+        return self._with(delta=DeltaChoice(path=str(resolved), scale=scale, variant=variant))
 
     def with_lora(
         self, location: PathLike, weight: float = 1.0, adapter_name: str | None = None, weight_name: str | None = None
@@ -192,23 +205,25 @@ class PeRFlowPipelineBuilder:
         Args:
             location: file, directory or repository.
             weight: its factor.
-            adapter_name: what peft calls it; None for the name of the file or directory.
+            adapter_name: what peft calls it, without a dot; None for the name of the file or directory.
             weight_name: the file in a directory or repository; None for the usual one.
         """
-        text = _text(location)
-        name = adapter_name or re.sub(r"\W+", "_", Path(text).stem)
+        text = _text(location, "with_lora")
+        name = adapter_name or re.sub(r"\W+", "_", Path(weight_name or text).stem)
         added = LoraChoice(adapter_name=name, location=text, weight=weight, weight_name=weight_name)
         kept = [
             lora
             for lora in self.settings.loras
             # Two files may have one name: that is for the user to decide.
-            if lora.adapter_name != name or (adapter_name is None and lora.location != text)
+            if lora.adapter_name != name
+            or (adapter_name is None and (lora.location, lora.weight_name) != (text, weight_name))
         ]
-        return self._with(loras=(*kept, added))
+        # By name, since sums are rounded: the order of calls says nothing.
+        return self._with(loras=tuple(sorted((*kept, added), key=lambda lora: str(lora.adapter_name))))
 
     def with_guider(self, guider: Any) -> PeRFlowPipelineBuilder:
         """Sets the guider, one of `diffusers.guiders`; no recipe changes its scale."""
-        return self._with(guider=guider)
+        return self._with_own("guider", guider)
 
     def with_guidance(self, scale: float, start: float = 0.0, stop: float = 1.0) -> PeRFlowPipelineBuilder:
         """Sets classifier-free guidance of this scale; `start` and `stop` are shares of the steps, in [0, 1]."""
@@ -216,7 +231,7 @@ class PeRFlowPipelineBuilder:
 
     def with_attention(self, plan: PlanLike | AttentionConfig) -> PeRFlowPipelineBuilder:
         """Sets attention strategies: a plan as `AttentionConfig` takes it, or an `AttentionConfig`."""
-        return self._with(attention=plan if isinstance(plan, AttentionConfig) else deepcopy(plan))
+        return self._with_own("attention", plan if isinstance(plan, AttentionConfig) else deepcopy(plan))
 
     def with_blocks(self, blocks: ModularPipelineBlocks | type[ModularPipelineBlocks]) -> PeRFlowPipelineBuilder:
         """Takes other blocks than `PeRFlowSDXLAutoBlocks`. They are copied; later changes have no effect."""
@@ -238,16 +253,18 @@ class PeRFlowPipelineBuilder:
 
         Args:
             name: what it is called there.
-            block: the block or its class.
+            block: the block or its class. It is copied; later changes have no effect.
             before, after: the neighbour, one of the two: a block at the top ("decode"), one in the denoising loops
                 ("solver": then it goes into every loop), one inside another ("denoise.input"), or another inserted
                 one. No two blocks may ask for the same place.
         """
-        insertion = Insertion(block=block, before=before, after=after)
+        insertion = Insertion(block=deepcopy(block), before=before, after=after)
         return self._with(insertions={**self.settings.insertions, name: insertion})
 
     def with_config(self, **values: Any) -> PeRFlowPipelineBuilder:
         """Sets configuration values of the pipeline, such as `num_time_windows=4` or `channels_last=True`."""
+        if isinstance(values.get("delta"), os.PathLike):
+            values["delta"] = os.fspath(values["delta"])
         return self._with(config={**self.settings.config, **deepcopy(values)})
 
     def with_compile(self, **options: Any) -> PeRFlowPipelineBuilder:
@@ -272,23 +289,23 @@ class PeRFlowPipelineBuilder:
 
     def problems(self) -> list[str]:
         """All that is wrong with what would be built, a sentence each; loads nothing."""
-        return list(make_plan(self.settings, self.components_manager, self.collection).problems)
+        return list(make_plan(self.settings, self.components_manager).problems)
 
     def describe(self) -> str:
         """What would be built, and what is wrong with it, as text to print; loads nothing."""
-        return describe(make_plan(self.settings, self.components_manager, self.collection))
+        return describe(make_plan(self.settings, self.components_manager))
 
     def build(self) -> ModularPipeline:
         """The pipeline with its components loaded.
 
         Raises:
             ValueError: all mistakes at once, before anything is loaded; or all components that could not be loaded
-                after all, and then none is in the manager.
+                after all, or the adapter that could not, and then none of them is in the manager or in a given model.
         """
-        plan = make_plan(self.settings, self.components_manager, self.collection)
+        plan = make_plan(self.settings, self.components_manager)
         if plan.problems:
             raise ValueError(complaint(list(plan.problems)))
-        return build_pipeline(plan, self.components_manager)
+        return build_pipeline(plan, self.components_manager, self.collection)
 
     def build_components(self) -> dict[str, Any]:
         """The components of the pipeline by name, for pipelines of another kind; those left out are not there.
@@ -303,11 +320,18 @@ class PeRFlowPipelineBuilder:
         merge_now(pipe)
         return {name: component for name, component in pipe.components.items() if component is not None}
 
+    def _with_own(self, name: str, value: Any) -> PeRFlowPipelineBuilder:
+        """With the guider or attention given as such, and no longer as a component."""
+        others = {other: choice for other, choice in self.settings.components.items() if other != name}
+        return self._with(components=others, **{name: value})
+
     def _with(self, **changes: Any) -> PeRFlowPipelineBuilder:
         return replace(self, settings=replace(self.settings, **changes))
 
 
-def _text(location: PathLike) -> str:
+def _text(location: PathLike, step: str) -> str:
     """A location as text; an existing directory or file by its whole path."""
+    if not isinstance(location, (str, os.PathLike)):
+        raise ValueError(f"{step}: {location!r} is no path; pass a file, a directory or a repository of the Hub.")
     path = Path(location).expanduser()
     return str(path.resolve()) if path.exists() else os.fspath(location)

@@ -12,21 +12,15 @@ from diffusers import ComponentsManager, MultiControlNetModel
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Tensor
 
+from ..blocks.merge_delta import require_configured_delta
 from . import checks, single_file
+from .adapter_checks import check_given_adapters, check_ip_adapter, check_loras
 from .arrangement import arrange_blocks
-from .parts import (
-    KEY_ATTRIBUTE,
-    REQUIRED,
-    REQUIRED_BY_WORKFLOWS,
-    ComponentKey,
-    Part,
-    find_shared,
-    resolve_parts,
-    treatment,
-)
+from .parts import REQUIRED, REQUIRED_BY_WORKFLOWS, Part, resolve_parts
 from .placement import resolve_device, resolve_dtype
 from .problems import Problems
 from .settings import BuilderSettings, ComponentChoice
+from .sharing import ComponentKey, component_key, find_shared
 from .weight_check import component_config, require_loadable
 
 
@@ -35,7 +29,7 @@ class BuildPlan:
     """
     Attributes:
         settings: the builder's, with what follows from them.
-        pipe: the pipeline with nothing loaded.
+        pipe: the pipeline with nothing loaded, not yet of a ComponentsManager.
         parts: its components by name.
         keys: what each component is shared by.
         shared: the components that are there already.
@@ -55,14 +49,14 @@ class BuildPlan:
     problems: tuple[str, ...]
 
 
-def make_plan(settings: BuilderSettings, manager: ComponentsManager, collection: str | None) -> BuildPlan:
+def make_plan(settings: BuilderSettings, manager: ComponentsManager) -> BuildPlan:
     """Reads indexes, configurations and the headers of files; loads no weight and changes no component."""
     problems = Problems()
     settings = _with_image_encoder(settings)
     checks.check_conflicts(settings, problems)
     blocks = arrange_blocks(settings, problems)
     shapes, location = _read_sources(settings, problems)
-    pipe, readable = _empty_pipeline(blocks, settings, location, manager, collection, problems)
+    pipe, readable = _empty_pipeline(blocks, settings, location, problems)
     in_file = single_file.models_in(shapes) if shapes is not None else set()
     parts = resolve_parts(pipe, settings, in_file, problems)
     device = resolve_device(settings, problems)
@@ -71,7 +65,7 @@ def make_plan(settings: BuilderSettings, manager: ComponentsManager, collection:
     _check_hooks(manager, settings, device, problems)
     declared = list(dict.fromkeys(spec.name for spec in blocks.expected_configs))
     checks.check_config(declared, settings.config, problems)
-    config = _configuration(pipe, declared, settings)
+    config = _configuration(pipe, declared, settings, problems)
     _check_files(parts, problems)
     if readable:
         _check_missing(parts, settings, problems)
@@ -84,16 +78,18 @@ def make_plan(settings: BuilderSettings, manager: ComponentsManager, collection:
             single_file.require_unet(settings.single_file.path, shapes, unet)
     _check_steps(settings, parts, config, unet, device, problems)
     keys = {
-        name: _key(part, settings, config, dtype, device, manager)
+        name: component_key(part, settings, config, dtype, device, manager)
         for name, part in parts.items()
         if part.origin in ("load", "single file", "given")
     }
+    shared = find_shared(manager, parts, keys, settings)
+    check_given_adapters(parts, shared, settings, problems)
     return BuildPlan(
         settings=settings,
         pipe=pipe,
         parts=parts,
         keys=keys,
-        shared=_find_all_shared(manager, parts, keys, settings),
+        shared=shared,
         config=config,
         device=device,
         dtype=dtype,
@@ -110,11 +106,10 @@ def _check_steps(
     problems: Problems,
 ) -> None:
     """The weights that are added, guidance and attention, against the parts and the UNet without values."""
-    if config.get("delta") is not None and Path(config["delta"]).is_absolute():
-        scale = 1.0 if settings.delta is None else settings.delta.scale
-        checks.check_delta(Path(config["delta"]), scale, unet, problems)
-    checks.check_loras(settings.loras, list(parts), unet, problems)
-    checks.check_ip_adapter(settings.ip_adapter, list(parts), problems)
+    given_unet = parts["unet"].value if "unet" in parts and parts["unet"].origin == "given" else None
+    checks.check_delta(config, unet, given_unet if unet is not None else None, problems)
+    check_loras(settings.loras, list(parts), unet, problems)
+    check_ip_adapter(settings.ip_adapter, list(parts), unet, problems)
     if settings.ip_adapter is not None and "image_encoder" in parts and parts["image_encoder"].origin == "none":
         problems.add('with_ip_adapter needs an image encoder; pass with_component("image_encoder", ...).')
     for step, name, value in (
@@ -125,6 +120,11 @@ def _check_steps(
             problems.add(f"{step}: the blocks take no {name}; pass blocks that do.")
     checks.check_guidance(settings, unet, problems)
     checks.check_attention(settings.attention, unet, device, problems)
+    if settings.attention is None:
+        planned = config.get("attention_plan")
+        checks.check_attention(
+            planned, unet, device, problems, about=f"the configuration's attention_plan={planned!r}"
+        )
 
 
 def _with_image_encoder(settings: BuilderSettings) -> BuilderSettings:
@@ -165,25 +165,22 @@ def _empty_pipeline(
     blocks: Any,
     settings: BuilderSettings,
     location: str | None,
-    manager: ComponentsManager,
-    collection: str | None,
     problems: Problems,
 ) -> tuple[Any, bool]:
     """The pipeline with nothing loaded, and whether what it lacks can be told (not if its index could not be read)."""
     kind = type(blocks.init_pipeline())
-    place = {"components_manager": manager, "collection": collection}
     if location is None:
-        return kind(blocks=blocks, **place), settings.single_file is None
+        return kind(blocks=blocks), settings.single_file is None
     revision = settings.repository.revision if settings.repository is not None else None
     try:
-        return kind(blocks=blocks, pretrained_model_name_or_path=location, revision=revision, **place), True
+        return kind(blocks=blocks, pretrained_model_name_or_path=location, revision=revision), True
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         problems.add(
             f"{location} cannot be read ({reason}); pass a directory with model_index.json or "
             "modular_model_index.json, or a repository such as owner/name."
         )
-        return kind(blocks=blocks, **place), False
+        return kind(blocks=blocks), False
 
 
 def _check_hooks(
@@ -203,15 +200,17 @@ def _check_hooks(
         problems.add(f"{step} does not go with a ComponentsManager that moves models; use another manager.")
 
 
-def _configuration(pipe: Any, declared: list[str], settings: BuilderSettings) -> dict[str, Any]:
+def _configuration(pipe: Any, declared: list[str], settings: BuilderSettings, problems: Problems) -> dict[str, Any]:
     """The configuration values: the index's, then the steps'. A delta is named by its whole path where it is local."""
     config = {name: pipe.config[name] for name in declared}
+    config |= {name: value for name, value in settings.config_values.items() if name in config}
     named, origin = config.get("delta"), pipe._pretrained_model_name_or_path
-    if named is not None and origin is not None and Path(origin).is_dir():
-        config["delta"] = str((Path(origin) / named).resolve())
-    config |= {name: value for name, value in settings.config.items() if name in config}
-    if settings.delta is not None and "delta" in config:
-        config["delta"] = settings.delta.path
+    if named is not None:
+        config["delta"] = None
+        with problems.noted():
+            require_configured_delta(named)
+            local = origin is not None and Path(origin).is_dir()
+            config["delta"] = str((Path(origin) / named).resolve()) if local else named
     return config
 
 
@@ -272,46 +271,3 @@ def _check_controlnet(parts: Mapping[str, Part], unet: Any, problems: Problems) 
         except (OSError, ValueError, AttributeError):
             return  # what is wrong with it is told elsewhere
         checks.check_controlnet(config.get("cross_attention_dim"), unet.config.cross_attention_dim, problems)
-
-
-def _key(
-    part: Part,
-    settings: BuilderSettings,
-    config: Mapping[str, Any],
-    dtype: torch.dtype,
-    device: torch.device,
-    manager: ComponentsManager,
-) -> ComponentKey:
-    source = "given"
-    if part.origin == "load":
-        location = Path(str(part.spec.pretrained_model_name_or_path))
-        fields = (part.spec.subfolder, part.spec.variant, part.spec.revision)
-        source = "|".join(map(str, (location.resolve() if location.exists() else location, *fields)))
-    elif part.origin == "single file" and settings.single_file is not None:
-        source = f"{Path(settings.single_file.path).resolve()}|{settings.single_file.config}"
-    moved = settings.offload == "auto" or manager.model_hooks is not None
-    return ComponentKey(
-        source=source,
-        dtype=dtype if part.is_model else None,
-        device=str(device) if part.is_model and not moved else None,
-        treatment=treatment(part.name, settings, config, part.freeze),
-    )
-
-
-def _find_all_shared(
-    manager: ComponentsManager, parts: Mapping[str, Part], keys: Mapping[str, ComponentKey], settings: BuilderSettings
-) -> dict[str, Any]:
-    shared = {}
-    for name, key in keys.items():
-        part = parts[name]
-        if part.origin == "given":
-            found = part.value if getattr(part.value, KEY_ATTRIBUTE, None) == key else None
-        else:
-            found = find_shared(manager, name, key)
-        if found is not None:
-            shared[name] = found
-    group = [name for name in checks.LORA_MODELS if name in parts and parts[name].origin != "none"]
-    if settings.loras and not all(name in shared for name in group):
-        for name in group:  # diffusers loads a LoRA into all of them at once
-            shared.pop(name, None)
-    return shared

@@ -62,10 +62,16 @@ class ComponentChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaChoice:
-    """A file of delta weights, and the factor to merge it with."""
+    """
+    Attributes:
+        path: file or folder of delta weights.
+        scale: the factor to merge them with.
+        variant: which of several files in a folder; None for those without one.
+    """
 
     path: str
     scale: float = 1.0
+    variant: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,3 +155,11 @@ class BuilderSettings:
     prompt_cache: int | None = None
     offload: str | None = None
     device: str | int | torch.device | None = None
+
+    @property
+    def config_values(self) -> dict[str, Any]:
+        """`config`, and what `delta` says in such values."""
+        if self.delta is None:
+            return dict(self.config)
+        delta = {"delta": self.delta.path, "delta_variant": self.delta.variant, "delta_scale": self.delta.scale}
+        return {**self.config, **delta}

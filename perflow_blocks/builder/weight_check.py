@@ -43,6 +43,11 @@ def require_loadable(spec: ComponentSpec) -> None:
         return
     if root.is_file():
         require_readable(root)
+        if is_model(spec.type_hint):
+            raise ValueError(
+                f"{spec.name}: {location} is a file, which does not say how the model is built; pass a directory with "
+                f"its config.json, or {spec.type_hint.__name__}.from_single_file(file, config=...)."
+            )
         return
     folder = root / (spec.subfolder or "")
     if not folder.is_dir():

@@ -11,6 +11,7 @@ from .compare import compare
 from .demo import demo
 from .distill import distill
 from .evaluate import evaluate
+from .export import export
 from .extract import extract
 from .generate import generate
 from .inspect import inspect
@@ -28,6 +29,7 @@ app.command()(merge)
 app.command()(unmerge)
 app.command()(to_lora)
 app.command()(inspect)
+app.command()(export)
 app.command()(push)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(distill)
 

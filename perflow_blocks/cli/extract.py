@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
     from ..components.delta_recipe import DeltaRecipe
+
+SCHEDULER = "scheduler_config.json"
 
 
 def extract(
@@ -29,6 +33,9 @@ def extract(
     steps: options.RecipeSteps = None,
     guidance: options.RecipeGuidance = None,
     base_model: Annotated[str | None, typer.Option(help="Name of the base, such as its repository.")] = None,
+    scheduler: Annotated[
+        Path | None, typer.Option(help="Folder of a scheduler with the base's noise schedule; else the base's own.")
+    ] = None,
     force: options.Force = False,
 ) -> None:
     """Write STUDENT minus BASE as a delta file, with the recipe to sample it by; reads one tensor at a time."""
@@ -40,6 +47,7 @@ def extract(
         num_inference_steps=steps,
         guidance_scale=guidance,
         base_model=base_model,
+        scheduler_config=_noise_schedule(scheduler, base),
     )
     options.require_free_file("--out", out, force)
     options.require_weights("student", student)
@@ -64,8 +72,34 @@ def extract(
                 "config.json."
             )
     difference = open_difference(weights[0], weights[1])
+    recipe = replace(recipe, base_sha256=_sha256(base, base_variant))
     write_weights(difference, out, precision, _metadata(recipe, unet))
     typer.echo(f"{out}: {len(difference.shapes)} tensors, {out.stat().st_size / 1e6:,.1f} MB")
+
+
+def _noise_schedule(scheduler: Path | None, base: Path) -> dict[str, Any] | None:
+    """That of the scheduler which is named, or lies in the pipeline of the base; None where there is none."""
+    folders = [scheduler] if scheduler is not None else [base / "scheduler", base.parent / "scheduler"]
+    file = next((folder / SCHEDULER for folder in folders if (folder / SCHEDULER).is_file()), None)
+    if file is None:
+        if scheduler is not None:
+            raise ValueError(f"--scheduler {scheduler} holds no {SCHEDULER}; pass a pipeline's scheduler folder.")
+        return None
+    from ..components.delta_recipe import noise_schedule_of
+
+    try:
+        return noise_schedule_of(json.loads(file.read_text())) or None
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{file} is no scheduler's configuration ({error}); pass --scheduler.") from error
+
+
+def _sha256(base: Path, variant: str | None) -> str | None:
+    """Of the base's file; None where it is in several."""
+    from ..components.weight_folders import find_weights
+    from ..hub.manifest import sha256_of
+
+    file = base if base.is_file() else find_weights(base, variant)
+    return None if file.suffix == ".json" else sha256_of(file)
 
 
 def _metadata(recipe: DeltaRecipe, unet: UNet2DConditionModel | None) -> dict[str, str]:

@@ -48,4 +48,6 @@ def _lines(report: PushReport) -> list[str]:
         outcome = (
             f"{sizes}; nothing was uploaded (--dry-run)" if report.dry_run else f"{sizes}; commit {report.commit}"
         )
+    if not report.compared:
+        outcome += "; the Hub could not be reached, so that every file counts as new"
     return [*aligned(rows), "", outcome, report.url]

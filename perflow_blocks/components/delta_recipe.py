@@ -25,6 +25,11 @@ def require_guidance(value: object) -> None:
         raise ValueError(f"guidance_scale={value!r} is no finite number of at least 0; pass 1 for no guidance.")
 
 
+def noise_schedule_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a scheduler's configuration says about betas and training timesteps; the rest of it is left out."""
+    return {key: config[key] for key in NOISE_SCHEDULE_KEYS if config.get(key) is not None}
+
+
 @dataclass(frozen=True)
 class DeltaRecipe:
     """What to sample with. None means that the delta does not say, so that the pipeline's own default holds.
@@ -86,8 +91,7 @@ class DeltaRecipe:
 
     def noise_schedule(self) -> dict[str, Any]:
         """What `scheduler_config` says about betas and training timesteps, as settings of a `PeRFlowScheduler`."""
-        config = self.scheduler_config or {}
-        return {key: config[key] for key in NOISE_SCHEDULE_KEYS if config.get(key) is not None}
+        return noise_schedule_of(self.scheduler_config or {})
 
     def to_metadata(self) -> dict[str, str]:
         """The settings that are not None, as strings under "perflow." keys: text as it is, the others in JSON."""

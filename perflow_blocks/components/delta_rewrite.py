@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -170,7 +171,7 @@ class _Rewrite:
         if change.loss is not None:
             done = self.fresh.add(name, start, stop, change.checksum, change.loss)
         self._pending = name, done, change.result
-        self._rows(name, done).copy_(change.result)
+        _write(change.result, self._rows(name, done))
         self._done.append((name, done))
         self._pending = None
 
@@ -217,6 +218,14 @@ class _Reader:
 
 def _factors(name: str, terms: Sequence[Term]) -> list[tuple[int, float]]:
     return [(id(term.weights), factor) for term in terms if (factor := term.factor(name))]
+
+
+def _write(source: Tensor, target: Tensor) -> None:
+    if target.device.type == "cpu":
+        # Torch's threads wait awake for work after every operation of theirs, and here comes none for a while.
+        np.copyto(bits(target).numpy(), bits(source).numpy())
+    else:
+        target.copy_(source)
 
 
 def _division(target: Tensor) -> list[Piece]:

@@ -125,6 +125,16 @@ def delta_config_specs() -> list[ConfigSpec]:
             "A delta-weights file that every call merges, relative to the directory or repository that was loaded.",
         ),
         ConfigSpec(
+            "delta_variant",
+            None,
+            'Which files to take where `delta` is a folder with several: "fp16", say. None: those without a variant.',
+        ),
+        ConfigSpec(
+            "delta_scale",
+            1.0,
+            "Factor of the delta in calls that name none; 1 as it was distilled, 0 for none.",
+        ),
+        ConfigSpec(
             "guidance_scale",
             None,
             "Scale of the default guider, at least 0. None: the merged delta's recipe, else "

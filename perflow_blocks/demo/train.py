@@ -22,7 +22,7 @@ from ..core.delta import extract_delta
 from .conditioning import CaptionEncoder
 from .data import RenderedPictures, render_pictures
 from .distill import PREDICTION_TYPE, SETTINGS_NAME, DistillationConfig, distill, is_frozen, read_settings
-from .models import build_teacher_scheduler
+from .models import SCHEDULE, build_teacher_scheduler
 from .train_teacher import train_teacher
 from .train_vae import encode_pictures, reconstruction_psnr, train_vae
 
@@ -111,9 +111,10 @@ def publish(
         num_inference_steps=config.num_windows,
         guidance_scale=1.0,
         base_model=BASE_NAME,
+        scheduler_config=SCHEDULE,
     )
     delta = {name: value for name, value in extract_delta(student, unet).items() if not is_frozen(name, config)}
-    save_delta(delta, weights / DELTA_NAME, recipe, partial=True)
+    save_delta(delta, weights / DELTA_NAME, recipe, partial=True, base=unet)
 
 
 if __name__ == "__main__":

@@ -80,13 +80,23 @@ def write_manifest(directory: str | os.PathLike[str], *, blocks: str, mode: str)
         reason = f"holds links to directories ({', '.join(linked)})" if linked else "holds no files"
         raise ValueError(f"no manifest can be written for {root}: it {reason}; put the files themselves there.")
     try:
-        files = {path: FileEntry(sha256=sha256_of(root / path), size=(root / path).stat().st_size) for path in found}
+        files = {path: file_entry(root / path) for path in found}
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be read: {error.strerror}; remove it or mend it.") from error
     manifest = Manifest(blocks=blocks, mode=mode, package_version=__version__, files=files)
-    with atomic_path(root / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+    save_manifest(root, manifest)
     return manifest
+
+
+def save_manifest(directory: Path, manifest: Manifest) -> None:
+    """Writes a manifest as it is, compared with nothing."""
+    with atomic_path(directory / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+
+
+def file_entry(path: Path) -> FileEntry:
+    """What a manifest says of a file as it is now."""
+    return FileEntry(sha256=sha256_of(path), size=path.stat().st_size)
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .. import __version__
+from .address import address_workflow
 from .errors import explained
 from .manifest import MANIFEST, Manifest, sha256_of
 from .publishable import require_publishable
@@ -42,6 +43,7 @@ class PushReport:
         url: where to look at the result: the repository or branch, or the pull request.
         commit: the commit that holds these files; None after a dry run that found changes.
         dry_run: whether nothing was done.
+        compared: whether the repository could be looked at; where a dry run could not, every file counts as new.
     """
 
     repo_id: str
@@ -49,6 +51,7 @@ class PushReport:
     url: str
     commit: str | None
     dry_run: bool
+    compared: bool = True
 
     @property
     def changes(self) -> tuple[PushedFile, ...]:
@@ -84,7 +87,8 @@ def push_workflow(
     """Publishes a workflow repository on the Hub, in a single commit, or not at all.
 
     Before the network is asked for anything, every file is compared with the manifest and searched for tokens and
-    local paths. The repository is made if there is none. Files of a workflow that was there before and that this one
+    local paths. The index gets the repository's id for weights that lie in it, in the directory too. The repository is
+    made if there is none. Files of a workflow that was there before and that this one
     does not have are removed; what others put there stays. Large files go first and the commit comes last: after an
     interruption the repository is as it was, and the next attempt does not send again what had arrived.
 
@@ -97,7 +101,8 @@ def push_workflow(
         revision: the branch, or the pull request ("refs/pr/1"), to push to; by default main.
         token: an access token that may write; by default the one that huggingface_hub finds.
         commit_message: by default one that names the workflow's class.
-        dry_run: only says what would be done. It needs no token, but without one sees no private repository.
+        dry_run: only says what would be done. It needs no token, but without one sees no private repository; without
+            a network it says what the workflow consists of.
         endpoint: the Hub's address; by default huggingface_hub's.
 
     Raises:
@@ -107,12 +112,21 @@ def push_workflow(
     _require_repo_id(repo_id)
     token = _usable_token(token, required=not dry_run)
     manifest = require_publishable(directory, token)
+    if not dry_run:
+        manifest = address_workflow(directory, repo_id)
     api = HfApi(endpoint=endpoint, token=token or False, library_name="perflow-blocks", library_version=__version__)
     root = Path(directory)
+    url = f"{api.endpoint}/{repo_id}" + (f"/tree/{quote(revision, safe='')}" if revision else "")
+    try:
+        with explained(repo_id, api.endpoint):
+            remote = _remote(api, repo_id, revision, private=private, create_pr=create_pr)
+    except ConnectionError:
+        if not dry_run:
+            raise
+        files = _compare(root, manifest, Remote())
+        return PushReport(repo_id=repo_id, files=files, url=url, commit=None, dry_run=True, compared=False)
     with explained(repo_id, api.endpoint):
-        remote = _remote(api, repo_id, revision, private=private, create_pr=create_pr)
         files = _compare(root, manifest, remote)
-        url = f"{api.endpoint}/{repo_id}" + (f"/tree/{quote(revision, safe='')}" if revision else "")
         if dry_run or all(file.change == "unchanged" for file in files):
             sha = None if any(file.change != "unchanged" for file in files) else remote.sha
             return PushReport(repo_id=repo_id, files=files, url=url, commit=sha, dry_run=dry_run)

@@ -1,0 +1,223 @@
+"""The components of a pipeline as entries of an index: where each is loaded from, and which are saved beside it."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from diffusers import EulerDiscreteScheduler
+from diffusers.models import MultiControlNetModel
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
+from diffusers.utils.torch_utils import unwrap_module
+from torch import nn
+
+from ..blocks.set_timesteps import OWN_ATTRIBUTE
+from ..builder.problems import Problems
+from ..components.origin import scheduler_source
+from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS, PeRFlowScheduler
+
+WeightsMode = Literal["reference", "include", "delta-only"]
+
+LIBRARIES = ("diffusers", "transformers")
+"""Whose classes an index may name, as everyone who loads it has them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One component of an index.
+
+    Attributes:
+        name: of the component, "unet" say.
+        kind: its class; None to let diffusers find it out.
+        location: repository of the Hub or URL; None for the exported repository itself.
+        subfolder, variant, revision: as in a ComponentSpec.
+        component: what is saved into the subfolder, where the location is None.
+    """
+
+    name: str
+    kind: type | None
+    location: str | None
+    subfolder: str = ""
+    variant: str | None = None
+    revision: str | None = None
+    component: Any = None
+
+    def to_index(self, repo_id: str | None) -> list[Any]:
+        """As diffusers writes it; `repo_id` stands for the exported repository, if it is known."""
+        kind = [None, None] if self.kind is None else [library_of(self.kind), self.kind.__name__]
+        source = {
+            "type_hint": kind,
+            "pretrained_model_name_or_path": self.location or repo_id,
+            "subfolder": self.subfolder,
+            "variant": self.variant,
+            "revision": self.revision,
+        }
+        return [*kind, source]
+
+
+def component_entries(pipe: Any, blocks: Any, weights: WeightsMode, problems: Problems) -> list[Entry]:
+    """An entry for each component that has a source or is saved; what blocks declare by themselves needs none."""
+    entries: list[Entry] = []
+    private: dict[str, list[str]] = {}
+    declared = {spec.name: spec for spec in blocks.expected_components}
+    for name, spec in declared.items():
+        if spec.default_creation_method != "from_pretrained":
+            continue
+        if _is_absent(name, pipe):
+            continue
+        if name == "scheduler":
+            entry = _scheduler(pipe, spec, private, problems)
+        elif weights == "include":
+            entry = _included(name, pipe, problems)
+        else:
+            entry = _referenced(name, pipe, spec, private, problems)
+        if entry is not None:
+            entries.append(entry)
+    for location, names in private.items():
+        problems.add(
+            f"{location}, where {', '.join(names)} came from, is a place that others do not have; call "
+            "pipe.load_components() and pass weights='include'."
+        )
+    return entries
+
+
+def _is_absent(name: str, pipe: Any) -> bool:
+    """Whether a plain `model_index.json` said that it has no such component, read as one of no type."""
+    return getattr(pipe, name, None) is None and pipe.get_component_spec(name).type_hint is None
+
+
+def is_on_hub(location: str) -> bool:
+    """Whether a component's source is one that others can read too: an id of the Hub or a URL of it, no path."""
+    if location.startswith("https://"):
+        return True
+    looks_local = os.path.isabs(location) or location.startswith((".", "~")) or Path(location).exists()
+    return not looks_local and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", location) is not None
+
+
+def library_of(kind: type) -> str:
+    """The top-level package that a class is found in by its name."""
+    return kind.__module__.split(".")[0]
+
+
+def is_stock(kind: type) -> bool:
+    """Whether a class can be named in an index."""
+    library = library_of(kind)
+    return library in LIBRARIES and getattr(import_module(library), kind.__name__, None) is not None
+
+
+def _referenced(
+    name: str, pipe: Any, declared: ComponentSpec, private: dict[str, list[str]], problems: Problems
+) -> Entry | None:
+    spec, component = pipe.get_component_spec(name), getattr(pipe, name, None)
+    location = spec.pretrained_model_name_or_path
+    if component is not None:
+        _note_adapters(name, component, problems)
+    if location is None:
+        if component is not None:
+            problems.add(
+                f"{name} was put in as an object, so that no repository is known for it; pass weights='include', or "
+                "load it by its repository with pipe.load_components()."
+            )
+        return None
+    if location == declared.pretrained_model_name_or_path:
+        return None
+    if not is_on_hub(str(location)):
+        private.setdefault(str(location), []).append(name)
+        return None
+    return _entry_of(name, spec, problems)
+
+
+def _included(name: str, pipe: Any, problems: Problems) -> Entry | None:
+    component = getattr(pipe, name, None)
+    if component is None:
+        location = pipe.get_component_spec(name).pretrained_model_name_or_path
+        if location is not None:
+            problems.add(
+                f"{name} of {location} is not loaded, so that its weights cannot be included; call "
+                "pipe.load_components(), or pass weights='reference'."
+            )
+        return None
+    component = unwrap_module(component) if isinstance(component, nn.Module) else component
+    _note_adapters(name, component, problems)
+    if isinstance(component, nn.Module) and any(weight.is_meta for weight in component.parameters()):
+        problems.add(f"{name} has weights without values (device meta); load them before the export.")
+    if not is_stock(type(component)) or not hasattr(component, "save_pretrained"):
+        problems.add(_foreign(name, type(component)))
+    return Entry(name=name, kind=type(component), location=None, subfolder=name, component=component)
+
+
+def _scheduler(pipe: Any, declared: ComponentSpec, private: dict[str, list[str]], problems: Problems) -> Entry | None:
+    """Never the class of this package, which its own block makes from the stock scheduler and the configuration."""
+    source = scheduler_source(pipe)
+    if source is not None:
+        location = str(source.pretrained_model_name_or_path)
+        if location == declared.pretrained_model_name_or_path:
+            return None
+        if is_on_hub(location) and source.type_hint is not None and is_stock(source.type_hint):
+            return _entry_of("scheduler", source, problems)
+    if pipe.scheduler is None:
+        if source is not None:
+            private.setdefault(str(source.pretrained_model_name_or_path), []).append("scheduler")
+        return None
+    stock = stock_scheduler(pipe.scheduler)
+    if not is_stock(type(stock)):
+        problems.add(_foreign("scheduler", type(stock)))
+    return Entry(name="scheduler", kind=type(stock), location=None, subfolder="scheduler", component=stock)
+
+
+def stock_scheduler(scheduler: Any) -> Any:
+    """A scheduler of diffusers with the noise schedule of PeRFlow's; any other scheduler itself."""
+    if not is_perflow_scheduler(scheduler):
+        return scheduler
+    made = vars(scheduler).get(OWN_ATTRIBUTE) or {}  # of another one, whose schedule a delta may have replaced
+    config = made.get("source") or scheduler.config
+    return EulerDiscreteScheduler(**{key: config[key] for key in NOISE_SCHEDULE_KEYS if key in config})
+
+
+def is_perflow_scheduler(scheduler: Any) -> bool:
+    """Also one of a self-contained repository, whose class is another object of the same name."""
+    return any(kind.__name__ == PeRFlowScheduler.__name__ for kind in type(scheduler).__mro__)
+
+
+def _entry_of(name: str, spec: ComponentSpec, problems: Problems) -> Entry:
+    if spec.type_hint is not None and not is_stock(spec.type_hint):
+        problems.add(_foreign(name, spec.type_hint))
+    return Entry(
+        name=name,
+        kind=spec.type_hint,
+        location=str(spec.pretrained_model_name_or_path),
+        subfolder=spec.subfolder or "",
+        variant=spec.variant,
+        revision=spec.revision,
+    )
+
+
+def _foreign(name: str, kind: type) -> str:
+    return (
+        f"{name} is a {kind.__module__}.{kind.__qualname__}, which no index can name; use a class of "
+        f"{' or '.join(LIBRARIES)}, or set {name} to None before the export."
+    )
+
+
+def _note_adapters(name: str, component: Any, problems: Problems) -> None:
+    """What changes a model and would be lost, since neither an index nor a saved model holds it."""
+    if isinstance(component, MultiControlNetModel):
+        problems.add(
+            f"{name} holds several models, which one entry of an index cannot name; set one of them, or None, before "
+            "the export."
+        )
+    adapters = getattr(component, "peft_config", None) if getattr(component, "_hf_peft_config_loaded", False) else None
+    if adapters:
+        problems.add(
+            f"{name} has the LoRA {', '.join(map(str, adapters))}, which no index can name; unload it with "
+            "pipe.unload_lora_weights(), or fuse it before that and pass weights='include'."
+        )
+    if getattr(getattr(component, "config", None), "encoder_hid_dim_type", None) == "ip_image_proj":
+        problems.add(
+            f"{name} has an IP-Adapter, which no index can name; call pipe.unload_ip_adapter() before the export and "
+            "let users call load_ip_adapter."
+        )

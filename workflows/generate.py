@@ -1,0 +1,216 @@
+"""Writes the repositories of this directory, and those of the checkout's root, from the table below.
+
+    python -m workflows.generate
+
+Beside each recipe lies all that a repository of the Hub needs, so that `perflow push workflows/sdxl-text2image
+your-name/sdxl-text2image` publishes it as it stands. A test compares the files with what this writes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from perflow_blocks import export_workflow
+from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
+from perflow_blocks.blocks.workflows import (
+    PeRFlowSDXLControlNetBlocks,
+    PeRFlowSDXLImage2ImageBlocks,
+    PeRFlowSDXLInpaintBlocks,
+    PeRFlowSDXLIPAdapterBlocks,
+    PeRFlowSDXLText2ImageBlocks,
+    PeRFlowSDXLTileUpscalerBlocks,
+)
+from perflow_blocks.demo.blocks import PeRFlowDemoBlocks
+from perflow_blocks.hub.entries import Entry
+from perflow_blocks.hub.index import make_index
+from perflow_blocks.hub.json_files import INDEX, write_json
+from perflow_blocks.hub.manifest import MANIFEST, read_manifest
+
+ROOT = Path(__file__).parent.parent
+WORKFLOWS = ROOT / "workflows"
+ROOT_FILES = ("block.py", "modular_config.json", INDEX, "mellon_pipeline_config.json")
+"""What the root has of a repository; its README.md is the project's, and a manifest would list the checkout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a component is published."""
+
+    location: str
+    subfolder: str = ""
+    variant: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workflow:
+    """A repository to be written.
+
+    Attributes:
+        blocks: the class of its blocks.
+        title: heading of its card.
+        notes: what its card says besides.
+        sources: its components.
+        config: its configuration values.
+    """
+
+    blocks: type[Any]
+    title: str
+    notes: str = ""
+    sources: Mapping[str, Source] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+SDXL = {
+    "unet": Source(location="hansyan/perflow-sdxl-base", subfolder="unet", variant="v0-fix"),
+    "vae": Source(location="madebyollin/sdxl-vae-fp16-fix"),
+    "text_encoder": Source(location=BASE, subfolder="text_encoder", variant="fp16"),
+    "text_encoder_2": Source(location=BASE, subfolder="text_encoder_2", variant="fp16"),
+    "tokenizer": Source(location=BASE, subfolder="tokenizer"),
+    "tokenizer_2": Source(location=BASE, subfolder="tokenizer_2"),
+    "scheduler": Source(location=BASE, subfolder="scheduler"),
+}
+RECIPE = {
+    "prediction_type": "ddim_eps",
+    "num_time_windows": 4,
+    "default_num_inference_steps": 6,
+    "guidance_scale": 2.0,
+}
+ROOT_WORKFLOW = Workflow(
+    blocks=PeRFlowSDXLAutoBlocks, title="PeRFlow for Stable Diffusion XL", sources=SDXL, config=RECIPE
+)
+PUBLISHED = {
+    "sdxl-text2image": Workflow(
+        blocks=PeRFlowSDXLText2ImageBlocks,
+        title="PeRFlow SDXL, text-to-image",
+        notes="Any other SDXL checkpoint takes a delta file in place of the distilled UNet: `pipe(..., delta=path)`.",
+        sources=SDXL,
+        config=RECIPE,
+    ),
+    "sdxl-image2image": Workflow(
+        blocks=PeRFlowSDXLImage2ImageBlocks, title="PeRFlow SDXL, image-to-image", sources=SDXL, config=RECIPE
+    ),
+    "sdxl-inpaint": Workflow(
+        blocks=PeRFlowSDXLInpaintBlocks, title="PeRFlow SDXL, inpainting", sources=SDXL, config=RECIPE
+    ),
+    "sdxl-controlnet": Workflow(
+        blocks=PeRFlowSDXLControlNetBlocks,
+        title="PeRFlow SDXL with a ControlNet for edges",
+        notes=(
+            "The control picture shows white edges on black; `recipe.py` has a function that makes one of a photo.\n"
+            "Another kind of control takes another ControlNet: `pipe.update_components(controlnet=...)`."
+        ),
+        sources={
+            **SDXL,
+            "controlnet": Source(location="diffusers/controlnet-canny-sdxl-1.0", variant="fp16"),
+        },
+        config=RECIPE,
+    ),
+    "sdxl-tile-upscaler": Workflow(
+        blocks=PeRFlowSDXLTileUpscalerBlocks,
+        title="PeRFlow SDXL, tiled upscaler",
+        notes=(
+            "Enlarge the picture first, two or four times, and pass it both as `image` and as `control_image`, with\n"
+            "`strength=0.6`. Above 2048 pixels a side call `pipe.vae.enable_tiling()`. `recipe.py` does all this."
+        ),
+        sources={**SDXL, "controlnet": Source(location="xinsir/controlnet-tile-sdxl-1.0")},
+        config=RECIPE,
+    ),
+    "sdxl-ip-adapter": Workflow(
+        blocks=PeRFlowSDXLIPAdapterBlocks,
+        title="PeRFlow SDXL with an IP-Adapter",
+        notes=(
+            "The adapter itself is loaded into the UNet, after the components:\n"
+            '`pipe.load_ip_adapter("h94/IP-Adapter", subfolder="sdxl_models", '
+            'weight_name="ip-adapter_sdxl.safetensors")`,\n'
+            "and `pipe.set_ip_adapter_scale(0.6)` sets its weight."
+        ),
+        sources={**SDXL, "image_encoder": Source(location="h94/IP-Adapter", subfolder="sdxl_models/image_encoder")},
+        config=RECIPE,
+    ),
+    "sdxl-base-refiner": Workflow(
+        blocks=PeRFlowSDXLAutoBlocks,
+        title="PeRFlow SDXL, base and refiner",
+        notes="""Two pipelines of this repository share all but the UNet. The first draws until a window boundary, the
+second goes on from its latents with a UNet of its own, which has to be distilled as well:
+
+```py
+latents = base(prompt=prompt, denoising_end=0.5, output_type="latent", output="images")
+image = refiner(prompt=prompt, image_latents=latents, denoising_start=0.5, output="images")[0]
+```
+
+`recipe.py` makes the two.""",
+        sources=SDXL,
+        config=RECIPE,
+    ),
+    "demo-text2image": Workflow(
+        blocks=PeRFlowDemoBlocks,
+        title="PeRFlow demo, text-to-image",
+        notes="The weights are those of the installed package; nothing is downloaded, and a CPU will do.",
+    ),
+}
+
+
+def generate(name: str, folder: Path) -> Path:
+    """Writes one published workflow, with its recipe, to `folder/name`."""
+    workflow = PUBLISHED[name]
+    return export_workflow(
+        make_pipeline(workflow),
+        folder / name,
+        mode="thin",
+        title=workflow.title,
+        notes=workflow.notes,
+        licence="apache-2.0",
+        files=[WORKFLOWS / name / "recipe.py"],
+    )
+
+
+def generate_root(folder: Path) -> Path:
+    """Writes the root's repository to `folder/root`; of it the checkout has `ROOT_FILES`."""
+    return export_workflow(make_pipeline(ROOT_WORKFLOW), folder / "root", mode="thin", title=ROOT_WORKFLOW.title)
+
+
+def make_pipeline(workflow: Workflow) -> Any:
+    """The pipeline of a workflow, with nothing loaded."""
+    blocks = workflow.blocks()
+    kinds = {spec.name: spec.type_hint for spec in blocks.expected_components}
+    entries = [_entry(name, source, kinds[name]) for name, source in workflow.sources.items()]
+    pipeline_class = type(blocks.init_pipeline()).__name__
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / INDEX, make_index(pipeline_class, entries, workflow.config))
+        return blocks.init_pipeline(folder)
+
+
+def _entry(name: str, source: Source, kind: type | None) -> Entry:
+    entry = Entry(name=name, kind=kind, location=source.location)
+    return replace(entry, subfolder=source.subfolder, variant=source.variant)
+
+
+def main(root: Path = ROOT) -> list[Path]:
+    """Brings a checkout up to date and returns the files that changed."""
+    changed: list[Path] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in PUBLISHED:
+            made = generate(name, Path(temporary))
+            names = {MANIFEST, *read_manifest(made).files} - {"recipe.py"}
+            changed += _copied(made, root / "workflows" / name, sorted(names))
+        changed += _copied(generate_root(Path(temporary)), root, ROOT_FILES)
+    return changed
+
+
+def _copied(made: Path, place: Path, names: Any) -> list[Path]:
+    changed = [n for n in names if not (place / n).is_file() or (place / n).read_bytes() != (made / n).read_bytes()]
+    place.mkdir(parents=True, exist_ok=True)
+    for name in changed:
+        shutil.copyfile(made / name, place / name)
+    return [place / name for name in changed]
+
+
+if __name__ == "__main__":
+    sys.stdout.writelines(f"{path.relative_to(ROOT)}\n" for path in main())
