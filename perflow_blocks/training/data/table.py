@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,11 +68,13 @@ class TableRecords:
 class TableStream:
     """This process's part of a data set that is read while training.
 
-    With at least as many files as processes each has files of its own; otherwise all read everything and take turns.
+    With at least as many files as processes each has files of its own. Otherwise, or where `max_samples` limits all of
+    them together, every process reads everything and they take turns.
     """
 
-    def __init__(self, dataset: IterableDataset, columns: tuple[str, str], where: str) -> None:
-        self._dataset, self._columns, self._where = dataset, columns, where
+    def __init__(self, dataset: IterableDataset, columns: tuple[str, str], turns: tuple[int, int], where: str) -> None:
+        """`turns` are the number of the first row to take, and the step to the next one."""
+        self._dataset, self._columns, self._turns, self._where = dataset, columns, turns, where
 
     @classmethod
     def open(cls, config: DataConfig, *, seed: int, process_index: int, num_processes: int) -> TableStream:
@@ -81,24 +84,24 @@ class TableStream:
             ValueError: no such data set, split or column, or it is empty.
         """
         from datasets import Image
-        from datasets.distributed import split_dataset_by_node
 
         dataset = _load(config, streaming=True)
         columns = _stream_columns(dataset, config)
         dataset = dataset.select_columns(list(columns)).cast_column(columns[0], Image(decode=False))
-        if config.max_samples is None and dataset.num_shards >= num_processes:
+        turns = (process_index, num_processes)
+        if config.max_samples is not None:
+            dataset = dataset.take(config.max_samples)
+        elif dataset.num_shards >= num_processes:
             # Splitting before shuffling keeps each process to its files, in whatever epoch the others are.
-            dataset = dataset.shard(num_processes, process_index, contiguous=False)
-        else:
-            dataset = dataset if config.max_samples is None else dataset.take(config.max_samples)
-            dataset = split_dataset_by_node(dataset, process_index, num_processes, strategy="examples")
+            dataset, turns = dataset.shard(num_processes, process_index, contiguous=False), (0, 1)
         dataset = dataset.shuffle(seed=seed, buffer_size=config.shuffle_buffer)
-        return cls(dataset, columns, _where(config))
+        return cls(dataset, columns, turns, _where(config))
 
     def read(self, epoch: int, skips: Skips) -> Iterator[StreamSample]:
         image, caption = self._columns
         self._dataset.set_epoch(epoch)
-        for row in self._dataset:
+        first, step = self._turns
+        for row in islice(self._dataset, first, None, step):
             picture: StoredPicture | BadPicture
             try:
                 picture = _stored(row[image])
