@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -159,8 +160,6 @@ def test_slices_of_a_split(tables: Path) -> None:
 def test_what_is_wrong_with_a_data_set(
     tables: Path, name: str, changes: dict[str, Any], complaints: list[str]
 ) -> None:
-    import re
-
     for streaming in (False, True):
         config = small("datasets", tables / name, streaming=streaming, **changes)
         found = problems(config)
@@ -174,7 +173,7 @@ def test_an_empty_data_set_is_a_problem(tmp_path: Path) -> None:
     Dataset.from_dict({"picture": [], "label": [], "text": []}, features=FEATURES).to_parquet(tmp_path / "a.parquet")
     for streaming in (False, True):
         config = small("datasets", tmp_path / "a.parquet", streaming=streaming)
-        with pytest.raises(ValueError, match="no rows|no usable sample"):
+        with pytest.raises(ValueError, match=r"no rows|no data"):
             take(open_dataset(config, batch_size=1, seed=0), 1)
 
 
@@ -277,3 +276,18 @@ def test_what_is_wrong_with_shards(tmp_path: Path, files: list[tuple[str, bytes]
         write_shard(tmp_path / "s-0.tar", files)
     with pytest.raises(ValueError, match=complaint):
         open_dataset(small("webdataset", tmp_path / path), batch_size=1, seed=0)
+
+
+def test_moved_shards_resume_and_others_do_not(tmp_path: Path) -> None:
+    sources = [
+        open_dataset(small("webdataset", make_shards(tmp_path / name, shards=count)), batch_size=1, seed=0)
+        for name, count in (("a", 2), ("b", 2), ("c", 3))
+    ]
+    sources[1].load_state_dict(sources[0].state_dict())
+    with pytest.raises(ValueError, match="checksum of the files"):
+        sources[2].load_state_dict(sources[0].state_dict())
+
+
+def test_a_data_set_of_the_hub_that_cannot_be_reached_is_named() -> None:
+    [found] = problems(small("datasets", "nobody/nothing"))
+    assert found.startswith("data.path='nobody/nothing' cannot be opened as a data set (")

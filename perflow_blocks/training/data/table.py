@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +51,7 @@ class TableRecords:
         if config.max_samples is not None:
             dataset = dataset.select(range(min(config.max_samples, len(dataset))))
         if len(dataset) == 0:
-            raise ValueError(f"split {config.split!r} of the data set {config.path!r} has no rows; name another one.")
+            raise _no_rows(config)
         return cls(dataset, columns, _where(config))
 
     def __len__(self) -> int:
@@ -94,7 +96,8 @@ class TableStream:
         elif dataset.num_shards >= num_processes:
             # Splitting before shuffling keeps each process to its files, in whatever epoch the others are.
             dataset, turns = dataset.shard(num_processes, process_index, contiguous=False), (0, 1)
-        dataset = dataset.shuffle(seed=seed, buffer_size=config.shuffle_buffer)
+        # One file at a time: reading several at once, `datasets` waits five seconds at the end of every epoch.
+        dataset = dataset.shuffle(seed=seed, buffer_size=config.shuffle_buffer, max_buffer_input_shards=1)
         return cls(dataset, columns, turns, _where(config))
 
     def read(self, epoch: int, skips: Skips) -> Iterator[StreamSample]:
@@ -116,9 +119,10 @@ class TableStream:
 
 def table_problems(config: DataConfig) -> list[str]:
     """What keeps a data set from being used, found from its columns; nothing but its first rows is read."""
+    # A stream knows no slices such as "train[:10]+test", and the columns are those of the first split.
+    whole = replace(config, split=re.split(r"[\[+]", config.split)[0])
     try:
-        dataset = _load(config, streaming=True)
-        _stream_columns(dataset, config)
+        _stream_columns(_load(whole, streaming=True), whole)
     except ValueError as error:
         return str(error).splitlines()
     return []
@@ -165,10 +169,14 @@ def _format(path: Path) -> str:
 
 
 def _stream_columns(dataset: IterableDataset, config: DataConfig) -> tuple[str, str]:
-    names = dataset.column_names or list(next(iter(dataset), {}))
-    if not names:
-        raise ValueError(f"split {config.split!r} of the data set {config.path!r} has no rows; name another one.")
-    return _columns(dataset.features, names, config)
+    first_row = next(iter(dataset.decode(False)), None)  # a bad first picture is no reason to stop
+    if first_row is None:
+        raise _no_rows(config)
+    return _columns(dataset.features, list(first_row), config)
+
+
+def _no_rows(config: DataConfig) -> ValueError:
+    return ValueError(f"data.split={config.split!r} of the data set {config.path!r} has no rows; name another one.")
 
 
 def _columns(features: Any, names: list[str], config: DataConfig) -> tuple[str, str]:
