@@ -76,6 +76,7 @@ class TableStream:
 
     def __init__(self, dataset: IterableDataset, columns: tuple[str, str], turns: tuple[int, int], where: str) -> None:
         """`turns` are the number of the first row to take, and the step to the next one."""
+        self.checksum = zlib.crc32(f"{dataset.num_shards} {columns}".encode())
         self._dataset, self._columns, self._turns, self._where = dataset, columns, turns, where
 
     @classmethod
