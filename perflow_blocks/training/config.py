@@ -254,7 +254,14 @@ class OutputConfig(Section):
         tracker: "tensorboard" or "wandb", by accelerate.
         resume: "latest" checkpoint in the directory (from the beginning where there is none), or the path of one.
         num_inference_steps: that the recipe recommends; by default one a window.
-        delta_dtype: in which the delta is stored.
+        delta_dtype: in which the delta and its LoRA forms are stored, and weights that go into the workflow.
+        validation_every: updates between two validations, each a sheet of pictures (teacher beside student) and the
+            windows' straightness; there is one before the first update too, and one after the last. None for none.
+        validation_prompts: what the sheets show.
+        validation_steps: of the student; by default about 1, 1.5 and 2 for each window.
+        validation_teacher_steps: of the teacher.
+        workflow: write a workflow repository at the end (SDXL). One with a teacher from the Hub refers to it; any
+            other holds the teacher's weights.
     """
 
     directory: str
@@ -265,12 +272,22 @@ class OutputConfig(Section):
     resume: str | None = None
     num_inference_steps: int | None = None
     delta_dtype: DTypeName = "float16"
+    validation_every: int | None = None
+    validation_prompts: tuple[str, ...] = ()
+    validation_steps: tuple[int, ...] | None = None
+    validation_teacher_steps: int = 50
+    workflow: bool = True
 
     def problems(self) -> Iterator[str]:
         if not self.directory.strip():
             yield "output.directory is empty; name a directory."
-        counts = ("checkpoint_every", "keep_checkpoints", "log_every", "num_inference_steps")
+        counts = ("checkpoint_every", "keep_checkpoints", "log_every", "num_inference_steps", "validation_every")
         yield from at_least(1, **{f"output.{name}": getattr(self, name) for name in counts})
+        yield from at_least(1, **{"output.validation_teacher_steps": self.validation_teacher_steps})
+        if self.validation_every is not None and not self.validation_prompts:
+            yield "output.validation_every needs output.validation_prompts; pass a few prompts, or leave it out."
+        if self.validation_steps == ():
+            yield "output.validation_steps is empty; name numbers of steps, or leave it out."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,6 +315,9 @@ def cross_problems(sections: Mapping[str, object]) -> Iterator[str]:
             yield f"loss.window_weights has {len(loss.window_weights)} weights for {count} windows; pass {count}."
         if isinstance(output, OutputConfig) and output.num_inference_steps is not None:
             yield from at_least(count, **{"output.num_inference_steps": output.num_inference_steps})
+        if isinstance(output, OutputConfig):
+            steps = enumerate(output.validation_steps or ())
+            yield from at_least(count, **{f"output.validation_steps[{i}]": number for i, number in steps})
         teacher = sections.get("teacher")
         if isinstance(teacher, TeacherConfig):
             yield from _solver_problems(windows.tile(), teacher.steps_per_window)

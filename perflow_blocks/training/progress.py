@@ -128,23 +128,27 @@ class MetricsFile:
     Args:
         directory: of the output.
         step: from where the training goes on; readings beyond are of a run that was broken off, and go.
+        name: of the file.
     """
 
-    def __init__(self, directory: Path, step: int) -> None:
-        self._path = directory / METRICS
-        kept = [line for line in self._lines() if line["step"] <= step]
+    def __init__(self, directory: Path, step: int, name: str = METRICS) -> None:
+        self._path = directory / name
+        kept = [line for line in read_lines(self._path) if line["step"] <= step]
         directory.mkdir(parents=True, exist_ok=True)
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         temporary.replace(self._path)
 
-    def append(self, progress: Progress) -> None:
+    def append(self, reading: Any) -> None:
+        """Adds a dataclass that has a `step`."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(progress)) + "\n")
+            file.write(json.dumps(asdict(reading)) + "\n")
 
-    def _lines(self) -> list[dict[str, Any]]:
-        if not self._path.exists():
-            return []
-        text = self._path.read_text(encoding="utf-8")
-        complete = text[: text.rfind("\n") + 1]  # a run that was killed may have left half a line
-        return [json.loads(line) for line in complete.splitlines()]
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What a `MetricsFile` wrote; nothing where there is no file."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    complete = text[: text.rfind("\n") + 1]  # a run that was killed may have left half a line
+    return [json.loads(line) for line in complete.splitlines()]

@@ -62,6 +62,17 @@ def recipe_of(session: Session) -> DeltaRecipe:
     )
 
 
+def make_scheduler(session: Session) -> PeRFlowScheduler:
+    """The scheduler that the student is sampled with."""
+    recipe = recipe_of(session)
+    return PeRFlowScheduler.from_scheduler(
+        dict(session.source.scheduler_config),
+        prediction_type=recipe.prediction_type,
+        num_time_windows=recipe.num_time_windows,
+        window_boundaries=recipe.window_boundaries,
+    )
+
+
 def student_state(session: Session) -> dict[str, Tensor]:
     """The student's state by the bare UNet's names, with averaged weights where there are. Every process calls it."""
     state: dict[str, Tensor] = session.accelerator.get_state_dict(session.student)
@@ -91,13 +102,7 @@ def write_result(session: Session, steps: int, metrics: Path) -> TrainingResult:
         elif result.student is not None:
             _write_full(session, state, result.student, result.delta, recipe)
         with atomic_directory(result.scheduler) as temporary:
-            scheduler = PeRFlowScheduler.from_scheduler(
-                dict(session.source.scheduler_config),
-                prediction_type=recipe.prediction_type,
-                num_time_windows=recipe.num_time_windows,
-                window_boundaries=recipe.window_boundaries,
-            )
-            scheduler.save_pretrained(temporary)
+            make_scheduler(session).save_pretrained(temporary)
     session.accelerator.wait_for_everyone()
     return result
 

@@ -147,11 +147,14 @@ def _place(model: torch.nn.Module, device: torch.device, offload: bool) -> Calla
     return None
 
 
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether each process holds a part of the student's weights only."""
+    plugin = accelerator.state.deepspeed_plugin
+    return accelerator.distributed_type == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3)
+
+
 def _make_ema(accelerator: Accelerator, student: Any, decay: float) -> EMAModel | None:
-    sharded = accelerator.distributed_type == DistributedType.FSDP or (
-        accelerator.state.deepspeed_plugin is not None and accelerator.state.deepspeed_plugin.zero_stage == 3
-    )
-    if decay and sharded:
+    if decay and is_sharded(accelerator):
         raise ValueError(
             f"optimizer.ema_decay={decay} needs all weights in every process, and here each holds a part; pass 0."
         )

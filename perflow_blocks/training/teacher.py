@@ -8,7 +8,7 @@ import torch
 from accelerate import cpu_offload_with_hook
 from torch import Tensor
 
-from ..core.parameterization import WindowAlpha
+from ..core.parameterization import Scalar, WindowAlpha
 from ..schedulers import PFODESolver
 from ..schedulers.conditioning import Conditioning
 from .conditioning import PromptEncoder, TextRow, cast
@@ -45,13 +45,50 @@ class Teacher:
         self._solver = PFODESolver(scheduler)
         self._num_windows = geometry.solver_windows(config.steps_per_window)
 
-    @torch.no_grad()
     def solve(self, z_start: Tensor, window: WindowAlpha, rows: list[TextRow], time_ids: Tensor) -> Tensor:
         """The ends (batch, channels, height, width) of windows that begin at `z_start`, for a prompt each.
 
         Under "fixed" guidance a prompt that was dropped is solved like any other: guidance from it to itself is none.
         """
-        scale = self.config.guidance_scale if self.config.cfg_mode == "fixed" else 1.0
+        return self._solve(z_start, window.start, window.end, rows, time_ids, self.config.steps_per_window)
+
+    def path(
+        self,
+        z_start: Tensor,
+        times: Tensor,
+        rows: list[TextRow],
+        time_ids: Tensor,
+        guidance_scale: float | None = None,
+    ) -> Tensor:
+        """The points (steps + 1, batch, channels, height, width) of a solve with a DDIM step between two times.
+
+        Args:
+            z_start: at the first time.
+            times: (steps + 1, batch), descending.
+            rows: a prompt each.
+            time_ids: of the pictures.
+            guidance_scale: by default that of `solve`.
+        """
+        points = [z_start]
+        for start, end in zip(times[:-1], times[1:], strict=True):
+            points.append(self._solve(points[-1], start, end, rows, time_ids, None, guidance_scale))
+        return torch.stack(points)
+
+    @torch.no_grad()
+    def _solve(
+        self,
+        z_start: Tensor,
+        start: Scalar,
+        end: Scalar,
+        rows: list[TextRow],
+        time_ids: Tensor,
+        steps: int | None,
+        guidance_scale: float | None = None,
+    ) -> Tensor:
+        """By the steps of a window, or for None in one step of any length."""
+        scale = guidance_scale
+        if scale is None:
+            scale = self.config.guidance_scale if self.config.cfg_mode == "fixed" else 1.0
         dtype = getattr(torch, self.config.dtype)
         positive = cast(self.encoder.conditioning(rows, time_ids), dtype)
         negative: Conditioning | None = None
@@ -60,13 +97,13 @@ class Teacher:
         z_end = self._solver.solve_conditioned(
             z_start,
             self._unet,
-            torch.as_tensor(window.start),
-            torch.as_tensor(window.end),
+            torch.as_tensor(start),
+            torch.as_tensor(end),
             positive,
             negative,
             guidance_scale=scale,
-            num_steps=self.config.steps_per_window,
-            num_windows=self._num_windows,
+            num_steps=steps or 1,
+            num_windows=None if steps is None else self._num_windows,
         )
         if self._offload is not None:
             self._offload()
