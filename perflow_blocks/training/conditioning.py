@@ -55,19 +55,21 @@ class PromptEncoder:
         self._device = device
         self._added_conditions = added_conditions
         self._cache = TextCache(cache)
-        self.empty: TextRow = self._encode([""])[1][0]
+        self.empty: TextRow = self._encode("", negative=True)
         """The prompt of nothing, as the pipeline takes it for guidance: of SDXL mostly zeros."""
 
     def rows(self, prompts: Sequence[str]) -> list[TextRow]:
-        """A row for each prompt; those that are not kept are encoded together, each once."""
-        known = {prompt: row for prompt in prompts if (row := self._cache.get(prompt)) is not None}
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
-        if missing:
-            fresh = dict(zip(missing, self._encode(missing)[0], strict=True))
-            for prompt, row in fresh.items():
-                self._cache.put(prompt, row)
-            known |= fresh
-        return [known[prompt] for prompt in prompts]
+        """A row for each prompt. Each is encoded by itself, as its rounding depends on what else is in a batch, and a
+        run that is resumed, with nothing kept, has to get the same.
+        """
+        return [self._row(prompt) for prompt in prompts]
+
+    def _row(self, prompt: str) -> TextRow:
+        row = self._cache.get(prompt)
+        if row is None:
+            row = self._encode(prompt)
+            self._cache.put(prompt, row)
+        return row
 
     def conditioning(self, rows: Sequence[TextRow], time_ids: Tensor) -> Conditioning:
         """Conditions (batch, ...) from a row for each prompt; `time_ids` (batch, 6) count for SDXL."""
@@ -89,16 +91,14 @@ class PromptEncoder:
         return torch.tensor(rows, dtype=torch.float32).to(self._device, non_blocking=True)
 
     @torch.no_grad()
-    def _encode(self, prompts: list[str]) -> tuple[list[TextRow], list[TextRow]]:
-        """Rows of the prompts, and of the empty prompt for each."""
+    def _encode(self, prompt: str, *, negative: bool = False) -> TextRow:
+        """A prompt, or what guidance leads away from when there is no negative prompt."""
         found = self._pipeline.encode_prompt(
-            prompt=prompts, device=self._device, num_images_per_prompt=1, do_classifier_free_guidance=True
+            prompt=[prompt], device=self._device, num_images_per_prompt=1, do_classifier_free_guidance=negative
         )
-        if self._added_conditions:
-            embeds, empty, pooled, empty_pooled = found
-            return _rows(embeds, pooled), _rows(empty, empty_pooled)
-        embeds, empty = found
-        return _rows(embeds, None), _rows(empty, None)
+        # Positive and negative embeddings, and for SDXL then the same pooled.
+        own = found[int(negative) :: 2]
+        return TextRow(own[0][0], own[1][0] if self._added_conditions else None)
 
 
 def batch_time_ids(encoder: PromptEncoder, batch: TrainingBatch) -> Tensor:
@@ -112,9 +112,3 @@ def cast(conditioning: Conditioning, dtype: torch.dtype) -> Conditioning:
         added={name: value if name == "time_ids" else value.to(dtype) for name, value in conditioning.added.items()},
     )
 
-
-def _rows(embeds: Tensor, pooled: Tensor | None) -> list[TextRow]:
-    # Copies, so that a row that is kept does not keep its batch.
-    return [
-        TextRow(row.clone(), None if pooled is None else pooled[index].clone()) for index, row in enumerate(embeds)
-    ]

@@ -139,12 +139,14 @@ def _value(kind: Any, value: Any) -> Any:
         ValidationError: the value is not of the type.
     """
     adapter = TypeAdapter(kind)
-    if isinstance(value, _Text):
+    if not isinstance(value, _Text):
+        return adapter.validate_json(json.dumps(value, default=str), strict=True)
+    for reading in (None, "null") if value == "null" else (str(value),):
         try:
-            return adapter.validate_python(str(value), strict=True)
+            return adapter.validate_python(reading, strict=True)
         except ValidationError:
-            return adapter.validate_json(value, strict=True)
-    return adapter.validate_json(json.dumps(value, default=str), strict=True)
+            continue
+    return adapter.validate_json(value, strict=True)
 
 
 def _sentence(key: str, value: Any, detail: Any) -> str:

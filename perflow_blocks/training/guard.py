@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from statistics import median
+from statistics import median, quantiles
 
 from .config import DistillConfig
 
 EXPLOSION = 10.0
-"""A recent loss of this many times the usual one is an explosion."""
-_RECENT = 10  # losses; single ones jump, as windows differ in their losses
+"""Recent losses of this many times the usual ones are an explosion."""
+_RECENT = 10  # losses; single ones jump, as windows differ in their losses by orders of magnitude
 _HISTORY = 200
 _LEAST = 20  # losses before there is a usual one
 
@@ -47,7 +47,7 @@ class DivergenceGuard:
             kept: where the training can go on from, for the message.
 
         Raises:
-            DivergenceError: a loss or norm is not finite, or the losses exploded.
+            DivergenceError: a loss or norm is not finite, or most of the recent losses are far above the usual ones.
         """
         for name, values in (("loss", losses), ("norm of the gradient", norms)):
             for step, value in enumerate(values, start=first):
@@ -56,11 +56,16 @@ class DivergenceGuard:
         for step, loss in enumerate(losses, start=first):
             self._losses.append(loss)
             usual, recent = self.losses[:-_RECENT], self.losses[-_RECENT:]
-            if len(usual) >= _LEAST and median(recent) > EXPLOSION * median(usual):
+            if len(usual) >= _LEAST and median(recent) > max(EXPLOSION * median(usual), _high(usual)):
                 raise DivergenceError(
                     f"the loss exploded to {median(recent):.4g} at step {step}, from {median(usual):.4g}; {kept}. "
                     f"{self._advice}"
                 )
+
+
+def _high(losses: Sequence[float]) -> float:
+    """What one in twenty losses exceeds."""
+    return quantiles(losses, n=20)[-1]
 
 
 def advice(config: DistillConfig) -> str:

@@ -51,13 +51,14 @@ class LatentEncoder:
         return distribution.parameters.float()
 
     def _cached(self, pixels: Tensor) -> Tensor:
-        keys = [hashlib.blake2b(row.contiguous().numpy().data, digest_size=16).digest() for row in pixels]
-        missing = [index for index, key in enumerate(keys) if key not in self._moments]
-        fresh = dict(zip((keys[i] for i in missing), self._encode(pixels[missing]), strict=True)) if missing else {}
-        rows = [fresh[key] if key in fresh else self._moments[key] for key in keys]
-        for key, row in zip(keys, rows, strict=True):
-            self._moments[key] = row.clone() if key in fresh else row
+        """The same, each picture encoded by itself: in a batch its rounding would depend on what else is missing."""
+        rows = []
+        for row in pixels:
+            key = hashlib.blake2b(row.contiguous().numpy().data, digest_size=16).digest()
+            if key not in self._moments:
+                self._moments[key] = self._encode(row[None])[0]
             self._moments.move_to_end(key)
-        while len(self._moments) > self._max_entries:
-            self._moments.popitem(last=False)
+            rows.append(self._moments[key])
+            if len(self._moments) > self._max_entries:
+                self._moments.popitem(last=False)
         return torch.stack(rows)

@@ -112,7 +112,9 @@ class TrajectoryStarts:
                 own = window_endpoint(starts[-1], output, window, geometry.config.prediction_type)
                 following = torch.where(on_policy[:, None, None, None], own.float(), following)
             starts.append(following)
-        points = torch.stack(starts, 1), torch.stack(ends, 1)  # (batch, windows, channels, height, width) each
+        # (batch, windows, channels, height, width) each, laid out as they are when they are read from a file: the
+        # layout decides how the UNet rounds.
+        points = torch.stack(starts, 1).contiguous(), torch.stack(ends, 1).contiguous()
         sizes = zip(batch.original_sizes, batch.crop_tops_lefts, batch.target_sizes, strict=True)
         solved = zip(*points, batch.prompts, drop, sizes, strict=True)
         return [  # copies, so that a trajectory that stays does not keep its batch
