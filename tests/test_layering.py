@@ -31,15 +31,16 @@ LAYERS = {
 }
 SIBLINGS = {
     "hub": {"builder"},
-    "evaluation": {"demo"},
+    "evaluation": {"demo", "training"},
     "demo": {"training"},
     "cli": {"demo", "training", "evaluation"},
 }
 NAMED = {
     ("training/data/demo.py", "demo.pictures"),
     ("training/teacher_source.py", "demo.weights_directory"),
+    ("training/validation.py", "evaluation.sheet"),
 }
-"""Files that may use one name of a sibling: pictures are a data set and weights a teacher that know of no training."""
+"""Files that may use one module of a sibling: pictures are a data set, weights a teacher, sheets any pictures."""
 EXPORTED = {"torch", "diffusers", "transformers", "safetensors", "huggingface_hub", "numpy", "PIL"}
 """Third-party packages that layers 1 to 3 may use; the core has torch alone."""
 

@@ -50,7 +50,9 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def losses(folder: Path) -> list[float]:
-    return [loss for line in (folder / "metrics.jsonl").read_text().splitlines() for loss in json.loads(line)["losses"]]
+    return [
+        loss for line in (folder / "metrics.jsonl").read_text().splitlines() for loss in json.loads(line)["losses"]
+    ]
 
 
 def unet(family: str) -> UNet2DConditionModel:
@@ -203,8 +205,11 @@ def test_only_the_last_checkpoints_stay_and_half_written_ones_are_never_taken(
 
     with monkeypatch.context() as patch, pytest.raises(Broken):
         watch = Watches()
-        watch.updated = lambda session, step: step == 4 and patch.setattr(  # type: ignore[method-assign, assignment]
-            "perflow_blocks.training.checkpoints.to_tree", stop
+        watch.updated = lambda session, step: (
+            step == 4
+            and patch.setattr(  # type: ignore[method-assign, assignment]
+                "perflow_blocks.training.checkpoints.to_tree", stop
+            )
         )
         train(tiny_config(tmp_path, teachers["sd"], **settings), [watch])
     assert sorted(path.name for path in folder.iterdir()) == [".step_00000005.tmp", "step_00000003", "step_00000004"]
@@ -221,9 +226,7 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoint(teachers: dict[str, Path
     train(tiny_config(tmp_path, teachers["sd"]))
     with pytest.raises(DivergenceError, match=r"step_\d+ is kept. To go on, lower optimizer.learning_rate") as caught:
         train(
-            tiny_config(
-                tmp_path, teachers["sd"], output__resume="latest", optimizer__learning_rate=1e18, **settings
-            )
+            tiny_config(tmp_path, teachers["sd"], output__resume="latest", optimizer__learning_rate=1e18, **settings)
         )
     kept = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert [path.name for path in kept] == ["step_00000003", "step_00000006"]
@@ -300,9 +303,7 @@ def test_an_update_reads_nothing_from_the_device(
     # The solver looks at times that lie on the host, which on this machine they all do; so do the counts of AdamW.
     monkeypatch.setattr("perflow_blocks.schedulers.pfode_solver._check_times", lambda *times: None)
     monkeypatch.setattr("accelerate.optimizer.AcceleratedOptimizer.step", lambda self, closure=None: None)
-    session = open_session(
-        tiny_config(tmp_path, teachers["sdxl"], teacher__starts=starts, loss__weighting="endpoint")
-    )
+    session = open_session(tiny_config(tmp_path, teachers["sdxl"], teacher__starts=starts, loss__weighting="endpoint"))
     pairs: Any = session.pairs
     pairs._batches = iter([next(pairs._batches)] * 4)
     run = _Run(session, [])
@@ -337,5 +338,3 @@ def test_half_precision_stays_near(teachers: dict[str, Path], tmp_path: Path) ->
 def _student(result: TrainingResult) -> dict[str, torch.Tensor]:
     assert result.student is not None
     return load_file(result.student / "diffusion_pytorch_model.safetensors")
-
-

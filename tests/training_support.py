@@ -112,9 +112,7 @@ def toy_teacher(
     unet: Any, windows: WindowConfig | None = None, prediction_type: str = "epsilon", **settings: Any
 ) -> Teacher:
     geometry = WindowGeometry(windows or WindowConfig(), SCHEDULE)
-    scheduler = DDIMScheduler(
-        **BETAS, clip_sample=False, set_alpha_to_one=False, prediction_type=prediction_type
-    )
+    scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, prediction_type=prediction_type)
     return Teacher(unet, scheduler, PlainEncoder(), geometry, TeacherConfig(**settings))  # type: ignore[arg-type]
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from ..training.config import DistillConfig
+    from ..training.distillation import Evaluation
     from ..training.loop import Observer
 
 
@@ -25,13 +28,17 @@ def distill(
 
     quiet_libraries()
     from ..training.config_file import load_config
-    from ..training.loop import train
+    from ..training.distillation import distill as run
     from ..training.preflight import preflight
 
     settings = load_config(config, overrides, inspect=preflight)
-    result = train(settings, [_observer()])
-    for path in (result.student, result.lora, result.delta, result.scheduler):
-        if path is not None and _is_main_process():
+    done = run(settings, [_observer()], _evaluation(settings))
+    result, outputs = done.result, done.outputs
+    if outputs is None:
+        return
+    loras = (outputs.lora, outputs.lora_kohya, outputs.lora_residual)
+    for path in (result.student, result.delta, result.scheduler, *loras, outputs.workflow, done.report):
+        if path is not None:
             typer.echo(path)
 
 
@@ -54,6 +61,23 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
             value = left.pop(0)
         found[name] = value
     return found
+
+
+def _evaluation(settings: DistillConfig) -> Evaluation | None:
+    """What measures the student, which needs packages of its own.
+
+    Raises:
+        ValueError: the packages are missing.
+    """
+    if not settings.output.evaluation_prompts:
+        return None
+    if find_spec("torchmetrics") is None:
+        raise ValueError(
+            'output.evaluation_prompts needs torchmetrics; install it with pip install "perflow-blocks[eval]".'
+        )
+    from ..evaluation.distilled import evaluate_distilled
+
+    return evaluate_distilled
 
 
 def _is_main_process() -> bool:

@@ -1,8 +1,8 @@
 """How far a path is from a straight line: the quantity that rectified flow makes small.
 
-Rectified flow (arXiv 2209.03003, section 2) calls S(Z) = int_0^1 E ||(Z_1 - Z_0) - dZ_t/dt||^2 dt the straightness of a
-flow; 0 means that it moves along straight lines at constant speed, so that one Euler step solves it exactly. Piecewise
-rectified flow (arXiv 2405.07510) wants this in each window from s (start) to e (end):
+Rectified flow (arXiv 2209.03003, section 2) calls S(Z) = int_0^1 E ||(Z_1 - Z_0) - dZ_t/dt||^2 dt the straightness of
+a flow; 0 means that it moves along straight lines at constant speed, so that one Euler step solves it exactly.
+Piecewise rectified flow (arXiv 2405.07510) wants this in each window from s (start) to e (end):
 
     S = 1/|e - s| int E ||(z_e - z_s)/(e - s) - dz_t/dt||^2 dt,
 
@@ -11,6 +11,7 @@ here beside E ||(z_e - z_s)/(e - s)||^2, the squared speed along the chord, whic
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -73,7 +74,7 @@ def student_path(
     """
     times = window_times(window, num_steps)
     points = [z_start]
-    for t, following in zip(times[:-1], times[1:], strict=True):
+    for t, following in itertools.pairwise(times):
         z_end = window_endpoint(points[-1], predict(points[-1], t), window, prediction_type, t)
         share = (following - t) / (torch.as_tensor(window.end) - t)
         points.append(weighted_sum(points[-1], z_end, 1.0 - share, share))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from ..core.parameterization import PredictionType
 from ..core.windows import TimeWindows, tile_windows
-from .data.config import DataConfig, value_problems
+from .data.config import DEMO_PICTURE_SIZE, DataConfig, value_problems
 from .rules import ConfigError, at_least, not_negative, positive, share, share_below_one
 
 DTypeName = Literal["float32", "float16", "bfloat16"]
@@ -262,6 +263,7 @@ class OutputConfig(Section):
         validation_teacher_steps: of the teacher.
         workflow: write a workflow repository at the end (SDXL). One with a teacher from the Hub refers to it; any
             other holds the teacher's weights.
+        evaluation_prompts: prompts of the report's table of quality, for the demo's pictures; 0 for no table.
     """
 
     directory: str
@@ -277,6 +279,7 @@ class OutputConfig(Section):
     validation_steps: tuple[int, ...] | None = None
     validation_teacher_steps: int = 50
     workflow: bool = True
+    evaluation_prompts: int = 0
 
     def problems(self) -> Iterator[str]:
         if not self.directory.strip():
@@ -284,6 +287,8 @@ class OutputConfig(Section):
         counts = ("checkpoint_every", "keep_checkpoints", "log_every", "num_inference_steps", "validation_every")
         yield from at_least(1, **{f"output.{name}": getattr(self, name) for name in counts})
         yield from at_least(1, **{"output.validation_teacher_steps": self.validation_teacher_steps})
+        if self.evaluation_prompts != 0:
+            yield from at_least(2, **{"output.evaluation_prompts": self.evaluation_prompts})
         if self.validation_every is not None and not self.validation_prompts:
             yield "output.validation_every needs output.validation_prompts; pass a few prompts, or leave it out."
         if self.validation_steps == ():
@@ -324,9 +329,21 @@ def cross_problems(sections: Mapping[str, object]) -> Iterator[str]:
     teacher, data = sections.get("teacher"), sections.get("data")
     if isinstance(data, DataConfig):
         yield from value_problems(data)
+        if isinstance(output, OutputConfig) and output.evaluation_prompts and not _of_the_demo(sections):
+            yield (
+                "output.evaluation_prompts is for data.kind='demo' at data.resolution=64 and a teacher in a directory; "
+                "leave it out."
+            )
     if isinstance(teacher, TeacherConfig) and isinstance(data, DataConfig):
         if teacher.starts == "noised" and data.kind == "prompts":
             yield "data.kind='prompts' has no pictures to noise; pass teacher.starts=trajectory, or pictures."
+
+
+def _of_the_demo(sections: Mapping[str, object]) -> bool:
+    """Whether the judge of the demo's pictures can judge those of this training."""
+    model, data = sections.get("model"), sections.get("data")
+    local = not isinstance(model, ModelConfig) or model.teacher == "demo" or Path(model.teacher).expanduser().is_dir()
+    return isinstance(data, DataConfig) and data.kind == "demo" and data.resolution == DEMO_PICTURE_SIZE and local
 
 
 def _solver_problems(windows: TimeWindows, steps: int) -> Iterator[str]:

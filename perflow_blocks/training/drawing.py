@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import ClassifierFreeGuidance, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
@@ -94,7 +94,7 @@ class Painter:
             unet=student,
             vae=vae,
             scheduler=self._scheduler,
-            guider=ClassifierFreeGuidance(guidance_scale=self._guidance_scale),
+            guidance_scale=self._guidance_scale,
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

@@ -88,6 +88,10 @@ class Meter:
         """Updates that were not read yet."""
         return len(self._losses)
 
+    def leave_out(self, seconds: float) -> None:
+        """Takes time for other things, such as validation, out of the speed."""
+        self._since += seconds
+
     def add(self, micro: StepLoss, rows: int) -> None:
         """Takes in a micro-step of this process."""
         self._micro.append(micro.loss.detach().float())

@@ -2,7 +2,8 @@
 
 The loss says how far the student's outputs are from the teacher's lines at points on those lines. What sampling needs
 is another thing: that the path the student takes is straight (`core.straightness`; arXiv 2209.03003, section 2), since
-then more steps change nothing, and that it ends where the teacher's does. Both are measured on fixed prompts and noise.
+then more steps change nothing, and that it ends where the teacher's does. Both are measured on fixed prompts and
+noise.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class Teacher:
             guidance_scale: by default that of `solve`.
         """
         points = [z_start]
-        for start, end in zip(times[:-1], times[1:], strict=True):
+        for start, end in itertools.pairwise(times):
             points.append(self._solve(points[-1], start, end, rows, time_ids, None, guidance_scale))
         return torch.stack(points)
 

@@ -45,6 +45,11 @@ class TeacherSource:
     vae_config: Mapping[str, Any]
 
     @property
+    def on_hub(self) -> bool:
+        """Whether its parts are in a repository of the Hub, which others can read too."""
+        return self.single_file is None and not Path(self.location).expanduser().exists()
+
+    @property
     def vae_factor(self) -> int:
         """Pixels per latent along a side."""
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
@@ -95,14 +100,15 @@ class TeacherSource:
         for encoder in encoders.values():
             encoder.eval().requires_grad_(False)
         return self.family.pipeline(
-            **encoders, **tokenizers, **absent, scheduler=self.scheduler(), **self._pipeline_settings()
+            **encoders, **tokenizers, **absent, scheduler=self.scheduler(), **self.pipeline_settings()
         )
 
     @property
     def _where(self) -> dict[str, Any]:
         return {"revision": self.revision, "variant": self.variant}
 
-    def _pipeline_settings(self) -> dict[str, Any]:
+    def pipeline_settings(self) -> dict[str, Any]:
+        """What the family's pipeline is made with beside its parts."""
         if self.family is not SDXL:
             return {"requires_safety_checker": False}
         zeros = _index(self.location, self.revision).get("force_zeros_for_empty_prompt", True)

@@ -1,4 +1,4 @@
-"""Looking at the student while it is trained: a sheet of pictures beside the teacher's, and how straight its paths are."""
+"""Looking at the student while it is trained: pictures beside the teacher's, and how straight its paths are."""
 
 from __future__ import annotations
 
