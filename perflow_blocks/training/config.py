@@ -331,8 +331,8 @@ def cross_problems(sections: Mapping[str, object]) -> Iterator[str]:
         yield from value_problems(data)
         if isinstance(output, OutputConfig) and output.evaluation_prompts and not _of_the_demo(sections):
             yield (
-                "output.evaluation_prompts is for data.kind='demo' at data.resolution=64 and a teacher in a directory; "
-                "leave it out."
+                "output.evaluation_prompts is for data.kind='demo' at data.resolution=64 and a teacher in a "
+                "directory; leave it out."
             )
     if isinstance(teacher, TeacherConfig) and isinstance(data, DataConfig):
         if teacher.starts == "noised" and data.kind == "prompts":

@@ -157,7 +157,7 @@ def _draw(metrics: Lines, readings: Lines, directory: Path) -> dict[str, str]:
     """Links to the plots by their names."""
     links: dict[str, str] = {}
 
-    def plot(name: str, curves: dict[str, Curve], label: str, **options: Any) -> None:
+    def plot(name: str, curves: Mapping[str, Curve], label: str, **options: Any) -> None:
         save_plot(directory / PLOTS / f"{name}.png", curves, label=label, **options)
         links[name] = f"![{label}]({PLOTS}/{name}.png)"
 
