@@ -73,7 +73,8 @@ class IndexedSource:
 
     An epoch is settled by the seed, its number, the samples, and the rows of all processes together; each process
     takes its rows of every group. So within an epoch processes share no sample (unless there are fewer than one
-    group), have equally many batches, and work in the same bucket at the same time. Taking up a position reads nothing.
+    group), have equally many batches, and work in the same bucket at the same time. A position is an epoch and a
+    number of batches; taking it up reads nothing.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from .position import Position
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A batch (None if none of its pictures can be decoded), the position behind it, and what was bad, with reasons."""
+    """A batch (None if none of its pictures can be decoded), the position behind it, and what was bad and why."""
 
     batch: TrainingBatch | None
     after: Position

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import zlib
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .config import CAPTION_NAMES, DataConfig
@@ -31,6 +32,7 @@ class ShardStream:
     def __init__(
         self, urls: list[str], config: DataConfig, *, seed: int, process_index: int, num_processes: int
     ) -> None:
+        self.checksum = zlib.crc32(" ".join(PurePosixPath(url).name for url in urls).encode())
         self._urls = urls
         self._config = config
         self._seed, self._process_index, self._num_processes = seed, process_index, num_processes

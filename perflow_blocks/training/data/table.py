@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +51,7 @@ class TableRecords:
         if config.max_samples is not None:
             dataset = dataset.select(range(min(config.max_samples, len(dataset))))
         if len(dataset) == 0:
-            raise ValueError(f"split {config.split!r} of the data set {config.path!r} has no rows; name another one.")
+            raise _no_rows(config)
         return cls(dataset, columns, _where(config))
 
     def __len__(self) -> int:
@@ -67,11 +70,14 @@ class TableRecords:
 class TableStream:
     """This process's part of a data set that is read while training.
 
-    With at least as many files as processes each has files of its own; otherwise all read everything and take turns.
+    With at least as many files as processes each has files of its own. Otherwise, or where `max_samples` limits all of
+    them together, every process reads everything and they take turns.
     """
 
-    def __init__(self, dataset: IterableDataset, columns: tuple[str, str], where: str) -> None:
-        self._dataset, self._columns, self._where = dataset, columns, where
+    def __init__(self, dataset: IterableDataset, columns: tuple[str, str], turns: tuple[int, int], where: str) -> None:
+        """`turns` are the number of the first row to take, and the step to the next one."""
+        self.checksum = zlib.crc32(f"{dataset.num_shards} {columns}".encode())
+        self._dataset, self._columns, self._turns, self._where = dataset, columns, turns, where
 
     @classmethod
     def open(cls, config: DataConfig, *, seed: int, process_index: int, num_processes: int) -> TableStream:
@@ -81,24 +87,25 @@ class TableStream:
             ValueError: no such data set, split or column, or it is empty.
         """
         from datasets import Image
-        from datasets.distributed import split_dataset_by_node
 
         dataset = _load(config, streaming=True)
         columns = _stream_columns(dataset, config)
         dataset = dataset.select_columns(list(columns)).cast_column(columns[0], Image(decode=False))
-        if config.max_samples is None and dataset.num_shards >= num_processes:
+        turns = (process_index, num_processes)
+        if config.max_samples is not None:
+            dataset = dataset.take(config.max_samples)
+        elif dataset.num_shards >= num_processes:
             # Splitting before shuffling keeps each process to its files, in whatever epoch the others are.
-            dataset = dataset.shard(num_processes, process_index, contiguous=False)
-        else:
-            dataset = dataset if config.max_samples is None else dataset.take(config.max_samples)
-            dataset = split_dataset_by_node(dataset, process_index, num_processes, strategy="examples")
-        dataset = dataset.shuffle(seed=seed, buffer_size=config.shuffle_buffer)
-        return cls(dataset, columns, _where(config))
+            dataset, turns = dataset.shard(num_processes, process_index, contiguous=False), (0, 1)
+        # One file at a time: reading several at once, `datasets` waits five seconds at the end of every epoch.
+        dataset = dataset.shuffle(seed=seed, buffer_size=config.shuffle_buffer, max_buffer_input_shards=1)
+        return cls(dataset, columns, turns, _where(config))
 
     def read(self, epoch: int, skips: Skips) -> Iterator[StreamSample]:
         image, caption = self._columns
         self._dataset.set_epoch(epoch)
-        for row in self._dataset:
+        first, step = self._turns
+        for row in islice(self._dataset, first, None, step):
             picture: StoredPicture | BadPicture
             try:
                 picture = _stored(row[image])
@@ -113,9 +120,10 @@ class TableStream:
 
 def table_problems(config: DataConfig) -> list[str]:
     """What keeps a data set from being used, found from its columns; nothing but its first rows is read."""
+    # A stream knows no slices such as "train[:10]+test", and the columns are those of the first split.
+    whole = replace(config, split=re.split(r"[\[+]", config.split)[0])
     try:
-        dataset = _load(config, streaming=True)
-        _stream_columns(dataset, config)
+        _stream_columns(_load(whole, streaming=True), whole)
     except ValueError as error:
         return str(error).splitlines()
     return []
@@ -162,10 +170,14 @@ def _format(path: Path) -> str:
 
 
 def _stream_columns(dataset: IterableDataset, config: DataConfig) -> tuple[str, str]:
-    names = dataset.column_names or list(next(iter(dataset), {}))
-    if not names:
-        raise ValueError(f"split {config.split!r} of the data set {config.path!r} has no rows; name another one.")
-    return _columns(dataset.features, names, config)
+    first_row = next(iter(dataset.decode(False)), None)  # a bad first picture is no reason to stop
+    if first_row is None:
+        raise _no_rows(config)
+    return _columns(dataset.features, list(first_row), config)
+
+
+def _no_rows(config: DataConfig) -> ValueError:
+    return ValueError(f"data.split={config.split!r} of the data set {config.path!r} has no rows; name another one.")
 
 
 def _columns(features: Any, names: list[str], config: DataConfig) -> tuple[str, str]:
