@@ -198,7 +198,7 @@ def test_mistakes_are_all_told_and_nothing_is_written(run: Run, tmp_path: Path) 
 def test_settings_of_the_command_line() -> None:
     got = parse_overrides(["--a.b", "-1", "--c.d=x=y", "--e.f", "--g.h"])
     assert got == {"a.b": "-1", "c.d": "x=y", "e.f": "--g.h"}
-    with pytest.raises(ValueError, match="--a.b has no value"):
+    with pytest.raises(ValueError, match=r"--a\.b has no value"):
         parse_overrides(["--a.b"])
     for wrong in ("a.b", "--ab", "-a.b"):
         with pytest.raises(ValueError, match="is no setting"):

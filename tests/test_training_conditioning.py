@@ -104,7 +104,12 @@ def test_latents_are_the_vae_s_scaled_and_kept_by_their_pixels(monkeypatch: pyte
         torch.testing.assert_close(got, expected)
     encoded: list[int] = []
     original = kept._encode
-    monkeypatch.setattr(kept, "_encode", lambda rows: encoded.append(len(rows)) or original(rows))
+
+    def encode(rows: torch.Tensor) -> torch.Tensor:
+        encoded.append(len(rows))
+        return original(rows)
+
+    monkeypatch.setattr(kept, "_encode", encode)
     kept.encode(pixels[1:], torch.Generator())
     assert encoded == []
     kept.encode(pixels[:1], torch.Generator())

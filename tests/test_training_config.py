@@ -163,9 +163,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ({"optimizer.learning_rate": "NaN"}, "optimizer.learning_rate=nan is no finite number above 0"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(
-    overrides: dict[str, str], message: str, tmp_path: Path
-) -> None:
+def test_what_does_not_fit_together_is_refused(overrides: dict[str, str], message: str, tmp_path: Path) -> None:
     found = problems(write(tmp_path, json.dumps(TREE)), overrides)
     assert any(message in problem for problem in found), found
 

@@ -50,7 +50,9 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def losses(folder: Path) -> list[float]:
-    return [loss for line in (folder / "metrics.jsonl").read_text().splitlines() for loss in json.loads(line)["losses"]]
+    return [
+        loss for line in (folder / "metrics.jsonl").read_text().splitlines() for loss in json.loads(line)["losses"]
+    ]
 
 
 def unet(family: str) -> UNet2DConditionModel:
@@ -126,7 +128,7 @@ def test_full_students_of_every_kind_of_teacher(
 
 
 def test_a_lora_student_is_its_delta_and_its_checkpoints_are_small(teachers: dict[str, Path], tmp_path: Path) -> None:
-    settings = {"model__student": "lora", "model__lora_rank": 4, "output__delta_dtype": "float32"}
+    settings: dict[str, Any] = {"model__student": "lora", "model__lora_rank": 4, "output__delta_dtype": "float32"}
     result = train(tiny_config(tmp_path, teachers["sdxl"], optimizer__learning_rate=0.05, **settings))
     assert result.student is None and result.lora is not None
     checkpoint = list_checkpoints(result.directory / "checkpoints")[-1]
@@ -187,7 +189,11 @@ def test_a_run_without_resume_never_touches_another_s_checkpoints(teachers: dict
 def test_longer_and_slower_may_be_gone_on_with(teachers: dict[str, Path], tmp_path: Path) -> None:
     train(tiny_config(tmp_path, teachers["sd"]))
     watch = Watches()
-    settings = {"optimizer__max_steps": 8, "optimizer__learning_rate": 1e-4, "output__resume": "latest"}
+    settings: dict[str, Any] = {
+        "optimizer__max_steps": 8,
+        "optimizer__learning_rate": 1e-4,
+        "output__resume": "latest",
+    }
     train(tiny_config(tmp_path, teachers["sd"], **settings), [watch])
     assert watch.steps == [7, 8] and [p.learning_rate for p in watch.progress] == [1e-4]
 
@@ -196,17 +202,19 @@ def test_only_the_last_checkpoints_stay_and_half_written_ones_are_never_taken(
     teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run" / "checkpoints"
-    settings = {"output__checkpoint_every": 1, "output__keep_checkpoints": 2}
+    settings: dict[str, Any] = {"output__checkpoint_every": 1, "output__keep_checkpoints": 2}
 
     def stop(*arguments: object, **more: object) -> None:
         raise Broken
 
-    with monkeypatch.context() as patch, pytest.raises(Broken):
-        watch = Watches()
-        watch.updated = lambda session, step: step == 4 and patch.setattr(  # type: ignore[method-assign, assignment]
-            "perflow_blocks.training.checkpoints.to_tree", stop
-        )
-        train(tiny_config(tmp_path, teachers["sd"], **settings), [watch])
+    class Sabotages(Observer):
+        def updated(self, session: Session, step: int) -> None:
+            if step == 4:
+                monkeypatch.setattr("perflow_blocks.training.checkpoints.to_tree", stop)
+
+    with pytest.raises(Broken):
+        train(tiny_config(tmp_path, teachers["sd"], **settings), [Sabotages()])
+    monkeypatch.undo()
     assert sorted(path.name for path in folder.iterdir()) == [".step_00000005.tmp", "step_00000003", "step_00000004"]
     (folder / "step_00000009").mkdir()  # without its last file
     watch = Watches()
@@ -217,13 +225,11 @@ def test_only_the_last_checkpoints_stay_and_half_written_ones_are_never_taken(
 
 
 def test_a_diverging_run_stops_and_keeps_its_checkpoint(teachers: dict[str, Path], tmp_path: Path) -> None:
-    settings = {"optimizer__max_steps": 40, "optimizer__max_grad_norm": 1e9}
+    settings: dict[str, Any] = {"optimizer__max_steps": 40, "optimizer__max_grad_norm": 1e9}
     train(tiny_config(tmp_path, teachers["sd"]))
     with pytest.raises(DivergenceError, match=r"step_\d+ is kept. To go on, lower optimizer.learning_rate") as caught:
         train(
-            tiny_config(
-                tmp_path, teachers["sd"], output__resume="latest", optimizer__learning_rate=1e18, **settings
-            )
+            tiny_config(tmp_path, teachers["sd"], output__resume="latest", optimizer__learning_rate=1e18, **settings)
         )
     kept = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert [path.name for path in kept] == ["step_00000003", "step_00000006"]
@@ -268,7 +274,11 @@ def test_the_averages_are_the_result(teachers: dict[str, Path], tmp_path: Path) 
 def test_accumulated_micro_steps_are_one_batch(teachers: dict[str, Path], tmp_path: Path) -> None:
     """The update of two micro-steps has the mean of their gradients: its norm and loss are those of both together."""
     watch = Watches()
-    settings = {"optimizer__gradient_accumulation_steps": 2, "optimizer__max_steps": 1, "optimizer__seed": 3}
+    settings: dict[str, Any] = {
+        "optimizer__gradient_accumulation_steps": 2,
+        "optimizer__max_steps": 1,
+        "optimizer__seed": 3,
+    }
     train(tiny_config(tmp_path, teachers["sd"], "two", **settings), [watch])
 
     class Gradients(Observer):
@@ -300,9 +310,7 @@ def test_an_update_reads_nothing_from_the_device(
     # The solver looks at times that lie on the host, which on this machine they all do; so do the counts of AdamW.
     monkeypatch.setattr("perflow_blocks.schedulers.pfode_solver._check_times", lambda *times: None)
     monkeypatch.setattr("accelerate.optimizer.AcceleratedOptimizer.step", lambda self, closure=None: None)
-    session = open_session(
-        tiny_config(tmp_path, teachers["sdxl"], teacher__starts=starts, loss__weighting="endpoint")
-    )
+    session = open_session(tiny_config(tmp_path, teachers["sdxl"], teacher__starts=starts, loss__weighting="endpoint"))
     pairs: Any = session.pairs
     pairs._batches = iter([next(pairs._batches)] * 4)
     run = _Run(session, [])
@@ -318,7 +326,7 @@ def test_memory_savers_change_nothing_but_memory(
     teachers: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain = train(tiny_config(tmp_path, teachers["sdxl"], "plain", optimizer__max_steps=2))
-    settings = {"optimizer__gradient_checkpointing": "true", "optimizer__channels_last": "true"}
+    settings: dict[str, Any] = {"optimizer__gradient_checkpointing": "true", "optimizer__channels_last": "true"}
     settings |= {"teacher__offload": "all", "teacher__text_cache": 0, "teacher__latent_cache": 4}
     with caplog.at_level(logging.WARNING):
         saving = train(tiny_config(tmp_path, teachers["sdxl"], "saving", optimizer__max_steps=2, **settings))
@@ -328,7 +336,7 @@ def test_memory_savers_change_nothing_but_memory(
 def test_half_precision_stays_near(teachers: dict[str, Path], tmp_path: Path) -> None:
     plain = train(tiny_config(tmp_path, teachers["sdxl"], "plain", optimizer__max_steps=2))
     AcceleratorState._reset_state(reset_partial_state=True)
-    settings = {"optimizer__mixed_precision": "bf16", "teacher__dtype": "bfloat16"}
+    settings: dict[str, Any] = {"optimizer__mixed_precision": "bf16", "teacher__dtype": "bfloat16"}
     half = train(tiny_config(tmp_path, teachers["sdxl"], "half", optimizer__max_steps=2, **settings))
     assert losses(half.directory) == pytest.approx(losses(plain.directory), rel=0.2)
     assert losses(half.directory) != losses(plain.directory)
@@ -337,5 +345,3 @@ def test_half_precision_stays_near(teachers: dict[str, Path], tmp_path: Path) ->
 def _student(result: TrainingResult) -> dict[str, torch.Tensor]:
     assert result.student is not None
     return load_file(result.student / "diffusion_pytorch_model.safetensors")
-
-

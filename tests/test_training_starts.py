@@ -88,7 +88,9 @@ def test_noised_starts_are_marginals_of_the_pictures() -> None:
 
 
 def test_zero_snr_starts_are_pure_noise_in_the_first_window_alone() -> None:
-    plain, zero = (noised(WindowConfig(zero_snr_start=value), rows=16).next(0, 0.0, student) for value in (False, True))
+    plain, zero = (
+        noised(WindowConfig(zero_snr_start=value), rows=16).next(0, 0.0, student) for value in (False, True)
+    )
     first = plain.index == 0
     assert 0 < int(first.sum()) < 16 and torch.equal(plain.z_start[~first], zero.z_start[~first])
     generator = generator_for(0, 0, 0)

@@ -11,7 +11,6 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from perflow_blocks.core.noise_schedule import make_alphas_cumprod
-from perflow_blocks.core.parameterization import marginal
 from perflow_blocks.schedulers.conditioning import Conditioning
 from perflow_blocks.testing.tiny import BETAS, tiny_sd_components
 from perflow_blocks.training.conditioning import TextRow
@@ -22,7 +21,7 @@ from perflow_blocks.training.teacher import Teacher
 
 from .builder_support import save_repository
 
-SCHEDULE = {**BETAS, "num_train_timesteps": 1000}
+SCHEDULE: dict[str, Any] = {**BETAS, "num_train_timesteps": 1000}
 TINY = """
 [model]
 teacher = "{teacher}"
@@ -112,11 +111,5 @@ def toy_teacher(
     unet: Any, windows: WindowConfig | None = None, prediction_type: str = "epsilon", **settings: Any
 ) -> Teacher:
     geometry = WindowGeometry(windows or WindowConfig(), SCHEDULE)
-    scheduler = DDIMScheduler(
-        **BETAS, clip_sample=False, set_alpha_to_one=False, prediction_type=prediction_type
-    )
+    scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, prediction_type=prediction_type)
     return Teacher(unet, scheduler, PlainEncoder(), geometry, TeacherConfig(**settings))  # type: ignore[arg-type]
-
-
-def noised(x0: Tensor, noise: Tensor, alpha: Any) -> Tensor:
-    return marginal(x0, noise, alpha)

@@ -111,4 +111,3 @@ def cast(conditioning: Conditioning, dtype: torch.dtype) -> Conditioning:
         prompt_embeds=conditioning.prompt_embeds.to(dtype),
         added={name: value if name == "time_ids" else value.to(dtype) for name, value in conditioning.added.items()},
     )
-
