@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,9 +26,12 @@ def distill(
 
     quiet_libraries()
     from ..training.config_file import load_config
+    from ..training.families import SD, SDXL
     from ..training.loop import train
     from ..training.preflight import preflight
 
+    for family in (SD, SDXL):
+        logging.getLogger(family.pipeline.__module__).addFilter(_once)
     settings = load_config(config, overrides, inspect=preflight)
     result = train(settings, [_observer()])
     for path in (result.student, result.lora, result.delta, result.scheduler):
@@ -54,6 +58,23 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
             value = left.pop(0)
         found[name] = value
     return found
+
+
+class _Once(logging.Filter):
+    """Lets the first message of each kind through: that prompts are cut is told for every single one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = str(record.msg)[:60]
+        new = kind not in self._seen
+        self._seen.add(kind)
+        return new
+
+
+_once = _Once()  # one object, so that it is added to a logger once
 
 
 def _is_main_process() -> bool:
