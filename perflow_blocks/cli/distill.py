@@ -31,7 +31,7 @@ def distill(
     from ..training.preflight import preflight
 
     for family in (SD, SDXL):
-        logging.getLogger(family.pipeline.__module__).addFilter(_once)
+        logging.getLogger(family.pipeline.__module__).addFilter(FirstOfItsKind())
     settings = load_config(config, overrides, inspect=preflight)
     result = train(settings, [_observer()])
     for path in (result.student, result.lora, result.delta, result.scheduler):
@@ -60,7 +60,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     return found
 
 
-class _Once(logging.Filter):
+class FirstOfItsKind(logging.Filter):
     """Lets the first message of each kind through: that prompts are cut is told for every single one of them."""
 
     def __init__(self) -> None:
@@ -72,9 +72,6 @@ class _Once(logging.Filter):
         new = kind not in self._seen
         self._seen.add(kind)
         return new
-
-
-_once = _Once()  # one object, so that it is added to a logger once
 
 
 def _is_main_process() -> bool:
