@@ -104,7 +104,12 @@ def test_latents_are_the_vae_s_scaled_and_kept_by_their_pixels(monkeypatch: pyte
         torch.testing.assert_close(got, expected)
     encoded: list[int] = []
     original = kept._encode
-    monkeypatch.setattr(kept, "_encode", lambda rows: encoded.append(len(rows)) or original(rows))
+
+    def encode(rows: torch.Tensor) -> torch.Tensor:
+        encoded.append(len(rows))
+        return original(rows)
+
+    monkeypatch.setattr(kept, "_encode", encode)
     kept.encode(pixels[1:], torch.Generator())
     assert encoded == []
     kept.encode(pixels[:1], torch.Generator())
@@ -135,6 +140,7 @@ def test_a_teacher_s_parts_are_read_from_its_folders(family: str, tmp_path: Path
 )
 def test_other_families_are_refused(change: dict[str, Any], message: str) -> None:
     config = {"_class_name": "UNet2DConditionModel", "in_channels": 4}
+    assert family_of({**config, "cross_attention_dim": 1024}).guidance_scale == 7.5
     assert family_of(config) is SD and family_of({**config, "addition_embed_type": "text_time"}) is SDXL
     with pytest.raises(ValueError, match=message):
         family_of({**config, **change})

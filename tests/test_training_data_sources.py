@@ -291,3 +291,26 @@ def test_moved_shards_resume_and_others_do_not(tmp_path: Path) -> None:
 def test_a_data_set_of_the_hub_that_cannot_be_reached_is_named() -> None:
     [found] = problems(small("datasets", "nobody/nothing"))
     assert found.startswith("data.path='nobody/nothing' cannot be opened as a data set (")
+
+
+@pytest.mark.parametrize("kind", ["datasets", "webdataset"])
+def test_files_and_samples_of_a_stream_come_in_another_order_each_epoch(
+    tables: Path, tmp_path: Path, kind: str
+) -> None:
+    path = tables / "many" if kind == "datasets" else make_shards(tmp_path)
+    for buffer in (1, 6):
+        config = small(kind, path, streaming=kind == "datasets", shuffle_buffer=buffer, bucketing=False)
+        drawn = epoch(config, batches=24)
+        epochs = [drawn[start : start + 24] for start in (0, 24, 48, 72)]
+        assert all(sorted(order) == list(range(24)) for order in epochs)
+        assert len({tuple(number // 6 for number in order) for order in epochs}) > 1  # files
+        assert len(set(map(tuple, epochs))) > 2
+
+
+def test_the_shorter_side_decides_whether_a_picture_is_too_small(tmp_path: Path) -> None:
+    make_folder(tmp_path, 2, captions=".txt")
+    for number, size in ((2, (30, 400)), (3, (400, 30)), (4, (50, 400))):
+        (tmp_path / f"00{number}.png").write_bytes(encoded(picture(number, size)))
+        (tmp_path / f"00{number}.txt").write_text(f"number {number}")
+    source = open_dataset(small("folder", tmp_path, bucketing=False), batch_size=1, seed=0)
+    assert (source.num_samples, source.skipped) == (3, Counter({"too small": 2}))

@@ -150,28 +150,41 @@ def test_a_lora_student_is_its_delta_and_its_checkpoints_are_small(teachers: dic
         assert opened.metadata()["perflow.prediction_type"] == "ddim_eps"
 
 
-@pytest.mark.parametrize("student", ["full", "lora"])
-@pytest.mark.parametrize("starts", ["noised", "trajectory"])
+def test_a_lora_s_frozen_weights_are_the_teacher_without_its_factors(
+    teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"model__student": "lora", "teacher__starts": "trajectory", "optimizer__max_steps": 5}
+    settings |= {"teacher__on_policy_share": 0.5, "teacher__solve_every": 1, "optimizer__learning_rate": 0.05}
+    watch = Watches()
+    shared = train(tiny_config(tmp_path, teachers["sdxl"], "shared", **settings), [watch])
+    assert watch.session is not None
+    assert watch.session.teacher._unet is watch.session.accelerator.unwrap_model(watch.session.student)
+    monkeypatch.setattr("perflow_blocks.training.session._is_teacher", lambda config, accelerator: False)
+    apart = train(tiny_config(tmp_path, teachers["sdxl"], "apart", **settings))
+    assert losses(shared.directory) == pytest.approx(losses(apart.directory), rel=1e-5)
+
+
+@pytest.mark.parametrize(("student", "starts"), [("full", "trajectory"), ("lora", "noised")])
 def test_a_broken_run_goes_on_to_the_same_losses_and_weights(
     student: str, starts: str, teachers: dict[str, Path], tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {
         "model__student": student,
         "teacher__starts": starts,
-        "optimizer__max_steps": 7,
+        "optimizer__max_steps": 5,
         "optimizer__gradient_accumulation_steps": 2,
         "optimizer__schedule": "cosine",
         "teacher__on_policy_share": 0.5 if starts == "trajectory" else 0.0,
     }
     whole = train(tiny_config(tmp_path, teachers["sdxl"], "whole", **settings))
     with pytest.raises(Broken):
-        train(tiny_config(tmp_path, teachers["sdxl"], "broken", **settings), [BreaksAt(5)])
+        train(tiny_config(tmp_path, teachers["sdxl"], "broken", **settings), [BreaksAt(4)])
     torch.manual_seed(123)
     watch = Watches()
     settings["output__resume"] = "latest"
     broken = train(tiny_config(tmp_path, teachers["sdxl"], "broken", **settings), [watch])
-    assert watch.from_step == 3 and watch.steps == [4, 5, 6, 7]
-    assert losses(broken.directory) == losses(whole.directory) and len(losses(whole.directory)) == 7
+    assert watch.from_step == 3 and watch.steps == [4, 5]
+    assert losses(broken.directory) == losses(whole.directory) and len(losses(whole.directory)) == 5
     one, other = load_file(whole.delta), load_file(broken.delta)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 

@@ -1,4 +1,4 @@
-"""What the student is trained towards, against the teacher's solver: exact on straight paths, right in sign and scale."""
+"""What the student is trained towards, against the teacher's solver: exact on straight paths, right in sign."""
 
 from __future__ import annotations
 
@@ -193,8 +193,10 @@ def test_a_v_prediction_teacher_gives_the_same_windows() -> None:
     """The exact v of one picture: sqrt(abar) eps - sqrt(1 - abar) x0."""
 
     class PointV(PointTeacher):
-        def __call__(self, sample: Tensor, timestep: Tensor, **settings: object) -> tuple[Tensor]:
-            eps = super().__call__(sample, timestep, **settings)[0]  # type: ignore[arg-type]
+        def __call__(
+            self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool
+        ) -> tuple[Tensor]:
+            eps = super().__call__(sample, timestep, encoder_hidden_states, return_dict)[0]
             alpha = self._alphas[timestep.long()][:, None, None, None]
             return (alpha.sqrt() * eps - (1 - alpha).sqrt() * 0.5,)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,8 +30,11 @@ def distill(
     quiet_libraries()
     from ..training.config_file import load_config
     from ..training.distillation import distill as run
+    from ..training.families import SD, SDXL
     from ..training.preflight import preflight
 
+    for family in (SD, SDXL):
+        logging.getLogger(family.pipeline.__module__).addFilter(FirstOfItsKind())
     settings = load_config(config, overrides, inspect=preflight)
     done = run(settings, [_observer()], _evaluation(settings))
     result, outputs = done.result, done.outputs
@@ -78,6 +82,20 @@ def _evaluation(settings: DistillConfig) -> Evaluation | None:
     from ..evaluation.distilled import evaluate_distilled
 
     return evaluate_distilled
+
+
+class FirstOfItsKind(logging.Filter):
+    """Lets the first message of each kind through: that prompts are cut is told for every single one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = str(record.msg)[:60]
+        new = kind not in self._seen
+        self._seen.add(kind)
+        return new
 
 
 def _is_main_process() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -49,6 +49,8 @@ SD = ModelFamily(
     added_conditions=False,
     guidance_scale=4.5,
 )
+SD2 = replace(SD, name="Stable Diffusion 2", guidance_scale=7.5)
+_SD2_TEXT_WIDTH = 1024
 
 
 def family_of(unet_config: Mapping[str, Any]) -> ModelFamily:
@@ -66,7 +68,7 @@ def family_of(unet_config: Mapping[str, Any]) -> ModelFamily:
         raise ValueError("the teacher's UNet is itself distilled (time_cond_proj_dim); pass the model it came from.")
     match unet_config.get("addition_embed_type"):
         case None:
-            return SD
+            return SD2 if unet_config.get("cross_attention_dim") == _SD2_TEXT_WIDTH else SD
         case "text_time":
             return SDXL
         case other:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, cpu_offload_with_hook
 from diffusers.training_utils import EMAModel
 
 from .checkpoints import save_adapters_alone
@@ -21,7 +23,7 @@ from .latents import LatentEncoder
 from .optimizers import make_optimizer, make_schedule
 from .starts import NoisedStarts, PairSource
 from .student import build_student, make_ema, trainable
-from .teacher import Teacher, offloaded
+from .teacher import Teacher, then, without_factors
 from .teacher_source import TeacherSource, open_teacher
 from .trajectories import TrajectoryStarts
 
@@ -72,9 +74,7 @@ def open_session(config: DistillConfig) -> Session:
     """
     accelerator = make_accelerator(config)
     source = open_teacher(config.model)
-    device = accelerator.device
-    geometry = WindowGeometry(config.windows, source.scheduler_config, device)
-    teacher = _make_teacher(config, source, geometry, device)
+    geometry = WindowGeometry(config.windows, source.scheduler_config, accelerator.device)
     data = open_dataset(
         config.data,
         batch_size=config.optimizer.batch_size,
@@ -82,11 +82,11 @@ def open_session(config: DistillConfig) -> Session:
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
-    base_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    student = build_student(source, config.model, config.optimizer, base_dtype)
+    student = build_student(source, config.model, config.optimizer, _base_dtype(accelerator))
     optimizer = make_optimizer(trainable(student).values(), config.optimizer)
     schedule = make_schedule(optimizer, config.optimizer)
     student, optimizer, schedule = accelerator.prepare(student, optimizer, schedule)
+    teacher = _make_teacher(config, accelerator, source, geometry, student)
     ema = _make_ema(accelerator, student, config.optimizer.ema_decay)
     if config.model.student == "lora":
         save_adapters_alone(accelerator)
@@ -120,37 +120,59 @@ def make_accelerator(config: DistillConfig) -> Accelerator:
     return accelerator
 
 
+def _base_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The type of a LoRA student's frozen weights: that in which they are multiplied anyway."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
 def _make_teacher(
-    config: DistillConfig, source: TeacherSource, geometry: WindowGeometry, device: torch.device
+    config: DistillConfig, accelerator: Accelerator, source: TeacherSource, geometry: WindowGeometry, student: Any
 ) -> Teacher:
-    dtype = getattr(torch, config.teacher.dtype)
+    device, dtype = accelerator.device, getattr(torch, config.teacher.dtype)
     text = source.load_text_pipeline(dtype)
     for name in source.family.text_encoders:
         _place(getattr(text, name), device, config.teacher.offload != "none")
     encoder = PromptEncoder(
         text, device, added_conditions=source.family.added_conditions, cache=config.teacher.text_cache
     )
+    if _is_teacher(config, accelerator):
+        unet = accelerator.unwrap_model(student)
+        return Teacher(unet, source.scheduler(), encoder, geometry, config.teacher, partial(without_factors, unet))
     unet = source.load_unet(dtype).requires_grad_(False)
     if config.optimizer.channels_last:
         unet.to(memory_format=torch.channels_last)
     if config.optimizer.compile:
         unet.compile()
-    offload = _place(unet, device, config.teacher.offload == "all")
-    return Teacher(unet, source.scheduler(), encoder, geometry, config.teacher, offload)
+    take_back = _place(unet, device, config.teacher.offload == "all")
+    at_hand: Callable[[], AbstractContextManager[None]] = (
+        nullcontext if take_back is None else partial(then, take_back)
+    )
+    return Teacher(unet, source.scheduler(), encoder, geometry, config.teacher, at_hand)
 
 
-def _place(model: torch.nn.Module, device: torch.device, offload: bool) -> Callable[[], Any] | None:
-    """Puts a model on the device, or lets it wait on the host; then returns what takes it back there."""
-    if offload:
-        return offloaded(model, device)
-    model.to(device)
-    return None
+def _is_teacher(config: DistillConfig, accelerator: Accelerator) -> bool:
+    """Whether the student's frozen weights can serve as the teacher's: they are whole and of its type."""
+    return (
+        config.model.student == "lora"
+        and getattr(torch, config.teacher.dtype) == _base_dtype(accelerator)
+        and not config.optimizer.compile  # which would compile anew whenever the factors come and go
+        and not is_sharded(accelerator)
+    )
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether each process holds a part of the student's weights only."""
     plugin = accelerator.state.deepspeed_plugin
     return accelerator.distributed_type == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3)
+
+
+def _place(model: torch.nn.Module, device: torch.device, offload: bool) -> Callable[[], Any] | None:
+    """Puts a model on the device, or lets it wait on the host; then returns what takes it back there."""
+    if offload:
+        _, hook = cpu_offload_with_hook(model, device)
+        return hook.offload
+    model.to(device)
+    return None
 
 
 def _make_ema(accelerator: Accelerator, student: Any, decay: float) -> EMAModel | None:

@@ -1,12 +1,13 @@
-"""The frozen teacher: windows solved with or without guidance, in its own type, resident or offloaded."""
+"""The frozen teacher: windows solved with or without guidance, in its own type."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate import cpu_offload_with_hook
 from torch import Tensor
 
 from ..core.parameterization import Scalar, WindowAlpha
@@ -21,12 +22,12 @@ class Teacher:
     """Solves the probability-flow ODE of a frozen UNet across windows.
 
     Args:
-        unet: the teacher's, on its device; where it is offloaded, `offload` takes it back to the host.
+        unet: the teacher's.
         scheduler: of the teacher.
         encoder: of its prompts.
         geometry: the windows.
         config: steps and guidance.
-        offload: called after each solve.
+        at_hand: makes a context in which the UNet can be called, entered for each solve.
     """
 
     def __init__(
@@ -36,13 +37,13 @@ class Teacher:
         encoder: PromptEncoder,
         geometry: WindowGeometry,
         config: TeacherConfig,
-        offload: Any = None,
+        at_hand: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.encoder = encoder
         self.geometry = geometry
         self.config = config
         self._unet = unet
-        self._offload = offload
+        self._at_hand = at_hand
         self._solver = PFODESolver(scheduler)
         self._num_windows = geometry.solver_windows(config.steps_per_window)
 
@@ -95,23 +96,34 @@ class Teacher:
         negative: Conditioning | None = None
         if scale > 1.0:
             negative = cast(self.encoder.conditioning([self.encoder.empty] * len(rows), time_ids), dtype)
-        z_end = self._solver.solve_conditioned(
-            z_start,
-            self._unet,
-            torch.as_tensor(start),
-            torch.as_tensor(end),
-            positive,
-            negative,
-            guidance_scale=scale,
-            num_steps=steps or 1,
-            num_windows=None if steps is None else self._num_windows,
-        )
-        if self._offload is not None:
-            self._offload()
-        return z_end
+        with self._at_hand():
+            return self._solver.solve_conditioned(
+                z_start,
+                self._unet,
+                torch.as_tensor(start),
+                torch.as_tensor(end),
+                positive,
+                negative,
+                guidance_scale=scale,
+                num_steps=steps or 1,
+                num_windows=None if steps is None else self._num_windows,
+            )
 
 
-def offloaded(model: torch.nn.Module, device: torch.device) -> Any:
-    """Keeps a model on the host and brings it to the device when it runs; returns what takes it back."""
-    _, hook = cpu_offload_with_hook(model, device)
-    return hook.offload
+@contextmanager
+def without_factors(student: Any) -> Iterator[None]:
+    """A LoRA student as it was before its factors: the teacher, whose weights need not be in memory twice."""
+    student.disable_adapters()
+    try:
+        yield
+    finally:
+        student.enable_adapters()
+
+
+@contextmanager
+def then(after: Callable[[], Any]) -> Iterator[None]:
+    """Calls a function at the end, to take an offloaded model back to the host."""
+    try:
+        yield
+    finally:
+        after()
