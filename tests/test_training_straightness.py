@@ -1,4 +1,4 @@
-"""Straightness: 0 for lines, the value computed by hand for curves, and for the teacher the solve that is trained on."""
+"""Straightness: 0 for lines, the value computed by hand for curves; the teacher's on the solve that is trained on."""
 
 from __future__ import annotations
 
