@@ -154,7 +154,7 @@ def test_full_weights_learn_in_one_process(
 def test_a_lora_learns_in_two_processes_that_see_different_rows(
     tmp_path: Path, judge: Callable[[UNet2DConditionModel], float]
 ) -> None:
-    settings = ("--model.student", "lora", "--model.lora_rank=8", "--optimizer.learning_rate", "1e-3")
+    settings: tuple[str, ...] = ("--model.student", "lora", "--model.lora_rank=8", "--optimizer.learning_rate", "1e-3")
     settings += ("--optimizer.max_steps", "24")
     out = finished(start("--config", write(tmp_path, "lora"), *settings, processes=2))
     assert out.count("step 24/24") == 1
