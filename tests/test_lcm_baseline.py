@@ -175,7 +175,11 @@ def counted_rows(config: Any) -> int:
     ],
 )
 def test_the_budget_is_that_of_a_distillation(settings: dict[str, Any], tmp_path: Path) -> None:
-    more = {"optimizer__max_steps": 5, "optimizer__gradient_accumulation_steps": 2, "output__checkpoint_every": 99}
+    more: dict[str, Any] = {
+        "optimizer__max_steps": 5,
+        "optimizer__gradient_accumulation_steps": 2,
+        "output__checkpoint_every": 99,
+    }
     config = tiny_config(tmp_path, "demo", **settings, **more)
     assert perflow_rows(config) == counted_rows(config)
 

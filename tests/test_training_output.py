@@ -29,7 +29,11 @@ from .hub_export_support import index_of, loaded, use_own_modules
 from .training_support import save_teacher, tiny_config
 
 Trained = tuple[DistillConfig, TrainingResult, Outputs]
-FLOAT32 = {"output__delta_dtype": "float32", "optimizer__learning_rate": 0.01, "optimizer__max_steps": 3}
+FLOAT32: dict[str, Any] = {
+    "output__delta_dtype": "float32",
+    "optimizer__learning_rate": 0.01,
+    "optimizer__max_steps": 3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,7 @@ def full(teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def lora(teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("lora")
-    settings = {"model__student": "lora", "model__lora_rank": 3, **FLOAT32}
+    settings: dict[str, Any] = {"model__student": "lora", "model__lora_rank": 3, **FLOAT32}
     config = tiny_config(folder, teachers["sd"], **settings)
     result = train(config)
     return config, result, write_outputs(config, result)

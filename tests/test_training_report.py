@@ -142,9 +142,9 @@ def test_a_whole_distillation_of_the_demo(tmp_path: Path, monkeypatch: pytest.Mo
     """Everything at once, as `perflow distill` does it; the table is drawn with the student that was trained."""
     monkeypatch.setattr(distilled, "make_evaluation_set", small_set)
     samplers: list[Any] = []
-    monkeypatch.setattr(distilled, "evaluate_samplers", lambda given, *rest: samplers.extend(given) or [])
+    monkeypatch.setattr(distilled, "evaluate_samplers", lambda given, *rest: samplers.extend(given))
     monkeypatch.setattr(distilled, "report", lambda rows: "| the table |")
-    settings = {"data__resolution": 64, "optimizer__max_steps": 2, "output__evaluation_prompts": 2}
+    settings: dict[str, Any] = {"data__resolution": 64, "optimizer__max_steps": 2, "output__evaluation_prompts": 2}
     settings |= {"model__lora_rank": 2, "teacher__cfg_mode": "fixed", "teacher__guidance_scale": 3.0}
     config = tiny_config(tmp_path, "demo", optimizer__learning_rate=0.02, optimizer__ema_decay=0, **settings)
     done = distill(config, evaluation=distilled.evaluate_distilled)

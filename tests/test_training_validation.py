@@ -175,19 +175,21 @@ def test_tensorboard_gets_sheets_and_straightness(teachers: dict[str, Path], tmp
 
 def test_a_resumed_run_goes_on_with_the_readings(teachers: dict[str, Path], tmp_path: Path) -> None:
     train(tiny_config(tmp_path, teachers["sd"], **SETTINGS), [Validation()])
-    longer = {"optimizer__max_steps": 8, "output__resume": "latest"}
+    longer: dict[str, Any] = {"optimizer__max_steps": 8, "output__resume": "latest"}
     settings = {**SETTINGS, "output__validation_steps": "[4]"}
     result = train(tiny_config(tmp_path, teachers["sd"], **settings, **longer), [Validation()])
     assert [line["step"] for line in readings(result)] == [0, 3, 6, 8]
 
 
 def test_steps_go_with_the_windows(teachers: dict[str, Path], tmp_path: Path) -> None:
-    for windows, settings, expected in [
+    cases: list[tuple[int, dict[str, str], tuple[int, ...]]] = [
         (4, {}, (4, 6, 8)),
         (1, {}, (1, 2)),
         (2, {"output__validation_steps": "[2, 5]"}, (2, 5)),
-    ]:
-        config = tiny_config(tmp_path, teachers["sd"], windows__num_time_windows=windows, **settings)
+    ]
+    for windows, settings, expected in cases:
+        settings |= {"windows__num_time_windows": str(windows)}
+        config = tiny_config(tmp_path, teachers["sd"], **settings)
         assert student_steps(open_session(config)) == expected
 
 
