@@ -140,7 +140,10 @@ def test_full_weights_learn_in_one_process(
     assert status == 0, err
     lines = out.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("step")] == ["8/32", "16/32", "24/32", "32/32"]
-    assert lines[-3:] == [str(tmp_path / "full" / name) for name in ("student", "delta.safetensors", "scheduler")]
+    files = ["student", "delta.safetensors", "scheduler", "lora.safetensors", "lora_kohya.safetensors"]
+    files += ["lora_residual.safetensors", "workflow", "report.md"]
+    assert lines[-8:] == [str(tmp_path / "full" / name) for name in files]
+    assert all((tmp_path / "full" / name).exists() for name in files)
     student = UNet2DConditionModel.from_pretrained(tmp_path / "full" / "student")
     assert judge(student) < 0.9 * judge(base())
     merged = base()
