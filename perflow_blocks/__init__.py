@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AttentionConfig": "components.attention.config",
     "AttentionStrategy": "components.attention.strategy",
+    "CardExample": "hub.card_example",
     "FiniteGuardStep": "blocks.finite_guard",
     "LatentToRGB": "components.latent_preview",
     "LoopBlock": "blocks.loop_block",

@@ -56,6 +56,15 @@ def test_a_source_that_is_no_repository_is_refused(
     assert "is a place that others do not have" in refused(pipe, tmp_path)
 
 
+@pytest.mark.parametrize("repo_id", ["../x y", "mine", "a/b/c", ""])
+def test_a_name_of_no_repository_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo_id: str
+) -> None:
+    monkeypatch.delattr("perflow_blocks.hub.export.make_plan")
+    text = refused(PeRFlowSDXLText2ImageBlocks(), tmp_path, repo_id=repo_id)
+    assert repr(repo_id) in text and text.endswith("pass owner/name.")
+
+
 def test_what_no_index_can_name_is_refused(tmp_path: Path) -> None:
     pipe = tiny_pipeline(PeRFlowSDXLAutoBlocks(), image_encoder=tiny_image_encoder())
     pipe.update_components(controlnet=OwnControlNet.from_config(tiny_controlnet().config))

@@ -15,6 +15,7 @@ from diffusers import ModularPipeline, StableDiffusionXLAutoBlocks
 
 from perflow_blocks import export_workflow, load_workflow
 from perflow_blocks.blocks.workflows import PeRFlowSDXLImage2ImageBlocks, PeRFlowSDXLText2ImageBlocks
+from perflow_blocks.hub import loading
 from perflow_blocks.hub.manifest import MANIFEST, write_manifest
 
 from .blocks_support import run
@@ -202,3 +203,47 @@ def test_a_self_contained_workflow_draws_the_same_and_is_exported_again(tmp_path
     third = loaded(export_workflow(again, tmp_path / "second", weights="include"))
     assert torch.equal(run(third), expected)
     assert index_of(tmp_path / "second") == index_of(tmp_path / "first")
+
+
+@pytest.mark.parametrize(
+    "name", ["unet/diffusion_pytorch_model.safetensors.index.json", "unet/more.txt", "vae.safetensors", "kernel.SO"]
+)
+def test_files_that_a_library_may_load_have_to_be_in_the_manifest(thin: Path, tmp_path: Path, name: str) -> None:
+    directory = copy_of(thin, tmp_path)
+    (directory / "notes.txt").write_text("one's own")
+    (directory / "unet" / ".DS_Store").write_bytes(b"")
+    load_workflow(directory, trust_remote_code=True, load_components=False)
+    (directory / name).write_text("{}")
+    assert f"1 unexpected ({name})" in refused(directory)
+
+
+def test_weights_are_read_if_asked(thin: Path, tmp_path: Path) -> None:
+    directory = copy_of(thin, tmp_path)
+    path = directory / "unet" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    load_workflow(directory, trust_remote_code=True, load_components=False)
+    assert "1 changed (unet/diffusion_pytorch_model.safetensors)" in refused(directory, verify_weights=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_a_device_that_is_not_there_is_told_first(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"device='cuda' is none that can be used here"):
+        load_workflow(tmp_path / "absent", device="cuda")
+
+
+def test_code_that_another_process_puts_in_place_is_an_error(
+    thin: Path, modules: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that takes no notice of the lock, between the copy of the code and its import."""
+    place = modules / "diffusers_modules" / "local" / "block.py"
+    real = loading.ModularPipelineBlocks.from_pretrained
+
+    def overtaken(*arguments: Any, **options: Any) -> Any:
+        blocks = real(*arguments, **options)
+        place.write_text(place.read_text() + "# another")
+        return blocks
+
+    monkeypatch.setattr(loading.ModularPipelineBlocks, "from_pretrained", overtaken)
+    assert "another process loaded other code while that of" in refused(thin)

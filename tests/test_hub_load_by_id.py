@@ -130,7 +130,7 @@ def test_self_contained_workflows_load_by_id_without_this_package(
     for repo_id, pipe in ((REPO, text), (OTHER, picture)):
         directory = export_workflow(pipe, tmp_path / "exports" / repo_id, weights="include")
         published(loopback_hub, directory, repo_id)
-        index = json.loads((directory / "modular_model_index.json").read_text())
+        index = json.loads(loopback_hub.files(repo_id)["modular_model_index.json"])
         assert index["unet"][2]["pretrained_model_name_or_path"] == repo_id
     out, script = tmp_path / "out.safetensors", tmp_path / "plain.py"
     script.write_text(PLAIN)

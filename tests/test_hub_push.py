@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import snapshot_download
 
 from perflow_blocks import push_workflow
 from perflow_blocks.hub.manifest import MANIFEST, verify_manifest, write_manifest
+from perflow_blocks.hub.publish import PushReport
 
 from .hub_push_support import CONTENT, REPO, changes, download, files_of, push, write_workflow
 from .hub_repository import StoredFile
@@ -40,6 +43,48 @@ def test_a_snapshot_of_what_was_pushed_is_equal(loopback_hub: LoopbackHub, workf
     assert snapshot_download(REPO, cache_dir=tmp_path / "cache", local_files_only=True) == snapshot
     verify_manifest(snapshot, weights=True)
     assert len(loopback_hub.requests) == asked
+
+
+def test_what_is_pushed_names_the_repository_and_the_directory_stays(
+    loopback_hub: LoopbackHub, tmp_path: Path
+) -> None:
+    """Also to another repository than the export was for; a dry run says nothing else than the push does."""
+    unet = b'["diffusers", "UNet", {"pretrained_model_name_or_path": %s, "subfolder": "unet"}]'
+    card = b'pipe = load_workflow("%s", trust_remote_code=True)\n'
+    content = {
+        **CONTENT,
+        "modular_model_index.json": b'{"unet": ' + unet % b'"someone/first"' + b"}\n",
+        "mellon_pipeline_config.json": b'{"label": "Mine", "default_repo": "someone/first"}\n',
+        "README.md": card % b"someone/first",
+    }
+    directory = write_workflow(tmp_path / "workflow", content)
+    before = files_of(directory)
+    for repo_id in ("someone/first", "someone/second"):
+        planned = push_to(loopback_hub, directory, repo_id, dry_run=True)
+        done = push_to(loopback_hub, directory, repo_id)
+        assert (planned.files, planned.total_bytes) == (done.files, done.total_bytes)
+        assert files_of(directory) == before
+        published = loopback_hub.files(repo_id)
+        index = json.loads(published["modular_model_index.json"])
+        assert index["unet"][2]["pretrained_model_name_or_path"] == repo_id
+        assert json.loads(published["mellon_pipeline_config.json"])["default_repo"] == repo_id
+        assert published["README.md"] == card % repo_id.encode()
+        verify_manifest(write_files(tmp_path / repo_id, published), weights=True)
+        for options in ({"dry_run": True}, {}):
+            again = push_to(loopback_hub, directory, repo_id, **options)
+            assert again.up_to_date and again.commit == done.commit
+    assert loopback_hub.files("someone/first") == before
+
+
+def push_to(hub: LoopbackHub, directory: Path, repo_id: str, **options: Any) -> PushReport:
+    return push_workflow(directory, repo_id, endpoint=hub.endpoint, token=hub.token, **options)
+
+
+def write_files(directory: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(content)
+    return directory
 
 
 def test_nothing_new_is_no_commit(loopback_hub: LoopbackHub, workflow: Path) -> None:

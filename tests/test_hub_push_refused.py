@@ -154,6 +154,9 @@ def test_local_paths_are_found(tmp_path: Path, text: str) -> None:
         "http://a.b s3://bucket/x.y",
         "/srv/data/exported and /srv/data",
         f"x{SECRET}",
+        '"/data" and "/tmp/" and x/tmp/y and "a/data/b" and /data/models without quotes',
+        r're.compile("\\d+\\w") and r"\\.\d" and "\\n" and "\\*a\\b"',
+        'f("/usr/bin/env") f("/dev/null") f("/tmp") f("/") f("/proc/self") f("/no/such/path/here")',
         "def hf_hub_download_with_a_very_long_name_indeed(): ...",
         '{"unet": "unet/config.json", "/a/b": "a/b/c", "x": "/", "y": "/a"}',
     ],
@@ -163,12 +166,38 @@ def test_what_only_looks_like_a_path_is_left_alone(tmp_path: Path, text: str) ->
         assert findings(tmp_path / name, text.encode()) == []
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        'load("/tmp/w/a.bin")',
+        "load('/data/models/a.safetensors')",
+        'f"/scratch/{name}"',
+        "in `/mnt/nas/me/x`",
+        'Path("/workspace/secret/x")',
+        '"/Volumes/disk/x y.bin"',
+        'r"\\\\server\\share\\x"',
+        '"\\\\\\\\server\\\\share"',
+    ],
+)
+def test_in_quotes_common_places_are_found(tmp_path: Path, text: str) -> None:
+    for name in ("a.py", "a.md"):
+        (found,) = findings(tmp_path / name, f"\n\n{text}\n".encode())
+        assert found.startswith("line 3 names the local path ")
+
+
+def test_a_path_of_this_machine_is_found_by_looking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.lexists", lambda path: path == b"/lake/my model.bin")
+    text = b'a = "/lake/my model.bin"\nb = "/lake/other"\nc = /lake/my model.bin\n'
+    for name in ("a.py", "a.md"):
+        assert findings(tmp_path / name, text) == ["line 1 names the local path /lake/my model.bin"]
+
+
 def test_paths_from_the_root_are_found_in_json(tmp_path: Path) -> None:
-    text = json.dumps({"a": ["/mnt/x", "/mnt/y"], "b": {"c": "/data/z"}})
+    text = json.dumps({"a": ["/lake/x", "/lake/y"], "b": {"c": "/sea/z"}})
     assert [found.split()[-1] for found in findings(tmp_path / "a.json", text.encode())] == [
-        "/mnt/x",
-        "/mnt/y",
-        "/data/z",
+        "/lake/x",
+        "/lake/y",
+        "/sea/z",
     ]
     assert findings(tmp_path / "a.py", text.encode()) == []
 

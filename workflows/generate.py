@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from perflow_blocks import export_workflow
+from perflow_blocks import CardExample, export_workflow
 from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
 from perflow_blocks.blocks.workflows import (
     PeRFlowSDXLControlNetBlocks,
@@ -55,6 +55,7 @@ class Workflow:
         blocks: the class of its blocks.
         title: heading of its card.
         notes: what its card says besides.
+        example: how its card shows it in use; None for a prompt and pictures.
         sources: its components.
         config: its configuration values.
     """
@@ -62,6 +63,7 @@ class Workflow:
     blocks: type[Any]
     title: str
     notes: str = ""
+    example: CardExample | None = None
     sources: Mapping[str, Source] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -119,6 +121,14 @@ PUBLISHED = {
             "Enlarge the picture first, two or four times, and pass it both as `image` and as `control_image`, with\n"
             "`strength=0.6`. Above 2048 pixels a side call `pipe.vae.enable_tiling()`. `recipe.py` does all this."
         ),
+        example=CardExample(
+            setup=[
+                "",
+                'photo = load_image("photo.png")',
+                "large = photo.resize((photo.width * 2 // 8 * 8, photo.height * 2 // 8 * 8))",
+            ],
+            arguments={"image": "large", "control_image": "large", "strength": "0.6"},
+        ),
         sources={**SDXL, "controlnet": Source(location="xinsir/controlnet-tile-sdxl-1.0")},
         config=RECIPE,
     ),
@@ -126,10 +136,17 @@ PUBLISHED = {
         blocks=PeRFlowSDXLIPAdapterBlocks,
         title="PeRFlow SDXL with an IP-Adapter",
         notes=(
-            "The adapter itself is loaded into the UNet, after the components:\n"
-            '`pipe.load_ip_adapter("h94/IP-Adapter", subfolder="sdxl_models", '
-            'weight_name="ip-adapter_sdxl.safetensors")`,\n'
-            "and `pipe.set_ip_adapter_scale(0.6)` sets its weight."
+            "The adapter itself is loaded into the UNet, after the components, and `pipe.set_ip_adapter_scale` sets\n"
+            "its weight: 0 for none, 1 for most."
+        ),
+        example=CardExample(
+            prompt="a bear in a forest",
+            setup=[
+                "",
+                'weights = {"subfolder": "sdxl_models", "weight_name": "ip-adapter_sdxl.safetensors"}',
+                'pipe.load_ip_adapter("h94/IP-Adapter", **weights)',
+                "pipe.set_ip_adapter_scale(0.6)",
+            ],
         ),
         sources={**SDXL, "image_encoder": Source(location="h94/IP-Adapter", subfolder="sdxl_models/image_encoder")},
         config=RECIPE,
@@ -137,15 +154,26 @@ PUBLISHED = {
     "sdxl-base-refiner": Workflow(
         blocks=PeRFlowSDXLAutoBlocks,
         title="PeRFlow SDXL, base and refiner",
-        notes="""Two pipelines of this repository share all but the UNet. The first draws until a window boundary, the
-second goes on from its latents with a UNet of its own, which has to be distilled as well:
-
-```py
-latents = base(prompt=prompt, denoising_end=0.5, output_type="latent", output="images")
-image = refiner(prompt=prompt, image_latents=latents, denoising_start=0.5, output="images")[0]
-```
-
-`recipe.py` makes the two.""",
+        notes=(
+            "Two pipelines of this repository share all but the UNet. The first draws until a window boundary, the\n"
+            "second goes on from its latents with a UNet of its own, which has to be distilled as well."
+        ),
+        example=CardExample(
+            imports=["UNet2DConditionModel"],
+            setup=[
+                "",
+                'own = {"subfolder": "unet", "variant": "v0-fix", "dtype": torch.float16}',
+                'unet = UNet2DConditionModel.from_pretrained("hansyan/perflow-sdxl-dreamshaper", **own)',
+                'refiner = ModularPipeline.from_pretrained("{repository}", trust_remote_code=True)',
+                'names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")',
+                'refiner.update_components(unet=unet.to("cuda"), **{name: getattr(pipe, name) for name in names})',
+                "",
+                'prompt = "a lighthouse at dusk"',
+                'latents = pipe(prompt=prompt, denoising_end=0.5, output_type="latent", output="images")',
+            ],
+            arguments={"prompt": "prompt", "image_latents": "latents", "denoising_start": "0.5"},
+            pipeline="refiner",
+        ),
         sources=SDXL,
         config=RECIPE,
     ),
@@ -153,6 +181,7 @@ image = refiner(prompt=prompt, image_latents=latents, denoising_start=0.5, outpu
         blocks=PeRFlowDemoBlocks,
         title="PeRFlow demo, text-to-image",
         notes="The weights are those of the installed package; nothing is downloaded, and a CPU will do.",
+        example=CardExample(prompt="a red star on a black background", dtype="float32", device="cpu"),
     ),
 }
 
@@ -166,6 +195,7 @@ def generate(name: str, folder: Path) -> Path:
         mode="thin",
         title=workflow.title,
         notes=workflow.notes,
+        example=workflow.example,
         licence="apache-2.0",
         files=[WORKFLOWS / name / "recipe.py"],
     )

@@ -51,6 +51,9 @@ class PeRFlowApplyAttentionStep(ModularPipelineBlocks):
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         attention = components.attention
+        if not isinstance(attention, AttentionConfig) and _is_copied(attention):
+            attention = AttentionConfig(attention.config.plan)
+            components.update_components(attention=attention)
         if not isinstance(attention, AttentionConfig):
             raise ValueError(
                 f"attention={attention!r} is wrong because it is no AttentionConfig; pass AttentionConfig()."
@@ -63,6 +66,11 @@ class PeRFlowApplyAttentionStep(ModularPipelineBlocks):
             components.update_components(attention_plan=plan)
             attention.remember(components)
         return components, state
+
+
+def _is_copied(attention: object) -> bool:
+    """Whether it is an AttentionConfig of the installed package, or of another self-contained workflow."""
+    return any(kind.__name__ == AttentionConfig.__name__ for kind in type(attention).__mro__)
 
 
 class PeRFlowControlNetApplyAttentionStep(PeRFlowApplyAttentionStep):

@@ -173,9 +173,10 @@ def _download(repository: str, name: str, revision: str | None) -> Path:
 def guidance_in_effect(guider: Any, configured: float | None, recipe: DeltaRecipe | None) -> float:
     """The scale a call will run with: of a guider that a user made or changed its own, else what is recommended.
 
-    That is the configuration's scale, or the delta's, or 2.0. Guiders without a scale count as 1.
+    That is the configuration's scale, or the delta's, or 2.0. Guiders without a scale count as 1. None is the
+    pipeline's own that is not made yet.
     """
-    if not is_default_guider(guider):
+    if guider is not None and not is_default_guider(guider):
         return float(vars(guider).get("guidance_scale", 1.0))
     recommended = configured
     if recommended is None and recipe is not None:

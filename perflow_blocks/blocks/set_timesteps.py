@@ -21,7 +21,7 @@ from ..components.specs import (
 )
 from ..core.plan import StepPlan
 from ..core.windows import tile_windows
-from ..schedulers import PeRFlowScheduler
+from ..schedulers.scheduling_perflow import PeRFlowScheduler, is_perflow_scheduler
 from .denoising_range import before, end_time
 
 logger = logging.get_logger(__name__)
@@ -158,7 +158,7 @@ def _place_scheduler(components: Any, settings: dict[str, Any], noise_schedule: 
     """
     current = components.scheduler
     own = vars(current).get(OWN_ATTRIBUTE) if current is not None else None
-    if isinstance(current, PeRFlowScheduler) and own is None:
+    if is_perflow_scheduler(current) and own is None:
         _warn_of_other_windows(current, {**settings, **noise_schedule})
         return
     source = own["source"] if own is not None else current and dict(current.config)

@@ -6,27 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 from huggingface_hub import ModelCardData
 
+from .card_example import CardExample, example_code, example_inputs, loader_code
 from .card_tables import component_table, config_table, input_table, output_table, table
 from .entries import Entry
 
-LINE_LENGTH = 119
-"""Of the code on a card."""
-
-CARD = "README.md"
-
 TAGS = ("diffusers", "modular-diffusers", "perflow", "few-step")
-
-EXAMPLES = {
-    "prompt": '"a lighthouse at dusk"',
-    "image": 'load_image("photo.png")',
-    "mask_image": 'load_image("mask.png")',
-    "control_image": 'load_image("control.png")',
-    "ip_adapter_image": 'load_image("style.png")',
-}
-"""What the card's example passes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +33,7 @@ class CardFacts:
         picture: file name of a picture in the repository.
         notes: what users of this workflow have to know, in Markdown.
         requirements: packages that the code needs, and their versions.
+        example: how the workflow is used.
     """
 
     title: str
@@ -62,6 +49,7 @@ class CardFacts:
     picture: str | None = None
     notes: str = ""
     requirements: Mapping[str, str] = field(default_factory=dict)
+    example: CardExample = field(default_factory=CardExample)
 
 
 def make_card(facts: CardFacts) -> str:
@@ -99,7 +87,7 @@ def _section(heading: str, text: str) -> str:
 
 
 def _front_matter(facts: CardFacts) -> ModelCardData:
-    names = {param.name for param in _call_inputs(facts.blocks)}
+    names = {param.name for param in example_inputs(facts.blocks)}
     task = "image-to-image" if names & {"image", "control_image"} else "text-to-image"
     bases = [entry.location for entry in facts.entries if entry.location and not entry.location.startswith("https")]
     return ModelCardData(
@@ -114,58 +102,21 @@ def _front_matter(facts: CardFacts) -> ModelCardData:
 def _run(facts: CardFacts) -> str:
     needed = {"diffusers": "", **facts.requirements}
     packages = " ".join(f'"{name}{version}"' if version else name for name, version in needed.items())
-    parts = [f"It needs `pip install {packages}`.", _snippet(facts), _LOADER.format(repository=facts.repository)]
-    return "\n\n".join(parts)
-
-
-def _snippet(facts: CardFacts) -> str:
-    given = [param.name for param in _call_inputs(facts.blocks)]
-    arguments = [f"{name}={EXAMPLES.get(str(name), '...')}" for name in given]
-    outputs = [param.name for param in facts.blocks.outputs if param.name]
-    images = "images" in outputs
-    lines = [
-        "```py",
-        "import torch",
-        "from diffusers import ModularPipeline",
-        *(
-            ["from diffusers.utils import load_image"]
-            if any("load_image" in argument for argument in arguments)
-            else []
-        ),
-        "",
-        f'pipe = ModularPipeline.from_pretrained("{facts.repository}", trust_remote_code=True)',
-        "pipe.load_components(dtype=torch.float16)",
-        'pipe.to("cuda")',
-        _call("image", [*arguments, 'output="images"'], "[0]") if images else _call("state", arguments),
-        *(['image.save("picture.png")'] if images else []),
-        "```",
-    ]
-    return "\n".join(lines)
-
-
-def _call(result: str, arguments: Sequence[str], end: str = "") -> str:
-    """The call of the pipeline, its arguments in as many lines as they need."""
-    joined = ", ".join(arguments)
-    for text in (f"{result} = pipe({joined}){end}", f"{result} = pipe(\n    {joined}\n){end}"):
-        if all(len(line) <= LINE_LENGTH for line in text.splitlines()):
-            return text
-    return f"{result} = pipe(\n" + "".join(f"    {argument},\n" for argument in arguments) + f"){end}"
+    code = example_code(facts.example, facts.blocks, facts.repository)
+    loader = _LOADER.format(code=loader_code(facts.example, facts.repository))
+    return f"It needs `pip install {packages}`.\n\n```py\n{code}\n```\n\n{loader}"
 
 
 _LOADER = """With the package perflow-blocks the files are compared with `perflow_manifest.json` before any code runs,
-components that fail to load are an error, and a `revision` counts for code and weights alike:
+components that fail to load are an error, and a `revision` counts for code and weights alike (with plain
+`from_pretrained` it does not for weights that lie in the repository, which come from its main branch):
 
 ```py
+import torch
 from perflow_blocks import load_workflow
 
-pipe = load_workflow("{repository}", trust_remote_code=True, dtype=torch.float16, device="cuda")
+{code}
 ```"""
-
-
-def _call_inputs(blocks: Any) -> list[InputParam]:
-    """The inputs of the card's example: those that a call needs, and for one task what it is about."""
-    subjects = {"prompt"} if getattr(blocks, "_workflow_map", None) else set(EXAMPLES)
-    return [param for param in blocks.inputs if param.required or param.name in subjects]
 
 
 def _workflows(blocks: Any) -> str:

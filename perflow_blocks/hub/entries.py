@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -14,16 +15,21 @@ from diffusers.models import MultiControlNetModel
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..blocks.set_timesteps import OWN_ATTRIBUTE
 from ..builder.problems import Problems
 from ..components.origin import scheduler_source
-from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS, PeRFlowScheduler
+from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS, is_perflow_scheduler
 
 WeightsMode = Literal["reference", "include", "delta-only"]
 
 LIBRARIES = ("diffusers", "transformers")
 """Whose classes an index may name, as everyone who loads it has them."""
+
+
+_SNAPSHOT = re.compile(r"/models--(?P<id>[\w.-]+)/snapshots/(?P<sha>[0-9a-f]{40})/?$")
+"""A repository of the Hub as it lies in the cache, from where `load_workflow` loads what it holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +65,23 @@ class Entry:
         return [*kind, source]
 
 
-def component_entries(pipe: Any, blocks: Any, weights: WeightsMode, problems: Problems) -> list[Entry]:
-    """An entry for each component that has a source or is saved; what blocks declare by themselves needs none."""
+def component_entries(
+    pipe: Any, blocks: Any, weights: WeightsMode, exclude: Collection[str], problems: Problems
+) -> list[Entry]:
+    """An entry for each component that has a source or is saved; what blocks declare by themselves needs none.
+
+    Those to exclude get none.
+    """
     entries: list[Entry] = []
     private: dict[str, list[str]] = {}
     declared = {spec.name: spec for spec in blocks.expected_components}
+    unknown = sorted(set(exclude) - declared.keys())
+    if unknown:
+        problems.add(f"exclude names {', '.join(unknown)}; the components are {', '.join(declared)}.")
     for name, spec in declared.items():
         if spec.default_creation_method != "from_pretrained":
             continue
-        if _is_absent(name, pipe):
+        if name in exclude or _is_absent(name, pipe):
             continue
         if name == "scheduler":
             entry = _scheduler(pipe, spec, private, problems)
@@ -116,6 +130,7 @@ def _referenced(
     location = spec.pretrained_model_name_or_path
     if component is not None:
         _note_adapters(name, component, problems)
+        _note_tokens(name, component, problems)
     if location is None:
         if component is not None:
             problems.add(
@@ -125,7 +140,10 @@ def _referenced(
         return None
     if location == declared.pretrained_model_name_or_path:
         return None
-    if not is_on_hub(str(location)):
+    snapshot = _SNAPSHOT.search(Path(location).as_posix())
+    if snapshot is not None:
+        spec = replace(spec, pretrained_model_name_or_path=snapshot["id"].replace("--", "/"), revision=snapshot["sha"])
+    elif not is_on_hub(str(location)):
         private.setdefault(str(location), []).append(name)
         return None
     return _entry_of(name, spec, problems)
@@ -138,7 +156,7 @@ def _included(name: str, pipe: Any, problems: Problems) -> Entry | None:
         if location is not None:
             problems.add(
                 f"{name} of {location} is not loaded, so that its weights cannot be included; call "
-                "pipe.load_components(), or pass weights='reference'."
+                f"pipe.load_components(), or pass exclude=['{name}'] to leave it out, or weights='reference'."
             )
         return None
     component = unwrap_module(component) if isinstance(component, nn.Module) else component
@@ -178,11 +196,6 @@ def stock_scheduler(scheduler: Any) -> Any:
     return EulerDiscreteScheduler(**{key: config[key] for key in NOISE_SCHEDULE_KEYS if key in config})
 
 
-def is_perflow_scheduler(scheduler: Any) -> bool:
-    """Also one of a self-contained repository, whose class is another object of the same name."""
-    return any(kind.__name__ == PeRFlowScheduler.__name__ for kind in type(scheduler).__mro__)
-
-
 def _entry_of(name: str, spec: ComponentSpec, problems: Problems) -> Entry:
     if spec.type_hint is not None and not is_stock(spec.type_hint):
         problems.add(_foreign(name, spec.type_hint))
@@ -199,7 +212,7 @@ def _entry_of(name: str, spec: ComponentSpec, problems: Problems) -> Entry:
 def _foreign(name: str, kind: type) -> str:
     return (
         f"{name} is a {kind.__module__}.{kind.__qualname__}, which no index can name; use a class of "
-        f"{' or '.join(LIBRARIES)}, or set {name} to None before the export."
+        f"{' or '.join(LIBRARIES)}, or pass exclude=['{name}']."
     )
 
 
@@ -207,8 +220,8 @@ def _note_adapters(name: str, component: Any, problems: Problems) -> None:
     """What changes a model and would be lost, since neither an index nor a saved model holds it."""
     if isinstance(component, MultiControlNetModel):
         problems.add(
-            f"{name} holds several models, which one entry of an index cannot name; set one of them, or None, before "
-            "the export."
+            f"{name} holds several models, which one entry of an index cannot name; set one of them before the "
+            f"export, or pass exclude=['{name}']."
         )
     adapters = getattr(component, "peft_config", None) if getattr(component, "_hf_peft_config_loaded", False) else None
     if adapters:
@@ -220,4 +233,14 @@ def _note_adapters(name: str, component: Any, problems: Problems) -> None:
         problems.add(
             f"{name} has an IP-Adapter, which no index can name; call pipe.unload_ip_adapter() before the export and "
             "let users call load_ip_adapter."
+        )
+
+
+def _note_tokens(name: str, component: Any, problems: Problems) -> None:
+    """Words that a tokenizer has learned since it was loaded, which a reference does not know."""
+    if isinstance(component, PreTrainedTokenizerBase) and len(component) > component.vocab_size:
+        added = [token for token, number in component.get_added_vocab().items() if number >= component.vocab_size]
+        problems.add(
+            f"{name} has {len(added)} tokens more than its vocabulary ({', '.join(added[:3])}), as after a textual "
+            "inversion, which no index can name; pass weights='include'."
         )

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
 
 from ..components.files import atomic_directory
-from .card import CARD, CardFacts, make_card
+from .address import CARD, OWNER, require_repo_id
+from .card import CardFacts, make_card
+from .card_example import CardExample, require_example
 from .delta import DELTA_FILE
 from .entries import WeightsMode
-from .index import MELLON, make_blocks_config, make_index, make_mellon_config
-from .json_files import BLOCKS_CONFIG, INDEX, to_json, write_json
+from .index import make_blocks_config, make_index, make_mellon_config
+from .json_files import BLOCKS_CONFIG, INDEX, MELLON, to_json, write_json
 from .manifest import MANIFEST, list_files, read_manifest, write_manifest
 from .picture import PICTURE, require_picture, save_picture
 from .plan import ExportPlan, make_plan, recipe_table
@@ -34,9 +36,11 @@ def export_workflow(
     notes: str = "",
     picture: str | os.PathLike[str] | None = None,
     licence: str | None = None,
+    example: CardExample | None = None,
     delta: str | os.PathLike[str] | None = None,
     repo_id: str | None = None,
     files: Sequence[str | os.PathLike[str]] = (),
+    exclude: Collection[str] = (),
     overwrite: bool = False,
 ) -> Path:
     """Writes a workflow repository: code, index, Mellon's configuration, model card, manifest, and weights if asked.
@@ -56,9 +60,11 @@ def export_workflow(
         notes: what the card tells users besides, in Markdown.
         picture: shown on the card; one larger than 1 MB is made smaller.
         licence: identifier as the Hub knows it, "apache-2.0" say, for the card.
+        example: how the card shows the workflow in use, where a prompt and pictures alone would not do.
         delta: the delta file, in place of the pipeline's own.
-        repo_id: the repository of the Hub that this will be, if it is known. Publishing fills it in.
+        repo_id: the repository of the Hub that this will be, "owner/name", if it is known. Publishing fills it in.
         files: further files to copy beside the others, such as a script that uses the workflow.
+        exclude: names of components that the index shall not have.
         overwrite: replace a workflow repository that is there, as a whole.
 
     Returns:
@@ -68,11 +74,15 @@ def export_workflow(
         ValueError: names all that cannot be exported, before anything is written.
     """
     target = Path(directory).expanduser()
-    plan = make_plan(pipe_or_blocks, target, mode, weights, name, delta, description)
+    if repo_id is not None:
+        require_repo_id(repo_id)
+    plan = make_plan(pipe_or_blocks, target, mode, weights, name, delta, description, exclude)
     _require_target(target, overwrite)
     extras = _named_files(files, plan)
     if picture is not None:
         require_picture(picture)
+    if example is not None:
+        require_example(example, plan.blocks)
     folder_name = target.absolute().name
     facts = CardFacts(
         title=title or folder_name,
@@ -83,16 +93,17 @@ def export_workflow(
         entries=plan.entries,
         config=plan.config,
         recipe=recipe_table(plan),
-        repository=repo_id or f"your-name/{folder_name}",
+        repository=repo_id or f"{OWNER}/{folder_name}",
         licence=licence,
         picture=None if picture is None else PICTURE,
         notes=notes,
         requirements=plan.sources.requirements,
+        example=example or CardExample(),
     )
     texts = _texts(plan, facts, repo_id)
     with atomic_directory(target) as folder:
         for file, text in texts.items():
-            (folder / file).write_text(text, encoding="utf-8")
+            (folder / file).write_text(text, encoding="utf-8", newline="\n")
         for file, source in extras.items():
             shutil.copyfile(source, folder / file)
         if picture is not None:

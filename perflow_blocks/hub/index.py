@@ -11,8 +11,6 @@ from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, Outpu
 
 from .entries import Entry
 
-MELLON = MellonPipelineConfig.config_name
-
 MELLON_STAGES = ("text_encoder", "denoise", "decode")
 """The top-level blocks that make one node each in Mellon; blocks without them are one node as a whole."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from importlib import invalidate_caches
@@ -13,10 +12,11 @@ from typing import Any
 import torch
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME, HF_MODULES_CACHE
+from huggingface_hub.utils import WeakFileLock
 
 from .fetch import fetch_workflow
-from .json_files import BLOCKS_CONFIG, INDEX
-from .manifest import Manifest, verify_manifest
+from .json_files import BLOCKS_CONFIG, INDEX, parse_json
+from .manifest import Manifest, sha256_of, verify_manifest
 
 
 def load_workflow(
@@ -30,12 +30,14 @@ def load_workflow(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     load_components: bool = True,
+    verify_weights: bool = False,
 ) -> Any:
     """The pipeline of a workflow repository, as `export_workflow` writes them.
 
     A repository of the Hub is downloaded at one commit, and code, weights that it holds and its delta are those of
-    this commit. Everything is compared with its manifest before any of its code runs. Unlike `from_pretrained`, this
-    never falls back to other blocks, and a component that fails to load is an error.
+    this commit. Everything is compared with its manifest before any of its code runs, weights by their size unless
+    `verify_weights` is set. Unlike `from_pretrained`, this never falls back to other blocks, and a component that
+    fails to load is an error.
 
     Args:
         source: a directory, or the id of a repository of the Hub.
@@ -47,14 +49,17 @@ def load_workflow(
         dtype: of the models; None as they are stored.
         device: where to put the models; None for the CPU.
         load_components: load the components that the index names; else only the blocks and the configuration.
+        verify_weights: read the weights in the repository for the comparison as well, which takes as long as loading.
 
     Raises:
         ValueError: the repository cannot be read or is not what its manifest says, its code is not trusted or gives
             other blocks than it names, or components fail to load: then one error names all of them.
     """
+    if device is not None:
+        _require_device(device)
     options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     directory = fetch_workflow(source, revision=revision, **options)
-    manifest = verify_manifest(directory)
+    manifest = verify_manifest(directory, weights=verify_weights)
     if not trust_remote_code:
         raise ValueError(_untrusted(source, directory, manifest))
     pipe = _load_blocks(directory, manifest).init_pipeline(str(directory))
@@ -81,13 +86,17 @@ def _load_blocks(directory: Path, manifest: Manifest) -> Any:
         raise ValueError(
             f"{directory / BLOCKS_CONFIG} runs {named}, and the manifest says block.{name}; export the workflow again."
         )
-    _require_fresh_modules(directory, manifest)
-    try:
-        blocks = ModularPipelineBlocks.from_pretrained(str(directory), trust_remote_code=True)
-    except Exception as error:  # the repository's own, of any kind
-        raise ValueError(
-            f"the code of {directory} does not run ({type(error).__name__}: {error}); {_remedy(manifest)}."
-        ) from error
+    shared = _shared_modules()
+    shared.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(shared / ".perflow.lock"):  # other processes copy their files to the same place
+        _require_fresh_modules(directory, manifest)
+        try:
+            blocks = ModularPipelineBlocks.from_pretrained(str(directory), trust_remote_code=True)
+        except Exception as error:  # the repository's own, of any kind
+            raise ValueError(
+                f"the code of {directory} does not run ({type(error).__name__}: {error}); {_remedy(manifest)}."
+            ) from error
+        _require_own_modules(directory, manifest)
     if type(blocks).__name__ != name:
         raise ValueError(
             f"the code of {directory} gives the blocks {type(blocks).__name__}, and the manifest says {name}; export "
@@ -109,10 +118,9 @@ def _require_fresh_modules(directory: Path, manifest: Manifest) -> None:
     that the process has imported already would run in place of this one; so would bytecode of another file of the
     same size that was copied there within the same second.
     """
-    shared = Path(HF_MODULES_CACHE) / DIFFUSERS_DYNAMIC_MODULE_NAME / "local"
-    for file in (name for name in manifest.files if name.endswith(".py")):
+    for file in _code(manifest):
         module = sys.modules.get(f"{DIFFUSERS_DYNAMIC_MODULE_NAME}.local.{Path(file).stem}")
-        copy = shared / file
+        copy = _shared_modules() / file
         if file != "block.py" and module is not None:
             if not copy.is_file() or copy.read_bytes() != (directory / file).read_bytes():
                 raise ValueError(
@@ -121,6 +129,35 @@ def _require_fresh_modules(directory: Path, manifest: Manifest) -> None:
                 )
         Path(cache_from_source(str(copy))).unlink(missing_ok=True)
     invalidate_caches()  # of the places that modules are looked for in
+
+
+def _require_own_modules(directory: Path, manifest: Manifest) -> None:
+    """Raises the ValueError where a process that takes no notice of the lock has put other files in place."""
+    copies = [_shared_modules() / file for file in _code(manifest)]
+    if any(copy.is_file() and sha256_of(copy) != manifest.files[copy.name].sha256 for copy in copies):
+        raise ValueError(
+            f"another process loaded other code while that of {directory} was read; load it again, or give processes "
+            "that load workflows at the same time an HF_MODULES_CACHE each."
+        )
+
+
+def _shared_modules() -> Path:
+    """Where diffusers copies the code of every directory that it loads blocks from."""
+    return Path(HF_MODULES_CACHE) / DIFFUSERS_DYNAMIC_MODULE_NAME / "local"
+
+
+def _code(manifest: Manifest) -> list[str]:
+    return [name for name in manifest.files if name.endswith(".py") and "/" not in name]
+
+
+def _require_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"device={str(device)!r} is none that can be used here ({reason}); pass one such as 'cpu' or 'cuda'."
+        ) from error
 
 
 def _load_components(pipe: Any, directory: Path, options: dict[str, Any]) -> None:
@@ -160,9 +197,7 @@ def _reason(error: Exception) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = path.read_bytes()
+    except OSError as error:
         raise ValueError(f"{path} cannot be read ({error}); download or export the workflow again.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object; download or export the workflow again.")
-    return values
+    return parse_json(content, str(path))

@@ -66,6 +66,10 @@ class Manifest:
             _require_inside(path)
 
 
+_LOADED = (".py", ".so", ".pyd", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".index.json")
+"""Ends of the names of files that libraries load without being told to."""
+
+
 def write_manifest(directory: str | os.PathLike[str], *, blocks: str, mode: str) -> Manifest:
     """Reads every file in the directory and writes the manifest over them; it appears complete or not at all.
 
@@ -91,12 +95,22 @@ def write_manifest(directory: str | os.PathLike[str], *, blocks: str, mode: str)
 def save_manifest(directory: Path, manifest: Manifest) -> None:
     """Writes a manifest as it is, compared with nothing."""
     with atomic_path(directory / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+        temporary.write_bytes(manifest_bytes(manifest))
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The content of its file."""
+    return (json.dumps(asdict(manifest), indent=2) + "\n").encode()
 
 
 def file_entry(path: Path) -> FileEntry:
     """What a manifest says of a file as it is now."""
     return FileEntry(sha256=sha256_of(path), size=path.stat().st_size)
+
+
+def bytes_entry(content: bytes) -> FileEntry:
+    """What a manifest says of a file with this content."""
+    return FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
@@ -139,7 +153,8 @@ def verify_manifest(
 ) -> Manifest:
     """Compares a directory with its manifest.
 
-    Files that the manifest does not name are taken for harmless, except modules (`*.py`) and links to directories.
+    Files that the manifest does not name are taken for harmless, except code and weights, whatever is in a folder of
+    the manifest's, where a library may find it, and links to directories.
 
     Args:
         directory: the workflow repository.
@@ -156,7 +171,12 @@ def verify_manifest(
     manifest = read_manifest(root) if manifest is None else manifest
     present = set(list_files(root))
     wanted = manifest.files if only is None else only
-    unexpected = (path for path in present - manifest.files.keys() if path.endswith(".py") or (root / path).is_dir())
+    folders = {path.split("/")[0] for path in manifest.files if "/" in path}
+    unexpected = (
+        path
+        for path in present - manifest.files.keys()
+        if path.lower().endswith(_LOADED) or (root / path).is_dir() or _is_beside(path, folders)
+    )
     findings = {
         "changed": _changed(root, manifest, present, weights),
         "missing": [path for path in manifest.files if path not in present and path in wanted],
@@ -166,6 +186,12 @@ def verify_manifest(
         text = ", ".join(f"{len(paths)} {what} ({', '.join(paths)})" for what, paths in findings.items() if paths)
         raise ValueError(f"{root} is not what its {MANIFEST} says: {text}; download or export it again.")
     return manifest
+
+
+def _is_beside(path: str, folders: Collection[str]) -> bool:
+    """Whether a file is in one of the folders; hidden ones (".DS_Store") are read by nobody."""
+    parts = path.split("/")
+    return len(parts) > 1 and parts[0] in folders and not parts[-1].startswith(".")
 
 
 def list_files(directory: Path) -> Iterator[str]:

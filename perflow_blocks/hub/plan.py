@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -52,6 +53,7 @@ def make_plan(
     name: str | None,
     delta: str | os.PathLike[str] | None,
     description: str | None,
+    exclude: Collection[str],
 ) -> ExportPlan:
     """All that is known before anything is written; arguments as of `export_workflow`.
 
@@ -71,8 +73,8 @@ def make_plan(
         problems.add(
             f"the pipeline is a {type(pipe).__qualname__}, which no index can name; use blocks.init_pipeline."
         )
-    entries = component_entries(pipe, blocks, weights, problems)
-    guider = guider_entry(pipe, blocks, problems)
+    entries = component_entries(pipe, blocks, weights, exclude, problems)
+    guider = None if "guider" in exclude else guider_entry(pipe, blocks, problems)
     config: dict[str, Any] = {}
     with problems.noted():
         config = config_values(pipe, blocks, problems)

@@ -22,6 +22,19 @@ _PATHS = (
     # Backslashes are doubled in JSON. A folder or an ending has to follow, since "n:\n" stands in many a source file.
     rb"[A-Za-z]:(?:\\{1,2}|/)[^\\/:*?\"<>|\s]+(?:\\|/|\.\w)",
 )
+# In code and prose these hold in quotes alone, since without them much that is no path looks like one.
+_QUOTED = (
+    rb"/(?:tmp|data|mnt|media|opt|srv|var|scratch|workspace|content|Volumes|private)/[^\"'`\n]*[\w}][^\"'`\n]*",
+    # A server and its share; the backslashes are doubled in usual string literals.
+    rb"\\{2}[\w.-]{2,}\\[\w$.-]{2,}[^\"'`\n]*",
+    rb"\\{4}[\w.-]{2,}\\{2}[\w$.-]{2,}[^\"'`\n]*",
+)
+_ANY_QUOTED = re.compile(rb"(?<=[\"'`])/[^\"'`\n]+(?=[\"'`])")
+# What every system has says nothing of this one.
+_SYSTEM = re.compile(
+    rb"/(?:bin|dev|etc|lib(?:32|64)?|proc|sbin|sys|usr/(?:bin|lib|lib32|lib64|sbin|share))(?:/.*)?"
+    rb"|/(?:boot|home|media|mnt|opt|root|run|srv|tmp|usr|usr/local|var)?/*"
+)
 # In JSON a value is known from a piece of text, so that there any path from the root counts.
 _JSON_VALUE = rb"(?<=\")/[^/\"\s]+/[^\"\s]*(?=\"\s*[,}\]])"
 _REST = rb"[^\s\"'`<>|(){}\[\],;*?]*"  # of a path, after what gave it away
@@ -31,6 +44,8 @@ _TEXT_SAMPLE = 8192
 
 class PrivateContent:
     """Looks into files for tokens and local paths.
+
+    A local path is known by its beginning, or by being one of this machine.
 
     Args:
         paths: paths of this machine that are to be found wherever they lie, such as the directory that is published.
@@ -45,7 +60,7 @@ class PrivateContent:
         literal = {form.encode() for path in paths if len(PurePath(path).parts) > 2 for form in _forms(str(path))}
         own = [re.escape(path) + rb"(?![\w-])" for path in sorted(literal, key=len, reverse=True)]
         forms = rb"(?<![\w./~-])(?:" + b"|".join([*own, *_PATHS]) + rb")" + _REST
-        self._paths = re.compile(forms)
+        self._text = re.compile(forms + rb"|(?<=[\"'`])(?:" + b"|".join(_QUOTED) + rb")")
         self._json = re.compile(forms + rb"|" + _JSON_VALUE)
 
     def findings(self, path: Path) -> Iterator[str]:
@@ -67,7 +82,7 @@ class PrivateContent:
                 elif b"\0" in content[:_TEXT_SAMPLE] or path.name in _VOCABULARIES:
                     yield from self._search(content, 0, size, None)
                 else:
-                    yield from self._search(content, 0, size, self._json if path.suffix == ".json" else self._paths)
+                    yield from self._search(content, 0, size, self._json if path.suffix == ".json" else self._text)
 
     def _search(self, content: mmap.mmap, start: int, end: int, paths: re.Pattern[bytes] | None) -> Iterator[str]:
         found = {}
@@ -76,6 +91,9 @@ class PrivateContent:
                 found[match.start()] = f"holds what looks like {kind} ({match[0][:3].decode(errors='replace')}...)"
         for match in paths.finditer(content, start, end) if paths else ():
             found[match.start()] = f"names the local path {match[0].decode(errors='replace')}"
+        for match in _ANY_QUOTED.finditer(content, start, end) if paths is self._text else ():
+            if not _SYSTEM.fullmatch(match[0]) and os.path.lexists(match[0]):
+                found[match.start()] = f"names the local path {match[0].decode(errors='replace')}"
         for position, clause in sorted(found.items()):
             line = content[start:position].count(b"\n") + 1
             yield f"line {line} {clause}" if start == 0 else clause

@@ -6,18 +6,15 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from .. import __version__
-from .address import address_workflow
+from .address import require_repo_id
 from .errors import explained
-from .manifest import MANIFEST, Manifest, sha256_of
+from .outgoing import OutgoingFile, outgoing_files
 from .publishable import require_publishable
 from .remote import Remote, list_remote, read_remote
 
@@ -87,10 +84,11 @@ def push_workflow(
     """Publishes a workflow repository on the Hub, in a single commit, or not at all.
 
     Before the network is asked for anything, every file is compared with the manifest and searched for tokens and
-    local paths. The index gets the repository's id for weights that lie in it, in the directory too. The repository is
-    made if there is none. Files of a workflow that was there before and that this one
-    does not have are removed; what others put there stays. Large files go first and the commit comes last: after an
-    interruption the repository is as it was, and the next attempt does not send again what had arrived.
+    local paths. Index, card and Mellon's configuration are sent with the repository's id in them; the directory stays
+    as it is, and serves for other repositories too. The repository is made if there is none. Files of a workflow that
+    was there before and that this one does not have are removed; what others put there stays. Large files go first and
+    the commit comes last: after an interruption the repository is as it was, and the next attempt does not send again
+    what had arrived.
 
     Args:
         directory: what `export_workflow` wrote.
@@ -109,13 +107,11 @@ def push_workflow(
         ValueError: the directory is not fit to be published, no token was found, or the Hub does not allow it.
         ConnectionError: the network or the Hub failed; pushing again completes what was begun.
     """
-    _require_repo_id(repo_id)
+    require_repo_id(repo_id)
     token = _usable_token(token, required=not dry_run)
     manifest = require_publishable(directory, token)
-    if not dry_run:
-        manifest = address_workflow(directory, repo_id)
+    outgoing = outgoing_files(directory, manifest, repo_id)
     api = HfApi(endpoint=endpoint, token=token or False, library_name="perflow-blocks", library_version=__version__)
-    root = Path(directory)
     url = f"{api.endpoint}/{repo_id}" + (f"/tree/{quote(revision, safe='')}" if revision else "")
     try:
         with explained(repo_id, api.endpoint):
@@ -123,10 +119,10 @@ def push_workflow(
     except ConnectionError:
         if not dry_run:
             raise
-        files = _compare(root, manifest, Remote())
+        files = _compare(outgoing, Remote())
         return PushReport(repo_id=repo_id, files=files, url=url, commit=None, dry_run=True, compared=False)
     with explained(repo_id, api.endpoint):
-        files = _compare(root, manifest, remote)
+        files = _compare(outgoing, remote)
         if dry_run or all(file.change == "unchanged" for file in files):
             sha = None if any(file.change != "unchanged" for file in files) else remote.sha
             return PushReport(repo_id=repo_id, files=files, url=url, commit=sha, dry_run=dry_run)
@@ -136,23 +132,14 @@ def push_workflow(
         message = commit_message or f"Push the workflow {manifest.blocks}"
         done = api.create_commit(
             repo_id,
-            _operations(root, files),
+            _operations(outgoing, files),
             commit_message=message,
             revision=revision,
             create_pr=create_pr,
             parent_commit=remote.sha,  # what was compared; a commit that came between is an error
         )
-        _require_published(root, manifest, Remote(files=list_remote(api, repo_id, done.oid)), done)
+        _require_published(outgoing, Remote(files=list_remote(api, repo_id, done.oid)), done)
     return PushReport(repo_id=repo_id, files=files, url=done.pr_url or url, commit=done.oid, dry_run=False)
-
-
-def _require_repo_id(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no name of a repository ({error}); pass owner/name.") from error
-    if "/" not in repo_id:
-        raise ValueError(f"{repo_id!r} names no owner; pass owner/name.")
 
 
 def _usable_token(token: str | None, *, required: bool) -> str | None:
@@ -191,39 +178,35 @@ def _remote(api: HfApi, repo_id: str, revision: str | None, *, private: bool | N
     return read_remote(api, repo_id, revision)
 
 
-def _compare(root: Path, manifest: Manifest, remote: Remote) -> tuple[PushedFile, ...]:
+def _compare(outgoing: Mapping[str, OutgoingFile], remote: Remote) -> tuple[PushedFile, ...]:
     files = []
-    for path, sha256 in _hashes(root, manifest).items():
-        same = remote.holds(path, root / path, sha256)
+    for path, file in outgoing.items():
+        same = remote.holds(path, file)
         change: Change = "unchanged" if same else "changed" if path in remote.files else "new"
-        files.append(PushedFile(path=path, size=(root / path).stat().st_size, change=change))
+        files.append(PushedFile(path=path, size=file.size, change=change))
     stale = sorted(remote.workflow & remote.files.keys() - {file.path for file in files})
     return (*files, *(PushedFile(path=path, size=0, change="deleted") for path in stale))
 
 
-def _hashes(root: Path, manifest: Manifest) -> Mapping[str, str]:
-    """The SHA-256 of every file to publish, the manifest's own among them."""
-    return {**{path: entry.sha256 for path, entry in manifest.files.items()}, MANIFEST: sha256_of(root / MANIFEST)}
-
-
-def _operations(root: Path, files: tuple[PushedFile, ...]) -> list[CommitOperationAdd | CommitOperationDelete]:
+def _operations(
+    outgoing: Mapping[str, OutgoingFile], files: tuple[PushedFile, ...]
+) -> list[CommitOperationAdd | CommitOperationDelete]:
     return [
         CommitOperationDelete(file.path)
         if file.change == "deleted"
-        else CommitOperationAdd(file.path, root / file.path)
+        else CommitOperationAdd(file.path, outgoing[file.path].content)
         for file in files
         if file.change != "unchanged"
     ]
 
 
-def _require_published(root: Path, manifest: Manifest, remote: Remote, done: CommitInfo) -> None:
-    """Compares what the Hub holds with the manifest: it leaves out files that a .gitignore of the repository names.
+def _require_published(outgoing: Mapping[str, OutgoingFile], remote: Remote, done: CommitInfo) -> None:
+    """Compares what the Hub holds with what was sent: it leaves out files that a .gitignore of the repository names.
 
     Raises:
         ValueError: names the files that are not there, or not as they are here.
     """
-    hashes = _hashes(root, manifest)
-    wrong = [path for path, sha256 in hashes.items() if not remote.holds(path, root / path, sha256)]
+    wrong = [path for path, file in outgoing.items() if not remote.holds(path, file)]
     if wrong:
         raise ValueError(
             f"commit {done.oid} does not hold {', '.join(wrong)} as the manifest says; look whether the repository's "

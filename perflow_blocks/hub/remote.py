@@ -12,6 +12,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils.sha import git_hash
 
 from .manifest import MANIFEST, parse_manifest
+from .outgoing import OutgoingFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +31,14 @@ class Remote:
     files: Mapping[str, RepoFile] = field(default_factory=dict)
     workflow: frozenset[str] = frozenset()
 
-    def holds(self, path: str, file: Path, sha256: str) -> bool:
-        """Whether the repository has this content, the SHA-256 of which is known, under this path."""
+    def holds(self, path: str, file: OutgoingFile) -> bool:
+        """Whether the repository has this content under this path."""
         there = self.files.get(path)
-        if there is None or there.size != file.stat().st_size:
+        if there is None or there.size != file.size:
             return False
         if there.lfs is not None:
-            return there.lfs.sha256 == sha256
-        return there.blob_id == git_hash(file.read_bytes())  # a small file; those are stored by git's own hash
+            return there.lfs.sha256 == file.sha256
+        return there.blob_id == git_hash(file.read())  # a small file; those are stored by git's own hash
 
 
 def read_remote(api: HfApi, repo_id: str, revision: str | None) -> Remote:

@@ -15,8 +15,8 @@ from ..blocks.set_timesteps import OWN_ATTRIBUTE
 from ..builder.problems import Problems
 from ..components.attention.plan import parse_plan
 from ..components.attention.registry import get_attention_strategy
-from ..schedulers.scheduling_perflow import PeRFlowScheduler
-from .entries import Entry, is_perflow_scheduler, is_stock, library_of
+from ..schedulers.scheduling_perflow import PeRFlowScheduler, is_perflow_scheduler
+from .entries import Entry, is_stock, library_of
 
 logger = logging.get_logger(__name__)
 
@@ -39,7 +39,7 @@ def config_values(pipe: Any, blocks: Any, problems: Problems) -> dict[str, Any]:
     }.items():
         if name in values:
             values[name] = value
-        else:
+        elif value is not None:
             problems.add(
                 f"the blocks have no configuration value {name}, which would have to keep {value!r}; insert the block "
                 "that declares it, or take the setting back."
@@ -52,7 +52,7 @@ def config_values(pipe: Any, blocks: Any, problems: Problems) -> dict[str, Any]:
 
 def guider_entry(pipe: Any, blocks: Any, problems: Problems) -> Entry | None:
     """The guider as a component of its own, where it is one that a user set and its scale does not say it all."""
-    guider = getattr(pipe, "guider", None)
+    guider = _loaded_guider(pipe, problems)
     if not isinstance(guider, BaseGuidance) or is_default_guider(guider) or _is_usual(guider, blocks):
         return None
     if not is_stock(type(guider)):
@@ -62,6 +62,17 @@ def guider_entry(pipe: Any, blocks: Any, problems: Problems) -> Entry | None:
         )
         return None
     return Entry(name="guider", kind=type(guider), location=None, subfolder="guider", component=_settled(guider))
+
+
+def _loaded_guider(pipe: Any, problems: Problems) -> Any:
+    """The pipeline's, or the one that its index names and that was not loaded."""
+    guider = getattr(pipe, "guider", None)
+    spec = pipe.get_component_spec("guider") if guider is None and "guider" in pipe._component_specs else None
+    if spec is None or not spec.pretrained_model_name_or_path:
+        return guider
+    with problems.noted(AttributeError, about="guider, which the index names, does not load: "):
+        return spec.load()
+    return None
 
 
 def _guidance_scale(pipe: Any, blocks: Any) -> dict[str, float]:
@@ -100,8 +111,8 @@ def _windows(pipe: Any, problems: Problems) -> dict[str, Any]:
                 f"the scheduler has {name}={config[name]}, which no configuration value keeps; set one with "
                 f"{name}={usual[name]}."
             )
-    values = {name: config[name] for name in ("prediction_type", "num_time_windows", "window_boundaries")}
-    return {name: value for name, value in values.items() if value is not None}
+    # None too: what the configuration says of windows would hold otherwise.
+    return {name: config[name] for name in ("prediction_type", "num_time_windows", "window_boundaries")}
 
 
 def _attention(pipe: Any, values: dict[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,11 @@ class PeRFlowSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor
 
 
+def is_perflow_scheduler(scheduler: object) -> bool:
+    """Whether it is a `PeRFlowScheduler`, also one of a self-contained workflow, whose class is another object."""
+    return any(kind.__name__ == "PeRFlowScheduler" for kind in type(scheduler).__mro__)
+
+
 class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
     """Few-step sampler of piecewise rectified flow (arXiv 2405.07510) for text-to-image and image-to-image pipelines.
 

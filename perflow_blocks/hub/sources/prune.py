@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import ast
 import io
+import sys
 from dataclasses import replace
+from enum import Enum
+from pathlib import PurePath
+from re import Pattern
+from types import BuiltinFunctionType, FunctionType
 
-from .modules import Module
+import torch
+
+from .changes import Changes, Kind, UndecidedError
+from .imports import absolute_name, import_statements
+from .modules import PACKAGE, Module, origin, require_carried
 
 
 def pruned(module: Module, names: set[str]) -> Module:
     """A module with only what `names` need: imports, constants, functions and classes, each as it was written.
 
-    Left out is what neither defines nor changes anything that is needed: other functions, calls of functions, and
+    Left out is what neither defines nor changes anything that is needed: other functions, their calls, and
     `if __name__ == "__main__":`.
+
+    Raises:
+        ValueError: a statement may change what is needed, but cannot be carried, or does not tell; names its line.
     """
     tree = ast.parse(module.text)
-    kept = _needed(tree, names)
+    kept = _Part(module, tree).needed(names)
     lines = io.StringIO(module.text).readlines()  # splits where Python does
     chosen: set[int] = set()
     last = 0
@@ -29,45 +41,122 @@ def pruned(module: Module, names: set[str]) -> Module:
     return replace(module, text=text if text.endswith("\n") else text + "\n")
 
 
-def _needed(tree: ast.Module, names: set[str]) -> set[ast.stmt]:
-    by_name: dict[str, list[ast.stmt]] = {}
-    for node in tree.body:
-        for name in _bound(node):
-            by_name.setdefault(name, []).append(node)
-    waiting = [node for node in tree.body if not _is_main_guard(node)]
-    kept: set[ast.stmt] = set()
-    own: set[str] = set()
-    wanted = sorted(names)
-    while wanted:
-        name = wanted.pop()
-        if any(not isinstance(node, ast.Import | ast.ImportFrom) for node in by_name.get(name, [])):
-            own.add(name)
-        found = by_name.pop(name, [])
-        found += [node for node in waiting if _is_star(node) or _changed(node) & own]
-        for node in found:
-            if node not in kept:
-                kept.add(node)
-                wanted.extend(inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name))
-                wanted.extend(_names_in_strings(node))
-    return kept
+class _Part:
+    """The part of a module that is needed, as it grows."""
+
+    def __init__(self, module: Module, tree: ast.Module) -> None:
+        self.module = module
+        self.waiting = [node for node in tree.body if not _is_main_guard(node)]
+        self.by_name: dict[str, list[ast.stmt]] = {}
+        for node in tree.body:
+            for name in _bound(node):
+                self.by_name.setdefault(name, []).append(node)
+        self.values = vars(sys.modules.get(module.name, object))
+        self.changes = Changes(
+            tree, _trusted(module, tree) | {n for n, v in self.values.items() if _is_foreign(v, module)}
+        )
+        self.kept: set[ast.stmt] = set()
+        self.own: dict[str, Kind] = {}
+
+    def needed(self, names: set[str]) -> set[ast.stmt]:
+        """The statements that define `names` and what these use, or may change any of it."""
+        self._keep_definitions(sorted(names))
+        while (found := self._next_change()) is not None:
+            before = set(self.kept)
+            self.kept.add(found)
+            self._keep_definitions(_used(found))
+            if not _is_star(found) and not all(_can_be_carried(self.module, node) for node in self.kept - before):
+                reason = "may change what the block uses, and needs what no export carries"
+                raise self._cannot(found.lineno, reason)
+        return self.kept
+
+    def _keep_definitions(self, wanted: list[str]) -> None:
+        while wanted:
+            name = wanted.pop()
+            binding = self.by_name.pop(name, [])
+            if any(_is_own(self.module, node) for node in binding):
+                self.own[name] = self._kind(name, binding)
+            for node in binding:
+                if node not in self.kept:
+                    self.kept.add(node)
+                    wanted.extend(_used(node))
+
+    def _next_change(self) -> ast.stmt | None:
+        """A statement that is not kept yet, and may change what is."""
+        watched = dict(self.own)
+        for node in self.waiting:
+            watched |= self.changes.aliases(node, watched)
+            if node in self.kept:
+                continue
+            try:
+                if _is_star(node) or self.changes.changes(node, watched):
+                    return node
+            except UndecidedError as error:
+                raise self._cannot(error.line, f"uses {error.code}, which may change anything") from None
+        return None
+
+    def _kind(self, name: str, binding: list[ast.stmt]) -> Kind:
+        value = self.values.get(name, self)
+        if _is_constant(value):
+            return "constant"
+        defined = all(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) for node in binding)
+        return "code" if defined or isinstance(value, type | FunctionType | BuiltinFunctionType) else "data"
+
+    def _cannot(self, line: int, reason: str) -> ValueError:
+        return ValueError(
+            f"line {line} of {self.module.path.name} {reason}; put the block in a module of its own, and import it."
+        )
 
 
-def _changed(node: ast.stmt) -> set[str]:
-    """The names of what a statement changes without binding it anew: `table[key] = value`, `table.update(values)`."""
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        return set()
+def _used(node: ast.stmt) -> list[str]:
+    return [*(inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)), *_names_in_strings(node)]
+
+
+def _is_own(module: Module, node: ast.stmt) -> bool:
+    """Whether a statement binds what is the user's: all but imports of installed modules and this package."""
+    if not isinstance(node, ast.Import | ast.ImportFrom):
+        return True
+    return any(origin(name) == "user" for name in _imported_modules(module, node))
+
+
+def _trusted(module: Module, tree: ast.Module) -> set[str]:
+    """The names that a module imports from this package and diffusers, at any depth."""
     found = set()
-    for part in ast.walk(node):
-        inner: ast.AST | None = None
-        if isinstance(part, ast.Attribute | ast.Subscript) and isinstance(part.ctx, ast.Store | ast.Del):
-            inner = part
-        elif isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute):
-            inner = part.func
-        while isinstance(inner, ast.Attribute | ast.Subscript):
-            inner = inner.value
-        if isinstance(inner, ast.Name):
-            found.add(inner.id)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [name.partition(".")[0] for name in _imported_modules(module, node)]
+            if all(name in (PACKAGE, "diffusers") for name in names):
+                found |= _bound(node)
     return found
+
+
+def _imported_modules(module: Module, node: ast.Import | ast.ImportFrom) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [absolute_name(module, node)]
+
+
+def _is_foreign(value: object, module: Module) -> bool:
+    """Whether a value is a class of another module."""
+    return isinstance(value, type) and value.__module__ != module.name
+
+
+def _is_constant(value: object) -> bool:
+    if isinstance(value, tuple | frozenset):
+        return all(map(_is_constant, value))
+    plain = (bool, int, float, complex, str, bytes, range, PurePath, Pattern, Enum, torch.dtype, torch.device)
+    return value is None or isinstance(value, plain)
+
+
+def _can_be_carried(module: Module, node: ast.stmt) -> bool:
+    """Whether self-contained exports can carry what a statement imports of this package."""
+    try:
+        for _, names in import_statements(module, node, frozenset({"package"})):
+            for imported in names:
+                require_carried(imported.module)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_star(node: ast.stmt) -> bool:
