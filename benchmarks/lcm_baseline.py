@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,15 +147,20 @@ def run(options: argparse.Namespace) -> str:
     device, directory = torch.device(options.device), options.teacher or weights_directory()
     like = None if options.like is None else load_config(options.like)
     budget = options.budget if like is None else perflow_rows(like)
+    baked = like is not None and like.teacher.cfg_mode == "fixed"
+    data = DataConfig(kind="demo", resolution=64, bucket_step=8) if like is None else like.data
+    if data.kind == "prompts":
+        raise ValueError("data.kind='prompts' has no pictures, which latent consistency needs; pass --budget.")
     one = ConsistencyConfig(
         updates=1,
         batch_size=options.batch_size if like is None else like.optimizer.batch_size,
-        guidance_scale=options.guidance_scale if like is None else like.teacher.guidance_scale,
+        guidance_scale=like.teacher.guidance_scale if baked else options.guidance_scale,
         learning_rate=options.learning_rate,
         seed=options.seed,
     )
-    config = ConsistencyConfig(**{**asdict(one), "updates": max(1, budget // one.rows_per_update)})
-    data = DataConfig(kind="demo", resolution=64, bucket_step=8) if like is None else like.data
+    if budget < one.rows_per_update:
+        raise ValueError(f"a budget of {budget} rows is below the {one.rows_per_update} of one update; pass more.")
+    config = replace(one, updates=budget // one.rows_per_update)
     teacher = teacher_pipeline(directory).to(device)
     teacher.set_progress_bar_config(disable=True)
     student = UNet2DConditionModel.from_pretrained(directory, subfolder="unet", dtype=torch.float32).to(device)
@@ -201,7 +206,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--teacher", type=Path, help="directory of the teacher (default: the embedded model)")
     parser.add_argument("--prompts", type=int, default=512, help="of the evaluation (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="with --budget (default: %(default)s)")
-    parser.add_argument("--guidance-scale", type=float, default=3.0, help="with --budget (default: %(default)s)")
+    parser.add_argument(
+        "--guidance-scale", type=float, default=3.0, help="unless --like bakes one in (default: %(default)s)"
+    )
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="the highest (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

@@ -21,7 +21,7 @@ from perflow_blocks.demo import teacher_pipeline
 from perflow_blocks.demo.models import SCHEDULE
 from perflow_blocks.schedulers.conditioning import Conditioning
 
-from .training_support import PointTeacher, tiny_config
+from .training_support import PointTeacher, tiny_config, write_config
 
 SCHEDULER = LCMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False)
 CONFIG = ConsistencyConfig(updates=1, batch_size=4, huber_c=0.0)
@@ -207,6 +207,18 @@ def test_the_script_keeps_to_its_budget_and_judges(
     ]
     student = UNet2DConditionModel.from_pretrained(tmp_path / "student")
     assert student.config.cross_attention_dim == 128
+
+
+def test_what_cannot_be_trained_on_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a budget of 100 rows is below the 128 of one update"):
+        main(["--budget", "100", "--out", str(tmp_path / "out")])
+    (tmp_path / "prompts.txt").write_text("a star\n")
+    path = write_config(tmp_path, "demo")
+    text = path.read_text().replace('kind = "demo"', f'kind = "prompts"\npath = "{tmp_path / "prompts.txt"}"')
+    path.write_text(text.replace("[teacher]", '[teacher]\nstarts = "trajectory"'))
+    with pytest.raises(ValueError, match="data.kind='prompts' has no pictures"):
+        main(["--like", str(path), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(autouse=True)
