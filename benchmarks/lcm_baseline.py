@@ -147,14 +147,14 @@ def run(options: argparse.Namespace) -> str:
     device, directory = torch.device(options.device), options.teacher or weights_directory()
     like = None if options.like is None else load_config(options.like)
     budget = options.budget if like is None else perflow_rows(like)
-    baked = like is not None and like.teacher.cfg_mode == "fixed"
+    baked = like.teacher.guidance_scale if like is not None and like.teacher.cfg_mode == "fixed" else None
     data = DataConfig(kind="demo", resolution=64, bucket_step=8) if like is None else like.data
     if data.kind == "prompts":
         raise ValueError("data.kind='prompts' has no pictures, which latent consistency needs; pass --budget.")
     one = ConsistencyConfig(
         updates=1,
         batch_size=options.batch_size if like is None else like.optimizer.batch_size,
-        guidance_scale=like.teacher.guidance_scale if baked else options.guidance_scale,
+        guidance_scale=options.guidance_scale if baked is None else baked,
         learning_rate=options.learning_rate,
         seed=options.seed,
     )
