@@ -9,8 +9,8 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the `perflow` command on `arguments`, by default those of the process, and exits.
 
-    Status 0 when all went well, 130 after an interrupt, 2 for a mistake in the request: then one line on stderr says
-    what to do. A defect of the program keeps its traceback.
+    Status 0 when all went well, 130 after an interrupt, 2 for a mistake in the request: then stderr says what to do,
+    in one line, or one for each mistake where all are looked for. A defect of the program keeps its traceback.
     """
     import typer.main
 
@@ -30,10 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _request_error(error: Exception) -> str | None:
-    """One line for an error that a different request would avoid; None for any other."""
+    """What to say of an error that a different request would avoid, mostly one line; None for any other."""
     # The parser's own errors have a base class that moved between typer's versions; they all can format themselves.
     if format_message := getattr(error, "format_message", None):
         return f"{' '.join(format_message().split()).rstrip('.')}; see perflow --help."
+    if getattr(error, "problems", None):
+        return str(error)
     if isinstance(error, (ValueError, OSError)):
         return " ".join(str(error).split()) or type(error).__name__
     return None

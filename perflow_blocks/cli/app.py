@@ -9,6 +9,7 @@ import typer
 from .. import __version__
 from .compare import compare
 from .demo import demo
+from .distill import distill
 from .evaluate import evaluate
 from .export import export
 from .extract import extract
@@ -30,6 +31,7 @@ app.command()(to_lora)
 app.command()(inspect)
 app.command()(export)
 app.command()(push)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(distill)
 
 
 @app.callback(invoke_without_command=True)

@@ -87,21 +87,33 @@ class PFODESolver:
         """
         positive = Conditioning(prompt_embeds=prompt_embeds)
         negative = None if negative_prompt_embeds is None else Conditioning(prompt_embeds=negative_prompt_embeds)
-        return self._solve(latents, unet, t_start, t_end, positive, negative, guidance_scale, num_steps, num_windows)
+        return self.solve_conditioned(
+            latents,
+            unet,
+            t_start,
+            t_end,
+            positive,
+            negative,
+            guidance_scale=guidance_scale,
+            num_steps=num_steps,
+            num_windows=num_windows,
+        )
 
     @torch.no_grad()
-    def _solve(
+    def solve_conditioned(
         self,
         latents: Tensor,
         unet: UNet,
         t_start: float | Tensor,
         t_end: float | Tensor,
         positive: Conditioning,
-        negative: Conditioning | None,
-        guidance_scale: float,
-        num_steps: int,
-        num_windows: int | None,
+        negative: Conditioning | None = None,
+        *,
+        guidance_scale: float = 1.0,
+        num_steps: int = 2,
+        num_windows: int | None = 1,
     ) -> Tensor:
+        """As `solve`, for the conditions of any family: those of the prompts, and of the empty one for guidance."""
         _check_conditions(len(latents), positive, negative, guidance_scale)
         start, end = _rows("t_start", t_start, latents), _rows("t_end", t_end, latents)
         _check_times(t_start, t_end)
@@ -193,7 +205,17 @@ class PFODESolverSDXL(PFODESolver):
         negative = None
         if negative_prompt_embeds is not None and negative_pooled_prompt_embeds is not None:
             negative = sdxl_conditioning(negative_prompt_embeds, negative_pooled_prompt_embeds, time_ids)
-        return self._solve(latents, unet, t_start, t_end, positive, negative, guidance_scale, num_steps, num_windows)
+        return self.solve_conditioned(
+            latents,
+            unet,
+            t_start,
+            t_end,
+            positive,
+            negative,
+            guidance_scale=guidance_scale,
+            num_steps=num_steps,
+            num_windows=num_windows,
+        )
 
 
 def _predict(

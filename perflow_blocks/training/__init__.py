@@ -1,0 +1,1 @@
+"""Distilling accelerators: the windowed trainer, its data and its output."""

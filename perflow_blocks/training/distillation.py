@@ -1,0 +1,53 @@
+"""A whole distillation: the training, what users want of its result, and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+
+from .config import DistillConfig
+from .loop import Observer, train
+from .output import Outputs, write_outputs
+from .report import write_report
+from .result import TrainingResult
+from .validation import Validation
+
+Evaluation = Callable[[DistillConfig, TrainingResult], str | None]
+"""Measures a student; returns tables in Markdown, or None where it cannot be measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """What a distillation left behind.
+
+    Attributes:
+        result: of the training.
+        outputs: further forms of it; None in processes other than the main one.
+        report: Markdown; likewise.
+    """
+
+    result: TrainingResult
+    outputs: Outputs | None
+    report: Path | None
+
+
+def distill(
+    config: DistillConfig, observers: Sequence[Observer] = (), evaluation: Evaluation | None = None
+) -> Distillation:
+    """Trains as configured with validation, and writes all outputs and the report; every process calls it.
+
+    Raises:
+        ConfigError: with everything that stands in the way, before any weight is read.
+        DivergenceError: the training diverged; the last checkpoint before is kept.
+        ValueError: weights or data that cannot be read after all.
+    """
+    result = train(config, [*observers, Validation()])
+    state = PartialState()
+    if not state.is_main_process:
+        return Distillation(result=result, outputs=None, report=None)
+    outputs = write_outputs(config, result, state.device)
+    tables = None if evaluation is None else evaluation(config, result)
+    return Distillation(result=result, outputs=outputs, report=write_report(config, result, outputs, tables))

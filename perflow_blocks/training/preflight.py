@@ -1,0 +1,118 @@
+"""What can be known to be wrong with a distillation before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from ..builder.problems import Problems
+from ..components.files import require_writable_directory
+from ..schedulers import PFODESolver
+from .checkpoints import find_checkpoint
+from .config import (
+    DataConfig,
+    DistillConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OutputConfig,
+    WindowConfig,
+    cross_problems,
+)
+from .data.config import value_problems
+from .data.opening import problems as data_problems
+from .geometry import WindowGeometry
+from .optimizers import optimizer_problem
+from .rules import ConfigError
+from .student import lora_modules
+from .teacher_source import TeacherSource, open_teacher
+
+
+def require_possible(config: DistillConfig) -> None:
+    """
+    Raises:
+        ConfigError: everything that stands in the way of this distillation.
+    """
+    found = list(preflight(vars(config)))
+    if found:
+        raise ConfigError(found)
+
+
+def preflight(sections: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each mistake, as far as the sections are there. Reads no weights and no pictures."""
+    problems = Problems()
+    model, windows = sections.get("model"), sections.get("windows")
+    if isinstance(model, ModelConfig):
+        with problems.noted():
+            source = open_teacher(model)
+            _note_teacher(problems, source, windows if isinstance(windows, WindowConfig) else WindowConfig())
+            _note_student(problems, source, model)
+            _note_size(problems, source, sections)
+    data, optimizer, output = sections.get("data"), sections.get("optimizer"), sections.get("output")
+    if isinstance(data, DataConfig) and not value_problems(data):
+        for sentence in data_problems(data):
+            problems.add(sentence)
+    if isinstance(optimizer, OptimizerConfig) and (problem := optimizer_problem(optimizer)):
+        problems.add(problem)
+    if isinstance(output, OutputConfig):
+        _note_output(problems, output, sections)
+    yield from problems
+
+
+def empty_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
+    """The UNet of a configuration, without values."""
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(dict(config))
+
+
+def _note_teacher(problems: Problems, source: TeacherSource, windows: WindowConfig) -> None:
+    if source.scheduler_config.get("rescale_betas_zero_snr"):
+        problems.add(
+            "model.teacher: its scheduler has rescale_betas_zero_snr, where a window that starts at noise is "
+            "singular; pass a teacher without."
+        )
+        return
+    with problems.noted(about="model.teacher: "):
+        PFODESolver(source.scheduler())
+    with problems.noted(TypeError, about="model.teacher: "):
+        WindowGeometry(windows, source.scheduler_config)
+
+
+def _note_student(problems: Problems, source: TeacherSource, model: ModelConfig) -> None:
+    if model.student == "lora":
+        if find_spec("peft") is None:
+            problems.add("model.student='lora' needs peft, which is not installed; install it, or pass full.")
+        elif model.lora_targets is not None:
+            with problems.noted():
+                lora_modules(empty_unet(source.unet_config), model.lora_targets)
+    if model.init_student is not None:
+        with problems.noted(about=f"model.init_student={model.init_student}: "):
+            own = UNet2DConditionModel.load_config(model.init_student)
+            shapes = [{n: t.shape for n, t in empty_unet(c).state_dict().items()} for c in (own, source.unet_config)]
+            if shapes[0] != shapes[1]:
+                raise ValueError("it has another architecture than the teacher; pass a UNet of the same one.")
+
+
+def _note_size(problems: Problems, source: TeacherSource, sections: Mapping[str, Any]) -> None:
+    data = sections.get("data")
+    if isinstance(data, DataConfig) and data.resolution % source.vae_factor:
+        problems.add(
+            f"data.resolution={data.resolution} is no multiple of the {source.vae_factor} pixels of a latent; "
+            "pass one."
+        )
+
+
+def _note_output(problems: Problems, output: OutputConfig, sections: Mapping[str, Any]) -> None:
+    with problems.noted(about="output.directory: "):
+        require_writable_directory(Path(output.directory))
+    if output.tracker is not None and find_spec(output.tracker) is None:
+        problems.add(f"output.tracker={output.tracker!r} is not installed; install it, or leave it out.")
+    complete = all(field.name in sections for field in fields(DistillConfig))
+    if complete and not list(cross_problems(sections)):
+        with problems.noted():
+            find_checkpoint(DistillConfig(**sections))

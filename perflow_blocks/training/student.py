@@ -1,0 +1,116 @@
+"""The student: the teacher's UNet with all weights free, or with low-rank factors beside frozen ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel, cast_training_params
+from torch import Tensor, nn
+
+from .config import ModelConfig, OptimizerConfig
+from .teacher_source import TeacherSource
+
+ADAPTER = "default"
+_BLOCKS = ("down_blocks.*", "mid_block.*", "up_blocks.*")
+
+
+def build_student(
+    source: TeacherSource, model: ModelConfig, optimizer: OptimizerConfig, base_dtype: torch.dtype
+) -> Any:
+    """The student on the CPU; its trainable weights are float32 and those that require gradients.
+
+    Args:
+        source: of the teacher's weights.
+        model: which kind of student.
+        optimizer: its memory format, gradient checkpointing and seed.
+        base_dtype: of frozen weights.
+    """
+    if model.student == "full":
+        student = load_initial(source, model).train().requires_grad_(True)
+    else:
+        student = source.load_unet(base_dtype).requires_grad_(False)
+        add_lora(student, model.lora_rank, lora_modules(student, model.lora_targets), optimizer.seed)
+        student.train()
+    if optimizer.channels_last:
+        student.to(memory_format=torch.channels_last)
+    if optimizer.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    if optimizer.compile:
+        student.compile()
+    return student
+
+
+def load_initial(source: TeacherSource, model: ModelConfig) -> UNet2DConditionModel:
+    """The weights that a full student starts from, float32."""
+    if model.init_student is None:
+        return source.load_unet(torch.float32)
+    return UNet2DConditionModel.from_pretrained(model.init_student, dtype=torch.float32)
+
+
+def lora_modules(unet: nn.Module, targets: Sequence[str] | None) -> list[str]:
+    """Full names of the layers that get factors; the UNet's weights may be on "meta".
+
+    Raises:
+        ValueError: a target that names no linear layer or convolution.
+    """
+    layers = [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    if targets is None:
+        return [name for name in layers if any(fnmatch(name, blocks) for blocks in _BLOCKS)]
+    found = {target: [name for name in layers if _is_named(name, target)] for target in targets}
+    missing = [target for target, names in found.items() if not names]
+    if missing:
+        raise ValueError(
+            f"model.lora_targets: the UNet has no linear layer or convolution {', '.join(missing)}; name others, such "
+            "as to_q, to_k, to_v and to_out.0."
+        )
+    return sorted({name for names in found.values() for name in names}, key=layers.index)
+
+
+def add_lora(unet: Any, rank: int, modules: list[str], seed: int) -> None:
+    """Adds trainable float32 factors that change nothing yet, with a factor of 1; the same for the same seed."""
+    from peft import LoraConfig
+
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=modules)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet.add_adapter(config, adapter_name=ADAPTER)
+    cast_training_params(unet, dtype=torch.float32)
+
+
+def trainable(student: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, by name."""
+    return {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+
+
+def make_ema(student: nn.Module, decay: float) -> EMAModel | None:
+    """Averages of the trainable weights, None for a decay of 0."""
+    return EMAModel(trainable(student).values(), decay=decay, foreach=True) if decay else None
+
+
+def lora_factors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The factors in a student's state: `<module>.lora_A.weight` and `<module>.lora_B.weight`."""
+    return {
+        name.replace(f".{ADAPTER}.", "."): tensor
+        for name, tensor in state.items()
+        if ".lora_A." in name or ".lora_B." in name
+    }
+
+
+def lora_delta(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the factors add to the weights, by the weights' names, float32 on the CPU."""
+    delta = {}
+    for name, down in factors.items():
+        module, found, _ = name.partition(".lora_A.")
+        if found:
+            up = factors[f"{module}.lora_B.weight"].float().cpu()
+            product = up.flatten(1) @ down.float().cpu().flatten(1)
+            delta[f"{module}.weight"] = product.reshape(len(up), *down.shape[1:])
+    return delta
+
+
+def _is_named(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
