@@ -169,7 +169,7 @@ def test_what_only_looks_like_a_path_is_left_alone(tmp_path: Path, text: str) ->
 @pytest.mark.parametrize(
     "text",
     [
-        'load("/tmp/w/a.bin")',
+        'load("/tmp/models/a.bin")',
         "load('/data/models/a.safetensors')",
         'f"/scratch/{name}"',
         "in `/mnt/nas/me/x`",
