@@ -144,3 +144,13 @@ def test_a_single_file_is_looked_at(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     path = write_config(tmp_path, tmp_path / "model.safetensors")
     assert any("cannot read the unet's" in p for p in found(path, model__config=tmp_path / "nothing"))
+
+
+def test_a_size_far_from_the_teachers_own_is_told(tmp_path: Path) -> None:
+    """Prompts have no size of their own, and 1024 pixels, right for SDXL, are 16 times the demo's."""
+    (tmp_path / "prompts.txt").write_text("a red star\n")
+    path = write_config(tmp_path, "demo")
+    prompts = {"data.kind": "prompts", "data.path": str(tmp_path / "prompts.txt"), "teacher.starts": "trajectory"}
+    with pytest.raises(ConfigError, match=r"data.resolution=1024 is more than 4 times the teacher's own 64 pixels"):
+        load_config(path, {**prompts, "data.resolution": "1024"}, inspect=preflight)
+    load_config(path, {**prompts, "data.resolution": "128"}, inspect=preflight)

@@ -32,6 +32,9 @@ from .rules import ConfigError
 from .student import lora_modules
 from .teacher_source import TeacherSource, open_teacher
 
+FAR = 4
+"""How many times a teacher's own size is taken for a mistake: a step then takes more than 16 times as long."""
+
 
 def require_possible(config: DistillConfig) -> None:
     """
@@ -100,6 +103,12 @@ def _note_student(problems: Problems, source: TeacherSource, model: ModelConfig)
 
 def _note_size(problems: Problems, source: TeacherSource, sections: Mapping[str, Any]) -> None:
     data = sections.get("data")
+    own = source.unet_config.get("sample_size")
+    if isinstance(data, DataConfig) and isinstance(own, int) and data.resolution > FAR * own * source.vae_factor:
+        problems.add(
+            f"data.resolution={data.resolution} is more than {FAR} times the teacher's own {own * source.vae_factor} "
+            "pixels; pass one near that."
+        )
     if isinstance(data, DataConfig) and data.resolution % source.vae_factor:
         problems.add(
             f"data.resolution={data.resolution} is no multiple of the {source.vae_factor} pixels of a latent; "
