@@ -127,6 +127,36 @@ def test_full_students_of_every_kind_of_teacher(
     assert recipe.noise_schedule() == {"num_train_timesteps": 1000, **BETAS}
 
 
+def test_frozen_weights_stay_and_are_no_part_of_the_delta(teachers: dict[str, Path], tmp_path: Path) -> None:
+    frozen = '["*transformer_blocks*", "conv_in.*"]'
+    watch = Watches()
+    result = train(tiny_config(tmp_path, teachers["sdxl"], model__frozen=frozen), [watch])
+    assert watch.session is not None and result.student is not None
+    base = unet("sdxl")
+    kept = {name for name in base.state_dict() if "transformer_blocks" in name or name.startswith("conv_in.")}
+    trained = base.state_dict().keys() - kept
+    assert watch.session.trained.keys() == trained and len(kept) > 10
+    student = UNet2DConditionModel.from_pretrained(result.student).state_dict()
+    assert all(torch.equal(student[name], tensor) == (name in kept) for name, tensor in base.state_dict().items())
+    with safe_open(result.delta, "pt") as opened:
+        assert set(opened.keys()) == trained
+    merge_delta(base, result.delta)
+    for name, tensor in base.state_dict().items():
+        torch.testing.assert_close(tensor, student[name], rtol=1e-2, atol=1e-3)
+
+
+def test_frozen_weights_of_another_start_are_in_the_delta(teachers: dict[str, Path], tmp_path: Path) -> None:
+    start = unet("sdxl")
+    with torch.no_grad():
+        start.conv_in.bias += 1.0
+    start.save_pretrained(tmp_path / "start")
+    settings: dict[str, Any] = {"model__init_student": tmp_path / "start", "model__frozen": '["conv_in.*"]'}
+    result = train(tiny_config(tmp_path, teachers["sdxl"], optimizer__max_steps=1, **settings))
+    delta = load_file(result.delta)
+    assert torch.equal(delta["conv_in.bias"], torch.ones_like(delta["conv_in.bias"]))
+    assert "conv_in.weight" not in delta
+
+
 def test_a_lora_student_is_its_delta_and_its_checkpoints_are_small(teachers: dict[str, Path], tmp_path: Path) -> None:
     settings: dict[str, Any] = {"model__student": "lora", "model__lora_rank": 4, "output__delta_dtype": "float32"}
     result = train(tiny_config(tmp_path, teachers["sdxl"], optimizer__learning_rate=0.05, **settings))

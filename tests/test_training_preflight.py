@@ -127,6 +127,14 @@ def test_train_checks_by_itself(tmp_path: Path, loads: list[str]) -> None:
     assert loads == []
 
 
+def test_frozen_patterns_must_name_weights_and_leave_some(teacher: Path, tmp_path: Path) -> None:
+    path = write_config(tmp_path, teacher)
+    assert any("no weight *nothing*, x" in p for p in found(path, model__frozen='["*nothing*", "conv_in.*", "x"]'))
+    assert any("leaves no weight to train" in p for p in found(path, model__frozen='["*"]'))
+    assert any("is for full weights" in p for p in found(path, model__frozen='["*"]', model__student="lora"))
+    load_config(path, {"model.frozen": '["*attn*"]'}, inspect=preflight)
+
+
 def test_lora_targets_are_ends_of_names() -> None:
     unet = tiny_sdxl_unet()
     modules = dict(unet.named_modules())

@@ -44,6 +44,8 @@ class ModelConfig(Section):
         lora_targets: names of the UNet's layers, or their ends, that get factors. By default all linear layers and
             convolutions of its transformer and residual blocks.
         init_student: directory of a UNet to start from instead of the teacher's weights.
+        frozen: patterns such as "*transformer_blocks*" of the weights of a full student that stay as they are. They
+            are no part of the delta, whose file gets smaller by them, and neither gradients nor averages are kept.
     """
 
     teacher: str
@@ -54,6 +56,7 @@ class ModelConfig(Section):
     lora_rank: int = 64
     lora_targets: tuple[str, ...] | None = None
     init_student: str | None = None
+    frozen: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[str]:
         if not self.teacher.strip():
@@ -63,6 +66,8 @@ class ModelConfig(Section):
             yield "model.lora_targets is empty; name layers such as to_q, or leave it out."
         if self.student == "lora" and self.init_student is not None:
             yield "model.init_student is for full weights; leave it out, or pass model.student=full."
+        if self.student == "lora" and self.frozen:
+            yield "model.frozen is for full weights; name the layers that get factors in model.lora_targets instead."
 
 
 @dataclass(frozen=True, kw_only=True)

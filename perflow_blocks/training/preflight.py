@@ -29,7 +29,7 @@ from .data.opening import problems as data_problems
 from .geometry import WindowGeometry
 from .optimizers import optimizer_problem
 from .rules import ConfigError
-from .student import lora_modules
+from .student import frozen_weights, lora_modules
 from .teacher_source import TeacherSource, open_teacher
 
 FAR = 4
@@ -93,6 +93,9 @@ def _note_student(problems: Problems, source: TeacherSource, model: ModelConfig)
         elif model.lora_targets is not None:
             with problems.noted():
                 lora_modules(empty_unet(source.unet_config), model.lora_targets)
+    if model.frozen:
+        with problems.noted():
+            frozen_weights(empty_unet(source.unet_config), model.frozen)
     if model.init_student is not None:
         with problems.noted(about=f"model.init_student={model.init_student}: "):
             own = UNet2DConditionModel.load_config(model.init_student)

@@ -19,7 +19,7 @@ from ..core.delta import extract_delta
 from ..schedulers import PeRFlowScheduler
 from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS
 from .session import Session
-from .student import load_initial, lora_delta, lora_factors
+from .student import frozen_weights, load_initial, lora_delta, lora_factors
 
 STUDENT, DELTA, LORA, SCHEDULER = "student", "delta.safetensors", "lora.safetensors", "scheduler"
 
@@ -113,7 +113,11 @@ def _write_full(session: Session, state: Mapping[str, Tensor], folder: Path, del
     with atomic_directory(folder) as temporary:
         student.save_pretrained(temporary)
     base = session.source.load_unet(torch.float32)  # as stored: the teacher may have run in half precision
-    save_delta(extract_delta(student, base), delta, recipe, _dtype(session), base=base)
+    frozen = frozen_weights(base, session.config.model.frozen)
+    difference = {
+        name: tensor for name, tensor in extract_delta(student, base).items() if name not in frozen or tensor.any()
+    }
+    save_delta(difference, delta, recipe, _dtype(session), partial=bool(frozen), base=base)
 
 
 def _write_lora(session: Session, factors: Mapping[str, Tensor], lora: Path, delta: Path, recipe: DeltaRecipe) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatch
+from fnmatch import fnmatch, fnmatchcase
 from typing import Any
 
 import torch
@@ -31,6 +31,10 @@ def build_student(
     """
     if model.student == "full":
         student = load_initial(source, model).train().requires_grad_(True)
+        for name in frozen_weights(student, model.frozen):
+            student.get_parameter(name).requires_grad_(False)
+        if model.frozen:
+            student.register_forward_pre_hook(_require_input_gradient)
     else:
         student = source.load_unet(base_dtype).requires_grad_(False)
         add_lora(student, model.lora_rank, lora_modules(student, model.lora_targets), optimizer.seed)
@@ -49,6 +53,24 @@ def load_initial(source: TeacherSource, model: ModelConfig) -> UNet2DConditionMo
     if model.init_student is None:
         return source.load_unet(torch.float32)
     return UNet2DConditionModel.from_pretrained(model.init_student, dtype=torch.float32)
+
+
+def frozen_weights(unet: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
+    """Names of the weights that stay as they are; the UNet's weights may be on "meta".
+
+    Raises:
+        ValueError: a pattern that no weight has, or nothing is left to train.
+    """
+    names = [name for name, _ in unet.named_parameters()]
+    missing = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+    if missing:
+        raise ValueError(
+            f"model.frozen: the UNet has no weight {', '.join(missing)}; name others, such as *transformer_blocks*."
+        )
+    frozen = frozenset(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+    if len(frozen) == len(names):
+        raise ValueError("model.frozen leaves no weight to train; name fewer.")
+    return frozen
 
 
 def lora_modules(unet: nn.Module, targets: Sequence[str] | None) -> list[str]:
@@ -110,6 +132,14 @@ def lora_delta(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             product = up.flatten(1) @ down.float().cpu().flatten(1)
             delta[f"{module}.weight"] = product.reshape(len(up), *down.shape[1:])
     return delta
+
+
+def _require_input_gradient(unet: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Lets gradients reach the sample on a CPU: torch 2.13's GroupNorm in channels-last crashes in its backward pass
+    there if its input needs none, as behind frozen layers."""
+    sample, *rest = args
+    needed = torch.is_grad_enabled() and sample.device.type == "cpu"
+    return (sample.detach().requires_grad_(needed), *rest)
 
 
 def _is_named(name: str, target: str) -> bool:
