@@ -43,7 +43,7 @@ format: venv  ## rewrite the sources in the project's style
 	$(BIN)/python -m ruff check --fix $(STYLED)
 	$(BIN)/python -m ruff format $(STYLED)
 
-demo-weights: venv  ## train the embedded model again, into runs/demo (an hour and a half on two quiet cores)
+demo-weights: venv  ## train the embedded model again, into runs/demo (takes hours on two cores)
 	$(BIN)/python -m perflow_blocks.evaluation.train_classifier
 	$(BIN)/python -m perflow_blocks.demo.train --out runs/demo
 

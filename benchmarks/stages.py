@@ -13,8 +13,7 @@ from torch import Tensor
 
 from perflow_blocks.components.inputs import DENOISER_INPUT_FIELDS
 from perflow_blocks.demo import perflow_pipeline, teacher_pipeline
-from perflow_blocks.demo.distill import DistillationConfig
-from perflow_blocks.demo.models import LATENT_CHANNELS, LATENT_SIZE
+from perflow_blocks.demo.models import GUIDANCE_SCALE, LATENT_CHANNELS, LATENT_SIZE
 from perflow_blocks.evaluation.samplers import Sampler, perflow_sampler, teacher_sampler
 
 from .measure import Run, Setting, peak_bytes, time_in_turns
@@ -97,7 +96,6 @@ def make_subjects(setting: Setting) -> list[Subject]:
     student(prompt=_prompts(setting), num_inference_steps=4, output="images")  # merges the delta
     text, denoise, decode = split(student)
     steps = 2 if setting.quick else TEACHER_STEPS
-    guidance = DistillationConfig.guidance_scale
 
     def teacher_latents(embeddings: tuple[Tensor, ...]) -> Tensor:
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -105,7 +103,7 @@ def make_subjects(setting: Setting) -> list[Subject]:
             **dict(zip(names, embeddings, strict=True)),
             latents=_latents(setting),
             num_inference_steps=steps,
-            guidance_scale=guidance,
+            guidance_scale=GUIDANCE_SCALE,
             output_type="latent",
         ).images
 
@@ -114,7 +112,7 @@ def make_subjects(setting: Setting) -> list[Subject]:
 
     subjects = [
         Subject(
-            sampler=teacher_sampler(teacher, "DDIM", steps, guidance),
+            sampler=teacher_sampler(teacher, "DDIM", steps, GUIDANCE_SCALE),
             stages={"encode": lambda _: _encode(teacher, setting), "denoise": teacher_latents, "decode": pictures},
         )
     ]

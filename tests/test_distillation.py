@@ -39,27 +39,22 @@ def test_a_student_that_follows_the_target_ends_where_the_teacher_did(prediction
     for share in (0.0, 0.3, 0.9):
         t = window.start + share * (window.end - window.start)
         example = make_student_example(z_start, z_end, torch.as_tensor(t), window, prediction_type)
-        assert float(example.loss(example.target)) == 0.0
         assert torch.equal(example.timestep, 1000 * torch.as_tensor(t))
         reached = window_endpoint(example.sample, example.target, window, prediction_type, t)
         torch.testing.assert_close(reached, z_end)
 
 
 @each_type
-def test_one_parameter_learns_the_velocity_with_its_sign(prediction_type: str) -> None:
-    """The student's end is z_s + w (z_e - z_s): descent on the loss must find w = 1 from either side."""
+def test_outputs_between_staying_and_the_target_lead_as_far_along_the_line(prediction_type: str) -> None:
+    """The share w of the way to the target ends at z_s + w (z_e - z_s): with the wrong sign it would lead back."""
     window = rows(0.75)
     z_start, z_end = pair(1)
-    aim = make_student_example(z_start, z_end, torch.tensor([0.75]), window, prediction_type)
-    still = make_student_example(z_start, z_start, torch.tensor([0.75]), window, prediction_type).target
-    for first in (-1.0, 3.0):
-        w = torch.tensor(first, dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.Adam([w], lr=0.1)
-        for _ in range(200):
-            optimizer.zero_grad()
-            aim.loss(still + w * (aim.target - still)).backward()
-            optimizer.step()
-        assert float(w) == pytest.approx(1.0, abs=1e-2)
+    t = torch.tensor([0.75], dtype=torch.float64)
+    aim = make_student_example(z_start, z_end, t, window, prediction_type)
+    still = make_student_example(z_start, z_start, t, window, prediction_type).target
+    for w in (-1.0, 0.5, 3.0):
+        reached = window_endpoint(aim.sample, still + w * (aim.target - still), window, prediction_type, t)
+        torch.testing.assert_close(reached, z_start + w * (z_end - z_start))
 
 
 @each_type

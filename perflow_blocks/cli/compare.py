@@ -41,12 +41,12 @@ def compare(
     options.require_seeds(seed, num_images)
     place = options.choose_device(device)
     precision = options.choose_dtype(dtype, place)
-    from ..demo.distill import DistillationConfig
+    from ..demo.models import GUIDANCE_SCALE
     from ..evaluation.sheet import contact_sheet
     from .pipeline import load_pipeline, model_location
 
     pipeline = load_pipeline(model_location(model), device=place, dtype=precision)
-    default = DistillationConfig.guidance_scale if model is None else SDXL_GUIDANCE
+    default = GUIDANCE_SCALE if model is None else SDXL_GUIDANCE
     columns = _samplers(pipeline, steps, default if guidance is None else guidance, delta)
     images, captions = [], []
     drawn = [_draw(pipeline, sampler, prompt, seed, num_images) for sampler in columns]

@@ -1,4 +1,4 @@
-"""What the student is trained towards: a point on a window's chord, the output wanted there, and its weight.
+"""What the student is trained towards: a point on a window's chord and the output wanted there; and what errors weigh.
 
 Piecewise rectified flow (arXiv 2405.07510): the teacher's solve from z_s to z_e is replaced by the straight line
 between them, and the student learns, at every time of the window, the output that leads along that line.
@@ -22,21 +22,11 @@ class StudentExample:
         sample: z_t on the chord, (batch, channels, height, width).
         timestep: what the UNet is given, t * T, (batch,) float32.
         target: the output that leads from z_s to z_e, of the sample's shape.
-        weight: loss weight of each row, (batch,).
     """
 
     sample: Tensor
     timestep: Tensor
     target: Tensor
-    weight: Tensor
-
-    def loss(self, output: Tensor) -> Tensor:
-        """The weighted squared error of the student's `output`, a scalar in float32."""
-        return (self.row_errors(output) * self.weight).mean()
-
-    def row_errors(self, output: Tensor) -> Tensor:
-        """The unweighted mean squared error of each row, (batch,) float32."""
-        return (output.float() - self.target.float()).square().flatten(1).mean(1)
 
 
 def make_student_example(
@@ -47,7 +37,6 @@ def make_student_example(
     prediction_type: str,
     *,
     num_train_timesteps: int = 1000,
-    max_weight: float = 10.0,
 ) -> StudentExample:
     """The training example at times t (batch,) in the windows `window` (tensors of shape (batch,)).
 
@@ -57,7 +46,6 @@ def make_student_example(
         sample=chord(z_start, z_end, t, window.start, window.end),
         timestep=t * num_train_timesteps,
         target=student_output(z_start, z_end, window, prediction_type),
-        weight=endpoint_weight(window, prediction_type, maximum=max_weight),
     )
 
 

@@ -16,11 +16,6 @@ class TextConditioning:
     prompt_embeds: torch.Tensor
     pooled_prompt_embeds: torch.Tensor
 
-    def __getitem__(self, rows: torch.Tensor | slice) -> TextConditioning:
-        return TextConditioning(
-            prompt_embeds=self.prompt_embeds[rows], pooled_prompt_embeds=self.pooled_prompt_embeds[rows]
-        )
-
     def drop(self, rows: torch.Tensor) -> TextConditioning:
         """Replaces `rows` (batch,) bool by the empty prompt, which in SDXL is all zeros."""
         keep = (~rows).to(self.prompt_embeds)

@@ -23,6 +23,9 @@ VAE_FACTOR = 4
 LATENT_SIZE = PICTURE_SIZE // VAE_FACTOR
 _TIME_EMBED_DIM = 16
 
+GUIDANCE_SCALE = 3.0
+"""The teacher's, which is baked into the student."""
+
 SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,

@@ -1,8 +1,8 @@
 """Makes the demo model from nothing: `python -m perflow_blocks.demo.train --out runs/demo`.
 
-Pictures, autoencoder, teacher, student; then the weights are written in half precision, base and delta
-apart. Every stage keeps its result under `--out` and is skipped when that exists, and teacher and student go on from
-their last checkpoint, so an interrupted run loses minutes. On two CPU cores the whole takes about an hour and a half.
+Pictures, autoencoder, teacher; the base that these are in half precision, and the student that is distilled from it as
+`distill.toml` says; then base and delta are published. Every stage keeps its result under `--out` and is skipped when
+that exists, and teacher and student go on from their last checkpoint, so an interrupted run loses minutes.
 """
 
 from __future__ import annotations
@@ -16,19 +16,13 @@ import typer
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from ..components.delta_files import save_delta
-from ..components.delta_recipe import DeltaRecipe
-from ..core.delta import extract_delta
 from .conditioning import CaptionEncoder
 from .data import RenderedPictures, render_pictures
-from .distill import PREDICTION_TYPE, SETTINGS_NAME, DistillationConfig, distill, is_frozen, read_settings
-from .models import SCHEDULE, build_teacher_scheduler
+from .publish import WEIGHTS, publish, save_base
+from .student import SETTINGS, distil_student
 from .train_teacher import train_teacher
 from .train_vae import encode_pictures, reconstruction_psnr, train_vae
 
-WEIGHTS = Path(__file__).parent / "weights"
-DELTA_NAME = "perflow_delta.safetensors"
-BASE_NAME = "perflow_blocks demo teacher"
 _PICTURES = 32_000
 _HELD_OUT = 512
 
@@ -37,10 +31,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where checkpoints and full-precision results go.")] = Path("runs/demo"),
     weights: Annotated[Path, typer.Option(help="Where the half-precision model goes.")] = WEIGHTS,
     teacher_steps: Annotated[int, typer.Option(help="Training steps of the teacher.")] = 3800,
-    rounds: Annotated[int, typer.Option(help="Rounds of the distillation.")] = DistillationConfig.rounds,
-    guidance: Annotated[
-        float, typer.Option(help="Guidance baked into the student.")
-    ] = DistillationConfig.guidance_scale,
+    settings: Annotated[Path, typer.Option(help="Of the student, as `perflow distill` takes them.")] = SETTINGS,
 ) -> None:
     """Train every part of the demo model."""
     torch.set_flush_denormal(True)
@@ -56,14 +47,9 @@ def main(
     else:
         latents = encode_pictures(vae, training_pictures()) * vae.config.scaling_factor
         unet, encoder = train_teacher(latents, training_pictures(), out, steps=teacher_steps)
-    config = DistillationConfig(rounds=rounds, guidance_scale=guidance)
-    if (out / "student" / SETTINGS_NAME).exists():
-        if read_settings(out) != config:
-            raise ValueError(f"{out / 'student'} was distilled with other settings; remove it, or pass another --out.")
-        student = UNet2DConditionModel.from_pretrained(out / "student")
-    else:
-        student = distill(unet, encoder, out, config)
-    publish(vae, unet, encoder, student, config, weights)
+    save_base(vae, unet, encoder, out / "base")
+    distil_student(out / "base", out / "distillation", settings)
+    publish(out / "distillation", weights, out / "base")
 
 
 @cache
@@ -80,41 +66,6 @@ def load_teacher(directory: Path) -> tuple[UNet2DConditionModel, CaptionEncoder]
         CLIPTextModelWithProjection.from_pretrained(directory / "text_encoder_2"),
     )
     return UNet2DConditionModel.from_pretrained(directory / "unet"), encoder
-
-
-def publish(
-    vae: AutoencoderKL,
-    unet: UNet2DConditionModel,
-    encoder: CaptionEncoder,
-    student: UNet2DConditionModel,
-    config: DistillationConfig,
-    weights: Path,
-) -> None:
-    """Writes the base in half precision and the delta against that rounded base, so that merging gives the student.
-
-    The student had guidance baked in, which the delta's recipe says: scale 1, one UNet row a step.
-    """
-    unet.half().save_pretrained(weights / "unet")
-    vae.half().save_pretrained(weights / "vae")
-    for name in ("text_encoder", "text_encoder_2"):
-        model = getattr(encoder, name).half()
-        model.save_pretrained(weights / name)
-        # transformers loads the type that a config names, diffusers float32: make both load the same.
-        model.config.dtype = torch.float32
-        model.config.save_pretrained(weights / name)
-    for name in ("tokenizer", "tokenizer_2"):
-        encoder.tokenizer.save_pretrained(weights / name)
-    build_teacher_scheduler().save_pretrained(weights / "scheduler")
-    recipe = DeltaRecipe(
-        prediction_type=PREDICTION_TYPE,
-        num_time_windows=config.num_windows,
-        num_inference_steps=config.num_windows,
-        guidance_scale=1.0,
-        base_model=BASE_NAME,
-        scheduler_config=SCHEDULE,
-    )
-    delta = {name: value for name, value in extract_delta(student, unet).items() if not is_frozen(name, config)}
-    save_delta(delta, weights / DELTA_NAME, recipe, partial=True, base=unet)
 
 
 if __name__ == "__main__":

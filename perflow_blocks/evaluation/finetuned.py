@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..demo import perflow_pipeline, teacher_pipeline
-from ..demo.distill import DistillationConfig
 from ..demo.finetune import read_settings
 from ..demo.framed import FRAME_WIDTH, render_framed
+from ..demo.models import GUIDANCE_SCALE
 from .classifier import ShapeClassifier
 from .comparison import (
     EvaluationSet,
@@ -73,7 +73,6 @@ def finetuned_samplers(directory: Path) -> list[Sampler]:
         ValueError: no finished fine-tune in `directory`.
     """
     require_finetune(directory)
-    guidance = DistillationConfig.guidance_scale
     base, base_delta = teacher_pipeline(), perflow_pipeline()
     tuned, tuned_delta = teacher_pipeline(), perflow_pipeline()
     tuned.unet = UNet2DConditionModel.from_pretrained(directory / "unet")
@@ -81,12 +80,12 @@ def finetuned_samplers(directory: Path) -> list[Sampler]:
     tuned_delta.update_components(unet=UNet2DConditionModel.from_pretrained(directory / "unet"))
     for pipe in (base_delta, tuned_delta):
         pipe.set_progress_bar_config(disable=True)
-    settings = ((4, guidance), (2, guidance), (4, 1.0))
+    settings = ((4, GUIDANCE_SCALE), (2, GUIDANCE_SCALE), (4, 1.0))
     few = [teacher_sampler(tuned, solver, steps, scale) for steps, scale in settings for solver in SOLVERS]
     return [
-        replace(teacher_sampler(base, "DDIM", 50, guidance), model="base"),
+        replace(teacher_sampler(base, "DDIM", 50, GUIDANCE_SCALE), model="base"),
         replace(perflow_sampler(base_delta, 4), model="base + delta"),
-        *(replace(one, model="fine-tune") for one in (teacher_sampler(tuned, "DDIM", 50, guidance), *few)),
+        *(replace(one, model="fine-tune") for one in (teacher_sampler(tuned, "DDIM", 50, GUIDANCE_SCALE), *few)),
         *(replace(perflow_sampler(tuned_delta, steps), model=ACCELERATED) for steps in (4, 6, 8)),
     ]
 

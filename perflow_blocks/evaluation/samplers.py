@@ -14,7 +14,7 @@ from ..blocks.merge_delta import delta_path, guidance_in_effect
 from ..components.delta_files import read_delta_recipe
 from ..components.delta_recipe import DeltaRecipe
 from ..demo import perflow_pipeline, teacher_pipeline
-from ..demo.distill import DistillationConfig
+from ..demo.models import GUIDANCE_SCALE
 
 SOLVERS: dict[str, Any] = {"DDIM": DDIMScheduler, "DPM-Solver++": DPMSolverMultistepScheduler}
 
@@ -111,8 +111,7 @@ def demo_samplers(*, quick: bool = False) -> list[Sampler]:
     """The rows of the embedded model's table; `quick` leaves out those of 50 steps."""
     teacher, student = teacher_pipeline(), perflow_pipeline()
     student.set_progress_bar_config(disable=True)
-    guidance = DistillationConfig.guidance_scale
-    samplers = [] if quick else [teacher_sampler(teacher, solver, 50, guidance) for solver in SOLVERS]
-    samplers += [teacher_sampler(teacher, solver, steps, guidance) for steps in (8, 4, 2) for solver in SOLVERS]
+    samplers = [] if quick else [teacher_sampler(teacher, solver, 50, GUIDANCE_SCALE) for solver in SOLVERS]
+    samplers += [teacher_sampler(teacher, solver, steps, GUIDANCE_SCALE) for steps in (8, 4, 2) for solver in SOLVERS]
     samplers += [teacher_sampler(teacher, solver, steps, 1.0) for steps in (8, 4) for solver in SOLVERS]
     return samplers + [perflow_sampler(student, steps) for steps in (4, 6, 8)]

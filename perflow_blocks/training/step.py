@@ -70,7 +70,6 @@ def distillation_step(student: UNet, pairs: WindowPairs, geometry: WindowGeometr
         window,
         prediction_type,
         num_train_timesteps=geometry.num_train_timesteps,
-        max_weight=loss.max_weight,
     )
     output = predict(student, example.sample, example.timestep, pairs.conditioning)
     rows = row_losses(output, example.target, loss)
