@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,39 @@ class LinearStudent:
         self.samples.append(sample)
         self.timesteps.append(timestep)
         return (self.still + self.w * (self.there - self.still),)
+
+
+class ExactStudent:
+    """Of data that is one picture: the output that leads from marginal to marginal, with the same noise in both."""
+
+    def __init__(self, pairs: WindowPairs, geometry: WindowGeometry) -> None:
+        window = geometry.rows(pairs.index)
+        x0 = torch.full_like(pairs.z_start, 0.5)
+        noise = (pairs.z_start - _rows(window.alpha_start) ** 0.5 * x0) / (1 - _rows(window.alpha_start)) ** 0.5
+        end = marginal(x0, noise, window.alpha_end)
+        self.output = student_output(pairs.z_start, end, window, geometry.config.prediction_type)
+
+    def __call__(self, sample: Tensor, timestep: Tensor, **_: object) -> tuple[Tensor]:
+        return (self.output,)
+
+
+@each_type
+@pytest.mark.parametrize(
+    "windows",
+    [
+        {},
+        {"num_time_windows": 3},
+        {"num_time_windows": 6},
+        {"num_time_windows": 16},
+        {"window_boundaries": (1.0, 0.5504, 0.3337, 0.0)},
+    ],
+)
+def test_a_student_on_the_exact_flow_has_no_loss(prediction_type: str, windows: dict[str, Any]) -> None:
+    """Windows that begin between two timesteps too: teacher and student mean the same noise by such a time."""
+    config = WindowConfig(prediction_type=prediction_type, **windows)  # type: ignore[arg-type]
+    geometry, pairs = WindowGeometry(config, SCHEDULE), pairs_of(config, steps=4)
+    step = distillation_step(ExactStudent(pairs, geometry), pairs, geometry, PLAIN)
+    assert float(step.window_sums.max()) < 1e-9
 
 
 @each_type
@@ -153,6 +187,8 @@ def test_window_losses_count_the_rows_of_each_window() -> None:
     errors = (student.still - student.there).square().flatten(1).mean(1)
     for number in (0, 1, 3):
         torch.testing.assert_close(got.window_sums[number], errors[pairs.index == number].sum())
+    for number, weight in enumerate((0, 0, 1, 2)):
+        torch.testing.assert_close(got.weighted_sums[number], weight * got.window_sums[number])
     torch.testing.assert_close(got.loss, 2 * errors[pairs.index == 3].sum() / len(pairs.index))
 
 

@@ -45,11 +45,13 @@ class StepLoss:
     Attributes:
         loss: the weighted mean, a scalar with its graph.
         window_sums: sum of the unweighted row losses of each window, (windows,).
+        weighted_sums: likewise of the weighted ones.
         window_counts: rows of each window, (windows,).
     """
 
     loss: Tensor
     window_sums: Tensor
+    weighted_sums: Tensor
     window_counts: Tensor
 
 
@@ -75,8 +77,10 @@ def distillation_step(student: UNet, pairs: WindowPairs, geometry: WindowGeometr
     rows = row_losses(output, example.target, loss)
     weights = row_weights(window, pairs.index, t, prediction_type, loss)
     counts = torch.zeros(geometry.num_windows, device=rows.device)
+    weighted = rows * weights
     return StepLoss(
-        loss=(rows * weights).mean(),
+        loss=weighted.mean(),
         window_sums=counts.index_add(0, pairs.index, rows.detach()),
+        weighted_sums=counts.index_add(0, pairs.index, weighted.detach()),
         window_counts=counts.index_add(0, pairs.index, torch.ones_like(rows)),
     )

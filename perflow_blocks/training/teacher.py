@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.parameterization import Scalar, WindowAlpha
+from ..core.parameterization import WindowAlpha
 from ..schedulers import PFODESolver
 from ..schedulers.conditioning import Conditioning
 from .conditioning import PromptEncoder, TextRow, cast
@@ -52,7 +52,8 @@ class Teacher:
 
         Under "fixed" guidance a prompt that was dropped is solved like any other: guidance from it to itself is none.
         """
-        return self._solve(z_start, window.start, window.end, rows, time_ids, self.config.steps_per_window)
+        start, end = (self.geometry.solver_times(torch.as_tensor(t)) for t in (window.start, window.end))
+        return self._solve(z_start, start, end, rows, time_ids, self.config.steps_per_window)
 
     def path(
         self,
@@ -66,13 +67,15 @@ class Teacher:
 
         Args:
             z_start: at the first time.
-            times: (steps + 1, batch), descending.
+            times: (steps + 1, batch), descending; the first and the last have the noise of the windows' numbers there.
             rows: a prompt each.
             time_ids: of the pictures.
             guidance_scale: by default that of `solve`.
         """
         points = [z_start]
-        for start, end in itertools.pairwise(times):
+        first, last = (self.geometry.solver_times(t).expand_as(times) for t in (times[0], times[-1]))
+        shares = (times - times[0]) / (times[-1] - times[0])
+        for start, end in itertools.pairwise(torch.lerp(first, last, shares)):
             points.append(self._solve(points[-1], start, end, rows, time_ids, None, guidance_scale))
         return torch.stack(points)
 
@@ -80,8 +83,8 @@ class Teacher:
     def _solve(
         self,
         z_start: Tensor,
-        start: Scalar,
-        end: Scalar,
+        start: Tensor,
+        end: Tensor,
         rows: list[TextRow],
         time_ids: Tensor,
         steps: int | None,
@@ -100,8 +103,8 @@ class Teacher:
             return self._solver.solve_conditioned(
                 z_start,
                 self._unet,
-                torch.as_tensor(start),
-                torch.as_tensor(end),
+                start,
+                end,
                 positive,
                 negative,
                 guidance_scale=scale,
