@@ -79,6 +79,31 @@ def test_prompts_from_text_and_from_json_lines(tmp_path: Path) -> None:
     assert source.skipped == Counter({"no caption": 2})
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c"])
+def test_only_newlines_end_lines(tmp_path: Path, mark: str) -> None:
+    text = f"a{mark}cat"
+    (tmp_path / "a.txt").write_bytes(f"{text}\r\nnumber 1\n".encode())
+    line = '{"text": "' + text + '"}' if ord(mark) > 0x1F else json.dumps({"text": text})
+    (tmp_path / "a.jsonl").write_bytes(f"{line}\r\n\n".encode())
+    make_folder(tmp_path / "pictures", 1)
+    (tmp_path / "pictures" / "metadata.jsonl").write_bytes(line.replace("{", '{"file_name": "000.png", ').encode())
+    assert {
+        b.prompts[0] for b in take(open_dataset(small("prompts", tmp_path / "a.txt"), batch_size=1, seed=0), 2)
+    } == {
+        text,
+        "number 1",
+    }
+    for config in (small("prompts", tmp_path / "a.jsonl"), small("folder", tmp_path / "pictures")):
+        [batch] = take(open_dataset(config, batch_size=1, seed=0), 1)
+        assert batch.prompts == (text,) or batch.prompts == [text]
+
+
+def test_the_home_directory_of_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("number 0\n")
+    assert epoch(small("prompts", "~/a.txt"), 1, 1) == [0]
+
+
 def rows(count: int = 24, *, start: int = 0) -> dict[str, list[Any]]:
     return {
         "picture": [
@@ -137,6 +162,25 @@ def test_rows_with_paths_lists_of_captions_and_bad_pictures(tmp_path: Path) -> N
         source = open_dataset(config, batch_size=1, seed=0)
         assert {number for number in numbers(take(source, 12))} == set(range(6))
         assert source.skipped == reasons + Counter({"truncated": 1})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_csv_file_with_paths(tmp_path: Path, streaming: bool) -> None:
+    make_folder(tmp_path / "pictures", 6)
+    paths = [str(tmp_path / "pictures" / f"{number:03}.png") for number in range(6)]
+    lines = [
+        "image,text,label",
+        *(f"{path},number {number},7" for number, path in enumerate([*paths, "gone.png", ""])),
+    ]
+    (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
+    config = small("datasets", tmp_path / "a.csv", streaming=streaming)
+    assert problems(config) == []
+    source = open_dataset(config, batch_size=1, seed=0)
+    assert sorted(numbers(take(source, 6))) == list(range(6))
+    take(source, 6)
+    assert source.skipped == Counter({"missing file": 2})
+    [problem] = problems(small("datasets", tmp_path / "a.csv", streaming=streaming, image_column="label"))
+    assert "the column 'label' of the data set" in problem and "holds int and no pictures" in problem
 
 
 def test_slices_of_a_split(tables: Path) -> None:

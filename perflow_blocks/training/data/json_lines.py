@@ -17,7 +17,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         ValueError: a line is no JSON object, or the file is not UTF-8.
     """
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -30,18 +30,21 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark.
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file, with or without a byte order mark.
+
+    Lines end at \\n or \\r\\n alone: captions may hold what Unicode has for the purpose besides.
 
     Raises:
         ValueError: the file cannot be read, or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; check the path and its permissions.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8.") from error
+    return text.replace("\r\n", "\n").split("\n")
 
 
 def caption_name(names: Mapping[str, Any] | list[str], wanted: str | None) -> str | None:

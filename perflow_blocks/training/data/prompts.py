@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .batch import Size
 from .config import CAPTION_NAMES, DataConfig
-from .json_lines import caption_name, read_json_lines, read_text
+from .json_lines import caption_name, read_json_lines, read_lines
 from .records import as_captions
 
 
@@ -25,14 +25,12 @@ class PromptRecords:
         Raises:
             ValueError: there is no such file, it is neither .txt nor .jsonl, or holds no prompts.
         """
-        path = Path(config.path or "")
+        path = Path(config.path or "").expanduser()
         if not path.is_file():
             raise ValueError(f"data.path={config.path!r} is not a file; name a .txt or .jsonl file with prompts.")
         match path.suffix.lower():
             case ".txt":
-                prompts: list[tuple[str, ...]] = [
-                    (line.strip(),) for line in read_text(path).splitlines() if line.strip()
-                ]
+                prompts: list[tuple[str, ...]] = [(line.strip(),) for line in read_lines(path) if line.strip()]
             case ".jsonl":
                 prompts = _from_json_lines(path, config.caption_column)
             case _:

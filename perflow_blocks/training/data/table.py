@@ -90,7 +90,9 @@ class TableStream:
 
         dataset = _load(config, streaming=True)
         columns = _stream_columns(dataset, config)
-        dataset = dataset.select_columns(list(columns)).cast_column(columns[0], Image(decode=False))
+        dataset = dataset.select_columns(list(columns))
+        if dataset.features is not None:
+            dataset = dataset.cast_column(columns[0], Image(decode=False))
         turns = (process_index, num_processes)
         if config.max_samples is not None:
             dataset = dataset.take(config.max_samples)
@@ -112,7 +114,7 @@ class TableStream:
             except BadPicture as bad:
                 picture = bad
             captions = as_captions(row[caption])
-            yield StreamSample(name=_name(row[image], captions), captions=captions, picture=picture)
+            yield StreamSample(name=_name(_as_entry(row[image]), captions), captions=captions, picture=picture)
 
     def describe(self) -> str:
         return f"stream of {self._where}"
@@ -170,10 +172,18 @@ def _format(path: Path) -> str:
 
 
 def _stream_columns(dataset: IterableDataset, config: DataConfig) -> tuple[str, str]:
-    first_row = next(iter(dataset.decode(False)), None)  # a bad first picture is no reason to stop
+    # A bad first picture is no reason to stop. Types that are unknown, as of a CSV file, are no pictures to decode.
+    rows = dataset if dataset.features is None else dataset.decode(False)
+    first_row = next(iter(rows), None)
     if first_row is None:
         raise _no_rows(config)
-    return _columns(dataset.features, list(first_row), config)
+    image, caption = _columns(dataset.features, list(first_row), config)
+    if isinstance(first_row[image], (int, float, list)):
+        raise ValueError(
+            f"the column {image!r} of the data set {config.path!r} holds {type(first_row[image]).__name__} and no "
+            "pictures; set data.image_column to one of pictures or their paths."
+        )
+    return image, caption
 
 
 def _no_rows(config: DataConfig) -> ValueError:
@@ -204,6 +214,7 @@ def _stored(value: Any) -> StoredPicture:
     """A picture as it lies in a row: its bytes, a local file, or else (a remote file) the decoded picture."""
     from datasets import Image
 
+    value = _as_entry(value)
     if not value or not (value.get("bytes") or value.get("path")):
         raise BadPicture(MISSING)
     if value.get("bytes"):
@@ -214,6 +225,11 @@ def _stored(value: Any) -> StoredPicture:
         return Image().decode_example(value)
     except Exception as error:  # of the network, the archive or the decoder
         raise BadPicture(UNREADABLE) from error
+
+
+def _as_entry(value: Any) -> Any:
+    """A path by itself, as in a CSV file, like the entries of a column of pictures."""
+    return {"path": value} if isinstance(value, str) else value
 
 
 def _name(value: Any, captions: tuple[str, ...]) -> str:
