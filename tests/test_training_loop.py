@@ -362,7 +362,7 @@ def test_an_update_reads_nothing_from_the_device(
         for _ in range(2):
             run.meter.finish_update(run._update())
         with pytest.raises(AssertionError, match="reads from the device"):
-            run.meter.read(3, 0.1).losses[0] + torch.ones(()).item()
+            run.meter.read(3, 0.1)[0].losses[0] + torch.ones(()).item()
 
 
 def test_memory_savers_change_nothing_but_memory(

@@ -20,8 +20,8 @@ from torch import Tensor
 from ..components.delta_files import read_delta_recipe, save_delta
 from ..components.files import atomic_directory
 from ..core.delta import extract_delta, listed
-from ..training.result import DELTA as RUN_DELTA
-from ..training.result import STUDENT
+from ..training.layout import DELTA as RUN_DELTA
+from ..training.layout import STUDENT
 from .blocks import DELTA
 from .conditioning import CaptionEncoder
 from .models import build_teacher_scheduler

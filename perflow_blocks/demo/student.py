@@ -12,10 +12,10 @@ from tqdm.auto import tqdm
 from ..components.files import atomic_path
 from ..training.config_file import load_config, to_tree
 from ..training.distillation import distill
+from ..training.layout import REPORT
 from ..training.loop import Observer
 from ..training.preflight import require_possible
 from ..training.progress import Progress
-from ..training.report import REPORT
 from ..training.session import Session
 
 SETTINGS = Path(__file__).parent / "distill.toml"

@@ -7,22 +7,24 @@ them stand each process' position in the data and what its pairs are drawn from.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 
 from .config import DistillConfig
 from .config_file import to_tree
 from .data.batch import BatchSource
+from .layout import CHECKPOINTS, SHEETS, by_step, checkpoint_path
+from .progress import WindowLosses
 from .starts import PairSource
 
-FOLDER = "checkpoints"
-_NAME = re.compile(r"step_(\d{8,})")
+logger = logging.get_logger(__name__)
+
 _STATE = "state.json"
 _ADAPTER = "adapter.safetensors"
 _MAY_CHANGE = (
@@ -36,6 +38,8 @@ _MAY_CHANGE = (
     "teacher.text_cache",
     "teacher.latent_cache",
     "optimizer.learning_rate",
+    "optimizer.schedule",
+    "optimizer.warmup_steps",
     "optimizer.max_grad_norm",
     "optimizer.max_steps",
     "optimizer.mixed_precision",
@@ -43,6 +47,8 @@ _MAY_CHANGE = (
     "optimizer.compile",
 )
 """Settings that a run may have otherwise than the one it goes on from."""
+_OTHER_LOSSES = ("loss.", "teacher.guidance_scale", "teacher.dtype", "teacher.on_policy_", "optimizer.mixed_precision")
+"""Those of them that make losses others than they were, which says nothing of the training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +57,7 @@ class Position:
 
     step: int = 0
     micro_step: int = 0
-    losses: tuple[float, ...] = ()
+    losses: tuple[WindowLosses, ...] = ()
 
 
 class Checkpoints:
@@ -69,12 +75,17 @@ class Checkpoints:
         self._config = config
         self._data = data
         self._pairs = pairs
-        self.directory = Path(config.output.directory) / FOLDER
+        self._output = Path(config.output.directory)
+        self._from: int | None = 0
+        self.directory = self._output / CHECKPOINTS
 
     def save(self, position: Position) -> Path:
-        """Writes a checkpoint, which gets its name when it is complete. Every process calls it."""
+        """Writes a checkpoint, which gets its name when it is complete. Every process calls it.
+
+        With the first one a run that went on from an earlier step takes the place of the one that had gone further.
+        """
         accelerator = self._accelerator
-        final = self.directory / f"step_{position.step:08d}"
+        final = checkpoint_path(self._output, position.step)
         temporary = self.directory / f".{final.name}.tmp"
         if accelerator.is_main_process:
             for leftover in self.directory.glob(".*.tmp"):
@@ -89,17 +100,33 @@ class Checkpoints:
         if accelerator.is_main_process:
             state = {
                 "step": position.step,
-                "losses": position.losses,
+                "window_losses": position.losses,
                 "num_processes": accelerator.num_processes,
                 "config": to_tree(self._config),
             }
             (temporary / _STATE).write_text(json.dumps(state, indent=2))
+            if self._from is not None:
+                self._drop_later(self._from)
+                self._from = None
             shutil.rmtree(final, ignore_errors=True)
             temporary.replace(final)
             for old in list_checkpoints(self.directory)[: -self._config.output.keep_checkpoints]:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
         return final
+
+    def _drop_later(self, step: int) -> None:
+        """Drops what an abandoned run left of steps that this one has yet to do: the oldest would stay otherwise."""
+        later = [path for number, path in by_step(self.directory) if number > step]
+        if later:
+            logger.warning(
+                "going on from step %d replaces the checkpoints %s.", step, ", ".join(p.name for p in later)
+            )
+        for path in later:
+            shutil.rmtree(path)
+        for number, sheet in by_step(self._output / SHEETS, ".png"):
+            if number > step:
+                sheet.unlink()
 
     def load(self, path: Path) -> Position:
         """Takes up a checkpoint in every process.
@@ -118,23 +145,26 @@ class Checkpoints:
         own = json.loads((path / _process_file(accelerator.process_index)).read_text())
         self._data.load_state_dict(own["data"])
         self._pairs.load(path)
-        return Position(step=state["step"], micro_step=own["micro_step"], losses=tuple(state["losses"]))
+        self._from = state["step"]
+        losses: tuple[WindowLosses, ...] = ()
+        if not any(key.startswith(_OTHER_LOSSES) for key, *_ in differences(state["config"], to_tree(self._config))):
+            losses = tuple(map(tuple, state.get("window_losses", ())))
+        return Position(step=state["step"], micro_step=own["micro_step"], losses=losses)
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """The complete checkpoints in a directory, oldest first."""
-    found = {int(match[1]): path for path in directory.glob("step_*") if (match := _NAME.fullmatch(path.name))}
-    return [found[step] for step in sorted(found) if (found[step] / _STATE).is_file()]
+    return [path for _, path in by_step(directory) if (path / _STATE).is_file()]
 
 
 def find_checkpoint(config: DistillConfig) -> Path | None:
     """The checkpoint that the configuration asks to go on from; None for the beginning.
 
     Raises:
-        ValueError: it is not there, or was made with settings that cannot change; or none is asked for and there are
-            some, which a new run would replace.
+        ValueError: it is not there, is of more steps than are wanted, or was made with settings that cannot change; or
+            none of those in the output directory is asked for, which a new run would replace.
     """
-    resume, directory = config.output.resume, Path(config.output.directory) / FOLDER
+    resume, directory = config.output.resume, Path(config.output.directory) / CHECKPOINTS
     present = list_checkpoints(directory)
     match resume:
         case None if present:
@@ -150,8 +180,19 @@ def find_checkpoint(config: DistillConfig) -> Path | None:
             path = Path(resume)
             if not (path / _STATE).is_file():
                 raise ValueError(f"output.resume={resume} is no checkpoint; pass the folder of one, or latest.")
+            if present and path.resolve().parent != directory.resolve():
+                raise ValueError(
+                    f"output.directory={config.output.directory} holds other checkpoints than output.resume={resume}, "
+                    f"up to {present[-1].name}; pass output.resume=latest to go on from there, or another directory."
+                )
     if path is not None:
-        require_same(read_state(path)["config"], to_tree(config), path)
+        state = read_state(path)
+        require_same(state["config"], to_tree(config), path)
+        if state["step"] > config.optimizer.max_steps:
+            raise ValueError(
+                f"optimizer.max_steps={config.optimizer.max_steps} is below the {state['step']} updates of "
+                f"{path.name}; pass at least as many, or go on from an earlier checkpoint."
+            )
     return path
 
 
@@ -164,16 +205,26 @@ def require_same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> 
     Raises:
         ValueError: configurations, as of `to_tree`, that differ in a setting that has to stay; all of these are named.
     """
+    # The rank of a full student is that of the LoRA which it is written as in the end.
+    may_change = (*_MAY_CHANGE, "model.lora_rank") if new["model"]["student"] == "full" else _MAY_CHANGE
     changed = [
-        f"{key} is {json.dumps(value)} there and {json.dumps(dict(_flat(new)).get(key))} here"
-        for key, value in _flat(old)
-        if not key.startswith(_MAY_CHANGE) and dict(_flat(new)).get(key) != value
+        f"{key} is {json.dumps(there)} there and {json.dumps(here)} here"
+        for key, there, here in differences(old, new)
+        if not key.startswith(may_change)
     ]
     if changed:
         raise ValueError(
             f"{path.name} cannot be gone on from: {'; '.join(changed)}; set these back, or take another "
             "output.directory."
         )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """The settings of `old`, by "section.name", that `new` has otherwise: both values."""
+    here = dict(_flat(new))
+    for key, value in _flat(old):
+        if here.get(key) != value:
+            yield key, value, here.get(key)
 
 
 def save_adapters_alone(accelerator: Any) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Sequence
-from statistics import median, quantiles
+from statistics import fmean, median
 
 from .config import DistillConfig
+from .progress import WindowLosses
 
 EXPLOSION = 10.0
 """Recent losses of this many times the usual ones are an explosion."""
-_RECENT = 10  # losses; single ones jump, as windows differ in their losses by orders of magnitude
-_HISTORY = 200
-_LEAST = 20  # losses before there is a usual one
+_HISTORY = 500  # updates
+_RECENT = 20  # updates that are judged together: with a row or two in each, single ones jump by orders of magnitude
+_LEAST = 10  # losses of a window before it has a usual one
+_JUDGED = 15  # of the recent updates, at least, have a row of such a window
+_SCATTER = 1.45  # times the usual jump from one loss to the next: 1.4 standard deviations of normal logarithms
+
+_ERRORS = 3.0  # standard errors by which the usual losses may be too low
 
 
 class DivergenceError(ValueError):
@@ -23,25 +29,36 @@ class DivergenceError(ValueError):
 class DivergenceGuard:
     """Watches the losses of the updates, in order.
 
+    Windows differ in their losses by orders of magnitude, and an update may hold rows of one of them only. So every
+    loss is compared with the usual one of its own window, and the recent updates are judged by these ratios.
+
     Args:
         advice: what to change, as a sentence.
         losses: of an earlier part of the training, as `losses` gives them.
     """
 
-    def __init__(self, advice: str, losses: Sequence[float] = ()) -> None:
+    def __init__(self, advice: str, losses: Sequence[WindowLosses] = ()) -> None:
         self._advice = advice
         self._losses = deque(losses, maxlen=_HISTORY)
 
     @property
-    def losses(self) -> list[float]:
+    def losses(self) -> list[WindowLosses]:
         """What the guard goes by, for `losses` of the next."""
         return list(self._losses)
 
-    def check(self, losses: Sequence[float], norms: Sequence[float], first: int, kept: str) -> None:
+    def check(
+        self,
+        losses: Sequence[float],
+        windows: Sequence[WindowLosses],
+        norms: Sequence[float],
+        first: int,
+        kept: str,
+    ) -> None:
         """Takes in the losses of updates `first`, `first` + 1, ...
 
         Args:
             losses: one for each update.
+            windows: those of the windows of each update.
             norms: of the gradients, likewise; empty where the optimizer skips those that are not finite.
             first: number of the first update.
             kept: where the training can go on from, for the message.
@@ -53,19 +70,37 @@ class DivergenceGuard:
             for step, value in enumerate(values, start=first):
                 if not math.isfinite(value):
                     raise DivergenceError(f"the {name} is {value} at step {step}; {kept}. {self._advice}")
-        for step, loss in enumerate(losses, start=first):
-            self._losses.append(loss)
-            usual, recent = self.losses[:-_RECENT], self.losses[-_RECENT:]
-            if len(usual) >= _LEAST and median(recent) > max(EXPLOSION * median(usual), _high(usual)):
+        for step, row in enumerate(windows, start=first):
+            self._losses.append(row)
+            times = _explosion(self.losses)
+            if times is not None:
                 raise DivergenceError(
-                    f"the loss exploded to {median(recent):.4g} at step {step}, from {median(usual):.4g}; {kept}. "
-                    f"{self._advice}"
+                    f"the loss exploded to {times:.4g} times the usual at step {step}; {kept}. {self._advice}"
                 )
 
 
-def _high(losses: Sequence[float]) -> float:
-    """What one in twenty losses exceeds."""
-    return quantiles(losses, n=20)[-1]
+def _explosion(updates: Sequence[WindowLosses]) -> float | None:
+    """How many times the usual loss the recent updates have, where that is an explosion.
+
+    Taken in logarithms: the median of the recent updates has to exceed `EXPLOSION`, and what scatters so high anyway.
+    The scatter comes from the jumps between neighbouring losses of a window, which a steady rise does not enlarge.
+    """
+    earlier, recent = updates[:-_RECENT], updates[-_RECENT:]
+    if not earlier:
+        return None
+    columns = [[math.log(loss) for loss in column if loss] for column in zip(*earlier, strict=True)]
+    usual = [median(column) if len(column) >= _LEAST else None for column in columns]
+    ratios = [
+        [math.log(loss) - level for loss, level in zip(update, usual, strict=True) if loss and level is not None]
+        for update in recent
+    ]
+    scores = [fmean(found) for found in ratios if found]
+    if len(scores) < _JUDGED:
+        return None
+    level = median(scores)
+    jump = median(abs(after - before) for column in columns for before, after in itertools.pairwise(column))
+    uncertain = _ERRORS * jump / math.sqrt(len(earlier))
+    return math.exp(level) if level > max(math.log(EXPLOSION), _SCATTER * jump) + uncertain else None
 
 
 def advice(config: DistillConfig) -> str:
@@ -80,5 +115,5 @@ def advice(config: DistillConfig) -> str:
     if config.optimizer.max_grad_norm > 1:
         changes.append(f"lower optimizer.max_grad_norm (now {config.optimizer.max_grad_norm:g})")
     if config.optimizer.warmup_steps == 0:
-        changes.append("warm up (optimizer.warmup_steps, schedule constant_with_warmup)")
+        changes.append("warm up (optimizer.warmup_steps from the first update on, schedule constant_with_warmup)")
     return f"To go on, {'; or '.join(changes)}, and resume with output.resume=latest."

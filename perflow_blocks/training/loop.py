@@ -15,9 +15,10 @@ from .checkpoints import Checkpoints, Position, find_checkpoint, list_checkpoint
 from .config import DistillConfig
 from .config_file import to_tree
 from .guard import DivergenceGuard, advice
+from .layout import METRICS
 from .optimizers import set_learning_rate
 from .preflight import require_possible
-from .progress import METRICS, Meter, MetricsFile, Progress
+from .progress import Meter, MetricsFile, Progress
 from .result import TrainingResult, write_result
 from .session import TRACKER_NAME, Session, open_session
 from .step import distillation_step
@@ -54,7 +55,7 @@ def train(config: DistillConfig, observers: Sequence[Observer] = ()) -> Training
         run = _Run(session, observers)
         run.start(checkpoint)
         run.finish()
-        return write_result(session, config.optimizer.max_steps, Path(config.output.directory) / METRICS)
+        return write_result(session, run.position.step, Path(config.output.directory) / METRICS)
     finally:
         session.accelerator.end_training()
 
@@ -139,10 +140,10 @@ class _Run:
         """Reads the losses, makes sure that they are sound, and tells of them."""
         session = self.session
         step, pending = self.position.step, self.meter.pending
-        progress = self.meter.read(step, learning_rate)
+        progress, windows = self.meter.read(step, learning_rate)
         # In half precision the gradient scaler skips updates whose gradients overflow, which is no divergence.
         norms = () if session.accelerator.mixed_precision == "fp16" else progress.gradient_norms
-        self.guard.check(progress.losses, norms, step - pending + 1, self._kept())
+        self.guard.check(progress.losses, windows, norms, step - pending + 1, self._kept())
         if self.metrics is not None:
             self.metrics.append(progress)
         session.accelerator.log(progress.figures(), step=step)

@@ -26,13 +26,11 @@ from ..hub.index import make_index
 from ..hub.json_files import INDEX
 from .config import DistillConfig
 from .families import SDXL
-from .result import LORA, TrainingResult
+from .layout import LORA, LORA_KOHYA, LORA_RESIDUAL, WORKFLOW, sheet_path
+from .result import TrainingResult
 from .teacher_source import TeacherSource, open_teacher
-from .validation import sheet_path
 
 logger = logging.get_logger(__name__)
-
-LORA_KOHYA, LORA_RESIDUAL, WORKFLOW = "lora_kohya.safetensors", "lora_residual.safetensors", "workflow"
 
 
 @dataclass(frozen=True, kw_only=True)

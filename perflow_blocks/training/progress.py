@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .layout import METRICS
 from .step import StepLoss
 
-METRICS = "metrics.jsonl"
+WindowLosses = tuple[float | None, ...]
+"""The mean loss of each window; None for one that had no row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class Progress:
     step: int
     max_steps: int
     losses: tuple[float, ...]
-    window_losses: tuple[float | None, ...]
+    window_losses: WindowLosses
     gradient_norms: tuple[float, ...]
     learning_rate: float
     samples_per_second: float
@@ -79,6 +82,7 @@ class Meter:
         self._micro: list[Tensor] = []
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
+        self._micro_windows: list[Tensor] = []
         self._windows: list[Tensor] = []
         self._rows = 0
         self._since = time.perf_counter()
@@ -95,35 +99,45 @@ class Meter:
     def add(self, micro: StepLoss, rows: int) -> None:
         """Takes in a micro-step of this process."""
         self._micro.append(micro.loss.detach().float())
-        self._windows.append(torch.stack([micro.window_sums, micro.window_counts]))
+        self._micro_windows.append(torch.stack([micro.window_sums, micro.weighted_sums, micro.window_counts]))
         self._rows += rows
 
     def finish_update(self, gradient_norm: Tensor | float) -> None:
         """Ends an update, whose loss is the mean of its micro-steps."""
         self._losses.append(torch.stack(self._micro).mean())
         self._norms.append(torch.as_tensor(gradient_norm, dtype=torch.float32).to(self._losses[-1].device))
-        self._micro = []
+        self._windows.append(torch.stack(self._micro_windows).sum(0))
+        self._micro, self._micro_windows = [], []
 
-    def read(self, step: int, learning_rate: float) -> Progress:
-        """Waits for the device and all processes; the one place where losses are read."""
-        windows = self._accelerator.reduce(torch.stack(self._windows).sum(0), "sum")
+    def read(self, step: int, learning_rate: float) -> tuple[Progress, list[WindowLosses]]:
+        """Waits for the device and all processes; the one place where losses are read.
+
+        Returns:
+            What is shown, and the weighted losses of each update, window by window.
+        """
+        windows = self._accelerator.reduce(torch.stack(self._windows), "sum")  # (updates, 3, windows)
         losses = self._accelerator.reduce(torch.stack(self._losses), "mean").tolist()
         norms = torch.stack(self._norms).tolist()
-        sums, counts = windows.tolist()
+        sums, _, counts = windows.sum(0).tolist()
+        updates = [_means(weighted, rows) for _, weighted, rows in windows.tolist()]
         seconds = time.perf_counter() - self._since
         rows = self._rows * self._accelerator.num_processes
         progress = Progress(
             step=step,
             max_steps=self._max_steps,
             losses=tuple(losses),
-            window_losses=tuple(s / n if n else None for s, n in zip(sums, counts, strict=True)),
+            window_losses=_means(sums, counts),
             gradient_norms=tuple(norms),
             learning_rate=learning_rate,
             samples_per_second=rows / seconds,
             eta_seconds=(self._max_steps - step) * seconds / len(losses),
         )
         self._reset()
-        return progress
+        return progress, updates
+
+
+def _means(sums: Sequence[float], counts: Sequence[float]) -> WindowLosses:
+    return tuple(total / count if count else None for total, count in zip(sums, counts, strict=True))
 
 
 class MetricsFile:

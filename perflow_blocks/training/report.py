@@ -13,13 +13,12 @@ from typing import Any
 from ..components.files import atomic_path
 from .config import DistillConfig
 from .config_file import to_tree
+from .layout import PLOTS, READINGS, REPORT, SHEETS, by_step
 from .output import Outputs
 from .plots import Curve, save_plot
 from .progress import read_lines
 from .result import TrainingResult
-from .validation import READINGS, SHEETS
 
-REPORT, PLOTS = "report.md", "plots"
 _SHOWN_SHEETS = 4
 
 Lines = list[dict[str, Any]]
@@ -85,8 +84,8 @@ def _losses(metrics: Lines, plots: Mapping[str, str]) -> list[str]:
     third = max(1, len(losses) // 3)
     first, last = (sum(part) / len(part) for part in (losses[:third], losses[-third:]))
     found.append(
-        f"Mean loss of the first third of the updates: {first:.4g}; of the last third: {last:.4g} "
-        f"({last / first:.2f} times the first)."
+        f"Mean loss of the first third of the updates: {first:.4g}; of the last third: {last:.4g}"
+        + (f" ({last / first:.2f} times the first)." if first else ".")
     )
     rows = []
     for number in range(len(metrics[0]["window_losses"])):
@@ -125,7 +124,7 @@ def _straightness(readings: Lines, plots: Mapping[str, str]) -> list[str]:
 
 def _sheets(directory: Path) -> list[str]:
     """The first sheet, the last, and some between, by links."""
-    found = sorted((directory / SHEETS).glob("step_*.png"))
+    found = [path for _, path in by_step(directory / SHEETS, ".png")]
     if not found:
         return []
     count = min(_SHOWN_SHEETS, len(found))

@@ -18,10 +18,9 @@ from ..components.lora_report import LoraReport
 from ..core.delta import extract_delta
 from ..schedulers import PeRFlowScheduler
 from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS
+from .layout import DELTA, LORA, SCHEDULER, STUDENT
 from .session import Session
 from .student import frozen_weights, load_initial, lora_delta, lora_factors
-
-STUDENT, DELTA, LORA, SCHEDULER = "student", "delta.safetensors", "lora.safetensors", "scheduler"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from ..components.files import atomic_path
 from ..evaluation.sheet import contact_sheet
 from .drawing import Painter, resulting_student
 from .families import LATENT_CHANNELS
+from .layout import READINGS, sheet_path
 from .loop import Observer
 from .progress import MetricsFile
 from .result import make_scheduler, recipe_of
@@ -25,8 +26,6 @@ from .straightness import FixedInputs, StraightnessProbe
 
 logger = logging.get_logger(__name__)
 
-READINGS = "validation.jsonl"
-SHEETS = "validation"
 _SEED = 1_000_000_007  # of the noise: no training is likely to have it
 
 
@@ -97,10 +96,6 @@ def student_steps(session: Session) -> tuple[int, ...]:
     """The numbers of steps that the student is shown in."""
     windows = session.geometry.num_windows
     return session.config.output.validation_steps or tuple(dict.fromkeys((windows, windows * 3 // 2, windows * 2)))
-
-
-def sheet_path(directory: Path, step: int) -> Path:
-    return directory / SHEETS / f"step_{step:08d}.png"
 
 
 def fixed_inputs(session: Session) -> FixedInputs:
