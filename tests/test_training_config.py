@@ -104,6 +104,39 @@ def test_overrides_are_read_by_the_type_of_their_field(tmp_path: Path) -> None:
     assert config.output.resume == "latest" and config.data == WANTED.data
 
 
+@pytest.mark.parametrize("text", [".5", "0.5", "5e-1", "+.5"])
+def test_numbers_may_be_written_as_usual(text: str, tmp_path: Path) -> None:
+    path = write(tmp_path, json.dumps(TREE))
+    overrides = {"windows.start_share": text, "optimizer.betas": f"[0.9, {text}]", "model.teacher": text}
+    config = load_config(path, overrides)
+    assert config.windows.start_share == 0.5 and config.optimizer.betas == (0.9, 0.5)
+    assert config.model.teacher == text
+    assert "batch_size=.5 is wrong" in problems(path, {"optimizer.batch_size": ".5"})[0]
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers_in_lists_too(tmp_path: Path) -> None:
+    path = write(tmp_path, YAML.replace("[0.9, 0.99]", "[0.9, 1e-3]").replace("to_k]", "1e-3]"), "c.yaml")
+    config = load_config(path)
+    assert config.optimizer.betas == (0.9, 1e-3) and config.model.lora_targets == ("to_q", "1e-3")
+    wrong = write(tmp_path, YAML.replace("[0.9, 0.99]", "[0.9, often]"), "d.yaml")
+    assert problems(wrong) == ('optimizer.betas=[0.9, "often"] is wrong: input should be a valid number.',)
+
+
+def test_a_value_of_the_wrong_type_is_told_once(tmp_path: Path) -> None:
+    overrides = {"output.validation_prompts": "a red star", "output.validation_every": "2", "output.log_every": "0"}
+    found = problems(write(tmp_path, json.dumps(TREE)), overrides)
+    assert len(found) == 2
+    assert "output.validation_prompts=a red star is wrong" in found[0] and "output.log_every=0" in found[1]
+
+
+def test_the_home_directory_is_known_by_its_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given, meant in (("~/run", str(tmp_path / "run")), ("./run", "./run")):
+        output = OutputConfig(directory=given, resume=given)
+        assert (output.directory, output.resume) == (meant, meant)
+    assert OutputConfig(directory="x", resume="latest").resume == "latest"
+
+
 def test_every_field_can_be_overridden(tmp_path: Path) -> None:
     path = write(tmp_path, json.dumps(TREE))
     for section, values in to_tree(WANTED).items():
@@ -160,6 +193,9 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ({"windows.num_discrete_times": "2"}, "windows.num_discrete_times=2 is below 3"),
         ({"model.init_student": "x"}, "model.init_student is for full weights"),
         ({"optimizer.ema_decay": "1"}, "optimizer.ema_decay=1.0 leaves [0, 1)"),
+        ({"loss.weighting": "window", "loss.window_weights": "[0, 0, 0]"}, "[0.0, 0.0, 0.0] train nothing; pass at"),
+        ({"optimizer.schedule": "polynomial", "optimizer.learning_rate": "1e-7"}, "is not above 1e-07, where"),
+        ({"optimizer.seed": "18446744073709551616"}, "is too large for a generator; pass one below 2**64"),
         ({"optimizer.learning_rate": "NaN"}, "optimizer.learning_rate=nan is no finite number above 0"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from .rules import ConfigError, at_least, not_negative, positive, share, share_b
 
 DTypeName = Literal["float32", "float16", "bfloat16"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+
+_SEEDS = 2**64  # as many as torch's generators take
+_POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
 
 
 class Section:
@@ -192,6 +196,8 @@ class LossConfig(Section):
         yield from share(**{"loss.caption_dropout": self.caption_dropout})
         weights = {f"loss.window_weights[{i}]": weight for i, weight in enumerate(self.window_weights or ())}
         yield from not_negative(**weights)
+        if weights and not any(weights.values()):
+            yield f"loss.window_weights={list(weights.values())} train nothing; pass at least one above 0."
         if (self.weighting == "window") != (self.window_weights is not None):
             yield (
                 f"loss.weighting={self.weighting!r} and loss.window_weights={self.window_weights} do not go together; "
@@ -214,7 +220,7 @@ class OptimizerConfig(Section):
         mixed_precision: "no", "fp16" or "bf16"; None as accelerate is configured.
         channels_last: memory format of the UNets.
         compile: both UNets with torch.compile.
-        seed: of all random numbers, at least 0.
+        seed: of all random numbers, from 0 to below 2**64.
     """
 
     name: Literal["adamw", "adamw8bit"] = "adamw"
@@ -246,6 +252,13 @@ class OptimizerConfig(Section):
         counts = ("max_steps", "batch_size", "gradient_accumulation_steps")
         yield from at_least(1, **{f"optimizer.{name}": getattr(self, name) for name in counts})
         yield from at_least(0, **{"optimizer.warmup_steps": self.warmup_steps, "optimizer.seed": self.seed})
+        if self.seed >= _SEEDS:
+            yield f"optimizer.seed={self.seed} is too large for a generator; pass one below 2**64."
+        if self.schedule == "polynomial" and 0 < self.learning_rate <= _POLYNOMIAL_END:
+            yield (
+                f"optimizer.learning_rate={self.learning_rate:g} is not above {_POLYNOMIAL_END:g}, where "
+                "optimizer.schedule='polynomial' ends; pass a higher one, or another schedule."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +271,8 @@ class OutputConfig(Section):
         keep_checkpoints: how many of them stay.
         log_every: updates between two readings of the loss; between them nothing is read back from the device.
         tracker: "tensorboard" or "wandb", by accelerate.
-        resume: "latest" checkpoint in the directory (from the beginning where there is none), or the path of one.
+        resume: "latest" checkpoint in the directory (from the beginning where there is none), or the path of one. Of
+            later steps in the directory nothing stays once this run has saved a checkpoint of its own.
         num_inference_steps: that the recipe recommends; by default one a window.
         delta_dtype: in which the delta and its LoRA forms are stored, and weights that go into the workflow.
         validation_every: updates between two validations, each a sheet of pictures (teacher beside student) and the
@@ -285,6 +299,12 @@ class OutputConfig(Section):
     validation_teacher_steps: int = 50
     workflow: bool = True
     evaluation_prompts: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("directory", "resume"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else os.path.expanduser(value))
+        super().__post_init__()
 
     def problems(self) -> Iterator[str]:
         if not self.directory.strip():

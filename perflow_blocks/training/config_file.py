@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -94,6 +96,8 @@ def _typed(value: Any) -> Any:
     """YAML takes 1e-4 for text, so its text is read by the type of the field."""
     if isinstance(value, dict):
         return {name: _typed(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_typed(entry) for entry in value]
     return _Text(value) if isinstance(value, str) else value
 
 
@@ -129,7 +133,10 @@ def _section(name: str, kind: type[Any], values: Mapping[str, Any]) -> tuple[Any
     except TypeError:
         return None, problems
     except ValueError as error:
-        return None, [*problems, *problems_of(error)]
+        # Of what is left out nothing more is true than that it is wrong.
+        left_out = [re.compile(rf"{name}\.{key}\b") for key in known if key in values and key not in arguments]
+        found = [text for text in problems_of(error) if not any(pattern.search(text) for pattern in left_out)]
+        return None, [*problems, *found]
     return (None if wrong else section), problems
 
 
@@ -139,14 +146,34 @@ def _value(kind: Any, value: Any) -> Any:
         ValidationError: the value is not of the type.
     """
     adapter = TypeAdapter(kind)
-    if not isinstance(value, _Text):
-        return adapter.validate_json(json.dumps(value, default=str), strict=True)
-    for reading in (None, "null") if value == "null" else (str(value),):
+    readings = [json.dumps(value, default=str)]
+    if isinstance(value, _Text):
+        for reading in (None, "null") if value == "null" else (str(value),):
+            try:
+                return adapter.validate_python(reading, strict=True)
+            except ValidationError:
+                continue
+        readings = [value]
+    if (numbers := _numbers(value)) != value:
+        readings.append(json.dumps(numbers, default=str))
+    errors: list[ValidationError] = []
+    for text in readings:
         try:
-            return adapter.validate_python(reading, strict=True)
-        except ValidationError:
-            continue
-    return adapter.validate_json(value, strict=True)
+            return adapter.validate_json(text, strict=True)
+        except ValidationError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _numbers(value: Any) -> Any:
+    """With the numbers that JSON or YAML takes for text, such as .5 and 1e-4, as numbers."""
+    if isinstance(value, _Text):
+        if value.startswith("["):
+            with suppress(yaml.YAMLError):
+                return _numbers(_typed(yaml.safe_load(value)))
+        with suppress(ValueError):
+            return float(value)
+    return [_numbers(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _sentence(key: str, value: Any, detail: Any) -> str:
