@@ -121,6 +121,27 @@ def test_a_file_in_the_output_s_way_is_told(teacher: Path, tmp_path: Path) -> No
     assert any("output.directory: cannot write" in problem for problem in found(write_config(tmp_path, teacher)))
 
 
+def test_what_is_in_the_way_of_an_output_is_told(teacher: Path, tmp_path: Path) -> None:
+    path, run = write_config(tmp_path, teacher), tmp_path / "run"
+    (run / "delta.safetensors").mkdir(parents=True)
+    for name in ("student", "workflow"):
+        (run / name).write_text("mine")
+    problems = found(path)
+    assert len(problems) == 3
+    assert any(f"{run / 'student'} is a file where a directory is written; move it" in p for p in problems)
+    assert any(f"{run / 'delta.safetensors'} is a directory where a file is written" in p for p in problems)
+    assert any(f"output.workflow: {run / 'workflow'} exists and is no workflow repository" in p for p in problems)
+    assert len(found(path, output__workflow="false")) == 2
+    for name in ("student", "workflow"):
+        (run / name).unlink()
+    (run / "delta.safetensors").rmdir()
+    (run / "workflow").mkdir()
+    load_config(path, inspect=preflight)
+    (run / "workflow" / "mine.txt").write_text("mine")
+    assert any("exists and is no workflow repository" in p for p in found(path))
+    load_config(path, {"output.workflow": "false"}, inspect=preflight)
+
+
 def test_train_checks_by_itself(tmp_path: Path, loads: list[str]) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         train(tiny_config(tmp_path, "./nowhere"))

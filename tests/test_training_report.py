@@ -16,13 +16,13 @@ from PIL import Image
 
 from perflow_blocks.evaluation import distilled
 from perflow_blocks.evaluation.comparison import EvaluationSet, make_evaluation_set
-from perflow_blocks.training import report
+from perflow_blocks.training import distillation, report
 from perflow_blocks.training.config import DistillConfig
 from perflow_blocks.training.distillation import distill
+from perflow_blocks.training.layout import sheet_path
 from perflow_blocks.training.plots import save_plot
 from perflow_blocks.training.report import write_report
 from perflow_blocks.training.result import TrainingResult
-from perflow_blocks.training.validation import sheet_path
 
 from .training_support import tiny_config
 
@@ -93,6 +93,27 @@ def test_without_matplotlib_there_are_the_figures_alone(
     text = write_report(*finished).read_text()
     assert "plots/" not in text and "of the last third: 0.2" in text and "| 1 | 0.4 |" in text
     assert "## Evaluation" not in text and not (finished[1].directory / "plots").exists()
+
+
+def test_a_report_is_written_even_where_an_output_fails(
+    finished: tuple[DistillConfig, TrainingResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, result = finished
+
+    def fail(*arguments: object) -> None:
+        raise ValueError("the disk is full")
+
+    monkeypatch.setattr(distillation, "train", lambda *arguments: result)
+    monkeypatch.setattr(distillation, "write_outputs", fail)
+    with pytest.raises(ValueError, match="the disk is full"):
+        distill(config)
+    assert "of the last third: 0.2" in (result.directory / "report.md").read_text()
+
+
+def test_losses_of_zero_have_no_ratio(finished: tuple[DistillConfig, TrainingResult]) -> None:
+    config, result = finished
+    result.metrics.write_text(json.dumps(metrics(2, 0.0, [0.0, None])) + "\n")
+    assert "first third of the updates: 0; of the last third: 0.\n" in write_report(config, result).read_text()
 
 
 def test_a_training_without_validation_has_no_such_parts(finished: tuple[DistillConfig, TrainingResult]) -> None:

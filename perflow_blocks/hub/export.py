@@ -77,7 +77,7 @@ def export_workflow(
     if repo_id is not None:
         require_repo_id(repo_id)
     plan = make_plan(pipe_or_blocks, target, mode, weights, name, delta, description, exclude)
-    _require_target(target, overwrite)
+    require_target(target, overwrite=overwrite)
     extras = _named_files(files, plan)
     if picture is not None:
         require_picture(picture)
@@ -124,8 +124,12 @@ def _texts(plan: ExportPlan, facts: CardFacts, repo_id: str | None) -> dict[str,
     }
 
 
-def _require_target(target: Path, overwrite: bool) -> None:
-    """Refuses to replace what is no workflow repository, or holds files that an export did not write."""
+def require_target(target: Path, *, overwrite: bool = False) -> None:
+    """Refuses to replace what is no workflow repository, or holds files that an export did not write.
+
+    Raises:
+        ValueError: what is at `target`, and what to do about it.
+    """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not target.is_dir() or not (target / MANIFEST).is_file():

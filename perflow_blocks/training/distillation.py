@@ -48,6 +48,10 @@ def distill(
     state = PartialState()
     if not state.is_main_process:
         return Distillation(result=result, outputs=None, report=None)
-    outputs = write_outputs(config, result, state.device)
-    tables = None if evaluation is None else evaluation(config, result)
-    return Distillation(result=result, outputs=outputs, report=write_report(config, result, outputs, tables))
+    outputs, tables = None, None
+    try:
+        outputs = write_outputs(config, result, state.device)
+        tables = None if evaluation is None else evaluation(config, result)
+    finally:  # the training is done, so that it is reported even where an output fails
+        report = write_report(config, result, outputs, tables)
+    return Distillation(result=result, outputs=outputs, report=report)

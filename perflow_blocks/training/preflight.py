@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 
 from ..builder.problems import Problems
 from ..components.files import require_writable_directory
+from ..hub.export import require_target
 from ..schedulers import PFODESolver
 from .checkpoints import find_checkpoint
 from .config import (
@@ -26,7 +27,9 @@ from .config import (
 )
 from .data.config import value_problems
 from .data.opening import problems as data_problems
+from .families import SDXL
 from .geometry import WindowGeometry
+from .layout import WORKFLOW, in_the_way
 from .optimizers import optimizer_problem
 from .rules import ConfigError
 from .student import frozen_weights, lora_modules
@@ -50,6 +53,7 @@ def preflight(sections: Mapping[str, Any]) -> Iterator[str]:
     """A sentence for each mistake, as far as the sections are there. Reads no weights and no pictures."""
     problems = Problems()
     model, windows = sections.get("model"), sections.get("windows")
+    source: TeacherSource | None = None
     if isinstance(model, ModelConfig):
         with problems.noted():
             source = open_teacher(model)
@@ -64,6 +68,9 @@ def preflight(sections: Mapping[str, Any]) -> Iterator[str]:
         problems.add(problem)
     if isinstance(output, OutputConfig):
         _note_output(problems, output, sections)
+        if output.workflow and source is not None and source.family is SDXL:
+            with problems.noted(about="output.workflow: "):
+                require_target(Path(output.directory) / WORKFLOW, overwrite=True)
     yield from problems
 
 
@@ -122,6 +129,8 @@ def _note_size(problems: Problems, source: TeacherSource, sections: Mapping[str,
 def _note_output(problems: Problems, output: OutputConfig, sections: Mapping[str, Any]) -> None:
     with problems.noted(about="output.directory: "):
         require_writable_directory(Path(output.directory))
+    for sentence in in_the_way(Path(output.directory)):
+        problems.add(sentence)
     if output.tracker is not None and find_spec(output.tracker) is None:
         problems.add(f"output.tracker={output.tracker!r} is not installed; install it, or leave it out.")
     complete = all(field.name in sections for field in fields(DistillConfig))
