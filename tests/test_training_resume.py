@@ -44,6 +44,13 @@ class Breaks(Observer):
         raise BrokenOff
 
 
+class Draws(Observer):
+    """In the validation's place."""
+
+    def updated(self, session: Session, step: int) -> None:
+        sheet_path(Path(session.config.output.directory), step).write_bytes(b"own")
+
+
 def names(folder: Path) -> list[str]:
     return [path.name for path in list_checkpoints(folder / "run" / "checkpoints")]
 
@@ -63,12 +70,21 @@ def test_a_run_that_goes_on_from_an_earlier_step_takes_the_place_of_the_other(te
         sheet.parent.mkdir(exist_ok=True)
         sheet.write_bytes(b"")
     settings |= {"output__resume": tmp_path / "run" / "checkpoints" / "step_00000002", "optimizer__max_steps": 4}
+    (tmp_path / "run" / "validation.jsonl").write_text('{"step": 2}\n{"step": 6}\n')
     with pytest.raises(BrokenOff):
         train(tiny_config(tmp_path, teacher, **{**settings, "output__checkpoint_every": 2}), [Breaks()])
     assert names(tmp_path) == before  # nothing goes before there is something in its place
-    result = train(tiny_config(tmp_path, teacher, **{**settings, "output__keep_checkpoints": 2}))
-    assert names(tmp_path) == ["step_00000003", "step_00000004"] and result.steps == 4
-    assert [path.name for path in sorted((tmp_path / "run" / "validation").iterdir())] == ["step_00000002.png"]
+    assert len(list((tmp_path / "run" / "validation").iterdir())) == 3
+    settings |= {"output__checkpoint_every": 2, "output__keep_checkpoints": 1}
+    result = train(tiny_config(tmp_path, teacher, **settings), [Draws()])
+    assert names(tmp_path) == ["step_00000004"] and result.steps == 4
+    sheets = sorted((tmp_path / "run" / "validation").iterdir())
+    assert {path.name: path.read_bytes() for path in sheets} == {
+        "step_00000002.png": b"",
+        "step_00000003.png": b"own",
+        "step_00000004.png": b"own",
+    }
+    assert (tmp_path / "run" / "validation.jsonl").read_text() == '{"step": 2}\n'
     with pytest.raises(ConfigError, match=r"optimizer.max_steps=3 is below the 4 updates of step_00000004; pass at"):
         train(tiny_config(tmp_path, teacher, optimizer__max_steps=3, output__resume="latest"))
 

@@ -76,8 +76,8 @@ class Checkpoints:
         self._data = data
         self._pairs = pairs
         self._output = Path(config.output.directory)
-        self._from: int | None = 0
         self.directory = self._output / CHECKPOINTS
+        self._abandoned = self._later(0)
 
     def save(self, position: Position) -> Path:
         """Writes a checkpoint, which gets its name when it is complete. Every process calls it.
@@ -105,28 +105,33 @@ class Checkpoints:
                 "config": to_tree(self._config),
             }
             (temporary / _STATE).write_text(json.dumps(state, indent=2))
-            if self._from is not None:
-                self._drop_later(self._from)
-                self._from = None
+            self._drop_abandoned()
             shutil.rmtree(final, ignore_errors=True)
             temporary.replace(final)
-            for old in list_checkpoints(self.directory)[: -self._config.output.keep_checkpoints]:
+            others = [path for path in list_checkpoints(self.directory) if path != final]
+            for old in others[: max(0, len(others) + 1 - self._config.output.keep_checkpoints)]:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
         return final
 
-    def _drop_later(self, step: int) -> None:
-        """Drops what an abandoned run left of steps that this one has yet to do: the oldest would stay otherwise."""
-        later = [path for number, path in by_step(self.directory) if number > step]
-        if later:
-            logger.warning(
-                "going on from step %d replaces the checkpoints %s.", step, ", ".join(p.name for p in later)
-            )
-        for path in later:
-            shutil.rmtree(path)
-        for number, sheet in by_step(self._output / SHEETS, ".png"):
-            if number > step:
-                sheet.unlink()
+    def _later(self, step: int) -> dict[Path, int]:
+        """Checkpoints and sheets there are of steps that this run has yet to do, and when they were written."""
+        there = [*by_step(self.directory), *by_step(self._output / SHEETS, ".png")]
+        return {path: path.stat().st_mtime_ns for number, path in there if number > step}
+
+    def _drop_abandoned(self) -> None:
+        """Drops what a run that had gone further left: its checkpoints would count as the newest ones otherwise."""
+        # A sheet written since is this run's own; checkpoints it has none yet.
+        gone = [
+            path
+            for path, written in self._abandoned.items()
+            if path.is_dir() or (path.exists() and path.stat().st_mtime_ns == written)
+        ]
+        if gone:
+            logger.warning("what a run left that had gone further is dropped: %s.", ", ".join(map(str, gone)))
+        for path in gone:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._abandoned = {}
 
     def load(self, path: Path) -> Position:
         """Takes up a checkpoint in every process.
@@ -145,7 +150,7 @@ class Checkpoints:
         own = json.loads((path / _process_file(accelerator.process_index)).read_text())
         self._data.load_state_dict(own["data"])
         self._pairs.load(path)
-        self._from = state["step"]
+        self._abandoned = self._later(state["step"])
         losses: tuple[WindowLosses, ...] = ()
         if not any(key.startswith(_OTHER_LOSSES) for key, *_ in differences(state["config"], to_tree(self._config))):
             losses = tuple(map(tuple, state.get("window_losses", ())))

@@ -15,7 +15,7 @@ from .checkpoints import Checkpoints, Position, find_checkpoint, list_checkpoint
 from .config import DistillConfig
 from .config_file import to_tree
 from .guard import DivergenceGuard, advice
-from .layout import METRICS
+from .layout import METRICS, READINGS
 from .optimizers import set_learning_rate
 from .preflight import require_possible
 from .progress import Meter, MetricsFile, Progress
@@ -86,7 +86,10 @@ class _Run:
         elif session.config.output.resume is not None:
             logger.warning("there is no checkpoint in %s yet; starting anew.", session.config.output.directory)
         if session.accelerator.is_main_process:
-            self.metrics = MetricsFile(Path(session.config.output.directory), self.position.step)
+            directory = Path(session.config.output.directory)
+            self.metrics = MetricsFile(directory, self.position.step)
+            if (directory / READINGS).exists():  # what is beyond goes, whether this run validates or not
+                MetricsFile(directory, self.position.step, READINGS)
         self._tell(lambda observer: observer.started(session, self.position.step))
 
     def finish(self) -> None:
