@@ -208,6 +208,14 @@ def test_the_script_keeps_to_its_budget_and_judges(
     student = UNet2DConditionModel.from_pretrained(tmp_path / "student")
     assert student.config.cross_attention_dim == 128
 
+    def untouched(*given: Any) -> None:
+        raise AssertionError("it was trained before")
+
+    monkeypatch.setattr(lcm_baseline, "distill_consistency", untouched)
+    (tmp_path / "report.md").unlink()
+    main(["--trained", "--out", str(tmp_path), "--device", "cpu"])
+    assert (tmp_path / "report.md").read_text() == text
+
 
 def test_what_cannot_be_trained_on_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a budget of 100 rows is below the 128 of one update"):
