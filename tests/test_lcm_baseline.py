@@ -201,7 +201,12 @@ def test_the_script_keeps_to_its_budget_and_judges(
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert (settings["updates"], settings["rows"], settings["guidance_scale"]) == (3, 48, 3.0)
     text = (tmp_path / "report.md").read_text()
-    assert text in capsys.readouterr().out and "3 updates of 4 rows, 48 rows" in text and "| the table |" in text
+    assert (
+        text in capsys.readouterr().out
+        and "3 updates of 4 rows" in text
+        and "48 rows through a UNet of a budget of 50" in text
+        and "| the table |" in text
+    )
     assert [(sampler.model, sampler.steps) for sampler in samplers] == [
         (model, steps) for model in ("teacher", "latent consistency", "student") for steps in (4, 8)
     ]
