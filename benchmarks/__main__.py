@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from diffusers.utils import logging
 
-from . import attention, loop, merge, sdxl, stages
+from . import attention, loop, merge, sdxl, stages, training
 from .measure import Setting
 from .report import Report, write
 
@@ -32,6 +32,7 @@ PARTS = {
     "stages": Part(about="the embedded model's stages, beside its teacher's", run=stages.run),
     "attention": Part(about="attention strategies at SDXL's sizes", run=attention.run),
     "merge": Part(about="merging a delta beside reading its file", run=merge.run, why_not=merge.why_not),
+    "training": Part(about="memory and time of distilling at SDXL's size; computed without a GPU", run=training.run),
     "sdxl": Part(about="full-size SDXL with random weights", run=sdxl.run, why_not=sdxl.why_not),
 }
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.lcm_baseline --like distill.toml --delta out/delta.safetensors --out lcm
     python -m benchmarks.lcm_baseline --budget 500000 --out lcm
+    python -m benchmarks.lcm_baseline --trained --out lcm --prompts 1024
 
 A budget is a number of rows that go forward through a UNet, the teacher's, the student's and the target's alike, as in
 a PeRFlow distillation of a configuration (`--like`). That favours the baseline: more of its rows are trained on, and
@@ -43,6 +44,7 @@ from .consistency import ConsistencyBatch, ConsistencyConfig, ConsistencyLoss, d
 from .report import describe_machine, write
 
 STEPS = (4, 8)
+STUDENT, SETTINGS = "student", "settings.json"
 _CACHE = 4096  # prompts
 
 
@@ -142,9 +144,8 @@ def samplers(
     ]
 
 
-def run(options: argparse.Namespace) -> str:
-    """Trains, writes student and settings into `options.out`, and returns the table, which goes there too."""
-    device, directory = torch.device(options.device), options.teacher or weights_directory()
+def train(options: argparse.Namespace, directory: Path, device: torch.device) -> None:
+    """Distils by latent consistency, and writes student and settings into `options.out`."""
     like = None if options.like is None else load_config(options.like)
     budget = options.budget if like is None else perflow_rows(like)
     baked = like.teacher.guidance_scale if like is not None and like.teacher.cfg_mode == "fixed" else None
@@ -162,14 +163,25 @@ def run(options: argparse.Namespace) -> str:
         raise ValueError(f"a budget of {budget} rows is below the {one.rows_per_update} of one update; pass more.")
     config = replace(one, updates=budget // one.rows_per_update)
     teacher = teacher_pipeline(directory).to(device)
-    teacher.set_progress_bar_config(disable=True)
     student = UNet2DConditionModel.from_pretrained(directory, subfolder="unet", dtype=torch.float32).to(device)
     loss = ConsistencyLoss(config, lcm_scheduler(teacher, config.ddim_steps), device)
     unet = distill_consistency(teacher.unet, student, make_batches(teacher, data, config, device), config, loss)
-    with atomic_directory(options.out / "student") as folder:
+    with atomic_directory(options.out / STUDENT) as folder:
         unet.save_pretrained(folder)
     settings = {**asdict(config), "budget": budget, "rows": config.updates * config.rows_per_update}
-    write(json.dumps(settings, indent=2) + "\n", options.out / "settings.json")
+    write(json.dumps(settings, indent=2) + "\n", options.out / SETTINGS)
+
+
+def run(options: argparse.Namespace) -> str:
+    """Trains, unless it was done before, and returns the table, which goes into `options.out` too."""
+    device, directory = torch.device(options.device), options.teacher or weights_directory()
+    if not options.trained:
+        train(options, directory, device)
+    settings = json.loads((options.out / SETTINGS).read_text())
+    config = ConsistencyConfig(**{name: value for name, value in settings.items() if name not in ("budget", "rows")})
+    unet = UNet2DConditionModel.from_pretrained(options.out / STUDENT, dtype=torch.float32).to(device).eval()
+    teacher = teacher_pipeline(directory).to(device)
+    teacher.set_progress_bar_config(disable=True)
     rows = evaluate_samplers(
         samplers(directory, teacher, unet, config, options.delta),
         make_evaluation_set(options.prompts),
@@ -178,9 +190,10 @@ def run(options: argparse.Namespace) -> str:
     text = "\n\n".join(
         [
             "# Latent consistency beside PeRFlow",
-            f"{describe_machine(device)}.",
-            f"Latent consistency: {config.updates} updates of {config.batch_size} rows, "
-            f"{settings['rows']:,} rows through a UNet of a budget of {budget:,}.",
+            f"{describe_machine(device)}. {options.prompts} prompts; ± is one standard error.",
+            f"Latent consistency: {config.updates:,} updates of {config.batch_size} rows, learning rate "
+            f"{config.learning_rate:g}, {settings['rows']:,} rows through a UNet of a budget of "
+            f"{settings['budget']:,}.",
             quality_report(rows),
         ]
     )
@@ -201,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     budget.add_argument(
         "--like", type=Path, help="configuration of a PeRFlow distillation: budget, batch size, guidance, data"
     )
+    budget.add_argument("--trained", action="store_true", help="judge the student that is in --out from before")
     parser.add_argument("--out", type=Path, required=True, help="directory of student, settings and report")
     parser.add_argument("--delta", type=Path, help="PeRFlow's delta (default: that of the embedded model)")
     parser.add_argument("--teacher", type=Path, help="directory of the teacher (default: the embedded model)")

@@ -47,6 +47,7 @@ EXPECTED = {
     "stages": ["teacher DDIM 2 steps | 3 | 4", "student PeRFlow 4 steps | 1 | 4"],
     "attention": ["native", "native_math", "flex (compiled)", "sliced", "auto (here native)", "native_flash takes"],
     "merge": ["reading the file | ", "merge | ", "rescale | ", "unmerge | "],
+    "training": ["lora | yes | ", "full | no | adamw8bit | ", "full | yes | sync | "],
     "sdxl": ["plain", "channels last", "attention `sliced`", "compiled", "plain, again"],
 }
 

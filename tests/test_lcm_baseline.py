@@ -201,12 +201,25 @@ def test_the_script_keeps_to_its_budget_and_judges(
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert (settings["updates"], settings["rows"], settings["guidance_scale"]) == (3, 48, 3.0)
     text = (tmp_path / "report.md").read_text()
-    assert text in capsys.readouterr().out and "3 updates of 4 rows, 48 rows" in text and "| the table |" in text
+    assert (
+        text in capsys.readouterr().out
+        and "3 updates of 4 rows" in text
+        and "48 rows through a UNet of a budget of 50" in text
+        and "| the table |" in text
+    )
     assert [(sampler.model, sampler.steps) for sampler in samplers] == [
         (model, steps) for model in ("teacher", "latent consistency", "student") for steps in (4, 8)
     ]
     student = UNet2DConditionModel.from_pretrained(tmp_path / "student")
     assert student.config.cross_attention_dim == 128
+
+    def untouched(*given: Any) -> None:
+        raise AssertionError("it was trained before")
+
+    monkeypatch.setattr(lcm_baseline, "distill_consistency", untouched)
+    (tmp_path / "report.md").unlink()
+    main(["--trained", "--out", str(tmp_path), "--device", "cpu"])
+    assert (tmp_path / "report.md").read_text() == text
 
 
 def test_what_cannot_be_trained_on_is_refused(tmp_path: Path) -> None:

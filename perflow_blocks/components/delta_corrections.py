@@ -9,10 +9,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 IN_MEMORY = 16 * 2**20
 """Bytes of corrections that stay in memory; more go to a temporary file."""
+
+
+GROUP = 4
+"""Values that share a byte of codes."""
+
+# Four codes of two bits as the low bits of four 16-bit numbers of one 64-bit number, and side by side in a byte: a
+# product with the first constant has them in its bits 48 to 55, one with the second in their places.
+_GATHER = np.uint64(sum(1 << (48 - 14 * i) for i in range(GROUP)))
+_SPREAD = np.uint64(sum(1 << (14 * i) for i in range(GROUP)))
+_LANES = np.uint64(sum(3 << (16 * i) for i in range(GROUP)))
+_UNCHANGED = 0b01010101
 
 
 @dataclass(frozen=True)
@@ -22,11 +34,11 @@ class Piece:
     Attributes:
         start, stop: rows, the first dimension.
         checksum: of the rows' bit patterns before any delta was added.
-        offset: of the parts, in bytes; they follow one another: a bit for each value that says whether it was changed
-            by rounding, a bit that says whether by -1, then positions (uint32) and values of those that were changed
-            by more than 1 either way.
-        plane: bytes of either row of bits; 0 where rounding changed nothing.
-        large: how many values were changed by more than 1.
+        offset: of the parts, in bytes; they follow one another: two bits for each value, a byte for each group of
+            four, that say what rounding lost plus 1, then the numbers (uint32) and all values of the groups that two
+            bits are not enough for.
+        codes: bytes of the first part; 0 where rounding lost nothing.
+        large: how many groups two bits are not enough for.
         width: bytes of a weight.
     """
 
@@ -34,14 +46,14 @@ class Piece:
     stop: int
     checksum: int
     offset: int = 0
-    plane: int = 0
+    codes: int = 0
     large: int = 0
     width: int = 0
 
     @property
     def size(self) -> int:
         """In bytes."""
-        return 2 * self.plane + (4 + self.width) * self.large
+        return self.codes + (4 + GROUP * self.width) * self.large
 
 
 class Corrections:
@@ -76,7 +88,7 @@ class Corrections:
 
     def add(self, name: str, start: int, stop: int, checksum: int, loss: Encoded) -> Piece:
         """Takes note of the `rounding_loss` of the rows, encoded; returns where it is."""
-        piece = Piece(start, stop, checksum, self._end, loss.plane, loss.large, loss.width)
+        piece = Piece(start, stop, checksum, self._end, loss.codes, loss.large, loss.width)
         self._append(loss.data)
         self._pieces.setdefault(name, []).append(piece)
         return piece
@@ -90,15 +102,10 @@ class Corrections:
 
     def loss(self, piece: Piece, like: Tensor) -> Tensor | None:
         """The `rounding_loss` of the rows, of the shape and on the device of `like`; None where all are zero."""
-        if not piece.plane:
+        if not piece.codes:
             return None
-        data = np.frombuffer(self._read(piece), np.uint8)
-        changed, negative, rest = np.split(data, [piece.plane, 2 * piece.plane])
-        bits = [np.unpackbits(plane, count=like.numel()).view(np.int8) for plane in (changed, negative)]
-        dense = (bits[0] - 2 * bits[1]).astype(f"i{piece.width}")
-        positions, values = np.split(rest, [4 * piece.large])
-        dense[positions.view(np.uint32)] = values.view(dense.dtype)
-        return torch.from_numpy(dense).view(like.shape).to(like.device)
+        encoded = Encoded(self._read(piece), piece.codes, piece.large, piece.width)
+        return torch.from_numpy(decode(encoded, like.numel())).view(like.shape).to(like.device)
 
     def _read(self, piece: Piece) -> bytes:
         self._store.seek(piece.offset)
@@ -114,23 +121,36 @@ class Encoded(NamedTuple):
     """The parts of a `Piece` one after another, and its numbers of the same names."""
 
     data: bytes
-    plane: int
+    codes: int
     large: int
     width: int
 
 
 def encode(loss: Tensor) -> Encoded:
-    """A `rounding_loss`, integers of any shape; waits for the device.
+    """A `rounding_loss`, contiguous integers of any shape, whose memory is used up; waits for the device."""
+    values = loss.view(-1).cpu().numpy()
+    if values.size % GROUP:
+        values = np.concatenate([values, np.zeros(-values.size % GROUP, values.dtype)])
+    values += 1
+    large = np.flatnonzero((values.view(f"u{values.itemsize}") > 3).view(np.uint32) != 0)
+    kept = values.reshape(-1, GROUP)[large] - values.dtype.type(1)
+    # Codes of groups that have large values are not valid, and are not looked at.
+    lanes = values.astype(np.uint16, copy=False).view(np.uint64)
+    lanes *= _GATHER
+    lanes >>= np.uint64(48)
+    codes = lanes.astype(np.uint8)
+    if not len(large) and (codes == _UNCHANGED).all():
+        return Encoded(b"", 0, 0, values.itemsize)
+    data = b"".join(part.data for part in (codes, large.astype(np.uint32), kept))
+    return Encoded(data, len(codes), len(large), values.itemsize)
 
-    Most weights are off by one in their last bit or not at all, so that two bits each say it.
-    """
-    flat = loss.reshape(-1)
-    near = flat.numpy() if flat.device.type == "cpu" else flat.clamp(-2, 2).to(torch.int8).cpu().numpy()
-    changed = np.packbits(near != 0)
-    if not changed.any():
-        return Encoded(b"", 0, 0, loss.element_size())
-    negative = np.packbits(near < 0)
-    positions = np.flatnonzero((near > 1) | (near < -1))
-    values = flat[torch.from_numpy(positions).to(flat.device)].cpu().numpy()
-    data = b"".join(part.tobytes() for part in (changed, negative, positions.astype(np.uint32), values))
-    return Encoded(data, len(changed), len(positions), loss.element_size())
+
+def decode(encoded: Encoded, count: int) -> NDArray[Any]:
+    """The first `count` of the integers that were encoded, some of them not zero."""
+    codes, groups, values = np.split(
+        np.frombuffer(encoded.data, np.uint8), [encoded.codes, encoded.codes + 4 * encoded.large]
+    )
+    loss = (codes.astype(np.uint64) * _SPREAD & _LANES).view(np.int16).astype(f"i{encoded.width}", copy=False)
+    loss -= 1
+    loss.reshape(-1, GROUP)[groups.view(np.uint32)] = values.view(loss.dtype).reshape(-1, GROUP)
+    return loss[:count]

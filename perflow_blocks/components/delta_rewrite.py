@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import cycle
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..core.reversible import Scratch, add, bits, checksum, restore, rounding_loss, sum_of_terms
-from .delta_corrections import Corrections, Encoded, Piece, encode
+from .ahead import computed_ahead
+from .delta_corrections import Corrections, Piece, encode
 from .weight_files import Digest, Weights, digest_parts, row_chunks, rows_of
 
 GPU_CHUNKS = 8
@@ -96,7 +99,7 @@ class _Change:
         name, piece: which rows.
         checksum: of the rows without any delta.
         result: what they become; belongs to a scratch.
-        loss: what rounding lost; None where the rows are without a delta then.
+        loss: what rounding lost, likewise; None where the rows are without a delta then.
         identity: what a digest of the new delta takes in.
     """
 
@@ -104,7 +107,7 @@ class _Change:
     piece: Piece
     checksum: int
     result: Tensor
-    loss: Encoded | None
+    loss: Tensor | None
     identity: Sequence[str]
 
 
@@ -127,18 +130,26 @@ class _Rewrite:
         self._read = _Reader()
 
     def run(self) -> None:
-        for name in self.corrections.names():
-            if name not in self.targets:
+        changing = {name for name in self.targets if _factors(name, self.before) != _factors(name, self.after)}
+        for name in (*self.corrections.names(), *self.targets):
+            if name not in changing and not self.fresh.pieces(name):
                 self.fresh.take(self.corrections, name)
-        scratch = Scratch()
-        for name, target in self.targets.items():
-            old, new = _factors(name, self.before), _factors(name, self.after)
-            if old == new:
-                self.fresh.take(self.corrections, name)
-                continue
-            for piece in self.corrections.pieces(name) or _division(target):
-                self._write(self._changed(name, piece, scratch))
+        changes = self._changes(changing)
+        if all(target.device.type == "cpu" for target in self.targets.values()):
+            changes = computed_ahead(changes)
+        with closing(changes):
+            for change in changes:
+                self._write(change)
 
+    def _changes(self, names: Collection[str]) -> Generator[_Change, None, None]:
+        """What becomes of the weights, in their order; each is valid until the next but one is asked for."""
+        scratches = cycle((Scratch(), Scratch()))
+        for name, target in self.targets.items():
+            if name in names:
+                for piece in self.corrections.pieces(name) or _division(target):
+                    yield self._changed(name, piece, next(scratches))
+
+    @torch.no_grad()
     def _changed(self, name: str, piece: Piece, scratch: Scratch) -> _Change:
         """What some rows become, and what it takes to go back."""
         rows = self._rows(name, piece)
@@ -159,9 +170,9 @@ class _Rewrite:
             return _Change(name, piece, total, base, None, identity)
         change = sum_of_terms(after, rows, scratch, "terms after")
         result = add(base, change, scratch)
-        if not all(math.isfinite(extreme.item()) for extreme in torch.aminmax(result)):
+        if not _is_finite(result):
             raise NotFiniteError(name)
-        return _Change(name, piece, total, result, encode(rounding_loss(base, result, change, scratch)), identity)
+        return _Change(name, piece, total, result, rounding_loss(base, result, change, scratch), identity)
 
     def _write(self, change: _Change) -> None:
         name, start, stop = change.name, change.piece.start, change.piece.stop
@@ -169,7 +180,7 @@ class _Rewrite:
             self.digest.add(name, change.identity)
         done = Piece(start, stop, change.checksum)
         if change.loss is not None:
-            done = self.fresh.add(name, start, stop, change.checksum, change.loss)
+            done = self.fresh.add(name, start, stop, change.checksum, encode(change.loss))
         self._pending = name, done, change.result
         _write(change.result, self._rows(name, done))
         self._done.append((name, done))
@@ -218,6 +229,18 @@ class _Reader:
 
 def _factors(name: str, terms: Sequence[Term]) -> list[tuple[int, float]]:
     return [(id(term.weights), factor) for term in terms if (factor := term.factor(name))]
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether no value is infinite or NaN; waits for the device."""
+    if values.device.type != "cpu":
+        return all(math.isfinite(extreme.item()) for extreme in torch.aminmax(values))
+    # The patterns of infinities and NaN are the highest of either sign; integers are compared in half the time.
+    patterns = bits(values).numpy()
+    infinity = int(bits(torch.tensor(math.inf, dtype=values.dtype)))
+    sign = 1 << (8 * patterns.itemsize - 1)
+    unsigned = patterns.view(f"u{patterns.itemsize}")
+    return not patterns.size or bool(patterns.max() < infinity and unsigned.max() < sign + infinity)
 
 
 def _write(source: Tensor, target: Tensor) -> None:

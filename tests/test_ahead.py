@@ -1,0 +1,77 @@
+"""Items that are computed on another thread while the one before is worked on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import pytest
+import torch
+
+from perflow_blocks.components.ahead import computed_ahead
+
+
+@pytest.fixture(autouse=True)
+def two_torch_threads() -> Generator[None, None, None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+class Counting:
+    """Numbers, and how far their computation has come."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Semaphore(0)
+        self.begun: list[int] = []
+        self.names: set[str] = set()
+
+    def numbers(self, end: int, fail_at: int = -1) -> Generator[int, None, None]:
+        for number in range(end):
+            self.begun.append(number)
+            self.names.add(threading.current_thread().name)
+            self.reached.release()
+            if number == fail_at:
+                raise ValueError("no such number")
+            yield number
+
+
+def test_the_next_one_is_computed_meanwhile_and_no_further() -> None:
+    counting = Counting()
+    for number in computed_ahead(counting.numbers(4)):
+        while len(counting.begun) < min(number + 2, 4):
+            assert counting.reached.acquire(timeout=10), "the next item is not computed ahead"
+        assert counting.begun == list(range(min(number + 2, 4)))
+    assert number == 3
+    assert threading.current_thread().name not in counting.names and len(counting.names) == 1
+
+
+def test_a_failure_comes_after_the_items_before_it() -> None:
+    got = []
+    with pytest.raises(ValueError, match="no such number"):
+        for number in computed_ahead(Counting().numbers(9, fail_at=2)):
+            got.append(number)
+    assert got == [0, 1]
+
+
+def test_nothing_runs_on_once_it_is_closed() -> None:
+    counting = Counting()
+    with closing(computed_ahead(counting.numbers(9))) as numbers:
+        next(numbers)
+    assert len(counting.begun) <= 2
+    assert not any(thread.name.startswith("computed_ahead") for thread in threading.enumerate())
+
+
+def test_torch_has_one_thread_there_and_as_many_as_before_elsewhere() -> None:
+    def counts() -> Generator[int, None, None]:
+        for _ in range(3):
+            torch.ones(1 << 18).add_(1)
+            yield torch.get_num_threads()
+
+    for count in computed_ahead(counts()):
+        assert count == 1 and torch.get_num_threads() == 2
+        with ThreadPoolExecutor(1) as fresh:  # a thread that is started meanwhile
+            assert fresh.submit(torch.get_num_threads).result() == 2
