@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.constants import SCALER_NAME
 from safetensors.torch import load_file, save_file
 
 from .config import DistillConfig
@@ -38,11 +39,12 @@ _MAY_CHANGE = (
     "optimizer.learning_rate",
     "optimizer.max_grad_norm",
     "optimizer.max_steps",
-    "optimizer.mixed_precision",
     "optimizer.gradient_checkpointing",
     "optimizer.compile",
 )
 """Settings that a run may have otherwise than the one it goes on from."""
+_PRECISION = "optimizer.mixed_precision"
+"""May change too, except to or from fp16, which has a gradient scaler with a state of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,8 @@ class Checkpoints:
         """Takes up a checkpoint in every process.
 
         Raises:
-            ValueError: it is of another number of processes.
+            ValueError: it is of another number of processes, or of a training with a gradient scaler and this one has
+                none, or the other way round.
         """
         state = read_state(path)
         accelerator = self._accelerator
@@ -113,6 +116,12 @@ class Checkpoints:
             raise ValueError(
                 f"{path} is of {state['num_processes']} processes and this run has {accelerator.num_processes}; "
                 "launch as many, or start anew in another output.directory."
+            )
+        scaled = (path / SCALER_NAME).is_file()
+        if scaled != (accelerator.scaler is not None):
+            raise ValueError(
+                f"{path} was written {'with' if scaled else 'without'} mixed precision fp16 and this run has "
+                f"{accelerator.mixed_precision}; launch it as before, or start anew in another output.directory."
             )
         accelerator.load_state(str(path))
         own = json.loads((path / _process_file(accelerator.process_index)).read_text())
@@ -164,16 +173,21 @@ def require_same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> 
     Raises:
         ValueError: configurations, as of `to_tree`, that differ in a setting that has to stay; all of these are named.
     """
+    here = dict(_flat(new))
     changed = [
-        f"{key} is {json.dumps(value)} there and {json.dumps(dict(_flat(new)).get(key))} here"
+        f"{key} is {json.dumps(value)} there and {json.dumps(here.get(key))} here"
         for key, value in _flat(old)
-        if not key.startswith(_MAY_CHANGE) and dict(_flat(new)).get(key) != value
+        if here.get(key) != value and not _may_change(key, value, here.get(key))
     ]
     if changed:
         raise ValueError(
             f"{path.name} cannot be gone on from: {'; '.join(changed)}; set these back, or take another "
             "output.directory."
         )
+
+
+def _may_change(key: str, old: Any, new: Any) -> bool:
+    return key.startswith(_MAY_CHANGE) or (key == _PRECISION and "fp16" not in (old, new))
 
 
 def save_adapters_alone(accelerator: Any) -> None:
