@@ -100,10 +100,8 @@ def test_a_gradient_scaler_stays_what_it_is(old: str | None, new: str | None, po
     if possible:
         require_same(there, here, Path("step_00000001"))
         return
-    found, here = json.dumps(old), json.dumps(new)
-    with pytest.raises(
-        ValueError, match=f"optimizer.mixed_precision is {found} there and {here} here; set these back"
-    ):
+    told = f"optimizer.mixed_precision is {json.dumps(old)} there and {json.dumps(new)} here; set these back"
+    with pytest.raises(ValueError, match=told):
         require_same(there, here, Path("step_00000001"))
 
 
