@@ -206,11 +206,25 @@ def test_sizes_devices_and_types() -> None:
     assert choose_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16
 
 
-def test_trying_a_directory_leaves_nothing(tmp_path: Path) -> None:
+def test_trying_a_directory_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "mkdir", None)  # nor makes anything: other processes try the same at the same time
     require_writable_directory(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
     require_writable_directory(tmp_path)
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.chdir(tmp_path)
+    require_writable_directory("a/b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "file/below/it", "link/below"):
+        with pytest.raises(ValueError, match=f"cannot write into .*{name}: .*; choose a writable directory"):
+            require_writable_directory(tmp_path / name)
+    with pytest.raises(ValueError, match="cannot write into /proc/x"):
+        require_writable_directory("/proc/x")
 
 
 def test_an_error_inside_the_pipeline_is_one_line_in_a_real_process(tmp_path: Path) -> None:

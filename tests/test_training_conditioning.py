@@ -95,6 +95,25 @@ def test_prompts_are_encoded_once_while_they_are_kept(monkeypatch: pytest.Monkey
     torch.testing.assert_close(again[1].prompt_embeds, first[1].prompt_embeds)
 
 
+def test_the_text_encoders_go_back_when_all_prompts_that_were_missing_are_encoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    did: list[str] = []
+    original = PromptEncoder._encode
+
+    def encode(self: PromptEncoder, prompt: str, *, negative: bool = False) -> Any:
+        did.append(prompt)
+        return original(self, prompt, negative=negative)
+
+    monkeypatch.setattr(PromptEncoder, "_encode", encode)
+    encoder = PromptEncoder(sdxl(), CPU, added_conditions=True, cache=8, offload=lambda: did.append("back"))
+    assert did == ["", "back"]
+    encoder.rows(["a", "b", "a"])
+    encoder.rows(["b", "a"])
+    encoder.rows(["a", "c"])
+    assert did == ["", "back", "a", "b", "back", "c", "back"]
+
+
 def test_latents_are_the_vae_s_scaled_and_kept_by_their_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     vae, pixels = tiny_vae(), torch.rand(3, 3, 32, 32) * 2 - 1
     kept, plain = LatentEncoder(vae, CPU, cache=2), LatentEncoder(vae, CPU)

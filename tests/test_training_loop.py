@@ -59,8 +59,8 @@ def unet(family: str) -> UNet2DConditionModel:
     return (tiny_sdxl_components() if family == "sdxl" else tiny_sd_components())["unet"]
 
 
-class Broken(Exception):
-    """Stands for a kill."""
+class Broken(BaseException):
+    """Stands for a kill, after which nothing can be saved."""
 
 
 class BreaksAt(Observer):

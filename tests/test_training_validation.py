@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,32 @@ def test_the_pictures_are_those_of_the_saved_student(teachers: dict[str, Path], 
     torch.testing.assert_close(drawn, keeps.picture, rtol=0, atol=1e-4)
     plain = pipe(PROMPTS, latents=keeps.noise, num_inference_steps=4, guidance_scale=1.0, output_type="pt").images
     assert (plain - keeps.picture).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("student", ["full", "lora"])
+@pytest.mark.parametrize("upcast", [True, False])
+@pytest.mark.parametrize("family", ["sdxl", "sd"])
+def test_it_draws_in_every_mixture_of_types(
+    family: str, upcast: bool, student: str, precision: str, teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teachers[family], teacher)
+    vae = teacher / "vae" / "config.json"
+    vae.write_text(json.dumps({**json.loads(vae.read_text()), "force_upcast": upcast}))
+    plain = open_session(tiny_config(tmp_path, teacher, **SETTINGS))
+    inputs = fixed_inputs(plain)
+    steps, scheduler = 2 * plain.geometry.num_windows, make_scheduler(plain)
+    wanted = Painter(plain, scheduler, 2.0).student(plain.accelerator.unwrap_model(plain.student), inputs, steps)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    kind: dict[str, Any] = {"model__student": student, "model__lora_rank": 2, "optimizer__mixed_precision": precision}
+    session = open_session(tiny_config(tmp_path, teacher, teacher__dtype="bfloat16", **SETTINGS, **kind))
+    painter, inputs = Painter(session, scheduler, 2.0), fixed_inputs(session)
+    with resulting_student(session) as bare:
+        drawn = painter.student(bare, inputs, steps)
+    assert drawn.dtype == torch.float32
+    torch.testing.assert_close(drawn, wanted, rtol=0, atol=0.1)
+    assert painter.teacher(inputs, 2, 1.0).shape == drawn.shape
 
 
 def test_sdxl_pictures_have_the_guidance_of_the_recipe(teachers: dict[str, Path], tmp_path: Path) -> None:

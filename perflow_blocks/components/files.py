@@ -39,25 +39,20 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def require_writable_directory(path: str | os.PathLike[str]) -> None:
-    """Tries whether files can be put into a directory, made for the purpose if need be; leaves nothing behind.
+    """Tries whether files can be put into a directory, or where it is missing into the nearest one above it.
+
+    Nothing is made that others could see, so that several processes can try the same directory at once.
 
     Raises:
-        ValueError: `path` is a file, or nothing can be written there.
+        ValueError: `path` is a file or lies below one, or nothing can be written there.
     """
     target = Path(path)
-    made: list[Path] = []
+    nearest = next(part for part in (target, *target.absolute().parents) if os.path.lexists(part))
     try:
-        for directory in reversed([target, *target.parents]):
-            if not directory.exists():
-                directory.mkdir()
-                made.append(directory)
-        with tempfile.TemporaryFile(dir=target):
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
         raise ValueError(f"cannot write into {target}: {error.strerror}; choose a writable directory.") from error
-    finally:
-        for directory in reversed(made):
-            directory.rmdir()
 
 
 @contextmanager

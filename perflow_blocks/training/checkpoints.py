@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.constants import SCALER_NAME
 from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 
@@ -42,13 +43,14 @@ _MAY_CHANGE = (
     "optimizer.warmup_steps",
     "optimizer.max_grad_norm",
     "optimizer.max_steps",
-    "optimizer.mixed_precision",
     "optimizer.gradient_checkpointing",
     "optimizer.compile",
 )
 """Settings that a run may have otherwise than the one it goes on from."""
 _OTHER_LOSSES = ("loss.", "teacher.guidance_scale", "teacher.dtype", "teacher.on_policy_", "optimizer.mixed_precision")
 """Those of them that make losses others than they were, which says nothing of the training."""
+_PRECISION = "optimizer.mixed_precision"
+"""May change too, except to or from fp16, which has a gradient scaler with a state of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +139,8 @@ class Checkpoints:
         """Takes up a checkpoint in every process.
 
         Raises:
-            ValueError: it is of another number of processes.
+            ValueError: it is of another number of processes, or of a training with a gradient scaler and this one has
+                none, or the other way round.
         """
         state = read_state(path)
         accelerator = self._accelerator
@@ -145,6 +148,12 @@ class Checkpoints:
             raise ValueError(
                 f"{path} is of {state['num_processes']} processes and this run has {accelerator.num_processes}; "
                 "launch as many, or start anew in another output.directory."
+            )
+        scaled = (path / SCALER_NAME).is_file()
+        if scaled != (accelerator.scaler is not None):
+            raise ValueError(
+                f"{path} was written {'with' if scaled else 'without'} mixed precision fp16 and this run has "
+                f"{accelerator.mixed_precision}; launch it as before, or start anew in another output.directory."
             )
         accelerator.load_state(str(path))
         own = json.loads((path / _process_file(accelerator.process_index)).read_text())
@@ -210,12 +219,11 @@ def require_same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> 
     Raises:
         ValueError: configurations, as of `to_tree`, that differ in a setting that has to stay; all of these are named.
     """
-    # The rank of a full student is that of the LoRA which it is written as in the end.
-    may_change = (*_MAY_CHANGE, "model.lora_rank") if new["model"]["student"] == "full" else _MAY_CHANGE
+    full = new["model"]["student"] == "full"
     changed = [
         f"{key} is {json.dumps(there)} there and {json.dumps(here)} here"
         for key, there, here in differences(old, new)
-        if not key.startswith(may_change)
+        if not _may_change(key, there, here, full)
     ]
     if changed:
         raise ValueError(
@@ -230,6 +238,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tupl
     for key, value in _flat(old):
         if here.get(key) != value:
             yield key, value, here.get(key)
+
+
+def _may_change(key: str, old: Any, new: Any, full: bool) -> bool:
+    if key == _PRECISION:
+        return "fp16" not in (old, new)
+    # The rank of a full student is that of the LoRA which it is written as in the end.
+    return key.startswith(_MAY_CHANGE) or (full and key == "model.lora_rank")
 
 
 def save_adapters_alone(accelerator: Any) -> None:

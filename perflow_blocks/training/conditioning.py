@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,28 +48,46 @@ class PromptEncoder:
         device: where the embeddings go.
         added_conditions: whether the UNet takes pooled embeddings and time ids (SDXL).
         cache: prompts to keep.
+        offload: called when prompts were encoded, to take the text encoders back to the host.
     """
 
-    def __init__(self, pipeline: Any, device: torch.device, *, added_conditions: bool, cache: int) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        device: torch.device,
+        *,
+        added_conditions: bool,
+        cache: int,
+        offload: Callable[[], Any] | None = None,
+    ) -> None:
         self._pipeline = pipeline
         self._device = device
         self._added_conditions = added_conditions
         self._cache = TextCache(cache)
+        self._offload = offload
         self.empty: TextRow = self._encode("", negative=True)
         """The prompt of nothing, as the pipeline takes it for guidance: of SDXL mostly zeros."""
+        self._take_back()
 
     def rows(self, prompts: Sequence[str]) -> list[TextRow]:
         """A row for each prompt. Each is encoded by itself, as its rounding depends on what else is in a batch, and a
         run that is resumed, with nothing kept, has to get the same.
         """
-        return [self._row(prompt) for prompt in prompts]
+        rows, encoded = [], False
+        for prompt in prompts:
+            row = self._cache.get(prompt)
+            if row is None:
+                row = self._encode(prompt)
+                self._cache.put(prompt, row)
+                encoded = True
+            rows.append(row)
+        if encoded:
+            self._take_back()
+        return rows
 
-    def _row(self, prompt: str) -> TextRow:
-        row = self._cache.get(prompt)
-        if row is None:
-            row = self._encode(prompt)
-            self._cache.put(prompt, row)
-        return row
+    def _take_back(self) -> None:
+        if self._offload is not None:
+            self._offload()
 
     def conditioning(self, rows: Sequence[TextRow], time_ids: Tensor) -> Conditioning:
         """Conditions (batch, ...) from a row for each prompt; `time_ids` (batch, 6) count for SDXL."""

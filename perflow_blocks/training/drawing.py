@@ -24,9 +24,10 @@ def resulting_student(session: Session) -> Iterator[Any]:
     trained, ema, was_training = list(session.trained.values()), session.ema, student.training
     if ema is not None:
         ema.store(trained)
-        ema.copy_to(trained)
     student.eval()
     try:
+        if ema is not None:
+            ema.copy_to(trained)
         yield student
     finally:
         student.train(was_training)
@@ -55,53 +56,58 @@ class Painter:
         noise = inputs.noise
         times = torch.linspace(1.0, 0.0, steps + 1, device=noise.device)[:, None].expand(-1, len(noise))
         points = self._session.teacher.path(noise, times, inputs.rows, inputs.time_ids, guidance_scale)
-        with self._placed_vae() as vae:
-            latents = points[-1].to(vae.dtype) / vae.config.scaling_factor
-            return (vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1).cpu()
+        return self._decode(points[-1])
 
     @torch.no_grad()
     def student(self, student: Any, inputs: FixedInputs, steps: int) -> Tensor:
-        """Pictures (count, 3, height, width) in [0, 1] of a bare student, by the pipeline that its users have."""
+        """Pictures (count, 3, height, width) in [0, 1] of a bare student, by the pipeline that its users have.
+
+        They are drawn in the student's type and decoded in the VAE's, which a pipeline would not mix.
+        """
         encoder = self._session.teacher.encoder
         conditions = cast(encoder.conditioning(inputs.rows, inputs.time_ids), student.dtype)
         empty = cast(encoder.conditioning([encoder.empty] * len(inputs.rows), inputs.time_ids), student.dtype)
         arguments: dict[str, Any] = {
             "prompt_embeds": conditions.prompt_embeds,
             "negative_prompt_embeds": empty.prompt_embeds,
-            "latents": inputs.noise.clone(),
+            "latents": inputs.noise.to(student.dtype, copy=True),
             "num_inference_steps": steps,
-            "output_type": "pt",
+            "output_type": "latent",
         }
-        with self._placed_vae() as vae:
-            if self._session.source.family.added_conditions:
-                height, width = (side * self._session.source.vae_factor for side in inputs.noise.shape[-2:])
-                images = self._sdxl_pipeline(student, vae)(
-                    **arguments,
-                    pooled_prompt_embeds=conditions.added["text_embeds"],
-                    negative_pooled_prompt_embeds=empty.added["text_embeds"],
-                    height=height,
-                    width=width,
-                    output="images",
-                )
-            else:
-                pipeline = self._sd_pipeline(student, vae)
-                images = pipeline(**arguments, guidance_scale=self._guidance_scale).images
-            return images.float().cpu()
+        if self._session.source.family.added_conditions:
+            height, width = (side * self._session.source.vae_factor for side in inputs.noise.shape[-2:])
+            latents = self._sdxl_pipeline(student)(
+                **arguments,
+                pooled_prompt_embeds=conditions.added["text_embeds"],
+                negative_pooled_prompt_embeds=empty.added["text_embeds"],
+                height=height,
+                width=width,
+                output="images",
+            )
+        else:
+            latents = self._sd_pipeline(student)(**arguments, guidance_scale=self._guidance_scale).images
+        return self._decode(latents)
 
-    def _sdxl_pipeline(self, student: Any, vae: Any) -> Any:
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Pictures (count, 3, height, width) in [0, 1] of scaled latents (count, 4, height/f, width/f), on the CPU."""
+        with self._placed_vae() as vae:
+            pictures = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+            return (pictures.float() / 2 + 0.5).clamp(0, 1).cpu()
+
+    def _sdxl_pipeline(self, student: Any) -> Any:
         pipeline = PeRFlowSDXLAutoBlocks().init_pipeline()
         pipeline.update_components(
             unet=student,
-            vae=vae,
+            vae=self._vae,
             scheduler=self._scheduler,
             guidance_scale=self._guidance_scale,
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _sd_pipeline(self, student: Any, vae: Any) -> Any:
+    def _sd_pipeline(self, student: Any) -> Any:
         pipeline: Any = StableDiffusionPipeline(
-            vae=vae,
+            vae=self._vae,
             text_encoder=None,
             tokenizer=None,
             unet=student,

@@ -70,6 +70,8 @@ class _Run:
         self.meter = Meter(session.accelerator, config.optimizer.max_steps)
         self.checkpoints = Checkpoints(session.accelerator, config, session.data, session.pairs)
         self.position = Position()
+        self.saved = 0
+        self.rate = 0.0
         self.guard = DivergenceGuard(advice(config))
         self.metrics: MetricsFile | None = None
 
@@ -78,6 +80,7 @@ class _Run:
         session = self.session
         if checkpoint is not None:
             self.position = self.checkpoints.load(checkpoint)
+            self.saved = self.position.step
             if session.ema is not None:
                 session.ema.to(session.accelerator.device)
             rate = session.config.optimizer.learning_rate
@@ -96,7 +99,7 @@ class _Run:
         """All updates that are left."""
         settings, output = self.session.config.optimizer, self.session.config.output
         while self.position.step < settings.max_steps:
-            rate = self.session.schedule.get_last_lr()[0]
+            self.rate = self.session.schedule.get_last_lr()[0]
             norm = self._update()
             self.meter.finish_update(norm)
             step = self.position.step + 1
@@ -106,17 +109,35 @@ class _Run:
             last = step == settings.max_steps
             saving = last or step % output.checkpoint_every == 0
             if saving or step % output.log_every == 0:
-                self._read(rate)
+                self._read()
             if saving:
-                self.checkpoints.save(replace(self.position, losses=tuple(self.guard.losses)))
+                self._save()
             self._tell(lambda observer: observer.updated(self.session, self.position.step))
 
+    def _save(self) -> None:
+        self.checkpoints.save(replace(self.position, losses=tuple(self.guard.losses)))
+        self.saved = self.position.step
+
     def _tell(self, what: Callable[[Observer], None]) -> None:
-        """Tells all observers; the time that they take is none of the training's."""
+        """Tells all observers; the time that they take is none of the training's.
+
+        What an observer raises ends the training, whose updates are saved before.
+        """
         began = time.perf_counter()
-        for observer in self.observers:
-            what(observer)
+        try:
+            for observer in self.observers:
+                what(observer)
+        except Exception:
+            self._rescue()
+            raise
         self.meter.leave_out(time.perf_counter() - began)
+
+    def _rescue(self) -> None:
+        """Saves what was not saved yet, unless other processes would have to take part: they know of no failure."""
+        if self.session.accelerator.num_processes == 1 and self.position.step > self.saved:
+            if self.meter.pending:
+                self._read()
+            self._save()
 
     def _update(self) -> Tensor | float:
         """One update of the student; the norm of its gradient, on the device."""
@@ -139,19 +160,18 @@ class _Run:
             session.ema.step(session.trained.values())
         return 0.0 if norm is None else norm  # DeepSpeed clips by itself and tells none
 
-    def _read(self, learning_rate: float) -> None:
+    def _read(self) -> None:
         """Reads the losses, makes sure that they are sound, and tells of them."""
         session = self.session
         step, pending = self.position.step, self.meter.pending
-        progress, windows = self.meter.read(step, learning_rate)
+        progress, windows = self.meter.read(step, self.rate)
         # In half precision the gradient scaler skips updates whose gradients overflow, which is no divergence.
         norms = () if session.accelerator.mixed_precision == "fp16" else progress.gradient_norms
         self.guard.check(progress.losses, windows, norms, step - pending + 1, self._kept())
         if self.metrics is not None:
             self.metrics.append(progress)
         session.accelerator.log(progress.figures(), step=step)
-        for observer in self.observers:
-            observer.read(progress)
+        self._tell(lambda observer: observer.read(progress))
 
     def _kept(self) -> str:
         present = list_checkpoints(self.checkpoints.directory)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, cpu_offload_with_hook
+from accelerate.utils import InitProcessGroupKwargs
 from diffusers.training_utils import EMAModel
 
 from .checkpoints import save_adapters_alone
@@ -28,6 +30,8 @@ from .teacher_source import TeacherSource, open_teacher
 from .trajectories import TrajectoryStarts
 
 TRACKER_NAME = "perflow_distill"
+_PATIENCE = timedelta(hours=2)
+"""How long processes wait for the main one, which alone draws validation sheets and writes the result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +111,14 @@ def open_session(config: DistillConfig) -> Session:
 
 def make_accelerator(config: DistillConfig) -> Accelerator:
     """accelerate's own settings decide devices and processes, and the precision where the configuration does not."""
+    timeout = InitProcessGroupKwargs(timeout=_PATIENCE)
     accelerator = Accelerator(
         mixed_precision=config.optimizer.mixed_precision,
         gradient_accumulation_steps=config.optimizer.gradient_accumulation_steps,
         log_with=config.output.tracker,
         project_dir=str(Path(config.output.directory)),
         step_scheduler_with_optimizer=False,
+        kwargs_handlers=[timeout],
     )
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:  # it reads this off a prepared data loader otherwise, which there is none of
@@ -130,10 +136,13 @@ def _make_teacher(
 ) -> Teacher:
     device, dtype = accelerator.device, getattr(torch, config.teacher.dtype)
     text = source.load_text_pipeline(dtype)
-    for name in source.family.text_encoders:
-        _place(getattr(text, name), device, config.teacher.offload != "none")
+    text_encoders = [getattr(text, name) for name in source.family.text_encoders]
     encoder = PromptEncoder(
-        text, device, added_conditions=source.family.added_conditions, cache=config.teacher.text_cache
+        text,
+        device,
+        added_conditions=source.family.added_conditions,
+        cache=config.teacher.text_cache,
+        offload=_place_all(text_encoders, device, config.teacher.offload != "none"),
     )
     if _is_teacher(config, accelerator):
         unet = accelerator.unwrap_model(student)
@@ -173,6 +182,12 @@ def _place(model: torch.nn.Module, device: torch.device, offload: bool) -> Calla
         return hook.offload
     model.to(device)
     return None
+
+
+def _place_all(models: Iterable[torch.nn.Module], device: torch.device, offload: bool) -> Callable[[], Any] | None:
+    """The same for several models, which are taken back together."""
+    hooks = [hook for hook in [_place(model, device, offload) for model in models] if hook is not None]
+    return (lambda: [hook() for hook in hooks]) if hooks else None
 
 
 def _make_ema(accelerator: Accelerator, student: Any, decay: float) -> EMAModel | None:

@@ -109,8 +109,16 @@ def trainable(student: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def make_ema(student: nn.Module, decay: float) -> EMAModel | None:
-    """Averages of the trainable weights, None for a decay of 0."""
-    return EMAModel(trainable(student).values(), decay=decay, foreach=True) if decay else None
+    """Averages of the trainable weights, None for a decay of 0.
+
+    They are float32 also where the weights are not, as under DeepSpeed in half precision: the little that an average
+    moves in an update would be rounded away.
+    """
+    if not decay:
+        return None
+    ema = EMAModel(trainable(student).values(), decay=decay, foreach=True)
+    ema.to(dtype=torch.float32)
+    return ema
 
 
 def lora_factors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

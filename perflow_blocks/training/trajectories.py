@@ -150,13 +150,13 @@ class TrajectoryStarts:
         save_file(tensors, self._file(directory), metadata={"rows": json.dumps(rows)})
 
     def load(self, directory: Path) -> None:
-        with safe_open(self._file(directory), "pt", device=str(self._device)) as opened:
+        with safe_open(self._file(directory), "pt") as opened:  # on the host: it knows no device "cpu:0"
             rows = json.loads(opened.metadata()["rows"])
             self._buffer.clear()
             self._buffer.extend(
                 Trajectory(
-                    starts=opened.get_tensor(f"{i}.starts"),
-                    ends=opened.get_tensor(f"{i}.ends"),
+                    starts=opened.get_tensor(f"{i}.starts").to(self._device),
+                    ends=opened.get_tensor(f"{i}.ends").to(self._device),
                     prompt=prompt,
                     dropped=dropped,
                     sizes=(tuple(sizes[0]), tuple(sizes[1]), tuple(sizes[2])),
