@@ -23,6 +23,8 @@ from perflow_blocks.schedulers.conditioning import Conditioning
 
 from .training_support import PointTeacher, tiny_config, write_config
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 SCHEDULER = LCMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False)
 CONFIG = ConsistencyConfig(updates=1, batch_size=4, huber_c=0.0)
 
@@ -232,11 +234,3 @@ def test_what_cannot_be_trained_on_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data.kind='prompts' has no pictures"):
         main(["--like", str(path), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    from accelerate.state import AcceleratorState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)

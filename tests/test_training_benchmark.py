@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers.training_utils import EMAModel
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -177,14 +175,6 @@ def test_the_parts_of_an_update() -> None:
     assert [size // GB for size in saving.values()] == [29, 31, 39, 35, 35]
     shared = training.phases(full, beside, shared=True, optimizer="adamw", offload="encoders")
     assert [size // GB for size in shared.values()] == [44, 41, 54, 60, 50]
-
-
-@pytest.fixture
-def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps its state for the process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from accelerate.utils.constants import SCALER_NAME
 from safetensors.torch import load_file
 
@@ -20,16 +18,12 @@ from perflow_blocks.training.session import Session
 
 from .training_support import save_teacher, tiny_config
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_teacher(tmp_path_factory.mktemp("teachers") / "sd", "sd")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Fails(Observer):

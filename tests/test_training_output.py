@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -28,6 +26,8 @@ from perflow_blocks.training.teacher_source import TeacherSource, open_teacher
 from .hub_export_support import index_of, loaded, use_own_modules
 from .training_support import save_teacher, tiny_config
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 Trained = tuple[DistillConfig, TrainingResult, Outputs]
 FLOAT32: dict[str, Any] = {
     "output__delta_dtype": "float32",
@@ -40,12 +40,6 @@ FLOAT32: dict[str, Any] = {
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("teachers")
     return {family: save_teacher(folder / family, family) for family in ("sdxl", "sd")}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

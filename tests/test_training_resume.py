@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 
 from perflow_blocks.training.checkpoints import list_checkpoints, require_same
 from perflow_blocks.training.config_file import load_config, to_tree
@@ -21,13 +19,7 @@ from perflow_blocks.training.session import Session, open_session
 
 from .training_support import save_teacher, tiny_config, write_config
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps its state for the process; every test gets its own."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module")

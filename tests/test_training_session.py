@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import UserCpuOffloadHook
-from accelerate.state import AcceleratorState
 from torch import nn
 
 from perflow_blocks.training.session import make_accelerator, open_session
@@ -18,11 +16,7 @@ from perflow_blocks.training.student import make_ema
 
 from .training_support import save_teacher, tiny_config
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.mark.parametrize("offload", ["none", "encoders", "all"])

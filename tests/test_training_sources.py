@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
 from perflow_blocks.components.delta_files import read_delta_recipe
@@ -22,12 +20,7 @@ from perflow_blocks.training.teacher_source import open_teacher
 from .single_file_support import checkpoint_components, save_checkpoint
 from .training_support import save_teacher, tiny_config
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 class Stops(Exception):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ from perflow_blocks.training.validation import Validation, fixed_inputs, sheet_p
 
 from .training_support import save_teacher, tiny_config
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 PROMPTS = ["a red star", "a ring"]
 SETTINGS: dict[str, Any] = {
     "output__validation_every": 3,
@@ -45,12 +46,6 @@ SETTINGS: dict[str, Any] = {
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("teachers")
     return {family: save_teacher(folder / family, family) for family in ("sdxl", "sd")}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Keeps(Observer):
