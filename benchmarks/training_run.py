@@ -55,8 +55,8 @@ class Case:
     steps: int = STEPS
 
 
-class Enough(Exception):
-    """All updates were measured."""
+class Enough(BaseException):
+    """All updates were measured. No failure, before which the trainer would save what it has."""
 
 
 class Watch(Observer):
