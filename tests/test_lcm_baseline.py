@@ -19,6 +19,8 @@ from benchmarks.consistency import ConsistencyBatch, ConsistencyConfig, Consiste
 from benchmarks.lcm_baseline import lcm_sampler, lcm_scheduler, main, perflow_rows
 from perflow_blocks.demo import teacher_pipeline
 from perflow_blocks.demo.models import SCHEDULE
+from perflow_blocks.evaluation.comparison import Row
+from perflow_blocks.evaluation.judge import Verdicts
 from perflow_blocks.schedulers.conditioning import Conditioning
 
 from .training_support import PointTeacher, tiny_config, write_config
@@ -197,7 +199,7 @@ def test_the_script_keeps_to_its_budget_and_judges(
 
     monkeypatch.setattr(lcm_baseline, "evaluate_samplers", evaluate)
     monkeypatch.setattr(lcm_baseline, "make_evaluation_set", lambda count: None)
-    monkeypatch.setattr(lcm_baseline, "quality_report", lambda rows: "| the table |")
+    monkeypatch.setattr(lcm_baseline, "quality_tables", lambda rows: ["| the table |"])
     arguments = ["--budget", "50", "--batch-size", "4", "--out", str(tmp_path), "--device", "cpu"]
     main(arguments)
     settings = json.loads((tmp_path / "settings.json").read_text())
@@ -222,6 +224,28 @@ def test_the_script_keeps_to_its_budget_and_judges(
     (tmp_path / "report.md").unlink()
     main(["--trained", "--out", str(tmp_path), "--device", "cpu"])
     assert (tmp_path / "report.md").read_text() == text
+
+
+def test_each_of_perflow_s_rows_is_compared_with_all_others() -> None:
+    hits = {"teacher, DDIM": [1, 0, 0, 0], "latent consistency, LCM": [1, 1, 0, 0], "student, PeRFlow": [1, 1, 1, 0]}
+    rows = [
+        Row(
+            name=name,
+            steps=steps,
+            guidance_scale=1.0,
+            nfe=steps,
+            verdicts=Verdicts(accurate=torch.tensor(hit).bool(), strict=torch.tensor(hit).bool()),
+            frechet=1.0,
+            seconds=0.1,
+        )
+        for name, hit in hits.items()
+        for steps in (4, 8)
+    ]
+    table, *differences = lcm_baseline.quality_tables(rows)
+    assert table.count("\n") == 7 and len(differences) == 2
+    for steps, text in zip((4, 8), differences, strict=True):
+        assert text.startswith(f"| student, PeRFlow, {steps} steps, against") and text.count("\n") == 6
+        assert "| latent consistency, LCM, 4 steps | 4 | +25.0 ± 25.0 | +1.0 |" in text
 
 
 def test_what_cannot_be_trained_on_is_refused(tmp_path: Path) -> None:
