@@ -27,7 +27,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_teacher(tmp_path_factory.mktemp("teachers") / "sd", "sd")
 
 
-class BrokenOff(Exception):
+class BrokenOff(BaseException):
     """Stands for a kill."""
 
 
