@@ -34,7 +34,8 @@ class DataConfig:
     """Reads a data set of the Hub while training instead of downloading it first."""
 
     image_column: str | None = None
-    """Column (webdataset: extension) of the pictures; None takes the first one that holds pictures."""
+    """Column (webdataset: extension) of the pictures; None takes the first one that holds pictures.
+    Of paths in it, as in a CSV file, relative ones start at the folder that `path` is or lies in."""
     caption_column: str | None = None
     """Column (JSON: key; webdataset: extension, or key of the .json) of the captions: each a string, or a list of
     which one is drawn. None takes the first of "text", "caption" and "prompt" (webdataset: after the .txt)."""

@@ -29,12 +29,12 @@ _SAVED_ONE, _SAVED_SPLITS = "state.json", "dataset_dict.json"  # what `save_to_d
 class TableRecords:
     """A data set of which every row can be read at any time."""
 
-    def __init__(self, dataset: Dataset, columns: tuple[str, str], where: str) -> None:
+    def __init__(self, dataset: Dataset, columns: tuple[str, str], config: DataConfig) -> None:
         from datasets import Image
 
         image, caption = columns
         self.size: Size | None = None
-        self._where = where
+        self._config, self._folder = config, _folder(config)
         self._pictures = dataset.select_columns([image]).cast_column(image, Image(decode=False))
         self._captions = dataset.select_columns([caption])
         self._columns = columns
@@ -52,7 +52,7 @@ class TableRecords:
             dataset = dataset.select(range(min(config.max_samples, len(dataset))))
         if len(dataset) == 0:
             raise _no_rows(config)
-        return cls(dataset, columns, _where(config))
+        return cls(dataset, columns, config)
 
     def __len__(self) -> int:
         return len(self._captions)
@@ -61,10 +61,10 @@ class TableRecords:
         return as_captions(self._captions[index][self._columns[1]])
 
     def picture(self, index: int) -> StoredPicture:
-        return _stored(self._pictures[index][self._columns[0]])
+        return _stored(self._pictures[index][self._columns[0]], self._folder)
 
     def describe(self) -> str:
-        return self._where
+        return _where(self._config)
 
 
 class TableStream:
@@ -74,10 +74,13 @@ class TableStream:
     them together, every process reads everything and they take turns.
     """
 
-    def __init__(self, dataset: IterableDataset, columns: tuple[str, str], turns: tuple[int, int], where: str) -> None:
+    def __init__(
+        self, dataset: IterableDataset, columns: tuple[str, str], turns: tuple[int, int], config: DataConfig
+    ) -> None:
         """`turns` are the number of the first row to take, and the step to the next one."""
         self.checksum = zlib.crc32(f"{dataset.num_shards} {columns}".encode())
-        self._dataset, self._columns, self._turns, self._where = dataset, columns, turns, where
+        self._dataset, self._columns, self._turns = dataset, columns, turns
+        self._config, self._folder = config, _folder(config)
 
     @classmethod
     def open(cls, config: DataConfig, *, seed: int, process_index: int, num_processes: int) -> TableStream:
@@ -101,7 +104,7 @@ class TableStream:
             dataset, turns = dataset.shard(num_processes, process_index, contiguous=False), (0, 1)
         # One file at a time: reading several at once, `datasets` waits five seconds at the end of every epoch.
         dataset = dataset.shuffle(seed=seed, buffer_size=config.shuffle_buffer, max_buffer_input_shards=1)
-        return cls(dataset, columns, turns, _where(config))
+        return cls(dataset, columns, turns, config)
 
     def read(self, epoch: int, skips: Skips) -> Iterator[StreamSample]:
         image, caption = self._columns
@@ -110,14 +113,14 @@ class TableStream:
         for row in islice(self._dataset, first, None, step):
             picture: StoredPicture | BadPicture
             try:
-                picture = _stored(row[image])
+                picture = _stored(row[image], self._folder)
             except BadPicture as bad:
                 picture = bad
             captions = as_captions(row[caption])
             yield StreamSample(name=_name(_as_entry(row[image]), captions), captions=captions, picture=picture)
 
     def describe(self) -> str:
-        return f"stream of {self._where}"
+        return f"stream of {_where(self._config)}"
 
 
 def table_problems(config: DataConfig) -> list[str]:
@@ -210,7 +213,7 @@ def _columns(features: Any, names: list[str], config: DataConfig) -> tuple[str, 
     return image, caption
 
 
-def _stored(value: Any) -> StoredPicture:
+def _stored(value: Any, folder: Path) -> StoredPicture:
     """A picture as it lies in a row: its bytes, a local file, or else (a remote file) the decoded picture."""
     from datasets import Image
 
@@ -220,7 +223,7 @@ def _stored(value: Any) -> StoredPicture:
     if value.get("bytes"):
         return value["bytes"]
     if "://" not in value["path"]:
-        return Path(value["path"])
+        return folder / value["path"]
     try:
         return Image().decode_example(value)
     except Exception as error:  # of the network, the archive or the decoder
@@ -237,6 +240,12 @@ def _name(value: Any, captions: tuple[str, ...]) -> str:
     value = value or {}
     checksum = zlib.crc32((value.get("bytes") or b"") + repr(captions).encode())
     return f"{value.get('path') or ''}#{checksum:08x}"
+
+
+def _folder(config: DataConfig) -> Path:
+    """Where relative paths of pictures start: where the data set is, as `load_dataset` leaves them as they stand."""
+    path = Path(str(config.path)).expanduser()
+    return path.parent if path.is_file() else path
 
 
 def _where(config: DataConfig) -> str:
