@@ -34,6 +34,15 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_repository(tmp_path_factory.mktemp("repository") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny teacher of each family, to be left as it is."""
+    from .training_support import save_teacher  # with all that a training needs
+
+    folder = tmp_path_factory.mktemp("teachers")
+    return {family: save_teacher(folder / family, family) for family in ("sdxl", "sd")}
+
+
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the classes whose `from_pretrained` is called, appended to as they are."""

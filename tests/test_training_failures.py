@@ -16,14 +16,14 @@ from perflow_blocks.training.loop import Observer, train
 from perflow_blocks.training.progress import Progress
 from perflow_blocks.training.session import Session
 
-from .training_support import save_teacher, tiny_config
+from .training_support import tiny_config
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_teacher(tmp_path_factory.mktemp("teachers") / "sd", "sd")
+@pytest.fixture
+def teacher(teachers: dict[str, Path]) -> Path:
+    return teachers["sd"]
 
 
 class Fails(Observer):

@@ -32,14 +32,9 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module")
-def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("teachers")
+def teachers(teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     v = DDIMScheduler(**BETAS, steps_offset=1, clip_sample=False, prediction_type="v_prediction")
-    return {
-        "sdxl": save_teacher(folder / "sdxl", "sdxl"),
-        "sd": save_teacher(folder / "sd", "sd"),
-        "v": save_teacher(folder / "v", "sd", v),
-    }
+    return {**teachers, "v": save_teacher(tmp_path_factory.mktemp("teachers") / "v", "sd", v)}
 
 
 def losses(folder: Path) -> list[float]:

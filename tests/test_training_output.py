@@ -24,7 +24,7 @@ from perflow_blocks.training.result import TrainingResult
 from perflow_blocks.training.teacher_source import TeacherSource, open_teacher
 
 from .hub_export_support import index_of, loaded, use_own_modules
-from .training_support import save_teacher, tiny_config
+from .training_support import tiny_config
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -34,12 +34,6 @@ FLOAT32: dict[str, Any] = {
     "optimizer__learning_rate": 0.01,
     "optimizer__max_steps": 3,
 }
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("teachers")
-    return {family: save_teacher(folder / family, family) for family in ("sdxl", "sd")}
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,14 @@ from perflow_blocks.training.preflight import preflight
 from perflow_blocks.training.rules import ConfigError
 from perflow_blocks.training.session import Session, open_session
 
-from .training_support import save_teacher, tiny_config, write_config
+from .training_support import tiny_config, write_config
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_teacher(tmp_path_factory.mktemp("teachers") / "sd", "sd")
+@pytest.fixture
+def teacher(teachers: dict[str, Path]) -> Path:
+    return teachers["sd"]
 
 
 class BrokenOff(BaseException):

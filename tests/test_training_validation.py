@@ -29,7 +29,7 @@ from perflow_blocks.training.rules import ConfigError
 from perflow_blocks.training.session import Session, open_session
 from perflow_blocks.training.validation import Validation, fixed_inputs, sheet_path, student_steps
 
-from .training_support import save_teacher, tiny_config
+from .training_support import tiny_config
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -40,12 +40,6 @@ SETTINGS: dict[str, Any] = {
     "output__validation_teacher_steps": 5,
     "optimizer__ema_decay": 0.5,
 }
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("teachers")
-    return {family: save_teacher(folder / family, family) for family in ("sdxl", "sd")}
 
 
 class Keeps(Observer):
