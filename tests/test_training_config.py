@@ -135,6 +135,10 @@ def test_the_home_directory_is_known_by_its_sign(tmp_path: Path, monkeypatch: py
         output = OutputConfig(directory=given, resume=given)
         assert (output.directory, output.resume) == (meant, meant)
     assert OutputConfig(directory="x", resume="latest").resume == "latest"
+    model = ModelConfig(teacher="~/teacher.safetensors", config="~/parts", init_student="~/unet")
+    assert model.teacher == str(tmp_path / "teacher.safetensors")
+    assert (model.config, model.init_student) == (str(tmp_path / "parts"), str(tmp_path / "unet"))
+    assert ModelConfig(teacher="owner/name").teacher == "owner/name"
 
 
 def test_every_field_can_be_overridden(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 
 from .config import DistillConfig
-from .config_file import to_tree
+from .config_file import by_name, to_tree
 from .data.batch import BatchSource
 from .layout import CHECKPOINTS, SHEETS, by_step, checkpoint_path
 from .progress import WindowLosses
@@ -234,8 +234,8 @@ def require_same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """The settings of `old`, by "section.name", that `new` has otherwise: both values."""
-    here = dict(_flat(new))
-    for key, value in _flat(old):
+    here = dict(by_name(new))
+    for key, value in by_name(old):
         if here.get(key) != value:
             yield key, value, here.get(key)
 
@@ -267,9 +267,3 @@ def save_adapters_alone(accelerator: Any) -> None:
 
 def _process_file(index: int) -> str:
     return f"process_{index}.json"
-
-
-def _flat(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for section, values in tree.items():
-        for name, value in values.items():
-            yield f"{section}.{name}", value

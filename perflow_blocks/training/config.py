@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ..core.parameterization import PredictionType
 from ..core.windows import TimeWindows, tile_windows
@@ -23,11 +23,17 @@ _POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
 class Section:
     """A part of the configuration. Values that break its rules raise a `ConfigError` that names all of them."""
 
+    paths: ClassVar[tuple[str, ...]] = ()
+    """Fields that may hold a path, of which a leading ~ stands for the home directory."""
+
     def problems(self) -> Iterator[str]:
         """A sentence for each rule that is broken."""
         yield from ()
 
     def __post_init__(self) -> None:
+        for name in self.paths:
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, os.path.expanduser(value))
         found = list(self.problems())
         if found:
             raise ConfigError(found)
@@ -51,6 +57,8 @@ class ModelConfig(Section):
         frozen: patterns such as "*transformer_blocks*" of the weights of a full student that stay as they are. They
             are no part of the delta, whose file gets smaller by them, and neither gradients nor averages are kept.
     """
+
+    paths = ("teacher", "config", "init_student")
 
     teacher: str
     revision: str | None = None
@@ -285,6 +293,8 @@ class OutputConfig(Section):
         evaluation_prompts: prompts of the report's table of quality, for the demo's pictures; 0 for no table.
     """
 
+    paths = ("directory", "resume")
+
     directory: str
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
@@ -299,12 +309,6 @@ class OutputConfig(Section):
     validation_teacher_steps: int = 50
     workflow: bool = True
     evaluation_prompts: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("directory", "resume"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else os.path.expanduser(value))
-        super().__post_init__()
 
     def problems(self) -> Iterator[str]:
         if not self.directory.strip():
@@ -356,8 +360,8 @@ def cross_problems(sections: Mapping[str, object]) -> Iterator[str]:
         yield from value_problems(data)
         if isinstance(output, OutputConfig) and output.evaluation_prompts and not _of_the_demo(sections):
             yield (
-                "output.evaluation_prompts is for data.kind='demo' at data.resolution=64 and a teacher in a "
-                "directory; leave it out."
+                f"output.evaluation_prompts is for data.kind='demo' at data.resolution={DEMO_PICTURE_SIZE} and a "
+                "teacher in a directory; leave it out."
             )
     if isinstance(teacher, TeacherConfig) and isinstance(data, DataConfig):
         if teacher.starts == "noised" and data.kind == "prompts":
@@ -367,7 +371,7 @@ def cross_problems(sections: Mapping[str, object]) -> Iterator[str]:
 def _of_the_demo(sections: Mapping[str, object]) -> bool:
     """Whether the judge of the demo's pictures can judge those of this training."""
     model, data = sections.get("model"), sections.get("data")
-    local = not isinstance(model, ModelConfig) or model.teacher == "demo" or Path(model.teacher).expanduser().is_dir()
+    local = not isinstance(model, ModelConfig) or model.teacher == "demo" or Path(model.teacher).is_dir()
     return isinstance(data, DataConfig) and data.kind == "demo" and data.resolution == DEMO_PICTURE_SIZE and local
 
 

@@ -63,8 +63,16 @@ def to_tree(config: DistillConfig) -> Tree:
     return json.loads(json.dumps(asdict(config)))
 
 
+def by_name(tree: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The settings of a tree by "section.field", with their values."""
+    for section, values in tree.items():
+        for field, value in values.items():
+            yield f"{section}.{field}", value
+
+
 def _sections() -> dict[str, type[Section]]:
-    return get_type_hints(DistillConfig)
+    kinds = get_type_hints(DistillConfig)
+    return {field.name: kinds[field.name] for field in fields(DistillConfig)}
 
 
 def _unknown(tree: Tree) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .checkpoints import Checkpoints, Position, find_checkpoint, list_checkpoints
 from .config import DistillConfig
-from .config_file import to_tree
+from .config_file import by_name, to_tree
 from .guard import DivergenceGuard, advice
 from .layout import METRICS, READINGS
 from .optimizers import set_learning_rate
@@ -180,8 +180,5 @@ class _Run:
 
 def _flat(config: DistillConfig) -> dict[str, Any]:
     """The settings for a tracker, which takes numbers and text."""
-    return {
-        f"{section}.{name}": value if isinstance(value, (int, float, str, bool)) else str(value)
-        for section, values in to_tree(config).items()
-        for name, value in values.items()
-    }
+    settings = by_name(to_tree(config))
+    return {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in settings}

@@ -47,7 +47,7 @@ class TeacherSource:
     @property
     def on_hub(self) -> bool:
         """Whether its parts are in a repository of the Hub, which others can read too."""
-        return self.single_file is None and not Path(self.location).expanduser().exists()
+        return self.single_file is None and not Path(self.location).exists()
 
     @property
     def vae_factor(self) -> int:
@@ -122,7 +122,7 @@ def open_teacher(model: ModelConfig) -> TeacherSource:
         ValueError: nothing is there, a part is missing, or the model is of no family that can be distilled.
     """
     label, location, single_file = model.teacher, model.teacher, None
-    path = Path(model.teacher).expanduser()
+    path = Path(model.teacher)
     if model.teacher == _DEMO:
         from ..demo import weights_directory
 
