@@ -46,6 +46,8 @@ class LoraLayer:
 class LoraReport:
     """The layers of a LoRA in the delta's order, and what stands beside it; printed as a Markdown table.
 
+    Without arguments that of a LoRA which no delta was turned into, as of one that was trained.
+
     Attributes:
         layers: of the LoRA.
         residual: number of tensors kept in full.
@@ -54,11 +56,11 @@ class LoraReport:
         delta_parameters: numbers in the whole delta.
     """
 
-    layers: tuple[LoraLayer, ...]
-    residual: int
-    residual_parameters: int
-    residual_squared_norm: float
-    delta_parameters: int
+    layers: tuple[LoraLayer, ...] = ()
+    residual: int = 0
+    residual_parameters: int = 0
+    residual_squared_norm: float = 0.0
+    delta_parameters: int = 0
 
     @property
     def energy(self) -> float:

@@ -18,7 +18,6 @@ _RECENT = 20  # updates that are judged together: with a row or two in each, sin
 _LEAST = 10  # losses of a window before it has a usual one
 _JUDGED = 15  # of the recent updates, at least, have a row of such a window
 _SCATTER = 1.45  # times the usual jump from one loss to the next: 1.4 standard deviations of normal logarithms
-
 _ERRORS = 3.0  # standard errors by which the usual losses may be too low
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..components.files import atomic_path
 from .layout import METRICS
 from .step import StepLoss
 
@@ -153,9 +154,8 @@ class MetricsFile:
         self._path = directory / name
         kept = [line for line in read_lines(self._path) if line["step"] <= step]
         directory.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(self._path)
+        with atomic_path(self._path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def append(self, reading: Any) -> None:
         """Adds a dataclass that has a `step`."""

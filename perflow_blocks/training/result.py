@@ -121,8 +121,7 @@ def _write_full(session: Session, state: Mapping[str, Tensor], folder: Path, del
 
 def _write_lora(session: Session, factors: Mapping[str, Tensor], lora: Path, delta: Path, recipe: DeltaRecipe) -> None:
     named = {f"unet.{name}": tensor.detach().float().cpu().contiguous() for name, tensor in factors.items()}
-    report = LoraReport(layers=(), residual=0, residual_parameters=0, residual_squared_norm=0.0, delta_parameters=0)
-    save_lora(DeltaLora(lora=named, residual={}, report=report, recipe=recipe), lora)
+    save_lora(DeltaLora(lora=named, residual={}, report=LoraReport(), recipe=recipe), lora)
     base = session.source.load_unet(torch.float32)
     save_delta(lora_delta(factors), delta, recipe, _dtype(session), partial=True, base=base)
 

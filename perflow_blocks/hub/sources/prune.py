@@ -13,7 +13,7 @@ from types import BuiltinFunctionType, FunctionType
 
 import torch
 
-from .changes import Changes, Kind, UndecidedError
+from .changes import Changes, Defined, Kind, UndecidedError
 from .imports import absolute_name, import_statements
 from .modules import PACKAGE, Module, origin, require_carried
 
@@ -99,7 +99,7 @@ class _Part:
         value = self.values.get(name, self)
         if _is_constant(value):
             return "constant"
-        defined = all(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) for node in binding)
+        defined = all(isinstance(node, Defined | ast.ClassDef) for node in binding)
         return "code" if defined or isinstance(value, type | FunctionType | BuiltinFunctionType) else "data"
 
     def _cannot(self, line: int, reason: str) -> ValueError:
@@ -167,7 +167,7 @@ def _bound(node: ast.stmt) -> set[str]:
     """The names that a statement at the top of a module defines."""
     if _is_main_guard(node):
         return set()
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+    if isinstance(node, Defined | ast.ClassDef):
         return {node.name}
     if isinstance(node, ast.Import | ast.ImportFrom):
         return {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
