@@ -37,10 +37,12 @@ SIBLINGS = {
 }
 NAMED = {
     ("training/data/demo.py", "demo.pictures"),
+    ("training/distillation.py", "evaluation.distilled"),
     ("training/teacher_source.py", "demo.weights_directory"),
     ("training/validation.py", "evaluation.sheet"),
 }
-"""Files that may use one module of a sibling: pictures are a data set, weights a teacher, sheets any pictures."""
+"""Files that may use one module of a sibling: pictures are a data set, weights a teacher, sheets any pictures,
+and a finished student's quality is measured."""
 EXPORTED = {"torch", "diffusers", "transformers", "safetensors", "huggingface_hub", "numpy", "PIL"}
 """Third-party packages that layers 1 to 3 may use; the core has torch alone."""
 

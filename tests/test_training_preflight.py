@@ -20,9 +20,9 @@ from perflow_blocks.training.student import lora_modules
 from .training_support import save_teacher, tiny_config, write_config
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_teacher(tmp_path_factory.mktemp("teachers") / "sdxl", "sdxl")
+@pytest.fixture
+def teacher(teachers: dict[str, Path]) -> Path:
+    return teachers["sdxl"]
 
 
 def found(path: Path, **overrides: object) -> tuple[str, ...]:
@@ -114,6 +114,19 @@ def test_a_student_of_another_architecture_is_refused(teacher: Path, tmp_path: P
     assert any("another architecture" in p for p in found(path, model__init_student=tmp_path / "other"))
     assert any("model.init_student=" in p for p in found(path, model__init_student=tmp_path / "none"))
     load_config(path, {"model.init_student": str(tmp_path / "same")}, inspect=preflight)
+
+
+def test_what_a_table_of_quality_needs_is_told(
+    teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"output__evaluation_prompts": 2, "data__resolution": 64}
+    overrides = {key.replace("__", "."): str(value) for key, value in settings.items()}
+    load_config(write_config(tmp_path, teachers["sdxl"]), overrides, inspect=preflight)
+    [problem] = found(write_config(tmp_path, teachers["sd"]), **settings)
+    assert problem == "output.evaluation_prompts is for teachers of SDXL's family; leave it out."
+    monkeypatch.setattr("perflow_blocks.training.preflight.find_spec", lambda name: None)
+    [problem] = found(write_config(tmp_path, teachers["sdxl"]), **settings)
+    assert "needs torchmetrics, which is not installed" in problem
 
 
 def test_a_file_in_the_output_s_way_is_told(teacher: Path, tmp_path: Path) -> None:

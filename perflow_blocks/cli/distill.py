@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from ..training.config import DistillConfig
-    from ..training.distillation import Evaluation
     from ..training.loop import Observer
 
 
@@ -36,7 +33,7 @@ def distill(
     for family in (SD, SDXL):
         logging.getLogger(family.pipeline.__module__).addFilter(FirstOfItsKind())
     settings = load_config(config, overrides, inspect=preflight)
-    done = run(settings, [_observer()], _evaluation(settings))
+    done = run(settings, [_observer()])
     result, outputs = done.result, done.outputs
     if outputs is None:
         return
@@ -65,23 +62,6 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
             value = left.pop(0)
         found[name] = value
     return found
-
-
-def _evaluation(settings: DistillConfig) -> Evaluation | None:
-    """What measures the student, which needs packages of its own.
-
-    Raises:
-        ValueError: the packages are missing.
-    """
-    if not settings.output.evaluation_prompts:
-        return None
-    if find_spec("torchmetrics") is None:
-        raise ValueError(
-            'output.evaluation_prompts needs torchmetrics; install it with pip install "perflow-blocks[eval]".'
-        )
-    from ..evaluation.distilled import evaluate_distilled
-
-    return evaluate_distilled
 
 
 class FirstOfItsKind(logging.Filter):

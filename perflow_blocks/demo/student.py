@@ -28,7 +28,7 @@ def distil_student(base: Path, run: Path, settings: Path = SETTINGS) -> None:
     Args:
         base: the teacher, a folder for each part; its weights are taken as they are stored.
         run: directory of the student, its delta, checkpoints and report.
-        settings: a file as `perflow distill` takes it; teacher, directory, resumption and evaluation do not count.
+        settings: a file as `perflow distill` takes it; teacher, directory and resumption do not count.
 
     Raises:
         ValueError: `run` is of other settings.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,6 @@ from .output import Outputs, write_outputs
 from .report import write_report
 from .result import TrainingResult
 from .validation import Validation
-
-Evaluation = Callable[[DistillConfig, TrainingResult], str | None]
-"""Measures a student; returns tables in Markdown, or None where it cannot be measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +31,7 @@ class Distillation:
     report: Path | None
 
 
-def distill(
-    config: DistillConfig, observers: Sequence[Observer] = (), evaluation: Evaluation | None = None
-) -> Distillation:
+def distill(config: DistillConfig, observers: Sequence[Observer] = ()) -> Distillation:
     """Trains as configured with validation, and writes all outputs and the report; every process calls it.
 
     Raises:
@@ -51,7 +46,15 @@ def distill(
     outputs, tables = None, None
     try:
         outputs = write_outputs(config, result, state.device)
-        tables = None if evaluation is None else evaluation(config, result)
+        tables = _evaluate(config, result)
     finally:  # the training is done, so that it is reported even where an output fails
         report = write_report(config, result, outputs, tables)
     return Distillation(result=result, outputs=outputs, report=report)
+
+
+def _evaluate(config: DistillConfig, result: TrainingResult) -> str | None:
+    if not config.output.evaluation_prompts:
+        return None
+    from ..evaluation.distilled import evaluate_distilled  # with packages that nothing else here needs
+
+    return evaluate_distilled(config, result)

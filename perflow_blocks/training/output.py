@@ -90,14 +90,14 @@ def _convert(config: DistillConfig, result: TrainingResult, device: torch.device
 
 def _read_lora(result: TrainingResult) -> DeltaLora:
     assert result.lora is not None
-    report = LoraReport(layers=(), residual=0, residual_parameters=0, residual_squared_norm=0.0, delta_parameters=0)
-    return DeltaLora(lora=load_file(result.lora), residual={}, report=report, recipe=read_delta_recipe(result.delta))
+    factors, recipe = load_file(result.lora), read_delta_recipe(result.delta)
+    return DeltaLora(lora=factors, residual={}, report=LoraReport(), recipe=recipe)
 
 
 def _export(config: DistillConfig, result: TrainingResult, source: TeacherSource) -> Path:
     """A thin workflow: of a teacher on the Hub a reference beside the delta, of any other the weights."""
     sheet = sheet_path(result.directory, result.steps)
-    pipe = _referring(source) if source.on_hub else _holding(source, getattr(torch, config.output.delta_dtype))
+    pipe = _referring(source) if source.on_hub else pipeline_of(source, getattr(torch, config.output.delta_dtype))
     return export_workflow(
         pipe,
         result.directory / WORKFLOW,
@@ -107,7 +107,7 @@ def _export(config: DistillConfig, result: TrainingResult, source: TeacherSource
         notes=_notes(config, result, source),
         picture=sheet if sheet.is_file() else None,
         delta=result.delta,
-        overwrite=(result.directory / WORKFLOW).exists(),
+        overwrite=True,
     )
 
 
@@ -153,8 +153,8 @@ def _referring(source: TeacherSource) -> Any:
         return blocks.init_pipeline(folder)
 
 
-def _holding(source: TeacherSource, dtype: torch.dtype) -> Any:
-    """A pipeline with the teacher's parts."""
+def pipeline_of(source: TeacherSource, dtype: torch.dtype) -> Any:
+    """A PeRFlow pipeline with the parts of an SDXL teacher, on the CPU."""
     text = source.load_text_pipeline(dtype)
     pipe = PeRFlowSDXLAutoBlocks().init_pipeline()
     pipe.update_components(

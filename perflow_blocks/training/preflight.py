@@ -68,6 +68,8 @@ def preflight(sections: Mapping[str, Any]) -> Iterator[str]:
         problems.add(problem)
     if isinstance(output, OutputConfig):
         _note_output(problems, output, sections)
+        if output.evaluation_prompts:
+            _note_evaluation(problems, source)
         if output.workflow and source is not None and source.family is SDXL:
             with problems.noted(about="output.workflow: "):
                 require_target(Path(output.directory) / WORKFLOW, overwrite=True)
@@ -124,6 +126,16 @@ def _note_size(problems: Problems, source: TeacherSource, sections: Mapping[str,
             f"data.resolution={data.resolution} is no multiple of the {source.vae_factor} pixels of a latent; "
             "pass one."
         )
+
+
+def _note_evaluation(problems: Problems, source: TeacherSource | None) -> None:
+    if find_spec("torchmetrics") is None:
+        problems.add(
+            "output.evaluation_prompts needs torchmetrics, which is not installed; "
+            "pip install 'perflow-blocks[eval]', or leave it out."
+        )
+    if source is not None and source.family is not SDXL:
+        problems.add("output.evaluation_prompts is for teachers of SDXL's family; leave it out.")
 
 
 def _note_output(problems: Problems, output: OutputConfig, sections: Mapping[str, Any]) -> None:
