@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -18,6 +17,8 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 from perflow_blocks.demo import weights_directory
 from perflow_blocks.hub.sources import WorkflowSources
 from perflow_blocks.testing import tiny_sdxl_components
+
+from .process_support import python
 
 PROLOGUE = """
 import json, sys
@@ -108,13 +109,5 @@ def run_without_the_package(script: str, home: Path, *arguments: str) -> Any:
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_MODULES_CACHE")}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "hf")}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is compiled is kept, as with users
-    result = subprocess.run(
-        [sys.executable, "-S", "-c", PROLOGUE + script, sysconfig.get_paths()["purelib"], *arguments],
-        cwd=home,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.split("REPORT")[1])
+    command = ("-S", "-c", PROLOGUE + script, sysconfig.get_paths()["purelib"], *arguments)
+    return json.loads(python(*command, environment=environment, cwd=home).split("REPORT")[1])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from perflow_blocks.testing.tiny import tiny_vae
 
 from .blocks_support import make_pipeline
 from .builder_support import LOADABLE, latents, problems, save_repository
+from .process_support import python
 from .single_file_support import MODELS, checkpoint_components, save_checkpoint, unet_keys
 
 ROOT = Path(__file__).parent.parent
@@ -84,15 +83,7 @@ def test_nothing_is_fetched(checkpoint: Path, config: Path, tmp_path: Path) -> N
         "print(pipe.unet.dtype, pipe.null_component_names)\n"
     )
     environment = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(checkpoint), str(config)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "torch.float32" in done.stdout
+    assert "torch.float32" in python("-c", code, checkpoint, config, environment=environment)
 
 
 def test_it_is_loaded_once_and_given_parts_not_at_all(

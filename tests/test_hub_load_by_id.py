@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from perflow_blocks.testing import tiny_picture, tiny_sdxl_unet
 
 from .blocks_support import run
 from .hub_server import LoopbackHub
+from .process_support import python
 
 REPO, OTHER = "someone/workflow", "someone/other"
 ROOT = Path(__file__).parent.parent
@@ -104,14 +103,6 @@ def loaded_from(repository: Path, blocks: Any, **components: Any) -> Any:
     pipe.update_components(**components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def python(*arguments: object, environment: dict[str, str], cwd: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=cwd, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
 
 
 def published(hub: LoopbackHub, directory: Path, repo_id: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -12,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from perflow_blocks.hub.sources.modules import origin
+
+from .process_support import python
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,16 +86,9 @@ def test_a_preset_is_exported_where_packages_were_installed_by_their_user(tmp_pa
     (tmp_path / "mine" / "my_own.py").write_text("")
     paths = os.pathsep.join([str(ROOT), str(tmp_path / "mine")])
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUSERBASE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [getattr(sys, "_base_executable", sys.executable), "-c", SCRIPT],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    origins, files, requirements = json.loads(result.stdout.split("REPORT")[1])
+    executable = getattr(sys, "_base_executable", sys.executable)
+    printed = python("-c", SCRIPT, environment=environment, cwd=tmp_path, executable=executable)
+    origins, files, requirements = json.loads(printed.split("REPORT")[1])
     assert origins == ["installed", "installed", "installed", "user", "package"]
     assert len(files) > 40 and not [name for name in files if "_user_" in name]
     assert requirements.keys() == {"diffusers"}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,8 @@ from diffusers import DDIMScheduler
 from perflow_blocks.components.delta_files import save_delta
 from perflow_blocks.components.delta_recipe import DeltaRecipe
 from perflow_blocks.testing.tiny import BETAS, tiny_sdxl_components
+
+from .process_support import python
 
 ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "perflow_blocks" / "demo" / "weights"
@@ -73,16 +73,8 @@ def reports(embedded_copy: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     # The package is imported as where it is installed; the path stands in for that where tests run uninstalled.
     environment["PYTHONPATH"] = str(ROOT)
     directories = (ROOT, embedded_copy, EMBEDDED)
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *map(str, directories)],
-        cwd=elsewhere,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return dict(zip(directories, json.loads(result.stdout.split("REPORTS")[1]), strict=True))
+    printed = python("-c", SCRIPT, *directories, environment=environment, cwd=elsewhere)
+    return dict(zip(directories, json.loads(printed.split("REPORTS")[1]), strict=True))
 
 
 def test_the_checkout_is_a_modular_repository(reports: dict[Path, dict[str, Any]]) -> None:

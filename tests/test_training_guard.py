@@ -47,10 +47,8 @@ def test_a_window_alone_cannot_hide_an_explosion_nor_feign_one() -> None:
     watch = guard()
     watch.check([], [(1.0, None), (None, 1e-4)] * 40, [], 1, KEPT)
     watch.check([], [(1.0, None)] * 40, [], 81, KEPT)  # ten thousand times the other window's
-    with pytest.raises(DivergenceError):
-        watch.check(
-            [], [(None, 0.05)] * 20, [], 121, KEPT
-        )  # less than the first one's, and five hundred times its own
+    with pytest.raises(DivergenceError):  # less than the first one's, and five hundred times its own
+        watch.check([], [(None, 0.05)] * 20, [], 121, KEPT)
 
 
 def test_single_jumps_falling_losses_and_windows_without_weight_do_not_stop() -> None:
