@@ -29,6 +29,7 @@ from perflow_blocks.demo.models import (
 )
 from perflow_blocks.demo.student import SETTINGS
 from perflow_blocks.demo.train_teacher import save_teacher
+from perflow_blocks.evaluation import distilled
 from perflow_blocks.training.config_file import load_config, to_tree
 
 DELTA = "perflow_delta.safetensors"
@@ -36,7 +37,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "data": {"max_samples": 8},
     "teacher": {"steps_per_window": 1, "solve_every": 2, "buffer_size": 8},
     "optimizer": {"max_steps": 4, "batch_size": 2, "warmup_steps": 0, "ema_decay": 0.5},
-    "output": {"checkpoint_every": 2, "validation_every": None, "workflow": False},
+    "output": {"checkpoint_every": 2, "validation_every": None, "workflow": False, "evaluation_prompts": 2},
 }
 """What differs from the demo's own settings, whose windows, guidance and frozen weights stay."""
 
@@ -81,6 +82,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, small_evaluation: None) -> Pa
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EMAModel, "step", interrupt_the_fourth)
+        patch.setattr(distilled, "evaluate_distilled", lambda config, result: f"| {result.steps} updates |")
         with pytest.raises(KeyboardInterrupt):
             train.main(folder / "run", folder / "weights", settings=settings)
         assert not (folder / "weights").exists()  # what is published changes when all is there
@@ -136,6 +138,10 @@ def test_a_finished_run_is_published_again_without_training(made: Path, monkeypa
     assert_same_delta(made / "again" / DELTA, made / "weights" / DELTA)
     first, second = (unet(made / name / "unet").state_dict() for name in ("weights", "again"))
     assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+
+
+def test_the_report_has_the_table_that_the_settings_ask_for(made: Path) -> None:
+    assert "## Evaluation\n\n| 4 updates |" in (made / "run" / "distillation" / "report.md").read_text()
 
 
 def test_other_settings_are_refused(made: Path) -> None:
