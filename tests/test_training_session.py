@@ -14,7 +14,7 @@ from torch import nn
 from perflow_blocks.training.session import make_accelerator, open_session
 from perflow_blocks.training.student import make_ema
 
-from .training_support import save_teacher, tiny_config
+from .training_support import tiny_config
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize("offload", ["none", "encoders", "all"])
 @pytest.mark.parametrize("family", ["sdxl", "sd"])
 def test_text_encoders_leave_the_device_whenever_they_were_used(
-    family: str, offload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, offload: str, teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken_back: list[str] = []
     original = UserCpuOffloadHook.offload
@@ -32,8 +32,7 @@ def test_text_encoders_leave_the_device_whenever_they_were_used(
         original(self)
 
     monkeypatch.setattr(UserCpuOffloadHook, "offload", note)
-    teacher = save_teacher(tmp_path / "teacher", family)
-    session = open_session(tiny_config(tmp_path, teacher, teacher__offload=offload))
+    session = open_session(tiny_config(tmp_path, teachers[family], teacher__offload=offload))
     encoders = ["CLIPTextModel", "CLIPTextModelWithProjection"][: 2 if family == "sdxl" else 1]
     each_time = [] if offload == "none" else encoders
     assert taken_back == each_time  # after the empty prompt
