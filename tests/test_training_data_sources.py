@@ -180,6 +180,24 @@ def test_a_csv_file_with_paths(tmp_path: Path, streaming: bool) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.csv", b"", "No columns to parse from file"),
+        ("a.csv", b"image,text\na.png,a\nb.png,b,c\n", "Expected 2 fields in line 3, saw 3"),
+        ("a.csv", b"image,text\na.png,caf\xe9\n", "codec can't decode"),
+        ("a.jsonl", b'{"image": "a.png", "text": "a"}\n{"image":\n', "JSON parse error"),
+        ("a.parquet", b"PAR1 and no more PAR1", "data.path"),
+    ],
+)
+def test_a_damaged_table_is_named(tmp_path: Path, name: str, content: bytes, reason: str, streaming: bool) -> None:
+    (tmp_path / name).write_bytes(content)
+    [problem] = problems(small("datasets", tmp_path / name, streaming=streaming))
+    assert problem.startswith(f"data.path='{tmp_path / name}' cannot be opened as a data set (")
+    assert reason in problem and problem.endswith("or mend its files.")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
 def test_relative_paths_start_where_the_table_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool, whole: bool

@@ -113,6 +113,8 @@ def test_a_student_of_another_architecture_is_refused(teacher: Path, tmp_path: P
     path = write_config(tmp_path, teacher)
     assert any("another architecture" in p for p in found(path, model__init_student=tmp_path / "other"))
     assert any("model.init_student=" in p for p in found(path, model__init_student=tmp_path / "none"))
+    [problem] = found(path, model__init_student=tmp_path / "none")
+    assert problem.endswith("none: there is no such directory; name that of a UNet, student/ of an earlier run say.")
     load_config(path, {"model.init_student": str(tmp_path / "same")}, inspect=preflight)
 
 

@@ -107,6 +107,8 @@ def _note_student(problems: Problems, source: TeacherSource, model: ModelConfig)
             frozen_weights(empty_unet(source.unet_config), model.frozen)
     if model.init_student is not None:
         with problems.noted(about=f"model.init_student={model.init_student}: "):
+            if not Path(model.init_student).is_dir():
+                raise ValueError("there is no such directory; name that of a UNet, student/ of an earlier run say.")
             own = UNet2DConditionModel.load_config(model.init_student)
             shapes = [{n: t.shape for n, t in empty_unet(c).state_dict().items()} for c in (own, source.unet_config)]
             if shapes[0] != shapes[1]:

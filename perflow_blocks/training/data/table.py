@@ -152,10 +152,15 @@ def _load(config: DataConfig, *, streaming: bool) -> Any:
             raise FileNotFoundError("there is no such file or directory")
         return datasets.load_dataset(path, name=config.subset, revision=config.revision, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(
-            f"data.path={path!r} cannot be opened as a data set ({reason}); name a data set of the Hub or a local one."
-        ) from error
+        raise _unreadable(config, error) from error
+
+
+def _unreadable(config: DataConfig, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split()).rstrip(".")
+    return ValueError(
+        f"data.path={str(config.path)!r} cannot be opened as a data set ({reason}); name a data set of the Hub or a "
+        "local one, or mend its files."
+    )
 
 
 def _split(saved: Any, config: DataConfig) -> Any:
@@ -175,9 +180,14 @@ def _format(path: Path) -> str:
 
 
 def _stream_columns(dataset: IterableDataset, config: DataConfig) -> tuple[str, str]:
+    from datasets.exceptions import DatasetsError
+
     # A bad first picture is no reason to stop. Types that are unknown, as of a CSV file, are no pictures to decode.
     rows = dataset if dataset.features is None else dataset.decode(False)
-    first_row = next(iter(rows), None)
+    try:
+        first_row = next(iter(rows), None)
+    except (OSError, ValueError, DatasetsError) as error:  # a text file is read no earlier
+        raise _unreadable(config, error) from error
     if first_row is None:
         raise _no_rows(config)
     image, caption = _columns(dataset.features, list(first_row), config)
