@@ -59,7 +59,7 @@ def merge(
             raise ValueError(f"{delta} is merged into {model} already; take it out with perflow unmerge first.")
     # A model with records is looked through for this delta first, which reads all of it.
     with read_with_bar(weights, f"merging {delta.name}", passes=2 if merge_records(unet) else 1) as shown:
-        record = merge_delta(unet, shown, scale)
+        record = merge_delta(unet, shown, scale, base=open_weights(folder, variant))
     with busy(f"writing {out}"):
         save_unet(unet, out, written)
     typer.echo(f"{out}: {delta} merged at scale {record.scale:g}")

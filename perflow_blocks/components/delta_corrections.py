@@ -1,4 +1,4 @@
-"""What rounding lost when deltas were added: sparse, compact, and on disk where it is much."""
+"""The way back from merged deltas: what rounding lost, compact and on disk where it is much, or where the base is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from .weight_files import Weights
 
 IN_MEMORY = 16 * 2**20
 """Bytes of corrections that stay in memory; more go to a temporary file."""
@@ -40,6 +42,7 @@ class Piece:
         codes: bytes of the first part; 0 where rounding lost nothing.
         large: how many groups two bits are not enough for.
         width: bytes of a weight.
+        merged: checksum of what the rows became; None where corrections tell whether they were changed since.
     """
 
     start: int
@@ -49,6 +52,7 @@ class Piece:
     codes: int = 0
     large: int = 0
     width: int = 0
+    merged: int | None = None
 
     @property
     def size(self) -> int:
@@ -57,9 +61,15 @@ class Piece:
 
 
 class Corrections:
-    """Corrections by weight and rows. A copy, also a pickled one, has its own store."""
+    """Corrections by weight and rows. A copy, also a pickled one, has its own store.
 
-    def __init__(self) -> None:
+    Attributes:
+        base: where the weights without any delta can be read again, under the model's names; then nothing is stored.
+            None where they cannot.
+    """
+
+    def __init__(self, base: Weights | None = None) -> None:
+        self.base = base
         self._pieces: dict[str, list[Piece]] = {}
         # Lives as long as this object; the file is nameless and goes with it.
         self._store = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)
@@ -67,10 +77,10 @@ class Corrections:
 
     def __getstate__(self) -> dict[str, Any]:
         self._store.seek(0)
-        return {"pieces": self._pieces, "store": self._store.read()}
+        return {"base": self.base, "pieces": self._pieces, "store": self._store.read()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
+        self.__init__(state["base"])  # type: ignore[misc]
         self._pieces = {name: list(pieces) for name, pieces in state["pieces"].items()}
         self._append(state["store"])
 
@@ -90,6 +100,10 @@ class Corrections:
         """Takes note of the `rounding_loss` of the rows, encoded; returns where it is."""
         piece = Piece(start, stop, checksum, self._end, loss.codes, loss.large, loss.width)
         self._append(loss.data)
+        return self.note(name, piece)
+
+    def note(self, name: str, piece: Piece) -> Piece:
+        """Takes note of the next rows of a weight."""
         self._pieces.setdefault(name, []).append(piece)
         return piece
 
@@ -98,7 +112,7 @@ class Corrections:
         for piece in other.pieces(name):
             moved = Piece(**{**vars(piece), "offset": self._end})
             self._append(other._read(piece))
-            self._pieces.setdefault(name, []).append(moved)
+            self.note(name, moved)
 
     def loss(self, piece: Piece, like: Tensor) -> Tensor | None:
         """The `rounding_loss` of the rows, of the shape and on the device of `like`; None where all are zero."""

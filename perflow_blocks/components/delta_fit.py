@@ -43,6 +43,10 @@ PARTIAL_KEY = "perflow.partial"
 """In a file's metadata, with the value "true": the model may have weights that the file does not name."""
 
 
+class BaseDiffersError(ValueError):
+    """A model's weights are not those that it is said to have been loaded from."""
+
+
 @dataclass(frozen=True)
 class DeltaFit:
     """Where a delta goes.
@@ -79,6 +83,37 @@ def fit_delta(weights: Weights, module: nn.Module) -> DeltaFit:
             seen.add(id(targets[name]))
             once[name] = targets[name]
     return DeltaFit(weights, once, extra)
+
+
+def fit_base(weights: Weights, module: nn.Module, names: Container[str]) -> Weights:
+    """The weights that a model was loaded from, under the model's names; `names` are those that must be there.
+
+    Raises:
+        BaseDiffersError: one line: a name or shape that does not fit.
+        ValueError: the values are in the model's own memory, which a merge would change, or cannot be read.
+    """
+    own = {name: tensor for name, tensor in own_weights(module, names).items() if name in names}
+    weights = named_as_model(weights, own, getattr(module, "config", {}))
+    there = {name: shape for name, shape in weights.shapes.items() if name in own}
+    mismatch = describe_mismatch(
+        there, {name: tuple(tensor.shape) for name, tensor in own.items()}, given="the base", expected="the model"
+    )
+    if mismatch:
+        raise BaseDiffersError(
+            f"base={weights.label} is not what this {type(module).__name__} was loaded from: {mismatch}. Pass the "
+            "weights it was loaded from, or leave base out."
+        )
+    shared = [
+        name
+        for name, tensor in own.items()
+        if tensor.numel() and weights.tensor(name).untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    ]
+    if shared:
+        raise ValueError(
+            f"base={weights.label} shares its memory with the model ({listed(shared)}), which merging changes; pass "
+            "the files, or copies of the weights."
+        )
+    return weights
 
 
 def require_architecture(weights: Weights, module: nn.Module) -> Weights:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core.delta import LATENT_CHANNELS, listed
 from .delta_corrections import Corrections
-from .delta_fit import DeltaFit, fit_delta, require_difference, require_finite
+from .delta_fit import BaseDiffersError, DeltaFit, fit_base, fit_delta, require_difference, require_finite
 from .delta_recipe import DeltaRecipe
 from .delta_record import MergeRecord, MergeState, merge_state, note_digest, remember, uncompiled
 from .delta_rewrite import HalfMergedError, NotFiniteError, Term, rewrite
@@ -29,7 +29,12 @@ Delta = str | os.PathLike[str] | Mapping[str, Tensor] | Weights
 
 
 def merge_delta(
-    module: nn.Module, delta: Delta, scale: float = 1.0, *, scales: Mapping[str, float] | None = None
+    module: nn.Module,
+    delta: Delta,
+    scale: float = 1.0,
+    *,
+    scales: Mapping[str, float] | None = None,
+    base: Delta | None = None,
 ) -> MergeRecord:
     """Adds `scale * dW` to a model's weights in place: summed in float32, rounded once to each weight's type.
 
@@ -38,8 +43,10 @@ def merge_delta(
     or interrupted leaves every weight as it was. A delta is known again by its values and their type, whatever file or
     mapping they are in.
 
-    Files stay open, and mappings referred to, until the delta is taken out. What rounding lost is kept for
-    `unmerge_delta`, in memory up to 16 MB and beyond that in a temporary file.
+    The way back: with `base`, the weights that the model was loaded from, those are read again. They are compared with
+    the model's as the delta is merged, and must stay as they are. Without, what rounding lost is kept, in memory up to
+    16 MB and beyond that in a temporary file, which takes longer. Files stay open, and mappings referred to, until the
+    delta is taken out.
 
     The delta of a UNet with 4 input channels goes into the first 4 of one with more (inpainting UNets have 9) and
     leaves the others alone, bit for bit; a warning says so, as quality at few steps suffers.
@@ -50,9 +57,12 @@ def merge_delta(
         scale: the factor of dW: 1 as it was extracted, 0 for none.
         scales: further factors by pattern of a weight's name, as in {"up_blocks.*": 0.5}; the first that matches
             counts.
+        base: the model's weights as they are now, in whatever form a delta may have; to be named with the first delta.
+            Saving over these files while a delta is merged destroys the way back.
 
     Raises:
         ValueError: a factor or file is unusable, the delta does not fit, or the weights cannot be changed.
+        BaseDiffersError: the ValueError for a `base` that is not what the model's weights are.
     """
     module = uncompiled(module)
     state = _usable(module)
@@ -68,11 +78,23 @@ def merge_delta(
     if not scale:
         return record
     require_difference(fit.weights, fit.targets)
+    if base is not None:
+        state = _told_of_base(state, opened(base), module)
     record = _exchange(module, state, (*state.records, record), fit)[-1]
     if fit.extra_input_channels:
         logger.warning(_extra_channels_warning(weights.label, module, fit.extra_input_channels))
     logger.info(f"merged {weights.label} into {type(module).__name__} at scale {scale:g}.")
     return record
+
+
+def _told_of_base(state: MergeState, base: Weights, module: nn.Module) -> MergeState:
+    """The state of a model from which nothing is to be restored yet, and will be by reading the base again."""
+    if any(not record.reloaded for record in state.records):
+        raise ValueError(
+            f"{listed([record.source for record in state.records])} is merged into this {type(module).__name__} "
+            "already; pass base= with the first delta, or take that out before."
+        )
+    return replace(state, corrections=Corrections(base))
 
 
 def _merged_already(module: nn.Module, state: MergeState, known: MergeRecord, wanted: MergeRecord) -> MergeRecord:
@@ -263,6 +285,10 @@ def _exchange(
         for name, target in fit.targets.items():
             if targets.setdefault(name, target).shape != target.shape:
                 raise ValueError(f"{name} of {fit.weights.label} and of another delta differ in shape; take one out.")
+    corrections = state.corrections
+    if corrections.base is not None:
+        corrections.base.require_unchanged()
+        corrections.base = fit_base(corrections.base, module, targets)
     digest = Digest() if new and not records[-1].digest else None
     done = records
 
@@ -281,7 +307,12 @@ def _exchange(
         remember(module, MergeState(done, kept, stamps, corrections))
 
     try:
-        rewrite(targets, before, after, state.corrections, commit, digest)
+        rewrite(targets, before, after, corrections, commit, digest)
+    except BaseDiffersError as error:
+        raise BaseDiffersError(
+            f"{error} of this {type(module).__name__} is not what base holds; pass the weights that the "
+            "model was loaded from, in files that were not changed since, or leave base out."
+        ) from error
     except NotFiniteError as error:
         if new is not None:
             require_finite(new.weights, new.targets, records[-1].scale)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from .weight_files import Weights
+from .weight_layouts import open_weights
 
 SOURCE_ATTRIBUTE = "_perflow_source"
 """On a scheduler that the window set-up made: the ComponentSpec of the one that it was made from."""
@@ -44,3 +50,22 @@ def loaded_commit(pipe: Any, repository: str) -> str | None:
             "that its delta's is not known; load it with load_workflow, or pass delta= with a local path."
         )
     return commits[0] if commits else None
+
+
+def loaded_weights(component: Any) -> Weights | None:
+    """The files that a modular pipeline's part was loaded from, if they are safetensors on this machine; else None.
+
+    Whether the weights are still those is not looked at, nor whether a branch of a repository has moved since.
+    """
+    load_id = getattr(component, "_diffusers_load_id", "null")
+    if load_id == "null":
+        return None
+    place = ComponentSpec.decode_load_id(load_id)
+    source = str(place["pretrained_model_name_or_path"])
+    try:
+        path = Path(source)
+        if not path.exists():
+            path = Path(snapshot_download(source, revision=place["revision"], local_files_only=True))
+        return open_weights(path / (place["subfolder"] or ""), place["variant"])
+    except (ValueError, LocalEntryNotFoundError):
+        return None
