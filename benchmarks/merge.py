@@ -1,4 +1,7 @@
-"""What merging a delta costs beside reading its file once, and how much memory it takes beside the model."""
+"""What merging a delta costs beside reading its file once, and how much memory it takes beside the model.
+
+Measured with both ways back: reading the base again, and keeping what rounding lost.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +36,8 @@ class Size:
     """What is merged.
 
     Attributes:
-        weights: how many. Their bytes are needed three times in memory, with the system's cache of the file, and
-            once on disk beside a quarter for corrections.
+        weights: how many. Their bytes are needed three times in memory, with the system's cache of the files, and
+            twice on disk beside a quarter for corrections.
         dtype: of model and file.
         relative: standard deviation of dW, that of W being 1. PeRFlow's demo delta has 0.1.
     """
@@ -46,44 +49,57 @@ class Size:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Times, and bytes beside the model; the file was out of the system's cache each time."""
+    """Times, and bytes beside the model; the delta's file was out of the system's cache each time."""
 
     times: dict[str, Timing]
     model_bytes: int
     largest_bytes: int
-    peak_bytes: int
+    peak_bytes: dict[str, int]
     correction_bytes: int
     exact: bool
+
+
+READING = "reading the file"
+REREAD, KEPT = "base read again", "what rounding lost kept"
 
 
 def measure(size: Size, rounds: int) -> Measurement:
     """Reads the file of a random delta of SDXL's mix of shapes, merges it, rescales it and takes it out, in turns."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "delta.safetensors"
-        # In a process of its own, as memory that it gave back would hide what merging takes.
-        writer = multiprocessing.get_context("spawn").Process(target=_write, args=(size, path))
-        writer.start()
-        writer.join()
+        delta, base = Path(folder) / "delta.safetensors", Path(folder) / "base.safetensors"
+        for path, spread, seed in ((delta, size.relative, 1), (base, 1.0, 0)):
+            # In a process of its own, as memory that it gave back would hide what merging takes.
+            writer = multiprocessing.get_context("spawn").Process(target=_write, args=(size, path, spread, seed))
+            writer.start()
+            writer.join()
         module = nn.ParameterDict(_weights(size, 1.0, seed=0)).requires_grad_(False)
         before = _fingerprint(module)
         sizes = [parameter.nbytes for parameter in module.parameters()]
-        actions: dict[str, Callable[[], object]] = {
-            "reading the file": lambda: _read(path),
-            "merge": lambda: merge_delta(module, path),
-            "rescale": lambda: rescale_delta(module, 0.5),
-            "unmerge": lambda: unmerge_delta(module),
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in actions}
-        peak = corrections = 0
+        seconds: dict[str, list[float]] = {}
+        peaks: dict[str, int] = {}
+        corrections = 0
+
+        def timed(way: str, what: str, action: Callable[[], object], cold: Sequence[Path] = (delta,)) -> None:
+            nonlocal corrections
+            with PeakMemory() as memory:
+                seconds.setdefault(f"{what}, {way}" if way else what, []).append(_timed(cold, action))
+            peaks[way] = max(peaks.get(way, 0), memory.peak)
+            corrections = max(corrections, merge_state(module).corrections.size)
+
         for _ in tqdm(range(rounds), desc="merging", unit="round"):
-            for name, action in actions.items():
-                with PeakMemory() as memory:
-                    seconds[name].append(_timed(path, action))
-                peak = max(peak, memory.peak)
-                corrections = max(corrections, merge_state(module).corrections.size)
+            timed("", READING, lambda: _read(delta))
+            _read(base)  # as by loading the model
+            timed(REREAD, "merge", lambda: merge_delta(module, delta, base=base))
+            timed(REREAD, "rescale", lambda: rescale_delta(module, 0.5))
+            timed(REREAD, "unmerge", lambda: unmerge_delta(module))
+            timed(f"{REREAD} from disk", "merge", lambda: merge_delta(module, delta, base=base), (delta, base))
+            unmerge_delta(module)
+            timed(KEPT, "merge", lambda: merge_delta(module, delta))
+            timed(KEPT, "rescale", lambda: rescale_delta(module, 0.5))
+            timed(KEPT, "unmerge", lambda: unmerge_delta(module))
         exact = _fingerprint(module) == before
     times = {name: Timing(tuple(values)) for name, values in seconds.items()}
-    return Measurement(times, sum(sizes), max(sizes), peak, corrections, exact)
+    return Measurement(times, sum(sizes), max(sizes), peaks, corrections, exact)
 
 
 def _weights(size: Size, spread: float, seed: int) -> dict[str, torch.Tensor]:
@@ -100,8 +116,8 @@ def _weights(size: Size, spread: float, seed: int) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _write(size: Size, path: Path) -> None:
-    save_delta(_weights(size, size.relative, seed=1), path, dtype=size.dtype)
+def _write(size: Size, path: Path, spread: float, seed: int) -> None:
+    save_delta(_weights(size, spread, seed), path, dtype=size.dtype)
 
 
 def _fingerprint(module: nn.Module) -> list[int]:
@@ -115,12 +131,13 @@ def _read(path: Path) -> None:
             pass
 
 
-def _timed(path: Path, action: Callable[[], object]) -> float:
-    """Seconds, with the file out of the system's cache."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(descriptor)
+def _timed(cold: Sequence[Path], action: Callable[[], object]) -> float:
+    """Seconds, with these files out of the system's cache."""
+    for path in cold:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
     began = time.perf_counter()
     action()
     return time.perf_counter() - began
@@ -152,22 +169,23 @@ def _anonymous() -> int:
 def why_not(setting: Setting) -> str | None:
     if not hasattr(os, "posix_fadvise") or not STATUS.is_file():
         return "it reads memory and drops files from the cache in Linux's way"
-    if shutil.disk_usage(tempfile.gettempdir()).free < 3 * _size(setting).weights:
-        return "there is no space for its file; set TMPDIR"
+    if shutil.disk_usage(tempfile.gettempdir()).free < 5 * _size(setting).weights:
+        return "there is no space for its files; set TMPDIR"
     return None
 
 
 def run(setting: Setting) -> Report:
     size = _size(setting)
     found = measure(size, setting.rounds(3))
-    read = found.times["reading the file"].median
+    read = found.times[READING].median
     kind = str(size.dtype).removeprefix("torch.")
     return Report(
         title="Merging a delta",
         parts=(
             f"{megabytes(found.model_bytes)} MB of {kind} weights on the CPU in SDXL's shapes (SDXL's UNet has "
-            f"{megabytes(2 * SDXL_WEIGHTS)}), dW {size.relative:g} of W. The four take turns; the file is read from "
-            f"disk each time, at {found.model_bytes / read / 1e9:.1f} GB/s.",
+            f"{megabytes(2 * SDXL_WEIGHTS)}), dW {size.relative:g} of W. All take turns. The delta's file is read from "
+            f"disk each time, at {found.model_bytes / read / 1e9:.1f} GB/s; the base's, unless the table says otherwise, "
+            "from the system's cache, where loading the model has left it.",
             table(
                 ("what", "seconds, median", "from", "to", "times reading"),
                 (
@@ -179,14 +197,18 @@ def run(setting: Setting) -> Report:
                     for name, timing in found.times.items()
                 ),
             ),
-            f"Beside the model: {megabytes(found.peak_bytes)} MB of memory at most "
-            f"({found.peak_bytes / found.model_bytes:.1%} of it; the largest tensor has "
-            f"{megabytes(found.largest_bytes)} MB), and corrections for the way back, "
-            f"{megabytes(found.correction_bytes)} MB ({found.correction_bytes / found.model_bytes:.1%}), in a "
-            "temporary file beyond 16 MB.",
+            f"Beside the model: {_memory(found, REREAD)} where the base is read again; {_memory(found, KEPT)} where "
+            f"what rounding lost is kept, and that, {megabytes(found.correction_bytes)} MB "
+            f"({found.correction_bytes / found.model_bytes:.1%}), in a temporary file beyond 16 MB. The largest "
+            f"tensor has {megabytes(found.largest_bytes)} MB.",
             f"Taken out, the weights are {'the same bit for bit' if found.exact else 'NOT the same'}.",
         ),
     )
+
+
+def _memory(found: Measurement, way: str) -> str:
+    peak = found.peak_bytes[way]
+    return f"{megabytes(peak)} MB of memory at most ({peak / found.model_bytes:.1%})"
 
 
 def _size(setting: Setting) -> Size:

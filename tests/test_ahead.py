@@ -49,6 +49,32 @@ def test_the_next_one_is_computed_meanwhile_and_no_further() -> None:
     assert threading.current_thread().name not in counting.names and len(counting.names) == 1
 
 
+def test_as_many_are_computed_ahead_as_asked_for() -> None:
+    counting = Counting()
+    with closing(computed_ahead(counting.numbers(9), 3)) as numbers:
+        for number in (0, 1, 2):
+            assert next(numbers) == number
+            while len(counting.begun) < number + 4:
+                assert counting.reached.acquire(timeout=10), "three items are not computed ahead"
+            assert counting.begun == list(range(number + 4))
+    assert list(computed_ahead(Counting().numbers(2), 5)) == [0, 1]
+
+
+def test_what_it_is_made_from_is_closed_too() -> None:
+    closed = []
+
+    def numbers() -> Generator[int, None, None]:
+        try:
+            yield from range(9)
+        finally:
+            closed.append(threading.current_thread().name)
+
+    with closing(computed_ahead(computed_ahead(numbers(), 2))) as ahead:
+        next(ahead)
+    assert len(closed) == 1
+    assert not any(thread.name.startswith("computed_ahead") for thread in threading.enumerate())
+
+
 def test_a_failure_comes_after_the_items_before_it() -> None:
     got = []
     with pytest.raises(ValueError, match="no such number"):

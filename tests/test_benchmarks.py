@@ -46,7 +46,15 @@ EXPECTED = {
     "loop": [BARE, LOOP, STAGE, STOCK_LOOP, STOCK_STAGE, STOCK_PIPELINE],
     "stages": ["teacher DDIM 2 steps | 3 | 4", "student PeRFlow 4 steps | 1 | 4"],
     "attention": ["native", "native_math", "flex (compiled)", "sliced", "auto (here native)", "native_flash takes"],
-    "merge": ["reading the file | ", "merge | ", "rescale | ", "unmerge | "],
+    "merge": [
+        "reading the file | ",
+        *(
+            f"{what}, {way} | "
+            for way in ("base read again", "what rounding lost kept")
+            for what in ("merge", "rescale", "unmerge")
+        ),
+        "merge, base read again from disk | ",
+    ],
     "training": ["lora | yes | ", "full | no | adamw8bit | ", "full | yes | sync | "],
     "sdxl": ["plain", "channels last", "attention `sliced`", "compiled", "plain, again"],
 }

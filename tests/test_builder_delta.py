@@ -162,9 +162,9 @@ def test_layers_that_come_and_go_have_the_delta_merged_once(
     """On the CPU as the device, where nothing moves, but all the hooks run."""
     merged: list[float] = []
 
-    def counted(unet: Any, weights: Any, scale: float) -> Any:
+    def counted(unet: Any, weights: Any, scale: float, base: Any) -> Any:
         merged.append(scale)
-        return merge_delta(unet, weights, scale)
+        return merge_delta(unet, weights, scale, base=base)
 
     monkeypatch.setattr(block, "merge_delta", counted)
     manager = ComponentsManager()

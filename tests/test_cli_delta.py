@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from perflow_blocks import delta_to_lora, extract_delta, merge_delta
+from perflow_blocks.components.delta_corrections import Corrections
 from perflow_blocks.components.delta_files import read_delta_recipe, save_delta
 from perflow_blocks.components.delta_recipe import DeltaRecipe
 from perflow_blocks.components.delta_record import merge_records
@@ -31,11 +32,12 @@ OPTIONS = ["--prediction-type", "ddim_eps", "--windows", 4, "--steps", 5, "--gui
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """UNet folders base, student and other, and base-fp16 with a variant."""
+    """UNet folders base, student and other, base-fp16 with a variant; style.safetensors, a delta without recipe."""
     path = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("base", "student", "other")):
         tiny_sdxl_unet(seed).save_pretrained(path / name)
     tiny_sdxl_unet(0).half().save_pretrained(path / "base-fp16", variant="fp16")
+    save_delta(extract_delta(tiny_sdxl_unet(2), tiny_sdxl_unet(0)), path / "style.safetensors")
     return path
 
 
@@ -168,6 +170,15 @@ def test_a_merge_keeps_the_stored_type_or_takes_another(run: Run, models: Path, 
         tensors = load_file(tmp_path / name / "diffusion_pytorch_model.safetensors")
         assert {tensor.dtype for tensor in tensors.values()} == {kind}
         assert_close({n: t.float() for n, t in tensors.items()}, tiny_sdxl_unet(1).state_dict(), 2e-3)
+
+
+def test_a_merge_keeps_nothing_beside_the_model(
+    run: Run, models: Path, delta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way back would be the folder it was loaded from, in whatever type it is merged."""
+    monkeypatch.setattr(Corrections, "_append", lambda *_: pytest.fail("corrections were kept"))
+    done(run, "merge", models / "base", delta, "-o", tmp_path / "merged", "--dtype", "bf16")
+    done(run, "merge", tmp_path / "merged", models / "style.safetensors", "-o", tmp_path / "both")
 
 
 def test_the_unet_of_a_pipeline_is_merged_in_place(run: Run, delta: Path, tmp_path: Path) -> None:

@@ -84,16 +84,18 @@ def summed(base: dict[str, Tensor], terms: list[tuple[dict[str, Tensor], float]]
     seeds=st.lists(st.integers(1, 10**6), min_size=1, max_size=3, unique=True),
     scales=st.lists(st.floats(-3, 3).filter(lambda x: abs(x) > 1e-3), min_size=3, max_size=3),
     order=st.permutations(range(3)),
+    reread=st.booleans(),
 )
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_any_deltas_at_any_scales_come_out_in_any_order(
-    dtype: torch.dtype, stored: torch.dtype, seeds: list[int], scales: list[float], order: list[int]
+    dtype: torch.dtype, stored: torch.dtype, seeds: list[int], scales: list[float], order: list[int], reread: bool
 ) -> None:
+    """Whether what rounding lost is kept for it, or the base is read again."""
     model = Small(0, dtype)
     base, deltas = state(model), [difference(seed, stored) for seed in seeds]
     there: list[tuple[dict[str, Tensor], float]] = []
     for delta, scale in zip(deltas, scales, strict=False):
-        merge_delta(model, delta, scale)
+        merge_delta(model, delta, scale, base=base if reread and not there else None)
         there.append((delta, scale))
         assert_bits(model, summed(base, there))
     there[0] = (deltas[0], scales[-1] / 2)

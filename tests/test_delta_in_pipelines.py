@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
-from perflow_blocks.components import delta_merge
+from perflow_blocks.components import delta_merge, origin
 from perflow_blocks.components.delta_files import save_delta
 from perflow_blocks.components.delta_merge import unmerge_delta
 from perflow_blocks.components.delta_recipe import DeltaRecipe
-from perflow_blocks.components.delta_record import merge_records
+from perflow_blocks.components.delta_record import merge_records, merge_state
 from perflow_blocks.testing.tiny import tiny_sdxl_unet
 
 from .blocks_support import make_pipeline, run
@@ -109,3 +110,69 @@ def test_a_saved_pipeline_whose_index_names_a_delta_is_called_as_it_is(delta: Pa
         again.unet.load_state_dict(make_pipeline().unet.state_dict())  # now the delta is not in the weights
         with pytest.raises(ValueError, match="does not exist"):
             run(again)
+
+
+def loaded(folder: Path) -> Any:
+    """A pipeline whose parts were loaded from a directory."""
+    make_pipeline().save_pretrained(str(folder), overwrite_modular_index=True)
+    pipe = PeRFlowSDXLAutoBlocks().init_pipeline(str(folder))
+    pipe.load_components()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def state(pipe: Any) -> dict[str, torch.Tensor]:
+    return {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+
+
+def base_of(pipe: Any) -> str | None:
+    base = merge_state(pipe.unet).corrections.base
+    return None if base is None else base.label
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_a_pipelines_way_back_is_where_its_unet_was_loaded_from(delta: Path, tmp_path: Path) -> None:
+    pipe = loaded(tmp_path / "saved")
+    before = state(pipe)
+    run(pipe, delta=delta)
+    assert base_of(pipe) == str(tmp_path / "saved" / "unet") and merge_state(pipe.unet).corrections.size == 0
+    run(pipe, delta=delta, delta_scale=0.5)
+    run(pipe, delta=False)
+    assert same(state(pipe), before)
+
+
+def test_weights_that_were_changed_after_loading_have_another_way_back(
+    delta: Path, tmp_path: Path, rewrites: list[int]
+) -> None:
+    """As by a LoRA that was fused, or training."""
+    pipe = loaded(tmp_path / "saved")
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.add_(1)
+    before = state(pipe)
+    run(pipe, delta=delta)
+    assert rewrites == [1, 1] and base_of(pipe) is None
+    run(pipe, delta=False)
+    assert same(state(pipe), before)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_weights_from_the_hub_are_looked_for_in_the_cache_alone(
+    delta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    def snapshot(repository: str, *, revision: str | None, local_files_only: bool) -> str:
+        assert (repository, revision, local_files_only) == ("owner/model", "v1", True)
+        if not cached:
+            raise LocalEntryNotFoundError("not in the cache")
+        return str(tmp_path / "saved")
+
+    monkeypatch.setattr(origin, "snapshot_download", snapshot)
+    pipe = loaded(tmp_path / "saved")
+    pipe.unet._diffusers_load_id = "owner/model|unet|null|v1"
+    before = state(pipe)
+    run(pipe, delta=delta)
+    assert base_of(pipe) == (str(tmp_path / "saved" / "unet") if cached else None)
+    run(pipe, delta=False)
+    assert same(state(pipe), before)

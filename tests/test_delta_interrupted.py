@@ -28,8 +28,9 @@ def delta_file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("chunks", [0, 1, 5])
 @pytest.mark.parametrize("stop", ["before", "after"])
+@pytest.mark.parametrize("reread", [False, True])
 def test_an_interrupted_merge_leaves_no_trace(
-    delta_file: Path, monkeypatch: pytest.MonkeyPatch, chunks: int, stop: str
+    delta_file: Path, monkeypatch: pytest.MonkeyPatch, chunks: int, stop: str, reread: bool
 ) -> None:
     """Wherever it is interrupted: while a sum is formed, or as soon as it was written."""
     monkeypatch.setattr(weight_files, "CHUNK", 40)  # several to a tensor
@@ -57,7 +58,7 @@ def test_an_interrupted_merge_leaves_no_trace(
         patch.setattr(delta_rewrite, "add", interrupted)
         patch.setattr(delta_rewrite, "_Rewrite", Watched)
         with pytest.raises(KeyboardInterrupt):
-            merge_delta(model, delta_file)
+            merge_delta(model, delta_file, base=before if reread else None)
     assert done and merge_record(model) is None
     assert_same(model, before)
     merge_delta(model, delta_file)

@@ -44,9 +44,9 @@ def merge_delta(
     mapping they are in.
 
     The way back: with `base`, the weights that the model was loaded from, those are read again. They are compared with
-    the model's as the delta is merged, and must stay as they are. Without, what rounding lost is kept, in memory up to
-    16 MB and beyond that in a temporary file, which takes longer. Files stay open, and mappings referred to, until the
-    delta is taken out.
+    the model's as the delta is merged; written to after that, they are no way back any more, which is found out.
+    Without, what rounding lost is kept, in memory up to 16 MB and beyond that in a temporary file, which takes longer.
+    Files stay open, and mappings referred to, until the delta is taken out; they may be renamed, replaced or deleted.
 
     The delta of a UNet with 4 input channels goes into the first 4 of one with more (inpainting UNets have 9) and
     leaves the others alone, bit for bit; a warning says so, as quality at few steps suffers.
@@ -57,8 +57,8 @@ def merge_delta(
         scale: the factor of dW: 1 as it was extracted, 0 for none.
         scales: further factors by pattern of a weight's name, as in {"up_blocks.*": 0.5}; the first that matches
             counts.
-        base: the model's weights as they are now, in whatever form a delta may have; to be named with the first delta.
-            Saving over these files while a delta is merged destroys the way back.
+        base: the model's weights as they are now, in whatever form a delta may have and in any type that becomes
+            theirs by conversion; to be named with the first delta.
 
     Raises:
         ValueError: a factor or file is unusable, the delta does not fit, or the weights cannot be changed.
