@@ -183,9 +183,9 @@ def run(setting: Setting) -> Report:
         title="Merging a delta",
         parts=(
             f"{megabytes(found.model_bytes)} MB of {kind} weights on the CPU in SDXL's shapes (SDXL's UNet has "
-            f"{megabytes(2 * SDXL_WEIGHTS)}), dW {size.relative:g} of W. All take turns. The delta's file is read from "
-            f"disk each time, at {found.model_bytes / read / 1e9:.1f} GB/s; the base's, unless the table says otherwise, "
-            "from the system's cache, where loading the model has left it.",
+            f"{megabytes(2 * SDXL_WEIGHTS)}), dW {size.relative:g} of W. All take turns. The delta's file is read "
+            f"from disk each time, at {found.model_bytes / read / 1e9:.1f} GB/s; the base's, unless the table says "
+            "otherwise, from the system's cache, where loading the model has left it.",
             table(
                 ("what", "seconds, median", "from", "to", "times reading"),
                 (
