@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -61,18 +62,52 @@ def test_as_many_are_computed_ahead_as_asked_for() -> None:
 
 
 def test_what_it_is_made_from_is_closed_too() -> None:
-    closed = []
-
-    def numbers() -> Generator[int, None, None]:
-        try:
-            yield from range(9)
-        finally:
-            closed.append(threading.current_thread().name)
-
-    with closing(computed_ahead(computed_ahead(numbers(), 2))) as ahead:
+    inner = Counting().numbers(9)
+    outer = computed_ahead(inner, 2)
+    with closing(computed_ahead(outer)) as ahead:
         next(ahead)
-    assert len(closed) == 1
+    assert [inspect.getgeneratorstate(items) for items in (inner, outer)] == ["GEN_CLOSED"] * 2
     assert not any(thread.name.startswith("computed_ahead") for thread in threading.enumerate())
+
+
+def test_what_is_not_begun_is_not_computed_once_it_is_closed() -> None:
+    counting, go_on = Counting(), threading.Event()
+
+    def slow() -> Generator[int, None, None]:
+        for number in counting.numbers(9):
+            yield number
+            go_on.wait(10)
+
+    numbers = computed_ahead(slow(), 5)
+    next(numbers)
+    threading.Timer(0.1, go_on.set).start()
+    numbers.close()
+    assert len(counting.begun) <= 2
+
+
+def test_an_interrupt_while_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the thread that waits for the other one's end, as by a second Ctrl-C."""
+    go_on, ended = threading.Event(), threading.Event()
+
+    def slow() -> Generator[int, None, None]:
+        try:
+            yield 0
+            go_on.wait(10)
+            yield 1
+        finally:
+            ended.set()
+
+    def interrupted(thread: threading.Thread, timeout: float | None = None) -> None:
+        raise KeyboardInterrupt
+
+    numbers = computed_ahead(slow())
+    next(numbers)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            numbers.close()
+    go_on.set()
+    assert ended.wait(10)
 
 
 def test_a_failure_comes_after_the_items_before_it() -> None:
@@ -97,7 +132,11 @@ def test_torch_has_one_thread_there_and_as_many_as_before_elsewhere() -> None:
             torch.ones(1 << 18).add_(1)
             yield torch.get_num_threads()
 
-    for count in computed_ahead(counts()):
-        assert count == 1 and torch.get_num_threads() == 2
+    def and_of_another(counts: Generator[int, None, None]) -> Generator[tuple[int, int], None, None]:
+        for count in counts:
+            yield count, torch.get_num_threads()
+
+    for both in computed_ahead(and_of_another(computed_ahead(counts()))):
+        assert both == (1, 1) and torch.get_num_threads() == 2
         with ThreadPoolExecutor(1) as fresh:  # a thread that is started meanwhile
             assert fresh.submit(torch.get_num_threads).result() == 2

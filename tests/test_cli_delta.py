@@ -179,6 +179,8 @@ def test_a_merge_keeps_nothing_beside_the_model(
     monkeypatch.setattr(Corrections, "_append", lambda *_: pytest.fail("corrections were kept"))
     done(run, "merge", models / "base", delta, "-o", tmp_path / "merged", "--dtype", "bf16")
     done(run, "merge", tmp_path / "merged", models / "style.safetensors", "-o", tmp_path / "both")
+    tiny_sdxl_unet(3).half().save_pretrained(tmp_path / "merged", variant="fp16")
+    done(run, "merge", tmp_path / "merged", delta, "-o", tmp_path / "half", "--variant", "fp16")
 
 
 def test_the_unet_of_a_pipeline_is_merged_in_place(run: Run, delta: Path, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("merge full delta.safetensors -o new", "model full holds no UNet"),
         ("merge delta.safetensors delta.safetensors -o new", "model delta.safetensors is a file"),
         ("merge gap delta.safetensors -o new", "1 missing from the file (conv_out.bias)"),
-        ("merge base nowhere.safetensors -o new", "delta nowhere.safetensors does not exist"),
+        ("merge base nowhere.safetensors -o new", "nowhere.safetensors does not exist"),
         ("merge base other.safetensors -o new", "does not fit this UNet2DConditionModel"),
         ("merge base delta.safetensors -o full", "--out full exists"),
         ("merge base delta.safetensors -o full --force", "no folder of a UNet alone"),

@@ -115,7 +115,7 @@ def test_guidance_asked_for_wins_over_the_recipe(run: Run, model: Path, delta: P
         (["a", "--device", "warp"], "--device warp cannot be used here"),
         (["a", "--device", "meta"], "--device meta holds no values"),
         (["a", "--dtype", "int8"], "--dtype int8 is unknown; pass one of float32, float16, bfloat16"),
-        (["a", "--delta", "nowhere.safetensors"], "delta nowhere.safetensors does not exist"),
+        (["a", "--delta", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
         (["a", "--model", "./nowhere"], "--model ./nowhere does not exist"),
         (["a", "--no-such-option"], "No such option"),
     ],

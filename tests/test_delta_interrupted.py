@@ -77,11 +77,27 @@ def test_a_model_that_cannot_be_put_back_is_known_to_be_broken(
     with monkeypatch.context() as patch:
         patch.setattr(delta_rewrite._Rewrite, "undo", failing)
         patch.setattr(delta_rewrite, "restore", failing)
-        with pytest.raises(ValueError, match=r"could not be put back \(the device is gone\); load the model"):
+        with pytest.raises(ValueError, match=r"could not be put back \(RuntimeError\('the device is gone'\)\); load"):
             unmerge_delta(model)
     for use in (lambda: merge_delta(model, delta_file), lambda: unmerge_delta(model)):
         with pytest.raises(ValueError, match="load the model again"):
             use()
+
+
+def test_a_model_is_broken_if_putting_it_back_is_interrupted(
+    delta_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = network(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(delta_rewrite._Rewrite, "undo", interrupted)
+        patch.setattr(delta_rewrite, "add", interrupted)
+        with pytest.raises(ValueError, match=r"could not be put back \(KeyboardInterrupt\(\)\); load the model"):
+            merge_delta(model, delta_file)
+    with pytest.raises(ValueError, match="load the model again"):
+        merge_delta(model, delta_file)
 
 
 def test_no_room_for_corrections_leaves_no_trace(delta_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, Co
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ..components.delta_fit import BaseDiffersError
 from ..components.delta_merge import find_merged, is_merged, merge_delta, read_recipe, unmerge_delta
 from ..components.delta_recipe import DeltaRecipe, require_guidance
 from ..components.delta_record import merge_record, merge_records
@@ -128,14 +127,9 @@ def _was_saved_with(unet: Any, path: Path, scale: float) -> bool:
 
 
 def _merge(unet: Any, weights: Weights, scale: float) -> None:
-    if is_merged(unet, weights, scale):
-        return
-    require_no_rival(unet, weights)
-    base = None if merge_records(unet) else loaded_weights(unet)
-    try:
-        merge_delta(unet, weights, scale, base=base)
-    except BaseDiffersError:  # it was trained, say, or has a LoRA fused
-        merge_delta(unet, weights, scale)
+    if not is_merged(unet, weights, scale):
+        require_no_rival(unet, weights)
+        merge_delta(unet, weights, scale, base=loaded_weights(unet))
 
 
 def require_configured_delta(value: object) -> None:

@@ -31,7 +31,7 @@ _UNCHANGED = 0b01010101
 
 @dataclass(frozen=True)
 class Piece:
-    """The correction of the rows `start` to `stop` of a weight, and where its parts lie in the store.
+    """The way back for the rows `start` to `stop` of a weight: their correction, and where its parts lie in the store.
 
     Attributes:
         start, stop: rows, the first dimension.
@@ -42,7 +42,7 @@ class Piece:
         codes: bytes of the first part; 0 where rounding lost nothing.
         large: how many groups two bits are not enough for.
         width: bytes of a weight.
-        merged: checksum of what the rows became; None where corrections tell whether they were changed since.
+        reread: whether they are read again instead; then there is no correction.
     """
 
     start: int
@@ -52,7 +52,7 @@ class Piece:
     codes: int = 0
     large: int = 0
     width: int = 0
-    merged: int | None = None
+    reread: bool = False
 
     @property
     def size(self) -> int:
@@ -64,8 +64,7 @@ class Corrections:
     """Corrections by weight and rows. A copy, also a pickled one, has its own store.
 
     Attributes:
-        base: where the weights without any delta can be read again, under the model's names; then nothing is stored.
-            None where they cannot.
+        base: where rows without any delta can be read again, under the model's names, or None; it holds what it holds.
     """
 
     def __init__(self, base: Weights | None = None) -> None:

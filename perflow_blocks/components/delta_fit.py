@@ -26,7 +26,7 @@ from ..core.delta import (
 )
 from ..core.reversible import REVERSIBLE_TYPES, add, sum_of_terms
 from .delta_recipe import ARCHITECTURE_KEY
-from .weight_files import Weights, row_chunks, rows_of
+from .weight_files import RenamedWeights, Weights, row_chunks, rows_of
 from .weight_layouts import named_as_model
 
 BESIDE = (".processor.", ".encoder_hid_proj.", ".to_qkv.", ".to_kv.", ".lora_")
@@ -41,10 +41,6 @@ Fine-tunes of one base are above 0.99 of each other, differences near 0."""
 
 PARTIAL_KEY = "perflow.partial"
 """In a file's metadata, with the value "true": the model may have weights that the file does not name."""
-
-
-class BaseDiffersError(ValueError):
-    """A model's weights are not those that it is said to have been loaded from."""
 
 
 @dataclass(frozen=True)
@@ -85,35 +81,25 @@ def fit_delta(weights: Weights, module: nn.Module) -> DeltaFit:
     return DeltaFit(weights, once, extra)
 
 
-def fit_base(weights: Weights, module: nn.Module, names: Container[str]) -> Weights:
-    """The weights that a model was loaded from, under the model's names; `names` are those that must be there.
+def fit_base(weights: Weights, module: nn.Module) -> Weights:
+    """Those of the weights that a model may have been loaded from, under the model's names: of equal shapes.
 
     Raises:
-        BaseDiffersError: one line: a name or shape that does not fit.
-        ValueError: the values are in the model's own memory, which a merge would change, or cannot be read.
+        ValueError: one line: there are none, or they are in the model's own memory, which a merge changes.
     """
-    own = {name: tensor for name, tensor in own_weights(module, names).items() if name in names}
+    own = own_weights(module)
     weights = named_as_model(weights, own, getattr(module, "config", {}))
-    there = {name: shape for name, shape in weights.shapes.items() if name in own}
-    mismatch = describe_mismatch(
-        there, {name: tuple(tensor.shape) for name, tensor in own.items()}, given="the base", expected="the model"
-    )
-    if mismatch:
-        raise BaseDiffersError(
-            f"base={weights.label} is not what this {type(module).__name__} was loaded from: {mismatch}. Pass the "
-            "weights it was loaded from, or leave base out."
-        )
-    shared = [
-        name
-        for name, tensor in own.items()
-        if tensor.numel() and weights.tensor(name).untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-    ]
+    fitting = {name: name for name, tensor in own.items() if weights.shapes.get(name) == tuple(tensor.shape)}
+    if not fitting:
+        raise ValueError(f"base={weights.label} holds no weight of this {type(module).__name__}; leave base out.")
+    places = {name: weights.tensor(name).untyped_storage().data_ptr() for name in fitting if own[name].numel()}
+    shared = [name for name, place in places.items() if place == own[name].untyped_storage().data_ptr()]
     if shared:
         raise ValueError(
             f"base={weights.label} shares its memory with the model ({listed(shared)}), which merging changes; pass "
             "the files, or copies of the weights."
         )
-    return weights
+    return RenamedWeights(weights, fitting)
 
 
 def require_architecture(weights: Weights, module: nn.Module) -> Weights:

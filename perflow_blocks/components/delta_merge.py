@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core.delta import LATENT_CHANNELS, listed
 from .delta_corrections import Corrections
-from .delta_fit import BaseDiffersError, DeltaFit, fit_base, fit_delta, require_difference, require_finite
+from .delta_fit import DeltaFit, fit_base, fit_delta, require_difference, require_finite
 from .delta_recipe import DeltaRecipe
 from .delta_record import MergeRecord, MergeState, merge_state, note_digest, remember, uncompiled
 from .delta_rewrite import HalfMergedError, NotFiniteError, Term, rewrite
@@ -43,10 +43,10 @@ def merge_delta(
     or interrupted leaves every weight as it was. A delta is known again by its values and their type, whatever file or
     mapping they are in.
 
-    The way back: with `base`, the weights that the model was loaded from, those are read again. They are compared with
-    the model's as the delta is merged; written to after that, they are no way back any more, which is found out.
-    Without, what rounding lost is kept, in memory up to 16 MB and beyond that in a temporary file, which takes longer.
-    Files stay open, and mappings referred to, until the delta is taken out; they may be renamed, replaced or deleted.
+    The way back: with `base`, what the model was loaded from, weights that equal it are read again. For others what
+    rounding lost is kept, in memory up to 16 MB and beyond that in a temporary file, which takes longer. Files stay
+    open, and mappings referred to, until the delta is taken out: they may be renamed, replaced or deleted, though a
+    pickled model wants them where they were. Written to, they are no way back any more, which is found out.
 
     The delta of a UNet with 4 input channels goes into the first 4 of one with more (inpainting UNets have 9) and
     leaves the others alone, bit for bit; a warning says so, as quality at few steps suffers.
@@ -57,12 +57,11 @@ def merge_delta(
         scale: the factor of dW: 1 as it was extracted, 0 for none.
         scales: further factors by pattern of a weight's name, as in {"up_blocks.*": 0.5}; the first that matches
             counts.
-        base: the model's weights as they are now, in whatever form a delta may have and in any type that becomes
-            theirs by conversion; to be named with the first delta.
+        base: the model's weights without any delta, in whatever form and type; not looked at where nothing is to be
+            merged, or one is known from a delta before.
 
     Raises:
         ValueError: a factor or file is unusable, the delta does not fit, or the weights cannot be changed.
-        BaseDiffersError: the ValueError for a `base` that is not what the model's weights are.
     """
     module = uncompiled(module)
     state = _usable(module)
@@ -78,23 +77,17 @@ def merge_delta(
     if not scale:
         return record
     require_difference(fit.weights, fit.targets)
-    if base is not None:
-        state = _told_of_base(state, opened(base), module)
-    record = _exchange(module, state, (*state.records, record), fit)[-1]
+    stored = None if base is None else fit_base(opened(base, "base"), module)
+    record = _exchange(module, state, (*state.records, record), fit, stored)[-1]
+    if stored is not None:
+        corrections = merge_state(module).corrections
+        kept = [name for name in corrections.names() if not all(p.reread for p in corrections.pieces(name))]
+        if kept:
+            logger.info(f"{listed(kept)} are not as in {stored.label}: what rounding lost is kept for them.")
     if fit.extra_input_channels:
         logger.warning(_extra_channels_warning(weights.label, module, fit.extra_input_channels))
     logger.info(f"merged {weights.label} into {type(module).__name__} at scale {scale:g}.")
     return record
-
-
-def _told_of_base(state: MergeState, base: Weights, module: nn.Module) -> MergeState:
-    """The state of a model from which nothing is to be restored yet, and will be by reading the base again."""
-    if any(not record.reloaded for record in state.records):
-        raise ValueError(
-            f"{listed([record.source for record in state.records])} is merged into this {type(module).__name__} "
-            "already; pass base= with the first delta, or take that out before."
-        )
-    return replace(state, corrections=Corrections(base))
 
 
 def _merged_already(module: nn.Module, state: MergeState, known: MergeRecord, wanted: MergeRecord) -> MergeRecord:
@@ -200,13 +193,13 @@ def _usable(module: nn.Module) -> MergeState:
     return state
 
 
-def opened(delta: Delta) -> Weights:
-    """The weights of a delta in any form; a mapping's are not copied."""
+def opened(delta: Delta, what: str = "delta") -> Weights:
+    """The weights of a delta, or `what` a message calls them, in any form; a mapping's are not copied."""
     if isinstance(delta, Weights):
         return delta
     if not isinstance(delta, (str, os.PathLike, Mapping)):
         raise ValueError(
-            f"delta={type(delta).__name__} is no delta; pass a file, a folder or what extract_delta returned."
+            f"{what}={type(delta).__name__} is no {what}; pass a file, a folder or a mapping of names to tensors."
         )
     return MappingWeights(delta) if isinstance(delta, Mapping) else open_weights(delta)
 
@@ -273,9 +266,16 @@ def _rescaled(
 
 
 def _exchange(
-    module: nn.Module, state: MergeState, records: tuple[MergeRecord, ...], new: DeltaFit | None = None
+    module: nn.Module,
+    state: MergeState,
+    records: tuple[MergeRecord, ...],
+    new: DeltaFit | None = None,
+    base: Weights | None = None,
 ) -> tuple[MergeRecord, ...]:
-    """Makes `records` what is merged, and returns them; `new` is what the last of them fits, if it was not before."""
+    """Makes `records` what is merged, and returns them.
+
+    `new` is what the last of them fits, if it was not merged before; `base` as in `rewrite`.
+    """
     weights = {**state.weights, **({records[-1].digest: new.weights} if new else {})}
     before, after = _terms(state.records, weights), _terms(records, weights)
     targets: dict[str, Tensor] = {}
@@ -285,10 +285,8 @@ def _exchange(
         for name, target in fit.targets.items():
             if targets.setdefault(name, target).shape != target.shape:
                 raise ValueError(f"{name} of {fit.weights.label} and of another delta differ in shape; take one out.")
-    corrections = state.corrections
-    if corrections.base is not None:
-        corrections.base.require_unchanged()
-        corrections.base = fit_base(corrections.base, module, targets)
+    if state.corrections.base is not None:
+        state.corrections.base.require_unchanged()
     digest = Digest() if new and not records[-1].digest else None
     done = records
 
@@ -307,12 +305,7 @@ def _exchange(
         remember(module, MergeState(done, kept, stamps, corrections))
 
     try:
-        rewrite(targets, before, after, corrections, commit, digest)
-    except BaseDiffersError as error:
-        raise BaseDiffersError(
-            f"{error} of this {type(module).__name__} is not what base holds; pass the weights that the "
-            "model was loaded from, in files that were not changed since, or leave base out."
-        ) from error
+        rewrite(targets, before, after, state.corrections, commit, digest, base)
     except NotFiniteError as error:
         if new is not None:
             require_finite(new.weights, new.targets, records[-1].scale)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import cycle
@@ -17,7 +17,6 @@ from torch import Tensor
 from ..core.reversible import Scratch, add, bits, checksum, restore, rounding_loss, sum_of_terms
 from .ahead import computed_ahead
 from .delta_corrections import Corrections, Piece, encode
-from .delta_fit import BaseDiffersError
 from .weight_files import Digest, Weights, digest_parts, row_chunks, rows_of
 
 GPU_CHUNKS = 8
@@ -58,27 +57,29 @@ def rewrite(
     corrections: Corrections,
     commit: Callable[[Corrections], None],
     digest: Digest | None = None,
+    base: Weights | None = None,
 ) -> None:
     """Turns base plus `before` into base plus `after`, in place, and hands what rounding lost to `commit`.
 
     The weights are base plus the float32 sum of the terms, rounded once, whatever was merged earlier. If anything
     fails, an interrupt included, they are put back bit for bit. Besides a chunk's intermediate results only
-    corrections are held, and not even these where `corrections` knows where to read the base again.
+    corrections are held, and these not for rows that equal those of `base`, which can be read again.
 
     Args:
         targets: by name, the weights to change.
         before: what they hold; `corrections` belongs to it.
         after: what they shall hold.
-        digest: takes in what is read of the last term.
         commit: called when all weights are changed; if it fails they are put back.
+        digest: takes in what is read of the last term.
+        base: the weights without any delta, as far as they can be read again; counts if `corrections` knows none.
 
     Raises:
         NotFiniteError: weights would not be finite.
         HalfMergedError: the weights could not be put back; they are useless.
-        BaseDiffersError: the base that can be read again is not what the weights are.
-        ValueError: weights or deltas have changed since `before` was merged, or there is no space for corrections.
+        ValueError: weights, deltas or base have changed since `before` was merged, or there is no space for
+            corrections.
     """
-    work = _Rewrite(targets, before, after, corrections, digest)
+    work = _Rewrite(targets, before, after, corrections, digest, corrections.base or base)
     try:
         work.run()
         commit(work.fresh)
@@ -86,12 +87,19 @@ def rewrite(
         try:
             work.undo()
         except BaseException as second:
-            raise HalfMergedError(str(second)) from error
-        if isinstance(error, OSError):
-            raise ValueError(
-                f"no room for what rounding lost ({error}); set TMPDIR to a directory with free space."
-            ) from error
+            raise HalfMergedError(repr(second)) from error
         raise
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    """For writing corrections down."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"no room for what rounding lost ({error}); set TMPDIR to a directory with free space."
+        ) from error
 
 
 Part = tuple[Tensor, float]
@@ -103,19 +111,15 @@ class _Given:
 
     Attributes:
         name, piece: which rows.
-        holding: whether a delta is in them.
-        before, after: what the terms have for them, with the factors; `before` is left empty where `base` is there.
+        before, after: what the terms have for them, with the factors.
         base: what they are without any delta, where that can be read again.
-        checksum: of that; without it None.
     """
 
     name: str
     piece: Piece
-    holding: bool
     before: list[Part]
     after: list[Part]
     base: Tensor | None
-    checksum: int | None
 
 
 @dataclass(frozen=True)
@@ -126,8 +130,8 @@ class _Change:
         name, piece: which rows.
         checksum: of the rows without any delta.
         result: what they become; belongs to a scratch.
-        merged: checksum of the result, where the base can be read again and a delta is in it.
-        loss: what rounding lost, in a scratch, where the base cannot; None where the rows are without a delta then.
+        loss: what rounding lost, likewise; None where the rows are without a delta then, or can be read again.
+        reread: whether they can.
         identity: what a digest of the new delta takes in.
     """
 
@@ -135,8 +139,8 @@ class _Change:
     piece: Piece
     checksum: int
     result: Tensor
-    merged: int | None
     loss: Tensor | None
+    reread: bool
     identity: Sequence[str]
 
 
@@ -150,10 +154,11 @@ class _Rewrite:
         after: Sequence[Term],
         corrections: Corrections,
         digest: Digest | None,
+        base: Weights | None,
     ) -> None:
         self.targets = {name: target.detach() for name, target in targets.items()}
         self.before, self.after = before, after
-        self.corrections, self.fresh, self.digest = corrections, Corrections(corrections.base), digest
+        self.corrections, self.fresh, self.digest = corrections, Corrections(base), digest
         self._done: list[tuple[str, Piece]] = []
         self._pending: tuple[str, Piece, Tensor] | None = None
         self._read = _Reader()
@@ -162,7 +167,8 @@ class _Rewrite:
         changing = {name for name in self.targets if _factors(name, self.before) != _factors(name, self.after)}
         for name in (*self.corrections.names(), *self.targets):
             if name not in changing and not self.fresh.pieces(name):
-                self.fresh.take(self.corrections, name)
+                with _room():
+                    self.fresh.take(self.corrections, name)
         on_cpu = all(target.device.type == "cpu" for target in self.targets.values())
         given = self._given_of(changing)
         changes = self._changes(computed_ahead(given, READ_AHEAD) if on_cpu else given)
@@ -175,16 +181,16 @@ class _Rewrite:
         for name, target in self.targets.items():
             if name in names:
                 for piece in self.corrections.pieces(name) or _division(target):
-                    given = self._given(name, piece)
-                    for tensor, _ in (*given.before, *given.after):
-                        _touch(tensor)
-                    yield given
+                    yield self._given(name, piece)
 
     def _given(self, name: str, piece: Piece) -> _Given:
-        base, after = self._base(name, piece), self._parts(name, piece, self.after)
-        before = [] if base is not None else self._parts(name, piece, self.before)
-        total = None if base is None else checksum(base)
-        return _Given(name, piece, bool(_factors(name, self.before)), before, after, base, total)
+        before, after = (self._parts(name, piece, terms) for terms in (self.before, self.after))
+        for tensor, _ in (*before, *after):
+            _touch(tensor)
+        base = self._base(name, piece) if piece.reread or not before else None
+        if base is not None and not before and not _same_bits(base, self._rows(name, piece)):
+            base = None
+        return _Given(name, piece, before, after, base)
 
     def _changes(self, everything: Generator[_Given, None, None]) -> Generator[_Change, None, None]:
         """What becomes of the weights, in their order; each is valid until the next but one is asked for."""
@@ -200,49 +206,45 @@ class _Rewrite:
         rows = self._rows(name, piece)
         taken_in = self.digest is not None and self.after[-1].factor(name)
         identity = digest_parts(after[-1][0]) if taken_in else ()
-        if given.holding:
-            base, total = self._without_deltas(given, rows, scratch)
-        else:
-            base, total = rows, checksum(rows)
-            if given.checksum not in (None, total):
-                raise BaseDiffersError(name)
+        base = self._without_deltas(given, rows, scratch) if given.before else rows
+        total = checksum(base)
+        if given.before and (total != piece.checksum or not self._as_merged(given, rows, scratch)):
+            raise ValueError(
+                f"{name}, or the delta in it, has changed since the merge, or its base has; undo what changed it, a "
+                "fused LoRA say, or load the model again."
+            )
         if not after:
-            return _Change(name, piece, total, base, None, None, identity)
+            return _Change(name, piece, total, base, None, False, identity)
         change = sum_of_terms(after, rows, scratch, "terms after")
         result = add(base, change, scratch)
         if not _is_finite(result):
             raise NotFiniteError(name)
-        if given.base is not None:
-            return _Change(name, piece, total, result, checksum(result), None, identity)
-        return _Change(name, piece, total, result, None, rounding_loss(base, result, change, scratch), identity)
+        reread = given.base is not None
+        loss = None if reread else rounding_loss(base, result, change, scratch)
+        return _Change(name, piece, total, result, loss, reread, identity)
 
-    def _without_deltas(self, given: _Given, rows: Tensor, scratch: Scratch) -> tuple[Tensor, int]:
-        """What the rows are without the deltas that are in them, and its checksum, once neither was changed."""
-        name, piece = given.name, given.piece
-        if given.base is None or given.checksum is None:
-            base = _restored(self.corrections, piece, given.before, rows, scratch)
-            total = checksum(base)
-            unchanged = total == piece.checksum
-        else:
-            base, total = given.base, given.checksum
-            if total != piece.checksum:
-                raise ValueError(f"{name} of the base has changed since the merge; load the model again.")
-            unchanged = checksum(rows) == piece.merged
-        if not unchanged:
-            raise ValueError(
-                f"{name}, or the delta in it, has changed since the merge; undo what changed it, a fused LoRA say, or "
-                "load the model again."
-            )
-        return base, total
+    def _without_deltas(self, given: _Given, rows: Tensor, scratch: Scratch) -> Tensor:
+        if given.base is not None:
+            return given.base
+        change = sum_of_terms(given.before, rows, scratch, "terms before")
+        return restore(rows, change, self.corrections.loss(given.piece, rows), scratch)
+
+    def _as_merged(self, given: _Given, rows: Tensor, scratch: Scratch) -> bool:
+        """Whether the rows are what the deltas made them; corrections of changed ones give another checksum."""
+        if given.base is None:
+            return True
+        change = sum_of_terms(given.before, rows, scratch, "terms before")
+        return _same_bits(rows, add(given.base, change, scratch))
 
     def _write(self, change: _Change) -> None:
         name, start, stop = change.name, change.piece.start, change.piece.stop
         if self.digest is not None and change.identity:
             self.digest.add(name, change.identity)
-        done = Piece(start, stop, change.checksum, merged=change.merged)
+        done = Piece(start, stop, change.checksum, reread=change.reread)
         if change.loss is not None:
-            done = self.fresh.add(name, start, stop, change.checksum, encode(change.loss))
-        elif change.merged is not None:
+            with _room():
+                done = self.fresh.add(name, start, stop, change.checksum, encode(change.loss))
+        elif change.reread:
             self.fresh.note(name, done)
         self._pending = name, done, change.result
         _write(change.result, self._rows(name, done))
@@ -255,36 +257,34 @@ class _Rewrite:
         if self._pending is not None:
             # An interrupt came before the weights were written or after; where the two look alike, they are.
             name, piece, result = self._pending
-            if (name, piece) not in done[-1:] and torch.equal(bits(self._rows(name, piece)), bits(result)):
+            if (name, piece) not in done[-1:] and _same_bits(self._rows(name, piece), result):
                 done.append((name, piece))
-        scratch = Scratch()
+        scratch, self._read = Scratch(), _Reader()  # another thread may still be at work with those before
         for name, piece in reversed(done):
-            rows, base = self._rows(name, piece), self._base(name, piece)
+            rows = self._rows(name, piece)
             before, after = (self._parts(name, piece, terms) for terms in (self.before, self.after))
+            base: Tensor | None = rows
+            if after:
+                base = self._base(name, piece) if piece.reread else None
             if base is None:
-                base = _restored(self.fresh, piece, after, rows, scratch) if after else rows
-            rows.copy_(add(base, sum_of_terms(before, rows, scratch, "terms before"), scratch) if before else base)
+                change = sum_of_terms(after, rows, scratch, "terms after")
+                base = restore(rows, change, self.fresh.loss(piece, rows), scratch)
+            _write(add(base, sum_of_terms(before, rows, scratch, "terms before"), scratch) if before else base, rows)
 
     def _rows(self, name: str, piece: Piece) -> Tensor:
         return rows_of(self.targets[name], piece.start, piece.stop)
 
     def _base(self, name: str, piece: Piece) -> Tensor | None:
         """The rows without any delta, where they can be read again, in the model's type and on its device."""
-        if self.corrections.base is None:
+        if self.fresh.base is None or name not in self.fresh.base.shapes:
             return None
-        rows, base = self._rows(name, piece), self._read(self.corrections.base, name, piece)
+        rows, base = self._rows(name, piece), self._read(self.fresh.base, name, piece)
         part = tuple(map(slice, rows.shape))  # of a weight that a delta goes into in part
         return base[part].to(rows.device, rows.dtype)
 
     def _parts(self, name: str, piece: Piece, terms: Sequence[Term]) -> list[Part]:
         """What the terms have for some rows, with the factors."""
         return [(self._read(term.weights, name, piece), factor) for term in terms if (factor := term.factor(name))]
-
-
-def _restored(corrections: Corrections, piece: Piece, terms: Sequence[Part], rows: Tensor, scratch: Scratch) -> Tensor:
-    """The rows without the terms that are in them, by what rounding lost."""
-    change = sum_of_terms(terms, rows, scratch, "terms before")
-    return restore(rows, change, corrections.loss(piece, rows), scratch)
 
 
 class _Reader:
@@ -322,6 +322,13 @@ def _is_finite(values: Tensor) -> bool:
     sign = 1 << (8 * patterns.itemsize - 1)
     unsigned = patterns.view(f"u{patterns.itemsize}")
     return not patterns.size or bool(patterns.max() < infinity and unsigned.max() < sign + infinity)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape, type and device are equal bit for bit; waits for the device."""
+    if one.device.type == "cpu":
+        return np.array_equal(bits(one).numpy(), bits(other).numpy())  # in a quarter of torch's time
+    return torch.equal(bits(one), bits(other))
 
 
 def _write(source: Tensor, target: Tensor) -> None:

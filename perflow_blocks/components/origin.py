@@ -9,7 +9,6 @@ from typing import Any
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 
 from .weight_files import Weights
 from .weight_layouts import open_weights
@@ -66,6 +65,6 @@ def loaded_weights(component: Any) -> Weights | None:
         path = Path(source)
         if not path.exists():
             path = Path(snapshot_download(source, revision=place["revision"], local_files_only=True))
-        return open_weights(path / (place["subfolder"] or ""), place["variant"])
-    except (ValueError, LocalEntryNotFoundError):
+        return open_weights(path if path.is_file() else path / (place["subfolder"] or ""), place["variant"])
+    except (ValueError, OSError):
         return None

@@ -240,7 +240,7 @@ class DifferenceWeights(Weights):
 def _descriptor(path: str) -> int:
     if not Path(path).is_file():
         kind = "is a directory, not a file" if Path(path).is_dir() else "does not exist"
-        raise ValueError(f"delta {path} {kind}; pass the path of a .safetensors file.")
+        raise ValueError(f"{path} {kind}; pass the path of a .safetensors file.")
     try:
         return os.open(path, os.O_RDONLY)
     except OSError as error:
