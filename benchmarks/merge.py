@@ -176,7 +176,7 @@ def why_not(setting: Setting) -> str | None:
 
 def run(setting: Setting) -> Report:
     size = _size(setting)
-    found = measure(size, setting.rounds(3))
+    found = measure(size, setting.rounds(5))
     read = found.times[READING].median
     kind = str(size.dtype).removeprefix("torch.")
     return Report(

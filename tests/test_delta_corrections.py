@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perflow_blocks.components.delta_corrections import Corrections, Piece, decode, encode
-from perflow_blocks.components.delta_rewrite import _is_finite
+from perflow_blocks.components.rows import all_finite
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -57,9 +57,9 @@ def test_pieces_keep_their_shape_and_place() -> None:
 def test_any_value_that_is_not_finite_is_seen(dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     finite = torch.tensor([largest, -largest, 0.0, -0.0, torch.finfo(dtype).tiny, 1.0], dtype=dtype)
-    assert _is_finite(finite) and _is_finite(finite[:0]) and _is_finite(finite[1:2])
+    assert all_finite(finite) and all_finite(finite[:0]) and all_finite(finite[1:2])
     for value in (math.inf, -math.inf, math.nan, -math.nan):
         for place in range(len(finite)):
             broken = finite.clone()
             broken[place] = value
-            assert not _is_finite(broken), (value, place)
+            assert not all_finite(broken), (value, place)

@@ -43,11 +43,14 @@ def test_an_interrupted_merge_leaves_no_trace(
                 raise KeyboardInterrupt
             super().append(entry)
 
-    def interrupted(weight: Tensor, change: Tensor, scratch: Scratch) -> Tensor:
+    def interrupted(weight: Tensor, change: Tensor, scratch: Scratch, out: Tensor | None = None) -> Tensor:
         done.append(weight)
         if stop == "before" and len(done) == chunks + 1:
             raise KeyboardInterrupt
-        return add(weight, change, scratch)
+        result = add(weight, change, scratch, out)
+        if stop == "after" and len(done) == chunks + 1 and out is not None:
+            raise KeyboardInterrupt
+        return result
 
     class Watched(delta_rewrite._Rewrite):
         def run(self) -> None:

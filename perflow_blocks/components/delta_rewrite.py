@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import cycle
+from threading import Lock
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.reversible import Scratch, add, bits, checksum, restore, rounding_loss, sum_of_terms
+from ..core.reversible import Scratch, add, checksum, restore, rounding_loss, sum_of_terms
 from .ahead import computed_ahead
 from .delta_corrections import Corrections, Piece, encode
+from .rows import all_finite, same_bits, touch, write
 from .weight_files import Digest, Weights, digest_parts, row_chunks, rows_of
 
 GPU_CHUNKS = 8
@@ -129,7 +128,7 @@ class _Change:
     Attributes:
         name, piece: which rows.
         checksum: of the rows without any delta.
-        result: what they become; belongs to a scratch.
+        result: what they become; belongs to a scratch. None where they are that already.
         loss: what rounding lost, likewise; None where the rows are without a delta then, or can be read again.
         reread: whether they can.
         identity: what a digest of the new delta takes in.
@@ -138,7 +137,7 @@ class _Change:
     name: str
     piece: Piece
     checksum: int
-    result: Tensor
+    result: Tensor | None
     loss: Tensor | None
     reread: bool
     identity: Sequence[str]
@@ -161,6 +160,8 @@ class _Rewrite:
         self.corrections, self.fresh, self.digest = corrections, Corrections(base), digest
         self._done: list[tuple[str, Piece]] = []
         self._pending: tuple[str, Piece, Tensor] | None = None
+        self._begun: list[tuple[str, Piece]] = []  # what is changed where it is, and can be read again
+        self._changing, self._undoing = Lock(), False
         self._read = _Reader()
 
     def run(self) -> None:
@@ -186,10 +187,10 @@ class _Rewrite:
     def _given(self, name: str, piece: Piece) -> _Given:
         before, after = (self._parts(name, piece, terms) for terms in (self.before, self.after))
         for tensor, _ in (*before, *after):
-            _touch(tensor)
+            touch(tensor)
         base = self._base(name, piece) if piece.reread or not before else None
-        if base is not None and not before and not _same_bits(base, self._rows(name, piece)):
-            base = None
+        if base is not None:
+            touch(base)
         return _Given(name, piece, before, after, base)
 
     def _changes(self, everything: Generator[_Given, None, None]) -> Generator[_Change, None, None]:
@@ -206,6 +207,7 @@ class _Rewrite:
         rows = self._rows(name, piece)
         taken_in = self.digest is not None and self.after[-1].factor(name)
         identity = digest_parts(after[-1][0]) if taken_in else ()
+        reread = given.base is not None and (piece.reread or same_bits(given.base, rows))
         base = self._without_deltas(given, rows, scratch) if given.before else rows
         total = checksum(base)
         if given.before and (total != piece.checksum or not self._as_merged(given, rows, scratch)):
@@ -216,12 +218,20 @@ class _Rewrite:
         if not after:
             return _Change(name, piece, total, base, None, False, identity)
         change = sum_of_terms(after, rows, scratch, "terms after")
-        result = add(base, change, scratch)
-        if not _is_finite(result):
+        in_place = reread and not rows.is_inference()
+        result = self._added(name, piece, base, change, scratch) if in_place else add(base, change, scratch)
+        if not all_finite(result):
             raise NotFiniteError(name)
-        reread = given.base is not None
         loss = None if reread else rounding_loss(base, result, change, scratch)
-        return _Change(name, piece, total, result, loss, reread, identity)
+        return _Change(name, piece, total, None if in_place else result, loss, reread, identity)
+
+    def _added(self, name: str, piece: Piece, base: Tensor, change: Tensor, scratch: Scratch) -> Tensor:
+        """Changes the rows where they are."""
+        with self._changing:
+            if self._undoing:
+                raise InterruptedError("what is computed here is not wanted any more")
+            self._begun.append((name, piece))
+            return add(base, change, scratch, out=self._rows(name, piece))
 
     def _without_deltas(self, given: _Given, rows: Tensor, scratch: Scratch) -> Tensor:
         if given.base is not None:
@@ -234,7 +244,7 @@ class _Rewrite:
         if given.base is None:
             return True
         change = sum_of_terms(given.before, rows, scratch, "terms before")
-        return _same_bits(rows, add(given.base, change, scratch))
+        return same_bits(rows, add(given.base, change, scratch))
 
     def _write(self, change: _Change) -> None:
         name, start, stop = change.name, change.piece.start, change.piece.stop
@@ -246,30 +256,37 @@ class _Rewrite:
                 done = self.fresh.add(name, start, stop, change.checksum, encode(change.loss))
         elif change.reread:
             self.fresh.note(name, done)
-        self._pending = name, done, change.result
-        _write(change.result, self._rows(name, done))
-        self._done.append((name, done))
-        self._pending = None
+        if change.result is not None:
+            self._pending = name, done, change.result
+            write(change.result, self._rows(name, done))
+            self._done.append((name, done))
+            self._pending = None
 
     def undo(self) -> None:
         """Puts the weights back; they are then what they were before `run`."""
+        with self._changing:
+            self._undoing = True
         done = list(self._done)
         if self._pending is not None:
             # An interrupt came before the weights were written or after; where the two look alike, they are.
             name, piece, result = self._pending
-            if (name, piece) not in done[-1:] and _same_bits(self._rows(name, piece), result):
+            if (name, piece) not in done[-1:] and same_bits(self._rows(name, piece), result):
                 done.append((name, piece))
         scratch, self._read = Scratch(), _Reader()  # another thread may still be at work with those before
         for name, piece in reversed(done):
-            rows = self._rows(name, piece)
-            before, after = (self._parts(name, piece, terms) for terms in (self.before, self.after))
-            base: Tensor | None = rows
+            self._put_back(name, piece, self._base(name, piece) if piece.reread else None, scratch)
+        for name, piece in self._begun:
+            self._put_back(name, piece, self._base(name, piece), scratch)
+
+    def _put_back(self, name: str, piece: Piece, base: Tensor | None, scratch: Scratch) -> None:
+        rows = self._rows(name, piece)
+        before, after = (self._parts(name, piece, terms) for terms in (self.before, self.after))
+        if base is None:
+            base = rows
             if after:
-                base = self._base(name, piece) if piece.reread else None
-            if base is None:
                 change = sum_of_terms(after, rows, scratch, "terms after")
                 base = restore(rows, change, self.fresh.loss(piece, rows), scratch)
-            _write(add(base, sum_of_terms(before, rows, scratch, "terms before"), scratch) if before else base, rows)
+        write(add(base, sum_of_terms(before, rows, scratch, "terms before"), scratch) if before else base, rows)
 
     def _rows(self, name: str, piece: Piece) -> Tensor:
         return rows_of(self.targets[name], piece.start, piece.stop)
@@ -302,41 +319,8 @@ class _Reader:
         return rows_of(self._tensors[key], piece.start, piece.stop)
 
 
-def _touch(values: Tensor) -> None:
-    """Has the pages of a mapped file read; nothing is copied."""
-    if values.device.type == "cpu" and values.is_contiguous():
-        values.view(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
-
-
 def _factors(name: str, terms: Sequence[Term]) -> list[tuple[int, float]]:
     return [(id(term.weights), factor) for term in terms if (factor := term.factor(name))]
-
-
-def _is_finite(values: Tensor) -> bool:
-    """Whether no value is infinite or NaN; waits for the device."""
-    if values.device.type != "cpu":
-        return all(math.isfinite(extreme.item()) for extreme in torch.aminmax(values))
-    # The patterns of infinities and NaN are the highest of either sign; integers are compared in half the time.
-    patterns = bits(values).numpy()
-    infinity = int(bits(torch.tensor(math.inf, dtype=values.dtype)))
-    sign = 1 << (8 * patterns.itemsize - 1)
-    unsigned = patterns.view(f"u{patterns.itemsize}")
-    return not patterns.size or bool(patterns.max() < infinity and unsigned.max() < sign + infinity)
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape, type and device are equal bit for bit; waits for the device."""
-    if one.device.type == "cpu":
-        return np.array_equal(bits(one).numpy(), bits(other).numpy())  # in a quarter of torch's time
-    return torch.equal(bits(one), bits(other))
-
-
-def _write(source: Tensor, target: Tensor) -> None:
-    if target.device.type == "cpu":
-        # Torch's threads wait awake for work after every operation of theirs, and here comes none for a while.
-        np.copyto(bits(target).numpy(), bits(source).numpy())
-    else:
-        target.copy_(source)
 
 
 def _division(target: Tensor) -> list[Piece]:

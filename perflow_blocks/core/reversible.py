@@ -71,10 +71,13 @@ def sum_of_terms(
     return total
 
 
-def add(weight: Tensor, change: Tensor, scratch: Scratch | None = None) -> Tensor:
-    """`weight + change`, summed in the wide type and rounded once to the weight's: contiguous, the scratch's "sum"."""
+def add(weight: Tensor, change: Tensor, scratch: Scratch | None = None, out: Tensor | None = None) -> Tensor:
+    """`weight + change`, summed in the wide type and rounded once to the weight's.
+
+    It is in `out`, which may be the weight, or else the scratch's "sum", which is contiguous.
+    """
     scratch = scratch or Scratch()
-    result = scratch.take("sum", weight)
+    result = scratch.take("sum", weight) if out is None else out
     if change.dtype == weight.dtype:
         # Torch's kernels form sums of half-precision numbers in float32 too: the same bits in one pass.
         return torch.add(weight, change, out=result)
