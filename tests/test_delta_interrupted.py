@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,50 @@ def test_a_model_that_cannot_be_put_back_is_known_to_be_broken(
     for use in (lambda: merge_delta(model, delta_file), lambda: unmerge_delta(model)):
         with pytest.raises(ValueError, match="load the model again"):
             use()
+
+
+def test_nothing_is_merged_after_a_second_interrupt(delta_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes while the thread that computes is waited for, which goes on for a while."""
+    monkeypatch.setattr(weight_files, "CHUNK", 40)
+    model = network(0, dtype=torch.float16)
+    before, go_on, computing = values(model), threading.Event(), threading.Event()
+    names: list[str] = []
+    checksum, join = delta_rewrite.checksum, threading.Thread.join
+
+    def slow(tensor: Tensor) -> int:
+        names.append("checksum")
+        if len(names) == 2:
+            computing.set()
+            assert go_on.wait(10)
+        return checksum(tensor)
+
+    def first(*args: Any) -> None:
+        assert computing.wait(10)
+        raise KeyboardInterrupt
+
+    def second(thread: threading.Thread, timeout: float | None = None) -> None:
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        join(thread, timeout)
+
+    threads: list[threading.Thread] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(delta_rewrite, "checksum", slow)
+        patch.setattr(delta_rewrite._Rewrite, "_write", first)
+        patch.setattr(threading.Thread, "join", second)
+        with pytest.raises(KeyboardInterrupt):
+            merge_delta(model, delta_file, base=before)
+        threads += [thread for thread in threading.enumerate() if thread.name == "computed_ahead"]
+        assert threads
+        assert_same(model, before)
+        go_on.set()
+        for thread in threads:
+            join(thread, 10)
+    assert not any(thread.is_alive() for thread in threads)
+    assert_same(model, before)
+    merge_delta(model, delta_file)
+    unmerge_delta(model)
+    assert_same(model, before)
 
 
 def test_a_model_is_broken_if_putting_it_back_is_interrupted(

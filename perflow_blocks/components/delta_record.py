@@ -87,7 +87,7 @@ class MergeState:
         records: in the order of merging, which is the order of the sum.
         weights: the deltas by digest, under the model's names.
         stamps: the digests of files that were read, which spare reading them again while nothing changed.
-        corrections: what rounding lost.
+        corrections: the way back: what rounding lost, and where the base is that needs none.
         broken: why the weights are no longer what the records say; empty while they are.
     """
 
