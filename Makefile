@@ -31,7 +31,7 @@ demo: venv  ## draw the demo prompts in four steps with the embedded model, into
 	$(BIN)/perflow demo --out outputs/demo
 
 test: venv  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: venv  ## check style and types
 	$(BIN)/python -m ruff check $(STYLED)
