@@ -85,6 +85,20 @@ def test_what_is_not_begun_is_not_computed_once_it_is_closed() -> None:
     assert len(counting.begun) <= 2
 
 
+def test_what_was_not_begun_leaves_no_thread() -> None:
+    """Closed or forgotten, as where an interrupt comes before the first item is asked for; of a chain, all."""
+    started = set(threading.enumerate())
+    numbers = computed_ahead(Counting().numbers(9))
+    chain = computed_ahead(computed_ahead(Counting().numbers(9), 2))
+    threads = set(threading.enumerate()) - started
+    assert len(threads) == 3
+    numbers.close()
+    del numbers, chain
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
+
+
 def test_an_interrupt_while_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the thread that waits for the other one's end, as by a second Ctrl-C."""
     go_on, ended = threading.Event(), threading.Event()

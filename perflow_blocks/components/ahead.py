@@ -6,6 +6,7 @@ from collections.abc import Generator
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import TypeVar
+from weakref import finalize
 
 import torch
 
@@ -32,7 +33,9 @@ def computed_ahead(items: Generator[T, None, None], depth: int = 1) -> Generator
     thread.start()
     computed.get()
     torch.set_num_threads(threads)
-    return _received(thread, wanted, computed, depth)
+    received = _received(thread, wanted, computed, depth)
+    finalize(received, wanted.put, False)  # closing a generator that was not begun runs nothing of it
+    return received
 
 
 def _compute(items: Generator[T, None, None], wanted: SimpleQueue[bool], computed: SimpleQueue[_Result[T]]) -> None:
