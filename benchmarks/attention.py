@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from perflow_blocks.components.attention.registry import attention_strategy_names, get_attention_strategy
-from perflow_blocks.components.attention.strategy import AttentionStrategy
+from perflow_blocks.attention.registry import attention_strategy_names, get_attention_strategy
+from perflow_blocks.attention.strategy import AttentionStrategy
 
 from .measure import Setting, clock, peak_bytes, time_in_turns
 from .report import Report, megabytes, table

@@ -15,7 +15,7 @@ from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffu
 from torch import Tensor
 
 from perflow_blocks import PeRFlowDenoiseStep, PeRFlowScheduler, PeRFlowSDXLAutoBlocks
-from perflow_blocks.components.inputs import DENOISER_INPUT_FIELDS
+from perflow_blocks.blocks.inputs import DENOISER_INPUT_FIELDS
 from perflow_blocks.demo.models import SCHEDULE
 
 from .models import Size, make_pipeline, random_embeddings, random_latents

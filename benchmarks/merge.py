@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from perflow_blocks.components.delta_files import save_delta
-from perflow_blocks.components.delta_merge import merge_delta, rescale_delta, unmerge_delta
-from perflow_blocks.components.delta_record import merge_state
+from perflow_blocks.delta.extract import save_delta
+from perflow_blocks.delta.merge import merge_delta, rescale_delta, unmerge_delta
+from perflow_blocks.delta.record import merge_state
 
 from .measure import Setting, Timing
 from .report import Report, megabytes, table

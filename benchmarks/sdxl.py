@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from perflow_blocks import AttentionConfig, PeRFlowScheduler, PeRFlowSDXLAutoBlocks
-from perflow_blocks.components.inputs import DENOISER_INPUT_FIELDS
+from perflow_blocks.blocks.inputs import DENOISER_INPUT_FIELDS
 from perflow_blocks.demo.models import SCHEDULE
 
 from .attention import COMPILED, available

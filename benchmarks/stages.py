@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from perflow_blocks.components.inputs import DENOISER_INPUT_FIELDS
+from perflow_blocks.blocks.inputs import DENOISER_INPUT_FIELDS
 from perflow_blocks.demo import perflow_pipeline, teacher_pipeline
 from perflow_blocks.demo.models import GUIDANCE_SCALE, LATENT_CHANNELS, LATENT_SIZE
 from perflow_blocks.evaluation.samplers import Sampler, perflow_sampler, teacher_sampler

@@ -9,11 +9,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "AttentionConfig": "components.attention.config",
-    "AttentionStrategy": "components.attention.strategy",
+    "AttentionConfig": "attention.config",
+    "AttentionStrategy": "attention.strategy",
     "CardExample": "hub.card_example",
     "FiniteGuardStep": "blocks.finite_guard",
-    "LatentToRGB": "components.latent_preview",
+    "LatentToRGB": "blocks.latent_preview",
     "LoopBlock": "blocks.loop_block",
     "PFODESolver": "schedulers.pfode_solver",
     "PFODESolverSDXL": "schedulers.pfode_solver",
@@ -37,16 +37,16 @@ _PUBLIC = {
     "TimeWindows": "core.windows",
     "WindowLogStep": "blocks.window_log",
     "compile_loops": "blocks.compiled_step",
-    "delta_to_lora": "components.delta_lora",
+    "delta_to_lora": "delta.lora",
     "export_workflow": "hub.export",
-    "extract_delta": "core.delta",
+    "extract_delta": "delta.tensors",
     "insert_loop_block": "blocks.recombine",
     "load_workflow": "hub.loading",
-    "merge_delta": "components.delta_merge",
+    "merge_delta": "delta.merge",
     "push_workflow": "hub.publish",
-    "register_attention_strategy": "components.attention.registry",
-    "rescale_delta": "components.delta_merge",
-    "unmerge_delta": "components.delta_merge",
+    "register_attention_strategy": "attention.registry",
+    "rescale_delta": "delta.merge",
+    "unmerge_delta": "delta.merge",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from huggingface_hub import close_session
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from perflow_blocks import PeRFlowPipelineBuilder
+from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
 from perflow_blocks.cli import main
+from perflow_blocks.testing.tiny import tiny_sdxl_components
+from tests.hub.loopback.server import LoopbackHub
 
-from .builder_support import LOADABLE, save_repository
-from .hub_server import LoopbackHub
 
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+@pytest.fixture(name="run")
+def run_perflow(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Runs `perflow` in this process: exit status, stdout, stderr."""
 
     def run_command(*arguments: object) -> tuple[int, str, str]:
@@ -37,7 +53,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny teacher of each family, to be left as it is."""
-    from .training_support import save_teacher  # with all that a training needs
+    from tests.training.conftest import save_teacher  # with all that a training needs
 
     folder = tmp_path_factory.mktemp("teachers")
     return {family: save_teacher(folder / family, family) for family in ("sdxl", "sd")}
@@ -81,3 +97,141 @@ def loopback_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     with LoopbackHub() as hub:
         yield hub
     close_session()
+
+
+def make_pipeline(blocks: Any = None, **components: Any) -> Any:
+    pipe = (blocks or PeRFlowSDXLAutoBlocks()).init_pipeline()
+    pipe.update_components(**{**tiny_sdxl_components(), **components})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def run(pipe: Any, **inputs: Any) -> torch.Tensor:
+    """Final latents (pictures, 4, 16, 16) of a seeded run."""
+    inputs = {"prompt": "a red star", "generator": generator(), "output_type": "latent", **inputs}
+    return pipe(output="images", **inputs)
+
+
+def count_unet_calls(pipe: Any) -> list[int]:
+    """The batch sizes of the UNet's calls, appended to as they happen."""
+    batches: list[int] = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: batches.append(args[0].shape[0]))
+    return batches
+
+
+def watch_models(pipe: Any) -> tuple[list[str], Callable[[], None]]:
+    """The names of the pipeline's models, appended to as they run, and a function that ends the watch.
+
+    A model whose methods run its parts without calling the model itself, as the VAE's `encode` and `decode` do, is
+    noted by its parts.
+    """
+    ran: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+        for name, model in pipe.components.items()
+        if isinstance(model, nn.Module)
+        for module in (model, *model.children())
+    ]
+
+    def stop() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return ran, stop
+
+
+LOADABLE = (
+    UNet2DConditionModel,
+    AutoencoderKL,
+    ControlNetModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    EulerDiscreteScheduler,
+)
+ALIGNMENT = 64
+"""In bytes: that of torch's own memory on the CPU."""
+
+WHOLE = sorted([*(kind.__name__ for kind in LOADABLE if kind is not ControlNetModel), "CLIPTokenizer"])
+"""What a pipeline of `tiny_sdxl_components` loads."""
+
+
+def save_repository(folder: Path, **components: Any) -> Path:
+    """The tiny SDXL pipeline as diffusers saves it, in float32."""
+    pipe = StableDiffusionXLPipeline(**{**tiny_sdxl_components(), **components}, add_watermarker=False)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def builder(repository: Path, **settings: Any) -> PeRFlowPipelineBuilder:
+    return PeRFlowPipelineBuilder(**settings).from_pretrained(repository)
+
+
+def latents(pipe: Any, **inputs: Any) -> torch.Tensor:
+    """Those of a run, the same to the bit for the same weights, wherever those came from.
+
+    Weights of a mapped file lie at any address, and matrix products round by the alignment of what they multiply.
+    """
+    for model in pipe.components.values():
+        for weight in model.parameters() if isinstance(model, torch.nn.Module) else ():
+            if weight.data_ptr() % ALIGNMENT:
+                weight.data = weight.data.clone(memory_format=torch.preserve_format)
+    pipe.set_progress_bar_config(disable=True)
+    return run(pipe, **{"num_inference_steps": 4, **inputs})
+
+
+def problems(built: PeRFlowPipelineBuilder) -> str:
+    """The text of the error that `build` raises, which says what `problems` says."""
+    with pytest.raises(ValueError) as caught:
+        built.build()
+    text = str(caught.value)
+    assert all(problem in text for problem in built.problems())
+    return text
+
+
+class _NoReadingOperators(TorchDispatchMode):
+    """Refuses what `.item()`, `bool(tensor)` and boolean indexing come down to, in libraries' code too."""
+
+    REFUSED = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.REFUSED:
+            raise AssertionError(f"{func} reads from the device")
+        return func(*args, **(kwargs or {}))
+
+
+class _NoReadingMethods(TorchFunctionMode):
+    """Refuses the methods that copy to the host, which on CPU tensors reach no operator."""
+
+    REFUSED = (Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.item)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.REFUSED:
+            raise AssertionError(f"{func.__name__} reads from the device")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_host_reads(*, methods: bool = True) -> Iterator[None]:
+    """Everything inside must leave tensors where they are; `methods=False` allows `.tolist()` of host tensors."""
+    with _NoReadingOperators():
+        if not methods:
+            yield
+            return
+        with _NoReadingMethods():
+            yield
+
+
+def python(
+    *arguments: object, environment: Mapping[str, str], cwd: Path | None = None, executable: str = sys.executable
+) -> str:
+    """What Python prints with these arguments; an error there fails the test with the end of its traceback."""
+    done = subprocess.run(
+        [executable, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=cwd, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout

@@ -12,11 +12,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from perflow_blocks.components.delta_files import save_delta
-from perflow_blocks.components.delta_recipe import DeltaRecipe
+from perflow_blocks.delta.extract import save_delta
+from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.testing.tiny import BETAS, tiny_sdxl_components
-
-from .process_support import python
+from tests.conftest import python
 
 ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "perflow_blocks" / "demo" / "weights"
@@ -39,7 +38,7 @@ def load(directory):
     return pipe, report
 
 def generate(pipe, report):
-    from perflow_blocks.components.delta_record import merge_record
+    from perflow_blocks.delta.record import merge_record
     pipe.load_components()
     report["missing"] = pipe.null_component_names
     models = [pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2]

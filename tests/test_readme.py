@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from perflow_blocks.components.attention import registry
+from perflow_blocks.attention import registry
 from perflow_blocks.testing import tiny_controlnet, tiny_controlnet_union, tiny_picture
-
-from .blocks_support import make_pipeline
-from .workflows_support import save_ip_adapter
+from tests.conftest import make_pipeline
+from tests.hub.conftest import save_ip_adapter
 
 README = Path(__file__).parent.parent / "README.md"
 

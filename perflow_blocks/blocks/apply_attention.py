@@ -8,9 +8,9 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, ModularPipelineBlocks, PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, ConfigSpec
 
-from ..components.attention.config import AttentionConfig
-from ..components.attention.plan import parse_plan
-from ..components.specs import attention_config_specs, attention_spec, controlnet_spec, unet_spec
+from ..attention.config import AttentionConfig
+from ..attention.plan import parse_plan
+from .specs import attention_config_specs, attention_spec, controlnet_spec, unet_spec
 
 
 class PeRFlowApplyAttentionStep(ModularPipelineBlocks):

@@ -15,7 +15,6 @@ from diffusers.modular_pipelines.modular_pipeline import (
 from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from PIL import Image
 
-from ..components.specs import DEFAULT_GUIDANCE_SCALE
 from .apply_attention import PeRFlowAutoApplyAttentionStep
 from .assembly import AskedOnce
 from .before_denoise import PeRFlowSDXLAutoBeforeDenoiseStep
@@ -32,6 +31,7 @@ from .encode import PeRFlowAutoIPAdapterStep, PeRFlowAutoTextEncoderStep, PeRFlo
 from .input import PeRFlowInputStep
 from .memory_format import PeRFlowAutoMemoryFormatStep
 from .merge_delta import PeRFlowMergeDeltaStep
+from .specs import DEFAULT_GUIDANCE_SCALE
 
 
 class PeRFlowSDXLAutoControlNetDenoiseStep(AskedOnce, AutoPipelineBlocks):

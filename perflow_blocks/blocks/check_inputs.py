@@ -8,13 +8,13 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam
 
-from ..components.guiders import check_guider
-from ..components.request import request_inputs
-from ..components.specs import guider_spec, unet_spec, vae_spec
 from .checks.components import check_dtypes, check_loaded, forget_done_stages, warn_of_idle_inputs
 from .checks.conditions import check_controlnet, check_ip_adapters
 from .checks.pictures import check_pictures
 from .checks.request import check_latents, check_sampling, check_size, count_prompts
+from .guiders import check_guider
+from .request import request_inputs
+from .specs import guider_spec, unet_spec, vae_spec
 
 
 class PeRFlowCheckInputsStep(ModularPipelineBlocks):

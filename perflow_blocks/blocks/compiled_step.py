@@ -13,14 +13,14 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from torch import Tensor
 
-from ..components.attention.processor import strategies_of
-from ..components.inputs import step_coefficients_input
-from ..components.settled_guidance import settings_of, settle
-from ..core.plan import apply_step
+from ..attention.processor import strategies_of
+from ..core.step_plan import apply_step
 from .controlnet_denoiser import PeRFlowControlNetLoopDenoiser
 from .denoiser import PeRFlowLoopDenoiser, predict_noise
+from .inputs import step_coefficients_input
 from .loop_block import LoopBlock
 from .recombine import find_loops
+from .settled_guidance import settings_of, settle
 from .solver import PeRFlowLoopSolverStep
 
 STEP = "step"

@@ -7,10 +7,10 @@ from typing import Any
 from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam
 
-from ..components.inputs import controlnet_inputs
-from ..components.network_inputs import NetworkInputs
-from ..components.specs import controlnet_spec
 from .denoiser import NETWORK_INPUTS, PeRFlowLoopDenoiser, join_conditions
+from .inputs import controlnet_inputs
+from .network_inputs import NetworkInputs
+from .specs import controlnet_spec
 
 UNCONDITIONAL = "pred_uncond"
 """What every diffusers guider calls its unconditional batch."""

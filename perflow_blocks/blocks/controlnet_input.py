@@ -12,8 +12,8 @@ from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import (
     StableDiffusionXLControlNetUnionInputStep,
 )
 
-from ..components.specs import vae_spec
 from .assembly import AskedOnce
+from .specs import vae_spec
 
 
 class PeRFlowControlNetUnionInputStep(StableDiffusionXLControlNetUnionInputStep):

@@ -22,8 +22,8 @@ from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffu
 from PIL import Image
 from torch import Tensor
 
-from ..components.inputs import output_type_input, param
 from .assembly import AskedOnce
+from .inputs import output_type_input, param
 from .pictures import repeat_pictures
 
 Pictures = list[Image.Image] | np.ndarray | Tensor

@@ -22,17 +22,17 @@ from diffusers.modular_pipelines.modular_pipeline import LoopSequentialPipelineB
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
 from torch import Tensor
 
-from ..components.guiders import warn_about_few_steps
-from ..components.inputs import latents_input, schedule_inputs
-from ..components.specs import guider_spec, unet_spec
-from ..core.plan import apply_step
+from ..core.step_plan import apply_step
 from .assembly import AskedOnce
 from .controlnet_denoiser import PeRFlowControlNetLoopDenoiser
 from .denoiser import PeRFlowLoopDenoiser
 from .finite_guard import ControlNetFiniteGuardStep, FiniteGuardStep
+from .guiders import warn_about_few_steps
+from .inputs import latents_input, schedule_inputs
 from .keep_known import PeRFlowLoopKeepKnownStep
 from .loop_block import LoopBlock
 from .solver import PeRFlowLoopSolverStep
+from .specs import guider_spec, unet_spec
 
 
 class PeRFlowDenoiseStep(AskedOnce, LoopSequentialPipelineBlocks):

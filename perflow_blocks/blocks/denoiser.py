@@ -10,16 +10,16 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
 from torch import Tensor
 
-from ..components.guiders import is_batchable
-from ..components.inputs import (
+from .control_residuals import control_residuals
+from .guiders import is_batchable
+from .inputs import (
     conditioning_inputs,
     inpaint_conditioning_input,
     latents_input,
     num_inference_steps_input,
 )
-from ..components.network_inputs import NetworkInputs
-from ..components.specs import guider_spec, unet_spec
-from .control_residuals import control_residuals
+from .network_inputs import NetworkInputs
+from .specs import guider_spec, unet_spec
 
 GUIDER_FIELDS = {
     "encoder_hidden_states": ("prompt_embeds", "negative_prompt_embeds"),

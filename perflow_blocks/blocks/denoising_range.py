@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers.utils import logging
 
-from ..core.plan import StepPlan
+from ..core.step_plan import StepPlan
 from ..core.windows import TimeWindows
 
 logger = logging.get_logger(__name__)

@@ -15,10 +15,10 @@ from diffusers.modular_pipelines.stable_diffusion_xl.encoders import (
 )
 from torch import Tensor
 
-from ..components.inputs import DENOISER_INPUT_FIELDS, embeddings_inputs
-from ..components.specs import guider_spec, unet_spec
 from .assembly import AskedOnce
+from .inputs import DENOISER_INPUT_FIELDS, embeddings_inputs
 from .pictures import count_pictures, first_picture, picture_size, repeat_pictures
+from .specs import guider_spec, unet_spec
 
 
 class PeRFlowTextEncoderStep(StableDiffusionXLTextEncoderStep):

@@ -11,10 +11,10 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, In
 from diffusers.utils import logging
 from torch import Tensor
 
-from ..components.float32 import in_float32, is_float32, precision, why_not_float32
-from ..components.inputs import NONFINITE_POLICIES, latents_input, on_nonfinite_input, step_plan_input
-from ..components.specs import controlnet_spec, guider_spec, unet_spec
+from .float32 import in_float32, is_float32, precision, why_not_float32
+from .inputs import NONFINITE_POLICIES, latents_input, on_nonfinite_input, step_plan_input
 from .loop_block import LoopBlock, Repeat
+from .specs import controlnet_spec, guider_spec, unet_spec
 
 logger = logging.get_logger(__name__)
 

@@ -9,14 +9,14 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, 
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
 from torch import Tensor
 
-from ..components.inputs import (
+from .inputs import (
     DENOISER_INPUT_FIELDS,
     embeddings_inputs,
     ip_adapter_inputs,
     num_images_per_prompt_input,
 )
-from ..components.specs import guider_spec
 from .pictures import one_for_each_picture
+from .specs import guider_spec
 
 
 class PeRFlowInputStep(ModularPipelineBlocks):

@@ -8,7 +8,8 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from torch import Tensor
 
-from ..components.inputs import (
+from ..core.step_plan import apply_step
+from .inputs import (
     image_latents_input,
     inpaint_conditioning_input,
     latents_input,
@@ -16,7 +17,6 @@ from ..components.inputs import (
     noise_coefficients_input,
     noise_input,
 )
-from ..core.plan import apply_step
 from .loop_block import LoopBlock, Repeat
 
 

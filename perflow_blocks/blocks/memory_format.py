@@ -9,8 +9,8 @@ from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, Mod
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, ConfigSpec
 from torch import nn
 
-from ..components.specs import controlnet_spec, memory_format_config_specs, unet_spec
 from .assembly import AskedOnce
+from .specs import controlnet_spec, memory_format_config_specs, unet_spec
 
 
 class PeRFlowMemoryFormatStep(ModularPipelineBlocks):

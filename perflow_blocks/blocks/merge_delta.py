@@ -14,13 +14,13 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, Co
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ..components.delta_merge import find_merged, is_merged, merge_delta, read_recipe, unmerge_delta
-from ..components.delta_recipe import DeltaRecipe, require_guidance
-from ..components.delta_record import merge_record, merge_records
-from ..components.origin import loaded_commit, loaded_weights
-from ..components.specs import DEFAULT_GUIDANCE_SCALE, delta_config_specs, guider_spec, unet_spec
-from ..components.weight_files import Weights
-from ..components.weight_layouts import open_weights
+from ..delta.files import Weights
+from ..delta.merge import find_merged, is_merged, merge_delta, read_recipe, unmerge_delta
+from ..delta.recipe import DeltaRecipe, require_guidance
+from ..delta.record import merge_record, merge_records
+from ..delta.weight_layouts import open_weights
+from .origin import loaded_commit, loaded_weights
+from .specs import DEFAULT_GUIDANCE_SCALE, delta_config_specs, guider_spec, unet_spec
 
 RECIPE_SCALE_ATTRIBUTE = "_perflow_recipe_scale"
 """On the default guider: the scale that this block gave it, to tell it from one that a user set."""

@@ -10,7 +10,8 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, In
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..components.inputs import (
+from ..core.step_plan import apply_step
+from .inputs import (
     batch_inputs,
     denoising_start_input,
     generator_input,
@@ -20,9 +21,8 @@ from ..components.inputs import (
     param,
     step_plan_input,
 )
-from ..components.specs import unet_spec
-from ..core.plan import apply_step
 from .pictures import one_for_each_picture
+from .specs import unet_spec
 
 
 class PeRFlowImg2ImgPrepareLatentsStep(ModularPipelineBlocks):

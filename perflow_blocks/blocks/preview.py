@@ -12,10 +12,10 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, In
 from PIL import Image
 from torch import Tensor
 
-from ..components.inputs import latents_input, noise_pred_input, param, step_coefficients_input
-from ..components.latent_preview import LatentToRGB, decoder_scaling
-from ..core.plan import apply_step
+from ..core.step_plan import apply_step
 from ..core.windows import require_positive_int
+from .inputs import latents_input, noise_pred_input, param, step_coefficients_input
+from .latent_preview import LatentToRGB, decoder_scaling
 from .loop_block import LoopBlock
 
 PreviewCallback = Callable[[int, list[Image.Image]], Any]

@@ -10,9 +10,9 @@ import torch
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 
-from ..components.embedding_cache import DEFAULT_MAX_ENTRIES, EmbeddingCache, Embeddings, Owner
-from ..components.fingerprint import model_state, tokenizer_state
+from .embedding_cache import DEFAULT_MAX_ENTRIES, EmbeddingCache, Embeddings, Owner
 from .encode import PeRFlowAutoTextEncoderStep, PeRFlowEmbeddingsStep, PeRFlowTextEncoderStep
+from .fingerprint import model_state, tokenizer_state
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")

@@ -9,20 +9,20 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, 
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, ConfigSpec, InputParam, OutputParam
 from diffusers.utils import logging
 
-from ..components.delta_recipe import DeltaRecipe
-from ..components.inputs import delta_recipe_input, denoising_end_input
-from ..components.origin import remember_source
-from ..components.specs import (
+from ..core.step_plan import StepPlan
+from ..core.windows import tile_windows
+from ..delta.recipe import DeltaRecipe
+from ..schedulers.scheduling_perflow import PeRFlowScheduler, is_perflow_scheduler
+from .denoising_range import before, end_time
+from .inputs import delta_recipe_input, denoising_end_input
+from .origin import remember_source
+from .specs import (
     DEFAULT_NUM_INFERENCE_STEPS,
     guider_spec,
     schedule_config_specs,
     scheduler_spec,
     unet_spec,
 )
-from ..core.plan import StepPlan
-from ..core.windows import tile_windows
-from ..schedulers.scheduling_perflow import PeRFlowScheduler, is_perflow_scheduler
-from .denoising_range import before, end_time
 
 logger = logging.get_logger(__name__)
 

@@ -8,10 +8,10 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from diffusers.utils import logging
 
-from ..components.inputs import denoising_start_input, noising_input
-from ..core.plan import StepPlan
+from ..core.step_plan import StepPlan
 from ..schedulers import PeRFlowScheduler
 from .denoising_range import before, check_denoising_range, check_strength, end_time, start_time
+from .inputs import denoising_start_input, noising_input
 from .set_timesteps import PeRFlowSetTimestepsStep
 
 logger = logging.get_logger(__name__)

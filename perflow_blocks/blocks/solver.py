@@ -9,8 +9,8 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from torch import Tensor
 
-from ..components.inputs import latents_input, noise_pred_input, step_coefficients_input
-from ..core.plan import apply_step
+from ..core.step_plan import apply_step
+from .inputs import latents_input, noise_pred_input, step_coefficients_input
 
 
 class PeRFlowLoopSolverStep(ModularPipelineBlocks):

@@ -11,7 +11,7 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from torch import Tensor
 
-from ..components.inputs import latents_input, param, step_plan_input
+from .inputs import latents_input, param, step_plan_input
 from .loop_block import LoopBlock
 
 

@@ -9,13 +9,13 @@ from diffusers.modular_pipelines.modular_pipeline import BlockState
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
 from torch import Tensor
 
-from ..components.inputs import DENOISER_INPUT_FIELDS, param
-from ..components.specs import vae_spec
 from ..core.tiles import Tiling, cut_plane
 from ..core.windows import require_positive_int
 from .controlnet_denoiser import PeRFlowControlNetLoopDenoiser
 from .denoiser import PeRFlowLoopDenoiser
+from .inputs import DENOISER_INPUT_FIELDS, param
 from .loop_block import LoopBlock
+from .specs import vae_spec
 
 
 class PeRFlowTiledLoopDenoiser(PeRFlowLoopDenoiser, LoopBlock):

@@ -10,7 +10,7 @@ from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 from diffusers.utils import logging
 from torch import Tensor
 
-from ..components.inputs import step_plan_input
+from .inputs import step_plan_input
 
 logger = logging.get_logger(__name__)
 

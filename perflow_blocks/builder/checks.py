@@ -11,15 +11,15 @@ from diffusers import ClassifierFreeGuidance, UNet2DConditionModel
 from diffusers.guiders import BaseGuidance
 from torch import nn
 
+from ..attention.config import AttentionConfig
+from ..attention.plan import parse_plan
+from ..blocks.guiders import check_guider
 from ..blocks.merge_delta import require_delta_scale, require_no_rival
-from ..components.attention.config import AttentionConfig
-from ..components.attention.plan import parse_plan
-from ..components.delta_fit import require_architecture
-from ..components.delta_merge import read_recipe
-from ..components.delta_recipe import DeltaRecipe, require_guidance
-from ..components.guiders import check_guider
-from ..components.settled_guidance import settings_of
-from ..components.weight_layouts import open_weights
+from ..blocks.settled_guidance import settings_of
+from ..delta.fit import require_architecture
+from ..delta.merge import read_recipe
+from ..delta.recipe import DeltaRecipe, require_guidance
+from ..delta.weight_layouts import open_weights
 from .problems import Problems
 from .settings import BuilderSettings
 

@@ -14,8 +14,8 @@ from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from diffusers.utils import logging
 from torch import nn
 
+from ..attention.config import AttentionConfig
 from ..blocks.merge_delta import PeRFlowMergeDeltaStep
-from ..components.attention.config import AttentionConfig
 from . import single_file
 from .adapter_loading import add_adapters, no_adapters_where_it_fails
 from .checks import make_guider

@@ -15,9 +15,9 @@ from diffusers import ComponentsManager, ModularPipeline
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 
-from ..components.attention.config import AttentionConfig
-from ..components.attention.plan import PlanLike
-from ..components.embedding_cache import DEFAULT_MAX_ENTRIES
+from ..attention.config import AttentionConfig
+from ..attention.plan import PlanLike
+from ..blocks.embedding_cache import DEFAULT_MAX_ENTRIES
 from .describe import describe
 from .loading import build_pipeline, merge_now
 from .plan import make_plan

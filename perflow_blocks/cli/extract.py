@@ -14,7 +14,7 @@ from . import options
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-    from ..components.delta_recipe import DeltaRecipe
+    from ..delta.recipe import DeltaRecipe
 
 SCHEDULER = "scheduler_config.json"
 
@@ -39,7 +39,7 @@ def extract(
     force: options.Force = False,
 ) -> None:
     """Write STUDENT minus BASE as a delta file, with the recipe to sample it by; reads one tensor at a time."""
-    from ..components.delta_recipe import DeltaRecipe
+    from ..delta.recipe import DeltaRecipe
 
     recipe = DeltaRecipe(
         prediction_type=prediction_type,
@@ -53,10 +53,10 @@ def extract(
     options.require_weights("student", student)
     options.require_weights("base", base)
     precision = options.parse_dtype(dtype)
-    from ..components.delta_files import open_difference
-    from ..components.delta_fit import require_architecture
-    from ..components.weight_layouts import open_weights
-    from ..components.weight_writer import write_weights
+    from ..delta.extract import open_difference
+    from ..delta.fit import require_architecture
+    from ..delta.weight_layouts import open_weights
+    from ..delta.weight_writer import write_weights
     from .unets import find_config
 
     unet = find_config(config, base, student)
@@ -85,7 +85,7 @@ def _noise_schedule(scheduler: Path | None, base: Path) -> dict[str, Any] | None
         if scheduler is not None:
             raise ValueError(f"--scheduler {scheduler} holds no {SCHEDULER}; pass a pipeline's scheduler folder.")
         return None
-    from ..components.delta_recipe import noise_schedule_of
+    from ..delta.recipe import noise_schedule_of
 
     try:
         return noise_schedule_of(json.loads(file.read_text())) or None
@@ -95,7 +95,7 @@ def _noise_schedule(scheduler: Path | None, base: Path) -> dict[str, Any] | None
 
 def _sha256(base: Path, variant: str | None) -> str | None:
     """Of the base's file; None where it is in several."""
-    from ..components.weight_folders import find_weights
+    from ..delta.weight_folders import find_weights
     from ..hub.manifest import sha256_of
 
     file = base if base.is_file() else find_weights(base, variant)
@@ -103,8 +103,8 @@ def _sha256(base: Path, variant: str | None) -> str | None:
 
 
 def _metadata(recipe: DeltaRecipe, unet: UNet2DConditionModel | None) -> dict[str, str]:
-    from ..components.delta_fit import architecture_of
-    from ..components.delta_recipe import ARCHITECTURE_KEY
+    from ..delta.fit import architecture_of
+    from ..delta.recipe import ARCHITECTURE_KEY
 
     architecture = {} if unet is None else {ARCHITECTURE_KEY: architecture_of(unet)}
     return {"format": "pt", **recipe.to_metadata(), **architecture}

@@ -105,7 +105,7 @@ def draw(pipeline: Any, requests: list[Request], out: Path, *, model: str) -> li
 
 def describe(pipeline: Any, request: Request, image: Image, model: str) -> dict[str, Any]:
     """The settings that a picture was drawn with, as they were in effect."""
-    from ..components.delta_record import merge_record
+    from ..delta.record import merge_record
 
     record = merge_record(pipeline.unet)
     return {
@@ -126,7 +126,7 @@ def save_png(image: Image, path: Path, settings: dict[str, Any]) -> None:
     """Writes a PNG whole or not at all, with the settings as a text chunk."""
     from PIL.PngImagePlugin import PngInfo
 
-    from ..components.files import atomic_path
+    from ..delta.atomic import atomic_path
 
     info = PngInfo()
     if settings:
@@ -141,10 +141,10 @@ def slug(text: str) -> str:
 
 
 def _check(*, steps: int | None, guidance: float | None, num_images: int, delta: Path | None, out: Path) -> None:
-    from ..components.delta_files import read_delta_recipe
-    from ..components.delta_recipe import require_guidance
-    from ..components.files import require_writable_directory
     from ..core.windows import require_positive_int
+    from ..delta.atomic import require_writable_directory
+    from ..delta.extract import read_delta_recipe
+    from ..delta.recipe import require_guidance
 
     if steps is not None:
         require_positive_int("steps", steps)

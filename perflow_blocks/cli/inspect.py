@@ -12,9 +12,9 @@ from . import options
 from .tables import aligned
 
 if TYPE_CHECKING:
-    from ..components.delta_recipe import DeltaRecipe
-    from ..components.weight_files import Weights
-    from ..components.weight_summary import WeightSummary
+    from ..delta.files import Weights
+    from ..delta.recipe import DeltaRecipe
+    from ..delta.summary import WeightSummary
 
 
 def inspect(
@@ -32,10 +32,10 @@ def inspect(
     options.require_weights("path", path)
     if base is not None:
         options.require_weights("base", base)
-    from ..components.delta_merge import read_recipe
-    from ..components.delta_recipe import ARCHITECTURE_KEY
-    from ..components.weight_layouts import open_weights
-    from ..components.weight_summary import summarise
+    from ..delta.merge import read_recipe
+    from ..delta.recipe import ARCHITECTURE_KEY
+    from ..delta.summary import summarise
+    from ..delta.weight_layouts import open_weights
     from .unets import find_config
 
     weights = open_weights(path, variant, allow_pickle=allow_pickle)
@@ -83,7 +83,7 @@ def _recipe_lines(recipe: DeltaRecipe) -> list[str]:
 
 def _merged(path: Path) -> list[str]:
     """What a folder's configuration says is merged."""
-    from ..components.delta_record import saved_records
+    from ..delta.record import saved_records
     from .unets import find_unet, read_config
 
     folder = find_unet(path)

@@ -45,10 +45,10 @@ def merge(
     folder = require_unet(model)
     variant = stored_variant(folder, variant)
     written = require_free_directory(out, force, variant)
-    from ..components.delta_fit import require_architecture
-    from ..components.delta_merge import find_merged, merge_delta
-    from ..components.delta_record import merge_records
-    from ..components.weight_layouts import open_weights
+    from ..delta.fit import require_architecture
+    from ..delta.merge import find_merged, merge_delta
+    from ..delta.record import merge_records
+    from ..delta.weight_layouts import open_weights
     from .progress import busy, read_with_bar
 
     weights = open_weights(delta, delta_variant)
@@ -82,13 +82,13 @@ def unmerge(
     folder = unets.require_unet(model)
     variant = unets.stored_variant(folder, variant)
     written = unets.require_free_directory(out, force, variant)
-    from ..components.delta_record import merge_records, saved_records
+    from ..delta.record import merge_records, saved_records
 
     if not saved_records(unets.read_config(folder)):
         raise ValueError(f"the configuration of {folder} names no merged delta; pass what perflow merge wrote.")
-    from ..components.delta_fit import require_architecture
-    from ..components.delta_merge import unmerge_delta
-    from ..components.weight_layouts import open_weights
+    from ..delta.fit import require_architecture
+    from ..delta.merge import unmerge_delta
+    from ..delta.weight_layouts import open_weights
     from .progress import busy, read_with_bar
 
     weights = open_weights(delta, delta_variant)

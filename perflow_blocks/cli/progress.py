@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from ..components.weight_files import Weights
+from ..delta.files import Weights
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from ..components.delta_fit import require_architecture
-from ..components.files import atomic_directory
-from ..components.weight_folders import find_weights, is_weights_of, variant_of
-from ..components.weight_layouts import open_weights
-from ..core.delta import listed
+from ..delta.atomic import atomic_directory
+from ..delta.fit import require_architecture
+from ..delta.tensors import listed
+from ..delta.weight_folders import find_weights, is_weights_of, variant_of
+from ..delta.weight_layouts import open_weights
 
 CONFIG = "config.json"
 
@@ -123,7 +123,7 @@ def require_free_directory(out: Path, force: bool, variant: str | None) -> str |
         ValueError: nothing can be written there; something stands there and `force` is not given; or it is no UNet
             folder, or holds files that would not be replaced, which are never deleted.
     """
-    from ..components.files import require_writable_directory
+    from ..delta.atomic import require_writable_directory
 
     kept = None
     if out.is_dir() and any(out.iterdir()):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .noise_schedule import alpha_at
 from .parameterization import WindowAlpha, chord_marginal_coefficients
-from .plan import StepPlan
+from .step_plan import StepPlan
 
 Noising = Literal["chord", "marginal"]
 NOISINGS: tuple[str, ...] = get_args(Noising)

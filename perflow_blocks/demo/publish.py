@@ -17,9 +17,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..components.delta_files import read_delta_recipe, save_delta
-from ..components.files import atomic_directory
-from ..core.delta import extract_delta, listed
+from ..delta.atomic import atomic_directory
+from ..delta.extract import read_delta_recipe, save_delta
+from ..delta.tensors import extract_delta, listed
 from ..training.layout import DELTA as RUN_DELTA
 from ..training.layout import STUDENT
 from .blocks import DELTA

@@ -14,9 +14,9 @@ from diffusers import ClassifierFreeGuidance, ModularPipeline
 from torch import Tensor
 
 from ..blocks.merge_delta import delta_path
-from ..components.delta_files import read_delta_recipe
-from ..components.delta_lora import DeltaLora, delta_to_lora
-from ..components.lora_files import Layout, save_lora, save_residual
+from ..delta.extract import read_delta_recipe
+from ..delta.lora import DeltaLora, delta_to_lora
+from ..delta.lora_files import Layout, save_lora, save_residual
 from ..demo import perflow_pipeline
 from .classifier import ShapeClassifier
 from .comparison import EvaluationSet, Row, evaluate_samplers, markdown_differences, markdown_table

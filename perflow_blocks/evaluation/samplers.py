@@ -11,8 +11,8 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, ModularPipelin
 from torch import Tensor
 
 from ..blocks.merge_delta import delta_path, guidance_in_effect
-from ..components.delta_files import read_delta_recipe
-from ..components.delta_recipe import DeltaRecipe
+from ..delta.extract import read_delta_recipe
+from ..delta.recipe import DeltaRecipe
 from ..demo import perflow_pipeline, teacher_pipeline
 from ..demo.models import GUIDANCE_SCALE
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from ..blocks.merge_delta import delta_path
 from ..builder.problems import Problems
-from ..components.delta_merge import find_merged, read_recipe
-from ..components.delta_recipe import DeltaRecipe
-from ..components.delta_record import MergeRecord, merge_record, merge_records
-from ..components.weight_layouts import open_weights
+from ..delta.merge import find_merged, read_recipe
+from ..delta.recipe import DeltaRecipe
+from ..delta.record import MergeRecord, merge_record, merge_records
+from ..delta.weight_layouts import open_weights
 from .entries import WeightsMode
 
 DELTA_FILE = "delta/perflow_delta.safetensors"

@@ -13,9 +13,9 @@ import diffusers
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
 
 from ..blocks.merge_delta import guidance_in_effect
+from ..blocks.specs import DEFAULT_NUM_INFERENCE_STEPS
 from ..builder.problems import Problems
-from ..components.delta_recipe import DeltaRecipe
-from ..components.specs import DEFAULT_NUM_INFERENCE_STEPS
+from ..delta.recipe import DeltaRecipe
 from .delta import choose_delta, delta_settings, recipe_of
 from .entries import Entry, WeightsMode, component_entries
 from .settings import config_values, guider_entry

@@ -10,11 +10,11 @@ from diffusers import ClassifierFreeGuidance
 from diffusers.guiders import BaseGuidance
 from diffusers.utils import logging
 
+from ..attention.plan import parse_plan
+from ..attention.registry import get_attention_strategy
 from ..blocks.merge_delta import is_default_guider
 from ..blocks.set_timesteps import OWN_ATTRIBUTE
 from ..builder.problems import Problems
-from ..components.attention.plan import parse_plan
-from ..components.attention.registry import get_attention_strategy
 from ..schedulers.scheduling_perflow import PeRFlowScheduler, is_perflow_scheduler
 from .entries import Entry, is_stock, library_of
 

@@ -23,7 +23,7 @@ from ..core.parameterization import (
     window_alpha,
     window_table,
 )
-from ..core.plan import StepPlan, apply_step, build_step_plan, select_row, truncated_timestep
+from ..core.step_plan import StepPlan, apply_step, build_step_plan, select_row, truncated_timestep
 from ..core.windows import TimeWindows, require_positive_int, tile_windows
 
 logger = logging.get_logger(__name__)

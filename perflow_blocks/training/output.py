@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
-from ..components.delta_files import read_delta_recipe
-from ..components.delta_lora import DeltaLora, delta_to_lora
-from ..components.lora_files import save_lora, save_residual
-from ..components.lora_report import LoraReport
+from ..delta.extract import read_delta_recipe
+from ..delta.lora import DeltaLora, delta_to_lora
+from ..delta.lora_files import save_lora, save_residual
+from ..delta.lora_report import LoraReport
 from ..hub.entries import Entry, is_stock
 from ..hub.export import export_workflow
 from ..hub.index import make_index

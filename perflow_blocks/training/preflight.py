@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ..builder.problems import Problems
-from ..components.files import require_writable_directory
+from ..delta.atomic import require_writable_directory
 from ..hub.export import require_target
 from ..schedulers import PFODESolver
 from .checkpoints import find_checkpoint

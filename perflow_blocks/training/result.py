@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..components.delta_files import save_delta
-from ..components.delta_lora import DeltaLora
-from ..components.delta_recipe import DeltaRecipe
-from ..components.files import atomic_directory
-from ..components.lora_files import save_lora
-from ..components.lora_report import LoraReport
-from ..core.delta import extract_delta
+from ..delta.atomic import atomic_directory
+from ..delta.extract import save_delta
+from ..delta.lora import DeltaLora
+from ..delta.lora_files import save_lora
+from ..delta.lora_report import LoraReport
+from ..delta.recipe import DeltaRecipe
+from ..delta.tensors import extract_delta
 from ..schedulers import PeRFlowScheduler
 from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS
 from .layout import DELTA, LORA, SCHEDULER, STUDENT

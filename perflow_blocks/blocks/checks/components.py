@@ -9,7 +9,7 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 from diffusers.utils import logging
 
-from ...components.inputs import OUTPUT_TYPES
+from ..inputs import OUTPUT_TYPES
 from .request import EMBEDDING_NAMES, PROMPT_NAMES
 
 logger = logging.get_logger(__name__)

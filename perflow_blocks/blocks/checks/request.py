@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...components.inputs import NONFINITE_POLICIES
 from ...core.noising import NOISINGS
 from ...core.windows import require_positive_int
 from ..denoising_range import check_denoising_range, check_strength
+from ..inputs import NONFINITE_POLICIES
 
 PROMPT_NAMES = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 SIZE_NAMES = (

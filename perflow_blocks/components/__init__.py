@@ -1,1 +1,0 @@
-"""What blocks and users attach to models: delta files and the specs of shared components."""

@@ -1,0 +1,246 @@
+"""Which attention plan holds: what was set last, for each pipeline, through a save; and plans that cannot be had."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models import MultiControlNetModel
+
+from perflow_blocks import AttentionConfig, PeRFlowSDXLAutoBlocks
+from perflow_blocks.blocks.specs import attention_spec
+from perflow_blocks.testing import tiny_controlnet, tiny_sdxl_unet
+from tests.attention.conftest import Kernel, assert_same_processors, calls_of, kernel, processors
+from tests.conftest import make_pipeline, run
+
+__all__ = ["kernel"]  # a fixture
+
+MakeKernel = Callable[..., Kernel]
+
+
+def test_what_was_set_last_holds(kernel: MakeKernel) -> None:
+    for name in ("a", "b", "c"):
+        kernel(name)
+    pipe = make_pipeline()
+    before = processors(pipe.unet)
+
+    def ran() -> set[str]:
+        pipe.attention.reset()
+        run(pipe, num_inference_steps=4)
+        return {name for calls in calls_of(pipe).values() for name in calls}
+
+    assert ran() == set()
+    pipe.update_components(attention_plan="a")
+    assert ran() == {"a"}
+    pipe.update_components(attention=AttentionConfig("b"))
+    assert ran() == {"b"}
+    assert pipe.config.attention_plan == ["self=b", "cross=b"]
+    pipe.update_components(attention_plan={"self": "c", "cross": "a"})
+    assert ran() == {"a", "c"}
+    assert ran() == {"a", "c"}
+    pipe.update_components(attention=AttentionConfig("b"))
+    assert ran() == {"b"}
+    pipe.update_components(attention=AttentionConfig())
+    assert ran() == set()
+    assert pipe.config.attention_plan is None
+    assert_same_processors(pipe.unet, before)
+    pipe.update_components(attention=AttentionConfig("a"))
+    assert ran() == {"a"}
+    pipe.update_components(attention_plan=None)
+    assert ran() == set()
+    assert_same_processors(pipe.unet, before)
+
+
+def test_a_component_that_is_set_again_holds_again(kernel: MakeKernel) -> None:
+    a, b = kernel("a"), kernel("b")
+    pipe = make_pipeline()
+    first, second = AttentionConfig("a"), AttentionConfig("b")
+    for component, counted in ((first, a), (second, b), (first, a)):
+        pipe.update_components(attention=component)
+        counted.calls.clear()
+        run(pipe)
+        assert counted.calls
+    pipe.update_components(attention_plan=None)
+    a.calls.clear()
+    run(pipe)
+    assert not a.calls
+    pipe.update_components(attention=first)
+    run(pipe)
+    assert a.calls
+
+
+def test_strategies_are_tried_where_the_model_will_run(kernel: MakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = kernel("own")
+    pipe = make_pipeline(attention=AttentionConfig("own"))
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cpu", 0))
+    run(pipe)
+    assert {device for device, *_ in own.required} == {torch.device("cpu", 0)}
+
+
+def test_devices_of_models_outside_a_pipeline(kernel: MakeKernel) -> None:
+    own = kernel("own")
+    AttentionConfig("own").attach({"unet": tiny_sdxl_unet()}, device="cpu")
+    assert {device.type for device, *_ in own.required} == {"cpu"}
+    with pytest.raises(ValueError, match=r"UNet2DConditionModel holds no values .device 'meta'.*pass device="):
+        AttentionConfig("own").attach({"unet": tiny_sdxl_unet().to("meta")})
+    with pytest.raises(ValueError, match=r"'sliced' fails on cuda: .*choose another one such as 'native'"):
+        AttentionConfig("sliced").attach({"unet": tiny_sdxl_unet()}, device="cuda")
+
+
+def test_one_controlnet_in_two_places_is_one(kernel: MakeKernel) -> None:
+    kernel("own")
+    net, attention = tiny_controlnet(), AttentionConfig({"controlnet.nets.0.*": "own"})
+    attention.attach({"controlnet": MultiControlNetModel([net, net])})
+    assert {row.asked for row in attention.report().rows} == {"own"}
+    assert len(attention.report().rows) == 4
+
+
+def test_a_detached_pipeline_attaches_again_at_its_next_call() -> None:
+    pipe = make_pipeline(attention=AttentionConfig("sliced"))
+    before = processors(pipe.unet)
+    for calls in (4, 8):
+        run(pipe, num_inference_steps=4)
+        assert {calls["sliced"] for calls in calls_of(pipe).values()} == {calls}
+        pipe.attention.detach()
+        pipe.attention.detach()
+        assert_same_processors(pipe.unet, before)
+
+
+def test_two_pipelines_with_one_unet_each_run_their_own_plan(kernel: MakeKernel) -> None:
+    a, b = kernel("a"), kernel("b")
+    unet = tiny_sdxl_unet()
+    before = processors(unet)
+    one, other = make_pipeline(unet=unet), make_pipeline(unet=unet)
+    one.update_components(attention=AttentionConfig("a"))
+    other.update_components(attention=AttentionConfig("b"))
+    for _ in range(2):
+        run(one, num_inference_steps=4)
+        run(other, num_inference_steps=4)
+    assert len(a.calls) == len(b.calls) == 2 * 4 * 8
+    assert {tuple(calls.items()) for calls in calls_of(one).values()} == {(("a", 8),)}
+    assert {tuple(calls.items()) for calls in calls_of(other).values()} == {(("b", 8),)}
+    run(make_pipeline(unet=unet))  # one without a plan leaves the model as it found it, whoever attached
+    assert_same_processors(unet, before)
+
+
+def test_two_components_with_one_plan_count_each_its_own_calls(kernel: MakeKernel) -> None:
+    kernel("a")
+    unet = tiny_sdxl_unet()
+    pipes = [make_pipeline(unet=unet, attention=AttentionConfig("a")) for _ in range(2)]
+    for steps, pipe in zip((4, 5, 6, 7), pipes * 2, strict=True):
+        run(pipe, num_inference_steps=steps)
+    for pipe, steps in zip(pipes, (4 + 6, 5 + 7), strict=True):
+        assert {calls["a"] for calls in calls_of(pipe).values()} == {steps}
+
+
+def test_one_component_serves_pipelines_of_different_plans(kernel: MakeKernel) -> None:
+    a, b = kernel("a"), kernel("b")
+    attention = AttentionConfig("a")
+    one, other = make_pipeline(attention=attention), make_pipeline(attention=attention)
+    run(one, num_inference_steps=4)
+    one.update_components(attention_plan="b")
+    run(one, num_inference_steps=4)
+    run(other, num_inference_steps=4)
+    run(one, num_inference_steps=4)
+    assert (len(a.calls), len(b.calls)) == (2 * 4 * 8, 2 * 4 * 8)
+
+
+def test_the_plan_survives_a_save(tmp_path: Path) -> None:
+    pipe = make_pipeline()
+    pipe.update_components(attention=AttentionConfig({"mid_block.*": "native_math", "self": "sliced"}))
+    expected = run(pipe, num_inference_steps=4)
+    pipe.save_pretrained(str(tmp_path), overwrite_modular_index=True)
+    index = json.loads((tmp_path / "modular_model_index.json").read_text())
+    assert index["attention_plan"] == ["self=sliced", "mid_block.*=native_math"]
+    assert "attention" not in index
+    loaded = PeRFlowSDXLAutoBlocks().init_pipeline(str(tmp_path))
+    loaded.load_components()
+    loaded.set_progress_bar_config(disable=True)
+    # Weights in a mapped file begin at other addresses, for which some processors' kernels round differently.
+    torch.testing.assert_close(run(loaded, num_inference_steps=4), expected, rtol=1e-4, atol=1e-4)
+    assert calls_of(loaded) == calls_of(pipe)
+    assert {name for calls in calls_of(loaded).values() for name in calls} == {"native_math", "sliced"}
+
+
+def test_a_strategy_is_required_once_for_each_kind_of_call(kernel: MakeKernel) -> None:
+    a, b = kernel("a"), kernel("b")
+    pipe = make_pipeline()
+    pipe.update_components(attention=AttentionConfig({"self": "a", "cross": "b"}))
+    for _ in range(2):
+        run(pipe, num_inference_steps=4)
+    assert a.required == b.required == [(torch.device("cpu"), torch.float32, 8)]
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.to(torch.bfloat16)
+    run(pipe, num_inference_steps=4)
+    assert a.required[1:] == b.required[1:] == [(torch.device("cpu"), torch.bfloat16, 8)]
+
+
+@pytest.mark.parametrize(
+    ("plan", "error", "message"),
+    [
+        ({"self": "a", "cross": "unfit"}, ImportError, "pip install it"),
+        ({"self": "a", "nowhere.*": "a"}, ValueError, r"'nowhere\.\*' is wrong because no attention module"),
+    ],
+)
+def test_a_plan_that_cannot_be_had_changes_nothing(
+    plan: dict[str, str], error: type[Exception], message: str, kernel: MakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel("a")
+
+    def require(*args: Any) -> None:
+        raise ImportError("pip install it")
+
+    monkeypatch.setattr(kernel("unfit"), "require", require)
+    pipe = make_pipeline()
+    before = processors(pipe.unet)
+    pipe.update_components(attention=AttentionConfig(plan))
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            run(pipe)
+        assert_same_processors(pipe.unet, before)
+        assert pipe.config.attention_plan is None
+    pipe.update_components(attention=AttentionConfig("a"))
+    run(pipe)
+    assert pipe.config.attention_plan == ["self=a", "cross=a"]
+
+
+def test_an_index_that_names_an_unknown_strategy_is_an_error_of_the_call() -> None:
+    pipe = make_pipeline()
+    pipe.update_components(attention_plan=["self=nonsense"])
+    with pytest.raises(ValueError, match="'nonsense' is unknown; pass one of native, "):
+        run(pipe)
+    pipe.update_components(attention=None)
+    with pytest.raises(ValueError, match=r"attention=None is wrong .* pass AttentionConfig\(\)"):
+        run(pipe)
+
+
+def test_the_component_is_a_configuration() -> None:
+    attention = AttentionConfig({"self": "sliced", "mid_block.*": "native"})
+    entries = ["self=sliced", "mid_block.*=native"]
+    assert attention.config.plan == entries
+    assert json.loads(attention.to_json_string())["plan"] == entries
+    for other in (AttentionConfig.from_config(attention.config), copy.deepcopy(attention)):
+        assert other is not attention
+        assert other.config.plan == entries
+    made_by_pipeline, pipe = attention_spec().create(), make_pipeline()
+    for other in (made_by_pipeline, copy.deepcopy(made_by_pipeline)):
+        assert not other.is_new_to(pipe)
+    assert all(other.is_new_to(pipe) for other in (AttentionConfig(), attention, copy.deepcopy(attention)))
+    assert repr(attention) == f"AttentionConfig({entries})"
+    assert AttentionConfig().config.plan is None
+    with pytest.raises(ValueError, match="'nonsense' is unknown"):
+        AttentionConfig("nonsense")
+
+
+def test_a_component_of_the_users_own_is_set_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = make_pipeline()
+    with caplog.at_level(logging.WARNING):
+        pipe.update_components(attention=AttentionConfig("sliced"))
+    assert [record.message for record in caplog.records if "modular_pipelines" in record.name] == []

@@ -1,0 +1,210 @@
+"""A merged delta in a pipeline that is offloaded, laid out anew, or saved and loaded again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
+from diffusers.modular_pipelines.modular_pipeline import PipelineState
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
+
+from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks, origin
+from perflow_blocks.blocks.merge_delta import PeRFlowMergeDeltaStep
+from perflow_blocks.delta import merge as delta_merge
+from perflow_blocks.delta.extract import save_delta
+from perflow_blocks.delta.merge import unmerge_delta
+from perflow_blocks.delta.recipe import DeltaRecipe
+from perflow_blocks.delta.record import merge_records, merge_state
+from perflow_blocks.testing.tiny import tiny_sdxl_unet
+from tests.conftest import make_pipeline, run
+
+
+@pytest.fixture
+def delta(tmp_path: Path) -> Path:
+    base, student = tiny_sdxl_unet(0).state_dict(), tiny_sdxl_unet(1).state_dict()
+    path = tmp_path / "delta.safetensors"
+    recipe = DeltaRecipe(num_inference_steps=4, guidance_scale=1.0)
+    save_delta({name: student[name] - base[name] for name in base}, path, recipe, dtype=torch.float32)
+    return path
+
+
+@pytest.fixture
+def rewrites(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every change of a model's weights."""
+    made: list[int] = []
+    inner = delta_merge.rewrite
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        made.append(1)
+        inner(*args, **kwargs)
+
+    monkeypatch.setattr(delta_merge, "rewrite", counted)
+    return made
+
+
+def test_an_offloaded_pipeline_merges_once(delta: Path, rewrites: list[int]) -> None:
+    usual, pipe = make_pipeline(), make_pipeline()
+    expected = run(usual, delta=delta)
+    rewrites.clear()
+    cpu_offload_with_hook(pipe.unet, execution_device="cpu")
+    assert torch.equal(run(pipe, delta=delta), expected)
+    assert torch.equal(run(pipe, delta=delta), expected)
+    assert rewrites == [1]
+    assert len(merge_records(pipe.unet)) == 1
+
+
+def test_weights_that_are_elsewhere_are_refused_before_anything_runs(delta: Path, rewrites: list[int]) -> None:
+    pipe = make_pipeline()
+    cpu_offload(pipe.unet, execution_device=torch.device("cpu"))  # layer by layer
+    pipe.text_encoder.register_forward_pre_hook(lambda *_: pytest.fail("an encoder ran"))
+    with pytest.raises(ValueError, match=r"offloaded .*; merge before enabling offload"):
+        run(pipe, delta=delta)
+    assert rewrites == []
+
+
+def test_another_layout_of_the_weights_changes_nothing_of_the_delta(delta: Path) -> None:
+    pipe = make_pipeline()
+    base = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+    expected = run(pipe, delta=delta)
+    pipe.update_components(channels_last=True)
+    torch.testing.assert_close(run(pipe, delta=delta), expected, rtol=1e-4, atol=1e-4)
+    half = run(pipe, delta=delta, delta_scale=0.5)
+    assert not torch.allclose(half, expected, atol=1e-3)
+    unmerge_delta(pipe.unet)
+    assert all(torch.equal(weight, base[name]) for name, weight in pipe.unet.state_dict().items())
+
+
+def test_a_saved_pipeline_is_not_merged_again(delta: Path, tmp_path: Path, rewrites: list[int]) -> None:
+    pipe = make_pipeline()
+    expected = run(pipe, delta=delta)
+    saved = tmp_path / "saved"
+    pipe.save_pretrained(str(saved), overwrite_modular_index=True)
+    rewrites.clear()
+    again = PeRFlowSDXLAutoBlocks().init_pipeline(str(saved))
+    again.load_components()
+    again.set_progress_bar_config(disable=True)
+    # Weights in a mapped file begin at other addresses, for which some processors' kernels round differently.
+    torch.testing.assert_close(run(again, delta=delta), expected, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(w, again.unet.state_dict()[name]) for name, w in pipe.unet.state_dict().items())
+    assert rewrites == []
+    assert [record.reloaded for record in merge_records(again.unet)] == [True]
+
+
+def test_a_saved_pipeline_whose_index_names_a_delta_is_called_as_it_is(delta: Path, tmp_path: Path) -> None:
+    """The index is saved as it was, the weights with the delta in them, the delta's file not at all."""
+    for number, named in enumerate(("delta.safetensors", str(tmp_path / "gone" / "delta.safetensors"))):
+        saved = tmp_path / f"saved{number}"
+        pipe = make_pipeline()
+        pipe.update_components(delta=str(delta))
+        expected = run(pipe)
+        pipe.update_components(delta=named)
+        pipe.save_pretrained(str(saved), overwrite_modular_index=True)
+        again = PeRFlowSDXLAutoBlocks().init_pipeline(str(saved))
+        again.load_components()
+        again.set_progress_bar_config(disable=True)
+        torch.testing.assert_close(run(again), expected, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match="does not exist"):
+            run(again, delta_scale=0.5)
+        again.unet.load_state_dict(make_pipeline().unet.state_dict())  # now the delta is not in the weights
+        with pytest.raises(ValueError, match="does not exist"):
+            run(again)
+
+
+def loaded(folder: Path) -> Any:
+    """A pipeline whose parts were loaded from a directory."""
+    make_pipeline().save_pretrained(str(folder), overwrite_modular_index=True)
+    pipe = PeRFlowSDXLAutoBlocks().init_pipeline(str(folder))
+    pipe.load_components()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def state(pipe: Any) -> dict[str, torch.Tensor]:
+    return {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+
+
+def base_of(pipe: Any) -> str | None:
+    base = merge_state(pipe.unet).corrections.base
+    return None if base is None else base.label
+
+
+def corrected(pipe: Any) -> set[str]:
+    """The weights for which what rounding lost is kept."""
+    corrections = merge_state(pipe.unet).corrections
+    return {name for name in corrections.names() if not all(piece.reread for piece in corrections.pieces(name))}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_a_pipelines_way_back_is_where_its_unet_was_loaded_from(delta: Path, tmp_path: Path) -> None:
+    pipe = loaded(tmp_path / "saved")
+    before = state(pipe)
+    run(pipe, delta=delta)
+    assert base_of(pipe) == str(tmp_path / "saved" / "unet") and not corrected(pipe)
+    run(pipe, delta=delta, delta_scale=0.5)
+    run(pipe, delta=False)
+    assert same(state(pipe), before)
+
+
+def test_weights_that_were_changed_after_loading_have_another_way_back(delta: Path, tmp_path: Path) -> None:
+    """As by a LoRA that was fused, or training."""
+    pipe = loaded(tmp_path / "saved")
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.add_(1)
+    before = state(pipe)
+    run(pipe, delta=delta)
+    assert corrected(pipe) == {"conv_out.bias"}
+    run(pipe, delta=False)
+    assert same(state(pipe), before)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_weights_from_the_hub_are_looked_for_in_the_cache_alone(
+    delta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    def snapshot(repository: str, *, revision: str | None, local_files_only: bool) -> str:
+        assert (repository, revision, local_files_only) == ("owner/model", "v1", True)
+        if not cached:
+            raise LocalEntryNotFoundError("not in the cache")
+        return str(tmp_path / "saved")
+
+    monkeypatch.setattr(origin, "snapshot_download", snapshot)
+    pipe = loaded(tmp_path / "saved")
+    pipe.unet._diffusers_load_id = "owner/model|unet|null|v1"
+    before = state(pipe)
+    run(pipe, delta=delta)
+    assert base_of(pipe) == (str(tmp_path / "saved" / "unet") if cached else None)
+    run(pipe, delta=False)
+    assert same(state(pipe), before)
+
+
+def test_the_way_back_is_the_variant_that_was_loaded(delta: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    pipe = loaded(folder)
+    pipe.unet.half().save_pretrained(folder / "unet", variant="fp16")
+    pipe.load_components(names="unet", variant="fp16", dtype=torch.float16)
+    before = state(pipe)
+    PeRFlowMergeDeltaStep()(pipe, PipelineState({"delta": delta}))
+    assert merge_records(pipe.unet) and not corrected(pipe)  # of float32 weights the half could not be had back
+    unmerge_delta(pipe.unet)
+    assert same(state(pipe), before)
+
+
+def test_a_single_file_is_a_way_back_whatever_folder_is_named(tmp_path: Path) -> None:
+    unet = tiny_sdxl_unet(0)
+    file = tmp_path / "unet.safetensors"
+    save_file({name: tensor.clone() for name, tensor in unet.state_dict().items()}, file)
+    for load_id, found in (
+        (f"{file}|unet|null|null", True),
+        (f"{tmp_path}|null|null|null", False),
+        (f"{'x' * 300}|unet|null|null", False),
+        ("null", False),
+    ):
+        unet._diffusers_load_id = load_id
+        assert (origin.loaded_weights(unet) is not None) == found, load_id

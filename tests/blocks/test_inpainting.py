@@ -1,0 +1,294 @@
+"""Inpainting: the known part stays what it was, in latents and in pixels, and the hole is painted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ClassifierFreeGuidance
+from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
+from PIL import Image
+from torch import Tensor
+
+from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
+from perflow_blocks.blocks.loop_block import LoopBlock
+from perflow_blocks.schedulers import PeRFlowScheduler
+from perflow_blocks.testing.tiny import BETAS, tiny_inpainting_unet, tiny_picture
+from tests.conftest import generator, make_pipeline, run
+
+PICTURE = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(11))
+NOISE = torch.randn(1, 4, 16, 16, generator=generator())
+HOLE = torch.zeros(1, 1, 16, 16)
+HOLE[..., 4:12, 8:] = 1.0
+KNOWN = (HOLE == 0.0).expand_as(PICTURE)
+
+
+def hole_picture() -> Image.Image:
+    """The same hole in pixels: white is painted."""
+    pixels = torch.nn.functional.interpolate(HOLE, scale_factor=2)[0, 0]
+    return Image.fromarray(np.uint8(pixels.numpy() * 255), mode="L")
+
+
+def seeds(count: int) -> Any:
+    return generator() if count == 1 else [generator(seed) for seed in range(count)]
+
+
+class Recorder(LoopBlock):
+    """Keeps the latents with which each step ends, in a list that the call gives it."""
+
+    @property
+    def description(self) -> str:
+        return "Keeps the latents of each step."
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return [InputParam("recorded", type_hint=list[Tensor], description="Where to keep them.")]
+
+    def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
+        block_state.recorded.append(block_state.latents)
+        return components, block_state
+
+
+def recording_pipeline(**components: Any) -> Any:
+    blocks = PeRFlowSDXLAutoBlocks()
+    loop = blocks.sub_blocks["denoise"].sub_blocks["denoise"].sub_blocks["inpaint_denoise"]
+    loop.sub_blocks["recorder"] = Recorder()
+    return make_pipeline(blocks, **components)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.8, 0.3])
+@pytest.mark.parametrize("steps", [4, 7])
+def test_the_known_part_follows_the_path_and_ends_untouched(strength: float, steps: int) -> None:
+    pipe, recorded = recording_pipeline(), list[Tensor]()
+    state = pipe(
+        prompt="a star",
+        image_latents=PICTURE,
+        mask=HOLE,
+        strength=strength,
+        num_inference_steps=steps,
+        generator=generator(),
+        output_type="latent",
+        recorded=recorded,
+    )
+    scheduler = PeRFlowScheduler(**BETAS)
+    ends = [round(t * 1000) for t in state.get("step_plan").next_times[:-1]]
+    assert len(recorded) == len(ends) + 1
+    for timestep, latents in zip(ends, recorded, strict=False):
+        expected = scheduler.add_noise_chord(PICTURE, NOISE, torch.tensor(timestep))
+        torch.testing.assert_close(latents[KNOWN], expected[KNOWN], rtol=1e-5, atol=1e-5)
+        assert (latents - expected)[~KNOWN].abs().max() > 1e-2
+    assert torch.equal(state.get("latents")[KNOWN], PICTURE[KNOWN])
+    assert (state.get("latents") - PICTURE)[~KNOWN].abs().max() > 1e-2
+
+
+def test_at_full_strength_the_hole_starts_as_pure_noise() -> None:
+    pipe = make_pipeline()
+    seen: list[Tensor] = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0][:1].clone()))
+    run(pipe, image_latents=PICTURE, mask=HOLE, num_inference_steps=4)
+    assert torch.equal(seen[0][~KNOWN], NOISE[~KNOWN])
+    known = PeRFlowScheduler(**BETAS).add_noise_chord(PICTURE, NOISE, torch.tensor(1000))
+    torch.testing.assert_close(seen[0][KNOWN], known[KNOWN])
+
+
+def test_what_was_in_the_hole_matters_below_full_strength_only() -> None:
+    pipe, other = make_pipeline(), torch.where(KNOWN, PICTURE, PICTURE + 1.0)
+    for strength, matters in ((1.0, False), (0.6, True)):
+        results = [run(pipe, image_latents=picture, mask=HOLE, strength=strength) for picture in (PICTURE, other)]
+        assert ((results[0] - results[1]).abs().max() > 1e-2) == matters
+
+
+def as_array(images: Any) -> np.ndarray:
+    """The first picture as (height, width, 3) in [0, 1], of any output type."""
+    if isinstance(images, Tensor):
+        return images[0].permute(1, 2, 0).numpy()
+    return np.asarray(images[0]) / 255.0 if isinstance(images, list) else images[0]
+
+
+@pytest.mark.parametrize("kind", ["pil", "np", "pt"])
+def test_known_pixels_are_put_back_exactly(kind: str) -> None:
+    pipe, picture = make_pipeline(), tiny_picture(3)
+    given, known = np.asarray(picture) / 255.0, np.asarray(hole_picture()) == 0
+    inputs = {"image": picture, "mask_image": hole_picture(), "output_type": kind}
+    difference = np.abs(as_array(run(pipe, **inputs)) - given)
+    assert difference[known].max() < (1e-9 if kind == "pil" else 1e-6)
+    assert difference[~known].max() > 0.05
+    decoded = np.abs(as_array(run(pipe, **inputs, keep_known_pixels=False)) - given)
+    assert decoded[known].max() > 0.05
+
+
+def test_a_cropped_region_is_painted_at_full_size_and_laid_over_the_picture() -> None:
+    picture, mask = tiny_picture(4, (64, 48)), Image.new("L", (64, 48))
+    mask.paste(255, (40, 20, 56, 36))
+    image = run(
+        make_pipeline(), image=picture, mask_image=mask, padding_mask_crop=4, output_type="pil", height=32, width=32
+    )[0]
+    assert image.size == (64, 48)
+    known = np.asarray(mask) == 0
+    difference = np.abs(np.asarray(image).astype(int) - np.asarray(picture).astype(int))
+    assert difference[known].max() <= 1
+    assert difference[~known].max() > 10
+
+
+def test_a_picture_keeps_its_size() -> None:
+    picture, mask = tiny_picture(4, (48, 24)), Image.new("L", (48, 24), 255)
+    images = run(make_pipeline(), image=[picture], mask_image=mask, output_type="pil")
+    assert images[0].size == (48, 24)
+    arrays = {"image": np.asarray(picture)[None] / 255.0, "mask_image": np.ones((1, 24, 48, 1))}
+    assert run(make_pipeline(), **arrays, output_type="np").shape == (1, 24, 48, 3)
+    assert run(make_pipeline(), image=picture, mask_image=mask, height=32, width=32).shape == (1, 4, 16, 16)
+
+
+def test_a_nine_channel_unet_sees_mask_and_masked_picture() -> None:
+    pipe, recorded = recording_pipeline(unet=tiny_inpainting_unet()), list[Tensor]()
+    seen: list[Tensor] = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    state = pipe(
+        prompt="a star",
+        image=tiny_picture(3),
+        mask_image=hole_picture(),
+        generator=generator(),
+        output_type="latent",
+        recorded=recorded,
+    )
+    assert {tuple(sample.shape) for sample in seen} == {(2, 9, 16, 16)}
+    assert torch.equal(seen[0][:, 4:5], HOLE.expand(2, -1, -1, -1))
+    assert torch.equal(seen[0][:1, 5:], state.get("masked_image_latents"))
+    assert torch.equal(state.get("latents")[KNOWN], state.get("image_latents")[KNOWN])
+    # Until the last step such a UNet paints the whole picture by itself.
+    known = PeRFlowScheduler(**BETAS).add_noise_chord(
+        state.get("image_latents"), state.get("noise"), torch.tensor(750)
+    )
+    assert (recorded[1] - known)[KNOWN].abs().max() > 1e-2
+
+
+def test_a_four_channel_unet_is_spared_the_masked_picture() -> None:
+    pipe = make_pipeline()
+    encoded: list[int] = []
+    pipe.vae.encoder.register_forward_pre_hook(lambda module, args: encoded.append(args[0].shape[0]))
+    run(pipe, image=tiny_picture(3), mask_image=hole_picture())
+    assert encoded == [1]
+
+
+def test_a_split_run_goes_on_with_latents_and_noise() -> None:
+    pipe = make_pipeline(guider=ClassifierFreeGuidance(guidance_scale=2.0))
+    inputs = {"prompt": "a star", "image_latents": PICTURE, "mask": HOLE, "num_inference_steps": 4}
+    inputs["output_type"] = "latent"
+    whole = pipe(**inputs, generator=generator())
+    base = pipe(**inputs, generator=generator(), denoising_end=0.5)
+    rest = pipe(**inputs, denoising_start=0.5, latents=base.get("latents"), noise=base.get("noise"))
+    torch.testing.assert_close(rest.get("latents"), whole.get("latents"), rtol=1e-5, atol=1e-5)
+
+
+def test_pictures_masks_and_prompts_are_matched_in_order() -> None:
+    pipe = make_pipeline()
+    masks = [hole_picture(), hole_picture().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    pictures, prompts = [tiny_picture(1), tiny_picture(2)], ["a star", "a ring"]
+    together = run(
+        pipe,
+        prompt=prompts,
+        image=pictures,
+        mask_image=masks,
+        num_images_per_prompt=2,
+        generator=[generator(seed) for seed in (1, 2, 3, 4)],
+    )
+    for row in range(4):
+        which = row // 2
+        alone = run(
+            pipe,
+            prompt=prompts[which],
+            image=pictures[which],
+            mask_image=masks[which],
+            generator=[generator(row + 1)],
+        )
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+TWO_PICTURES = [tiny_picture(1), tiny_picture(2)]
+TWO_HOLES = [hole_picture(), hole_picture().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+HOLE_ARRAYS = np.stack([np.asarray(hole) / 255.0 for hole in TWO_HOLES])
+
+
+def in_place(pictures: list[Image.Image]) -> list[Image.Image]:
+    """Each of two repeated in place."""
+    return [pictures[0], pictures[0], pictures[1], pictures[1]]
+
+
+@pytest.mark.parametrize("unet", [None, tiny_inpainting_unet()], ids=["4-channel", "9-channel"])
+@pytest.mark.parametrize("generators", [1, 4])
+@pytest.mark.parametrize(
+    ("pictures", "masks"),
+    [
+        (in_place(TWO_PICTURES), TWO_HOLES),
+        (TWO_PICTURES, in_place(TWO_HOLES)),
+        (TWO_PICTURES, HOLE_ARRAYS),
+        (TWO_PICTURES, HOLE_ARRAYS[..., None]),
+        (TWO_PICTURES, torch.from_numpy(HOLE_ARRAYS)),
+        (in_place(TWO_PICTURES), torch.from_numpy(HOLE_ARRAYS)[:, None]),
+    ],
+    ids=["4-2", "2-4", "n-h-w-array", "n-h-w-1-array", "n-h-w-tensor", "4-2-tensor"],
+)
+def test_pictures_and_masks_of_other_numbers_are_matched(
+    unet: Any, generators: int, pictures: Any, masks: Any
+) -> None:
+    pipe = make_pipeline(**({} if unet is None else {"unet": unet}))
+    # The spread of the latents (log variance, the last four channels) is nothing: draws differ with the count.
+    pipe.vae.quant_conv.register_forward_hook(
+        lambda module, args, moments: moments.index_fill(1, torch.arange(4, 8), -30.0)
+    )
+    noise = torch.randn(4, 4, 16, 16, generator=generator(5))
+    inputs = {"prompt": ["a star", "a ring"], "num_images_per_prompt": 2, "latents": noise}
+    results = [
+        run(pipe, **inputs, image=image, mask_image=mask, generator=seeds(generators))
+        for image, mask in ((pictures, masks), (in_place(TWO_PICTURES), in_place(TWO_HOLES)))
+    ]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["pil", "np", "pt"])
+def test_known_pixels_are_those_of_the_prompts_own_picture(kind: str) -> None:
+    images = run(
+        make_pipeline(),
+        prompt=["a star", "a ring"],
+        num_images_per_prompt=2,
+        image=TWO_PICTURES,
+        mask_image=TWO_HOLES,
+        output_type=kind,
+    )
+    for row in range(4):
+        given, known = np.asarray(TWO_PICTURES[row // 2]) / 255.0, np.asarray(TWO_HOLES[row // 2]) == 0
+        difference = np.abs(as_array(images[row : row + 1]) - given)
+        assert difference[known].max() < 1e-6
+        assert difference[~known].max() > 0.05
+
+
+@pytest.mark.parametrize("kind", ["pil", "np", "pt"])
+def test_a_mask_may_be_of_half_precision(kind: str) -> None:
+    masks = [torch.from_numpy(HOLE_ARRAYS[:1]).to(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    results = [
+        as_array(run(make_pipeline(), image=tiny_picture(3), mask_image=mask, output_type=kind)) for mask in masks
+    ]
+    np.testing.assert_array_equal(results[0], results[1])
+
+
+def test_a_crop_may_have_no_margin_and_a_list_of_generators() -> None:
+    images = run(
+        make_pipeline(),
+        image=tiny_picture(3),
+        mask_image=hole_picture(),
+        padding_mask_crop=0,
+        height=32,
+        width=32,
+        num_images_per_prompt=2,
+        generator=seeds(2),
+        output_type="pil",
+    )
+    assert [image.size for image in images] == [(32, 32)] * 2
+
+
+def test_a_vae_with_latent_statistics_encodes() -> None:
+    pipe = make_pipeline()
+    pipe.vae.register_to_config(latents_mean=[0.1] * 4, latents_std=[1.1] * 4)
+    assert torch.isfinite(run(pipe, image=tiny_picture(3), mask_image=hole_picture())).all()

@@ -1,0 +1,307 @@
+"""The delta as a block: merged before the loop, once, with its recipe; guiders that users set are left alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ClassifierFreeGuidance
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
+from perflow_blocks.blocks import merge_delta as block
+from perflow_blocks.delta.extract import save_delta
+from perflow_blocks.delta.merge import merge_delta
+from perflow_blocks.delta.recipe import DeltaRecipe
+from perflow_blocks.delta.record import merge_record, merge_records
+from perflow_blocks.testing.tiny import tiny_sd_unet, tiny_sdxl_components, tiny_sdxl_unet
+from tests.conftest import count_unet_calls, make_pipeline, run
+
+RECIPE = DeltaRecipe(prediction_type="diff_eps", num_time_windows=2, num_inference_steps=3, guidance_scale=1.0)
+
+
+@pytest.fixture(scope="module")
+def delta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """dW between two tiny UNets, so that the merged one is known."""
+    base, student = tiny_sdxl_unet(0).state_dict(), tiny_sdxl_unet(1).state_dict()
+    path = tmp_path_factory.mktemp("delta") / "perflow_delta.safetensors"
+    save_delta({name: student[name] - base[name] for name in base}, path, RECIPE, dtype=torch.float32)
+    return path
+
+
+def weights(pipe: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_merging_gives_the_student_and_its_recipe(delta: Path) -> None:
+    pipe = make_pipeline()
+    batches = count_unet_calls(pipe)
+    run(pipe, delta=delta)
+    student = tiny_sdxl_unet(1).state_dict()
+    for name, tensor in pipe.unet.state_dict().items():
+        torch.testing.assert_close(tensor, student[name], rtol=0, atol=1e-6)
+    assert batches == [1, 1, 1]  # guidance 1 and 3 steps, as the recipe says
+    assert pipe.scheduler.config.prediction_type == "diff_eps"
+    assert pipe.scheduler.config.num_time_windows == 2
+
+
+def test_repeated_calls_merge_once(delta: Path) -> None:
+    pipe = make_pipeline()
+    first, merged = run(pipe, delta=str(delta)), weights(pipe)
+    assert torch.equal(run(pipe, delta=str(delta)), first)
+    assert torch.equal(run(pipe), first)  # the merge is remembered, and so is its recipe
+    assert equal(weights(pipe), merged)
+
+
+def test_nothing_is_merged_when_nothing_is_named() -> None:
+    pipe = make_pipeline()
+    before = weights(pipe)
+    state = pipe(prompt="a star", output_type="latent")
+    assert equal(weights(pipe), before)
+    assert state.delta_recipe is None
+    assert pipe.guider.guidance_scale == 2.0
+
+
+def test_the_scale_can_change_and_zero_takes_the_delta_out(delta: Path) -> None:
+    pipe = make_pipeline()
+    base = weights(pipe)
+    plain = run(pipe, num_inference_steps=4)
+    run(pipe, delta=delta, delta_scale=0.5)
+    half = weights(pipe)
+    pipe.update_components(scheduler=None)
+    again = run(pipe, delta=delta, delta_scale=0.0, num_inference_steps=4)
+    name = "conv_in.weight"
+    assert not torch.equal(half[name], base[name])
+    torch.testing.assert_close(pipe.unet.state_dict()[name], base[name], rtol=0, atol=1e-6)
+    assert pipe.guider.guidance_scale == 2.0
+    torch.testing.assert_close(again, plain, rtol=1e-3, atol=1e-3)
+
+
+def index_pipeline(tmp_path: Path, index: dict[str, Any], **components: Any) -> Any:
+    """A pipeline that was loaded from a directory with these configuration values."""
+    (tmp_path / "modular_model_index.json").write_text(
+        json.dumps({"_class_name": "StableDiffusionXLModularPipeline", **index})
+    )
+    pipe = PeRFlowSDXLAutoBlocks().init_pipeline(str(tmp_path))
+    pipe.update_components(**{**tiny_sdxl_components(), **components})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_an_index_names_a_file_in_its_own_directory(
+    tmp_path: Path, delta: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "repository"
+    home.mkdir()
+    (home / "d.safetensors").write_bytes(delta.read_bytes())
+    pipe = index_pipeline(home, {"delta": "d.safetensors"})
+    monkeypatch.chdir(tmp_path)
+    batches = count_unet_calls(pipe)
+    run(pipe)
+    assert batches == [1, 1, 1]
+
+
+def test_the_configuration_s_scale_holds_where_a_call_names_none(tmp_path: Path, delta: Path) -> None:
+    pipe = index_pipeline(tmp_path, {"delta": str(delta), "delta_scale": 0.5})
+    run(pipe)
+    record = merge_record(pipe.unet)
+    assert record is not None and record.scale == 0.5
+    run(pipe, delta_scale=0.25)
+    record = merge_record(pipe.unet)
+    assert record is not None and record.scale == 0.25
+    run(pipe)
+    record = merge_record(pipe.unet)
+    assert record is not None and record.scale == 0.5
+
+
+@pytest.mark.parametrize("scale", ["1", float("nan"), True])
+def test_a_scale_that_is_no_number_is_an_error(tmp_path: Path, delta: Path, scale: Any) -> None:
+    pipe = make_pipeline()
+    with pytest.raises(ValueError, match=r"delta_scale=.* is no finite number; pass 1\.0"):
+        run(pipe, delta=delta, delta_scale=scale)
+    with pytest.raises(ValueError, match=r"delta_scale=.* is no finite number; pass 1\.0"):
+        run(index_pipeline(tmp_path, {"delta": str(delta), "delta_scale": scale}))
+    assert merge_records(pipe.unet) == ()
+
+
+def test_a_configuration_that_names_no_path_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the configuration's delta=False is no path"):
+        run(index_pipeline(tmp_path, {"delta": False}))
+
+
+def test_an_index_names_a_variant_in_a_folder(tmp_path: Path, delta: Path) -> None:
+    """Where a call names another delta, the variant is not meant for that."""
+    folder = tmp_path / "delta"
+    folder.mkdir()
+    for kind in ("v0-1", "v0-2"):
+        (folder / f"diffusion_pytorch_model.{kind}.safetensors").write_bytes(delta.read_bytes())
+    pipe = index_pipeline(tmp_path, {"delta": "delta", "delta_variant": "v0-2"})
+    run(pipe)
+    run(pipe)
+    assert len(merge_records(pipe.unet)) == 1
+    run(pipe, delta=delta)
+    with pytest.raises(ValueError, match="v0-3"):
+        run(index_pipeline(tmp_path, {"delta": "delta", "delta_variant": "v0-3"}))
+
+
+def test_false_asks_for_the_base_model(tmp_path: Path, delta: Path) -> None:
+    pipe = index_pipeline(tmp_path, {"delta": str(delta)})
+    before = weights(pipe)
+    batches = count_unet_calls(pipe)
+    run(pipe, delta=False)
+    assert equal(weights(pipe), before)
+    assert batches == [2] * 6
+    run(pipe)
+    assert not equal(weights(pipe), before)
+    assert run(pipe, delta=False) is not None
+    assert equal(weights(pipe), before) and merge_record(pipe.unet) is None
+
+
+def test_two_deltas_that_say_how_to_sample_are_refused_and_others_are_not(tmp_path: Path, delta: Path) -> None:
+    pipe = make_pipeline()
+    run(pipe, delta=delta)
+    merged, style, other = weights(pipe), tmp_path / "style.safetensors", tmp_path / "other.safetensors"
+    difference = {name: torch.full_like(tensor, 0.01) for name, tensor in merged.items()}
+    save_delta(difference, style)
+    save_delta(difference, other, RECIPE)
+    with pytest.raises(ValueError, match=r"is merged into the UNet already, at scale 1; call unmerge_delta"):
+        run(pipe, delta=other)
+    assert equal(weights(pipe), merged)
+    run(pipe, delta=style)
+    assert [Path(record.source).name for record in merge_records(pipe.unet)] == [delta.name, style.name]
+    run(pipe, delta=delta)  # still there, and the recipe is its own
+    assert len(merge_records(pipe.unet)) == 2 and pipe.guider.guidance_scale == 1.0
+
+
+def test_a_relative_name_without_a_directory_is_an_error() -> None:
+    pipe = make_pipeline()
+    pipe.update_components(delta="d.safetensors")
+    with pytest.raises(ValueError, match="was not loaded from a directory"):
+        run(pipe)
+
+
+def test_an_index_on_the_hub_names_a_file_beside_it(delta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str, str | None]] = []
+
+    def download(repository: str, name: str, revision: str | None) -> str:
+        asked.append((repository, name, revision))
+        if name == "absent.safetensors":
+            raise LocalEntryNotFoundError("offline")
+        return str(delta)
+
+    monkeypatch.setattr(block, "hf_hub_download", download)
+    pipe = make_pipeline()
+    pipe._pretrained_model_name_or_path = "owner/model"
+    pipe.update_components(delta="absent.safetensors")
+    with pytest.raises(ValueError, match=r"cannot fetch delta 'absent.safetensors' from owner/model"):
+        run(pipe)
+    pipe.update_components(delta="d.safetensors")
+    assert pipe(prompt="a star", output_type="latent").delta_recipe == RECIPE
+    assert asked[-1] == ("owner/model", "d.safetensors", None)
+
+    # diffusers names the modules of a repository's code by its commit, and keeps the revision nowhere else
+    first, second = "1" * 40, "2" * 40
+    monkeypatch.setitem(sys.modules, f"diffusers_modules.local.owner--model.{first}.block", ModuleType("block"))
+    run(pipe)
+    assert asked[-1][-1] == first
+    monkeypatch.setitem(sys.modules, f"diffusers_modules.local.owner--model.{second}.block", ModuleType("block"))
+    with pytest.raises(ValueError, match="loaded at 2 commits"):
+        run(pipe)
+    monkeypatch.setattr(type(pipe._blocks), "__module__", f"diffusers_modules.local.owner--model.{second}.block")
+    run(pipe)
+    assert asked[-1][-1] == second
+
+
+def test_bad_files_are_errors_that_change_nothing(tmp_path: Path, delta: Path) -> None:
+    pipe = make_pipeline()
+    before = weights(pipe)
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(delta.read_bytes()[:-100])
+    other = tmp_path / "other.safetensors"
+    save_delta(tiny_sd_unet().state_dict(), other)
+    for path, message in [
+        (truncated, "no complete safetensors file"),
+        (other, "does not fit this UNet2DConditionModel"),
+        (tmp_path / "missing.safetensors", "does not exist"),
+        (True, "is no path"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(pipe, delta=path)
+    assert equal(weights(pipe), before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=3.5)),
+        lambda pipe: pipe.update_components(guider=pipe.get_component_spec("guider").create(guidance_scale=3.5)),
+        lambda pipe: setattr(pipe.guider, "guidance_scale", 3.5),
+    ],
+    ids=["new", "from_spec", "attribute"],
+)
+def test_a_guider_that_the_user_set_wins(delta: Path, change: Any) -> None:
+    pipe = make_pipeline()
+    change(pipe)
+    run(pipe, delta=delta)
+    assert pipe.guider.guidance_scale == 3.5
+    pipe = make_pipeline()
+    run(pipe, delta=delta)
+    change(pipe)
+    run(pipe, delta=delta)
+    assert pipe.guider.guidance_scale == 3.5
+
+
+def test_a_guider_equal_to_the_default_but_made_by_the_user_wins(delta: Path) -> None:
+    pipe = make_pipeline(guider=ClassifierFreeGuidance(guidance_scale=2.0))
+    run(pipe, delta=delta)
+    assert pipe.guider.guidance_scale == 2.0
+
+
+def test_the_index_decides_the_default_guidance_before_the_recipe(tmp_path: Path, delta: Path) -> None:
+    pipe = index_pipeline(tmp_path, {"guidance_scale": 1.5})
+    run(pipe, delta=delta)
+    assert pipe.guider.guidance_scale == 1.5
+
+
+def test_a_nonsensical_guidance_in_the_index_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="guidance_scale=-1"):
+        run(index_pipeline(tmp_path, {"guidance_scale": -1}))
+
+
+def test_a_scale_equal_to_the_default_wins_once_a_recipe_was_applied(delta: Path) -> None:
+    pipe = make_pipeline()
+    run(pipe, delta=delta)
+    assert pipe.guider.guidance_scale == 1.0
+    pipe.guider.guidance_scale = 2.0
+    run(pipe, delta=delta)
+    assert pipe.guider.guidance_scale == 2.0
+
+
+def test_the_guidance_in_effect_is_known_before_the_call(delta: Path) -> None:
+    pipe = make_pipeline()
+    assert block.guidance_in_effect(pipe.guider, None, None) == 2.0
+    assert block.guidance_in_effect(pipe.guider, None, RECIPE) == 1.0
+    assert block.guidance_in_effect(pipe.guider, 1.5, RECIPE) == 1.5
+    run(pipe, delta=delta)
+    pipe.guider.guidance_scale = 3.5
+    assert block.guidance_in_effect(pipe.guider, 1.5, RECIPE) == 3.5
+
+
+def test_a_compiled_unet_is_merged_as_the_module_it_wraps(delta: Path) -> None:
+    unet = tiny_sdxl_unet(0)
+    compiled: Any = torch.compile(unet)
+    record = merge_delta(compiled, delta)
+    assert merge_record(compiled) is merge_record(unet) is record
+    merged = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    again: Any = torch.compile(unet)
+    merge_delta(again, delta)
+    assert equal(unet.state_dict(), merged)

@@ -1,0 +1,219 @@
+"""Previews: the clean latents that a step predicts, in colour, for a callback; nothing without one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel
+from PIL import Image
+from torch import Tensor
+
+from perflow_blocks import LatentToRGB, PreviewStep, insert_loop_block
+from perflow_blocks.blocks.latent_preview import SDXL_BIAS, SDXL_FACTORS
+from perflow_blocks.blocks.preview import pictures
+from perflow_blocks.testing import check_block
+from perflow_blocks.testing.tiny import tiny_picture, tiny_vae
+from tests.blocks.conftest import Spy, blocks_with, guard_against_reads, predicted_clean
+from tests.conftest import generator, make_pipeline, run
+
+LATENTS = torch.randn(2, 4, 6, 5, generator=generator(3))
+
+
+def tiny_autoencoder() -> AutoencoderTiny:
+    torch.manual_seed(0)
+    widths = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    return AutoencoderTiny(**widths, **blocks, upsampling_scaling_factor=2, scaling_factor=2.0).eval()
+
+
+def pixels(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture, dtype=np.float64)
+
+
+@pytest.mark.parametrize(("every", "shown"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3]), (9, [0])])
+def test_every_nth_step_is_shown_from_the_first_on(every: int, shown: list[int]) -> None:
+    seen: list[int] = []
+    pipe = make_pipeline(blocks_with("preview", PreviewStep, before="solver"))
+
+    def show(i: int, images: list[Image.Image]) -> None:
+        seen.append(i)
+        assert [(image.mode, image.size) for image in images] == [("RGB", (20, 12))] * 2
+
+    inputs = {"prompt": ["a", "b"], "num_inference_steps": 5, "height": 24, "width": 40}
+    previewed = run(pipe, **inputs, preview_callback=show, preview_every=every)
+    assert seen == shown
+    assert torch.equal(previewed, run(make_pipeline(), **inputs))
+
+
+def test_a_preview_is_the_prediction_of_the_clean_latents() -> None:
+    """Five steps: the second lies inside the first window."""
+    shown: list[Image.Image] = []
+    seen: list[tuple[Tensor, Tensor]] = []
+    blocks = blocks_with("preview", PreviewStep, before="solver")
+    insert_loop_block(blocks, "spy", Spy, before="solver")
+    run(
+        make_pipeline(blocks),
+        num_inference_steps=5,
+        preview_callback=lambda i, images: shown.extend(images),
+        spy=lambda components, state, i: seen.append((state.latents, state.noise_pred)),
+    )
+    for i, (latents, output) in enumerate(seen):
+        clean = predicted_clean(5, i, latents, output)
+        red, green, blue = np.einsum("chw,cr->rhw", clean[0].numpy(), np.array(SDXL_FACTORS))
+        for channel, colour in enumerate((red, green, blue)):
+            expected = 255 * np.clip((colour + SDXL_BIAS[channel]) / 2 + 0.5, 0, 1)
+            np.testing.assert_allclose(pixels(shown[i])[..., channel], expected, atol=0.51)
+    assert len(shown) == 5
+
+
+class FailingMap(LatentToRGB):
+    def decode(self, latents: Tensor, return_dict: bool = True) -> Any:
+        raise AssertionError("decoded")
+
+
+def test_without_a_callback_no_decoder_runs_and_nothing_is_read() -> None:
+    pipe = make_pipeline(blocks_with("preview", PreviewStep, before="solver"))
+    pipe.register_components(preview_decoder=FailingMap())
+    guard_against_reads(pipe)
+    assert torch.equal(run(pipe, num_inference_steps=5), run(make_pipeline(), num_inference_steps=5))
+
+
+def test_what_cannot_work_is_refused_before_the_first_step() -> None:
+    pipe = make_pipeline(blocks_with("preview", PreviewStep, before="solver"))
+    pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("the UNet ran"))
+    with pytest.raises(ValueError, match="preview_every=0 is below 1"):
+        run(pipe, preview_every=0)
+    with pytest.raises(ValueError, match=r"preview_callback='show.png' cannot be called; pass a function"):
+        run(pipe, preview_callback="show.png")
+    vae = tiny_vae().half()
+    assert vae.config.force_upcast
+    pipe.register_components(preview_decoder=vae)
+    with pytest.raises(ValueError, match=r"preview_decoder overflows in torch\.float16"):
+        run(pipe, preview_callback=print)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tiny_vae_in_place_of_the_map(dtype: torch.dtype) -> None:
+    pipe = make_pipeline(blocks_with("preview", PreviewStep, before="solver"))
+    decoder = tiny_autoencoder().to(dtype)
+    pipe.register_components(preview_decoder=decoder)
+    shown: list[Image.Image] = []
+    run(pipe, num_inference_steps=4, preview_callback=lambda i, images: shown.extend(images))
+    assert [picture.size for picture in shown] == [(32, 32)] * 4
+    with torch.no_grad():
+        sample = decoder.decode((LATENTS / 2.0).to(dtype)).sample.float()
+    expected = 255 * (sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    for picture, wanted in zip(pictures(decoder, LATENTS), expected, strict=True):
+        np.testing.assert_allclose(pixels(picture), wanted, atol=0.51)
+
+
+def test_the_vae_itself_shows_what_the_decode_step_does() -> None:
+    pipe = make_pipeline()
+    latents = run(pipe, num_inference_steps=4)
+    picture = pipe(prompt="a red star", generator=generator(), num_inference_steps=4, output="images")[0]
+    with torch.no_grad():
+        (shown,) = pictures(pipe.vae, latents)
+    assert np.array_equal(pixels(shown), pixels(picture))
+
+
+def test_latent_statistics_of_a_vae_are_undone() -> None:
+    mean, deviation = [0.1, -0.2, 0.3, 0.0], [1.5, 2.0, 0.5, 1.0]
+    plain, shifted = tiny_vae(), tiny_vae()
+    shifted.register_to_config(latents_mean=mean, latents_std=deviation)
+    factor = plain.config.scaling_factor
+    scaled = LATENTS * torch.tensor(deviation)[:, None, None] + factor * torch.tensor(mean)[:, None, None]
+    with torch.no_grad():
+        for got, expected in zip(pictures(shifted, LATENTS), pictures(plain, scaled), strict=True):
+            np.testing.assert_allclose(pixels(got), pixels(expected), atol=1.0)
+
+
+def test_a_decoder_from_the_hub_is_saved_and_loaded_with_the_pipeline(tmp_path: Path) -> None:
+    tiny_autoencoder().save_pretrained(tmp_path / "tiny")
+    pipe = PreviewStep().init_pipeline()
+    pipe.update_components(preview_decoder=AutoModel.from_pretrained(str(tmp_path / "tiny")))
+    pipe.save_pretrained(str(tmp_path / "saved"), overwrite_modular_index=True)
+    again = PreviewStep().init_pipeline(str(tmp_path / "saved"))
+    assert again.preview_decoder is None
+    again.load_components()
+    assert type(again.preview_decoder) is AutoencoderTiny
+    for picture, same in zip(
+        pictures(pipe.preview_decoder, LATENTS), pictures(again.preview_decoder, LATENTS), strict=True
+    ):
+        assert np.array_equal(pixels(picture), pixels(same))
+
+
+def test_the_map_is_made_again_for_a_saved_pipeline(tmp_path: Path) -> None:
+    pipe = PreviewStep().init_pipeline()
+    pipe.save_pretrained(str(tmp_path), overwrite_modular_index=True)
+    assert "preview_decoder" not in json.loads((tmp_path / "modular_model_index.json").read_text())
+    assert type(PreviewStep().init_pipeline(str(tmp_path)).preview_decoder) is LatentToRGB
+
+
+class LinearVAE:
+    """Encodes pictures to three mixtures of their averaged colours and one channel that is none."""
+
+    mean, deviation = [0.5, -1.0, 0.25, 2.0], [2.0, 1.0, 0.5, 4.0]
+    config = AutoencoderKL(
+        block_out_channels=(4, 4),
+        norm_num_groups=2,
+        scaling_factor=0.25,
+        latents_mean=mean,
+        latents_std=deviation,
+    ).config
+    device, dtype = torch.device("cpu"), torch.float32
+    mixing = torch.tensor([[1.0, 0.5, 0.0], [0.0, -2.0, 1.0], [0.3, 0.0, 0.7]])
+
+    def encode(self, sample: Tensor) -> Any:
+        colours = torch.nn.functional.avg_pool2d(sample, 2)
+        mixed = torch.einsum("bchw,mc->bmhw", colours, self.mixing) + 0.4
+        latents = torch.cat([mixed, (colours**2).sum(dim=1, keepdim=True)], dim=1)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents))
+
+
+def test_fit_finds_the_colours_of_a_vae_that_is_linear() -> None:
+    fitted = LatentToRGB.fit(LinearVAE(), [tiny_picture(1), tiny_picture(2, (48, 16))])
+    picture = tiny_picture(3)
+    sample = torch.from_numpy(pixels(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1.0
+    encoded = LinearVAE().encode(sample).latent_dist.mode()
+    mean, deviation = (torch.tensor(row)[:, None, None] for row in (LinearVAE.mean, LinearVAE.deviation))
+    latents = 0.25 * (encoded - mean) / deviation  # what the UNet would see
+    colours = torch.nn.functional.avg_pool2d(sample, 2)
+    torch.testing.assert_close(fitted.decode(latents).sample, colours, rtol=0, atol=1e-3)
+    again = LatentToRGB.from_config(dict(fitted.config))
+    assert torch.equal(again.decode(latents).sample, fitted.decode(latents, return_dict=False)[0])
+
+
+def test_fit_needs_pictures_of_several_colours() -> None:
+    with pytest.raises(ValueError, match="images is empty"):
+        LatentToRGB.fit(tiny_vae(), [])
+    with pytest.raises(ValueError, match="vary in 0 directions, the VAE has 4 channels"):
+        LatentToRGB.fit(LinearVAE(), [Image.new("RGB", (32, 32), (200, 10, 10))])
+
+
+def test_latent_to_rgb_is_a_linear_map_within_its_range() -> None:
+    colours = LatentToRGB(factors=[[1, 0, 0], [0, 2, 0]], bias=[0.0, 0.0, -0.5])
+    latents = torch.tensor([0.25, 0.125]).reshape(1, 2, 1, 1).half()
+    assert colours.decode(latents).sample.flatten().tolist() == [0.25, 0.25, -0.5]
+    assert colours.decode(8 * latents).sample.flatten().tolist() == [1.0, 1.0, -0.5]
+    with pytest.raises(ValueError, match=r"16 channels, this preview takes 4; make one .*LatentToRGB.fit"):
+        LatentToRGB().decode(torch.zeros(1, 16, 2, 2))
+    with pytest.raises(ValueError, match="pass three numbers"):
+        LatentToRGB(factors=[[1.0, 2.0]])
+
+
+def test_the_preview_keeps_its_contract() -> None:
+    seen: list[int] = []
+    check_block(PreviewStep())
+    check_block(PreviewStep(), inputs={"preview_callback": lambda i, images: seen.append(len(images))}, i=2)
+    check_block(
+        PreviewStep(),
+        inputs={"preview_callback": lambda i, images: seen.append(images[0].width)},
+        components={"preview_decoder": tiny_autoencoder()},
+    )
+    assert seen == [1, 32]

@@ -1,0 +1,317 @@
+"""The prompt cache sees what changes the encoders; nothing from before the change is handed out after it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module
+from peft import LoraConfig
+from torch import nn
+
+from perflow_blocks import PeRFlowSDXLAutoBlocks, PromptCacheStep
+from perflow_blocks.blocks.encode import PeRFlowAutoTextEncoderStep
+from perflow_blocks.blocks.fingerprint import model_state
+from perflow_blocks.testing.tiny import TEXT_WIDTH, tiny_tokenizer
+from tests.blocks.conftest import BOTH, count_encodings, embedding, encode, same, text_pipeline, uncached, write
+from tests.blocks.test_features_lora import write_lora
+from tests.conftest import generator, make_pipeline, run
+
+LORA: dict[str, Any] = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return count_encodings(monkeypatch)
+
+
+def load_weights(pipe: Any) -> None:
+    pipe.text_encoder.load_state_dict({name: 1.1 * value for name, value in pipe.text_encoder.state_dict().items()})
+
+
+def replace_data(pipe: Any) -> None:
+    embedding(pipe).weight.data = 1.5 * embedding(pipe).weight.data
+
+
+def replace_parameter(pipe: Any) -> None:
+    embedding(pipe).weight = nn.Parameter(1.5 * embedding(pipe).weight.detach())
+
+
+def replace_encoder(pipe: Any) -> None:
+    other = copy.deepcopy(pipe.text_encoder)
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(1.5)
+    pipe.update_components(text_encoder=other)
+
+
+def replace_tokenizer(pipe: Any) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 8
+    pipe.register_components(tokenizer=tokenizer, tokenizer_2=tokenizer)
+
+
+def shorten(pipe: Any) -> None:
+    pipe.tokenizer.model_max_length = pipe.tokenizer_2.model_max_length = 8
+
+
+def add_token(pipe: Any) -> None:
+    """A letter that the encoders know becomes a token of its own wherever it stands."""
+    for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
+        tokenizer.add_tokens("r")
+
+
+def pad_differently(pipe: Any) -> None:
+    pipe.tokenizer.pad_token = pipe.tokenizer_2.pad_token = "!"
+
+
+def hook(pipe: Any) -> None:
+    embedding(pipe).register_forward_hook(lambda module, args, output: 1.5 * output)
+
+
+def half(pipe: Any) -> None:
+    for name in BOTH:
+        getattr(pipe, name).to(torch.bfloat16)
+
+
+def add_vectors(pipe: Any) -> None:
+    vectors = torch.randn(2, TEXT_WIDTH, generator=generator(3))
+    for number in ("", "_2"):
+        parts = {"tokenizer": getattr(pipe, f"tokenizer{number}")}
+        parts["text_encoder"] = getattr(pipe, f"text_encoder{number}")
+        pipe.load_textual_inversion(vectors, token="star", **parts)
+
+
+def remove_vectors(pipe: Any) -> None:
+    for number in ("", "_2"):
+        pipe.unload_textual_inversion(
+            tokenizer=getattr(pipe, f"tokenizer{number}"), text_encoder=getattr(pipe, f"text_encoder{number}")
+        )
+
+
+def replace_activation(pipe: Any, kind: type[nn.Module] = nn.Tanh) -> None:
+    for name in BOTH:
+        for module in getattr(pipe, name).modules():
+            if hasattr(module, "activation_fn"):
+                module.activation_fn = kind()
+
+
+def add_lora(pipe: Any, name: str = "one") -> None:
+    torch.manual_seed(len(name))
+    for encoder in BOTH:
+        getattr(pipe, encoder).add_adapter(LoraConfig(**LORA), adapter_name=name)
+
+
+def use_lora(pipe: Any, name: str) -> None:
+    for encoder in BOTH:
+        getattr(pipe, encoder).set_adapter(name)
+
+
+def scale_lora(pipe: Any, scale: Any) -> None:
+    pipe.set_adapters("one", scale)
+
+
+def replace_lora(pipe: Any) -> None:
+    """Under the same name, which gives the new matrices the place of the old ones in memory."""
+    pipe.unload_lora_weights()
+    torch.manual_seed(9)
+    for encoder in BOTH:
+        getattr(pipe, encoder).add_adapter(LoraConfig(**LORA), adapter_name="one")
+
+
+def turn(pipe: Any, method: str) -> None:
+    for encoder in BOTH:
+        getattr(getattr(pipe, encoder), method)()
+
+
+def fuse(pipe: Any, scale: float = 1.0) -> None:
+    pipe.fuse_lora(components=BOTH, lora_scale=scale)
+
+
+def unfuse(pipe: Any) -> None:
+    pipe.unfuse_lora(components=BOTH)
+
+
+def fuse_for_good(pipe: Any, name: str = "one") -> None:
+    """Loaded, merged through `.data` and unloaded: afterwards the modules look as they did before."""
+    add_lora(pipe, name)
+    fuse(pipe)
+    pipe.unload_lora_weights()
+
+
+Change = Callable[[Any], None]
+
+
+CHANGES: dict[str, tuple[list[Change], Change]] = {
+    "weights written": ([], write),
+    "weights loaded": ([], load_weights),
+    "data replaced": ([], replace_data),
+    "parameter replaced": ([], replace_parameter),
+    "encoder replaced": ([], replace_encoder),
+    "tokenizer replaced": ([], replace_tokenizer),
+    "tokenizer shortened": ([], shorten),
+    "token added": ([], add_token),
+    "padding token": ([], pad_differently),
+    "a hook": ([], hook),
+    "a function": ([replace_activation], lambda pipe: replace_activation(pipe, nn.Sigmoid)),
+    "type": ([], half),
+    "textual inversion": ([], add_vectors),
+    "textual inversion unloaded": ([add_vectors], remove_vectors),
+    "LoRA": ([], add_lora),
+    "LoRA scaled": ([add_lora], lambda pipe: scale_lora(pipe, 0.5)),
+    "LoRA scaled by another tensor": (
+        [add_lora, lambda pipe: scale_lora(pipe, torch.tensor(0.25))],
+        lambda pipe: scale_lora(pipe, torch.tensor(0.5)),
+    ),
+    "LoRA scaled by another number of NumPy": (
+        [add_lora, lambda pipe: scale_lora(pipe, np.float32(0.25))],
+        lambda pipe: scale_lora(pipe, np.float32(0.5)),
+    ),
+    "LoRA switched": ([add_lora, lambda pipe: add_lora(pipe, "three")], lambda pipe: use_lora(pipe, "one")),
+    "LoRA replaced": ([add_lora], replace_lora),
+    "LoRA off": ([add_lora], lambda pipe: turn(pipe, "disable_adapters")),
+    "LoRA on": (
+        [add_lora, lambda pipe: turn(pipe, "disable_adapters")],
+        lambda pipe: turn(pipe, "enable_adapters"),
+    ),
+    "LoRA fused": ([add_lora], lambda pipe: fuse(pipe, 0.5)),
+    "LoRA fused and unfused": ([add_lora, lambda pipe: fuse(pipe, 0.5)], unfuse),
+    "LoRA unloaded": ([add_lora], lambda pipe: pipe.unload_lora_weights()),
+    "LoRA fused for good": ([], fuse_for_good),
+    "second LoRA fused for good": ([fuse_for_good], fuse_for_good),
+}
+
+
+@pytest.mark.parametrize(("before", "change"), CHANGES.values(), ids=CHANGES)
+def test_a_change_of_the_encoders_is_seen(before: list[Change], change: Change, encoded: list[str]) -> None:
+    pipe = text_pipeline(cache := PromptCacheStep())
+    for step in before:
+        step(pipe)
+    old = [encode(pipe, prompt=prompt) for prompt in ("a red star", "a ring", "a red star")]
+    assert (cache.hits, cache.misses, len(cache.cache)) == (1, 2, 2)
+    change(pipe)
+    encoded.clear()
+    new = encode(pipe)
+    assert {"CLIPTextModel", "CLIPTextModelWithProjection"} <= set(encoded)
+    assert len(cache.cache) == 1
+    encoded.clear()
+    assert same(encode(pipe), new)
+    assert encoded == []
+    expected = uncached(pipe)
+    assert same(new, expected)
+    assert not same(old[0], expected)
+
+
+def test_what_cannot_be_seen_wants_a_clear() -> None:
+    pipe = text_pipeline(cache := PromptCacheStep())
+    old = encode(pipe)
+    embedding(pipe).weight.data.mul_(1.5)
+    assert same(encode(pipe), old)
+    cache.clear()
+    assert (cache.hits, cache.misses, len(cache.cache)) == (0, 0, 0)
+    new = encode(pipe)
+    assert same(new, uncached(pipe))
+    assert not same(new, old)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_loras_from_files_are_seen(number: int, tmp_path: Path, encoded: list[str]) -> None:
+    """Loaded one after the other without a call in between, under one name, and scaled by the call."""
+    blocks = PeRFlowSDXLAutoBlocks()
+    blocks.sub_blocks["text_encoder"] = PromptCacheStep()
+    cached, plain = make_pipeline(blocks), make_pipeline()
+    plain_result = run(cached)
+    for seed in range(number):
+        folder = write_lora(tmp_path / str(seed), seed)
+        for pipe in (cached, plain):
+            pipe.unload_lora_weights()
+            pipe.load_lora_weights(folder)
+    for scale in (1.0, 0.3, 1.0, 0.3):
+        inputs = {"cross_attention_kwargs": {"scale": scale}}
+        assert torch.equal(run(cached, **inputs), run(plain, **inputs)), scale
+        assert cached.lora_scale == plain.lora_scale == scale
+    encoded.clear()
+    assert not torch.equal(run(cached, **inputs), plain_result)
+    assert encoded == []
+
+
+def test_a_scale_of_zero_resets_the_lora_as_it_does_without_a_cache() -> None:
+    pipe, plain = text_pipeline(PromptCacheStep()), text_pipeline(PeRFlowAutoTextEncoderStep())
+    for each in (pipe, plain):
+        add_lora(each)
+    for _ in range(2):
+        for each in (pipe, plain):
+            scale_lora(each, 0.5)
+        for scale in (None, 0.0, 0.0, None):
+            inputs = {"cross_attention_kwargs": scale if scale is None else {"scale": scale, "other": object()}}
+            assert same(encode(pipe, **inputs), encode(plain, **inputs))
+
+
+def test_encoders_that_are_offloaded_layer_by_layer() -> None:
+    pipe = text_pipeline(cache := PromptCacheStep())
+    prompts = ("a red star", "a ring")
+    expected = {prompt: encode(pipe, prompt) for prompt in prompts}
+    for name in BOTH:
+        cpu_offload(getattr(pipe, name), torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in pipe.text_encoder.parameters())
+    for hits in (0, 2, 4):
+        assert all(same(encode(pipe, prompt), expected[prompt]) for prompt in prompts)
+        assert cache.hits == hits
+    assert cache.misses == 4
+
+
+def test_encoders_that_are_moved_for_each_run(encoded: list[str]) -> None:
+    """As a ComponentsManager does with a GPU: there for the run, back when another model wants the room."""
+    pipe = text_pipeline(cache := PromptCacheStep())
+
+    def move() -> None:
+        for name in BOTH:
+            for parameter in getattr(pipe, name).parameters():
+                parameter.data = parameter.data.clone()
+
+    class Hook(ModelHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            move()
+            return args, kwargs
+
+    for name in BOTH:
+        add_hook_to_module(getattr(pipe, name), Hook())
+    expected = encode(pipe)
+    move()
+    encoded.clear()
+    assert same(encode(pipe), expected)
+    assert encoded == []
+    results = [expected]
+    for change in (write, replace_parameter, replace_parameter):
+        change(pipe)
+        results.append(encode(pipe))
+        assert not same(*results[-2:])
+    assert (cache.hits, cache.misses) == (1, 4)
+
+
+def test_the_cache_leaves_the_weights_free_to_be_swapped() -> None:
+    """What holds a tensor weakly stops `torch.utils.swap_tensors`, with which LoRAs are replaced in place."""
+    pipe = text_pipeline(cache := PromptCacheStep())
+    encode(pipe)
+    torch.utils.swap_tensors(embedding(pipe).weight, nn.Parameter(1.5 * embedding(pipe).weight.detach()))
+    assert same(encode(pipe), uncached(pipe))
+    assert (cache.hits, cache.misses) == (0, 2)
+
+
+def test_the_state_of_a_model_is_not_changed_by_running_it() -> None:
+    pipe = text_pipeline(PeRFlowAutoTextEncoderStep())
+    encode(pipe)
+    before = [model_state(getattr(pipe, name)) for name in BOTH]
+    encode(pipe, "another", negative_prompt="a ring")
+    assert [model_state(getattr(pipe, name)) for name in BOTH] == before
+    pipe.text_encoder.train()
+    assert model_state(pipe.text_encoder) != before[0]
+    pipe.text_encoder.eval()
+    assert model_state(pipe.text_encoder) == before[0]
+    pipe.text_encoder.set_attn_implementation("eager")
+    assert model_state(pipe.text_encoder) != before[0]

@@ -1,0 +1,177 @@
+"""The window set-up: any scheduler becomes PeRFlow's, with the right windows, steps and coefficients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+from diffusers.modular_pipelines.modular_pipeline import PipelineState
+from diffusers.utils import logging
+
+from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks, PeRFlowSetTimestepsStep
+from perflow_blocks.delta.recipe import DeltaRecipe
+from perflow_blocks.schedulers import PeRFlowScheduler
+from tests.conftest import make_pipeline, run
+
+BETAS: dict[str, Any] = {"beta_start": 0.001, "beta_end": 0.02, "beta_schedule": "linear"}
+
+
+def set_up(pipe: Any, **inputs: Any) -> Any:
+    """The state after the window set-up alone."""
+    state = PipelineState()
+    for name, value in inputs.items():
+        state.set(name, value)
+    PeRFlowSetTimestepsStep()(pipe, state)
+    return state
+
+
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
+def test_any_scheduler_is_converted_with_its_noise_schedule(kind: Any) -> None:
+    pipe = make_pipeline(scheduler=kind(**BETAS))
+    state = set_up(pipe)
+    assert type(pipe.scheduler) is PeRFlowScheduler
+    config = pipe.scheduler.config
+    assert (config.beta_start, config.beta_end, config.beta_schedule) == (0.001, 0.02, "linear")
+    assert (config.prediction_type, config.num_time_windows) == ("ddim_eps", 4)
+    assert state.num_inference_steps == 6
+    assert state.timesteps.tolist() == [1000, 875, 750, 625, 500, 250]
+
+
+def test_no_scheduler_gives_the_default_noise_schedule() -> None:
+    pipe = make_pipeline()
+    pipe.update_components(scheduler=None)
+    set_up(pipe)
+    assert pipe.scheduler.config.beta_schedule == "scaled_linear"
+
+
+def test_a_flow_matching_scheduler_is_refused() -> None:
+    with pytest.raises(ValueError, match="has no betas"):
+        set_up(make_pipeline(scheduler=FlowMatchEulerDiscreteScheduler()))
+
+
+def test_a_perflow_scheduler_is_kept_and_a_difference_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    mine = PeRFlowScheduler(prediction_type="velocity", num_time_windows=2)
+    pipe = make_pipeline(scheduler=mine)
+    caplog_handler(caplog)
+    state = set_up(pipe, num_inference_steps=2, delta_recipe=DeltaRecipe(prediction_type="diff_eps"))
+    assert pipe.scheduler is mine
+    assert state.timesteps.tolist() == [1000, 500]
+    assert "prediction_type=velocity" in caplog.text
+    assert "diff_eps" in caplog.text
+
+
+def caplog_handler(caplog: pytest.LogCaptureFixture) -> None:
+    """diffusers' log does not propagate to pytest's handler by itself."""
+    logging.get_logger("perflow_blocks.blocks.set_timesteps").addHandler(caplog.handler)
+
+
+def test_the_configuration_decides_the_windows(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = make_pipeline()
+    caplog_handler(caplog)
+    pipe.update_components(prediction_type="diff_eps", num_time_windows=2, default_num_inference_steps=3)
+    recipe = DeltaRecipe(prediction_type="velocity", window_boundaries=(1.0, 0.4, 0.0), num_inference_steps=8)
+    state = set_up(pipe, delta_recipe=recipe)
+    assert pipe.scheduler.config.prediction_type == "diff_eps"
+    assert "prediction_type=diff_eps is used, but the merged delta was distilled with velocity" in caplog.text
+    assert state.step_plan.window_start == (1.0, 1.0, 0.5)
+
+
+def test_the_recipe_decides_where_the_configuration_is_silent() -> None:
+    pipe = make_pipeline()
+    recipe = DeltaRecipe(prediction_type="velocity", window_boundaries=(1.0, 0.4, 0.0), num_inference_steps=3)
+    state = set_up(pipe, delta_recipe=recipe)
+    assert pipe.scheduler.config.prediction_type == "velocity"
+    assert state.timesteps.tolist() == [1000, 700, 400]
+    assert set_up(pipe, delta_recipe=recipe, num_inference_steps=2).num_inference_steps == 2
+
+
+def test_custom_timesteps_win_over_a_number_of_steps() -> None:
+    state = set_up(make_pipeline(), num_inference_steps=8, timesteps=[1000, 900, 750, 500, 250])
+    assert state.num_inference_steps == 5
+    assert state.step_plan.timesteps == (1000, 900, 750, 500, 250)
+
+
+def test_the_table_on_the_device_is_the_plan() -> None:
+    state = set_up(make_pipeline(), num_inference_steps=4)
+    table = state.step_coefficients
+    assert table.shape == (4, 4)
+    assert table.dtype == torch.float32
+    torch.testing.assert_close(table[:, 0].double(), torch.tensor(state.step_plan.sample_coeff, dtype=torch.float64))
+    torch.testing.assert_close(table[:, 1].double(), torch.tensor(state.step_plan.output_coeff, dtype=torch.float64))
+
+
+def test_other_windows_give_another_picture() -> None:
+    pipe, other = make_pipeline(), make_pipeline()
+    other.update_components(num_time_windows=2)
+    assert not torch.allclose(run(pipe, num_inference_steps=4), run(other, num_inference_steps=4))
+
+
+def test_a_saved_pipeline_comes_back_with_the_converted_scheduler(tmp_path: Any) -> None:
+    pipe = make_pipeline()
+    pipe.update_components(prediction_type="diff_eps", num_time_windows=2)
+    expected = run(pipe, num_inference_steps=4)
+    pipe.save_pretrained(str(tmp_path / "saved"), overwrite_modular_index=True)
+    again = PeRFlowSDXLAutoBlocks().init_pipeline(str(tmp_path / "saved"))
+    again.load_components()
+    again.set_progress_bar_config(disable=True)
+    assert set(again.null_component_names) == {"controlnet", "image_encoder"}
+    assert again.config.num_time_windows == 2
+    assert type(again.scheduler) is PeRFlowScheduler
+    assert again.scheduler.config.prediction_type == "diff_eps"
+    # Weights that were read from a file may lie differently in memory, and sums round differently then.
+    torch.testing.assert_close(run(again, num_inference_steps=4), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_scheduler_that_the_block_made_follows_the_recipe_of_each_call() -> None:
+    pipe = make_pipeline()
+    set_up(pipe)
+    assert pipe.scheduler.config.prediction_type == "ddim_eps"
+    set_up(pipe, delta_recipe=DeltaRecipe(prediction_type="velocity", num_time_windows=2))
+    assert (pipe.scheduler.config.prediction_type, pipe.scheduler.config.num_time_windows) == ("velocity", 2)
+    kept = pipe.scheduler
+    set_up(pipe, delta_recipe=DeltaRecipe(prediction_type="velocity", num_time_windows=2))
+    assert pipe.scheduler is kept
+    set_up(pipe)
+    assert (pipe.scheduler.config.prediction_type, pipe.scheduler.config.num_time_windows) == ("ddim_eps", 4)
+
+
+def test_unequal_windows_of_a_recipe_are_not_dropped_silently(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = make_pipeline()
+    caplog_handler(caplog)
+    pipe.update_components(num_time_windows=2)
+    set_up(pipe, delta_recipe=DeltaRecipe(window_boundaries=(1.0, 0.4, 0.0)))
+    assert "windows=(1.0, 0.5, 0.0) is used, but the merged delta was distilled with (1.0, 0.4, 0.0)" in caplog.text
+
+
+def test_a_delta_brings_the_noise_schedule_it_was_distilled_on(caplog: pytest.LogCaptureFixture) -> None:
+    caplog_handler(caplog)
+    recipe = DeltaRecipe(scheduler_config={**BETAS, "_class_name": "DDIMScheduler", "clip_sample": True})
+    for given in (EulerDiscreteScheduler(beta_end=0.012, beta_schedule="linear"), None):
+        pipe = make_pipeline(scheduler=given) if given else make_pipeline()
+        if given is None:
+            pipe.update_components(scheduler=None)
+        set_up(pipe, delta_recipe=recipe)
+        config = pipe.scheduler.config
+        assert (config.beta_start, config.beta_end, config.beta_schedule) == (0.001, 0.02, "linear")
+    messages = list(dict.fromkeys(r.getMessage() for r in caplog.records if "distilled" in r.getMessage()))
+    assert messages == [
+        "The merged delta was distilled with beta_start=0.001, which is used instead of the scheduler's 0.0001.",
+        "The merged delta was distilled with beta_end=0.02, which is used instead of the scheduler's 0.012.",
+    ]
+
+
+def test_without_the_delta_the_schedule_is_the_repositorys_again() -> None:
+    pipe = make_pipeline(scheduler=EulerDiscreteScheduler(beta_end=0.012, beta_schedule="linear"))
+    set_up(pipe, delta_recipe=DeltaRecipe(scheduler_config=BETAS))
+    set_up(pipe)
+    assert pipe.scheduler.config.beta_end == 0.012
+    kept = pipe.scheduler
+    set_up(pipe)
+    assert pipe.scheduler is kept

@@ -1,0 +1,105 @@
+"""Mistakes at `perflow extract`, `merge`, `unmerge`, `to-lora` and `inspect`: one line, and nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from perflow_blocks import extract_delta
+from perflow_blocks.delta.extract import save_delta
+from perflow_blocks.testing.tiny import tiny_sd_unet, tiny_sdxl_unet
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders base, sd (another architecture), gap (a weight is missing), full (no UNet); files delta, other, text."""
+    path = tmp_path_factory.mktemp("place")
+    tiny_sdxl_unet(0).save_pretrained(path / "base")
+    tiny_sd_unet(0).save_pretrained(path / "sd")
+    tiny_sdxl_unet(0).save_pretrained(path / "gap")
+    file = path / "gap" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if name != "conv_out.bias"}, file)
+    (path / "full").mkdir()
+    (path / "full" / "mine.txt").write_text("mine")
+    save_delta(extract_delta(tiny_sdxl_unet(1), tiny_sdxl_unet(0)), path / "delta.safetensors")
+    save_delta(extract_delta(tiny_sd_unet(1), tiny_sd_unet(0)), path / "other.safetensors")
+    (path / "text.safetensors").write_text("no weights")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("extract nowhere base -o new.safetensors", "student nowhere does not exist"),
+        ("extract base nowhere -o new.safetensors", "base nowhere does not exist"),
+        ("extract sd base -o new.safetensors", "does not fit this UNet2DConditionModel"),
+        ("extract text.safetensors base -o new.safetensors", "no complete safetensors file"),
+        ("extract base base -o delta.safetensors", "delta.safetensors exists; name another file, or pass --force"),
+        ("extract base base -o full", "is a directory"),
+        ("extract base base -o new.bin", "no .safetensors file"),
+        ("extract base base -o new.safetensors --dtype int8", "--dtype int8 is unknown"),
+        ("extract base base -o new.safetensors --windows 0", "num_time_windows=0"),
+        ("extract base base -o new.safetensors --prediction-type x", "prediction_type='x' is unknown"),
+        ("extract base base -o new.safetensors --config full", "model full holds no UNet"),
+        ("extract base base", "Missing option"),
+        ("merge nowhere delta.safetensors -o new", "model nowhere does not exist"),
+        ("merge full delta.safetensors -o new", "model full holds no UNet"),
+        ("merge delta.safetensors delta.safetensors -o new", "model delta.safetensors is a file"),
+        ("merge gap delta.safetensors -o new", "1 missing from the file (conv_out.bias)"),
+        ("merge base nowhere.safetensors -o new", "nowhere.safetensors does not exist"),
+        ("merge base other.safetensors -o new", "does not fit this UNet2DConditionModel"),
+        ("merge base delta.safetensors -o full", "--out full exists"),
+        ("merge base delta.safetensors -o full --force", "no folder of a UNet alone"),
+        ("merge base delta.safetensors -o text.safetensors", "is a file"),
+        ("merge base delta.safetensors -o new --scale 0", "--scale 0.0 merges nothing"),
+        ("merge base delta.safetensors -o new --scale nan", "--scale nan"),
+        ("merge base delta.safetensors -o new --variant fp16", "not 'fp16'"),
+        ("unmerge base delta.safetensors -o new", "names no merged delta"),
+        ("to-lora nowhere.safetensors -o new.safetensors --rank 4", "does not exist"),
+        ("to-lora delta.safetensors -o new.safetensors", "pass exactly one of the two"),
+        ("to-lora delta.safetensors -o new.safetensors --rank 4 --energy 0.9", "pass exactly one of the two"),
+        ("to-lora delta.safetensors -o new.safetensors --rank 0", "rank=0"),
+        ("to-lora delta.safetensors -o new.safetensors --rank 4 --layout x", "--layout x is unknown"),
+        ("to-lora delta.safetensors -o new.safetensors --rank 4 --device warp", "--device warp"),
+        ("to-lora delta.safetensors -o n.safetensors --rank 4 --residual ./n.safetensors", "name two files"),
+        ("to-lora delta.safetensors -o new.safetensors --rank 4 --residual other.safetensors", "--residual other"),
+        ("inspect nowhere", "path nowhere does not exist"),
+        ("inspect full", "holds no diffusion_pytorch_model.safetensors"),
+        ("inspect text.safetensors", "no complete safetensors file"),
+        ("inspect delta.safetensors --base sd", "pass the base that"),
+        ("inspect delta.safetensors --top -1", "--top -1"),
+    ],
+)
+def test_a_mistake_is_one_line_and_changes_nothing(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, message: str
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(torch.linalg, "svd", lambda *_, **__: pytest.fail("computed"))
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    status, out, err = run(*arguments.split())
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1 and err.startswith("Error: ") and message in err
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+
+
+def test_a_delta_twice_or_another_is_found_before_anything_is_written(run: Run, place: Path, tmp_path: Path) -> None:
+    base, delta, merged, new = place / "base", place / "delta.safetensors", tmp_path / "merged", tmp_path / "new"
+    assert run("merge", base, delta, "-o", merged)[0] == 0
+    other = tmp_path / "other.safetensors"
+    save_delta(extract_delta(tiny_sdxl_unet(2), tiny_sdxl_unet(0)), other)
+    for arguments, message in (
+        (("merge", merged, delta), "is merged into"),
+        (("unmerge", merged, other), "that delta is not merged"),
+        (("merge", base, base), "holds whole weights"),
+    ):
+        status, _, err = run(*arguments, "-o", new)
+        assert status == 2 and message in err.splitlines()[-1]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "other.safetensors"]

@@ -1,0 +1,250 @@
+"""`perflow distill` on the embedded model: students learn, alone and in two processes, and survive being killed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from perflow_blocks import merge_delta
+from perflow_blocks.cli.distill import FirstOfItsKind, parse_overrides
+from perflow_blocks.core.parameterization import window_endpoint
+from perflow_blocks.delta.extract import read_delta_recipe
+from perflow_blocks.demo import weights_directory
+from perflow_blocks.training.conditioning import PromptEncoder
+from perflow_blocks.training.config import ModelConfig, TeacherConfig, WindowConfig
+from perflow_blocks.training.geometry import WindowGeometry
+from perflow_blocks.training.step import predict
+from perflow_blocks.training.teacher import Teacher
+from perflow_blocks.training.teacher_source import open_teacher
+
+Run = Callable[..., tuple[int, str, str]]
+
+DEMO = """
+[model]
+teacher = "demo"
+[data]
+kind = "demo"
+resolution = 64
+bucket_step = 8
+max_samples = 200
+[windows]
+num_time_windows = 2
+start_share = 0.5
+[teacher]
+steps_per_window = 2
+starts = "trajectory"
+cfg_mode = "fixed"
+guidance_scale = 3.0
+solve_every = 4
+[loss]
+weighting = "endpoint"
+caption_dropout = 0.0
+[optimizer]
+learning_rate = 1e-4
+schedule = "cosine"
+warmup_steps = 0
+max_steps = 32
+batch_size = 4
+ema_decay = 0.8
+[output]
+directory = "{directory}"
+checkpoint_every = 32
+log_every = 8
+"""
+PROMPTS = ["a red star", "a blue circle on a white background", "a ring", "a green heart on a black background"]
+
+
+@pytest.fixture(scope="module")
+def judge() -> Callable[[UNet2DConditionModel], float]:
+    """The error of a UNet's picture at each window's end, on fixed prompts and noise that no training saw."""
+    source = open_teacher(ModelConfig(teacher="demo"))
+    geometry = WindowGeometry(WindowConfig(num_time_windows=2), source.scheduler_config)
+    pipeline = source.load_text_pipeline(torch.float32)
+    encoder = PromptEncoder(pipeline, torch.device("cpu"), added_conditions=True, cache=8)
+    config = TeacherConfig(steps_per_window=2, cfg_mode="fixed", guidance_scale=3.0)
+    teacher = Teacher(source.load_unet(), source.scheduler(), encoder, geometry, config)
+    rows = encoder.rows(PROMPTS)
+    ids = encoder.time_ids([(64, 64)] * 4, [(0, 0)] * 4, [(64, 64)] * 4)
+    starts = [torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(99))]
+    windows = [geometry.rows(torch.full((4,), number)) for number in range(2)]
+    ends: list[Tensor] = []
+    for window in windows:
+        ends.append(teacher.solve(starts[-1], window, rows, ids))
+        starts.append(ends[-1])
+
+    @torch.no_grad()
+    def error(unet: UNet2DConditionModel) -> float:
+        total = 0.0
+        for window, z_start, z_end in zip(windows, starts, ends, strict=False):
+            output = predict(unet, z_start, torch.as_tensor(window.start) * 1000, encoder.conditioning(rows, ids))
+            missed = (window_endpoint(z_start, output, window, "ddim_eps") - z_end).square().flatten(1).mean(1)
+            total += float((missed / torch.as_tensor(window.alpha_end)).mean())
+        return total
+
+    return error
+
+
+def base() -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(weights_directory(), subfolder="unet", dtype=torch.float32)
+
+
+def write(folder: Path, name: str) -> Path:
+    path = folder / f"{name}.toml"
+    path.write_text(DEMO.format(directory=folder / name))
+    return path
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [loss for line in lines for loss in json.loads(line)["losses"]]
+
+
+def start(*arguments: object, processes: int = 1) -> subprocess.Popen[str]:
+    """`perflow distill` in processes of its own, on the CPU."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launch if processes > 1 else []), "-m", "perflow_blocks.cli", "distill"]
+    package = str(Path(__file__).parent.parent.parent)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *map(str, arguments)],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Without a warning, the launcher and all that it started."""
+    processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for each in processes:
+        each.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def test_full_weights_learn_in_one_process(
+    run: Run, tmp_path: Path, judge: Callable[[UNet2DConditionModel], float]
+) -> None:
+    status, out, err = run("distill", "--config", write(tmp_path, "full"))
+    assert status == 0, err
+    lines = out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("step")] == ["8/32", "16/32", "24/32", "32/32"]
+    files = ["student", "delta.safetensors", "scheduler", "lora.safetensors", "lora_kohya.safetensors"]
+    files += ["lora_residual.safetensors", "workflow", "report.md"]
+    assert lines[-8:] == [str(tmp_path / "full" / name) for name in files]
+    assert all((tmp_path / "full" / name).exists() for name in files)
+    student = UNet2DConditionModel.from_pretrained(tmp_path / "full" / "student")
+    assert judge(student) < 0.9 * judge(base())
+    merged = base()
+    merge_delta(merged, tmp_path / "full" / "delta.safetensors")
+    assert judge(merged) == pytest.approx(judge(student), rel=0.02)
+    recipe = read_delta_recipe(tmp_path / "full" / "delta.safetensors")
+    assert (recipe.num_time_windows, recipe.num_inference_steps, recipe.guidance_scale) == (2, 2, 1.0)
+    assert recipe.base_model == "demo"
+
+
+LORA: tuple[str, ...] = ("--model.student", "lora", "--model.lora_rank=8", "--optimizer.learning_rate", "1e-3")
+LORA += ("--optimizer.max_steps", "24")
+
+
+def test_a_lora_learns_in_one_process(
+    run: Run, tmp_path: Path, judge: Callable[[UNet2DConditionModel], float]
+) -> None:
+    status, _, err = run("distill", "--config", write(tmp_path, "lora"), *LORA, "--optimizer.batch_size", 8)
+    assert status == 0, err
+    merged = base()
+    merge_delta(merged, tmp_path / "lora" / "delta.safetensors")
+    assert judge(merged) < 0.9 * judge(base())
+
+
+def test_a_lora_learns_in_two_processes_that_see_different_rows(
+    tmp_path: Path, judge: Callable[[UNet2DConditionModel], float]
+) -> None:
+    out = finished(start("--config", write(tmp_path, "lora"), *LORA, processes=2))
+    assert out.count("step 24/24") == 1
+    merged = base()
+    merge_delta(merged, tmp_path / "lora" / "delta.safetensors")
+    assert judge(merged) < 0.9 * judge(base())
+    last = tmp_path / "lora" / "checkpoints" / "step_00000024"
+    buffers = [(last / f"trajectories_{index}.safetensors").read_bytes() for index in range(2)]
+    rows = [json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["rows"] for data in buffers]
+    seen = [{(prompt, tuple(map(tuple, sizes))) for prompt, _, sizes in json.loads(row)} for row in rows]
+    assert len(seen[0]) > 8 and len(seen[0] & seen[1]) < len(seen[0]) / 2
+
+
+def test_full_weights_learn_in_two_processes_also_if_these_are_killed(
+    tmp_path: Path, judge: Callable[[UNet2DConditionModel], float]
+) -> None:
+    """The run goes on to the losses and the student of an unbroken one, which learned."""
+    common = ("--optimizer.max_steps", 24, "--output.checkpoint_every", 12, "--output.log_every", 1)
+    finished(start("--config", write(tmp_path, "whole"), *common, processes=2))
+    config, checkpoints = write(tmp_path, "killed"), tmp_path / "killed" / "checkpoints"
+    process = start("--config", config, *common, processes=2)
+    deadline = time.monotonic() + 200
+    while not list(checkpoints.glob("step_*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    kill(process)
+    assert not (tmp_path / "killed" / "student").exists()
+    assert 12 <= len(losses(tmp_path / "killed")) < 24
+    out = finished(start("--config", config, *common, "--output.resume", "latest", processes=2))
+    assert out.count("going on after step 12") == 1
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 24
+    one, other = (UNet2DConditionModel.from_pretrained(tmp_path / name / "student") for name in ("whole", "killed"))
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+    assert judge(one) < 0.9 * judge(base())
+
+
+def test_mistakes_are_all_told_and_nothing_is_written(run: Run, tmp_path: Path) -> None:
+    config = write(tmp_path, "none")
+    status, _, err = run("distill", "--config", config, "--optimizer.steps", 3, "--model.lora_rank", 0)
+    assert status == 2 and "optimizer.steps is unknown" in err
+    assert err.splitlines()[-3:-1] == [
+        "Error: 2 settings are wrong:",
+        "- model.lora_rank=0 is below 1; pass at least 1.",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["none.toml"]
+    status, _, err = run("distill", "--config", config, "max_steps", 3)
+    assert status == 2 and "max_steps is no setting" in err
+    status, _, err = run("distill")
+    assert status == 2 and "--config" in err
+
+
+def test_of_what_is_told_again_and_again_the_first_is_shown() -> None:
+    watch = FirstOfItsKind()
+    texts = ["cut off: 'a cat'", "cut off: 'a dog'", "something else"]
+    prefix = "The following part of your input was truncated because it is too long, "
+    records = [logging.LogRecord("x", logging.WARNING, "", 0, prefix + text, None, None) for text in texts[:2]]
+    records.append(logging.LogRecord("x", logging.WARNING, "", 0, texts[2], None, None))
+    assert [watch.filter(record) for record in records] == [True, False, True]
+
+
+def test_settings_of_the_command_line() -> None:
+    got = parse_overrides(["--a.b", "-1", "--c.d=x=y", "--e.f", "--g.h"])
+    assert got == {"a.b": "-1", "c.d": "x=y", "e.f": "--g.h"}
+    with pytest.raises(ValueError, match=r"--a\.b has no value"):
+        parse_overrides(["--a.b"])
+    for wrong in ("a.b", "--ab", "-a.b"):
+        with pytest.raises(ValueError, match="is no setting"):
+            parse_overrides([wrong, "1"])

@@ -1,0 +1,245 @@
+"""`perflow generate`: what it writes, and that a mistake costs one line and nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image, ImageChops
+
+from perflow_blocks.cli import _request_error, main
+from perflow_blocks.cli.options import choose_device, choose_dtype, parse_size
+from perflow_blocks.delta.atomic import require_writable_directory
+from perflow_blocks.delta.extract import save_delta
+from perflow_blocks.delta.recipe import DeltaRecipe
+from perflow_blocks.testing.tiny import IMAGE_SIZE, tiny_sdxl_components, tiny_sdxl_unet
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain SDXL directory, as any fine-tune is published."""
+    path = tmp_path_factory.mktemp("model")
+    StableDiffusionXLPipeline(**tiny_sdxl_components()).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def delta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("delta") / "delta.safetensors"
+    recipe = DeltaRecipe(prediction_type="ddim_eps", num_inference_steps=5, guidance_scale=1.0)
+    save_delta({k: torch.full_like(v, 0.01) for k, v in tiny_sdxl_unet().state_dict().items()}, path, recipe)
+    return path
+
+
+def settings(path: Path) -> dict[str, Any]:
+    with Image.open(path) as image:
+        image.load()
+        return json.loads(image.info["parameters"])
+
+
+def test_pictures_carry_their_settings_and_stand_on_a_sheet(
+    run: Run, model: Path, delta: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / "out"
+    request = ["--model", model, "--delta", delta, "--num-images", 2, "--seed", 7, "--out", out]
+    status, stdout, _ = run("generate", "a red étoile", "b", *request, "--negative", "blue")
+    assert status == 0
+    paths = [Path(line) for line in stdout.split("\n") if line]
+    assert {path.name for path in paths} == {path.name for path in out.iterdir()}
+    assert len(paths) == 5 and paths[-1].name == "sheet.png"
+    assert [settings(path)["seed"] for path in paths[:4]] == [7, 8, 9, 10]
+    first = settings(paths[0])
+    assert first["prompt"] == "a red étoile" and first["negative"] == "blue"
+    assert first["steps"] == 5 and first["guidance"] == 1.0  # the delta's recipe
+    assert first["size"] == [IMAGE_SIZE, IMAGE_SIZE] and first["model"] == str(model)
+    assert first["delta"]["file"] == delta.name and first["delta"]["scale"] == 1.0
+    assert first["versions"]["torch"] == torch.__version__
+    pictures = [Image.open(path) for path in paths]
+    assert all(picture.size == (IMAGE_SIZE, IMAGE_SIZE) for picture in pictures[:4])
+    assert pictures[4].width > 2 * IMAGE_SIZE
+
+
+def test_a_picture_comes_again_from_its_own_settings(run: Run, model: Path, tmp_path: Path) -> None:
+    def pictures(name: str, *arguments: object) -> list[Image.Image]:
+        out = tmp_path / name
+        status, _, _ = run(
+            "generate", "a", "--model", model, "--steps", 4, "--size", "16x24", "--out", out, *arguments
+        )
+        assert status == 0
+        return [Image.open(path) for path in sorted(out.glob("0*.png"))]
+
+    def same(a: Image.Image, b: Image.Image) -> bool:
+        return ImageChops.difference(a, b).getbbox() is None
+
+    many, alone = pictures("many", "--seed", 3, "--num-images", 2), pictures("alone", "--seed", 4)
+    assert many[0].size == (16, 24)
+    assert same(many[1], alone[0])
+    assert not same(many[0], alone[0])
+    assert not same(alone[0], pictures("guided", "--seed", 4, "--guidance", 9)[0])
+
+
+def test_guidance_asked_for_wins_over_the_recipe(run: Run, model: Path, delta: Path, tmp_path: Path) -> None:
+    # 2.0 is also the default guider's scale, which the recipe's 1.0 would replace.
+    request = ["--model", model, "--delta", delta, "--guidance", 2.0, "--steps", 4, "--out", tmp_path]
+    assert run("generate", "a", *request)[0] == 0
+    made = settings(next(tmp_path.glob("0*.png")))
+    assert (made["guidance"], made["steps"]) == (2.0, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([""], "prompt 1 is empty; write what to draw"),
+        (["a", " "], "prompt 2 is empty"),
+        ([], "Missing argument"),
+        (["a", "--steps", "0"], "steps=0 is below 1; pass at least 1"),
+        (["a", "--steps", "-3"], "steps=-3 is below 1"),
+        (["a", "--steps", "few"], "'--steps'"),
+        (["a", "--guidance", "nan"], "guidance_scale=nan is no finite number of at least 0"),
+        (["a", "--guidance", "inf"], "guidance_scale=inf"),
+        (["a", "--guidance", "-1"], "guidance_scale=-1.0"),
+        (["a", "--num-images", "0"], "num-images=0 is below 1"),
+        (["a", "--seed", "-1"], "--seed -1 is out of range; pass a number from 0"),
+        (["a", "--size", "0"], "--size 0 is no size; pass N or WxH"),
+        (["a", "--size", "64x-8"], "--size 64x-8 is no size"),
+        (["a", "--size", "big"], "--size big is no size"),
+        (["a", "--device", "warp"], "--device warp cannot be used here"),
+        (["a", "--device", "meta"], "--device meta holds no values"),
+        (["a", "--dtype", "int8"], "--dtype int8 is unknown; pass one of float32, float16, bfloat16"),
+        (["a", "--delta", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
+        (["a", "--model", "./nowhere"], "--model ./nowhere does not exist"),
+        (["a", "--no-such-option"], "No such option"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_loaded(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.setattr("perflow_blocks.cli.pipeline.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+    out = tmp_path / "out"
+    status, stdout, stderr = run("generate", *arguments, "--out", out)
+    assert (status, stdout) == (2, "")
+    assert stderr.startswith("Error: ") and message in stderr
+    assert stderr.count("\n") == 1
+    assert not out.exists()
+
+
+def test_an_unusable_output_path_is_found_first(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perflow_blocks.cli.pipeline.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for out in (file, file / "below"):
+        status, _, stderr = run("generate", "a", "--out", out)
+        assert status == 2
+        assert stderr.startswith(f"Error: cannot write into {out}") and "choose a writable directory" in stderr
+    assert file.read_text() == "mine"
+
+
+def test_what_only_the_model_can_tell_costs_no_unet_call(
+    run: Run, model: Path, delta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(UNet2DConditionModel, "forward", lambda *_, **__: pytest.fail("the UNet ran"))
+    out = tmp_path / "out"
+    status, _, stderr = run("generate", "a", "--model", model, "--size", "31x32", "--out", out)
+    assert status == 2
+    assert "width=31 is no multiple of the VAE's factor 2; pass" in stderr.splitlines()[-1]
+
+    other, broken = tmp_path / "other.safetensors", tmp_path / "broken.safetensors"
+    save_delta({"conv_in.weight": torch.zeros(1)}, other)
+    broken.write_bytes(delta.read_bytes()[:5000])
+    for path, message in ((other, "does not fit this UNet2DConditionModel"), (broken, "no complete safetensors file")):
+        status, _, stderr = run("generate", "a", "--model", model, "--delta", path, "--out", out)
+        assert status == 2
+        last = stderr.splitlines()[-1]
+        assert last.startswith(f"Error: {path}") and message in last
+        assert "Traceback" not in stderr
+    assert not out.exists()
+
+
+def test_a_directory_without_a_model_is_refused(run: Run, model: Path, tmp_path: Path) -> None:
+    status, _, stderr = run("generate", "a", "--model", tmp_path, "--out", tmp_path / "out")
+    assert (status, stderr.count("\n")) == (2, 1)
+    assert "holds none of modular_model_index.json, model_index.json" in stderr
+    (tmp_path / "model_index.json").write_text((model / "model_index.json").read_text())
+    status, _, stderr = run("generate", "a", "--model", tmp_path, "--out", tmp_path / "out")
+    assert status == 2
+    assert stderr.splitlines()[-1].startswith(f"Error: {tmp_path} gave no ")
+
+
+def test_a_defect_of_the_program_keeps_its_traceback(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def defect(*_: object, **__: object) -> None:
+        raise KeyError("defect")
+
+    monkeypatch.setattr("perflow_blocks.cli.pipeline.load_pipeline", defect)
+    with pytest.raises(KeyError, match="defect"):
+        main(["generate", "a", "--model", str(model)])
+
+
+def test_messages_of_several_lines_become_one() -> None:
+    assert _request_error(OSError("no\n  connection")) == "no connection"
+    assert _request_error(ValueError()) == "ValueError"
+    assert _request_error(RuntimeError("defect")) is None
+
+
+def test_help_and_version(run: Run) -> None:
+    for arguments, expected in ((["--help"], "generate"), ([], "generate"), (["--version"], "perflow_blocks 0.")):
+        status, stdout, stderr = run(*arguments)
+        assert (status, stderr) == (0, "")
+        assert expected in stdout
+
+
+def test_sizes_devices_and_types() -> None:
+    assert parse_size("64") == (64, 64)
+    assert parse_size("64x48") == parse_size("64 X 48") == (64, 48)
+    assert parse_size(None) is None
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_dtype(None, torch.device("cpu")) is torch.float32
+    assert choose_dtype(None, torch.device("cuda")) is torch.float16
+    assert choose_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16
+
+
+def test_trying_a_directory_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "mkdir", None)  # nor makes anything: other processes try the same at the same time
+    require_writable_directory(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    require_writable_directory(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.chdir(tmp_path)
+    require_writable_directory("a/b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "file/below/it", "link/below"):
+        with pytest.raises(ValueError, match=f"cannot write into .*{name}: .*; choose a writable directory"):
+            require_writable_directory(tmp_path / name)
+    with pytest.raises(ValueError, match="cannot write into /proc/x"):
+        require_writable_directory("/proc/x")
+
+
+def test_an_error_inside_the_pipeline_is_one_line_in_a_real_process(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "perflow_blocks.cli",
+        "generate",
+        "a star",
+        "--size",
+        "30",
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "Error: height=30 is no multiple of the VAE's factor 4; pass 32.\n"
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,314 @@
+"""The delta of a 4-channel UNet in a 9-channel one: the first 4 input channels get it, the others keep every bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from perflow_blocks.blocks.merge_delta import PeRFlowMergeDeltaStep
+from perflow_blocks.delta.extract import save_delta, verify_delta
+from perflow_blocks.delta.merge import merge_delta
+from perflow_blocks.delta.recipe import DeltaRecipe
+from perflow_blocks.delta.record import merge_record
+from perflow_blocks.delta.tensors import extract_delta
+from perflow_blocks.testing.tiny import LATENT_SIZE, TEXT_WIDTH, tiny_inpainting_unet, tiny_sdxl_unet
+from tests.delta.test_delta import LiveMemory, assert_same, values
+
+KEY = "conv_in.weight"
+RECIPE = DeltaRecipe(prediction_type="ddim_eps", num_time_windows=4, guidance_scale=1.5)
+
+
+def on_grid(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The UNet with its weights at multiples of 2^-12, so that float32 sums and differences are exact."""
+    for tensor in unet.state_dict().values():
+        tensor.copy_((tensor * 4096).round() / 4096)
+    return unet
+
+
+def plain(seed: int) -> UNet2DConditionModel:
+    return on_grid(tiny_sdxl_unet(seed))
+
+
+def inpainting(seed: int = 0) -> UNet2DConditionModel:
+    """9 input channels, the weights those of `plain`. Among the extra ones is -0.0, which adding 0.0 would change."""
+    unet = on_grid(tiny_inpainting_unet(5))
+    state = plain(seed).state_dict()
+    extra = unet.conv_in.weight.detach()[:, 4:].clone()
+    extra[:, 0] = -0.0
+    unet.load_state_dict({**state, KEY: torch.cat([state[KEY], extra], dim=1)})
+    return unet
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged as a warning since the last look."""
+    found = [entry.getMessage() for entry in caplog.records if entry.levelname == "WARNING"]
+    caplog.clear()
+    return found
+
+
+@pytest.fixture
+def delta() -> dict[str, Tensor]:
+    return extract_delta(plain(1), plain(0))
+
+
+@pytest.fixture
+def delta_file(tmp_path: Path, delta: dict[str, Tensor]) -> Path:
+    path = tmp_path / "delta.safetensors"
+    save_delta(delta, path, RECIPE, dtype=torch.float32)
+    return path
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_first_channels_become_the_students_and_the_others_stay(
+    delta_file: Path, memory_format: torch.memory_format
+) -> None:
+    model = inpainting().to(memory_format=memory_format)
+    before, student = values(model), plain(1).state_dict()
+    assert merge_record(model) is None
+    assert merge_delta(model, delta_file) is merge_record(model)
+    after = model.state_dict()
+    assert torch.equal(after[KEY][:, :4], student[KEY])
+    assert torch.equal(bits(after[KEY][:, 4:]), bits(before[KEY][:, 4:]))
+    for name in after.keys() - {KEY}:
+        assert torch.equal(after[name], student[name]), name
+    assert model.conv_in.weight.is_leaf and model.conv_in.weight.requires_grad
+
+
+def test_a_scale_multiplies_the_delta_of_the_first_channels(delta_file: Path, delta: dict[str, Tensor]) -> None:
+    model = inpainting(7)
+    expected = values(model)
+    for name, difference in delta.items():
+        (expected[name][:, :4] if name == KEY else expected[name]).add_(0.5 * difference)
+    merge_delta(model, delta_file, scale=0.5)
+    assert_same(model, expected)
+
+
+@torch.no_grad()
+def test_fed_with_noisy_latents_alone_the_merged_unet_is_the_student(delta_file: Path) -> None:
+    model, student = inpainting(), plain(1)
+    merge_delta(model, delta_file)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 4, LATENT_SIZE, LATENT_SIZE, generator=generator)
+    text = torch.randn(1, 3, 2 * TEXT_WIDTH, generator=generator)
+    added = {"text_embeds": torch.randn(1, TEXT_WIDTH, generator=generator), "time_ids": torch.ones(1, 6)}
+    # As diffusers' inpainting pipelines feed it: noisy latents, mask, masked picture.
+    fed = torch.cat([latents, torch.zeros(1, 5, LATENT_SIZE, LATENT_SIZE)], dim=1)
+    reached = model(fed, 500, text, added_cond_kwargs=added).sample
+    wanted = student(latents, 500, text, added_cond_kwargs=added).sample
+    torch.testing.assert_close(reached, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(delta_file: Path, delta: dict[str, Tensor], dtype: torch.dtype) -> None:
+    model = inpainting().to(dtype)
+    before = values(model)[KEY]
+    merge_delta(model, delta_file, scale=0.5)
+    after = model.state_dict()[KEY]
+    assert torch.equal(after[:, :4], (before[:, :4].float() + 0.5 * delta[KEY]).to(dtype))
+    assert torch.equal(bits(after[:, 4:]), bits(before[:, 4:]))
+
+
+def test_another_scale_adds_the_difference_and_zero_takes_the_delta_out(delta_file: Path) -> None:
+    model, fresh = inpainting(), inpainting()
+    before = values(model)
+    merge_delta(model, delta_file, scale=0.5)
+    merge_delta(model, delta_file, scale=2.0)
+    merge_delta(fresh, delta_file, scale=2.0)
+    assert_same(model, values(fresh))
+    merge_delta(model, delta_file, scale=0.0)
+    assert_same(model, before)
+    assert torch.equal(bits(model.state_dict()[KEY]), bits(before[KEY]))
+
+
+def test_one_warning_names_the_channels_and_the_loss_of_quality(
+    delta_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = inpainting()
+    merge_delta(model, delta_file, scale=0.0)
+    verify_delta(delta_file, model)
+    assert warnings(caplog) == []
+    merge_delta(model, delta_file, scale=0.5)
+    (warning,) = warnings(caplog)
+    assert str(delta_file) in warning and "\n" not in warning
+    assert "4 input channels, and this UNet2DConditionModel has 9" in warning
+    assert "the first 4, the noisy latents, and the other 5 stay as they are" in warning
+    assert "Quality at few steps suffers" in warning and "inpainting" in warning
+    for scale in (1.0, 0.0):  # rescaled, taken out
+        merge_delta(model, delta_file, scale=scale)
+    assert warnings(caplog) == []
+    merge_delta(model, delta_file)
+    assert len(warnings(caplog)) == 1
+    merge_delta(plain(0), delta_file)
+    assert warnings(caplog) == []
+
+
+def refused(model: nn.Module, path: Path, message: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Checks that the file is refused in one line that names it, before a weight changes or a warning is logged."""
+    before = values(model)
+    for use in (verify_delta, lambda path, model: merge_delta(model, path)):
+        with pytest.raises(ValueError, match=message) as caught:
+            use(path, model)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert_same(model, before)
+    assert merge_record(model) is None
+    assert warnings(caplog) == []
+
+
+def test_the_delta_of_an_inpainting_unet_is_refused_by_a_plain_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "inpainting.safetensors"
+    save_delta(extract_delta(inpainting(1), inpainting(0)), path)
+    message = (
+        r"conv_in\.weight is \[16, 9, 3, 3\] instead of \[16, 4, 3, 3\]\)\. The delta is of a UNet with 9 input "
+        r"channels, as for inpainting, and this one has 4: pass a delta of a UNet with 4, or load"
+    )
+    refused(plain(0), path, message, caplog)
+    model = inpainting(0)
+    merge_delta(model, path)  # it fits its own kind, in all channels
+    torch.testing.assert_close(model.state_dict()[KEY], inpainting(1).state_dict()[KEY], rtol=0, atol=1e-3)
+    assert warnings(caplog) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        pytest.param(KEY, (16, 3, 3, 3), id="fewer_than_the_latents"),
+        pytest.param(KEY, (16, 8, 3, 3), id="other_inputs"),
+        pytest.param(KEY, (16, 10, 3, 3), id="more_than_the_model"),
+        pytest.param(KEY, (16, 4, 1, 1), id="another_kernel"),
+        pytest.param(KEY, (16, 4, 1, 3), id="another_height"),
+        pytest.param(KEY, (8, 4, 3, 3), id="other_outputs"),
+        pytest.param(KEY, (4, 16, 3, 3), id="transposed"),
+        pytest.param(KEY, (16, 4), id="linear"),
+        pytest.param(KEY, (4,), id="vector"),
+        pytest.param("conv_out.weight", (4, 4, 3, 3), id="another_weight"),
+    ],
+)
+def test_any_other_shape_is_refused(
+    tmp_path: Path, name: str, shape: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, model = tmp_path / "delta.safetensors", inpainting()
+    save_delta({name: torch.ones(shape), "conv_in.bias": torch.ones(16)}, path, partial=True)
+    message = rf"1 of another shape \({name} is .* instead of .*extracted from the same architecture"
+    refused(model, path, message, caplog)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(3, 8, 3, bias=False), nn.Conv1d(9, 8, 3, bias=False), nn.Linear(9, 8, bias=False)], ids=str
+)
+def test_an_input_layer_of_another_kind_is_refused(
+    tmp_path: Path, layer: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, shape = tmp_path / "delta.safetensors", layer.state_dict()["weight"].shape
+    save_delta({KEY: torch.ones(8, 4, *shape[2:])}, path)
+    refused(nn.ModuleDict({"conv_in": layer}), path, "extracted from the same architecture", caplog)
+
+
+def test_other_differences_are_named_and_the_channels_are_not(
+    tmp_path: Path, delta: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "delta.safetensors"
+    del delta["conv_out.bias"]
+    delta["conv_out.weight"] = torch.zeros(3, 16, 3, 3)
+    save_delta(delta, path)
+    message = (
+        r"1 missing from the file \(conv_out\.bias\); 1 of another shape "
+        r"\(conv_out\.weight is \[3, 16, 3, 3\] instead of \[4, 16, 3, 3\]\)\."
+    )
+    refused(inpainting(), path, message, caplog)
+
+
+@pytest.mark.parametrize("name", [KEY, "up_blocks.1.resnets.0.conv1.weight"])
+def test_values_that_are_not_finite_are_found_before_anything_changes(
+    tmp_path: Path, delta: dict[str, Tensor], name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "delta.safetensors"
+    delta[name].view(-1)[-1] = float("nan")
+    save_file(delta, path)
+    refused(inpainting(), path, rf"not finite in 1 tensors \({name}\)", caplog)
+
+
+def test_a_sum_beyond_the_weights_type_is_refused(
+    tmp_path: Path, delta: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "delta.safetensors"
+    delta[KEY][0, 3] = 1e5
+    save_delta(delta, path, dtype=torch.float32)
+    refused(inpainting().half(), path, r"1 weights would not be finite .*\(conv_in\.weight\)", caplog)
+
+
+def test_quantized_and_offloaded_input_weights_are_refused(delta_file: Path) -> None:
+    with pytest.raises(ValueError, match="merge before enabling offload"):
+        merge_delta(inpainting().to("meta"), delta_file)
+    quantized = inpainting()
+    quantized.conv_in.weight = nn.Parameter(torch.zeros(16, 9, 3, 3, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=rf"quantized .*\({KEY}\)"):
+        merge_delta(quantized, delta_file)
+
+
+def test_a_partial_delta_changes_what_it_names(
+    tmp_path: Path, delta: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, model = tmp_path / "delta.safetensors", inpainting()
+    expected = values(model)
+    save_delta({KEY: delta[KEY]}, path, dtype=torch.float32, partial=True)
+    merge_delta(model, path)
+    expected[KEY][:, :4] += delta[KEY]
+    assert_same(model, expected)
+    assert len(warnings(caplog)) == 1
+
+    path, model = tmp_path / "without.safetensors", inpainting()
+    expected = values(model)
+    save_delta({"conv_in.bias": delta["conv_in.bias"]}, path, dtype=torch.float32, partial=True)
+    merge_delta(model, path)
+    expected["conv_in.bias"] += delta["conv_in.bias"]
+    assert_same(model, expected)
+    assert warnings(caplog) == []  # nothing tells how many channels it was distilled with
+
+
+def test_extra_channels_cost_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "delta.safetensors"
+    save_delta({KEY: torch.ones(64, 4, 3, 3)}, path, dtype=torch.float32)
+    peaks = []
+    for channels in (4, 9):
+        model = nn.ModuleDict({"conv_in": nn.Conv2d(channels, 64, 3, bias=False)})
+        with LiveMemory() as memory:
+            merge_delta(model, path)
+        peaks.append(memory.peak)
+    assert peaks[0] >= 64 * 4 * 3 * 3 * 4
+    assert peaks[1] < 1.2 * peaks[0]  # all nine channels would be 2.25 times as much
+
+
+def test_extraction_wants_two_models_with_the_same_channels() -> None:
+    message = r"no pair: .*conv_in\.weight is \[16, 9, 3, 3\] instead of \[16, 4, 3, 3\]"
+    with pytest.raises(ValueError, match=message):
+        extract_delta(inpainting(1), plain(0))
+    with pytest.raises(ValueError, match=r"is \[16, 4, 3, 3\] instead of \[16, 9, 3, 3\]"):
+        extract_delta(plain(1), inpainting(0))
+
+
+def test_the_block_merges_into_an_inpainting_unet(delta_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pipe: Any = PeRFlowMergeDeltaStep().init_pipeline()
+    model = inpainting()
+    before = values(model)
+    pipe.update_components(unet=model)
+    caplog.clear()
+    for _ in range(2):
+        assert pipe(delta=delta_file).delta_recipe == RECIPE
+        assert torch.equal(model.conv_in.weight[:, :4], plain(1).conv_in.weight)
+        assert torch.equal(bits(model.conv_in.weight[:, 4:]), bits(before[KEY][:, 4:]))
+        assert pipe.guider.guidance_scale == 1.5
+    assert sum("Quality at few steps" in warning for warning in warnings(caplog)) == 1
+    assert pipe(delta=delta_file, delta_scale=0.0).delta_recipe is None
+    assert_same(model, before)

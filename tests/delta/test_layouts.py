@@ -1,0 +1,268 @@
+"""The layouts that weights are published in: folders, variants, shards, wrappers' and original names, pickles."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from perflow_blocks import extract_delta, merge_delta, unmerge_delta
+from perflow_blocks.delta.extract import open_difference, save_delta
+from perflow_blocks.delta.record import merge_record, merge_records
+from perflow_blocks.delta.weight_layouts import open_weights
+from perflow_blocks.demo.models import build_unet
+from perflow_blocks.testing.tiny import tiny_sdxl_components, tiny_sdxl_unet
+from tests.builder.conftest import save_checkpoint
+
+STEM = "diffusion_pytorch_model"
+
+
+def difference() -> dict[str, Tensor]:
+    return extract_delta(tiny_sdxl_unet(1), tiny_sdxl_unet(0))
+
+
+def merged(delta: Any) -> dict[str, Tensor]:
+    unet = tiny_sdxl_unet(0)
+    merge_delta(unet, delta)
+    return unet.state_dict()
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Tensor]:
+    return merged(difference())
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def shards(folder: Path, delta: dict[str, Tensor]) -> None:
+    names = sorted(delta)
+    weight_map: dict[str, str] = {}
+    for i, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"{STEM}-{i:05d}-of-00002.safetensors"
+        save_file({name: delta[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("layout", ["folder", "pipeline", "shards", "index"])
+def test_a_delta_is_found_in_every_layout(tmp_path: Path, layout: str, expected: dict[str, Tensor]) -> None:
+    folder = tmp_path / "unet" if layout == "pipeline" else tmp_path
+    folder.mkdir(exist_ok=True)
+    if layout in ("shards", "index"):
+        shards(folder, difference())
+    else:
+        save_file(difference(), folder / f"{STEM}.safetensors")
+    assert_same(merged(tmp_path / f"{STEM}.safetensors.index.json" if layout == "index" else tmp_path), expected)
+
+
+def test_a_variant_is_chosen_by_name_and_need_not_be_where_it_is_alone(
+    tmp_path: Path, expected: dict[str, Tensor]
+) -> None:
+    save_file(difference(), tmp_path / f"{STEM}.v0-1.safetensors")
+    assert_same(merged(open_weights(tmp_path, "v0-1")), expected)
+    assert_same(merged(tmp_path), expected)
+    with pytest.raises(ValueError, match=r"holds the variants 'v0-1' and not 'v0-2'; name one as the variant"):
+        open_weights(tmp_path, "v0-2")
+    save_file({"conv_in.bias": torch.ones(1)}, tmp_path / f"{STEM}.v0-2.safetensors")
+    with pytest.raises(ValueError, match=r"'v0-1', 'v0-2' and no variant was named; .* pass its file") as caught:
+        open_weights(tmp_path)
+    named = str(caught.value).rsplit(" ", 1)[1].removesuffix(".")
+    assert_same(merged(named), expected)  # the file in the message is one that can be passed
+    save_file({"conv_in.bias": torch.ones(1)}, tmp_path / f"{STEM}.safetensors")
+    assert list(open_weights(tmp_path).shapes) == ["conv_in.bias"]
+
+
+@pytest.mark.parametrize("variant", [None, "fp16", "v0-1"])
+def test_shards_as_diffusers_writes_them_are_read(tmp_path: Path, variant: str | None) -> None:
+    unet = tiny_sdxl_unet(1)
+    unet.save_pretrained(tmp_path, variant=variant, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*-of-*"))) > 2
+    for asked in {variant, None}:
+        weights = open_weights(tmp_path, asked)
+        assert weights.shapes.keys() == unet.state_dict().keys()
+        assert_same({name: weights.tensor(name) for name in weights.shapes}, unet.state_dict())
+    with pytest.raises(ValueError, match=r"holds the variants \S+( one without a name)? and not 'other'"):
+        open_weights(tmp_path, "other")
+
+
+def test_the_index_is_taken_before_a_whole_file_and_older_names_of_shards_are_known(tmp_path: Path) -> None:
+    unet, file = tiny_sdxl_unet(1), tmp_path / f"{STEM}.v0-1.safetensors"
+    unet.save_pretrained(tmp_path, variant="v0-1", max_shard_size="100KB")
+    save_file({"conv_in.bias": torch.ones(1)}, file)
+    assert len(open_weights(tmp_path, "v0-1").shapes) == len(unet.state_dict())
+    for part in (*tmp_path.glob("*-of-*"), *tmp_path.glob("*.json")):
+        part.unlink()
+    file.rename(tmp_path / f"{STEM}-00001-of-00001.fp16.safetensors")
+    with pytest.raises(ValueError, match=rf"holds no {STEM}\.safetensors"):
+        open_weights(tmp_path)
+    index = {"weight_map": {"conv_in.bias": f"{STEM}-00001-of-00001.fp16.safetensors"}}
+    (tmp_path / f"{STEM}.safetensors.index.fp16.json").write_text(json.dumps(index))
+    assert list(open_weights(tmp_path, "fp16").shapes) == ["conv_in.bias"]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "unet.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_taken_away(prefix: str, expected: dict[str, Tensor]) -> None:
+    delta = {prefix + name: tensor for name, tensor in difference().items()}
+    unet = tiny_sdxl_unet(0)
+    merge_delta(unet, delta)
+    assert_same(unet.state_dict(), expected)
+    unmerge_delta(unet, difference())  # the same by any name
+    assert_same(unet.state_dict(), tiny_sdxl_unet(0).state_dict())
+
+
+def test_single_file_names_are_translated_by_the_converter() -> None:
+    """A checkpoint in the original layout, made by turning the converter's own table round."""
+    unet = build_unet()
+    state = {name: tensor.detach() for name, tensor in unet.state_dict().items()}
+    table = {
+        "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
+        "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
+        "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
+        "input_blocks.1.0.in_layers.0": "down_blocks.0.resnets.0.norm1",
+        "input_blocks.1.0.in_layers.2": "down_blocks.0.resnets.0.conv1",
+        "input_blocks.3.0.op": "down_blocks.0.downsamplers.0.conv",
+        "input_blocks.4.1.proj_in": "down_blocks.1.attentions.0.proj_in",
+        "middle_block.0.out_layers.3": "mid_block.resnets.0.conv2",
+        "output_blocks.2.2.conv": "up_blocks.0.upsamplers.0.conv",
+        "output_blocks.8.0.skip_connection": "up_blocks.2.resnets.2.conv_shortcut",
+    }  # fmt: skip
+    originals = {
+        f"model.diffusion_model.{old}.{kind}": f"{new}.{kind}"
+        for old, new in table.items()
+        for kind in ("weight", "bias")
+    }
+    delta = {old: torch.full_like(state[new], 0.25) for old, new in originals.items()}
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    checkpoint = {
+        **delta,
+        "first_stage_model.encoder.conv_in.weight": torch.ones(3),
+        "cond_stage_model.x": torch.ones(1),
+    }
+    with pytest.raises(ValueError, match=r"missing from the file \(down_blocks"):
+        merge_delta(unet, checkpoint)
+    unet = build_unet()
+    unet.load_state_dict(before)
+    partial = open_partial(checkpoint)
+    merge_delta(unet, partial)
+    for name, tensor in unet.state_dict().items():
+        assert torch.equal(tensor, before[name] + 0.25 if name in originals.values() else before[name]), name
+
+
+def open_partial(tensors: dict[str, Tensor]) -> Any:
+    from perflow_blocks.delta.files import MappingWeights
+
+    weights = MappingWeights(tensors)
+    weights.metadata["perflow.partial"] = "true"
+    return weights
+
+
+def test_names_of_another_unet_and_loras_are_refused() -> None:
+    unet = build_unet()
+    strange = {
+        "model.diffusion_model.input_blocks.1.0.strange.weight": torch.ones(1),
+        **{f"model.diffusion_model.{name}": torch.ones(1) for name in ("label_emb.0.0.weight", "label_emb.0.0.bias")},
+    }
+    with pytest.raises(ValueError, match="Latent Diffusion names that are not this UNet's"):
+        merge_delta(unet, strange)
+    for key in ("unet.conv_in.lora_A.weight", "lora_unet_conv_in.alpha"):
+        with pytest.raises(ValueError, match=r"is a LoRA .*load_lora_weights"):
+            merge_delta(unet, {key: torch.ones(1)})
+
+
+def test_a_merged_student_and_its_base_are_a_delta(tmp_path: Path, expected: dict[str, Tensor]) -> None:
+    for seed in (0, 1):
+        tiny_sdxl_unet(seed).save_pretrained(tmp_path / str(seed))
+    delta = open_difference(tmp_path / "1", tmp_path / "0")
+    assert_same(merged(delta), expected)
+    unet = tiny_sdxl_unet(0)
+    merge_delta(unet, delta, 0.5)
+    assert merge_delta(unet, delta, 0.5) is merge_record(unet) and len(merge_records(unet)) == 1
+    unmerge_delta(unet)
+    assert_same(unet.state_dict(), tiny_sdxl_unet(0).state_dict())
+    save_file({"conv_in.weight": torch.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"are no pair: .*missing from the student"):
+        open_difference(tmp_path / "other.safetensors", tmp_path / "0")
+
+
+def test_two_checkpoints_of_different_names_are_a_pair(tmp_path: Path, expected: dict[str, Tensor]) -> None:
+    unets = [tiny_sdxl_unet(seed) for seed in (0, 1)]
+    files: dict[str, list[Path]] = {"plain": [], "wrapped": [], "original": []}
+    for seed, unet in enumerate(unets):
+        for kind, prefix in (("plain", ""), ("wrapped", f"module.{'unet.' * seed}")):
+            files[kind].append(tmp_path / f"{kind}{seed}.safetensors")
+            save_file({prefix + name: tensor for name, tensor in unet.state_dict().items()}, files[kind][-1])
+        path, encoders = tmp_path / f"original{seed}.safetensors", ("text_encoder", "text_encoder_2")
+        beside = encoders if seed else ("vae", *encoders)  # one file holds a VAE too
+        files["original"].append(save_checkpoint(path, {**tiny_sdxl_components(), "unet": unet}, beside))
+    config = unets[0].config
+    for base, student in itertools.product(files, files):
+        assert_same(merged(open_difference(files[student][1], files[base][0], config)), expected)
+    for one, other in (("original", "plain"), ("plain", "original"), ("wrapped", "original")):
+        with pytest.raises(ValueError, match=r"original Latent Diffusion names.*pass config= with the UNet's config"):
+            open_difference(files[one][1], files[other][0])
+
+
+@pytest.mark.parametrize("wrong", ["student", "base"])
+def test_a_delta_is_no_model_to_take_a_difference_of(tmp_path: Path, wrong: str) -> None:
+    save_delta(difference(), tmp_path / "delta.safetensors")
+    tiny_sdxl_unet(0).save_pretrained(tmp_path / "model")
+    pair = {"student": tmp_path / "model", "base": tmp_path / "model", wrong: tmp_path / "delta.safetensors"}
+    with pytest.raises(ValueError, match=rf"the {wrong} .*delta\.safetensors holds differences"):
+        open_difference(pair["student"], pair["base"])
+
+
+def test_whole_weights_are_no_delta(tmp_path: Path) -> None:
+    """A merged UNet, taken for a delta, would double the weights."""
+    unet, student = tiny_sdxl_unet(0), tiny_sdxl_unet(0)
+    for tensor in student.state_dict().values():
+        tensor.mul_(1.01).add_(0.001)
+    with pytest.raises(ValueError, match=r"holds whole weights, .*open_difference"):
+        merge_delta(unet, student.state_dict())
+    assert_same(unet.state_dict(), tiny_sdxl_unet(0).state_dict())
+
+
+def test_a_pickle_is_read_only_when_asked_for_by_name(tmp_path: Path, expected: dict[str, Tensor]) -> None:
+    path = tmp_path / f"{STEM}.bin"
+    torch.save({"state_dict": difference()}, path)
+    with pytest.raises(ValueError, match=r"is a pickle, .*allow_pickle=True"):
+        merge_delta(tiny_sdxl_unet(0), path)
+    with pytest.raises(ValueError, match="holds pickles only"):
+        open_weights(tmp_path)
+    assert_same(merged(open_weights(path, allow_pickle=True)), expected)
+    torch.save({"x": print}, path)
+    with pytest.raises(ValueError, match=r"cannot read .* as weights"):
+        open_weights(path, allow_pickle=True)
+
+
+def test_shards_that_are_missing_or_doubled_are_named(tmp_path: Path) -> None:
+    shards(tmp_path, difference())
+    first = next(tmp_path.glob("*00001-of*"))
+    second = next(tmp_path.glob("*00002-of*"))
+    content = second.read_bytes()
+    second.unlink()
+    with pytest.raises(ValueError, match=r"not there \(diffusion_pytorch_model-00002-of-00002\.safetensors\)"):
+        open_weights(tmp_path)
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(ValueError, match="in two shards"):
+        open_weights(tmp_path)
+    second.write_bytes(content)
+    (tmp_path / f"{STEM}.safetensors.index.json").write_text('{"weight_map": [1]}')
+    with pytest.raises(ValueError, match="is no index of shards"):
+        open_weights(tmp_path)
+
+
+def test_a_partial_delta_of_a_deeper_model_is_refused_by_its_architecture(tmp_path: Path) -> None:
+    path, base = tmp_path / "delta.safetensors", build_unet(layers=1)
+    part = {"conv_in.bias": torch.ones(32)}
+    save_delta(part, path, partial=True, base=base)
+    merge_delta(build_unet(layers=1), path)
+    with pytest.raises(ValueError, match="the model it was extracted from had others"):
+        merge_delta(build_unet(layers=2), path)

@@ -1,0 +1,271 @@
+"""LoRA files of a delta: diffusers loads them to the right sum, beside a style LoRA and over the residual."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import logging
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from perflow_blocks import delta_to_lora, extract_delta
+from perflow_blocks.delta.lora import DeltaLora
+from perflow_blocks.delta.lora_files import kohya_state_dict, peft_settings, save_lora, save_residual
+from perflow_blocks.delta.lora_report import LoraReport
+from perflow_blocks.delta.recipe import DeltaRecipe
+from perflow_blocks.testing.tiny import (
+    TEXT_WIDTH,
+    TIME_ID_WIDTH,
+    tiny_inpainting_unet,
+    tiny_sd_components,
+    tiny_sd_unet,
+    tiny_sdxl_components,
+    tiny_sdxl_unet,
+)
+from tests.conftest import generator, make_pipeline, run
+
+RECIPE = DeltaRecipe(prediction_type="ddim_eps", num_time_windows=4, num_inference_steps=4, guidance_scale=1.0)
+UNETS: dict[str, Any] = {"sdxl": tiny_sdxl_unet, "modular": tiny_sdxl_unet, "sd": tiny_sd_unet}
+layouts = pytest.mark.parametrize("layout", ["peft", "kohya"])
+# Ranks: one for nearly all layers, and another for nearly every layer.
+choices = pytest.mark.parametrize("choice", [{"rank": 6}, {"energy": 0.6}], ids=["rank", "energy"])
+
+
+@pytest.fixture(autouse=True)
+def no_progress_bar() -> Iterator[None]:
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+def convert(unet: Any = tiny_sdxl_unet, seed: int = 1, **settings: Any) -> DeltaLora:
+    delta = extract_delta(unet(seed), unet(0))
+    return delta_to_lora(delta, dtype=torch.float32, recipe=RECIPE, **settings)
+
+
+def pipeline(kind: str) -> Any:
+    if kind == "sd":
+        return StableDiffusionPipeline(**tiny_sd_components())
+    if kind == "sdxl":
+        return StableDiffusionXLPipeline(**tiny_sdxl_components(), add_watermarker=False)
+    return make_pipeline()
+
+
+def predict(unet: Any) -> Tensor:
+    source = generator(5)
+    conditions = {
+        "text_embeds": torch.randn(1, TEXT_WIDTH, generator=source),
+        "time_ids": torch.randn(1, 6, generator=source),
+    }
+    noisy = torch.randn(1, unet.config.in_channels, 16, 16, generator=source)
+    text = torch.randn(1, 5, unet.config.cross_attention_dim, generator=source)
+    assert unet.config.addition_time_embed_dim in (None, TIME_ID_WIDTH)
+    with torch.no_grad():
+        return unet(noisy, 500, text, added_cond_kwargs=conditions).sample
+
+
+def add_by_hand(unet: Any, lora: Any, factor: float = 1.0) -> Any:
+    """Adds `factor * up @ down` to every weight that the LoRA names, and returns the UNet."""
+    for key, down in lora.items():
+        if key.endswith(".lora_A.weight"):
+            up = lora[key.replace(".lora_A.", ".lora_B.")]
+            weight = unet.get_submodule(key.removeprefix("unet.").removesuffix(".lora_A.weight")).weight
+            weight.data += factor * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+    return unet
+
+
+def assert_same(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
+
+
+@choices
+@layouts
+@pytest.mark.parametrize("kind", UNETS)
+def test_a_loaded_file_adds_the_low_rank_change(tmp_path: Path, kind: str, layout: Any, choice: Any) -> None:
+    unet = UNETS[kind]
+    converted = convert(unet, **choice)
+    assert len({layer.rank for layer in converted.report.layers}) > 1
+    save_lora(converted, tmp_path / "perflow.safetensors", layout)
+    pipe = pipeline(kind)
+    plain, weights = predict(pipe.unet), {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    pipe.load_lora_weights(tmp_path / "perflow.safetensors")
+    expected = predict(add_by_hand(unet(), converted.lora))
+    assert (expected - plain).abs().max() > 0.1
+    assert_same(predict(pipe.unet), expected)
+    pipe.unload_lora_weights()
+    assert pipe.unet.state_dict().keys() == weights.keys()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in pipe.unet.state_dict().items())
+    assert torch.equal(predict(pipe.unet), plain)
+
+
+@choices
+@layouts
+def test_it_goes_with_a_style_lora(tmp_path: Path, layout: Any, choice: Any) -> None:
+    accelerator, style = convert(**choice), convert(seed=2, rank=3)
+    pipe = pipeline("sdxl")
+    for name, converted in (("perflow", accelerator), ("style", style)):
+        save_lora(converted, tmp_path / f"{name}.safetensors", layout)
+        pipe.load_lora_weights(tmp_path / f"{name}.safetensors", adapter_name=name)
+    pipe.set_adapters(["perflow", "style"], [1.0, 0.4])
+    both = add_by_hand(add_by_hand(tiny_sdxl_unet(), accelerator.lora), style.lora, 0.4)
+    assert_same(predict(pipe.unet), predict(both))
+    pipe.set_adapters(["perflow"], [0.7])
+    assert_same(predict(pipe.unet), predict(add_by_hand(tiny_sdxl_unet(), accelerator.lora, 0.7)))
+    pipe.fuse_lora(adapter_names=["perflow"])
+    pipe.unload_lora_weights()
+    assert (predict(pipe.unet) - predict(tiny_sdxl_unet())).abs().max() > 0.1
+
+
+def test_lora_and_residual_together_are_the_delta(tmp_path: Path) -> None:
+    converted = convert(rank=10_000)
+    save_lora(converted, tmp_path / "lora.safetensors")
+    save_residual(converted, tmp_path / "rest.safetensors")
+    student = make_pipeline(unet=tiny_sdxl_unet(1))
+    student.guider.guidance_scale = 1.0  # the recipe's
+    expected = run(student, num_inference_steps=4)
+    pipe = make_pipeline()
+    pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    # The residual is merged under the LoRA, its recipe gives steps and guidance.
+    torch.testing.assert_close(run(pipe, delta=tmp_path / "rest.safetensors"), expected, rtol=1e-3, atol=2e-3)
+    assert (run(make_pipeline(), delta=tmp_path / "rest.safetensors") - expected).abs().max() > 0.5
+
+
+def test_the_files_say_what_they_are(tmp_path: Path) -> None:
+    converted = convert(rank=6)
+    for name, save in (
+        ("peft", partial(save_lora, layout="peft")),
+        ("kohya", partial(save_lora, layout="kohya")),
+        ("rest", save_residual),
+    ):
+        save(converted, tmp_path / f"{name}.safetensors")
+        with safe_open(tmp_path / f"{name}.safetensors", framework="pt") as file:
+            metadata = file.metadata()
+        assert DeltaRecipe.from_metadata(metadata) == RECIPE
+        assert (metadata.get("perflow.partial") == "true") == (name == "rest")
+        settings = json.loads(metadata.get("lora_adapter_metadata", "null"))
+        assert settings == (peft_settings(converted.lora) if name == "peft" else None)
+    stored = load_file(tmp_path / "peft.safetensors")
+    assert stored.keys() == converted.lora.keys()
+    rest = load_file(tmp_path / "rest.safetensors")
+    assert all(torch.equal(rest[name], tensor) for name, tensor in converted.residual.items())
+
+
+def test_peft_is_told_every_rank_and_an_alpha_equal_to_it() -> None:
+    converted = convert(energy=0.6)
+    settings: Any = peft_settings(converted.lora)
+    for layer in converted.report.layers:
+        rank = settings["unet.rank_pattern"].get(f"^{layer.name}", settings["unet.r"])
+        alpha = settings["unet.alpha_pattern"].get(f"^{layer.name}", settings["unet.lora_alpha"])
+        assert rank == alpha == layer.rank, layer.name
+    assert settings["unet.target_modules"] == sorted(layer.name for layer in converted.report.layers)
+
+
+def test_kohya_files_have_one_alpha_and_the_same_products() -> None:
+    converted = convert(energy=0.6)
+    kohya = kohya_state_dict(converted.lora)
+    alphas = [tensor for name, tensor in kohya.items() if name.endswith(".alpha")]
+    assert len(alphas) == len(converted.report.layers)
+    assert {(tensor.item(), tensor.dtype) for tensor in alphas} == {(alphas[0].item(), torch.float32)}
+    ranks = [layer.rank for layer in converted.report.layers]
+    assert alphas[0].item() == max(sorted(set(ranks)), key=ranks.count)
+    for layer in converted.report.layers:
+        name = f"lora_unet_{layer.name.replace('.', '_')}"
+        down, up = kohya[f"{name}.lora_down.weight"], kohya[f"{name}.lora_up.weight"]
+        change = alphas[0] / down.shape[0] * up.flatten(1) @ down.flatten(1)
+        own = [converted.lora[f"unet.{layer.name}.lora_{side}.weight"].flatten(1) for side in "BA"]
+        torch.testing.assert_close(change, own[0] @ own[1], rtol=1e-4, atol=1e-6)
+
+
+SDXL = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "use_linear_projection": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("loader", "config"),
+    [(StableDiffusionXLPipeline, SDXL), (StableDiffusionPipeline, {"cross_attention_dim": 768})],
+    ids=["sdxl", "sd15"],
+)
+def test_diffusers_reads_every_kohya_name_of_a_whole_unet(loader: Any, config: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel(**config)
+    modules = [
+        name
+        for name, module in unet.named_modules()
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and "embedding" not in name
+    ]
+    assert len(modules) > 250
+    pair = {"A": torch.zeros(2, 3), "B": torch.zeros(3, 2)}
+    lora = {f"unet.{name}.lora_{side}.weight": pair[side] for name in modules for side in "AB"}
+    read, alphas = loader.lora_state_dict(kohya_state_dict(lora), unet_config=unet.config)
+    own = {name.removeprefix("unet."): tensor for name, tensor in read.items()}
+    assert {f"unet.{name}" for name in convert_unet_state_dict_to_peft(own)} == set(lora)
+    assert len(alphas) == len(modules) and set(alphas.values()) == {2.0}
+
+
+def test_a_unet_for_inpainting_loads_what_leaves_conv_in_out(tmp_path: Path) -> None:
+    converted = convert(rank=2, keep=["conv_in"])
+    save_lora(converted, tmp_path / "lora.safetensors")
+    pipe = pipeline("sdxl")
+    pipe.unet = tiny_inpainting_unet()
+    pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    assert_same(predict(pipe.unet), predict(add_by_hand(tiny_inpainting_unet(), converted.lora)))
+
+
+WRONG: Any = "lycoris"
+
+
+def lora_of(*ranks: int, size: float = 1.0, dtype: torch.dtype = torch.float16) -> DeltaLora:
+    lora: dict[str, Tensor] = {}
+    for number, rank in enumerate(ranks):
+        name = f"unet.down_blocks.{number}.attentions.0.proj_in.lora_"
+        lora |= {f"{name}A.weight": torch.full((rank, 8), size, dtype=dtype)}
+        lora |= {f"{name}B.weight": torch.full((8, rank), size, dtype=dtype)}
+    report = LoraReport(layers=(), residual=0, residual_parameters=0, residual_squared_norm=0.0, delta_parameters=0)
+    return DeltaLora(lora=lora, residual={}, report=report, recipe=RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("converted", "save", "message"),
+    [
+        (lora_of(2), partial(save_lora, layout=WRONG), "layout='lycoris' is unknown; pass one of peft, kohya"),
+        (lora_of(2, 2, 8, size=4e4), partial(save_lora, layout="kohya"), "alpha=2, 2 factors .*float32"),
+        (lora_of(2), save_residual, "no residual"),
+    ],
+)
+def test_what_cannot_be_written_leaves_nothing_behind(
+    tmp_path: Path, converted: DeltaLora, save: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        save(converted, tmp_path / "lora.safetensors")
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+@layouts
+def test_an_unusable_path_is_refused(tmp_path: Path, layout: Any) -> None:
+    with pytest.raises(ValueError, match="is a directory"):
+        save_lora(lora_of(2), tmp_path, layout)
+    assert not list(tmp_path.iterdir())
+
+
+def test_alphas_above_what_half_precision_counts_stay_whole() -> None:
+    kohya = kohya_state_dict(lora_of(2049).lora)
+    assert [tensor.item() for name, tensor in kohya.items() if name.endswith(".alpha")] == [2049.0]

@@ -1,0 +1,90 @@
+"""The recipe that travels with a delta, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from perflow_blocks.delta.extract import read_delta_recipe, save_delta
+from perflow_blocks.delta.recipe import DeltaRecipe
+
+RECIPE = DeltaRecipe(
+    prediction_type="ddim_eps",
+    num_time_windows=4,
+    window_boundaries=(1.0, 0.75, 0.5, 0.2, 0.0),
+    num_inference_steps=6,
+    guidance_scale=2.0,
+    base_model="stabilityai/stable-diffusion-xl-base-1.0",
+    base_sha256="0123456789abcdef" * 4,
+    scheduler_config={"beta_start": 0.00085, "beta_schedule": "scaled_linear"},
+)
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, DeltaRecipe(), DeltaRecipe(guidance_scale=0.0, base_model="7")])
+def test_the_recipe_travels_in_the_metadata(tmp_path: Path, recipe: DeltaRecipe) -> None:
+    path = tmp_path / "delta.safetensors"
+    save_delta({"w": torch.ones(1)}, path, recipe)
+    assert read_delta_recipe(path) == recipe
+    with safe_open(path, framework="pt") as file:
+        assert {k: v for k, v in file.metadata().items() if k != "format"} == recipe.to_metadata()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prediction_type", "epsilon"),
+        ("num_time_windows", "four"),
+        ("num_time_windows", "0"),
+        ("num_inference_steps", "2.5"),
+        ("guidance_scale", "NaN"),
+        ("guidance_scale", "-1"),
+        ("guidance_scale", '"2"'),
+        ("window_boundaries", "[0, 1]"),
+        ("window_boundaries", "3"),
+        ("window_boundaries", "[1, null]"),
+        ("base_sha256", "abc"),
+        ("scheduler_config", "[1]"),
+        ("scheduler_config", '{"beta_schedule": "wavy"}'),
+        ("scheduler_config", '{"beta_start": "small"}'),
+    ],
+)
+def test_metadata_that_makes_no_sense_is_refused_with_the_file_named(tmp_path: Path, name: str, value: str) -> None:
+    path = tmp_path / "delta.safetensors"
+    save_file({"w": torch.ones(1)}, path, metadata={f"perflow.{name}": value})
+    with pytest.raises(ValueError, match="names unusable settings") as caught:
+        read_delta_recipe(path)
+    assert str(path) in str(caught.value)
+
+
+def test_recipes_check_themselves() -> None:
+    with pytest.raises(ValueError, match=r"num_time_windows=3 disagrees with the 2 windows"):
+        DeltaRecipe(num_time_windows=3, window_boundaries=(1.0, 0.5, 0.0))
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    delta = {"w": torch.ones(3)}
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(ValueError, match="choose a writable path"):
+        save_delta(delta, tmp_path / "file" / "delta.safetensors")
+    with pytest.raises(ValueError, match="is a directory"):
+        save_delta(delta, tmp_path)
+    with pytest.raises(ValueError, match="holds no tensors"):
+        save_delta({}, tmp_path / "delta.safetensors")
+    path = tmp_path / "new" / "delta.safetensors"
+    save_delta(delta, path)
+    good = path.read_bytes()
+    with pytest.raises(ValueError, match=r"not finite as torch\.float16"):
+        save_delta({"w": torch.tensor([1e6])}, path)
+    assert path.read_bytes() == good
+    assert [p.name for p in path.parent.iterdir()] == ["delta.safetensors"]
+    (tmp_path / "usual").touch()
+    assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_a_recipe_whose_windows_do_not_tile_is_refused() -> None:
+    with pytest.raises(ValueError, match="do not tile"):
+        DeltaRecipe(window_boundaries=(0.9, 0.5, 0.1))

@@ -1,0 +1,83 @@
+"""Writing weights tensor by tensor, and directories that appear whole."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from perflow_blocks.delta.atomic import atomic_directory
+from perflow_blocks.delta.files import MappingWeights
+from perflow_blocks.delta.weight_writer import write_weights
+
+
+class OneAtATime(MappingWeights):
+    """Fails when a tensor is asked for while the one before is still held."""
+
+    before: weakref.ref[Any] | None = None
+
+    def tensor(self, name: str) -> Tensor:
+        assert self.before is None or self.before() is None
+        values = super().tensor(name).numpy().copy()
+        self.before = weakref.ref(values)  # what holds the memory, which views of the tensor keep alive
+        return torch.from_numpy(values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_library_reads_what_is_written(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {
+        "scalar": torch.tensor(2.0),
+        "empty": torch.zeros(0, 3),
+        "ä.turned": torch.arange(6.0).reshape(2, 3).T,
+        "odd": torch.randn(3, generator=torch.Generator().manual_seed(0)),
+    }
+    path = tmp_path / "deep" / "file.safetensors"
+    write_weights(OneAtATime(tensors), path, dtype, {"format": "pt", "perflow.base_model": "é"})
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == dtype and torch.equal(found[name], tensor.to(dtype))
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", "perflow.base_model": "é"}
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+
+
+@pytest.mark.parametrize(
+    ("tensors", "dtype", "message"),
+    [
+        ({"a": torch.tensor([1e6])}, torch.float16, r"not finite as torch.float16 \(a\)"),
+        ({"a": torch.zeros(2)}, torch.float32, "zero in every weight"),
+        ({"a": torch.ones(2)}, torch.float64, "dtype=torch.float64 cannot be written"),
+    ],
+)
+def test_what_cannot_be_stored_leaves_the_old_file(
+    tmp_path: Path, tensors: dict[str, Tensor], dtype: torch.dtype, message: str
+) -> None:
+    path = tmp_path / "file.safetensors"
+    path.write_text("old")
+    with pytest.raises(ValueError, match=message):
+        write_weights(MappingWeights(tensors), path, dtype, {})
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_directory_appears_whole_or_stays_as_it_was(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "folder"
+    with atomic_directory(target) as folder:
+        (folder / "one").write_text("1")
+        assert not target.exists()
+    with pytest.raises(KeyboardInterrupt), atomic_directory(target) as folder:
+        (folder / "two").write_text("2")
+        raise KeyboardInterrupt
+    assert [file.name for file in target.iterdir()] == ["one"]
+    with atomic_directory(target) as folder:
+        (folder / "three").write_text("3")
+    assert [file.name for file in target.iterdir()] == ["three"]
+    assert list(target.parent.iterdir()) == [target]
+    with pytest.raises(ValueError, match="it is a file; name a directory"), atomic_directory(target / "three"):
+        pytest.fail("entered")

@@ -1,0 +1,385 @@
+"""PeRFlowScheduler: schedules, steps, noising, configuration, and that nothing is read back in a step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
+
+from perflow_blocks.core.parameterization import PREDICTION_TYPES, WindowAlpha
+from perflow_blocks.schedulers import PeRFlowScheduler
+from perflow_blocks.schedulers.scheduling_perflow import PeRFlowSchedulerOutput
+from tests.conftest import no_host_reads
+
+SD_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ready(num_inference_steps: int = 4, **settings: Any) -> PeRFlowScheduler:
+    scheduler = PeRFlowScheduler(**settings)
+    scheduler.set_timesteps(num_inference_steps)
+    return scheduler
+
+
+@pytest.fixture
+def perflow_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """Records of this package's loggers, whatever they propagate to."""
+    logger = diffusers_logging.get_logger("perflow_blocks.schedulers.scheduling_perflow")
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level("WARNING", logger=logger.name)
+    return caplog
+
+
+# --- schedules -------------------------------------------------------------------------------------------------------
+
+
+def test_default_schedule_is_four_window_starts() -> None:
+    scheduler = ready()
+    assert scheduler.timesteps.tolist() == [1000, 750, 500, 250]
+    assert scheduler.timesteps.dtype == torch.long
+    assert scheduler.num_inference_steps == 4
+    assert (scheduler.order, scheduler.init_noise_sigma, len(scheduler)) == (1, 1.0, 1000)
+
+
+def test_too_few_steps_are_raised_to_the_windows_with_a_warning(perflow_log: pytest.LogCaptureFixture) -> None:
+    scheduler = ready(2)
+    assert scheduler.timesteps.tolist() == [1000, 750, 500, 250]
+    assert "num_inference_steps=2 is below num_time_windows=4" in perflow_log.text
+
+
+def test_enough_steps_warn_of_nothing(perflow_log: pytest.LogCaptureFixture) -> None:
+    ready(6)
+    assert not perflow_log.records
+
+
+@pytest.mark.parametrize("steps", [0, -1, True, 4.0, "4", float("nan")])
+def test_step_counts_that_are_none(steps: Any) -> None:
+    with pytest.raises(ValueError, match="num_inference_steps="):
+        PeRFlowScheduler().set_timesteps(steps)
+
+
+def test_exactly_one_of_steps_and_timesteps() -> None:
+    for arguments in ({}, {"num_inference_steps": 4, "timesteps": [1000, 750, 500, 250]}):
+        with pytest.raises(ValueError, match="exactly one"):
+            PeRFlowScheduler().set_timesteps(**arguments)
+
+
+def test_more_steps_than_timesteps_do_not_fit() -> None:
+    ready(1000)
+    with pytest.raises(ValueError, match=r"not strictly descending.* fewer steps than the 1500"):
+        ready(1500)
+
+
+def test_custom_timesteps() -> None:
+    scheduler = PeRFlowScheduler()
+    for timesteps in ([1000, 900, 750, 500, 250], [1000, 750, 500, 250, 1], [600, 500, 250], [40, 20]):
+        for given in (timesteps, torch.tensor(timesteps), np.array(timesteps), tuple(timesteps)):
+            scheduler.set_timesteps(timesteps=given)
+            assert scheduler.timesteps.tolist() == timesteps
+            assert scheduler.num_inference_steps == len(timesteps)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "rule"),
+    [
+        ([], "empty"),
+        ([1000, 750, 750, 500, 250], "not strictly descending"),
+        ([250, 500, 750, 1000], "not strictly descending"),
+        ([1001, 750, 500, 250], r"\[1001\] lie outside \[1, 1000\]"),
+        ([1000, 750, 500, 250, 0], r"\[0\] lie outside \[1, 1000\]"),
+        ([1000, 750.5, 500, 250], "whole numbers"),
+        ([True], "whole numbers"),
+        (1000, "whole numbers"),
+        ([1000, 750, 250], "insert 500"),
+        ([1000, 900], "insert 750, 500, 250"),
+        ([600, 400, 250], "insert 500"),
+    ],
+)
+def test_custom_timesteps_that_make_no_schedule(timesteps: Any, rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        PeRFlowScheduler().set_timesteps(timesteps=timesteps)
+
+
+def test_unequal_windows_and_partial_time() -> None:
+    scheduler = ready(3, window_boundaries=(1.0, 0.6, 0.1, 0.0))
+    assert scheduler.timesteps.tolist() == [1000, 600, 100]
+    assert scheduler.config.num_time_windows == 3
+    part = ready(4, num_time_windows=2, t_noise=0.8, t_clean=0.2)
+    assert part.timesteps.tolist() == [800, 650, 500, 350]
+    assert part.plan is not None and part.plan.next_times[-1] == 0.2
+    with pytest.raises(ValueError, match=r"lie outside \[201, 800\]"):
+        part.set_timesteps(timesteps=[800, 500, 200])
+
+
+def test_a_new_schedule_replaces_the_old_one() -> None:
+    scheduler = ready(8)
+    scheduler.set_begin_index(3)
+    assert scheduler.begin_index == 3
+    scheduler.set_timesteps(4)
+    assert scheduler.begin_index is None
+    with pytest.raises(ValueError, match=r"timestep=875 is not in the schedule \[1000, 750, 500, 250\]"):
+        scheduler.step(randn(1, 4), 875, randn(1, 4))
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_timestep_gives_the_same_step() -> None:
+    scheduler = ready(6)
+    sample, output = randn(2, 4, 3, 3, seed=1), randn(2, 4, 3, 3, seed=2)
+    expected = scheduler.step(output, 875, sample).prev_sample
+    kinds: list[Any] = [
+        875.0,
+        np.int64(875),
+        torch.tensor(875),
+        torch.tensor([875]),
+        torch.tensor(875.0),
+        scheduler.timesteps[1],
+    ]
+    for timestep in kinds:
+        assert torch.equal(scheduler.step(output, timestep, sample).prev_sample, expected)
+
+
+def test_step_is_pure_and_may_start_anywhere() -> None:
+    scheduler = ready(8)
+    sample, output = randn(2, 4, 3, 3, seed=1), randn(2, 4, 3, 3, seed=2)
+    before = dict(vars(scheduler))
+    first = scheduler.step(output, 250, sample).prev_sample
+    scheduler.step(output, 1000, sample)
+    assert torch.equal(scheduler.step(output, 250, sample).prev_sample, first)
+    assert vars(scheduler) == before
+
+
+def test_device_lookup_agrees_with_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path for accelerators, run on the CPU: the same numbers to float32, nan for an unknown timestep."""
+    scheduler = ready(6)
+    sample, output = randn(2, 4, 3, 3, seed=1), randn(2, 4, 3, 3, seed=2)
+    expected = [scheduler.step(output, t, sample, return_dict=False) for t in scheduler.timesteps.tolist()]
+    monkeypatch.setattr(torch.Tensor, "device", property(lambda self: _PretendAccelerator()))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: self)
+    for t, (prev_sample, x0) in zip(scheduler.timesteps.unbind(), expected, strict=True):
+        with no_host_reads(methods=False):
+            result = scheduler.step(output, t, sample)
+        np.testing.assert_allclose(result.prev_sample.numpy(), prev_sample.numpy(), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(result.pred_original_sample.numpy(), x0.numpy(), rtol=1e-5, atol=1e-5)
+    assert np.isnan(scheduler.step(output, torch.tensor(333), sample).prev_sample.numpy()).all()
+
+
+class _PretendAccelerator:
+    type = "pretend"
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_a_loop_reads_nothing_back(prediction_type: str) -> None:
+    scheduler = ready(6, prediction_type=prediction_type)
+    sample = randn(1, 4, 3, 3)
+    with no_host_reads(methods=False):
+        for t in scheduler.timesteps:
+            sample = scheduler.step(torch.tanh(sample), t, scheduler.scale_model_input(sample, t)).prev_sample
+    assert bool(sample.isfinite().all())
+
+
+def test_the_dispatch_mode_would_notice() -> None:
+    with no_host_reads(), pytest.raises(AssertionError, match="reads from the device"):
+        torch.tensor(875).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_results_have_the_samples_type_and_are_rounded_once(dtype: torch.dtype, prediction_type: str) -> None:
+    scheduler = ready(5, prediction_type=prediction_type)
+    sample, output = randn(2, 4, 3, 3, seed=1).to(dtype), randn(2, 4, 3, 3, seed=2).to(dtype)
+    for t in scheduler.timesteps:
+        result = scheduler.step(output, t, sample)
+        exact = scheduler.step(output.double(), t, sample.double())
+        assert result.prev_sample.dtype == result.pred_original_sample.dtype == dtype
+        for actual, expected in zip(result.values(), exact.values(), strict=True):
+            torch.testing.assert_close(
+                actual.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5, msg=f"at timestep {int(t)}"
+            )
+
+
+def test_outputs_as_fields_and_as_tuple() -> None:
+    scheduler = ready()
+    sample, output = randn(1, 4, 2, 2, seed=1), randn(1, 4, 2, 2, seed=2)
+    fields = scheduler.step(output, 1000, sample)
+    assert isinstance(fields, PeRFlowSchedulerOutput)
+    prev_sample, pred_original_sample = scheduler.step(output, 1000, sample, return_dict=False)
+    assert torch.equal(fields.prev_sample, prev_sample)
+    assert torch.equal(fields.pred_original_sample, pred_original_sample)
+    assert torch.equal(fields[0], prev_sample)
+
+
+def test_a_student_that_knows_the_noise_denoises_exactly() -> None:
+    """With the true noise as prediction every step stays on the chord, and each preview is the data itself."""
+    scheduler = ready(10)
+    x0, noise = randn(2, 4, 3, 3, seed=1).double(), randn(2, 4, 3, 3, seed=2).double()
+    sample = scheduler.add_noise(x0, noise, torch.tensor([1000]))
+    for t in scheduler.timesteps:
+        torch.testing.assert_close(sample, scheduler.add_noise_chord(x0, noise, t), rtol=1e-5, atol=1e-5)
+        sample, preview = scheduler.step(noise, t, sample, return_dict=False)
+        torch.testing.assert_close(preview, x0, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sample, scheduler.add_noise(x0, noise, torch.tensor([1])), rtol=1e-5, atol=1e-5)
+
+
+def test_set_alpha_to_one_ends_on_the_data() -> None:
+    x0, noise = randn(2, 4, 3, 3, seed=1).double(), randn(2, 4, 3, 3, seed=2).double()
+    scheduler = ready(8, set_alpha_to_one=True)
+    sample = scheduler.add_noise(x0, noise, torch.tensor([1000]))
+    for t in scheduler.timesteps:
+        sample = scheduler.step(noise, t, sample).prev_sample
+    torch.testing.assert_close(sample, x0, rtol=1e-5, atol=1e-5)
+
+
+def test_steps_need_a_known_timestep_and_a_schedule() -> None:
+    sample = randn(1, 4)
+    with pytest.raises(ValueError, match="call set_timesteps before step"):
+        PeRFlowScheduler().step(sample, 1000, sample)
+    for timestep in (999, 0, 749.5, torch.tensor(1), float("nan")):
+        with pytest.raises(ValueError, match=r"is not in the schedule \[1000, 750, 500, 250\]"):
+            ready().step(sample, timestep, sample)
+    with pytest.raises(ValueError, match="one timestep for the whole batch"):
+        ready().step(sample, torch.tensor([1000, 750]), sample)
+
+
+# --- noising ---------------------------------------------------------------------------------------------------------
+
+
+def test_marginal_noise_counts_timesteps_from_one() -> None:
+    scheduler = PeRFlowScheduler()
+    original, noise = torch.ones(4, 1, 2, 2), torch.zeros(4, 1, 2, 2)
+    noisy = scheduler.add_noise(original, noise, torch.tensor([1000, 500, 1, 0]))
+    expected = scheduler.alphas_cumprod[torch.tensor([999, 499, 0, 0])].sqrt()
+    torch.testing.assert_close(noisy[:, 0, 0, 0], expected)
+
+
+def test_chord_noise_is_the_marginal_at_window_starts_and_between_them_inside() -> None:
+    scheduler = PeRFlowScheduler()
+    original, noise = randn(4, 1, 2, 2, seed=1), randn(4, 1, 2, 2, seed=2)
+    starts = torch.tensor([1000, 750, 500, 250])
+    torch.testing.assert_close(
+        scheduler.add_noise_chord(original, noise, starts), scheduler.add_noise(original, noise, starts)
+    )
+    upper, lower = (scheduler.add_noise(original, noise, torch.tensor(t)) for t in (500, 250))
+    at_400 = scheduler.add_noise_chord(original, noise, torch.tensor(400))
+    torch.testing.assert_close(at_400, upper + 0.4 * (lower - upper), rtol=1e-5, atol=1e-6)
+    assert (at_400 - scheduler.add_noise(original, noise, torch.tensor(400))).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("method", ["add_noise", "add_noise_chord"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_noising_keeps_shape_and_type_for_any_timesteps(method: str, dtype: torch.dtype) -> None:
+    original, noise = randn(2, 4, 3, 3, seed=1).to(dtype), randn(2, 4, 3, 3, seed=2).to(dtype)
+    add = getattr(PeRFlowScheduler(), method)
+    expected = add(original, noise, torch.tensor([600, 600]))
+    assert (expected.shape, expected.dtype) == (original.shape, dtype)
+    for timesteps in (torch.tensor([600]), torch.tensor(600), 600, [600, 600], torch.tensor([600.0])):
+        assert torch.equal(add(original, noise, timesteps), expected)
+
+
+def test_window_numbers_by_number_and_by_tensor() -> None:
+    scheduler = PeRFlowScheduler()
+    row = scheduler.get_window_alpha(0.6)
+    assert isinstance(row, WindowAlpha) and row._fields == ("start", "end", "gamma", "alpha_start", "alpha_end")
+    assert (row.start, row.end) == (0.75, 0.5)
+    assert row.gamma == pytest.approx((row.alpha_start / row.alpha_end) ** 0.5)
+    batch = scheduler.get_window_alpha(torch.tensor([0.6, 0.2]))
+    assert [value[0].item() for value in batch] == pytest.approx(list(row))
+    assert batch.start.tolist() == [0.75, 0.25]
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+def test_save_and_load_keep_everything(tmp_path: Path) -> None:
+    scheduler = PeRFlowScheduler(prediction_type="velocity", window_boundaries=(1.0, 0.6, 0.0), set_alpha_to_one=True)
+    scheduler.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert saved["window_boundaries"] == [1.0, 0.6, 0.0]
+    assert saved["num_time_windows"] == 2
+    for again in (PeRFlowScheduler.from_pretrained(tmp_path), PeRFlowScheduler.from_config(scheduler.config)):
+        assert again.windows == scheduler.windows
+        assert again.config.prediction_type == "velocity"
+        assert again.final_alpha_cumprod == 1.0
+        assert torch.equal(again.alphas_cumprod, scheduler.alphas_cumprod)
+        assert {k: v for k, v in again.config.items() if k in saved and k[0] != "_"} == {
+            k: v for k, v in saved.items() if k[0] != "_"
+        }
+
+
+@pytest.mark.parametrize("source_type", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_other_schedulers_are_taken_over(source_type: Any) -> None:
+    source = source_type(**SD_BETAS, prediction_type="epsilon")
+    with pytest.raises(ValueError, match=r'ddim_eps, diff_eps, velocity.*from_config\(config, prediction_type="ddim'):
+        PeRFlowScheduler.from_config(source.config)
+    by_config = PeRFlowScheduler.from_config(source.config, prediction_type="diff_eps", num_time_windows=2)
+    by_scheduler = PeRFlowScheduler.from_scheduler(source, prediction_type="diff_eps", num_time_windows=2)
+    for scheduler in (by_config, by_scheduler):
+        assert scheduler.windows.num_windows == 2
+        assert scheduler.config.prediction_type == "diff_eps"
+        torch.testing.assert_close(scheduler.alphas_cumprod, source.alphas_cumprod, rtol=1e-5, atol=1e-8)
+
+
+def test_from_scheduler_takes_the_noise_schedule_and_nothing_else() -> None:
+    source = DDIMScheduler(beta_start=0.002, set_alpha_to_one=True, prediction_type="v_prediction")  # other defaults
+    for given in (source, source.config, dict(source.config)):
+        scheduler = PeRFlowScheduler.from_scheduler(given)
+        torch.testing.assert_close(scheduler.alphas_cumprod, source.alphas_cumprod, rtol=1e-5, atol=1e-8)
+        assert scheduler.config.prediction_type == "ddim_eps"
+        assert scheduler.config.set_alpha_to_one is False
+    assert PeRFlowScheduler.from_scheduler(None).config == PeRFlowScheduler().config
+
+
+def test_from_scheduler_refuses_what_has_no_betas() -> None:
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no betas"):
+        PeRFlowScheduler.from_scheduler(FlowMatchEulerDiscreteScheduler())
+    assert PeRFlowScheduler.from_scheduler(FlowMatchEulerDiscreteScheduler(), **SD_BETAS).windows.num_windows == 4
+
+
+def test_zero_terminal_snr_is_left_out_with_a_warning(perflow_log: pytest.LogCaptureFixture) -> None:
+    source = DDIMScheduler(**SD_BETAS, rescale_betas_zero_snr=True)
+    scheduler = PeRFlowScheduler.from_scheduler(source)
+    assert "rescale_betas_zero_snr" in perflow_log.text
+    assert torch.equal(scheduler.alphas_cumprod, PeRFlowScheduler().alphas_cumprod)
+
+
+def test_unknown_settings_are_explained() -> None:
+    with pytest.raises(ValueError, match="'v_prediction' is no PeRFlow type"):
+        PeRFlowScheduler(prediction_type="v_prediction")
+    with pytest.raises(ValueError, match="'sigmoid' is unknown"):
+        PeRFlowScheduler(beta_schedule="sigmoid")
+    with pytest.raises(ValueError, match="do not tile"):
+        PeRFlowScheduler(window_boundaries=[0.9, 0.5, 0.0])
+    with pytest.raises(ValueError, match="num_windows=0"):
+        PeRFlowScheduler(num_time_windows=0)
+
+
+def test_a_scheduler_of_other_length() -> None:
+    scheduler = ready(4, num_train_timesteps=100)
+    assert scheduler.timesteps.tolist() == [100, 75, 50, 25]
+    assert len(scheduler) == len(scheduler.alphas_cumprod) == 100
+
+
+def test_one_picture_is_noised_with_several_noises() -> None:
+    scheduler = PeRFlowScheduler()
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.randn(1, 4, 8, 8, generator=generator)
+    noise = torch.randn(3, 4, 8, 8, generator=generator)
+    together = scheduler.add_noise(picture, noise, torch.tensor([500]))
+    alone = [scheduler.add_noise(picture, noise[row : row + 1], torch.tensor([500])) for row in range(3)]
+    assert torch.equal(together, torch.cat(alone))
