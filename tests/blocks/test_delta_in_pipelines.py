@@ -22,6 +22,8 @@ from perflow_blocks.delta.record import merge_records, merge_state
 from perflow_blocks.testing.tiny import tiny_sdxl_unet
 from tests.conftest import make_pipeline, run
 
+pytestmark = pytest.mark.behaviour
+
 
 @pytest.fixture
 def delta(tmp_path: Path) -> Path:

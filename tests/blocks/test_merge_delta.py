@@ -22,6 +22,8 @@ from perflow_blocks.delta.record import merge_record, merge_records
 from perflow_blocks.testing.tiny import tiny_sd_unet, tiny_sdxl_components, tiny_sdxl_unet
 from tests.conftest import count_unet_calls, make_pipeline, run
 
+pytestmark = pytest.mark.behaviour
+
 RECIPE = DeltaRecipe(prediction_type="diff_eps", num_time_windows=2, num_inference_steps=3, guidance_scale=1.0)
 
 

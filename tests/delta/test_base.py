@@ -21,6 +21,8 @@ from perflow_blocks.testing.tiny import tiny_inpainting_unet, tiny_sdxl_unet
 from tests.builder.conftest import checkpoint_components, save_checkpoint
 from tests.delta.test_exact import Small, assert_bits, difference, state, summed
 
+pytestmark = pytest.mark.behaviour
+
 
 @pytest.fixture
 def model() -> Small:

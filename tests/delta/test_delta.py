@@ -22,6 +22,8 @@ from perflow_blocks.delta.record import merge_record, merge_records
 from perflow_blocks.delta.reversible import add, sum_of_terms
 from perflow_blocks.delta.tensors import extract_delta, subtract
 
+pytestmark = pytest.mark.behaviour
+
 RECIPE = DeltaRecipe(
     prediction_type="ddim_eps",
     num_time_windows=4,

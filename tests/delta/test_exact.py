@@ -22,6 +22,8 @@ from perflow_blocks.delta.reversible import bits
 from perflow_blocks.demo import weights_directory
 from perflow_blocks.demo.models import build_unet
 
+pytestmark = pytest.mark.behaviour
+
 TYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 

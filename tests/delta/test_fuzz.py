@@ -16,6 +16,8 @@ from perflow_blocks import merge_delta
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.record import merge_records
 
+pytestmark = pytest.mark.behaviour
+
 QUICK = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -20,6 +20,8 @@ from perflow_blocks.delta.tensors import extract_delta
 from perflow_blocks.testing.tiny import LATENT_SIZE, TEXT_WIDTH, tiny_inpainting_unet, tiny_sdxl_unet
 from tests.delta.test_delta import LiveMemory, assert_same, values
 
+pytestmark = pytest.mark.behaviour
+
 KEY = "conv_in.weight"
 RECIPE = DeltaRecipe(prediction_type="ddim_eps", num_time_windows=4, guidance_scale=1.5)
 

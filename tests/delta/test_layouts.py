@@ -20,6 +20,8 @@ from perflow_blocks.demo.models import build_unet
 from perflow_blocks.testing.tiny import tiny_sdxl_components, tiny_sdxl_unet
 from tests.builder.conftest import save_checkpoint
 
+pytestmark = pytest.mark.behaviour
+
 STEM = "diffusion_pytorch_model"
 
 

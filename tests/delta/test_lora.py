@@ -22,6 +22,8 @@ from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.testing.tiny import tiny_sd_unet, tiny_sdxl_unet
 from tests.builder.conftest import unet_keys
 
+pytestmark = pytest.mark.behaviour
+
 SQUARE = "mid_block.attentions.0.proj_in"
 CONV = "down_blocks.0.resnets.0.conv1"
 

@@ -33,6 +33,8 @@ from perflow_blocks.testing.tiny import (
 )
 from tests.conftest import generator, make_pipeline, run
 
+pytestmark = pytest.mark.behaviour
+
 RECIPE = DeltaRecipe(prediction_type="ddim_eps", num_time_windows=4, num_inference_steps=4, guidance_scale=1.0)
 UNETS: dict[str, Any] = {"sdxl": tiny_sdxl_unet, "modular": tiny_sdxl_unet, "sd": tiny_sd_unet}
 layouts = pytest.mark.parametrize("layout", ["peft", "kohya"])

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from perflow_blocks.delta.extract import read_delta_recipe, save_delta
 from perflow_blocks.delta.recipe import DeltaRecipe
 
+pytestmark = pytest.mark.behaviour
+
 RECIPE = DeltaRecipe(
     prediction_type="ddim_eps",
     num_time_windows=4,

@@ -17,6 +17,8 @@ from perflow_blocks.delta.record import merge_record, merge_records
 from perflow_blocks.testing.tiny import tiny_sdxl_unet
 from tests.conftest import make_pipeline, run
 
+pytestmark = pytest.mark.behaviour
+
 RECIPE = DeltaRecipe(prediction_type="diff_eps", num_time_windows=2, num_inference_steps=3, guidance_scale=1.0)
 
 
