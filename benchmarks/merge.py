@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from perflow_blocks.delta.record import merge_state
 from torch import nn
 from tqdm.auto import tqdm
 
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.merge import merge_delta, rescale_delta, unmerge_delta
-from perflow_blocks.delta.record import merge_state
 
 from .measure import Setting, Timing
 from .report import Report, megabytes, table

@@ -39,7 +39,7 @@ _PUBLIC = {
     "compile_loops": "blocks.compiled_step",
     "delta_to_lora": "delta.lora",
     "export_workflow": "hub.export",
-    "extract_delta": "delta.tensors",
+    "extract_delta": "delta.extract",
     "insert_loop_block": "blocks.recombine",
     "load_workflow": "hub.loading",
     "merge_delta": "delta.merge",

@@ -15,7 +15,6 @@ from ..delta.recipe import DeltaRecipe
 from ..schedulers.scheduling_perflow import PeRFlowScheduler, is_perflow_scheduler
 from .denoising_range import before, end_time
 from .inputs import delta_recipe_input, denoising_end_input
-from .origin import remember_source
 from .specs import (
     DEFAULT_NUM_INFERENCE_STEPS,
     guider_spec,
@@ -193,3 +192,20 @@ def _warn_of_other_windows(scheduler: PeRFlowScheduler, settings: dict[str, Any]
                 kept,
                 value,
             )
+
+
+SOURCE_ATTRIBUTE = "_perflow_source"
+"""On a scheduler that the window set-up made: the ComponentSpec of the one that it was made from."""
+
+
+def remember_source(made: Any, pipe: Any) -> None:
+    """Notes on a scheduler, which is about to replace the pipeline's, where the pipeline's came from."""
+    setattr(made, SOURCE_ATTRIBUTE, scheduler_source(pipe))
+
+
+def scheduler_source(pipe: Any) -> ComponentSpec | None:
+    """Where the scheduler was loaded from, or will be, before the window set-up converted it; None for nowhere."""
+    current = pipe.scheduler
+    converted = current is not None and SOURCE_ATTRIBUTE in vars(current)
+    spec = vars(current)[SOURCE_ATTRIBUTE] if converted else pipe.get_component_spec("scheduler")
+    return spec if spec is not None and spec.pretrained_model_name_or_path else None

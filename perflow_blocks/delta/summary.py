@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 
-from .files import Weights, row_chunks, rows_of
-from .weight_layouts import is_lora, named_alike
+from .files import Weights, is_lora, named_alike, row_chunks, rows_of
 
 WHOLE_NORM = 0.5
 """Mean of the scales of normalization layers above which weights are whole: a trained model's are about 1, the

@@ -13,8 +13,8 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 
+from perflow_blocks.delta.merge import merge_record
 from perflow_blocks.delta.recipe import DeltaRecipe
-from perflow_blocks.delta.record import merge_record
 from perflow_blocks.testing.tiny import tiny_sdxl_components, tiny_sdxl_unet
 from tests.blocks.conftest import TASKS, workflow_inputs, write_delta
 from tests.conftest import count_unet_calls, generator, make_pipeline, run

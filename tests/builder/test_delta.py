@@ -18,8 +18,8 @@ from perflow_blocks import PeRFlowPipelineBuilder, PeRFlowSDXLAutoBlocks, merge_
 from perflow_blocks.blocks import merge_delta as block
 from perflow_blocks.builder.loading import build_pipeline
 from perflow_blocks.builder.plan import make_plan
+from perflow_blocks.delta.merge import merge_records
 from perflow_blocks.delta.recipe import DeltaRecipe
-from perflow_blocks.delta.record import merge_records
 from perflow_blocks.testing.tiny import tiny_sd_unet, tiny_sdxl_unet
 from tests.blocks.conftest import write_delta
 from tests.conftest import builder, latents, make_pipeline, problems

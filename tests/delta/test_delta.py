@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from perflow_blocks.delta.extract import read_delta_recipe, save_delta, verify_delta
-from perflow_blocks.delta.merge import merge_delta, unmerge_delta
+from perflow_blocks.delta.extract import extract_delta, read_delta_recipe, save_delta, verify_delta
+from perflow_blocks.delta.files import subtract
+from perflow_blocks.delta.merge import add, merge_delta, merge_record, merge_records, sum_of_terms, unmerge_delta
 from perflow_blocks.delta.recipe import DeltaRecipe
-from perflow_blocks.delta.record import merge_record, merge_records
-from perflow_blocks.delta.reversible import add, sum_of_terms
-from perflow_blocks.delta.tensors import extract_delta, subtract
 
 pytestmark = pytest.mark.behaviour
 
@@ -265,7 +263,7 @@ def test_values_that_are_not_finite_are_found_before_anything_changes(tmp_path: 
     save_file(delta, path)
     before = values(model)
     for check in (lambda: verify_delta(path, model), lambda: merge_delta(model, path)):
-        with pytest.raises(ValueError, match=r"not finite in 1 tensors \(running\)"):
+        with pytest.raises(ValueError, match=r"not be finite \(running\)"):
             check()
     assert_same(model, before)
 
@@ -276,7 +274,7 @@ def test_a_sum_beyond_the_weights_type_is_refused(delta_file: Path) -> None:
     with pytest.raises(ValueError, match="lower the scale"):
         merge_delta(model, delta_file, scale=1e6)
     for scale in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="no finite number; pass a"):
+        with pytest.raises(ValueError, match="scale="):
             merge_delta(model, delta_file, scale=scale)
     assert_same(model, before)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from perflow_blocks import merge_delta
 from perflow_blocks.delta.extract import save_delta
-from perflow_blocks.delta.record import merge_records
+from perflow_blocks.delta.merge import merge_records
 
 pytestmark = pytest.mark.behaviour
 

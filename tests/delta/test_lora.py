@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from perflow_blocks import delta_to_lora, extract_delta
 from perflow_blocks.delta.extract import open_difference
 from perflow_blocks.delta.lora import DeltaLora
-from perflow_blocks.delta.lora_input import opened_tensors
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.testing.tiny import tiny_sd_unet, tiny_sdxl_unet
 from tests.builder.conftest import unet_keys
@@ -228,10 +227,6 @@ def test_a_file_gives_the_same_and_its_recipe(delta: dict[str, Tensor], tmp_path
     for one, other in ((read.lora, given.lora), (read.residual, given.residual)):
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert delta_to_lora(path, rank=3, recipe=DeltaRecipe()).recipe == DeltaRecipe()
-    tensors, _ = opened_tensors(path)
-    assert set(tensors) == set(delta)
-    reference = weakref.ref(tensors["conv_in.weight"])
-    assert reference() is None  # nothing holds what was read
 
 
 @pytest.mark.parametrize("layout", ["folder", "variant", "shards", "wrapped", "original", "mapping", "difference"])
@@ -307,17 +302,17 @@ def test_settings_that_are_refused(arguments: dict[str, Any], message: str) -> N
 @pytest.mark.parametrize(
     ("delta", "message"),
     [
-        ({}, "no tensors"),
+        ({}, "no floating-point tensors"),
         ({"text_model.encoder.layers.0.weight": torch.ones(2, 2)}, "no weights of a UNet .*text_model"),
         ({**GOOD, f"unet.{SQUARE}.weight": torch.ones(2, 2)}, rf"1 tensors are no weights of a UNet \(unet\.{SQUARE}"),
-        ({**GOOD, "conv_in.weight": torch.full((2, 2, 1, 1), torch.nan)}, r"no finite numbers \(conv_in\.weight\)"),
-        ({**GOOD, "conv_in.bias": torch.tensor([torch.inf])}, r"no finite numbers \(conv_in\.bias\)"),
-        ({"conv_in.weight": torch.ones(2, 2, 1, 1, dtype=torch.int64)}, "no finite numbers"),
+        ({**GOOD, "conv_in.weight": torch.full((2, 2, 1, 1), torch.nan)}, r"not finite \(conv_in\.weight\)"),
+        ({**GOOD, "conv_in.bias": torch.tensor([torch.inf])}, r"not finite \(conv_in\.bias\)"),
+        ({"conv_in.weight": torch.ones(2, 2, 1, 1, dtype=torch.int64)}, "no floating-point tensors"),
         ({f"{SQUARE}.bias": torch.ones(4)}, "no linear or convolution layer"),
         ({f"{SQUARE}.weight": torch.zeros(4, 4)}, "no linear or convolution layer"),
         ({f"{SQUARE}.weight": torch.full((4, 4), 1e12)}, rf"{SQUARE}\.lora_.* too large for torch\.float16"),
         ({**GOOD, f"{SQUARE}.bias": torch.full((4,), 1e5)}, rf"{SQUARE}\.bias is too large"),
-        ([torch.ones(2)], "is a list"),
+        ([torch.ones(2)], "delta=list"),
     ],
 )
 def test_deltas_that_are_refused(delta: Any, message: str) -> None:

@@ -12,8 +12,8 @@ from diffusers import UNet2DConditionModel
 
 from perflow_blocks import extract_delta, merge_delta, unmerge_delta
 from perflow_blocks.delta.extract import save_delta
+from perflow_blocks.delta.merge import merge_record, merge_records
 from perflow_blocks.delta.recipe import DeltaRecipe
-from perflow_blocks.delta.record import merge_record, merge_records
 from perflow_blocks.testing.tiny import tiny_sdxl_unet
 from tests.conftest import make_pipeline, run
 
@@ -82,7 +82,7 @@ def test_the_configuration_names_no_directories_and_is_restored(tmp_path: Path, 
     unet = tiny_sdxl_unet(0)
     unet.save_pretrained(tmp_path)  # which adds to the configuration itself
     before = dict(unet.config)
-    merge_delta(unet, delta)
+    merge_delta(unet, delta, base=tiny_sdxl_unet(0).state_dict())
     unet.save_pretrained(tmp_path)
     text = (tmp_path / "config.json").read_text()
     assert str(delta.parent) not in text and json.loads(text)["_perflow_merges"]["deltas"][0]["scale"] == 1.0
