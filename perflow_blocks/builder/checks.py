@@ -16,8 +16,8 @@ from ..attention.plan import parse_plan
 from ..blocks.guiders import check_guider
 from ..blocks.merge_delta import require_delta_scale, require_no_rival
 from ..blocks.settled_guidance import settings_of
+from ..delta.apply import require_architecture
 from ..delta.files import open_weights, read_recipe
-from ..delta.merge import require_architecture
 from ..delta.recipe import DeltaRecipe, require_guidance
 from .problems import Problems
 from .settings import BuilderSettings

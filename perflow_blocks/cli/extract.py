@@ -53,9 +53,9 @@ def extract(
     options.require_weights("student", student)
     options.require_weights("base", base)
     precision = options.parse_dtype(dtype)
+    from ..delta.apply import require_architecture
     from ..delta.extract import open_difference, write_weights
     from ..delta.files import open_weights
-    from ..delta.merge import require_architecture
     from .unets import find_config
 
     unet = find_config(config, base, student)
@@ -102,7 +102,7 @@ def _sha256(base: Path, variant: str | None) -> str | None:
 
 
 def _metadata(recipe: DeltaRecipe, unet: UNet2DConditionModel | None) -> dict[str, str]:
-    from ..delta.merge import architecture_of
+    from ..delta.apply import architecture_of
     from ..delta.recipe import ARCHITECTURE_KEY
 
     architecture = {} if unet is None else {ARCHITECTURE_KEY: architecture_of(unet)}

@@ -45,8 +45,9 @@ def merge(
     folder = require_unet(model)
     variant = stored_variant(folder, variant)
     written = require_free_directory(out, force, variant)
+    from ..delta.apply import require_architecture
     from ..delta.files import open_weights
-    from ..delta.merge import find_merged, merge_delta, require_architecture
+    from ..delta.merge import find_merged, merge_delta
     from .progress import busy, read_with_bar
 
     weights = open_weights(delta, delta_variant)
@@ -83,8 +84,9 @@ def unmerge(
 
     if not saved_records(unets.read_config(folder)):
         raise ValueError(f"the configuration of {folder} names no merged delta; pass what perflow merge wrote.")
+    from ..delta.apply import require_architecture
     from ..delta.files import open_weights
-    from ..delta.merge import require_architecture, unmerge_delta
+    from ..delta.merge import unmerge_delta
     from .progress import busy, read_with_bar
 
     weights = open_weights(delta, delta_variant)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from ..delta.apply import require_architecture
 from ..delta.atomic import atomic_directory
 from ..delta.files import find_weights, is_weights_of, listed, open_weights, variant_of
-from ..delta.merge import require_architecture
 
 CONFIG = "config.json"
 

@@ -11,6 +11,16 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor, nn
 
+from .apply import (
+    PARTIAL_KEY,
+    Applied,
+    Term,
+    architecture_of,
+    fit_delta,
+    require_difference,
+    require_finite,
+    uncompiled,
+)
 from .atomic import atomic_path
 from .files import (
     Delta,
@@ -27,7 +37,6 @@ from .files import (
     read_recipe,
     subtract,
 )
-from .merge import PARTIAL_KEY, MergeState, Term, architecture_of, fit_delta, require_difference, require_finite
 from .recipe import ARCHITECTURE_KEY, DeltaRecipe
 from .summary import hold_differences
 
@@ -121,7 +130,7 @@ def write_weights(
     (https://huggingface.co/docs/safetensors/index#format): the header's length in 8 bytes, little endian, the header
     in JSON, and the values of all tensors one after another.
 
-    With `progress` diffusers' progress bar shows the tensors; `diffusers.utils.logging.disable_progress_bar()` hides it.
+    With `progress` diffusers' progress bar shows the tensors.
 
     Raises:
         ValueError: a `dtype` that is no floating-point type, values that are not finite in it, a difference of equal
@@ -172,9 +181,9 @@ def verify_delta(delta: Delta, module: nn.Module) -> None:
     """
     weights = opened(delta)
     read_recipe(weights)
-    fit = fit_delta(weights, getattr(module, "_orig_mod", module))
-    require_difference(fit.weights, fit.targets)
-    require_finite(MergeState(), fit.targets, [], [Term(fit.weights, 1.0)])
+    weights, targets, _ = fit_delta(weights, uncompiled(module))
+    require_difference(weights, targets)
+    require_finite(Applied(), targets, [], [Term(weights, 1.0)])
 
 
 def read_delta_recipe(path: str | os.PathLike[str]) -> DeltaRecipe:

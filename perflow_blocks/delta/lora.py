@@ -34,9 +34,9 @@ from ..core.low_rank import (
     squared_error,
 )
 from ..core.windows import require_positive_int
+from .apply import PARTIAL_KEY
 from .atomic import atomic_path
 from .files import UNET_PARTS, Delta, Weights, is_finite, listed, named_as_model, opened, read_recipe, unet_names
-from .merge import PARTIAL_KEY
 from .recipe import DeltaRecipe
 from .summary import hold_whole
 

@@ -1,89 +1,71 @@
 """Merging deltas into a model's weights, changing their factors, and taking them out again.
 
-A merged model's weights are W = round(base + sum_i s_i dW_i): the sum is formed in float32 in the order of merging and
-rounded once to the weight's type (dW = W_student - W_base, arXiv 2405.07510). What changes the sum reads the base again
-from the files that the model was loaded from, so every result is exact to the bit. Weights that are not base plus sum
-(a LoRA was fused, training) get the difference of the sums added, exact to one rounding.
+A merged model's weights are W = round(base + sum_i s_i dW_i), with dW = W_student - W_base (arXiv 2405.07510): the sum
+is formed in float32 in the order of merging and rounded once to the weight's type. Every change of the sum reads the
+base again from the files that the model was loaded from, so its result is exact to the bit. Weights that are not base
+plus sum (a LoRA was fused, training) get the difference of the sums added, exact to one rounding.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import reduce
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
-from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging
 from torch import Tensor, nn
 
+from .apply import (
+    LATENT_CHANNELS,
+    Applied,
+    NotFiniteError,
+    Term,
+    change,
+    factors,
+    fit_base,
+    fit_delta,
+    own_weights,
+    require_difference,
+    require_finite,
+    restore,
+    sum_of_terms,
+    uncompiled,
+)
 from .files import (
     Delta,
-    RenamedWeights,
     Stamp,
     Weights,
-    describe_mismatch,
     floating_entries,
     identity_of,
-    is_finite,
     listed,
     loaded_weights,
     named_as_model,
     opened,
     read_recipe,
-    row_chunks,
     rows_of,
     stamp_of,
 )
-from .recipe import ARCHITECTURE_KEY, DeltaRecipe
+from .recipe import DeltaRecipe
 
 logger = logging.get_logger(__name__)
-
-INPUT_WEIGHT = "conv_in.weight"
-"""The one UNet weight, (output channels, input channels, k, k), whose shape depends on what the UNet is fed."""
-
-LATENT_CHANNELS = 4
-"""Input channels of a UNet that is fed noisy latents only. A UNet that is fed more takes the noisy latents first: for
-inpainting 9 channels, the last 5 being the mask and the latents of the masked image."""
-
-BESIDE = (".processor.", ".encoder_hid_proj.", ".to_qkv.", ".to_kv.", ".lora_")
-"""Parts of the names of weights that stand beside a model's own: of IP-Adapters, fused projections, LoRA."""
-
-WRAPPED = ".base_layer."
-"""What peft puts into the name of a weight that it has wrapped."""
-
-PARTIAL_KEY = "perflow.partial"
-"""In a file's metadata, with the value "true": the model may have weights that the file does not name."""
 
 STATE_ATTRIBUTE, LOCK_ATTRIBUTE = "_perflow_merges", "_perflow_merge_lock"
 CONFIG_KEY = "_perflow_merges"
 """In the model's configuration. diffusers saves and reads keys with an underscore and gives them to no constructor."""
 
-TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""The types of weights that a delta can be merged into."""
-
 WITNESSES, WITNESS_VALUES, RELATED = 8, 32, 0.5
 """How many weights are noted to recognise a merged model, how many values of each, and the cosine above which values
 are still those of the model that was noted, perhaps trained further; of other models it is near 0."""
-
-GPU_CHUNKS = 8
-"""How many chunks at a time on a GPU, where every one costs some waiting."""
-
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-Part = tuple[Tensor, float]
 
 
 @dataclass(frozen=True)
@@ -139,33 +121,14 @@ class MergeRecord:
             ) from error
 
 
-@dataclass(frozen=True)
-class Term:
-    """A delta, under the model's names, with its factors."""
-
-    weights: Weights
-    scale: float
-    scales: tuple[tuple[str, float], ...] = ()
-
-    def factor(self, name: str) -> float:
-        """Of one weight; 0 where the delta does not hold it."""
-        if name not in self.weights.shapes:
-            return 0.0
-        return self.scale * next((factor for pattern, factor in self.scales if fnmatchcase(name, pattern)), 1.0)
-
-
 @dataclass
-class MergeState:
-    """What is merged into a model, kept on it.
+class MergeState(Applied):
+    """What is merged into a model, kept on it. The base is that without the deltas of `weights`.
 
     Attributes:
         records: in the order of merging, which is the order of the sum.
         weights: the deltas by digest, under the model's names.
         seen: by place, the stamp and digest of files that were read, which need not be opened again.
-        base: the weights without any delta of `weights`, as far as they can be read again.
-        types: of each weight that was changed: the type at the merge, and those it was converted to later.
-        writing: (name, first row, last row + 1, whether base plus sum) of all rows that an unfinished change may have
-            written; empty when the weights are what the records say.
         witness: values of a few weights, "with" the deltas and "without".
         watched: the modules that own these weights, and the names there.
         signature: of the watched tensors when the witness was last compared.
@@ -174,9 +137,6 @@ class MergeState:
     records: tuple[MergeRecord, ...] = ()
     weights: dict[str, Weights] = field(default_factory=dict)
     seen: dict[Any, tuple[Stamp, str]] = field(default_factory=dict)
-    base: Weights | None = None
-    types: dict[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
-    writing: list[tuple[str, int, int, bool]] = field(default_factory=list)
     witness: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     watched: list[tuple[nn.Module, str]] = field(default_factory=list)
     signature: tuple[Any, ...] = ()
@@ -207,11 +167,6 @@ def merge_lock(module: nn.Module) -> MergeLock:
     return vars(uncompiled(module)).setdefault(LOCK_ATTRIBUTE, MergeLock())
 
 
-def uncompiled(module: nn.Module) -> nn.Module:
-    """The module that `torch.compile` wrapped, whose weights and names are the model's own; else the module."""
-    return getattr(module, "_orig_mod", module)
-
-
 # Merging
 
 
@@ -227,13 +182,13 @@ def merge_delta(
 
     Several deltas may be merged one after another; the weights are always the base plus the sum of all, rounded once.
     Merging the same delta again changes nothing and logs a warning; with another scale it is rescaled. A delta is
-    recognised by its values, in whatever file or mapping they are. Threads may share the model. A merge that is refused
-    or interrupted leaves the weights as they were, or the next call puts them right.
+    recognised by its values, in whatever file or mapping they are. Threads may share the model. If a merge is refused
+    or interrupted, the weights stay as they were, or the next call restores them.
 
     To undo a merge exactly, the base must be readable: the files that the model was loaded from, which are found for
-    models that diffusers loaded, or `base`. It stays open, a mapping by reference, until the delta is taken out; if its
-    files are written to meanwhile, changing the merge raises an error. For weights that differ from the base, or
-    without one, a warning says that undoing is exact to one rounding.
+    models that diffusers loaded, or `base`. It stays open, a mapping by reference, until the delta is taken out. If
+    its files are written to meanwhile, undoing raises an error. For weights that differ from the base, or without one,
+    a warning says that undoing is exact to one rounding.
 
     The delta of a UNet with 4 input channels goes into the first 4 of one with more (inpainting UNets have 9) and
     leaves the others as they are; a warning says so, as quality at few steps suffers.
@@ -262,25 +217,29 @@ def merge_delta(
                 return _rescaled(module, state, known, scale, pairs, delta, base)
             logger.warning(f"{known.source} is merged into this {type(module).__name__} already; nothing was changed.")
             return known
-        fit = fit_delta(weights, module)
-        _require_matches(pairs, fit.weights)
+        fitted, targets, extra = fit_delta(weights, module)
+        _require_matches(pairs, fitted)
         source = str(Path(delta).expanduser().resolve()) if isinstance(delta, (str, os.PathLike)) else weights.label
-        record = MergeRecord(source, identity_of(fit.weights), float(scale), pairs, read_recipe(weights))
+        record = MergeRecord(source, identity_of(fitted), float(scale), pairs, read_recipe(weights))
         if not scale:
             return record
-        require_difference(fit.weights, fit.targets)
+        require_difference(fitted, targets)
         old = [known.source for known in state.records if not known.digest]
-        state = replace(
-            state, weights={**state.weights, record.digest: fit.weights}, seen=_seen(state, weights, record.digest)
-        )
+        seen = _seen(state, weights, record.digest)
+        state = replace(state, weights={**state.weights, record.digest: fitted}, seen=seen)
         _exchange(module, state, (*state.records, record))
         if old:
             logger.warning(
-                f"{listed(old)} was merged by version 0.1.0, which cannot be compared with {source}: if it is the same "
-                "delta, it is in the weights twice now; then call unmerge_delta with this one."
+                f"{listed(old)} was merged by version 0.1.0 and cannot be compared with {source}: if they are the "
+                "same delta, it is in the weights twice now, and unmerge_delta takes this one out again."
             )
-        if fit.extra_input_channels:
-            logger.warning(_extra_channels_warning(weights.label, module, fit.extra_input_channels))
+        if extra:
+            logger.warning(
+                f"{source} is the delta of a UNet with {LATENT_CHANNELS} input channels, and this "
+                f"{type(module).__name__} has {LATENT_CHANNELS + extra}: it is added to the first {LATENT_CHANNELS}, "
+                f"the noisy latents, and the other {extra} stay as they are. Quality at few steps suffers, since it "
+                "was distilled without them, not for inpainting."
+            )
         logger.info(f"merged {weights.label} into {type(module).__name__} at scale {scale:g}.")
         return record
 
@@ -478,21 +437,12 @@ def _adopted(
             f"{record.source} was in the weights when they were loaded: base= or exact=False wants the delta itself, "
             "as a file or mapping."
         )
-    weights = fit_delta(opened(delta), module).weights
+    weights, _, _ = fit_delta(opened(delta), module)
     own = replace(record, digest=identity_of(weights), reloaded=False)
     records = tuple(own if entry is record else entry for entry in state.records)
     # Without a base of the user's: the files that the model was loaded from hold the delta too.
     known = None if base is None else state.base
     return replace(state, records=records, weights={**state.weights, own.digest: weights}, base=known)
-
-
-def _extra_channels_warning(source: str, module: nn.Module, extra: int) -> str:
-    return (
-        f"{source} is the delta of a UNet with {LATENT_CHANNELS} input channels, and this {type(module).__name__} has "
-        f"{LATENT_CHANNELS + extra}: it is added to the first {LATENT_CHANNELS}, the noisy latents, and the other "
-        f"{extra} stay as they are. Quality at few steps suffers, since it was distilled without them, not for "
-        "inpainting."
-    )
 
 
 # What is merged, kept on the model and in its configuration
@@ -606,264 +556,6 @@ def _signature(watched: Iterable[tuple[nn.Module, str]]) -> tuple[Any, ...]:
     return tuple((id(t), None if t is None or t.is_inference() else t._version) for t in tensors)
 
 
-# Whether a delta fits
-
-
-@dataclass(frozen=True)
-class DeltaFit:
-    """Where a delta goes.
-
-    Attributes:
-        weights: the delta under the model's names.
-        targets: by those names, what each tensor is added to: the model's weight, or that part of it which has the
-            tensor's shape. Writing to them changes the model. Tied weights are there once.
-        extra_input_channels: how many input channels of the model the delta leaves alone; 0 or more.
-    """
-
-    weights: Weights
-    targets: dict[str, Tensor]
-    extra_input_channels: int
-
-
-def fit_delta(weights: Weights, module: nn.Module) -> DeltaFit:
-    """Where the delta can be added. Looks at names, shapes and types, not at values.
-
-    Raises:
-        ValueError: one line: a name or shape that does not fit, another architecture, or a model whose weights cannot
-            be changed.
-    """
-    weights = named_as_model(weights, own_weights(module), getattr(module, "config", {}))
-    targets = _mergeable_weights(module, weights.label, set(weights.shapes))
-    extra = _require_shapes(weights, module, targets)
-    if extra:
-        targets[INPUT_WEIGHT] = targets[INPUT_WEIGHT][:, :LATENT_CHANNELS]  # a view: no copy, and writable in place
-    once = {id(targets[name]): name for name in reversed(weights.shapes)}  # tied weights are one tensor
-    names = set(once.values())
-    return DeltaFit(weights, {name: targets[name] for name in weights.shapes if name in names}, extra)
-
-
-def fit_base(weights: Weights, module: nn.Module) -> Weights:
-    """Those of the weights that a model may have been loaded from, under the model's names: of equal shapes.
-
-    Raises:
-        ValueError: one line: there are none, or they are in the model's own memory, which a merge changes.
-    """
-    own = own_weights(module)
-    weights = named_as_model(weights, own, getattr(module, "config", {}))
-    fitting = {name: name for name, tensor in own.items() if weights.shapes.get(name) == tuple(tensor.shape)}
-    if not fitting:
-        raise ValueError(f"base={weights.label} holds no weight of this {type(module).__name__}; leave base out.")
-    places = {name: weights.tensor(name).untyped_storage().data_ptr() for name in fitting if own[name].numel()}
-    shared = [name for name, place in places.items() if place == own[name].untyped_storage().data_ptr()]
-    if shared:
-        raise ValueError(
-            f"base={weights.label} shares its memory with the model ({listed(shared)}), which merging changes; pass "
-            "the files, or copies of the weights."
-        )
-    return RenamedWeights(weights, fitting)
-
-
-def require_architecture(weights: Weights, module: nn.Module) -> Weights:
-    """The delta under the model's names, once those and the shapes fit; the model may be without values, on "meta".
-
-    Raises:
-        ValueError: one line: a name or shape that does not fit, or another architecture.
-    """
-    weights = named_as_model(weights, own_weights(module), getattr(module, "config", {}))
-    _require_shapes(weights, module, floating_entries(own_weights(module, set(weights.shapes))))
-    return weights
-
-
-def architecture_of(module: nn.Module) -> str:
-    """Identifies the names and shapes of a model's weights, whatever number of channels it is fed: 64 hex digits."""
-    shapes = sorted((n, list(t.shape)) for n, t in floating_entries(own_weights(module)).items() if n != INPUT_WEIGHT)
-    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
-
-
-def own_weights(module: nn.Module, named: Container[str] = ()) -> dict[str, Tensor]:
-    """The model's weights by the names that they have without adapters, whose own a delta does not speak of.
-
-    What is `named` counts as the model's own, whatever it is called.
-    """
-    state = module.state_dict(keep_vars=True)
-    return {
-        name.replace(WRAPPED, "."): tensor
-        for name, tensor in state.items()
-        if name in named or not any(part in f".{name}" for part in BESIDE)
-    }
-
-
-def _mergeable_weights(module: nn.Module, label: str, named: set[str]) -> dict[str, Tensor]:
-    attentions = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, Attention))
-    fused = [name for name, layer in attentions if "Fused" in type(layer.processor).__name__]
-    if fused:
-        raise ValueError(
-            f"cannot merge {label} into fused projections ({listed(fused)}), which are copies of the weights; call "
-            "unet.unfuse_qkv_projections(), and merge before fusing projections."
-        )
-    own = own_weights(module, named)
-    weights = floating_entries(own)
-    # Quantized and sharded weights are integers, or tensor subclasses whose arithmetic is their own.
-    quantized = [
-        name
-        for name, tensor in own.items()
-        if name in named
-        and (name not in weights or type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype not in TYPES)
-    ]
-    if quantized:
-        raise ValueError(
-            f"cannot merge {label} into quantized or sharded weights ({listed(quantized)}); "
-            "merge first, then quantize or shard."
-        )
-    offloaded = [name for name, tensor in weights.items() if name in named and tensor.is_meta]
-    if offloaded:
-        raise ValueError(
-            f"cannot merge {label} into weights that are offloaded (device 'meta': {listed(offloaded)}); "
-            "merge before enabling offload."
-        )
-    return weights
-
-
-def _require_shapes(delta: Weights, module: nn.Module, weights: Mapping[str, Tensor]) -> int:
-    """The input channels that the model has more than the delta, once nothing else differs."""
-    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    remedy = "Pass a delta that was extracted from the same architecture."
-    given, own = delta.shapes.get(INPUT_WEIGHT, ()), shapes.get(INPUT_WEIGHT, ())
-    extra = 0
-    if len(given) == len(own) == 4 and (given[0], *given[2:]) == (own[0], *own[2:]):
-        extra = own[1] - given[1] if min(given[1], own[1]) == LATENT_CHANNELS else 0
-    if extra > 0:
-        shapes[INPUT_WEIGHT] = given
-    elif extra < 0:
-        remedy = (
-            f"The delta is of a UNet with {given[1]} input channels, as for inpainting, and this one has "
-            f"{LATENT_CHANNELS}: pass a delta of a UNet with {LATENT_CHANNELS}, or load the UNet it is for."
-        )
-    partial = delta.metadata.get(PARTIAL_KEY) == "true"
-    mismatch = describe_mismatch(delta.shapes, shapes, given="the file", expected="the model", partial=partial)
-    if not mismatch and delta.metadata.get(ARCHITECTURE_KEY) not in (None, architecture_of(module)):
-        mismatch = "the names it does hold fit, but the model it was extracted from had others"
-    if mismatch:
-        raise ValueError(f"{delta.label} does not fit this {type(module).__name__}: {mismatch}. {remedy}")
-    return extra
-
-
-def require_difference(delta: Weights, targets: Mapping[str, Tensor]) -> None:
-    """Raises ValueError for whole weights, as of a merged model: 8 matrices of theirs all resemble the model's own.
-
-    Fine-tunes of one base have a cosine above 0.99, differences one near 0.
-    """
-    matrices = [name for name, shape in delta.shapes.items() if name in targets and len(shape) > 1 and shape[0] > 1]
-    looked_at = matrices[:: max(1, len(matrices) // 8)]
-    for name in looked_at:
-        rows = min(8, delta.shapes[name][0])
-        own, given = (rows_of(t, 0, rows).detach().reshape(-1) for t in (targets[name], delta.tensor(name)))
-        if not torch.cosine_similarity(own.double().cpu(), given.double().cpu(), dim=0) > 0.9:
-            return
-    if looked_at:
-        raise ValueError(
-            f"{delta.label} holds whole weights, not their difference from a base (they resemble this model's); pass "
-            "open_difference(it, base)."
-        )
-
-
-# Changing the weights
-
-
-def sum_of_terms(terms: Sequence[Part], weight: Tensor) -> Tensor:
-    """sum_i factor_i * tensor_i, in the order given, to be added to `weight`, whose shape they have; to be read only.
-
-    `terms` holds at least one. The sum is in float32, or in float64 for such weights, but for a single tensor of the
-    weight's own type with the factor 1, which is its own sum.
-    """
-    first, factor = terms[0]
-    if len(terms) == 1 and factor == 1.0 and first.dtype == weight.dtype:
-        return first.to(weight.device)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    # Product and sum are rounded one by one: a fused multiply-add is not the same on every device.
-    products = (tensor.to(weight.device, wide, copy=True).mul_(factor) for tensor, factor in terms)
-    return reduce(Tensor.add_, products)
-
-
-def add(weight: Tensor, change: Tensor, out: Tensor | None = None) -> Tensor:
-    """`weight + change`, summed in the wider type and rounded once to the weight's; in `out` if it is given."""
-    if change.dtype == weight.dtype:
-        # torch's kernels form sums of half-precision numbers in float32 too: the same bits in one pass.
-        return torch.add(weight, change, out=out)
-    total = weight.to(change.dtype).add_(change)
-    return total.to(weight.dtype) if out is None else out.copy_(total)
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape, type and device are equal bit for bit; waits for the device."""
-    pair = [tensor.view(_INTEGERS[tensor.element_size()]) for tensor in (one, other)]
-    if one.nbytes % 8 == 0 and all(tensor.is_contiguous() and tensor.data_ptr() % 8 == 0 for tensor in pair):
-        pair = [tensor.view(-1).view(torch.int64) for tensor in pair]  # in a quarter of the time
-    return torch.equal(*pair)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Some rows of a weight, and what is known of them.
-
-    Attributes:
-        piece: name, first row, last row + 1.
-        live: the rows in the model.
-        base: without any delta, in the type that the weight had when it was last changed; None where it cannot be read.
-        before, after: what the deltas have for them, with the factors.
-    """
-
-    piece: tuple[str, int, int]
-    live: Tensor
-    base: Tensor | None
-    before: list[Part]
-    after: list[Part]
-
-    def held(self) -> Tensor | None:
-        """What the live rows are if they are base plus `before`, perhaps converted to another type since."""
-        if self.base is None:
-            return None
-        held = add(self.base, sum_of_terms(self.before, self.base)) if self.before else self.base
-        return held.to(self.live.dtype)
-
-    def planned(self) -> tuple[bool, Tensor, Tensor | None]:
-        """Whether the live rows are base plus `before`; what they become: the first tensor plus the second."""
-        held = self.held()
-        exact = held is not None and same_bits(held, self.live)
-        after = sum_of_terms(self.after, self.live) if self.after else None
-        if exact and self.before and self.base is not None:
-            return exact, self.base.to(self.live.dtype), after
-        if not self.before:
-            return exact, self.live, after
-        before = sum_of_terms(self.before, self.live).to(torch.promote_types(self.live.dtype, torch.float32))
-        return exact, self.live, -before if after is None else after.to(before.dtype) - before
-
-    def write(self, value: Tensor, change: Tensor | None = None) -> None:
-        with torch.inference_mode() if self.live.is_inference() else nullcontext():
-            self.live.copy_(value) if change is None else add(value, change, out=self.live)
-
-
-def _rows(
-    state: MergeState, name: str, target: Tensor, before: Sequence[Term], after: Sequence[Term] = ()
-) -> Iterator[_Rows]:
-    target = target.detach()
-    read = {id(t.weights): t.weights.tensor(name) for t in (*before, *after) if t.factor(name)}
-    parts = [[(read[id(t.weights)], factor) for t in ts if (factor := t.factor(name))] for ts in (before, after)]
-    stored = state.base.tensor(name) if state.base is not None and name in state.base.shapes else None
-    for start, stop in row_chunks(target.shape, 1 if target.device.type == "cpu" else GPU_CHUNKS):
-        live, base = rows_of(target, start, stop), None
-        if stored is not None:
-            base = rows_of(stored, start, stop)[tuple(map(slice, live.shape))].to(live.device)
-            for dtype in state.types.get(name, (live.dtype,)):
-                base = base.to(dtype)
-        chunks = [[(rows_of(tensor, start, stop), factor) for tensor, factor in part] for part in parts]
-        yield _Rows((name, start, stop), live, base, *chunks)
-
-
-class _NotFiniteError(ArithmeticError):
-    pass
-
-
 @torch.no_grad()
 def _exchange(module: nn.Module, state: MergeState, records: tuple[MergeRecord, ...], warn: bool = True) -> None:
     """Makes `records` what is merged; `state` has the weights of all of them. The lock is held."""
@@ -872,86 +564,37 @@ def _exchange(module: nn.Module, state: MergeState, records: tuple[MergeRecord, 
     targets = {
         name: target
         for name, target in _targets(module, state.weights).items()
-        if _factors(name, before) != _factors(name, after)
+        if factors(name, before) != factors(name, after)
     }
     if state.base is None and not before:
-        state.base = _found_base(module)
+        with suppress(ValueError):  # files of another model: this one only has their configuration
+            state.base = fit_base(found, module) if (found := loaded_weights(module)) else None
     if state.base is not None:
         state.base.require_unchanged()
     setattr(module, STATE_ATTRIBUTE, state)
     try:
-        inexact = _change(state, targets, before, after)
+        inexact = change(state, targets, before, after)
         new.base = None if len(inexact) == len(targets) and not before else state.base
-        new.types = {**state.types, **{name: _types(state, name, target.dtype) for name, target in targets.items()}}
+        known = {name: state.types.get(name, ()) for name in targets}
+        new.types = state.types | {
+            n: t if t[-1:] == (targets[n].dtype,) else (*t, targets[n].dtype) for n, t in known.items()
+        }
         new.weights = {r.digest: state.weights[r.digest] for r in records if not r.reloaded}
         new.seen = {key: value for key, value in state.seen.items() if value[1] in {r.digest for r in records}}
         _remember(module, new)
     except BaseException as error:
-        if vars(module).get(STATE_ATTRIBUTE) is state and not _restore(state, targets):
+        if vars(module).get(STATE_ATTRIBUTE) is state and not restore(state, targets, before):
             state.writing = []
             if not state.records:
                 del vars(module)[STATE_ATTRIBUTE]
-        if isinstance(error, _NotFiniteError):
+        if isinstance(error, NotFiniteError):
             require_finite(state, targets, before, after)
         raise
     if inexact and warn:
-        logger.warning(_inexact_warning(inexact, state.base, first=not before))
-
-
-def _change(
-    state: MergeState, targets: Mapping[str, Tensor], before: Sequence[Term], after: Sequence[Term]
-) -> list[str]:
-    """Writes all rows, each noted in the state first; returns the names of weights that were not base plus `before`.
-
-    Raises:
-        _NotFiniteError: a weight would not be finite; it and others are written.
-    """
-    inexact: list[str] = []
-    for name, target in targets.items():
-        for rows in _rows(state, name, target, before, after):
-            exact, value, change = rows.planned()
-            if not exact and name not in inexact:
-                if not inexact:  # what is written from here on cannot be read again
-                    require_finite(state, targets, before, after)
-                inexact.append(name)
-            state.writing.append((*rows.piece, exact))
-            rows.write(value, change)
-            if not is_finite(rows.live):
-                raise _NotFiniteError(name)
-    return inexact
-
-
-@torch.no_grad()
-def _restore(state: MergeState, targets: Mapping[str, Tensor]) -> list[str]:
-    """Writes base plus records to all rows that were written; returns the names of weights without a base for that."""
-    lost: list[str] = []
-    for name in dict.fromkeys(name for name, *_ in state.writing):
-        for rows in _rows(state, name, targets[name], state.terms()):
-            held = rows.held() if (*rows.piece, True) in state.writing else None
-            if held is not None:
-                rows.write(held)
-            elif (*rows.piece, False) in state.writing:
-                lost += [name] if name not in lost else []
-    return lost
-
-
-def require_finite(
-    state: MergeState, targets: Mapping[str, Tensor], before: Sequence[Term], after: Sequence[Term]
-) -> None:
-    """Raises ValueError that names the weights which would not be finite, of the rows that are not written yet."""
-    written = {entry[:3] for entry in state.writing}
-    bad = []
-    for name, target in targets.items():
-        for rows in _rows(state, name, target, before, after):
-            _, value, change = rows.planned()
-            if rows.piece not in written and not is_finite(value if change is None else add(value, change)):
-                bad.append(name)
-                break
-    if bad:
-        labels = listed([term.weights.label for term in after])
-        raise ValueError(
-            f"with {labels} added, {len(bad)} weights would not be finite ({listed(bad)}): the delta's values are not "
-            "finite, or too large for the weights' type; extract it again, lower the scale, or load a wider dtype."
+        logger.warning(
+            f"{len(inexact)} weights ({listed(inexact)}) {_reason(state.base, first=not before)}: taking deltas out "
+            "of them is exact to one rounding. For exact results pass base=, the files that the model was loaded "
+            "from, to the first merge_delta, and merge before fusing a LoRA."
         )
 
 
@@ -962,51 +605,26 @@ def _targets(module: nn.Module, weights: Mapping[str, Weights]) -> dict[str, Ten
         delta.require_unchanged()
         if identity_of(delta) != digest:
             raise ValueError(f"{delta.label} was changed since it was merged; load the model again.")
-        for name, target in fit_delta(delta, module).targets.items():
+        for name, target in fit_delta(delta, module)[1].items():
             if targets.setdefault(name, target).shape != target.shape:
                 raise ValueError(f"{name} of {delta.label} and of another delta differ in shape; take one out.")
     return targets
 
 
-def _factors(name: str, terms: Sequence[Term]) -> list[tuple[int, float]]:
-    return [(id(term.weights), factor) for term in terms if (factor := term.factor(name))]
-
-
-def _types(state: MergeState, name: str, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    known = state.types.get(name, ())
-    return known if known[-1:] == (dtype,) else (*known, dtype)
-
-
-def _found_base(module: nn.Module) -> Weights | None:
-    weights = loaded_weights(module)
-    try:
-        return None if weights is None else fit_base(weights, module)
-    except ValueError:
-        return None  # files of another model: this one only has their configuration
+def _reason(base: Weights | None, first: bool) -> str:
+    if base is None:
+        return "have no base that can be read"
+    return f"differ from {base.label}" if first else "are not base plus deltas, as after training or fusing a LoRA"
 
 
 def _put_right(module: nn.Module, state: MergeState, base_given: bool) -> None:
     """Restores the weights that an interrupted change left; with a base that the user gave, all of them."""
     if base_given:
         state.writing = [(*piece, True) for *piece, _ in state.writing]
-    lost = _restore(state, _targets(module, state.weights))
+    lost = restore(state, _targets(module, state.weights), state.terms())
     if lost:
         raise ValueError(
             f"changing the deltas of this {type(module).__name__} was interrupted and left weights half merged "
             f"({listed(lost)}); load the model again, or pass base=, the files that it was loaded from."
         )
     state.writing = []
-
-
-def _inexact_warning(names: Sequence[str], base: Weights | None, first: bool) -> str:
-    found = f"{len(names)} weights ({listed(names)})"
-    if first:
-        reason = "there is no base to read" if base is None else f"they differ from {base.label}"
-        return (
-            f"taking the delta out will be exact to one rounding for {found}: {reason}. Pass base=, the files that the "
-            "model was loaded from, to have it exact to the bit."
-        )
-    return (
-        f"{found} are not base plus deltas, because they were changed (a fused LoRA, training) or have no base: the "
-        "difference of the deltas was added to them, exact to one rounding."
-    )

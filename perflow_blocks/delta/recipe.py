@@ -12,7 +12,7 @@ from typing import Any
 
 from ..core.noise_schedule import make_alphas_cumprod
 from ..core.parameterization import PREDICTION_TYPES
-from ..core.windows import require_positive_int, tile_windows
+from ..core.windows import tile_windows
 from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS
 
 PREFIX = "perflow."
@@ -40,7 +40,7 @@ class DeltaRecipe:
         prediction_type: "ddim_eps", "diff_eps" or "velocity".
         num_time_windows: the number K of windows, at most the number of training timesteps.
         window_boundaries: K + 1 descending times from 1 to 0, where the windows are not equal.
-        num_inference_steps: recommended steps.
+        num_inference_steps: recommended steps, at most the number of training timesteps.
         guidance_scale: recommended classifier-free guidance, 1 for none; at least 0.
         base_model: repository or description of the model that dW was taken from.
         base_sha256: SHA-256 of that model's file, 64 hexadecimal digits.
@@ -63,14 +63,17 @@ class DeltaRecipe:
     def __post_init__(self) -> None:
         if self.prediction_type is not None and self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type={self.prediction_type!r} must be one of {', '.join(PREDICTION_TYPES)}.")
-        for name in ("num_time_windows", "num_inference_steps"):
-            if getattr(self, name) is not None:
-                require_positive_int(name, getattr(self, name))
         if self.guidance_scale is not None:
             require_guidance(self.guidance_scale)
         if self.base_sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.base_sha256):
             raise ValueError(f"base_sha256={self.base_sha256!r} must be 64 hexadecimal digits, or None.")
-        self._require_windows(self._require_noise_schedule())
+        timesteps = self._require_noise_schedule()
+        for name in ("num_time_windows", "num_inference_steps"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not 1 <= value <= timesteps):
+                raise ValueError(f"{name}={value!r} must be an integer from 1 to {timesteps}, the training timesteps.")
+        if self.window_boundaries is not None:
+            self._require_windows(timesteps)
 
     def _require_noise_schedule(self) -> int:
         """Returns the number of training timesteps."""
@@ -83,18 +86,13 @@ class DeltaRecipe:
             raise ValueError(f"scheduler_config={self.scheduler_config!r} is not a noise schedule: {error}") from error
 
     def _require_windows(self, timesteps: int) -> None:
-        if self.num_time_windows is not None and self.num_time_windows > timesteps:
+        windows = tile_windows(num_windows=1, boundaries=self.window_boundaries, num_train_timesteps=timesteps)
+        object.__setattr__(self, "window_boundaries", windows.boundaries)
+        if self.num_time_windows not in (None, windows.num_windows):
             raise ValueError(
-                f"num_time_windows={self.num_time_windows} must be at most the {timesteps} training timesteps."
+                f"num_time_windows={self.num_time_windows} disagrees with the {windows.num_windows} windows of "
+                f"window_boundaries={list(windows.boundaries)}; give one of the two."
             )
-        if self.window_boundaries is not None:
-            windows = tile_windows(num_windows=1, boundaries=self.window_boundaries)
-            object.__setattr__(self, "window_boundaries", windows.boundaries)
-            if self.num_time_windows not in (None, windows.num_windows):
-                raise ValueError(
-                    f"num_time_windows={self.num_time_windows} disagrees with the {windows.num_windows} windows of "
-                    f"window_boundaries={list(windows.boundaries)}; give one of the two."
-                )
 
     def noise_schedule(self) -> dict[str, Any]:
         """What `scheduler_config` says about betas and training timesteps, as settings of a `PeRFlowScheduler`."""

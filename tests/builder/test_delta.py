@@ -160,9 +160,9 @@ def test_layers_that_come_and_go_have_the_delta_merged_once(
     """On the CPU as the device, where nothing moves, but all the hooks run."""
     merged: list[float] = []
 
-    def counted(unet: Any, weights: Any, scale: float, base: Any) -> Any:
+    def counted(unet: Any, weights: Any, scale: float) -> Any:
         merged.append(scale)
-        return merge_delta(unet, weights, scale, base=base)
+        return merge_delta(unet, weights, scale)
 
     monkeypatch.setattr(block, "merge_delta", counted)
     manager = ComponentsManager()

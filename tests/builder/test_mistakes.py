@@ -111,7 +111,7 @@ MISTAKES: dict[str, tuple[Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipeli
     ),
     "scale": (
         lambda it, at: it.with_delta(at / "sd_delta.safetensors", float("nan")),
-        "scale=nan is no finite number",
+        "scale=nan",
     ),
     "delta without block": (
         lambda it, at: it.with_blocks(no_merge()).with_delta(at / "sd_delta.safetensors"),
@@ -170,7 +170,7 @@ MISTAKES: dict[str, tuple[Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipeli
     ),
     "no guider": (lambda it, at: it.with_guider(2.0), "with_guider: the guider is of type float"),
     "layers": (lambda it, at: it.with_guider(skipping("nowhere")), "nowhere"),
-    "guidance": (lambda it, at: it.with_guidance(-1.0), "guidance_scale=-1.0 is no finite number"),
+    "guidance": (lambda it, at: it.with_guidance(-1.0), "guidance_scale=-1.0"),
     "start": (lambda it, at: it.with_guidance(2.0, start=0.5, stop=0.2), "with_guidance: .*stop"),
     "both guiders": (lambda it, at: it.with_guidance(2.0).with_guider(skipping("mid_block")), "are both given"),
     "two scales": (lambda it, at: it.with_guidance(2.0).with_config(guidance_scale=3.0), "are both given"),
@@ -190,14 +190,14 @@ MISTAKES: dict[str, tuple[Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipeli
         "num_time_windows=4 disagrees",
     ),
     "boundaries": (lambda it, at: it.with_config(window_boundaries=[0.0, 1.0]), r"window_boundaries=...\): "),
-    "prediction": (lambda it, at: it.with_config(prediction_type="eps"), "prediction_type='eps' is unknown"),
+    "prediction": (lambda it, at: it.with_config(prediction_type="eps"), "prediction_type='eps'"),
     "config's delta": (
         lambda it, at: it.with_config(delta=False),
-        "the configuration's delta=False is no path",
+        "the configuration's delta=False",
     ),
     "config's scale": (
         lambda it, at: it.with_config(delta=at / "x", delta_scale="1"),
-        "delta_scale='1' is no finite number",
+        "delta_scale='1'",
     ),
     "config's plan": (
         lambda it, at: it.with_config(attention_plan="nonsense"),

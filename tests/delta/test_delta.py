@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from perflow_blocks.delta.apply import add, sum_of_terms
 from perflow_blocks.delta.extract import extract_delta, read_delta_recipe, save_delta, verify_delta
 from perflow_blocks.delta.files import subtract
-from perflow_blocks.delta.merge import add, merge_delta, merge_record, merge_records, sum_of_terms, unmerge_delta
+from perflow_blocks.delta.merge import merge_delta, merge_record, merge_records, unmerge_delta
 from perflow_blocks.delta.recipe import DeltaRecipe
 
 pytestmark = pytest.mark.behaviour

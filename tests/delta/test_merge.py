@@ -514,7 +514,7 @@ def test_after_an_interrupt_at_any_tensor_the_next_call_is_right_or_names_the_re
 
 
 def test_an_interrupt_while_weights_are_put_back_is_known_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    from perflow_blocks.delta import merge as delta_merge
+    from perflow_blocks.delta import apply, merge
 
     model = Small(0, torch.float16)
     before, delta = state(model), difference(1)
@@ -523,8 +523,8 @@ def test_an_interrupt_while_weights_are_put_back_is_known_too(monkeypatch: pytes
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(delta_merge, "is_finite", failing)  # after the first rows are written
-        patch.setattr(delta_merge, "_restore", failing)
+        patch.setattr(apply, "is_finite", failing)  # after the first rows are written
+        patch.setattr(merge, "restore", failing)
         with pytest.raises(KeyboardInterrupt):
             merge_delta(model, delta, base=before)
     assert not torch.equal(model.state_dict()["up_w"], before["up_w"])
