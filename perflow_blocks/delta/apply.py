@@ -93,7 +93,7 @@ def fit_delta(weights: Weights, module: nn.Module) -> tuple[Weights, dict[str, T
     extra = _require_shapes(weights, module, targets)
     if extra:
         targets[INPUT_WEIGHT] = targets[INPUT_WEIGHT][:, :LATENT_CHANNELS]  # a view: no copy, and writable in place
-    once = {id(targets[name]): name for name in reversed(weights.shapes)}
+    once = {id(targets[name]): name for name in reversed(list(weights.shapes))}
     return weights, {name: targets[name] for name in weights.shapes if once[id(targets[name])] == name}, extra
 
 

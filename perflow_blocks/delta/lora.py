@@ -283,8 +283,8 @@ def _factorised_modules(weights: Weights, keep: Sequence[str]) -> dict[str, str]
             "these are a model's whole weights, not their difference from a base; pass a delta, such as what "
             "open_difference(it, base) or perflow extract gives."
         )
-    layers = (n for n, s in weights.shapes.items() if n.endswith(".weight") and len(s) in (2, 4) and math.prod(s))
-    modules = {name: name.removesuffix(".weight") for name in layers}
+    shapes = {name: shape for name, shape in weights.shapes.items() if name.endswith(".weight") and 0 not in shape}
+    modules = {name: name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) in (2, 4)}
     unmatched = [pattern for pattern in keep if not any(fnmatchcase(m, pattern) for m in modules.values())]
     if unmatched:
         raise ValueError(

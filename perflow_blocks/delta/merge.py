@@ -464,7 +464,7 @@ def _state(module: nn.Module, base: Delta | None = None) -> MergeState:
                 f"{listed([record.source for record in gone])} is not in the weights of this {type(module).__name__} "
                 "any more: other weights were loaded since it was merged."
             )
-            state = MergeState(tuple(record for record in state.records if record not in gone))
+            state = MergeState(records=tuple(record for record in state.records if record not in gone))
             _remember(module, state)
         state.signature = _signature(state.watched)
     return state
@@ -477,7 +477,7 @@ def _loaded_state(module: nn.Module) -> MergeState:
     witness = config[CONFIG_KEY].get("witness", {}) if records else {}
     if not records or not _holds(module, witness):
         return MergeState()
-    state = MergeState(records, witness=witness)
+    state = MergeState(records=records, witness=witness)
     _watch(module, state)
     setattr(module, STATE_ATTRIBUTE, state)
     return state
@@ -620,7 +620,7 @@ def _reason(base: Weights | None, first: bool) -> str:
 def _put_right(module: nn.Module, state: MergeState, base_given: bool) -> None:
     """Restores the weights that an interrupted change left; with a base that the user gave, all of them."""
     if base_given:
-        state.writing = [(*piece, True) for *piece, _ in state.writing]
+        state.writing = [(name, start, stop, True) for name, start, stop, _ in state.writing]
     lost = restore(state, _targets(module, state.weights), state.terms())
     if lost:
         raise ValueError(

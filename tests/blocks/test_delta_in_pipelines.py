@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 
 from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
 from perflow_blocks.blocks.merge_delta import PeRFlowMergeDeltaStep
-from perflow_blocks.delta import files
-from perflow_blocks.delta import apply, merge
+from perflow_blocks.delta import apply, files, merge
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.merge import merge_records, unmerge_delta
 from perflow_blocks.delta.recipe import DeltaRecipe

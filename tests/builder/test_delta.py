@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from perflow_blocks import PeRFlowPipelineBuilder, PeRFlowSDXLAutoBlocks, merge_delta
 from perflow_blocks.blocks import merge_delta as block
+from perflow_blocks.blocks.declare import declared
+from perflow_blocks.blocks.specs import delta_config_specs
 from perflow_blocks.builder.loading import build_pipeline
 from perflow_blocks.builder.plan import make_plan
 from perflow_blocks.delta.merge import merge_records
@@ -118,9 +120,7 @@ def test_a_merge_block_of_ones_own_is_kept(repository: Path, delta: Path) -> Non
 
 def test_a_merge_block_that_knows_no_scale_is_told(repository: Path, delta: Path) -> None:
     class Fixed(block.PeRFlowMergeDeltaStep):
-        @property
-        def expected_configs(self) -> list[Any]:
-            return [spec for spec in super().expected_configs if spec.name != "delta_scale"]
+        expected_configs = declared(*(spec for spec in delta_config_specs() if spec.name != "delta_scale"))
 
     blocks = PeRFlowSDXLAutoBlocks()
     blocks.sub_blocks["merge_delta"] = Fixed()
