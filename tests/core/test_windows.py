@@ -11,6 +11,8 @@ from diffusers import DDPMScheduler
 from perflow_blocks.core.noise_schedule import BETA_SCHEDULES, alpha_at, alpha_index, make_alphas_cumprod
 from perflow_blocks.core.windows import TimeWindows, require_positive_int, tile_windows
 
+pytestmark = pytest.mark.behaviour
+
 UNEQUAL = TimeWindows(boundaries=(1.0, 0.9, 0.55, 0.2, 0.0))
 
 

@@ -14,6 +14,8 @@ from perflow_blocks.core.parameterization import marginal
 from perflow_blocks.schedulers import PeRFlowScheduler, PFODESolver, PFODESolverSDXL
 from perflow_blocks.testing.tiny import BETAS, tiny_sd_unet, tiny_sdxl_unet
 
+pytestmark = pytest.mark.behaviour
+
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -23,6 +23,8 @@ from perflow_blocks.schedulers import PeRFlowScheduler
 from perflow_blocks.schedulers.scheduling_perflow import PeRFlowSchedulerOutput
 from tests.conftest import no_host_reads
 
+pytestmark = pytest.mark.behaviour
+
 SD_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from perflow_blocks.schedulers import PeRFlowScheduler
 from perflow_blocks.testing.tiny import IMAGE_SIZE, LATENT_SIZE, tiny_sd_components, tiny_sdxl_components
 
+pytestmark = pytest.mark.behaviour
+
 TEXT_TO_IMAGE = [
     pytest.param(StableDiffusionPipeline, tiny_sd_components, "diff_eps", id="sd"),
     pytest.param(StableDiffusionXLPipeline, tiny_sdxl_components, "ddim_eps", id="sdxl"),
