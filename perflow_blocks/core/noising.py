@@ -1,4 +1,4 @@
-"""How a picture is noised to the times of a plan: on the student's path, or to the diffusion marginal."""
+"""How an image is noised to the times of a plan: on the student's path, or to the diffusion marginal."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ def noise_coefficients(
 ) -> Tensor:
     """(P, Q) of `z = P x0 + Q noise` where each step of a plan starts and where the last one ends.
 
-    On the chord between the marginals at a window's ends, where the student's path runs, or the marginal at the time
-    itself; the two agree at window boundaries. At the end of the last window a picture is left as it is: (1, 0).
+    `chord` is the straight line between the marginals at a window's ends, which is the student's path; `marginal` is
+    the diffusion marginal at the time itself. They agree at window boundaries. At the end of the last window the image
+    stays as it is: (1, 0).
 
     Args:
         plan: the steps.
@@ -37,7 +38,7 @@ def noise_coefficients(
         ValueError: an unknown `noising`.
     """
     if noising not in NOISINGS:
-        raise ValueError(f"noising={noising!r} is unknown; pass one of {', '.join(NOISINGS)}.")
+        raise ValueError(f"noising={noising!r} must be one of {', '.join(NOISINGS)}.")
     times = (*plan.times, plan.next_times[-1])
     windows = (rows[k] for k in (*plan.window_index, plan.window_index[-1]))
     pairs: list[tuple[float, float]] = []

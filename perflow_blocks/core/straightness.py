@@ -18,7 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .parameterization import WindowAlpha, weighted_sum, window_endpoint
+from .distillation import window_endpoint
+from .parameterization import WindowAlpha
+from .step_plan import apply_step
 
 Predictor = Callable[[Tensor, Tensor], Tensor]
 """Called as `predict(z_t, t)` with z_t (batch, ...) and t (batch,); returns the network's output."""
@@ -77,5 +79,5 @@ def student_path(
     for t, following in itertools.pairwise(times):
         z_end = window_endpoint(points[-1], predict(points[-1], t), window, prediction_type, t)
         share = (following - t) / (torch.as_tensor(window.end) - t)
-        points.append(weighted_sum(points[-1], z_end, 1.0 - share, share))
+        points.append(apply_step(points[-1], z_end, 1.0 - share, share))
     return torch.stack(points)

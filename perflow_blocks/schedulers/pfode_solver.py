@@ -3,23 +3,82 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import torch
-from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.utils import logging
 from torch import Tensor
 
-from ..core.ddim import TEACHER_PREDICTION_TYPES, ddim_coefficients
-from ..core.parameterization import weighted_sum
+from ..core.parameterization import Scalar, ddim_coefficients
+from ..core.step_plan import apply_step
 from ..core.windows import require_positive_int
-from .conditioning import Conditioning, sdxl_conditioning, sdxl_time_ids
 
 logger = logging.get_logger(__name__)
 
+TeacherPredictionType = Literal["epsilon", "v_prediction"]
+TEACHER_PREDICTION_TYPES: tuple[str, ...] = get_args(TeacherPredictionType)
+
 UNet = Callable[..., Any]
 """Called as `unet(latents, timesteps, encoder_hidden_states=..., [added_cond_kwargs=...], return_dict=False)[0]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """One batch of prompts as the UNet takes it, for Stable Diffusion and SDXL alike.
+
+    Attributes:
+        prompt_embeds: (batch, tokens, width).
+        added: SDXL's added conditions by the UNet's names for them, (batch, ...) each; empty for Stable Diffusion.
+    """
+
+    prompt_embeds: Tensor
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def join(self, other: Conditioning) -> Conditioning:
+        """Both along the batch, self first."""
+        return Conditioning(
+            prompt_embeds=torch.cat([self.prompt_embeds, other.prompt_embeds]),
+            added={name: torch.cat([value, other.added[name]]) for name, value in self.added.items()},
+        )
+
+    def unet_kwargs(self) -> dict[str, Any]:
+        added = {"added_cond_kwargs": dict(self.added)} if self.added else {}
+        return {"encoder_hidden_states": self.prompt_embeds, **added}
+
+    def check_rows(self, batch: int, prefix: str = "") -> None:
+        """Raises a ValueError that names (after `prefix`) the tensor whose rows are not `batch`."""
+        for name, value in {"prompt_embeds": self.prompt_embeds, **self.added}.items():
+            if len(value) != batch:
+                raise ValueError(f"{prefix}{name} must have one row for each of {batch} latents; it has {len(value)}.")
+
+
+def sdxl_conditioning(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, time_ids: Tensor) -> Conditioning:
+    """SDXL's conditions: embeddings (batch, tokens, width), pooled (batch, width), time ids (batch, 6)."""
+    return Conditioning(prompt_embeds=prompt_embeds, added={"text_embeds": pooled_prompt_embeds, "time_ids": time_ids})
+
+
+def teacher_coefficients(alpha: Scalar, alpha_next: Scalar, prediction_type: str) -> tuple[Scalar, Scalar]:
+    """(a, b) of the teacher's DDIM step `z_next = a z + b output` from abar = `alpha` to the cleaner `alpha_next`.
+
+    `v_prediction` is v = sqrt(abar) eps - sqrt(1 - abar) x0 (arXiv 2202.00512, appendix D).
+
+    Raises:
+        ValueError: an unknown teacher prediction type.
+    """
+    match prediction_type:
+        case "epsilon":
+            return ddim_coefficients(alpha, alpha_next)
+        case "v_prediction":
+            signal, sigma = alpha**0.5, (1.0 - alpha) ** 0.5
+            signal_next, sigma_next = alpha_next**0.5, (1.0 - alpha_next) ** 0.5
+            return signal_next * signal + sigma_next * sigma, sigma_next * signal - signal_next * sigma
+        case _:
+            raise ValueError(
+                f"prediction_type={prediction_type!r} of a teacher must be one of "
+                f"{', '.join(TEACHER_PREDICTION_TYPES)}."
+            )
 
 
 class PFODESolver:
@@ -27,28 +86,27 @@ class PFODESolver:
 
     Args:
         scheduler: any diffusers scheduler with `alphas_cumprod` whose `config.prediction_type` is `epsilon` or
-            `v_prediction`. Where it has a `final_alpha_cumprod`, that stands for abar below the first timestep.
+            `v_prediction`. Its `final_alpha_cumprod`, if it has one, is abar below the first timestep.
 
     Raises:
-        ValueError: the scheduler has no alphas, or predicts something else.
+        ValueError: the scheduler has no alphas, or another prediction type.
     """
 
     def __init__(self, scheduler: Any) -> None:
         name = type(scheduler).__name__
         alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         if alphas_cumprod is None:
-            raise ValueError(f"{name} has no alphas_cumprod; pass a diffusion scheduler such as DDIMScheduler.")
+            raise ValueError(f"scheduler={name} has no alphas_cumprod; pass a diffusion scheduler (DDIMScheduler).")
         self.prediction_type: str = scheduler.config.prediction_type
         if self.prediction_type not in TEACHER_PREDICTION_TYPES:
             raise ValueError(
-                f"prediction_type={self.prediction_type!r} of {name} is no teacher type; pass a scheduler with one of "
-                f"{', '.join(TEACHER_PREDICTION_TYPES)}."
+                f"prediction_type={self.prediction_type!r} of {name} must be one of "
+                f"{', '.join(TEACHER_PREDICTION_TYPES)} for a teacher."
             )
         self.num_train_timesteps = len(alphas_cumprod)
         final = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", alphas_cumprod[0])).reshape(1)
         # Shifted by one, so that the index -1 (below the first timestep) has an entry as well.
         self._alphas = torch.cat([final.float(), alphas_cumprod.float().to(final.device)])
-        self._guiders: dict[float, ClassifierFreeGuidance] = {}
         self._uneven_logged: set[int] = set()
 
     def solve(
@@ -60,9 +118,7 @@ class PFODESolver:
         *,
         prompt_embeds: Tensor,
         negative_prompt_embeds: Tensor | None = None,
-        guidance_scale: float = 1.0,
-        num_steps: int = 2,
-        num_windows: int | None = 1,
+        **settings: Any,
     ) -> Tensor:
         """The latents at `t_end` that `num_steps` DDIM steps (eta = 0) reach from `latents` at `t_start`.
 
@@ -74,10 +130,7 @@ class PFODESolver:
             t_end: continuous time in [0, 1), below t_start: one for all, or (batch,).
             prompt_embeds: (batch, tokens, width).
             negative_prompt_embeds: (batch, tokens, width), needed when `guidance_scale` is above 1.
-            guidance_scale: classifier-free guidance of the teacher, at least 1; 1 is none.
-            num_steps: DDIM steps, at least 1.
-            num_windows: number K of equal windows: each step goes down `T // (K num_steps)` timesteps, as published.
-                None lets each row's own t_start and t_end decide, for windows of unequal lengths.
+            settings: `guidance_scale`, `num_steps` and `num_windows`, as for `solve_conditioned`.
 
         Returns:
             (batch, channels, height, width), of the latents' type.
@@ -87,17 +140,7 @@ class PFODESolver:
         """
         positive = Conditioning(prompt_embeds=prompt_embeds)
         negative = None if negative_prompt_embeds is None else Conditioning(prompt_embeds=negative_prompt_embeds)
-        return self.solve_conditioned(
-            latents,
-            unet,
-            t_start,
-            t_end,
-            positive,
-            negative,
-            guidance_scale=guidance_scale,
-            num_steps=num_steps,
-            num_windows=num_windows,
-        )
+        return self.solve_conditioned(latents, unet, t_start, t_end, positive, negative, **settings)
 
     @torch.no_grad()
     def solve_conditioned(
@@ -113,14 +156,20 @@ class PFODESolver:
         num_steps: int = 2,
         num_windows: int | None = 1,
     ) -> Tensor:
-        """As `solve`, for the conditions of any family: those of the prompts, and of the empty one for guidance."""
+        """As `solve`, for the conditions of any family: those of the prompts, and of the empty one for guidance.
+
+        Args:
+            guidance_scale: classifier-free guidance of the teacher, at least 1; 1 is none.
+            num_steps: DDIM steps, at least 1.
+            num_windows: number K of equal windows: each step goes down `T // (K num_steps)` timesteps, as published.
+                With None each row's own t_start and t_end decide, for windows of unequal lengths.
+        """
         _check_conditions(len(latents), positive, negative, guidance_scale)
         start, end = _rows("t_start", t_start, latents), _rows("t_end", t_end, latents)
         _check_times(t_start, t_end)
         stride = self._stride(num_steps, num_windows)
-        guided = negative is not None and guidance_scale > 1.0
-        conditions = positive.join(negative) if negative is not None and guided else positive
-        guider = self._guider(guidance_scale) if guided else None
+        if guidance_scale > 1.0 and negative is not None:
+            positive = positive.join(negative)
         alphas = self._alphas.to(latents.device)
         for k in range(num_steps):
             index = self._index(start + (end - start) * (k / num_steps))
@@ -129,16 +178,10 @@ class PFODESolver:
             else:
                 following = index - stride
             index = index.clamp(0, self.num_train_timesteps - 1)
-            output = _predict(unet, latents, index, conditions, guider)
-            a, b = ddim_coefficients(alphas[index + 1], alphas[following.clamp(min=-1) + 1], self.prediction_type)
-            latents = weighted_sum(latents, output, a, b)
+            output = _predict(unet, latents, index, positive, guidance_scale)
+            alpha, alpha_next = alphas[index + 1], alphas[following.clamp(min=-1) + 1]
+            latents = apply_step(latents, output, *teacher_coefficients(alpha, alpha_next, self.prediction_type))
         return latents
-
-    def _guider(self, guidance_scale: float) -> ClassifierFreeGuidance:
-        # Kept, because diffusers logs a notice about guiders at every construction.
-        if guidance_scale not in self._guiders:
-            self._guiders[guidance_scale] = ClassifierFreeGuidance(guidance_scale=guidance_scale)
-        return self._guiders[guidance_scale]
 
     def _index(self, t: Tensor) -> Tensor:
         """The teacher's timestep of a continuous time: t = 1 is T - 1, and t = 0 is -1, below the first."""
@@ -156,8 +199,8 @@ class PFODESolver:
         stride, rest = divmod(self.num_train_timesteps, count)
         if stride == 0:
             raise ValueError(
-                f"num_windows={num_windows} times num_steps={num_steps} exceeds the {self.num_train_timesteps} "
-                "training timesteps; pass fewer steps or windows."
+                f"num_windows={num_windows} times num_steps={num_steps} must be at most the "
+                f"{self.num_train_timesteps} training timesteps."
             )
         if rest and count not in self._uneven_logged:
             self._uneven_logged.add(count)
@@ -187,59 +230,50 @@ class PFODESolverSDXL(PFODESolver):
         negative_pooled_prompt_embeds: Tensor | None = None,
         resolution: int = 1024,
         add_time_ids: Tensor | None = None,
-        guidance_scale: float = 1.0,
-        num_steps: int = 2,
-        num_windows: int | None = 1,
+        **settings: Any,
     ) -> Tensor:
         """As `PFODESolver.solve`, with SDXL's conditions.
 
         Args:
             pooled_prompt_embeds: (batch, pooled width).
             negative_pooled_prompt_embeds: (batch, pooled width), needed when `guidance_scale` is above 1.
-            resolution: pixels of the square pictures; the time ids are then (resolution, resolution, 0, 0, resolution,
-                resolution), that is original size, no crop, target size.
+            resolution: pixels of the square images; the time ids are then (resolution, resolution, 0, 0, resolution,
+                resolution): original size, no crop, target size.
             add_time_ids: time ids to use instead, (6,), (1, 6) or (batch, 6), for both prompts.
         """
-        time_ids = sdxl_time_ids(resolution, add_time_ids, prompt_embeds)
+        if add_time_ids is None:
+            size = require_positive_int("resolution", resolution)
+            add_time_ids = torch.tensor([size, size, 0, 0, size, size])
+        time_ids = add_time_ids.to(prompt_embeds).reshape(-1, add_time_ids.shape[-1])
+        if len(time_ids) == 1:
+            time_ids = time_ids.expand(len(prompt_embeds), -1)
         positive = sdxl_conditioning(prompt_embeds, pooled_prompt_embeds, time_ids)
         negative = None
         if negative_prompt_embeds is not None and negative_pooled_prompt_embeds is not None:
             negative = sdxl_conditioning(negative_prompt_embeds, negative_pooled_prompt_embeds, time_ids)
-        return self.solve_conditioned(
-            latents,
-            unet,
-            t_start,
-            t_end,
-            positive,
-            negative,
-            guidance_scale=guidance_scale,
-            num_steps=num_steps,
-            num_windows=num_windows,
-        )
+        return self.solve_conditioned(latents, unet, t_start, t_end, positive, negative, **settings)
 
 
-def _predict(
-    unet: UNet, latents: Tensor, index: Tensor, conditions: Conditioning, guider: ClassifierFreeGuidance | None
-) -> Tensor:
-    """The teacher's prediction (batch, ...) from one call; under guidance `conditions` holds 2 batch rows."""
-    repeats = 1 if guider is None else 2
+def _predict(unet: UNet, latents: Tensor, index: Tensor, conditions: Conditioning, guidance_scale: float) -> Tensor:
+    """The teacher's prediction (batch, ...) from one call; above a scale of 1 `conditions` holds 2 batch rows."""
+    repeats = 2 if guidance_scale > 1.0 else 1
     model_input = torch.cat([latents.to(conditions.prompt_embeds.dtype)] * repeats)
     output = unet(model_input, torch.cat([index] * repeats), **conditions.unet_kwargs(), return_dict=False)[0]
-    if guider is None:
+    if repeats == 1:
         return output
     pred_cond, pred_uncond = output.chunk(2)
-    return guider.forward(pred_cond, pred_uncond).pred
+    return pred_uncond + guidance_scale * (pred_cond - pred_uncond)
 
 
 def _check_conditions(
     batch: int, positive: Conditioning, negative: Conditioning | None, guidance_scale: float
 ) -> None:
     if not math.isfinite(guidance_scale) or guidance_scale < 1.0:
-        raise ValueError(f"guidance_scale={guidance_scale} is no number of at least 1; pass 1.0 for no guidance.")
+        raise ValueError(f"guidance_scale={guidance_scale} must be a finite number of at least 1; 1.0 is no guidance.")
     if guidance_scale > 1.0 and negative is None:
         raise ValueError(
-            f"guidance_scale={guidance_scale} needs the negative prompt; pass negative_prompt_embeds (and, for SDXL, "
-            "negative_pooled_prompt_embeds) or guidance_scale=1.0."
+            f"guidance_scale={guidance_scale} needs negative_prompt_embeds (and, for SDXL, "
+            "negative_pooled_prompt_embeds); pass them, or guidance_scale=1.0."
         )
     positive.check_rows(batch)
     if negative is None:
@@ -247,8 +281,8 @@ def _check_conditions(
     negative.check_rows(batch, "negative_")
     if negative.prompt_embeds.shape != positive.prompt_embeds.shape:
         raise ValueError(
-            f"negative_prompt_embeds {tuple(negative.prompt_embeds.shape)} and prompt_embeds "
-            f"{tuple(positive.prompt_embeds.shape)} differ in shape; encode both to the same length."
+            f"negative_prompt_embeds of shape {tuple(negative.prompt_embeds.shape)} must have the shape of "
+            f"prompt_embeds, {tuple(positive.prompt_embeds.shape)}; encode both to the same length."
         )
 
 
@@ -257,7 +291,7 @@ def _rows(name: str, t: float | Tensor, latents: Tensor) -> Tensor:
     rows = torch.as_tensor(t, dtype=torch.float32, device=latents.device)
     if rows.ndim > 1 or (rows.ndim == 1 and len(rows) not in (1, len(latents))):
         raise ValueError(
-            f"{name} has shape {tuple(rows.shape)} for {len(latents)} latents; pass one time, or one per latent."
+            f"{name} of shape {tuple(rows.shape)} must be one time, or one for each of {len(latents)} rows."
         )
     return rows.expand(len(latents))
 
@@ -269,6 +303,6 @@ def _check_times(t_start: float | Tensor, t_end: float | Tensor) -> None:
     start, end = torch.as_tensor(t_start), torch.as_tensor(t_end)
     if not bool(((0.0 <= end) & (end < start) & (start <= 1.0)).all()):
         raise ValueError(
-            f"t_start={t_start} and t_end={t_end} are not times with 0 <= t_end < t_start <= 1 in every row; "
-            "pass continuous times, from noise (1) to data (0)."
+            f"t_start={t_start} and t_end={t_end} must be continuous times with 0 <= t_end < t_start <= 1 in every "
+            "row (1 is noise, 0 is data)."
         )

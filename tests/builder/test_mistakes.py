@@ -183,7 +183,7 @@ MISTAKES: dict[str, tuple[Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipeli
     "config": (lambda it, at: it.with_config(windows=4), "windows=4 is unknown; the blocks know .*num_time_windows"),
     "windows": (
         lambda it, at: it.with_config(num_time_windows=0),
-        r"with_config\(num_time_windows=...\): .*at least 1",
+        r"with_config\(num_time_windows=...\): .*num_time_windows=0",
     ),
     "disagreeing": (
         lambda it, at: it.with_config(num_time_windows=4, window_boundaries=[1.0, 0.5, 0.0]),
