@@ -25,17 +25,8 @@ def noise_coefficients(
     the diffusion marginal at the time itself. They agree at window boundaries. At the end of the last window the image
     stays as it is: (1, 0).
 
-    Args:
-        plan: the steps.
-        rows: the windows that the plan was made for, from `window_table`.
-        alphas_cumprod: abar, float64 of shape (num_train_timesteps,), on the host.
-        noising: one of `NOISINGS`.
-
-    Returns:
-        float64 of shape (len(plan) + 1, 2), on the host.
-
-    Raises:
-        ValueError: an unknown `noising`.
+    `rows` are those of the plan's windows, from `window_table`; abar (num_train_timesteps,) is float64 on the host.
+    So is the result, (len(plan) + 1, 2). An unknown `noising` is a ValueError.
     """
     if noising not in NOISINGS:
         raise ValueError(f"noising={noising!r} must be one of {', '.join(NOISINGS)}.")

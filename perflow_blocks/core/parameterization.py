@@ -66,10 +66,8 @@ def window_table(
 def window_alpha(windows: TimeWindows, rows: Sequence[WindowAlpha], t: Scalar) -> WindowAlpha:
     """The row of `window_table` for a continuous time t.
 
-    Numbers for a number; for a floating tensor, tensors of its shape and device, in float32 or better.
-
-    Raises:
-        ValueError: t is an integer tensor, so a timestep rather than a time.
+    Numbers for a number; for a floating tensor, tensors of its shape and device, in float32 or better. An integer
+    tensor, which would be a timestep rather than a time, is a ValueError.
     """
     if not isinstance(t, Tensor):
         return rows[windows.index(t)]
@@ -80,11 +78,7 @@ def window_alpha(windows: TimeWindows, rows: Sequence[WindowAlpha], t: Scalar) -
 
 
 def window_coefficients(window: WindowAlpha, prediction_type: str) -> tuple[Scalar, Scalar]:
-    """(lam, eta) of `z_e = lam z_s + eta output`.
-
-    Raises:
-        ValueError: an unknown prediction type.
-    """
+    """(lam, eta) of `z_e = lam z_s + eta output`. An unknown prediction type is a ValueError."""
     start, end, _, alpha_start, alpha_end = window
     match prediction_type:
         case "ddim_eps":

@@ -71,13 +71,7 @@ def build_step_plan(
 
     Each time is first truncated to its timestep, `int(t * T)`, since that is what the network sees. A schedule may
     begin inside any window (image-to-image does), but every window start below that must be one of its timesteps: the
-    velocity is constant inside a window only.
-
-    Args:
-        windows: the time windows.
-        rows: their numbers, from `window_table`.
-        prediction_type: one of `PREDICTION_TYPES`.
-        times: start times of the steps, descending, for example `windows.distribute_steps(6)`.
+    velocity is constant inside a window only. `rows` are the windows' numbers, from `window_table`.
 
     Raises:
         ValueError: no times, repeated or ascending timesteps, one outside the windows, or a missing window start.

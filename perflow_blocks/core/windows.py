@@ -122,8 +122,7 @@ def tile_windows(
 ) -> TimeWindows:
     """Windows from settings: `boundaries` if given (they decide the number), else `num_windows` equal ones.
 
-    Raises:
-        ValueError: the boundaries do not run from `t_noise` to `t_clean`, or do not describe windows.
+    Boundaries that do not run from `t_noise` to `t_clean`, or do not describe windows, are a ValueError.
     """
     if boundaries is None:
         return TimeWindows.equal(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from diffusers.utils import logging
@@ -17,8 +17,7 @@ from ..core.windows import require_positive_int
 
 logger = logging.get_logger(__name__)
 
-TeacherPredictionType = Literal["epsilon", "v_prediction"]
-TEACHER_PREDICTION_TYPES: tuple[str, ...] = get_args(TeacherPredictionType)
+TEACHER_PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 UNet = Callable[..., Any]
 """Called as `unet(latents, timesteps, encoder_hidden_states=..., [added_cond_kwargs=...], return_dict=False)[0]`."""
@@ -47,12 +46,6 @@ class Conditioning:
         added = {"added_cond_kwargs": dict(self.added)} if self.added else {}
         return {"encoder_hidden_states": self.prompt_embeds, **added}
 
-    def check_rows(self, batch: int, prefix: str = "") -> None:
-        """Raises a ValueError that names (after `prefix`) the tensor whose rows are not `batch`."""
-        for name, value in {"prompt_embeds": self.prompt_embeds, **self.added}.items():
-            if len(value) != batch:
-                raise ValueError(f"{prefix}{name} must have one row for each of {batch} latents; it has {len(value)}.")
-
 
 def sdxl_conditioning(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, time_ids: Tensor) -> Conditioning:
     """SDXL's conditions: embeddings (batch, tokens, width), pooled (batch, width), time ids (batch, 6)."""
@@ -62,23 +55,14 @@ def sdxl_conditioning(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, time_
 def teacher_coefficients(alpha: Scalar, alpha_next: Scalar, prediction_type: str) -> tuple[Scalar, Scalar]:
     """(a, b) of the teacher's DDIM step `z_next = a z + b output` from abar = `alpha` to the cleaner `alpha_next`.
 
-    `v_prediction` is v = sqrt(abar) eps - sqrt(1 - abar) x0 (arXiv 2202.00512, appendix D).
-
-    Raises:
-        ValueError: an unknown teacher prediction type.
+    The type is one of `TEACHER_PREDICTION_TYPES`; `v_prediction` is v = sqrt(abar) eps - sqrt(1 - abar) x0
+    (arXiv 2202.00512, appendix D).
     """
-    match prediction_type:
-        case "epsilon":
-            return ddim_coefficients(alpha, alpha_next)
-        case "v_prediction":
-            signal, sigma = alpha**0.5, (1.0 - alpha) ** 0.5
-            signal_next, sigma_next = alpha_next**0.5, (1.0 - alpha_next) ** 0.5
-            return signal_next * signal + sigma_next * sigma, sigma_next * signal - signal_next * sigma
-        case _:
-            raise ValueError(
-                f"prediction_type={prediction_type!r} of a teacher must be one of "
-                f"{', '.join(TEACHER_PREDICTION_TYPES)}."
-            )
+    if prediction_type == "epsilon":
+        return ddim_coefficients(alpha, alpha_next)
+    signal, sigma = alpha**0.5, (1.0 - alpha) ** 0.5
+    signal_next, sigma_next = alpha_next**0.5, (1.0 - alpha_next) ** 0.5
+    return signal_next * signal + sigma_next * sigma, sigma_next * signal - signal_next * sigma
 
 
 class PFODESolver:
@@ -195,20 +179,17 @@ class PFODESolver:
         require_positive_int("num_steps", num_steps)
         if num_windows is None:
             return None
-        count = require_positive_int("num_windows", num_windows) * num_steps
-        stride, rest = divmod(self.num_train_timesteps, count)
+        total, count = self.num_train_timesteps, require_positive_int("num_windows", num_windows) * num_steps
+        stride, rest = divmod(total, count)
         if stride == 0:
-            raise ValueError(
-                f"num_windows={num_windows} times num_steps={num_steps} must be at most the "
-                f"{self.num_train_timesteps} training timesteps."
-            )
+            raise ValueError(f"num_windows={num_windows} times num_steps={num_steps} must be at most {total}.")
         if rest and count not in self._uneven_logged:
             self._uneven_logged.add(count)
             logger.warning(
                 "num_windows * num_steps = %d does not divide the %d training timesteps, so that steps of %d "
                 "timesteps miss t_end; choose numbers that divide it, or num_windows=None.",
                 count,
-                self.num_train_timesteps,
+                total,
                 stride,
             )
         return stride
@@ -275,11 +256,11 @@ def _check_conditions(
             f"guidance_scale={guidance_scale} needs negative_prompt_embeds (and, for SDXL, "
             "negative_pooled_prompt_embeds); pass them, or guidance_scale=1.0."
         )
-    positive.check_rows(batch)
-    if negative is None:
-        return
-    negative.check_rows(batch, "negative_")
-    if negative.prompt_embeds.shape != positive.prompt_embeds.shape:
+    for prefix, given in {"": positive, "negative_": negative or positive}.items():
+        for name, value in {"prompt_embeds": given.prompt_embeds, **given.added}.items():
+            if len(value) != batch:
+                raise ValueError(f"{prefix}{name} must have one row for each of {batch} latents; it has {len(value)}.")
+    if negative is not None and negative.prompt_embeds.shape != positive.prompt_embeds.shape:
         raise ValueError(
             f"negative_prompt_embeds of shape {tuple(negative.prompt_embeds.shape)} must have the shape of "
             f"prompt_embeds, {tuple(positive.prompt_embeds.shape)}; encode both to the same length."

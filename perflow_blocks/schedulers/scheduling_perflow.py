@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -101,19 +101,19 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
                 f'for example PeRFlowScheduler.from_config(config, prediction_type="{PREDICTION_TYPES[0]}").'
             )
         boundaries = None if window_boundaries is None else tuple(map(float, window_boundaries))
-        self._settings = _Settings(
-            num_train_timesteps=num_train_timesteps,
-            beta_start=beta_start,
-            beta_end=beta_end,
-            beta_schedule=beta_schedule,
-            trained_betas=None if trained_betas is None else tuple(map(float, trained_betas)),
-            set_alpha_to_one=set_alpha_to_one,
-            num_time_windows=num_time_windows,
-            window_boundaries=boundaries,
-            t_noise=t_noise,
-            t_clean=t_clean,
-        )
-        self._tables = _make_tables(*self._settings)
+        self._settings: dict[str, Any] = {
+            "num_train_timesteps": num_train_timesteps,
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+            "beta_schedule": beta_schedule,
+            "trained_betas": None if trained_betas is None else tuple(map(float, trained_betas)),
+            "set_alpha_to_one": set_alpha_to_one,
+            "num_time_windows": num_time_windows,
+            "window_boundaries": boundaries,
+            "t_noise": t_noise,
+            "t_clean": t_clean,
+        }
+        self._tables = _make_tables(**self._settings)
         self.windows: TimeWindows = self._tables.windows
         if boundaries is not None:  # a list and a matching count, so that the saved JSON reads back as it is
             self.register_to_config(window_boundaries=list(boundaries), num_time_windows=len(boundaries) - 1)
@@ -153,7 +153,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         return cls(**{**taken, **overrides})
 
     def __len__(self) -> int:
-        return self._settings.num_train_timesteps
+        return len(self.alphas_cumprod)
 
     def set_timesteps(
         self,
@@ -174,14 +174,11 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
             ValueError: both or neither given, or a number or timesteps that make no schedule.
         """
         if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError(
-                f"set_timesteps takes exactly one of num_inference_steps={num_inference_steps} and "
-                f"timesteps={timesteps}."
-            )
+            raise ValueError(f"pass exactly one of {num_inference_steps=} and {timesteps=}.")
         if not isinstance(num_inference_steps, int | None):  # NumPy's integers; anything else is refused
             num_inference_steps = require_positive_int("num_inference_steps", num_inference_steps)
         given = None if timesteps is None else _integers(timesteps)
-        plan = _make_plan(self._settings, self.config["prediction_type"], num_inference_steps, given)
+        plan = _make_plan(self.config["prediction_type"], num_inference_steps, given, **self._settings)
         num_windows = len(self._tables.rows)
         if num_inference_steps is not None and num_inference_steps < num_windows:
             logger.warning(
@@ -199,6 +196,14 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         """The sample itself: the UNet of a PeRFlow model takes it unscaled."""
         return sample
 
+    @overload
+    def step(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: Literal[True] = True
+    ) -> PeRFlowSchedulerOutput: ...
+    @overload
+    def step(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: Literal[False]
+    ) -> tuple[Tensor, Tensor]: ...
     def step(
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
     ) -> PeRFlowSchedulerOutput | tuple[Tensor, Tensor]:
@@ -292,21 +297,6 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         return plan.sample_coeff[i], plan.output_coeff[i], plan.x0_sample_coeff[i], plan.x0_output_coeff[i]
 
 
-class _Settings(NamedTuple):
-    """The settings that decide the tables: hashable, since pipelines set the same schedule again at every call."""
-
-    num_train_timesteps: int
-    beta_start: float
-    beta_end: float
-    beta_schedule: str
-    trained_betas: tuple[float, ...] | None
-    set_alpha_to_one: bool
-    num_time_windows: int
-    window_boundaries: tuple[float, ...] | None
-    t_noise: float
-    t_clean: float
-
-
 class _Tables(NamedTuple):
     """What plans are made from: the windows, abar in float64 of shape (T,), and the numbers of each window."""
 
@@ -316,34 +306,42 @@ class _Tables(NamedTuple):
     rows: tuple[WindowAlpha, ...]
 
 
+# Both are cached, since pipelines set the same schedule again at every call. The tensor is never written to.
 @functools.lru_cache(maxsize=32, typed=True)
-def _make_tables(*settings: Any) -> _Tables:
-    of = _Settings(*settings)
-    alphas_cumprod = make_alphas_cumprod(**{key: getattr(of, key) for key in NOISE_SCHEDULE_KEYS})
+def _make_tables(
+    *,
+    num_time_windows: int,
+    window_boundaries: tuple[float, ...] | None,
+    t_noise: float,
+    t_clean: float,
+    set_alpha_to_one: bool,
+    **noise_schedule: Any,
+) -> _Tables:
+    alphas_cumprod = make_alphas_cumprod(**noise_schedule)
     windows = tile_windows(
-        num_windows=of.num_time_windows,
-        boundaries=of.window_boundaries,
-        t_noise=of.t_noise,
-        t_clean=of.t_clean,
-        num_train_timesteps=of.num_train_timesteps,
+        num_windows=num_time_windows,
+        boundaries=window_boundaries,
+        t_noise=t_noise,
+        t_clean=t_clean,
+        num_train_timesteps=len(alphas_cumprod),
     )
-    final_alpha_cumprod = 1.0 if of.set_alpha_to_one else float(alphas_cumprod[0])
+    final_alpha_cumprod = 1.0 if set_alpha_to_one else float(alphas_cumprod[0])
     rows = window_table(windows, alphas_cumprod, final_alpha_cumprod=final_alpha_cumprod)
     return _Tables(windows, alphas_cumprod, final_alpha_cumprod, rows)
 
 
 @functools.lru_cache(maxsize=128, typed=True)
 def _make_plan(
-    settings: _Settings, prediction_type: str, num_steps: int | None, timesteps: tuple[int, ...] | None
+    prediction_type: str, num_steps: int | None, timesteps: tuple[int, ...] | None, **settings: Any
 ) -> StepPlan:
     """The plan for the given timesteps, or for a number of steps (at least one per window)."""
-    tables = _make_tables(*settings)
+    windows, _, _, rows = _make_tables(**settings)
     if timesteps is not None:
-        times = tuple(timestep / settings.num_train_timesteps for timestep in timesteps)
+        times = tuple(timestep / windows.num_train_timesteps for timestep in timesteps)
     else:
         wanted = require_positive_int("num_inference_steps", num_steps)
-        times = tables.windows.distribute_steps(max(wanted, tables.windows.num_windows))
-    return build_step_plan(tables.windows, tables.rows, prediction_type, times)
+        times = windows.distribute_steps(max(wanted, windows.num_windows))
+    return build_step_plan(windows, rows, prediction_type, times)
 
 
 def _integers(timesteps: Sequence[int] | Tensor) -> tuple[int, ...]:
