@@ -360,7 +360,7 @@ def test_the_custom_block_is_in_every_loop() -> None:
 
 
 def test_there_is_a_test_for_every_recipe() -> None:
-    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    tests = "".join(path.read_text() for path in Path(__file__).parent.parent.rglob("test_*.py"))
     assert RECIPES
     for path in RECIPES:
         assert f'"{path.parent.name}"' in tests or f"/{path.parent.name}/" in tests, path
