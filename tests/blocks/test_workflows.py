@@ -30,6 +30,8 @@ from perflow_blocks.testing import (
 from tests.conftest import count_unet_calls, generator, make_pipeline
 from tests.hub.conftest import save_ip_adapter
 
+pytestmark = pytest.mark.behaviour
+
 WORKFLOWS = Path(__file__).parent.parent.parent / "workflows"
 RECIPES = sorted(WORKFLOWS.glob("*/recipe.py"))
 ON_THE_DEMO_MODEL = [
