@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ...core.noising import NOISINGS
 from ...core.windows import require_positive_int
-from ..denoising_range import check_denoising_range, check_strength
 from ..inputs import NONFINITE_POLICIES
+from ..set_timesteps import check_denoising_range, check_strength
 
 PROMPT_NAMES = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 SIZE_NAMES = (
