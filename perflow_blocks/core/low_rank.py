@@ -63,12 +63,7 @@ def leading_spectrum(matrix: Tensor, count: int) -> Spectrum:
             torch.manual_seed(_SKETCH_SEED)
             left, values, transposed = torch.svd_lowrank(matrix, q=sketch, niter=_POWER_ITERATIONS)
         right = transposed.mT
-    return Spectrum(
-        left=left[:, :count],
-        values=values[:count].double(),
-        right=right[:count],
-        squared_norm=squared_norm(matrix),
-    )
+    return Spectrum(left[:, :count], values[:count].double(), right[:count], squared_norm(matrix))
 
 
 def numerical_rank(spectrum: Spectrum) -> int:

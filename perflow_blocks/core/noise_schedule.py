@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from .windows import require_positive_int
 
-BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
-BETA_SCHEDULES: tuple[str, ...] = get_args(BetaSchedule)
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 # In timesteps: far below one step, far above the rounding of t*T in float32 (1e-4 at T = 1000).
 _ROUNDING = 1e-3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,8 +11,7 @@ from .noise_schedule import alpha_at
 from .parameterization import WindowAlpha, chord_marginal_coefficients
 from .step_plan import StepPlan
 
-Noising = Literal["chord", "marginal"]
-NOISINGS: tuple[str, ...] = get_args(Noising)
+NOISINGS = ("chord", "marginal")
 
 
 def noise_coefficients(

@@ -61,7 +61,9 @@ class StepPlan:
     def coefficients(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """The table (num_steps, 4) with the columns A, B, C, D, as a new tensor on the device."""
         columns = (self.sample_coeff, self.output_coeff, self.x0_sample_coeff, self.x0_output_coeff)
-        return torch.tensor(columns, dtype=torch.float64).T.to(dtype=dtype).contiguous().to(device=device)
+        return (
+            torch.tensor(columns, dtype=torch.float64, device="cpu").T.to(dtype=dtype).contiguous().to(device=device)
+        )
 
 
 def build_step_plan(

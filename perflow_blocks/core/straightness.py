@@ -40,7 +40,7 @@ class Straightness(NamedTuple):
 def path_straightness(points: Tensor, times: Tensor) -> Straightness:
     """The straightness of polylines with the given points (steps + 1, batch, ...).
 
-    The velocity is constant between two points; their times (steps + 1, batch) are strictly monotonous.
+    The velocity is constant between two points; their times (steps + 1, batch) are strictly monotonic.
     """
     points, times = points.float().flatten(2), times.float()[..., None]
     spans = times[1:] - times[:-1]

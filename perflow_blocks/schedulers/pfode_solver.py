@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from diffusers.utils import logging
@@ -65,6 +65,18 @@ def teacher_coefficients(alpha: Scalar, alpha_next: Scalar, prediction_type: str
     return signal_next * signal + sigma_next * sigma, sigma_next * signal - signal_next * sigma
 
 
+class SolveSettings(TypedDict, total=False):
+    """How the teacher solves: `guidance_scale` at least 1 (1, the default, is none), `num_steps` DDIM steps (2).
+
+    `num_windows` (1) is the number K of equal windows: each step goes down `T // (K num_steps)` timesteps, as
+    published. With None each row's own t_start and t_end decide, for windows of unequal lengths.
+    """
+
+    guidance_scale: float
+    num_steps: int
+    num_windows: int | None
+
+
 class PFODESolver:
     """Solves the teacher's probability-flow ODE from the start of a time window to its end (arXiv 2405.07510, sec. 3).
 
@@ -102,7 +114,7 @@ class PFODESolver:
         *,
         prompt_embeds: Tensor,
         negative_prompt_embeds: Tensor | None = None,
-        **settings: Any,
+        **settings: Unpack[SolveSettings],
     ) -> Tensor:
         """The latents at `t_end` that `num_steps` DDIM steps (eta = 0) reach from `latents` at `t_start`.
 
@@ -114,7 +126,7 @@ class PFODESolver:
             t_end: continuous time in [0, 1), below t_start: one for all, or (batch,).
             prompt_embeds: (batch, tokens, width).
             negative_prompt_embeds: (batch, tokens, width), needed when `guidance_scale` is above 1.
-            settings: `guidance_scale`, `num_steps` and `num_windows`, as for `solve_conditioned`.
+            settings: as in `SolveSettings`.
 
         Returns:
             (batch, channels, height, width), of the latents' type.
@@ -140,14 +152,7 @@ class PFODESolver:
         num_steps: int = 2,
         num_windows: int | None = 1,
     ) -> Tensor:
-        """As `solve`, for the conditions of any family: those of the prompts, and of the empty one for guidance.
-
-        Args:
-            guidance_scale: classifier-free guidance of the teacher, at least 1; 1 is none.
-            num_steps: DDIM steps, at least 1.
-            num_windows: number K of equal windows: each step goes down `T // (K num_steps)` timesteps, as published.
-                With None each row's own t_start and t_end decide, for windows of unequal lengths.
-        """
+        """As `solve`, for the conditions of any family: those of the prompts, and of the empty one for guidance."""
         _check_conditions(len(latents), positive, negative, guidance_scale)
         start, end = _rows("t_start", t_start, latents), _rows("t_end", t_end, latents)
         _check_times(t_start, t_end)
@@ -211,7 +216,7 @@ class PFODESolverSDXL(PFODESolver):
         negative_pooled_prompt_embeds: Tensor | None = None,
         resolution: int = 1024,
         add_time_ids: Tensor | None = None,
-        **settings: Any,
+        **settings: Unpack[SolveSettings],
     ) -> Tensor:
         """As `PFODESolver.solve`, with SDXL's conditions.
 

@@ -317,7 +317,8 @@ def _make_tables(
     set_alpha_to_one: bool,
     **noise_schedule: Any,
 ) -> _Tables:
-    alphas_cumprod = make_alphas_cumprod(**noise_schedule)
+    with torch.device("cpu"):
+        alphas_cumprod = make_alphas_cumprod(**noise_schedule)
     windows = tile_windows(
         num_windows=num_time_windows,
         boundaries=window_boundaries,
