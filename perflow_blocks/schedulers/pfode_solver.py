@@ -92,7 +92,9 @@ class PFODESolver:
         name = type(scheduler).__name__
         alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         if alphas_cumprod is None:
-            raise ValueError(f"scheduler={name} has no alphas_cumprod; pass a diffusion scheduler (DDIMScheduler).")
+            raise ValueError(
+                f"scheduler={name} must be a diffusion scheduler with alphas_cumprod, such as DDIMScheduler."
+            )
         self.prediction_type: str = scheduler.config.prediction_type
         if self.prediction_type not in TEACHER_PREDICTION_TYPES:
             raise ValueError(
@@ -255,11 +257,11 @@ def _check_conditions(
     batch: int, positive: Conditioning, negative: Conditioning | None, guidance_scale: float
 ) -> None:
     if not math.isfinite(guidance_scale) or guidance_scale < 1.0:
-        raise ValueError(f"guidance_scale={guidance_scale} must be a finite number of at least 1; 1.0 is no guidance.")
+        raise ValueError(f"guidance_scale={guidance_scale} must be a finite number of at least 1 (1.0: no guidance).")
     if guidance_scale > 1.0 and negative is None:
         raise ValueError(
-            f"guidance_scale={guidance_scale} needs negative_prompt_embeds (and, for SDXL, "
-            "negative_pooled_prompt_embeds); pass them, or guidance_scale=1.0."
+            f"guidance_scale={guidance_scale} needs negative_prompt_embeds (for SDXL negative_pooled_prompt_embeds "
+            "too); without them use guidance_scale=1.0."
         )
     for prefix, given in {"": positive, "negative_": negative or positive}.items():
         for name, value in {"prompt_embeds": given.prompt_embeds, **given.added}.items():

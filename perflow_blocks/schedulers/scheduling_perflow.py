@@ -145,8 +145,8 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         if scheduler is not None and not {"beta_schedule", "trained_betas"} & {*taken, *overrides}:
             name = config.get("_class_name", type(scheduler).__name__)
             raise ValueError(
-                f"scheduler={name} has no betas to take over; pass beta_schedule= (and beta_start=, beta_end=), "
-                "or scheduler=None for Stable Diffusion's schedule."
+                f"scheduler={name} has no betas to take over; add beta_schedule= (and beta_start=, beta_end=), "
+                "or use scheduler=None for Stable Diffusion's schedule."
             )
         if config.get("rescale_betas_zero_snr"):
             logger.warning("rescale_betas_zero_snr is not supported by PeRFlow and is left out of the new scheduler.")
@@ -290,8 +290,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
             value = timestep.reshape(1).tolist()[0]
         if value not in plan.timesteps:
             raise ValueError(
-                f"timestep={value} is not in the schedule {list(plan.timesteps)}; pass one of these, "
-                "or call set_timesteps for another schedule."
+                f"timestep={value} must be in the schedule {list(plan.timesteps)}; call set_timesteps for another one."
             )
         i = plan.timesteps.index(value)
         return plan.sample_coeff[i], plan.output_coeff[i], plan.x0_sample_coeff[i], plan.x0_output_coeff[i]

@@ -12,7 +12,7 @@ from torch import Tensor
 from perflow_blocks.core.distillation import marginal
 from perflow_blocks.schedulers import PeRFlowScheduler, PFODESolver, PFODESolverSDXL, pfode_solver
 from perflow_blocks.schedulers.pfode_solver import teacher_coefficients
-from perflow_blocks.testing.tiny import BETAS, tiny_sd_unet, tiny_sdxl_unet
+from perflow_blocks.testing.tiny import BETAS, tiny_sdxl_unet
 
 pytestmark = pytest.mark.behaviour
 
@@ -70,28 +70,6 @@ def test_a_whole_solve_is_diffusers_ddim(prediction_type: str, final_is_one: boo
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_windows_in_one_batch_equal_windows_one_by_one() -> None:
-    solver, teacher = PFODESolver(make_scheduler()), Teacher()
-    t_start, t_end = torch.tensor([1.0, 0.75, 0.25]), torch.tensor([0.75, 0.5, 0.0])
-    latents, prompt, negative = randn(3, 4, 5, 5, seed=1), randn(3, 3, 4, seed=2), randn(3, 3, 4, seed=3)
-    settings: dict[str, Any] = {"guidance_scale": 3.0, "num_steps": 5, "num_windows": 4}
-    batched = solver.solve(
-        latents, teacher, t_start, t_end, prompt_embeds=prompt, negative_prompt_embeds=negative, **settings
-    )
-    for i in range(3):
-        one = slice(i, i + 1)
-        alone = solver.solve(
-            latents[one],
-            teacher,
-            float(t_start[i]),
-            float(t_end[i]),
-            prompt_embeds=prompt[one],
-            negative_prompt_embeds=negative[one],
-            **settings,
-        )
-        torch.testing.assert_close(batched[one], alone)
-
-
 def test_consecutive_windows_are_one_long_solve() -> None:
     solver, teacher, prompt = PFODESolver(make_scheduler()), Teacher(), randn(2, 3, 4, seed=2)
     latents = randn(2, 4, 5, 5, seed=1)
@@ -143,15 +121,6 @@ def test_latents_keep_their_type_and_the_teacher_gets_the_prompts() -> None:
     assert not result.requires_grad
 
 
-def test_tiny_unet_of_stable_diffusion() -> None:
-    prompt, latents = randn(2, 16, 16, seed=1), randn(2, 4, 16, 16, seed=2)
-    times = torch.tensor([1.0, 0.5]), torch.tensor([0.75, 0.25])
-    settings: dict[str, Any] = {"negative_prompt_embeds": -prompt, "guidance_scale": 7.5, "num_windows": 4}
-    result = PFODESolver(make_scheduler()).solve(latents, tiny_sd_unet(), *times, prompt_embeds=prompt, **settings)
-    assert result.shape == latents.shape
-    assert bool(result.isfinite().all())
-
-
 def test_tiny_unet_of_sdxl_sees_every_condition() -> None:
     unet, solver = tiny_sdxl_unet(), PFODESolverSDXL(EulerDiscreteScheduler(**BETAS))
     latents, prompt = randn(2, 4, 16, 16, seed=2), randn(2, 16, 32, seed=1)
@@ -190,7 +159,7 @@ def test_time_ids_of_any_shape_replace_the_resolution(shape: tuple[int, ...]) ->
 
 
 def test_teachers_that_are_none() -> None:
-    with pytest.raises(ValueError, match="scheduler=FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
+    with pytest.raises(ValueError, match=r"scheduler=FlowMatchEulerDiscreteScheduler .*alphas_cumprod"):
         PFODESolver(FlowMatchEulerDiscreteScheduler())
     for scheduler in (make_scheduler(prediction_type="sample"), PeRFlowScheduler()):
         value = scheduler.config.prediction_type

@@ -79,7 +79,7 @@ def test_text_to_image_takes_custom_timesteps(pipeline_type: Any, components: An
 
 
 @pytest.mark.parametrize(("pipeline_type", "components", "prediction_type"), TEXT_TO_IMAGE)
-def test_pictures_are_decoded(pipeline_type: Any, components: Any, prediction_type: str) -> None:
+def test_images_are_decoded(pipeline_type: Any, components: Any, prediction_type: str) -> None:
     pipeline = make_pipeline(pipeline_type, components, prediction_type)
     images = pipeline("a red star", num_inference_steps=4, height=IMAGE_SIZE, width=IMAGE_SIZE).images
     assert images[0].size == (IMAGE_SIZE, IMAGE_SIZE)
