@@ -256,7 +256,7 @@ MISTAKES: dict[str, tuple[Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipeli
         lambda it, at: it.with_compile().with_guider(skipping("mid_block")),
         "cannot be part of",
     ),
-    "cache": (lambda it, at: it.with_prompt_cache(0), "max_entries=0 is wrong"),
+    "cache": (lambda it, at: it.with_prompt_cache(0), "max_entries=0"),
     "cache's place": (
         lambda it, at: it.with_blocks(PeRFlowSDXLAutoBlocks().sub_blocks["denoise"]).with_prompt_cache(),
         "with_prompt_cache: the block 'text_encoder' of PeRFlowSDXLCoreDenoiseStep is none",
