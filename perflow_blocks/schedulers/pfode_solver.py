@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict, Unpack
 
 import torch
+from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.utils import logging
 from torch import Tensor
 
@@ -105,6 +106,7 @@ class PFODESolver:
         final = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", alphas_cumprod[0])).reshape(1)
         # Shifted by one, so that the index -1 (below the first timestep) has an entry as well.
         self._alphas = torch.cat([final.float(), alphas_cumprod.float().to(final.device)])
+        self._guiders: dict[float, ClassifierFreeGuidance] = {}  # kept: diffusers logs a notice at every construction
         self._uneven_logged: set[int] = set()
 
     def solve(
@@ -159,8 +161,9 @@ class PFODESolver:
         start, end = _rows("t_start", t_start, latents), _rows("t_end", t_end, latents)
         _check_times(t_start, t_end)
         stride = self._stride(num_steps, num_windows)
+        guider = None
         if guidance_scale > 1.0 and negative is not None:
-            positive = positive.join(negative)
+            positive, guider = positive.join(negative), self._guider(guidance_scale)
         alphas = self._alphas.to(latents.device)
         for k in range(num_steps):
             index = self._index(start + (end - start) * (k / num_steps))
@@ -169,10 +172,15 @@ class PFODESolver:
             else:
                 following = index - stride
             index = index.clamp(0, self.num_train_timesteps - 1)
-            output = _predict(unet, latents, index, positive, guidance_scale)
+            output = _predict(unet, latents, index, positive, guider)
             alpha, alpha_next = alphas[index + 1], alphas[following.clamp(min=-1) + 1]
             latents = apply_step(latents, output, *teacher_coefficients(alpha, alpha_next, self.prediction_type))
         return latents
+
+    def _guider(self, guidance_scale: float) -> ClassifierFreeGuidance:
+        if guidance_scale not in self._guiders:
+            self._guiders[guidance_scale] = ClassifierFreeGuidance(guidance_scale=guidance_scale)
+        return self._guiders[guidance_scale]
 
     def _index(self, t: Tensor) -> Tensor:
         """The teacher's timestep of a continuous time: t = 1 is T - 1, and t = 0 is -1, below the first."""
@@ -242,15 +250,17 @@ class PFODESolverSDXL(PFODESolver):
         return self.solve_conditioned(latents, unet, t_start, t_end, positive, negative, **settings)
 
 
-def _predict(unet: UNet, latents: Tensor, index: Tensor, conditions: Conditioning, guidance_scale: float) -> Tensor:
-    """The teacher's prediction (batch, ...) from one call; above a scale of 1 `conditions` holds 2 batch rows."""
-    repeats = 2 if guidance_scale > 1.0 else 1
+def _predict(
+    unet: UNet, latents: Tensor, index: Tensor, conditions: Conditioning, guider: ClassifierFreeGuidance | None
+) -> Tensor:
+    """The teacher's prediction (batch, ...) from one call; under guidance `conditions` holds 2 batch rows."""
+    repeats = 1 if guider is None else 2
     model_input = torch.cat([latents.to(conditions.prompt_embeds.dtype)] * repeats)
     output = unet(model_input, torch.cat([index] * repeats), **conditions.unet_kwargs(), return_dict=False)[0]
-    if repeats == 1:
+    if guider is None:
         return output
     pred_cond, pred_uncond = output.chunk(2)
-    return pred_uncond + guidance_scale * (pred_cond - pred_uncond)
+    return guider.forward(pred_cond, pred_uncond).pred
 
 
 def _check_conditions(
