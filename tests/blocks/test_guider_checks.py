@@ -70,6 +70,7 @@ def test_what_cannot_work_is_refused_in_one_line(name: str) -> None:
         check_guider(skip_layer(config=layers(fqn=path)), unet)  # what the error proposes works
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize("name", [name for name in REFUSED if name != "none"])
 def test_a_refusal_comes_before_any_model_runs(name: str) -> None:
     make, message = REFUSED[name]

@@ -13,6 +13,8 @@ from perflow_blocks.blocks.checks.pictures import check_kind
 from perflow_blocks.testing.tiny import tiny_mask, tiny_picture
 from tests.conftest import make_pipeline, run, watch_models
 
+pytestmark = pytest.mark.behaviour
+
 PICTURE, MASK = tiny_picture(1), tiny_mask()
 BYTES = np.asarray(PICTURE)
 ARRAY = BYTES / 255.0

@@ -22,6 +22,8 @@ from perflow_blocks.testing.tiny import (
 )
 from tests.conftest import generator, make_pipeline, watch_models
 
+pytestmark = pytest.mark.behaviour
+
 PICTURE, MASK = tiny_picture(1), tiny_mask()
 LATENTS = torch.zeros(1, 4, 16, 16)
 HOLE = torch.ones(1, 1, 16, 16)
