@@ -23,8 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from .assembly import AskedOnce
+from .images import repeat_images
 from .inputs import output_type_input, param
-from .pictures import repeat_pictures
 
 Pictures = list[Image.Image] | np.ndarray | Tensor
 
@@ -81,7 +81,7 @@ class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
         count = len(painted)
         given = components.image_processor.preprocess(block_state.image, height=height, width=width)
         hole = components.mask_processor.preprocess(block_state.mask_image, height=height, width=width)
-        given, hole = repeat_pictures(given, count), repeat_pictures(hole, count)
+        given, hole = repeat_images(given, count), repeat_images(hole, count)
         known = components.image_processor.postprocess(given, output_type=kind)
         if kind == "pil":
             masks = [Image.fromarray(np.uint8(one * 255), mode="L") for one in hole.squeeze(1).float().cpu().numpy()]
@@ -92,10 +92,29 @@ class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
         return torch.lerp(known.to(painted), painted, hole.to(painted))
 
 
+class PeRFlowDecodeStep(StableDiffusionXLDecodeStep):
+    """diffusers' decoding, with a VAE of any type, such as a float32 one beside a float16 UNet."""
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        latents = state.get("latents")
+        if state.get("output_type") != "latent" and next(components.vae.parameters()).dtype != latents.dtype:
+            state.set("latents", latents.to(components.vae.dtype))
+        super().__call__(components, state)
+        state.set("latents", latents)
+        return components, state
+
+
+class PeRFlowInpaintCropDecodeStep(StableDiffusionXLInpaintDecodeStep):
+    """Decodes, then lays the painted crop over the given image."""
+
+    block_classes = [PeRFlowDecodeStep, *StableDiffusionXLInpaintDecodeStep.block_classes[1:]]  # noqa: RUF012
+
+
 class PeRFlowInpaintDecodeStep(SequentialPipelineBlocks):
     """Decodes, then puts the known pixels back."""
 
-    block_classes = [StableDiffusionXLDecodeStep, PeRFlowKeepKnownPixelsStep]  # noqa: RUF012  (as diffusers does)
+    block_classes = [PeRFlowDecodeStep, PeRFlowKeepKnownPixelsStep]  # noqa: RUF012  (as diffusers does)
     block_names = ["decode", "keep_known_pixels"]  # noqa: RUF012
 
     @property
@@ -107,9 +126,9 @@ class PeRFlowAutoDecodeStep(AskedOnce, AutoPipelineBlocks):
     """Decodes; for inpainting with the known pixels put back, or the whole painted crop laid over the picture."""
 
     block_classes = [  # noqa: RUF012
-        StableDiffusionXLInpaintDecodeStep,
+        PeRFlowInpaintCropDecodeStep,
         PeRFlowInpaintDecodeStep,
-        StableDiffusionXLDecodeStep,
+        PeRFlowDecodeStep,
     ]
     block_names = ["inpaint_crop", "inpaint", "non-inpaint"]  # noqa: RUF012
     block_trigger_inputs = ["padding_mask_crop", "mask_image", None]  # noqa: RUF012

@@ -9,13 +9,13 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, 
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
 from torch import Tensor
 
+from .images import one_for_each_image
 from .inputs import (
     DENOISER_INPUT_FIELDS,
     embeddings_inputs,
     ip_adapter_inputs,
     num_images_per_prompt_input,
 )
-from .pictures import one_for_each_picture
 from .specs import guider_spec
 
 
@@ -62,7 +62,7 @@ class PeRFlowInputStep(ModularPipelineBlocks):
         block_state.batch_size, block_state.dtype = prompts, block_state.prompt_embeds.dtype
 
         def match(name: str, tensor: Tensor | None) -> Tensor | None:
-            return tensor if tensor is None else one_for_each_picture(name, tensor, prompts, images)
+            return tensor if tensor is None else one_for_each_image(name, tensor, prompts, images)
 
         for param in embeddings_inputs():
             setattr(block_state, param.name, match(param.name, getattr(block_state, param.name)))

@@ -11,6 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..core.step_plan import apply_step
+from .images import one_for_each_image
 from .inputs import (
     batch_inputs,
     denoising_start_input,
@@ -21,7 +22,6 @@ from .inputs import (
     param,
     step_plan_input,
 )
-from .pictures import one_for_each_picture
 from .specs import unet_spec
 
 
@@ -145,7 +145,7 @@ def _draw(block_state: Any, like: Tensor) -> Tensor:
 
 def _one_for_each(block_state: Any, name: str, device: torch.device) -> Tensor:
     tensor = getattr(block_state, name).to(device=device, dtype=block_state.dtype)
-    return one_for_each_picture(name, tensor, block_state.batch_size, block_state.num_images_per_prompt)
+    return one_for_each_image(name, tensor, block_state.batch_size, block_state.num_images_per_prompt)
 
 
 def _conditioning(unet: Any, block_state: Any, device: torch.device) -> Tensor | None:

@@ -10,7 +10,6 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline import SequentialPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import StableDiffusionXLControlNetInputStep
-from diffusers.modular_pipelines.stable_diffusion_xl.decoders import StableDiffusionXLDecodeStep
 from PIL import Image
 
 from .apply_attention import PeRFlowApplyAttentionStep, PeRFlowControlNetApplyAttentionStep
@@ -21,7 +20,7 @@ from .before_denoise import (
     PeRFlowSDXLInpaintBeforeDenoiseStep,
 )
 from .check_inputs import PeRFlowCheckInputsStep
-from .decode import PeRFlowAutoDecodeStep
+from .decode import PeRFlowAutoDecodeStep, PeRFlowDecodeStep
 from .denoise import PeRFlowControlNetDenoiseStep, PeRFlowDenoiseStep, PeRFlowInpaintDenoiseStep
 from .encode import (
     PeRFlowInpaintVaeEncoderStep,
@@ -133,7 +132,7 @@ class PeRFlowSDXLText2ImageBlocks(_Task):
         *_PREPARE,
         PeRFlowTextEncoderStep,
         PeRFlowSDXLText2ImageDenoiseStep,
-        StableDiffusionXLDecodeStep,
+        PeRFlowDecodeStep,
     ]
     block_names = [*_PREPARE_NAMES, "text_encoder", "denoise", "decode"]  # noqa: RUF012
 
@@ -150,7 +149,7 @@ class PeRFlowSDXLImage2ImageBlocks(_Task):
         PeRFlowTextEncoderStep,
         PeRFlowVaeEncoderStep,
         PeRFlowSDXLImage2ImageDenoiseStep,
-        StableDiffusionXLDecodeStep,
+        PeRFlowDecodeStep,
     ]
     block_names = [*_PREPARE_NAMES, "text_encoder", "vae_encoder", "denoise", "decode"]  # noqa: RUF012
 
@@ -189,7 +188,7 @@ class PeRFlowSDXLControlNetBlocks(_Task):
         *_PREPARE_CONTROL,
         PeRFlowTextEncoderStep,
         PeRFlowSDXLControlNetText2ImageDenoiseStep,
-        StableDiffusionXLDecodeStep,
+        PeRFlowDecodeStep,
     ]
     block_names = [*_PREPARE_NAMES, "text_encoder", "denoise", "decode"]  # noqa: RUF012
 
@@ -206,7 +205,7 @@ class PeRFlowSDXLTileUpscalerBlocks(_Task):
         PeRFlowTextEncoderStep,
         PeRFlowVaeEncoderStep,
         PeRFlowSDXLTileUpscalerDenoiseStep,
-        StableDiffusionXLDecodeStep,
+        PeRFlowDecodeStep,
     ]
     block_names = [*_PREPARE_NAMES, "text_encoder", "vae_encoder", "denoise", "decode"]  # noqa: RUF012
 
@@ -226,7 +225,7 @@ class PeRFlowSDXLIPAdapterBlocks(_Task):
         PeRFlowTextEncoderStep,
         PeRFlowIPAdapterStep,
         PeRFlowSDXLText2ImageDenoiseStep,
-        StableDiffusionXLDecodeStep,
+        PeRFlowDecodeStep,
     ]
     block_names = [*_PREPARE_NAMES, "text_encoder", "ip_adapter", "denoise", "decode"]  # noqa: RUF012
 
