@@ -44,18 +44,7 @@ INTEGERS = {
 }
 """Whole numbers and the least that each may be."""
 
-NUMBERS = (
-    *INTEGERS,
-    *SIZES,
-    *CONTROLNET_SETTINGS,
-    "timesteps",
-    "strength",
-    "denoising_start",
-    "denoising_end",
-    "aesthetic_score",
-    "negative_aesthetic_score",
-)
-"""Inputs that are numbers, or lists or tuples of them."""
+REQUEST = tuple(entry.name for entry in request_inputs())
 
 STAGES = {
     "text_encoder": ("prompt_embeds", PROMPTS),
@@ -126,15 +115,14 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
 
 def _use_python_numbers(request: Any, state: PipelineState) -> None:
     """Converts numbers of other types than int and float, such as NumPy's, in the request and for later blocks."""
-    for name in NUMBERS:
+    for name in REQUEST:
         value = getattr(request, name)
         entries = value if isinstance(value, (list, tuple)) else [value]
-        if all(type(entry) in (int, float, bool) or not isinstance(entry, Real) for entry in entries):
-            continue
-        numbers = [_python_number(entry) for entry in entries]
-        value = type(value)(numbers) if entries is value else numbers[0]
-        setattr(request, name, value)
-        state.set(name, value)
+        if any(isinstance(entry, Real) and type(entry) not in (int, float, bool) for entry in entries):
+            numbers = [_python_number(entry) for entry in entries]
+            value = type(value)(numbers) if entries is value else numbers[0]
+            setattr(request, name, value)
+            state.set(name, value)
 
 
 def _python_number(value: Any) -> Any:
@@ -152,10 +140,7 @@ def _forget_done_stages(request: Any, blocks: Container[str]) -> None:
 
 
 def _check_loaded(loaded: Mapping[str, Any], request: Any, blocks: Any) -> None:
-    """
-    Raises:
-        ValueError: an image or a component that the workflow needs is missing.
-    """
+    """Refuses a request if an image or a component that the workflow needs is missing."""
     required = blocks.required_inputs
     for name in ("image", "mask_image", "control_image", "control_mode", "ip_adapter_image"):
         if name in required and getattr(request, name) is None:
@@ -163,8 +148,8 @@ def _check_loaded(loaded: Mapping[str, Any], request: Any, blocks: Any) -> None:
     text, decodes = request.prompt is not None, "decode" in blocks.sub_blocks and request.output_type != "latent"
     needed = {
         "unet": True,
-        "text_encoder": text and not _is_refiner(loaded),
-        "tokenizer": text and not _is_refiner(loaded),
+        "text_encoder": text and not _is_refiner(**loaded),
+        "tokenizer": text and not _is_refiner(**loaded),
         "text_encoder_2": text,
         "tokenizer_2": text,
         "vae": decodes or ("vae_encoder" in blocks.sub_blocks and request.image is not None),
@@ -178,18 +163,17 @@ def _check_loaded(loaded: Mapping[str, Any], request: Any, blocks: Any) -> None:
         raise ValueError(f"{names} not loaded; call pipe.load_components() and read its warnings, or set {names}.")
 
 
-def _is_refiner(loaded: Mapping[str, Any]) -> bool:
+def _is_refiner(
+    unet: Any = None, text_encoder: Any = None, tokenizer: Any = None, text_encoder_2: Any = None, **others: Any
+) -> bool:
     """SDXL's refiner has the second text encoder alone, and its UNet is as wide as that."""
-    unet, encoder = loaded["unet"], loaded.get("text_encoder_2")
-    alone = loaded.get("text_encoder") is None and loaded.get("tokenizer") is None
-    return alone and encoder is not None and unet.config.cross_attention_dim == encoder.config.hidden_size
+    if unet is None or text_encoder_2 is None or text_encoder is not None or tokenizer is not None:
+        return False
+    return bool(unet.config.cross_attention_dim == text_encoder_2.config.hidden_size)
 
 
 def _check_settings(request: Any) -> None:
-    """
-    Raises:
-        ValueError: an unknown option, or a number of another type or out of range.
-    """
+    """Refuses unknown options, and numbers of another type or out of range."""
     for name, options in OPTIONS.items():
         if getattr(request, name) not in options:
             raise ValueError(f"{name}={getattr(request, name)!r} is unknown; pass one of {', '.join(options)}.")
@@ -207,11 +191,7 @@ def _check_settings(request: Any) -> None:
 
 
 def _check_prompts(request: Any, components: Any) -> int:
-    """The number of prompts; each other list of texts must be as long.
-
-    Raises:
-        ValueError: no prompt, both a prompt and its embeddings, or texts that do not match.
-    """
+    """The number of prompts. Refuses missing prompts, a prompt beside its embeddings, and texts that do not match."""
     if request.prompt is None:
         if request.prompt_embeds is None:
             raise ValueError("prompt is missing; pass a text or a list of texts.")
@@ -235,49 +215,47 @@ def _check_prompts(request: Any, components: Any) -> int:
 
 
 def _check_embeddings(request: Any, components: Any) -> int:
-    """The number of prompts that the embeddings are of.
-
-    Raises:
-        ValueError: embeddings of another shape than the UNet takes, without their pooled ones, or beside texts.
-    """
-    widths = _embedding_widths(components)
-    for name in EMBEDDINGS:
-        tensor, positive = getattr(request, name), request.prompt_embeds
-        twin = name.replace("pooled_", "") if "pooled" in name else name.replace("prompt", "pooled_prompt")
-        if (tensor is None) != (getattr(request, twin) is None):
-            given, missing = (name, twin) if tensor is not None else (twin, name)
-            raise ValueError(f"{given} is given without {missing}; pass both, from the same text encoders.")
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} is of type {type(tensor).__name__}; it must be a tensor.")
-        prompts: Any = "prompts" if name == "prompt_embeds" else positive.shape[0]
-        tokens: Any = "tokens" if name == "prompt_embeds" else positive.shape[1]
-        wanted = (prompts, widths[1]) if "pooled" in name else (prompts, tokens, widths[0])
-        shape = tuple(tensor.shape)
-        if len(shape) != len(wanted) or any(isinstance(w, int) and w != s for w, s in zip(wanted, shape, strict=True)):
-            raise ValueError(f"{name} has shape {shape}; it must be ({', '.join(map(str, wanted))}) for this UNet.")
+    """The number of prompts. Refuses embeddings of another shape than the UNet takes, or without their pooled ones."""
+    width, pooled_width = _embedding_widths(components)
+    rows: Any = "prompts"
+    tokens: Any = "tokens"
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        pooled = name.replace("prompt", "pooled_prompt")
+        given = [one for one in (name, pooled) if getattr(request, one) is not None]
+        if len(given) == 1:
+            raise ValueError(f"only {given[0]} is given; pass {name} and {pooled}, from the same text encoders.")
+        if given:
+            embeds = _require_shape(name, getattr(request, name), (rows, tokens, width))
+            rows, tokens = embeds.shape[:2]
+            _require_shape(pooled, getattr(request, pooled), (rows, pooled_width))
     texts = [name for name in PROMPTS if getattr(request, name) is not None]
     if texts:
         raise ValueError(f"{texts[0]} is given beside prompt_embeds; pass its embeddings, negative_prompt_embeds.")
     return int(request.prompt_embeds.shape[0])
 
 
+def _require_shape(name: str, tensor: Any, wanted: tuple[int | str, ...]) -> Tensor:
+    """The tensor, if it has this shape; words stand for any number."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} is of type {type(tensor).__name__}; it must be a tensor.")
+    shape = tuple(tensor.shape)
+    if len(shape) != len(wanted) or any(not isinstance(w, str) and w != s for s, w in zip(shape, wanted, strict=True)):
+        raise ValueError(f"{name} has shape {shape}; it must be ({', '.join(map(str, wanted))}).")
+    return tensor
+
+
 def _embedding_widths(components: Any) -> tuple[Any, Any]:
     """The width of text embeddings and of pooled ones that the UNet takes; a word where it does not say."""
     config = components.unet.config
+    width = config.cross_attention_dim if isinstance(config.cross_attention_dim, int) else "width"
     if config.addition_embed_type != "text_time":
-        return config.cross_attention_dim, "width"
-    time_ids = 5 if components.config.get("requires_aesthetics_score") else 6  # SDXL's refiner is told a score
-    pooled = config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
-    return config.cross_attention_dim, pooled
+        return width, "width"
+    time_ids = 5 if components.config.get("requires_aesthetics_score") else 6  # the refiner gets a score, not a size
+    return width, config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
 
 
 def _check_sizes(request: Any, factor: int) -> None:
-    """
-    Raises:
-        ValueError: height or width not a multiple of the VAE's factor, or sizes that are not pairs or lack their twin.
-    """
+    """Refuses a height or width that is not a multiple of the VAE's factor, and sizes that are not pairs."""
     for name in ("height", "width"):
         value = getattr(request, name)
         if value is not None and value % factor:
@@ -293,11 +271,7 @@ def _check_sizes(request: Any, factor: int) -> None:
 
 
 def _check_task(given: list[str], others: list[ModularPipelineBlocks]) -> None:
-    """Logs the inputs of a task that no other block of the pipeline takes, as diffusers does elsewhere.
-
-    Raises:
-        ValueError: `strength` without an image.
-    """
+    """Warns of inputs that no other block of the pipeline takes. Refuses `strength` without an image."""
     taken = {name for block in others for name in block.input_names}
     for name in given:
         if name not in taken:
@@ -317,16 +291,10 @@ def _check_generator(request: Any, images: int) -> None:
 
 
 def _check_latents(request: Any, images: int, channels: int, factor: int) -> None:
-    """
-    Raises:
-        ValueError: latents of another shape, or of another size than `height` and `width` say.
-    """
+    """Refuses latents of another shape, or of another size than `height` and `width`."""
     latents = request.latents
-    if latents is not None and not isinstance(latents, Tensor):
-        raise ValueError(f"latents is of type {type(latents).__name__}; it must be a tensor.")
-    if latents is not None and (latents.ndim != 4 or tuple(latents.shape[:2]) != (images, channels)):
-        shape = tuple(latents.shape)
-        raise ValueError(f"latents has shape {shape}; it must be ({images}, {channels}, height/f, width/f).")
+    if latents is not None:
+        _require_shape("latents", latents, (images, channels, f"height/{factor}", f"width/{factor}"))
     for tensor in (given for given in (latents, request.image_latents) if given is not None):
         for name, axis in (("height", -2), ("width", -1)):
             size, pixels = getattr(request, name), tensor.shape[axis] * factor
@@ -335,10 +303,7 @@ def _check_latents(request: Any, images: int, channels: int, factor: int) -> Non
 
 
 def _check_dtypes(loaded: Mapping[str, Any], request: Any) -> None:
-    """
-    Raises:
-        ValueError: a model or a given tensor is of another type than the UNet, where the two meet.
-    """
+    """Refuses a model or a tensor of another type than the UNet, if the two meet. The VAE's type is its own."""
     weight = next(loaded["unet"].parameters())
     if weight.device.type != "meta" and torch.is_autocast_enabled(weight.device.type):  # "meta": offloaded by layer
         return

@@ -222,6 +222,14 @@ def test_an_error_names_the_argument_and_its_value_before_a_model_runs(
     assert "\n" not in str(caught.value)
 
 
+def test_a_refiner_is_told_a_score_in_place_of_a_size() -> None:
+    pipe = make_pipeline()
+    width = pipe.unet.config.addition_time_embed_dim
+    pipe.update_components(requires_aesthetics_score=True)
+    with pytest.raises(ValueError, match=rf"pooled_prompt_embeds has shape \(1, 16\).*\(1, {16 + width}\)"):
+        pipe(**EMBEDS, image=PICTURE)
+
+
 @pytest.mark.parametrize("name", ["controlnet", "text_encoder_2"])
 def test_models_of_another_type_are_named(name: str) -> None:
     pipe = make_pipeline(controlnet=tiny_controlnet())
