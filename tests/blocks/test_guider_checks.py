@@ -33,6 +33,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "class": (lambda: ClassifierFreeGuidance, "guider is the class ClassifierFreeGuidance"),
     "scale_missing": (lambda: ClassifierFreeGuidance(None), "guider.*ClassifierFreeGuidance.*NoneType"),
     "scale_not_finite": (lambda: ClassifierFreeGuidance(float("nan")), "guider.*guidance_scale=nan"),
+    "scale_infinite": (lambda: ClassifierFreeGuidance(float("inf")), "guider.*guidance_scale=inf"),
     "smoothed": (smoothed, "SmoothedEnergyGuidance.*PerturbedAttentionGuidance"),
     "magnitude": (lambda: MagnitudeAwareGuidance(3.0), "MagnitudeAwareGuidance.*AdaptiveProjectedGuidance"),
     "ltx2_stg": (lambda: LTX2Guidance(3.0, stg_scale=1.0), "LTX2Guidance.*stg_scale=0"),

@@ -99,6 +99,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str, str]] = [
     ("plain", {"generator": (generator(),)}, "generator", "tuple"),
     ("plain", {"generator": [7]}, "generator", "int"),
     ("plain", {**IMAGE, "latents": LATENTS[:, :3]}, "latents", "(1, 3, 16, 16)"),
+    ("plain", {"latents": LATENTS.expand(2, -1, -1, -1)}, "latents", "(2, 4, 16, 16)"),
     ("plain", {"latents": [LATENTS]}, "latents", "list"),
     ("plain", {"latents": LATENTS, "height": 48}, "height=48", "32"),
     ("plain", {"latents": LATENTS, "width": 16}, "width=16", "32"),
@@ -123,6 +124,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str, str]] = [
     ("plain", {"prompt": None}, "prompt", "missing"),
     ("plain", {"prompt": 7}, "prompt", "7"),
     ("plain", {"prompt": []}, "prompt", "[]"),
+    ("plain", {"prompt": ["a", 3]}, "prompt", "['a', 3]"),
     ("plain", {"negative_prompt": ["a", "b"]}, "negative_prompt", "2"),
     ("plain", {"prompt": ["a", "b"], "prompt_2": "a"}, "prompt_2", "1"),
     ("plain", {"negative_prompt_2": "a"}, "negative_prompt_2", "negative_prompt"),
@@ -292,6 +294,11 @@ def test_numbers_of_numpy_are_taken_as_pythons_own() -> None:
     plain = run(pipe, timesteps=[1000, 750, 500, 250])
     assert torch.equal(run(pipe, timesteps=[np.int64(t) for t in (1000, 750, 500, 250)]), plain)
     pipe(prompt="a star", **INPAINT, num_inference_steps=1, padding_mask_crop=np.int32(4))
+
+
+def test_components_that_are_not_loaded_are_named() -> None:
+    with pytest.raises(ValueError, match=r"unet.* and vae not loaded"):
+        PeRFlowSDXLAutoBlocks().init_pipeline()(prompt="a star")
 
 
 def test_the_base_model_without_its_first_text_encoder_is_no_refiner() -> None:
