@@ -14,9 +14,9 @@ from torch import Tensor
 from ..core.noising import NOISINGS
 from .check_images import CONTROLNET_SETTINGS, check_controlnet, check_images, check_ip_adapters, has_ip_adapters
 from .declare import declared
-from .denoising_range import check_denoising_range, check_strength
 from .guiders import check_guider
 from .inputs import NONFINITE_POLICIES, OUTPUT_TYPES, request_inputs
+from .set_timesteps import check_denoising_range, check_strength
 from .specs import guider_spec, unet_spec, vae_spec
 
 logger = logging.get_logger(__name__)

@@ -82,8 +82,8 @@ _REQUEST = (
     param(
         "on_nonfinite",
         str,
-        f"What to do about latents that are not finite: {' or '.join(NONFINITE_POLICIES)} (repeat in float32 from the "
-        "start of the last window that was finite).",
+        f"What to do about latents that are not finite: {' or '.join(NONFINITE_POLICIES)} (run all steps again in "
+        "float32).",
         default=NONFINITE_POLICIES[0],
     ),
     param("image", Images, "The image to start from: one for all prompts, or one for each."),

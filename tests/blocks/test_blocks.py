@@ -13,6 +13,8 @@ from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
 from perflow_blocks.testing.tiny import tiny_picture
 from tests.conftest import count_unet_calls, generator, make_pipeline, run, watch_models
 
+pytestmark = pytest.mark.behaviour
+
 
 def test_the_preset_reads_like_documentation() -> None:
     doc = PeRFlowSDXLAutoBlocks().doc
@@ -27,7 +29,7 @@ def test_the_preset_reads_like_documentation() -> None:
 def test_stock_names_and_defaults() -> None:
     blocks = PeRFlowSDXLAutoBlocks()
     stock = list(StableDiffusionXLAutoBlocks().sub_blocks)
-    assert list(blocks.sub_blocks) == ["check_inputs", "apply_attention", "merge_delta", "memory_format", *stock]
+    assert list(blocks.sub_blocks) == ["check_inputs", "apply_attention", "merge_delta", *stock]
     pipe = blocks.init_pipeline()
     assert type(pipe.guider) is ClassifierFreeGuidance
     assert pipe.guider.guidance_scale == 2.0

@@ -22,6 +22,8 @@ from perflow_blocks.testing.tiny import (
 from tests.blocks.conftest import TASKS, loop_pipeline, workflow_inputs
 from tests.conftest import count_unet_calls, generator, make_pipeline, run, watch_models
 
+pytestmark = pytest.mark.behaviour
+
 PROMPTS = ["a star", "a ring"]
 EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds")
 NEGATIVES = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
