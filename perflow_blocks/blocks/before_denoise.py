@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..core.step_plan import apply_step
 from .declare import Assembled, declared
-from .images import one_for_each_image
+from .images import require_count
 from .inputs import (
     DENOISER_INPUT_FIELDS,
     batch_inputs,
@@ -82,6 +82,25 @@ class PeRFlowInputStep(ModularPipelineBlocks):
                 setattr(block_state, name, [one_for_each_image(name, tensor, prompts, images) for tensor in tensors])
         self.set_block_state(state, block_state)
         return components, state
+
+
+def one_for_each_image(name: str, tensor: Tensor, prompts: int, images_per_prompt: int) -> Tensor:
+    """The tensor with one row for each image, those of the first prompt first.
+
+    Args:
+        name: of the input, for the error.
+        tensor: one row for all images, one for each prompt, or one for each image.
+        prompts: number of prompts.
+        images_per_prompt: number of images for each prompt.
+
+    Raises:
+        ValueError: another number of rows.
+    """
+    rows, images = tensor.shape[0], prompts * images_per_prompt
+    if rows == images:
+        return tensor
+    require_count(name, rows, prompts, images)
+    return tensor.repeat_interleave(images // rows, dim=0)
 
 
 class PeRFlowImg2ImgPrepareLatentsStep(ModularPipelineBlocks):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Real
+import math
 from typing import Any
 
 import numpy as np
@@ -117,14 +117,10 @@ def check_controlnet(controlnet: Any, request: Any, prompts: int) -> None:
             raise ValueError(f"control_guidance_start={first} must be below control_guidance_end={last}, in [0, 1].")
 
 
-def has_ip_adapters(unet: Any) -> bool:
-    return unet.config.encoder_hid_dim_type == "ip_image_proj"
-
-
-def check_ip_adapters(unet: Any, guider: Any, request: Any, encodes: bool) -> None:
+def check_ip_adapters(layers: list[nn.Module], guider: Any, request: Any, encodes: bool) -> None:
     """
     Args:
-        unet: the component.
+        layers: the image projections of the loaded IP-Adapters, one each.
         guider: the component.
         request: the block state of `PeRFlowCheckInputsStep`.
         encodes: whether the pipeline has a block that encodes images for IP-Adapters.
@@ -132,7 +128,6 @@ def check_ip_adapters(unet: Any, guider: Any, request: Any, encodes: bool) -> No
     Raises:
         ValueError: images or embeddings for another number of IP-Adapters than are loaded, or of another width.
     """
-    layers = list(unet.encoder_hid_proj.image_projection_layers) if has_ip_adapters(unet) else []
     image, embeds = request.ip_adapter_image, request.ip_adapter_embeds
     if image is not None and embeds is not None:
         raise ValueError("both ip_adapter_image and ip_adapter_embeds are given; pass one of them.")
@@ -265,7 +260,7 @@ def _check_control_types(kinds: int, images: int, given: Any) -> None:
     if len(modes) != images:
         raise ValueError(f"control_mode holds {len(modes)} numbers for {images} control images; pass one for each.")
     for mode in modes:
-        if isinstance(mode, bool) or not isinstance(mode, int) or not 0 <= mode < kinds:
+        if type(mode) is not int or not 0 <= mode < kinds:
             raise ValueError(f"control_mode={mode!r} must be an integer from 0 to {kinds - 1}.")
 
 
@@ -275,10 +270,15 @@ def _check_numbers(request: Any, name: str, count: int | None) -> list[float]:
     if value is None:
         return [0.0 if name == "control_guidance_start" else 1.0]
     numbers = _listed(value)
-    if (isinstance(value, list) and len(value) != count) or not all(isinstance(entry, Real) for entry in numbers):
+    if (isinstance(value, list) and len(value) != count) or not all(is_number(entry) for entry in numbers):
         allowed = "a number" if count is None else f"a number or a list of {count} numbers"
         raise ValueError(f"{name}={value!r} must be {allowed}.")
     return numbers
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value, converted to Python's types, is a finite number."""
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -12,7 +12,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ..core.noising import NOISINGS
-from .check_images import CONTROLNET_SETTINGS, check_controlnet, check_images, check_ip_adapters, has_ip_adapters
+from .check_images import CONTROLNET_SETTINGS, check_controlnet, check_images, check_ip_adapters, is_number
 from .declare import declared
 from .guiders import check_guider
 from .inputs import NONFINITE_POLICIES, OUTPUT_TYPES, request_inputs
@@ -105,8 +105,10 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
         if given or unet.config.in_channels != channels:
             check_images(request, prompts, images, channels, unet.config.in_channels)
             check_controlnet(loaded.get("controlnet"), request, prompts)
-        if given or has_ip_adapters(unet):
-            check_ip_adapters(unet, guider, request, "ip_adapter" in blocks.sub_blocks)
+        adapted = unet.config.encoder_hid_dim_type == "ip_image_proj"
+        if given or adapted:
+            adapters = list(unet.encoder_hid_proj.image_projection_layers) if adapted else []
+            check_ip_adapters(adapters, guider, request, "ip_adapter" in blocks.sub_blocks)
         _check_generator(request, images)
         _check_latents(request, images, channels, factor)
         _check_dtypes(loaded, request)
@@ -179,7 +181,7 @@ def _check_settings(request: Any) -> None:
             raise ValueError(f"{name}={getattr(request, name)!r} is unknown; pass one of {', '.join(options)}.")
     for name, least in INTEGERS.items():
         value = getattr(request, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        if value is not None and (type(value) is not int or value < least):
             raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
     if not isinstance(request.cross_attention_kwargs, (dict, type(None))):
         value = request.cross_attention_kwargs
@@ -263,7 +265,7 @@ def _check_sizes(request: Any, factor: int) -> None:
             raise ValueError(f"{name}={value} must be a multiple of the VAE's factor {factor}; pass {nearest}.")
     for name in SIZES:
         value = getattr(request, name)
-        pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(entry, (int, float)) for entry in value)
+        pair = isinstance(value, tuple) and len(value) == 2 and all(is_number(entry) for entry in value)
         if value is not None and not pair:
             raise ValueError(f"{name}={value!r} must be a tuple of two numbers, such as (1024, 1024).")
     if (request.negative_original_size is None) != (request.negative_target_size is None):

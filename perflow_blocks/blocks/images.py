@@ -1,4 +1,4 @@
-"""How images, prompts and generators are matched: a batch holds the images of the first prompt first."""
+"""Images in every form that a call takes them: PIL, arrays, tensors, lists; counted, measured and repeated."""
 
 from __future__ import annotations
 
@@ -8,17 +8,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-
-
-def one_for_each_image(name: str, tensor: Tensor, prompts: int, images_per_prompt: int) -> Tensor:
-    """The tensor with one row for each image, from one row for all, one for each prompt, or one for each image.
-
-    Raises:
-        ValueError: another number of rows.
-    """
-    rows, images = tensor.shape[0], prompts * images_per_prompt
-    require_count(name, rows, prompts, images)
-    return tensor if rows == images else tensor.repeat_interleave(images // rows, dim=0)
 
 
 def require_count(name: str, count: int, prompts: int, images: int) -> None:

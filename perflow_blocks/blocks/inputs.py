@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 from PIL import Image
+from torch import Tensor
 
 from ..core.noising import NOISINGS
 from ..core.step_plan import StepPlan
@@ -32,7 +33,8 @@ NONFINITE_POLICIES = ("raise", "fallback")
 Text = str | list[str]
 Size = tuple[int, int]
 Numbers = float | list[float]
-OneImage = Image.Image | np.ndarray | torch.Tensor
+Tensors = Tensor | list[Tensor]
+OneImage = Image.Image | np.ndarray | Tensor
 Images = OneImage | list[OneImage]
 
 
@@ -51,47 +53,46 @@ def param(
 
 
 _guided = partial(param, kind=DENOISER_INPUT_FIELDS)
+_control = partial(param, kind=CONTROLNET_KWARGS)
 
 _REQUEST = (
     param("prompt", Text, "What to draw: a text, or a list with one text for each image."),
     param("prompt_2", Text, "The text for the second text encoder, if not `prompt`; unused if it is the only one."),
     param("negative_prompt", Text, "What not to draw; has no effect while the guidance scale is 1."),
     param("negative_prompt_2", Text, "The negative text for the second text encoder, if not `negative_prompt`."),
-    _guided("prompt_embeds", torch.Tensor, "Text embeddings (prompts, tokens, width), in place of `prompt`."),
-    _guided("pooled_prompt_embeds", torch.Tensor, "Pooled text embeddings (prompts, width) of `prompt_embeds`."),
-    _guided("negative_prompt_embeds", torch.Tensor, "Text embeddings of the negative prompt, like `prompt_embeds`."),
-    _guided("negative_pooled_prompt_embeds", torch.Tensor, "Pooled embeddings of `negative_prompt_embeds`."),
+    _guided("prompt_embeds", Tensor, "Text embeddings (prompts, tokens, width), in place of `prompt`."),
+    _guided("pooled_prompt_embeds", Tensor, "Pooled text embeddings (prompts, width) of `prompt_embeds`."),
+    _guided("negative_prompt_embeds", Tensor, "Text embeddings of the negative prompt, like `prompt_embeds`."),
+    _guided("negative_pooled_prompt_embeds", Tensor, "Pooled embeddings of `negative_prompt_embeds`."),
     param("clip_skip", int, "Last layers of the text encoders to skip, at least 0. None: SDXL's default."),
     param("cross_attention_kwargs", dict[str, Any], "Arguments for attention processors, such as a LoRA scale."),
     param("num_inference_steps", int, "Denoising steps, usually 4 to 8. None: as the weights recommend, else 6."),
     param(
         "timesteps",
-        list[int] | torch.Tensor,
-        "Timesteps (num_steps,), descending, with every window start. At the call a list, in place of a number of "
-        "steps; in the loop a tensor on the device.",
+        list[int] | Tensor,
+        "Timesteps (num_steps,) in place of a number: descending, with every window start.",
     ),
     param("num_images_per_prompt", int, "Images for each prompt, at least 1.", default=1),
     param("generator", torch.Generator | list[torch.Generator], "Source of the noise: one, or one for each image."),
     param(
         "latents",
-        torch.Tensor,
-        "Latents (images, channels, height/f, width/f). At the call the starting noise, for image-to-image the noised "
+        Tensor,
+        "Latents (images, channels, height/f, width/f): at the call the starting noise, for image-to-image the noised "
         "image; in the loop those of the current step.",
     ),
     param("output_type", str, f"What images are returned as: {', '.join(OUTPUT_TYPES)}.", default="pil"),
     param(
         "on_nonfinite",
         str,
-        f"What to do about latents that are not finite: {' or '.join(NONFINITE_POLICIES)} (run all steps again in "
-        "float32).",
+        "If latents are not finite: raise, or fallback (run again in float32).",
         default=NONFINITE_POLICIES[0],
     ),
     param("image", Images, "The image to start from: one for all prompts, or one for each."),
     param("mask_image", Images, "For inpainting, of the image's size: white is painted, black kept."),
     param("padding_mask_crop", int, "Paint at full size only the mask with this margin in pixels; PIL images only."),
-    param("image_latents", torch.Tensor, "Clean latents of the image (n, channels, height/f, width/f)."),
-    param("mask", torch.Tensor, "The mask at the latents' size (n, 1, height/f, width/f): 1 is painted, 0 kept."),
-    param("masked_image_latents", torch.Tensor, "For a 9-channel UNet: latents of the image without its hole."),
+    param("image_latents", Tensor, "Clean latents of the image (n, channels, height/f, width/f)."),
+    param("mask", Tensor, "The mask at the latents' size (n, 1, height/f, width/f): 1 is painted, 0 kept."),
+    param("masked_image_latents", Tensor, "For a 9-channel UNet: latents of the image without its hole."),
     param(
         "strength",
         float,
@@ -101,21 +102,16 @@ _REQUEST = (
     param(
         "noising",
         str,
-        f"How an image is noised inside a window: {' or '.join(NOISINGS)}. The student's path is the chord.",
+        f"How an image is noised inside a window: {' or '.join(NOISINGS)}. Training used the first.",
         default=NOISINGS[0],
     ),
     param(
         "denoising_start",
         float,
-        "Fraction of the denoising, in (0, 1), that an earlier run did: no noise is added, and the steps before it "
-        "are left out. Snaps to a window boundary. With a mask pass the earlier run's `noise` too.",
+        "Fraction of the denoising, in (0, 1), that an earlier run did, snapped to a window boundary: no noise is "
+        "added, and the steps before it are skipped. With a mask pass the earlier run's `noise` too.",
     ),
-    param(
-        "denoising_end",
-        float,
-        "Fraction of the denoising, in (0, 1], after which to stop and leave the rest to a refiner. Snaps to a window "
-        "boundary.",
-    ),
+    param("denoising_end", float, "Fraction of the denoising, in (0, 1], to stop at, snapped to a window boundary."),
     param("control_image", Images, "For a ControlNet: the control image, or a list for several of them."),
     param("control_mode", int | list[int], "For a ControlNet-Union: the control type of each control image."),
     param("controlnet_conditioning_scale", Numbers, "Weight of the ControlNet, or of each. None: 1."),
@@ -123,8 +119,8 @@ _REQUEST = (
     param("control_guidance_end", Numbers, "Fraction of the steps, in (0, 1], where ControlNets end. None: 1."),
     param("guess_mode", bool, "Whether the ControlNet sees the conditional batches only. None: no."),
     param("ip_adapter_image", Images, "For IP-Adapters: an image, or a list with one entry for each of them."),
-    _guided("ip_adapter_embeds", list[torch.Tensor], "Image embeddings, one tensor for each loaded IP-Adapter."),
-    _guided("negative_ip_adapter_embeds", list[torch.Tensor], "Embeddings of the empty image, likewise."),
+    _guided("ip_adapter_embeds", list[Tensor], "Image embeddings, one tensor for each loaded IP-Adapter."),
+    _guided("negative_ip_adapter_embeds", list[Tensor], "Embeddings of the empty image, likewise."),
     param("height", int, "Height in pixels, a multiple of f. None: the given image's, else the UNet's own."),
     param("width", int, "Width in pixels, a multiple of f. None: the given image's, else the UNet's own."),
     param("original_size", Size, "Size before cropping that SDXL is told, (height, width). None: the image's."),
@@ -143,40 +139,20 @@ _HANDED_ON = (
     param("dtype", torch.dtype, "Type of the latents, from the `input` step."),
     param("delta_recipe", DeltaRecipe, "How the merged delta was distilled, from `merge_delta`; None without one."),
     param("step_plan", StepPlan, "The steps on the host: times, windows, coefficients."),
-    param("step_coefficients", torch.Tensor, "The plan's table (num_steps, 4) on the device, float32."),
+    param("step_coefficients", Tensor, "The plan's table (num_steps, 4) on the device, float32."),
+    param("noise_coefficients", Tensor, "(P, Q) of `P x0 + Q noise` at each step and the end (num_steps + 1, 2)."),
+    param("noise_pred", Tensor, "Guided prediction of this step, shaped like the latents."),
+    param("noise", Tensor, "The noise of the known part, shaped like the latents."),
     param(
-        "noise_coefficients",
-        torch.Tensor,
-        "(P, Q) of `P x0 + Q noise` at the start of each step and at the end, (num_steps + 1, 2) on the device.",
+        "inpaint_conditioning", Tensor, "Mask and masked image (images, 5, height/f, width/f) for a 9-channel UNet."
     ),
-    param("noise_pred", torch.Tensor, "Guided prediction of this step, shaped like the latents."),
-    param("noise", torch.Tensor, "The noise of the known part, shaped like the latents."),
-    param(
-        "inpaint_conditioning",
-        torch.Tensor,
-        "Mask and masked-image latents (images, 5, height/f, width/f) for a 9-channel UNet; None for others.",
-    ),
-    _guided("add_time_ids", torch.Tensor, "Sizes and crop (images, 6) that SDXL is told."),
-    _guided("negative_add_time_ids", torch.Tensor, "Sizes and crop of the negative prompt."),
-    param(
-        "controlnet_cond",
-        torch.Tensor | list[torch.Tensor],
-        "Control images (images, 3, height, width) in [0, 1]; a list for several ControlNets or a ControlNet-Union.",
-    ),
+    _guided("add_time_ids", Tensor, "Sizes and crop (images, 6) that SDXL is told."),
+    _guided("negative_add_time_ids", Tensor, "Sizes and crop of the negative prompt."),
+    param("controlnet_cond", Tensors, "Control images (images, 3, height, width) in [0, 1]; a list for several."),
     param("conditioning_scale", Numbers, "Weight of the ControlNet, or of each of several."),
     param("controlnet_keep", list[float] | list[list[float]], "1 or 0 for each step: in force or not."),
-    param(
-        "control_type",
-        torch.Tensor,
-        "For a ControlNet-Union: which control types are given (images, types).",
-        kind=CONTROLNET_KWARGS,
-    ),
-    param(
-        "control_type_idx",
-        list[int],
-        "For a ControlNet-Union: the control type of each control image.",
-        kind=CONTROLNET_KWARGS,
-    ),
+    _control("control_type", Tensor, "For a ControlNet-Union: which control types are given (images, types)."),
+    _control("control_type_idx", list[int], "For a ControlNet-Union: the control type of each control image."),
 )
 """What blocks of a preset hand to later ones."""
 

@@ -10,11 +10,11 @@ import torch
 from diffusers import VaeImageProcessor
 from PIL import Image
 
+from perflow_blocks.blocks.before_denoise import one_for_each_image
 from perflow_blocks.blocks.images import (
     count_images,
     first_image,
     image_size,
-    one_for_each_image,
     repeat_images,
 )
 
