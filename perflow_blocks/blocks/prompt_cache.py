@@ -95,6 +95,11 @@ class PeRFlowCachedTextEncoderStep(PeRFlowTextEncoderStep):
         super().__init__()
         self.cache = EmbeddingCache(max_entries)
 
+    @property
+    def max_entries(self) -> int:
+        """How many requests are kept at most."""
+        return self.cache.max_entries
+
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         block_state = self.get_block_state(state)
@@ -176,6 +181,11 @@ class PromptCacheStep(PeRFlowAutoTextEncoderStep):
     def cache(self) -> EmbeddingCache:
         """What is kept, shared with the copies of this block that pipelines make."""
         return self.sub_blocks["prompt"].cache
+
+    @property
+    def max_entries(self) -> int:
+        """How many requests are kept at most."""
+        return self.cache.max_entries
 
     @property
     def hits(self) -> int:
