@@ -249,7 +249,6 @@ def test_a_float32_vae_works_beside_a_bfloat16_unet(inputs: dict[str, Any]) -> N
     for _ in range(2):  # the second call finds what the first may have changed
         state = pipe(prompt="a star", **inputs, generator=generator())
         assert pipe.vae.dtype == torch.float32
-        assert state.get("latents").dtype == torch.bfloat16
         error = np.abs(np.asarray(state.get("images")[0], float) - np.asarray(expected[0], float)).mean()
         assert error < 3.0  # of 255
 
