@@ -6,7 +6,6 @@ They take the inputs and need the components of their task alone, which is what 
 from __future__ import annotations
 
 from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import StableDiffusionXLControlNetInputStep
-from diffusers.modular_pipelines.stable_diffusion_xl.decoders import StableDiffusionXLDecodeStep
 
 from .apply_attention import PeRFlowApplyAttentionStep, PeRFlowControlNetApplyAttentionStep
 from .auto_blocks import PeRFlowSDXLCoreDenoiseStep, Preset
@@ -17,7 +16,7 @@ from .before_denoise import (
     PeRFlowSDXLInpaintBeforeDenoiseStep,
 )
 from .check_inputs import PeRFlowCheckInputsStep
-from .decode import PeRFlowAutoDecodeStep
+from .decode import PeRFlowAutoDecodeStep, PeRFlowDecodeStep
 from .denoise import PeRFlowControlNetDenoiseStep, PeRFlowDenoiseStep, PeRFlowInpaintDenoiseStep
 from .encode import (
     PeRFlowInpaintVaeEncoderStep,
@@ -103,7 +102,7 @@ class PeRFlowSDXLText2ImageBlocks(Preset):
     block_classes = [
         *_PREPARE,
         PeRFlowSDXLText2ImageDenoiseStep,
-        StableDiffusionXLDecodeStep,
+        PeRFlowDecodeStep,
     ]
     block_names = [*_PREPARE_NAMES, "denoise", "decode"]
 
@@ -117,7 +116,7 @@ class PeRFlowSDXLImage2ImageBlocks(Preset):
         *_PREPARE,
         PeRFlowVaeEncoderStep,
         PeRFlowSDXLImage2ImageDenoiseStep,
-        StableDiffusionXLDecodeStep,
+        PeRFlowDecodeStep,
     ]
     block_names = [*_PREPARE_NAMES, "vae_encoder", "denoise", "decode"]
 
@@ -150,7 +149,7 @@ class PeRFlowSDXLControlNetBlocks(Preset):
     block_classes = [
         *_PREPARE_CONTROL,
         PeRFlowSDXLControlNetText2ImageDenoiseStep,
-        StableDiffusionXLDecodeStep,
+        PeRFlowDecodeStep,
     ]
     block_names = [*_PREPARE_NAMES, "denoise", "decode"]
 
@@ -164,7 +163,7 @@ class PeRFlowSDXLTileUpscalerBlocks(Preset):
         *_PREPARE_CONTROL,
         PeRFlowVaeEncoderStep,
         PeRFlowSDXLTileUpscalerDenoiseStep,
-        StableDiffusionXLDecodeStep,
+        PeRFlowDecodeStep,
     ]
     block_names = [*_PREPARE_NAMES, "vae_encoder", "denoise", "decode"]
 
@@ -181,7 +180,7 @@ class PeRFlowSDXLIPAdapterBlocks(Preset):
         *_PREPARE,
         PeRFlowIPAdapterStep,
         PeRFlowSDXLText2ImageDenoiseStep,
-        StableDiffusionXLDecodeStep,
+        PeRFlowDecodeStep,
     ]
     block_names = [*_PREPARE_NAMES, "ip_adapter", "denoise", "decode"]
 
