@@ -86,9 +86,9 @@ class PeRFlowControlNetApplyAttentionStep(PeRFlowApplyAttentionStep):
 class PeRFlowAutoApplyAttentionStep(AutoPipelineBlocks):
     """The plan on UNet and ControlNets where there is a control image, else on the UNet."""
 
-    block_classes = [PeRFlowControlNetApplyAttentionStep, PeRFlowApplyAttentionStep]  # noqa: RUF012
-    block_names = ["controlnet", "unet"]  # noqa: RUF012
-    block_trigger_inputs = ["control_image", None]  # noqa: RUF012
+    block_classes = [PeRFlowControlNetApplyAttentionStep, PeRFlowApplyAttentionStep]
+    block_names = ["controlnet", "unet"]
+    block_trigger_inputs = ["control_image", None]
 
     @property
     def description(self) -> str:
