@@ -225,11 +225,11 @@ def test_a_merged_delta_can_be_taken_out_under_a_lora(lora: Path, delta: Path) -
     run(pipe, delta=delta)
     pipe.load_lora_weights(lora)
     expected = run(pipe)
-    assert torch.equal(run(pipe, delta=False), run(with_lora(lora)))
-    assert torch.equal(run(pipe, delta=delta), expected)
-    assert torch.equal(run(pipe, delta=delta, delta_scale=0.0), run(with_lora(lora)))
+    assert_same_latents(run(pipe, delta=False), run(with_lora(lora)))  # without a base to one rounding
+    assert_same_latents(run(pipe, delta=delta), expected)
+    assert_same_latents(run(pipe, delta=delta, delta_scale=0.0), run(with_lora(lora)))
     pipe.unload_lora_weights()
-    assert torch.equal(run(pipe, delta=False), run(make_pipeline()))
+    assert_same_latents(run(pipe, delta=False), run(make_pipeline()))
 
 
 def test_a_lora_that_was_fused_for_good_takes_a_delta(lora: Path, delta: Path) -> None:

@@ -105,7 +105,7 @@ def test_guidance_asked_for_wins_over_the_recipe(run: Run, model: Path, delta: P
         (["a", "--steps", "0"], "steps=0 must be a positive integer"),
         (["a", "--steps", "-3"], "steps=-3 "),
         (["a", "--steps", "few"], "'--steps'"),
-        (["a", "--guidance", "nan"], "guidance_scale=nan is no finite number of at least 0"),
+        (["a", "--guidance", "nan"], "guidance_scale=nan"),
         (["a", "--guidance", "inf"], "guidance_scale=inf"),
         (["a", "--guidance", "-1"], "guidance_scale=-1.0"),
         (["a", "--num-images", "0"], "num-images=0 "),
