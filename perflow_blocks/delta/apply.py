@@ -83,10 +83,6 @@ def fit_delta(weights: Weights, module: nn.Module) -> tuple[Weights, dict[str, T
     Returns:
         The delta under the model's names; by these, what each tensor is added to: the model's weight, or the part of
         it that has the tensor's shape (tied weights are there once); how many input channels the delta leaves alone.
-
-    Raises:
-        ValueError: one line: a name or shape that does not fit, another architecture, or a model whose weights cannot
-            be changed.
     """
     weights = named_as_model(weights, own_weights(module), getattr(module, "config", {}))
     targets = _mergeable_weights(module, weights.label, set(weights.shapes))
@@ -98,11 +94,7 @@ def fit_delta(weights: Weights, module: nn.Module) -> tuple[Weights, dict[str, T
 
 
 def fit_base(weights: Weights, module: nn.Module) -> Weights:
-    """Those of the weights that a model may have been loaded from, under the model's names: of equal shapes.
-
-    Raises:
-        ValueError: one line: there are none, or they are in the model's own memory, which a merge changes.
-    """
+    """Those of the weights that a model may have been loaded from, under the model's names: of equal shapes."""
     own = own_weights(module)
     weights = named_as_model(weights, own, getattr(module, "config", {}))
     fitting = {name: name for name, tensor in own.items() if weights.shapes.get(name) == tuple(tensor.shape)}
@@ -119,11 +111,7 @@ def fit_base(weights: Weights, module: nn.Module) -> Weights:
 
 
 def require_architecture(weights: Weights, module: nn.Module) -> Weights:
-    """The delta under the model's names, once those and the shapes fit; the model may be without values, on "meta".
-
-    Raises:
-        ValueError: one line: a name or shape that does not fit, or another architecture.
-    """
+    """The delta under the model's names, once those and the shapes fit; the model may be without values, on "meta"."""
     weights = named_as_model(weights, own_weights(module), getattr(module, "config", {}))
     _require_shapes(weights, module, floating_entries(own_weights(module, set(weights.shapes))))
     return weights

@@ -38,7 +38,7 @@ from .files import (
     subtract,
 )
 from .recipe import ARCHITECTURE_KEY, DeltaRecipe
-from .summary import hold_differences
+from .summary import DIFFERENCE_NORM, mean_norm_scale
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 _NAMES |= {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
@@ -83,7 +83,8 @@ def open_difference(
     first, second = named_alike(opened(student), opened(base), config or {})
     difference = DifferenceWeights(first, second)
     for name, weights in (("student", first), ("base", second)):
-        if hold_differences(weights.shapes, weights.tensor):
+        mean = mean_norm_scale(weights)
+        if mean is not None and abs(mean) < DIFFERENCE_NORM:
             raise ValueError(f"the {name} {weights.label} holds differences, as a delta does; pass a model's weights.")
     return difference
 

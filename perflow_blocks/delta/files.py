@@ -129,10 +129,6 @@ class FileWeights(Weights):
     """One safetensors file or the shards of one checkpoint, memory-mapped as long as this object lives.
 
     The files may be renamed, replaced or deleted meanwhile, but not written to.
-
-    Raises:
-        ValueError: a file that is missing, truncated or no safetensors file, tensors that are no floats, or a name in
-            two shards.
     """
 
     def __init__(
@@ -197,11 +193,7 @@ class RenamedWeights(Weights):
 
 
 class DifferenceWeights(Weights):
-    """`student - base` in float32, formed when it is read: a delta from two checkpoints, without a file of its own.
-
-    Raises:
-        ValueError: the two differ in names or shapes.
-    """
+    """`student - base` in float32, formed when it is read: a delta from two checkpoints, without a file of its own."""
 
     def __init__(self, student: Weights, base: Weights) -> None:
         mismatch = describe_mismatch(student.shapes, base.shapes, given="the student", expected="the base")
@@ -276,11 +268,7 @@ def open_weights(path: str | os.PathLike[str], variant: str | None = None, *, al
 
 
 def opened(delta: Delta, what: str = "delta") -> Weights:
-    """The weights of a delta in any form; messages call it `what`. A mapping's tensors are not copied.
-
-    Raises:
-        ValueError: as `open_weights`, or `delta` is something else.
-    """
+    """The weights of a delta in any form; messages call it `what`. A mapping's tensors are not copied."""
     if isinstance(delta, Weights):
         return delta
     if not isinstance(delta, (str, os.PathLike, Mapping)):
@@ -316,11 +304,7 @@ def loaded_weights(model: Any) -> Weights | None:
 
 
 def read_recipe(weights: Weights) -> DeltaRecipe:
-    """The sampling settings in a delta's metadata.
-
-    Raises:
-        ValueError: they make no sense.
-    """
+    """The sampling settings in a delta's metadata."""
     try:
         return DeltaRecipe.from_metadata(weights.metadata)
     except ValueError as error:
@@ -346,9 +330,6 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
     """The file of a folder's weights, or the index of their shards; a pipeline's UNet where the folder has none.
 
     A variant that is the only one need not be named.
-
-    Raises:
-        ValueError: no weights, no such variant, several and none named, or pickles only.
     """
     for place in (folder, folder / "unet"):
         safe: dict[str | None, Path] = {}
@@ -381,11 +362,7 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
 
 
 def variant_of(name: str | os.PathLike[str]) -> str | None:
-    """The variant in the name of a file of weights, of a shard, or of an index; None for those without one.
-
-    Raises:
-        ValueError: it is not the name of a diffusers model's weights.
-    """
+    """The variant in the name of a file of weights, of a shard, or of an index; None for those without one."""
     found = _WEIGHTS.fullmatch(Path(name).name)
     if found is None:
         raise ValueError(f"{name} is not named as a model's weights are, for example {SAFETENSORS_WEIGHTS_NAME}.")
@@ -399,11 +376,7 @@ def is_weights_of(name: str, variant: str | None) -> bool:
 
 
 def shards_of(index: Path) -> list[Path]:
-    """The files that an index names.
-
-    Raises:
-        ValueError: it is no index, or a shard is missing.
-    """
+    """The files that an index names."""
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -428,20 +401,13 @@ def named_as_model(weights: Weights, model_names: Iterable[str], config: Mapping
     Prefixes of wrappers are taken away, and original Latent Diffusion names, as single-file checkpoints have, are
     translated by diffusers' own converter; what else such a checkpoint holds (text encoders, VAE) is left out. Other
     names stay, for the caller to refuse.
-
-    Raises:
-        ValueError: the weights are a LoRA, or have Latent Diffusion names that do not fit the configuration.
     """
     names = translated_names(weights.shapes, model_names, config, weights.label)
     return weights if names is None else RenamedWeights(weights, names)
 
 
 def named_alike(one: Weights, other: Weights, config: Mapping[str, Any]) -> tuple[Weights, Weights]:
-    """Two UNets' weights under the same names, diffusers' where they differ; `config` as in `named_as_model`.
-
-    Raises:
-        ValueError: as `named_as_model`.
-    """
+    """Two UNets' weights under the same names, diffusers' where they differ; `config` as in `named_as_model`."""
     if one.shapes.keys() == other.shapes.keys():
         return one, other
     known = unet_names((*one.shapes, *other.shapes))

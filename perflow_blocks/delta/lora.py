@@ -38,7 +38,7 @@ from .apply import PARTIAL_KEY
 from .atomic import atomic_path
 from .files import UNET_PARTS, Delta, Weights, is_finite, listed, named_as_model, opened, read_recipe, unet_names
 from .recipe import DeltaRecipe
-from .summary import hold_whole
+from .summary import WHOLE_NORM, mean_norm_scale
 
 PREFIX = "unet."
 """What LoRA files put before the names of the UNet's modules."""
@@ -278,7 +278,7 @@ def _factorised_modules(weights: Weights, keep: Sequence[str]) -> dict[str, str]
     bad = [name for name in weights.shapes if not is_finite(weights.tensor(name))]
     if bad:
         raise ValueError(f"{len(bad)} tensors hold values that are not finite ({listed(bad)}); extract it again.")
-    if hold_whole(weights.shapes, weights.tensor):
+    if (mean_norm_scale(weights) or 0.0) > WHOLE_NORM:
         raise ValueError(
             "these are a model's whole weights, not their difference from a base; pass a delta, such as what "
             "open_difference(it, base) or perflow extract gives."
@@ -385,11 +385,7 @@ def save_lora(converted: DeltaLora, path: str | os.PathLike[str], layout: Layout
 
 
 def save_residual(converted: DeltaLora, path: str | os.PathLike[str]) -> None:
-    """Writes what is not in the LoRA as a partial delta with the recipe, to be merged beside it.
-
-    Raises:
-        ValueError: there is nothing to write, or the path cannot be written.
-    """
+    """Writes what is not in the LoRA as a partial delta with the recipe, to be merged beside it."""
     if not converted.residual:
         raise ValueError(f"the LoRA holds the whole delta, so there is no residual for {path}; leave the file out.")
     _write(converted.residual, path, {"format": "pt", PARTIAL_KEY: "true", **converted.recipe.to_metadata()})
@@ -410,9 +406,6 @@ def kohya_state_dict(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     One, because diffusers 0.42 does not find the alphas of attention layers where alphas differ, and gives them the
     most common one. A layer of another rank has the ratio in its factors instead: readers multiply by alpha / rank.
-
-    Raises:
-        ValueError: factors that are not finite in their type after that.
     """
     alpha = Counter(tensor.shape[1] for name, tensor in lora.items() if ".lora_B." in name).most_common(1)[0][0]
     scaled = {}

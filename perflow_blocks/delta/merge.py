@@ -74,7 +74,8 @@ class MergeRecord:
 
     Attributes:
         source: where it was read from: the path, absolute unless the model was saved since.
-        digest: its `identity_of`; this, not the path, tells deltas apart. Empty for a model that version 0.1.0 saved.
+        digest: its `identity_of`; this, not the path, tells deltas apart. Empty for a model that version 0.1.0 saved,
+            until the delta is seen again.
         scale: the factor of dW in the weights.
         scales: further factors, (pattern, factor) for names of weights; the first pattern that matches counts.
         recipe: the sampling settings that came with it.
@@ -104,7 +105,7 @@ class MergeRecord:
         """The inverse of `to_config`, for a model that was loaded.
 
         Version 0.1.0 wrote a digest of all values, which cannot be compared with today's: such a record is matched by
-        the name of the delta's file. Under another name the same delta is not recognised, and merging it warns.
+        the delta's file name and recipe. Under another name the same delta is not recognised, and merging it warns.
 
         Raises:
             ValueError: the entry lacks something.
@@ -144,6 +145,13 @@ class MergeState(Applied):
     def terms(self) -> list[Term]:
         """Those deltas that are not part of the base; reloaded ones are."""
         return [Term(self.weights[r.digest], r.scale, r.scales) for r in self.records if not r.reloaded]
+
+    def forget_others(self) -> None:
+        """Leaves what the records need, once the weights are what they say."""
+        digests = {record.digest for record in self.records}
+        self.weights = {digest: weights for digest, weights in self.weights.items() if digest in digests}
+        self.seen = {place: known for place, known in self.seen.items() if known[1] in digests}
+        self.writing = []
 
 
 class MergeLock:
@@ -328,11 +336,7 @@ def saved_records(config: Mapping[str, Any]) -> tuple[MergeRecord, ...]:
 
 
 def find_merged(module: nn.Module, delta: Delta) -> MergeRecord | None:
-    """The record of a delta that is merged, from this file or another with the same values; else None.
-
-    Raises:
-        ValueError: the delta cannot be read, or has names that cannot be translated.
-    """
+    """The record of a delta that is merged, from this file or another with the same values; else None."""
     with merge_lock(module):
         return _find(uncompiled(module), _state(uncompiled(module)), opened(delta))
 
@@ -377,10 +381,12 @@ def _find(module: nn.Module, state: MergeState, weights: Weights) -> MergeRecord
     digest = next((digest for known, digest in state.seen.values() if known == stamp), None)
     if digest is None:
         digest = identity_of(named_as_model(weights, own_weights(module), getattr(module, "config", {})))
-    name = Path(weights.label).name
     for record in state.records:
-        if record.digest == digest or (not record.digest and record.source == name):
-            state.seen = _seen(state, weights, record.digest)
+        if not record.digest and record.source == Path(weights.label).name and record.recipe == read_recipe(weights):
+            old, record = record, replace(record, digest=digest)  # saved by version 0.1.0
+            state.records = tuple(record if entry is old else entry for entry in state.records)
+        if record.digest == digest:
+            state.seen = _seen(state, weights, digest)
             return record
     return None
 
@@ -575,26 +581,28 @@ def _exchange(module: nn.Module, state: MergeState, records: tuple[MergeRecord, 
     try:
         inexact = change(state, targets, before, after)
         new.base = None if len(inexact) == len(targets) and not before else state.base
-        known = {name: state.types.get(name, ()) for name in targets}
-        new.types = state.types | {
-            n: t if t[-1:] == (targets[n].dtype,) else (*t, targets[n].dtype) for n, t in known.items()
-        }
-        new.weights = {r.digest: state.weights[r.digest] for r in records if not r.reloaded}
-        new.seen = {key: value for key, value in state.seen.items() if value[1] in {r.digest for r in records}}
+        new.types = dict(state.types)
+        for name, target in targets.items():
+            known = new.types.get(name, ())
+            new.types[name] = known if known[-1:] == (target.dtype,) else (*known, target.dtype)
+        new.forget_others()
         _remember(module, new)
     except BaseException as error:
         if vars(module).get(STATE_ATTRIBUTE) is state and not restore(state, targets, before):
-            state.writing = []
+            state.forget_others()
             if not state.records:
                 del vars(module)[STATE_ATTRIBUTE]
         if isinstance(error, NotFiniteError):
             require_finite(state, targets, before, after)
         raise
     if inexact and warn:
+        reason = "are not base plus deltas, as after training or fusing a LoRA"
+        if state.base is None or not before:
+            reason = "have no base that can be read" if state.base is None else f"differ from {state.base.label}"
         logger.warning(
-            f"{len(inexact)} weights ({listed(inexact)}) {_reason(state.base, first=not before)}: taking deltas out "
-            "of them is exact to one rounding. For exact results pass base=, the files that the model was loaded "
-            "from, to the first merge_delta, and merge before fusing a LoRA."
+            f"{len(inexact)} weights ({listed(inexact)}) {reason}: taking deltas out of them is exact to one "
+            "rounding. For exact results pass base=, the files that the model was loaded from, to the first "
+            "merge_delta, and merge before fusing a LoRA."
         )
 
 
@@ -611,12 +619,6 @@ def _targets(module: nn.Module, weights: Mapping[str, Weights]) -> dict[str, Ten
     return targets
 
 
-def _reason(base: Weights | None, first: bool) -> str:
-    if base is None:
-        return "have no base that can be read"
-    return f"differ from {base.label}" if first else "are not base plus deltas, as after training or fusing a LoRA"
-
-
 def _put_right(module: nn.Module, state: MergeState, base_given: bool) -> None:
     """Restores the weights that an interrupted change left; with a base that the user gave, all of them."""
     if base_given:
@@ -627,4 +629,4 @@ def _put_right(module: nn.Module, state: MergeState, base_given: bool) -> None:
             f"changing the deltas of this {type(module).__name__} was interrupted and left weights half merged "
             f"({listed(lost)}); load the model again, or pass base=, the files that it was loaded from."
         )
-    state.writing = []
+    state.forget_others()

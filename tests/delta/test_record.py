@@ -145,3 +145,29 @@ def test_a_saved_pipeline_that_names_the_delta_draws_the_same(tmp_path: Path, de
     assert other.guider.guidance_scale == 1.0
     with pytest.raises(ValueError, match="was loaded with"):
         run(other, delta=False)
+
+
+def test_a_record_of_version_0_1_0_is_known_by_its_name(
+    tmp_path: Path, delta: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its digest was another; under another name, a merge of the same delta warns."""
+    unet = tiny_sdxl_unet(0)
+    merge_delta(unet, delta)
+    unet.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    entry = config["_perflow_merges"]["deltas"][0]
+    del entry["sampled"]
+    entry["digest"] = "0" * 64
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = UNet2DConditionModel.from_pretrained(tmp_path)
+    assert [(record.source, record.scale) for record in merge_records(again)] == [("delta.safetensors", 1.0)]
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(delta.read_bytes())
+    merge_delta(again, other)
+    assert "version 0.1.0" in caplog.text and len(merge_records(again)) == 2
+    unmerge_delta(again, other)
+    assert same(again, unet)
+    pipe = make_pipeline(unet=again)
+    run(pipe, delta=delta)
+    assert same(again, unet) and len(merge_records(again)) == 1
+    assert merge_delta(again, delta).reloaded
