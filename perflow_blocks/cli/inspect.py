@@ -87,9 +87,7 @@ def _merged(path: Path) -> list[str]:
 
     folder = find_unet(path)
     records = [] if folder is None else saved_records(read_config(folder))
-    return [
-        f"merged: {r.source} at scale {r.scale:g}" + (f", digest {r.digest[:12]}" * bool(r.digest)) for r in records
-    ]
+    return [f"merged: {r.source} at scale {r.scale:g}, digest {r.digest[:12] or 'unknown'}" for r in records]
 
 
 def _ranks(weights: Weights) -> str:
