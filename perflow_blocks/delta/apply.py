@@ -240,7 +240,7 @@ def sum_of_terms(terms: Sequence[Part], weight: Tensor) -> Tensor:
         return first.to(weight.device)
     wide = torch.promote_types(weight.dtype, torch.float32)
     # Product and sum are rounded one by one: a fused multiply-add is not the same on every device.
-    products = (tensor.to(weight.device, wide, copy=True).mul_(factor) for tensor, factor in terms)
+    products = (tensor.to(weight.device).to(wide, copy=True).mul_(factor) for tensor, factor in terms)
     return reduce(Tensor.add_, products)
 
 
@@ -320,7 +320,7 @@ def _rows(
 
 
 class NotFiniteError(ArithmeticError):
-    pass
+    """A weight would not be finite."""
 
 
 def change(state: Applied, targets: Mapping[str, Tensor], before: Sequence[Term], after: Sequence[Term]) -> list[str]:
@@ -346,15 +346,16 @@ def change(state: Applied, targets: Mapping[str, Tensor], before: Sequence[Term]
 
 @torch.no_grad()
 def restore(state: Applied, targets: Mapping[str, Tensor], before: Sequence[Term]) -> list[str]:
-    """Writes base plus records to all rows that were written; returns the names of weights without a base for that."""
+    """Writes base plus `before` to all rows that were written; returns the names of weights that have no base for it."""
+    written = {(name, start, stop): exact for name, start, stop, exact in state.writing}
     lost: list[str] = []
-    for name in dict.fromkeys(name for name, *_ in state.writing):
+    for name in dict.fromkeys(name for name, _, _ in written):
         for rows in _rows(state, name, targets[name], before):
-            held = rows.held() if (*rows.piece, True) in state.writing else None
+            held = rows.held() if written.get(rows.piece) else None
             if held is not None:
                 rows.write(held)
-            elif (*rows.piece, False) in state.writing:
-                lost += [name] if name not in lost else []
+            elif rows.piece in written and name not in lost:
+                lost.append(name)
     return lost
 
 

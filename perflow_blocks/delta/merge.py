@@ -580,7 +580,10 @@ def _exchange(module: nn.Module, state: MergeState, records: tuple[MergeRecord, 
     setattr(module, STATE_ATTRIBUTE, state)
     try:
         inexact = change(state, targets, before, after)
-        new.base = None if len(inexact) == len(targets) and not before else state.base
+        if targets and len(inexact) == len(targets) and not before:
+            new.base = None  # the files of another model
+        else:
+            new.base = state.base
         new.types = dict(state.types)
         for name, target in targets.items():
             known = new.types.get(name, ())

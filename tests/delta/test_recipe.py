@@ -41,6 +41,7 @@ def test_the_recipe_travels_in_the_metadata(tmp_path: Path, recipe: DeltaRecipe)
         ("prediction_type", "epsilon"),
         ("num_time_windows", "four"),
         ("num_time_windows", "0"),
+        ("num_time_windows", "10000000"),
         ("num_inference_steps", "2.5"),
         ("guidance_scale", "NaN"),
         ("guidance_scale", "-1"),
