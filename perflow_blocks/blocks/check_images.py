@@ -270,15 +270,11 @@ def _check_numbers(request: Any, name: str, count: int | None) -> list[float]:
     if value is None:
         return [0.0 if name == "control_guidance_start" else 1.0]
     numbers = _listed(value)
-    if (isinstance(value, list) and len(value) != count) or not all(is_number(entry) for entry in numbers):
+    finite = all(type(entry) in (int, float) and math.isfinite(entry) for entry in numbers)
+    if not finite or (isinstance(value, list) and len(value) != count):
         allowed = "a number" if count is None else f"a number or a list of {count} numbers"
         raise ValueError(f"{name}={value!r} must be {allowed}.")
     return numbers
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value, converted to Python's types, is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _listed(value: Any) -> list[Any]:

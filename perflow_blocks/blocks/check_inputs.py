@@ -12,7 +12,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ..core.noising import NOISINGS
-from .check_images import CONTROLNET_SETTINGS, check_controlnet, check_images, check_ip_adapters, is_number
+from .check_images import CONTROLNET_SETTINGS, check_controlnet, check_images, check_ip_adapters
 from .declare import declared
 from .guiders import check_guider
 from .inputs import NONFINITE_POLICIES, OUTPUT_TYPES, request_inputs
@@ -265,7 +265,7 @@ def _check_sizes(request: Any, factor: int) -> None:
             raise ValueError(f"{name}={value} must be a multiple of the VAE's factor {factor}; pass {nearest}.")
     for name in SIZES:
         value = getattr(request, name)
-        pair = isinstance(value, tuple) and len(value) == 2 and all(is_number(entry) for entry in value)
+        pair = isinstance(value, tuple) and len(value) == 2 and all(type(entry) in (int, float) for entry in value)
         if value is not None and not pair:
             raise ValueError(f"{name}={value!r} must be a tuple of two numbers, such as (1024, 1024).")
     if (request.negative_original_size is None) != (request.negative_target_size is None):
