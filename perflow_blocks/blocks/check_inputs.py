@@ -42,7 +42,7 @@ INTEGERS = {
     "clip_skip": 0,
     "padding_mask_crop": 0,
 }
-"""Whole numbers and the least that each may be."""
+"""Integers and the least value of each."""
 
 REQUEST = tuple(entry.name for entry in request_inputs())
 
