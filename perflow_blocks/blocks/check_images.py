@@ -130,7 +130,7 @@ def check_ip_adapters(layers: list[nn.Module], guider: Any, request: Any, encode
     """
     image, embeds = request.ip_adapter_image, request.ip_adapter_embeds
     if image is not None and embeds is not None:
-        raise ValueError("both ip_adapter_image and ip_adapter_embeds are given; pass one of them.")
+        raise ValueError("both ip_adapter_image and ip_adapter_embeds are given; leave one out.")
     name, given = ("ip_adapter_embeds", embeds) if image is None else ("ip_adapter_image", image)
     if given is None and layers:
         wanted = "ip_adapter_image" if encodes else "ip_adapter_embeds"
@@ -170,13 +170,13 @@ def _check_combination(request: Any, inpainting_channels: int | None) -> None:
     image = request.image is not None or request.image_latents is not None
     masked = request.mask_image is not None or request.mask is not None
     if request.image is not None and request.image_latents is not None:
-        raise ValueError("both image and image_latents are given; pass one of them.")
+        raise ValueError("both image and image_latents are given; leave one out.")
     if request.mask_image is not None and request.image is None:
         raise ValueError("mask_image is given without image; pass image, or mask beside image_latents.")
     if request.mask is not None and request.image_latents is None:
         raise ValueError("mask is given without image_latents; pass image_latents, or mask_image beside image.")
     if request.denoising_start is not None and not image:
-        raise ValueError("denoising_start is given without the latents of an earlier run; pass them as image_latents.")
+        raise ValueError("denoising_start is given without the latents of an earlier run; pass image_latents.")
     if request.denoising_start is not None and masked and request.latents is None:
         raise ValueError("denoising_start with a mask is given without the latents of an earlier run; pass latents.")
     if inpainting_channels is not None and not masked:
@@ -258,7 +258,7 @@ def _check_control_types(kinds: int, images: int, given: Any) -> None:
         )
     modes = _listed(given)
     if len(modes) != images:
-        raise ValueError(f"control_mode holds {len(modes)} numbers for {images} control images; pass one for each.")
+        raise ValueError(f"control_mode holds {len(modes)} numbers, but there are {images} control images.")
     for mode in modes:
         if type(mode) is not int or not 0 <= mode < kinds:
             raise ValueError(f"control_mode={mode!r} must be an integer from 0 to {kinds - 1}.")
@@ -270,15 +270,11 @@ def _check_numbers(request: Any, name: str, count: int | None) -> list[float]:
     if value is None:
         return [0.0 if name == "control_guidance_start" else 1.0]
     numbers = _listed(value)
-    if (isinstance(value, list) and len(value) != count) or not all(is_number(entry) for entry in numbers):
+    finite = all(type(entry) in (int, float) and math.isfinite(entry) for entry in numbers)
+    if not finite or (isinstance(value, list) and len(value) != count):
         allowed = "a number" if count is None else f"a number or a list of {count} numbers"
         raise ValueError(f"{name}={value!r} must be {allowed}.")
     return numbers
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value, converted to Python's types, is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _listed(value: Any) -> list[Any]:

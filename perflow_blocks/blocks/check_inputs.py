@@ -12,7 +12,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ..core.noising import NOISINGS
-from .check_images import CONTROLNET_SETTINGS, check_controlnet, check_images, check_ip_adapters, is_number
+from .check_images import CONTROLNET_SETTINGS, check_controlnet, check_images, check_ip_adapters
 from .declare import declared
 from .guiders import check_guider
 from .inputs import NONFINITE_POLICIES, OUTPUT_TYPES, request_inputs
@@ -42,7 +42,7 @@ INTEGERS = {
     "clip_skip": 0,
     "padding_mask_crop": 0,
 }
-"""Whole numbers and the least that each may be."""
+"""Integers and the least value of each."""
 
 REQUEST = tuple(entry.name for entry in request_inputs())
 
@@ -178,7 +178,7 @@ def _check_settings(request: Any) -> None:
     """Refuses unknown options, and numbers of another type or out of range."""
     for name, options in OPTIONS.items():
         if getattr(request, name) not in options:
-            raise ValueError(f"{name}={getattr(request, name)!r} is unknown; pass one of {', '.join(options)}.")
+            raise ValueError(f"{name}={getattr(request, name)!r} must be one of {', '.join(options)}.")
     for name, least in INTEGERS.items():
         value = getattr(request, name)
         if value is not None and (type(value) is not int or value < least):
@@ -212,7 +212,7 @@ def _check_prompts(request: Any, components: Any) -> int:
     for name, text in texts.items():
         number = 1 if isinstance(text, str) else len(text)
         if number != count and (isinstance(text, list) or name == "prompt_2"):
-            raise ValueError(f"{name} holds {number} texts for {count} prompts; pass one for each prompt.")
+            raise ValueError(f"{name} holds {number} texts, but there are {count} prompts.")
     return count
 
 
@@ -265,7 +265,7 @@ def _check_sizes(request: Any, factor: int) -> None:
             raise ValueError(f"{name}={value} must be a multiple of the VAE's factor {factor}; pass {nearest}.")
     for name in SIZES:
         value = getattr(request, name)
-        pair = isinstance(value, tuple) and len(value) == 2 and all(is_number(entry) for entry in value)
+        pair = isinstance(value, tuple) and len(value) == 2 and all(type(entry) in (int, float) for entry in value)
         if value is not None and not pair:
             raise ValueError(f"{name}={value!r} must be a tuple of two numbers, such as (1024, 1024).")
     if (request.negative_original_size is None) != (request.negative_target_size is None):
@@ -289,7 +289,9 @@ def _check_generator(request: Any, images: int) -> None:
         if not isinstance(entry, (torch.Generator, type(None))):
             raise ValueError(f"generator is of type {type(entry).__name__}; pass a torch.Generator or a list of them.")
     if isinstance(generator, list) and len(generator) != images:
-        raise ValueError(f"generator holds {len(generator)} entries for {images} images; pass one, or one for each.")
+        raise ValueError(
+            f"generator holds {len(generator)} entries; use one generator, or {images}, one for each image."
+        )
 
 
 def _check_latents(request: Any, images: int, channels: int, factor: int) -> None:

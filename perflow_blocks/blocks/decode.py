@@ -24,8 +24,7 @@ from torch import Tensor
 
 from .declare import Assembled, declared
 from .images import repeat_images
-from .inputs import latents_input, output_type_input, param
-from .specs import vae_spec
+from .inputs import output_type_input, param
 
 Images = list[Image.Image] | np.ndarray | Tensor
 GivenImage = Image.Image | np.ndarray | Tensor | list[Image.Image] | list[np.ndarray] | list[Tensor]
@@ -105,57 +104,37 @@ def _size(images: Any, output_type: str) -> tuple[int, int]:
     return tuple(images.shape[1:3] if output_type == "np" else images.shape[2:4])
 
 
-class PeRFlowMatchVaeStep(ModularPipelineBlocks):
-    """Turns the latents into the VAE's type, which may be another than the UNet's: float32 beside float16."""
-
-    model_name = "stable-diffusion-xl"
-    description = "Turns the latents into the VAE's type."
-    expected_components = declared(vae_spec())
-    inputs = declared(latents_input(), output_type_input())
-    intermediate_outputs = declared(OutputParam("latents", Tensor, "The latents, in the VAE's type."))
+class PeRFlowDecodeStep(StableDiffusionXLDecodeStep):
+    """diffusers' decoder, which also takes a VAE of another type than the latents: float32 beside a float16 UNet."""
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        block_state = self.get_block_state(state)
-        if block_state.output_type != "latent":
-            same = block_state.latents.dtype == next(components.vae.parameters()).dtype
-            block_state.latents = block_state.latents if same else block_state.latents.to(components.vae.dtype)
-        self.set_block_state(state, block_state)
+        latents = state.get("latents")
+        if state.get("output_type") != "latent":
+            state.set("latents", latents.to(next(components.vae.parameters()).dtype))
+        super().__call__(components, state)
+        state.set("latents", latents)
         return components, state
 
 
-class PeRFlowDecodeStep(Assembled, SequentialPipelineBlocks):
-    """Decodes the latents, in the VAE's type."""
-
-    block_classes = [PeRFlowMatchVaeStep, StableDiffusionXLDecodeStep]
-    block_names = ["match_vae", "decode"]
-    description = "Decodes the latents."
-
-
-class PeRFlowInpaintCropDecodeStep(Assembled, SequentialPipelineBlocks):
+class PeRFlowInpaintCropDecodeStep(StableDiffusionXLInpaintDecodeStep):
     """Decodes, then lays the painted crop over the given image."""
 
-    block_classes = [PeRFlowMatchVaeStep, StableDiffusionXLInpaintDecodeStep]
-    block_names = ["match_vae", "decode"]
-    description = "Decodes the latents and lays the painted crop over the given image."
+    block_classes = [PeRFlowDecodeStep, *StableDiffusionXLInpaintDecodeStep.block_classes[1:]]
 
 
 class PeRFlowInpaintDecodeStep(Assembled, SequentialPipelineBlocks):
     """Decodes, then puts the known pixels back."""
 
-    block_classes = [PeRFlowMatchVaeStep, StableDiffusionXLDecodeStep, PeRFlowKeepKnownPixelsStep]
-    block_names = ["match_vae", "decode", "keep_known_pixels"]
+    block_classes = [PeRFlowDecodeStep, PeRFlowKeepKnownPixelsStep]
+    block_names = ["decode", "keep_known_pixels"]
     description = "Decodes the latents and puts the known pixels of the given image back."
 
 
 class PeRFlowAutoDecodeStep(Assembled, AutoPipelineBlocks):
     """Decodes; for inpainting with the known pixels put back, or the whole painted crop laid over the image."""
 
-    block_classes = [
-        PeRFlowInpaintCropDecodeStep,
-        PeRFlowInpaintDecodeStep,
-        PeRFlowDecodeStep,
-    ]
+    block_classes = [PeRFlowInpaintCropDecodeStep, PeRFlowInpaintDecodeStep, PeRFlowDecodeStep]
     block_names = ["inpaint_crop", "inpaint", "non-inpaint"]
     block_trigger_inputs = ["padding_mask_crop", "mask_image", None]
     description = (

@@ -42,7 +42,7 @@ def check_guider(guider: Any, unet: Module) -> None:
     """
     if not isinstance(guider, BaseGuidance):
         given = f"the class {guider.__name__}" if isinstance(guider, type) else f"of type {type(guider).__name__}"
-        raise ValueError(f"guider is {given}; pass one such as ClassifierFreeGuidance(guidance_scale=2.0).")
+        raise ValueError(f"guider is {given}; use, for example, ClassifierFreeGuidance(guidance_scale=2.0).")
     if _count_predictions(guider) == 1:  # no guidance: turned off, or at a scale without effect
         return
     problem = _find_fault(guider)
