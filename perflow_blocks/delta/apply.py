@@ -346,7 +346,7 @@ def change(state: Applied, targets: Mapping[str, Tensor], before: Sequence[Term]
 
 @torch.no_grad()
 def restore(state: Applied, targets: Mapping[str, Tensor], before: Sequence[Term]) -> list[str]:
-    """Writes base plus `before` to all rows that were written; returns the names of weights that have no base for it."""
+    """Writes base plus `before` to all rows that were written; returns the names of weights without a base."""
     written = {(name, start, stop): exact for name, start, stop, exact in state.writing}
     lost: list[str] = []
     for name in dict.fromkeys(name for name, _, _ in written):
