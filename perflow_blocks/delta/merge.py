@@ -470,7 +470,8 @@ def _state(module: nn.Module, base: Delta | None = None) -> MergeState:
                 f"{listed([record.source for record in gone])} is not in the weights of this {type(module).__name__} "
                 "any more: other weights were loaded since it was merged."
             )
-            state = MergeState(records=tuple(record for record in state.records if record not in gone))
+            left = tuple(record for record in state.records if record not in gone)
+            state = MergeState(base=state.base, records=left)
             _remember(module, state)
         state.signature = _signature(state.watched)
     return state
@@ -577,8 +578,8 @@ def _exchange(module: nn.Module, state: MergeState, records: tuple[MergeRecord, 
             state.base = fit_base(found, module) if (found := loaded_weights(module)) else None
     if state.base is not None:
         state.base.require_unchanged()
-    setattr(module, STATE_ATTRIBUTE, state)
     try:
+        setattr(module, STATE_ATTRIBUTE, state)
         inexact = change(state, targets, before, after)
         if targets and len(inexact) == len(targets) and not before:
             new.base = None  # the files of another model
