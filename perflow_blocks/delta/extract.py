@@ -49,7 +49,7 @@ def extract_delta(
 ) -> dict[str, Tensor]:
     """dW of two models of one architecture, each a module or its state dict: float32 by state-dict key.
 
-    Integer buffers are no part of a delta. Shapes are those of the weights. Added to the base in float32, the
+    Integer buffers are not part of a delta. Shapes are those of the weights. Added to the base in float32, the
     difference gives the student's very bits where both are within a factor of 2 of each other (Sterbenz' lemma), as
     almost all weights of a fine-tune are; elsewhere it is off by at most one unit in the last place of the larger.
 
@@ -60,7 +60,7 @@ def extract_delta(
     shapes = [{name: tuple(tensor.shape) for name, tensor in part.items()} for part in entries]
     mismatch = describe_mismatch(*shapes, given="the student", expected="the base")
     if mismatch:
-        raise ValueError(f"student and base are no pair: {mismatch}. Pass two models of the same architecture.")
+        raise ValueError(f"student and base do not match: {mismatch}. Pass two models of the same architecture.")
     empty = [name for part in entries for name, tensor in part.items() if tensor.is_meta]
     if empty:
         raise ValueError(f"{listed(empty)} hold no values (device 'meta'); load both models before extracting.")
@@ -78,7 +78,7 @@ def open_difference(
     for an original Latent Diffusion one `config` is the configuration of the UNet.
 
     Raises:
-        ValueError: a checkpoint cannot be read or is a delta itself, or the two are no pair.
+        ValueError: a checkpoint cannot be read or is a delta itself, or the two do not match.
     """
     first, second = named_alike(opened(student), opened(base), config or {})
     difference = DifferenceWeights(first, second)
@@ -134,8 +134,8 @@ def write_weights(
     With `progress` diffusers' progress bar shows the tensors.
 
     Raises:
-        ValueError: a `dtype` that is no floating-point type, values that are not finite in it, a difference of equal
-            models, or a path that cannot be written.
+        ValueError: a `dtype` that is not a floating-point type, values that are not finite in it, a difference of
+            equal models, or a path that cannot be written.
     """
     if dtype not in _NAMES:
         known = ", ".join(str(known).removeprefix("torch.") for known in _NAMES)

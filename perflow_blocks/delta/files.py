@@ -111,7 +111,7 @@ Delta = str | os.PathLike[str] | Mapping[str, Tensor] | Weights
 
 
 class MappingWeights(Weights):
-    """A mapping's own tensors, by reference. Those of a mapping that is no dictionary are read when asked for."""
+    """A mapping's own tensors, by reference. A mapping other than a dict is read tensor by tensor."""
 
     def __init__(self, weights: Mapping[str, Tensor], label: str = "the mapping") -> None:
         self.label = label
@@ -199,7 +199,7 @@ class DifferenceWeights(Weights):
         mismatch = describe_mismatch(student.shapes, base.shapes, given="the student", expected="the base")
         if mismatch:
             raise ValueError(
-                f"{student.label} and {base.label} are no pair: {mismatch}. Pass two models of the same architecture."
+                f"{student.label} and {base.label} do not match: {mismatch}. Pass two models of the same architecture."
             )
         self.sources = (student, base)
         self.label = f"{student.label} minus {base.label}"
@@ -238,7 +238,9 @@ def _map(path: str) -> tuple[Any, dict[str, tuple[int, ...]], dict[str, str]]:
     except PermissionError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; check its permissions.") from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is no complete safetensors file ({error}); download or extract it again.") from error
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}); download or extract it again."
+        ) from error
     kinds = {name: part.get_dtype() for name, part in slices.items()}
     wrong = [f"{name} is {kind}" for name, kind in kinds.items() if kind not in _FLOATS]
     if wrong and len(wrong) == len(kinds):
@@ -380,7 +382,7 @@ def shards_of(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of shards ({error}); download it again.") from error
+        raise ValueError(f"{index} is not an index of shards ({error}); download it again.") from error
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing or not names:
         raise ValueError(f"{index} names shards that are not there ({listed(missing)}); download them too.")

@@ -226,7 +226,7 @@ def delta_to_lora(
         config: the configuration of the UNet, by which the original Latent Diffusion names of a delta are translated.
 
     Raises:
-        ValueError: neither or both of rank and energy, or one out of range; a delta that is empty, is no UNet's, or
+        ValueError: neither or both of rank and energy, or one out of range; a delta that is empty, not of a UNet, or
             that changes no layer; whole weights; values that are not finite, or are not in `dtype`; an unusable file
             or device.
     """
@@ -272,8 +272,8 @@ def _factorised_modules(weights: Weights, keep: Sequence[str]) -> dict[str, str]
     foreign = [name for name in weights.shapes if name.split(".")[0] not in UNET_PARTS]
     if foreign:
         raise ValueError(
-            f"{len(foreign)} tensors are no weights of a UNet ({listed(foreign)}); pass a delta of a UNet, by its own "
-            "state-dict keys."
+            f"{len(foreign)} tensors are not weights of a UNet ({listed(foreign)}); pass a delta of a UNet, by its "
+            "own state-dict keys."
         )
     bad = [name for name in weights.shapes if not is_finite(weights.tensor(name))]
     if bad:

@@ -316,7 +316,7 @@ def unmerge_delta(
 def merge_records(module: nn.Module) -> tuple[MergeRecord, ...]:
     """What is merged into the model, in the order of merging; also into one that was saved and loaded again.
 
-    An interrupted merge is put right first, and records are dropped if other weights were loaded since. Costs
+    An interrupted merge is undone first, and records are dropped if other weights were loaded since. Costs
     microseconds otherwise.
     """
     with merge_lock(module):
@@ -462,7 +462,7 @@ def _state(module: nn.Module, base: Delta | None = None) -> MergeState:
     if base is not None:
         state.base = fit_base(opened(base, "base"), module)
     if state.writing:
-        _put_right(module, state, base_given=base is not None)
+        _undo_interrupted(module, state, base_given=base is not None)
     if state.watched and _signature(state.watched) != state.signature:
         if not _holds(module, state.witness):
             gone = [record for record in state.records if not record.reloaded] or list(state.records)
@@ -623,7 +623,7 @@ def _targets(module: nn.Module, weights: Mapping[str, Weights]) -> dict[str, Ten
     return targets
 
 
-def _put_right(module: nn.Module, state: MergeState, base_given: bool) -> None:
+def _undo_interrupted(module: nn.Module, state: MergeState, base_given: bool) -> None:
     """Restores the weights that an interrupted change left; with a base that the user gave, all of them."""
     if base_given:
         state.writing = [(name, start, stop, True) for name, start, stop, _ in state.writing]

@@ -233,7 +233,7 @@ def test_bad_files_are_errors_that_change_nothing(tmp_path: Path, delta: Path) -
     other = tmp_path / "other.safetensors"
     save_delta(tiny_sd_unet().state_dict(), other)
     for path, message in [
-        (truncated, "no complete safetensors file"),
+        (truncated, "complete safetensors file"),
         (other, "does not fit this UNet2DConditionModel"),
         (tmp_path / "missing.safetensors", "does not exist"),
         (True, "delta=True"),

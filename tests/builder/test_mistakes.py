@@ -104,7 +104,7 @@ MISTAKES: dict[str, tuple[Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipeli
         "dtype=torch.int8 is wrong for models",
     ),
     "delta": (lambda it, at: it.with_delta(at / "none.safetensors"), "none.safetensors does not exist"),
-    "broken delta": (lambda it, at: it.with_delta(at / "broken.safetensors"), "no complete safetensors file"),
+    "broken delta": (lambda it, at: it.with_delta(at / "broken.safetensors"), "complete safetensors file"),
     "family of delta": (
         lambda it, at: it.with_delta(at / "sd_delta.safetensors"),
         "sd_delta.safetensors does not fit this UNet2DConditionModel: .*add_embedding",
@@ -118,7 +118,7 @@ MISTAKES: dict[str, tuple[Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipeli
         "with_delta has no effect",
     ),
     "lora": (lambda it, at: it.with_lora(at / "none.safetensors"), "with_lora.*it does not exist"),
-    "broken lora": (lambda it, at: it.with_lora(at / "broken.safetensors"), "with_lora.*no complete safetensors file"),
+    "broken lora": (lambda it, at: it.with_lora(at / "broken.safetensors"), "with_lora.*complete safetensors file"),
     "no lora": (lambda it, at: it.with_lora(at / "sd_delta.safetensors"), "is no LoRA for this UNet"),
     "module of lora": (lambda it, at: it.with_lora(at / "lora.safetensors"), r"no LoRA .*\(mid_block.resnets.7.conv1"),
     "family of lora": (lambda it, at: it.with_lora(at / "wide.safetensors"), r"no LoRA .*attn1.to_q"),
@@ -338,7 +338,7 @@ def test_a_part_that_cannot_be_loaded_is_told_first(
             weights.unlink()
         case "truncated":
             weights.write_bytes(weights.read_bytes()[:-1])
-            expected = "no complete safetensors file"
+            expected = "complete safetensors file"
         case "missing config":
             (folder / "unet" / "config.json").unlink()
         case "index":

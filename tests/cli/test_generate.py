@@ -156,7 +156,7 @@ def test_what_only_the_model_can_tell_costs_no_unet_call(
     other, broken = tmp_path / "other.safetensors", tmp_path / "broken.safetensors"
     save_delta({"conv_in.weight": torch.zeros(1)}, other)
     broken.write_bytes(delta.read_bytes()[:5000])
-    for path, message in ((other, "does not fit this UNet2DConditionModel"), (broken, "no complete safetensors file")):
+    for path, message in ((other, "does not fit this UNet2DConditionModel"), (broken, "complete safetensors file")):
         status, _, stderr = run("generate", "a", "--model", model, "--delta", path, "--out", out)
         assert status == 2
         last = stderr.splitlines()[-1]

@@ -202,7 +202,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(delta_file: Path) -> None:
     before = values(model)
     for length in (0, 1, 7, 8, 9, 100, len(content) // 2, len(content) - 1):
         delta_file.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=r"no complete safetensors file .* extract it again") as caught:
+        with pytest.raises(ValueError, match=r"complete safetensors file .* extract it again") as caught:
             merge_delta(model, delta_file)
         assert str(delta_file) in str(caught.value)
     assert_same(model, before)
@@ -215,7 +215,7 @@ def test_what_is_no_delta_file_is_refused(tmp_path: Path) -> None:
                 use(path)
     picture = tmp_path / "picture.png"
     picture.write_bytes(b"\x89PNG" + bytes(1000))
-    with pytest.raises(ValueError, match="no complete safetensors file"):
+    with pytest.raises(ValueError, match="complete safetensors file"):
         read_delta_recipe(picture)
 
 
@@ -295,7 +295,7 @@ def test_merging_holds_no_more_than_a_few_tensors_at_once(tmp_path: Path) -> Non
 
 
 def test_extraction_wants_a_pair() -> None:
-    with pytest.raises(ValueError, match=r"no pair: .*0\.weight is \[16, 8\] instead of \[16, 9\]"):
+    with pytest.raises(ValueError, match=r"do not match: .*0\.weight is \[16, 8\] instead of \[16, 9\]"):
         extract_delta(network(0), network(1, width=9))
     state = network(1).state_dict()
     del state["0.bias"]

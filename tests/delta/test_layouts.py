@@ -190,7 +190,7 @@ def test_a_merged_student_and_its_base_are_a_delta(tmp_path: Path, expected: dic
     unmerge_delta(unet)
     assert_same(unet.state_dict(), tiny_sdxl_unet(0).state_dict())
     save_file({"conv_in.weight": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"are no pair: .*missing from the student"):
+    with pytest.raises(ValueError, match=r"do not match: .*missing from the student"):
         open_difference(tmp_path / "other.safetensors", tmp_path / "0")
 
 
@@ -257,7 +257,7 @@ def test_shards_that_are_missing_or_doubled_are_named(tmp_path: Path) -> None:
         open_weights(tmp_path)
     second.write_bytes(content)
     (tmp_path / f"{STEM}.safetensors.index.json").write_text('{"weight_map": [1]}')
-    with pytest.raises(ValueError, match="is no index of shards"):
+    with pytest.raises(ValueError, match="is not an index of shards"):
         open_weights(tmp_path)
 
 
