@@ -16,6 +16,8 @@ from perflow_blocks.testing.tiny import tiny_picture as picture
 from tests.blocks.conftest import layers
 from tests.conftest import count_unet_calls, generator, make_pipeline, run
 
+pytestmark = pytest.mark.behaviour
+
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "one": (tiny_controlnet, {"control_image": picture(3)}),
     "several": (

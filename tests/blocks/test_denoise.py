@@ -15,6 +15,8 @@ from perflow_blocks.blocks.recombine import find_loops, insert_loop_block
 from perflow_blocks.schedulers import PeRFlowScheduler
 from tests.conftest import count_unet_calls, generator, make_pipeline, no_host_reads, run
 
+pytestmark = pytest.mark.behaviour
+
 
 @pytest.mark.parametrize(("scale", "batch"), [(2.0, 2), (1.0, 1)])
 def test_four_steps_are_four_unet_calls(scale: float, batch: int) -> None:

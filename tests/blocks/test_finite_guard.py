@@ -57,6 +57,7 @@ def assert_same(model: nn.Module, before: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, before[name]), name
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize("timestep", PLACES)
 def test_step_window_type_and_pictures_are_named(timestep: int) -> None:
     pipe = loop_pipeline("text2image")
@@ -68,6 +69,7 @@ def test_step_window_type_and_pictures_are_named(timestep: int) -> None:
     assert "load the pipeline" not in text  # there is nothing wider
 
 
+@pytest.mark.behaviour
 def test_the_first_of_several_breaks_is_named_and_all_pictures_are() -> None:
     pipe = loop_pipeline("text2image")
     poison(pipe.unet, 500, picture=0)
@@ -77,6 +79,7 @@ def test_the_first_of_several_breaks_is_named_and_all_pictures_are() -> None:
     assert "for images[0], images[2] of 3;" in text
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize("workflow", LOOP_WORKFLOWS)
 def test_every_loop_is_guarded(workflow: str) -> None:
     pipe = loop_pipeline(workflow)
@@ -84,6 +87,7 @@ def test_every_loop_is_guarded(workflow: str) -> None:
     assert PLACES[750] in complaint(pipe, **loop_inputs(workflow))
 
 
+@pytest.mark.behaviour
 def test_latents_that_are_broken_from_the_start_are_told_apart() -> None:
     pipe = loop_pipeline("text2image")
     latents = torch.zeros(2, 4, 16, 16)
@@ -93,6 +97,7 @@ def test_latents_that_are_broken_from_the_start_are_told_apart() -> None:
         assert "the latents that the run starts with are not finite in torch.float32 for images[1] of 2" in text
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize(
     ("dtype", "advice"),
     [
@@ -108,6 +113,7 @@ def test_what_to_do_depends_on_the_type(dtype: torch.dtype, advice: str) -> None
     assert advice in text
 
 
+@pytest.mark.behaviour
 def test_an_unknown_policy_is_refused_before_the_first_step() -> None:
     pipe = loop_pipeline("text2image")
     calls = count_unet_calls(pipe)
@@ -116,6 +122,7 @@ def test_an_unknown_policy_is_refused_before_the_first_step() -> None:
     assert calls == []
 
 
+@pytest.mark.behaviour
 def test_an_overflowing_model_is_run_again_in_float32(caplog: pytest.LogCaptureFixture) -> None:
     pipe = loop_pipeline("text2image", dtype=torch.float16)
     make_float16_overflow(pipe.unet)
@@ -142,6 +149,7 @@ def test_an_overflowing_model_is_run_again_in_float32(caplog: pytest.LogCaptureF
     assert all(state.values[name].dtype == torch.float16 for name in EMBEDS)
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize(("timestep", "repeated"), [(875, 5), (750, 3), (250, 1)])
 def test_the_run_is_repeated_from_the_last_window_that_was_finite(timestep: int, repeated: int) -> None:
     pipe = loop_pipeline("text2image", dtype=torch.bfloat16)
@@ -163,6 +171,7 @@ def assert_near(result: Tensor, clean: Tensor, share: float = 0.03) -> None:
     assert (result.float() - clean.float()).norm() < share * clean.float().norm()
 
 
+@pytest.mark.behaviour
 def test_the_guiders_momentum_is_that_of_the_window_start() -> None:
     def result(timestep: int | None, **changes: Any) -> Tensor:
         pipe = loop_pipeline(
@@ -177,6 +186,7 @@ def test_the_guiders_momentum_is_that_of_the_window_start() -> None:
     assert (repeated - clean).norm() < 0.2 * (forgetful - clean).norm()
 
 
+@pytest.mark.behaviour
 def test_blocks_that_write_into_the_latents_do_so_once() -> None:
     def halve(components: Any, block_state: Any, i: int) -> None:
         if i == 2:  # a window's first step
@@ -188,6 +198,7 @@ def test_blocks_that_write_into_the_latents_do_so_once() -> None:
     assert_near(run(pipe, num_inference_steps=5, spy=halve, on_nonfinite="fallback"), clean)
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize("workflow", LOOP_WORKFLOWS)
 def test_every_loop_can_fall_back(workflow: str) -> None:
     pipe = loop_pipeline(workflow, dtype=torch.bfloat16)
@@ -199,6 +210,7 @@ def test_every_loop_can_fall_back(workflow: str) -> None:
         assert torch.equal(result[..., :8], clean[..., :8])  # the known part, to the last bit
 
 
+@pytest.mark.behaviour
 def test_an_overflowing_controlnet_is_made_float32_too() -> None:
     pipe = loop_pipeline("controlnet_text2image", dtype=torch.float16)
     clean = run(pipe, **loop_inputs("controlnet_text2image"))
@@ -210,6 +222,7 @@ def test_an_overflowing_controlnet_is_made_float32_too() -> None:
     assert_same(pipe.controlnet, before)
 
 
+@pytest.mark.behaviour
 def test_the_tensors_of_ip_adapters_are_made_float32_too() -> None:
     pipe = loop_pipeline("text2image")
     load_tiny_ip_adapter(pipe)
@@ -221,6 +234,7 @@ def test_the_tensors_of_ip_adapters_are_made_float32_too() -> None:
     assert_near(run(pipe, **inputs, on_nonfinite="fallback"), clean)
 
 
+@pytest.mark.behaviour
 def test_where_float32_does_not_help_the_error_says_so() -> None:
     pipe = loop_pipeline("text2image", dtype=torch.float16)
     poison(pipe.unet, 500)
@@ -234,6 +248,7 @@ def test_where_float32_does_not_help_the_error_says_so() -> None:
     assert_same(pipe.unet, before)
 
 
+@pytest.mark.behaviour
 def test_a_float32_model_is_not_run_twice() -> None:
     pipe = loop_pipeline("text2image")
     poison(pipe.unet, 500)
@@ -242,6 +257,7 @@ def test_a_float32_model_is_not_run_twice() -> None:
     assert len(calls) == 5
 
 
+@pytest.mark.behaviour
 def test_autocast_counts_as_half_precision_and_is_left_for_the_fallback() -> None:
     pipe = loop_pipeline("text2image")
     make_float16_overflow(pipe.unet)
@@ -254,6 +270,7 @@ def test_autocast_counts_as_half_precision_and_is_left_for_the_fallback() -> Non
     assert_near(result, run(pipe, **start), share=1e-3)
 
 
+@pytest.mark.behaviour
 def test_a_run_that_was_stopped_is_repeated_to_where_it_stopped() -> None:
     stops: list[int] = []
 
@@ -324,6 +341,7 @@ def test_weights_that_cannot_be_made_float32() -> None:
     assert "weights of torch.uint8 cannot" in str(why_not_float32([packed]))
 
 
+@pytest.mark.behaviour
 def test_offloaded_weights_leave_the_error() -> None:
     pipe = loop_pipeline("text2image", dtype=torch.float16)
     poison(pipe.unet, 500)

@@ -42,6 +42,8 @@ from tests.blocks.conftest import (
 )
 from tests.conftest import count_unet_calls, generator, make_pipeline, run
 
+pytestmark = pytest.mark.behaviour
+
 
 def callback_blocks(**place: str) -> PeRFlowSDXLAutoBlocks:
     return blocks_with("callback", StepCallbackStep, **(place or {"after": "solver"}))

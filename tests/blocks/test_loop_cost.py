@@ -85,6 +85,7 @@ def ledger_of(pipe: Any, networks: list[str], **inputs: Any) -> Ledger:
     return ledger
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 @pytest.mark.parametrize("workflow", ["text2image", "controlnet_text2image"])
 def test_a_step_is_its_networks_and_a_handful_of_kernels(workflow: str, guidance_scale: float) -> None:
@@ -99,6 +100,7 @@ def test_a_step_is_its_networks_and_a_handful_of_kernels(workflow: str, guidance
     assert ledger.allocating[1:] == [new] * 4
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize("workflow", LOOP_WORKFLOWS)
 def test_nothing_is_joined_or_repeated_twice(workflow: str) -> None:
     unet = {"unet": tiny_inpainting_unet()} if workflow == "inpainting" else {}
@@ -109,6 +111,7 @@ def test_nothing_is_joined_or_repeated_twice(workflow: str) -> None:
     assert not [name for step in later for name in step if "cat" in name or "empty" in name or "repeat" in name]
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_prompt_that_a_block_changes_counts_from_that_step_on(in_place: bool) -> None:
     seen: list[Tensor] = []
@@ -129,6 +132,7 @@ def test_a_prompt_that_a_block_changes_counts_from_that_step_on(in_place: bool) 
     assert seen[0] is seen[1] and seen[2] is seen[3]
 
 
+@pytest.mark.behaviour
 def test_runs_do_not_share_what_they_keep() -> None:
     pipe, seen = make_pipeline(), list[Tensor]()
     pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -138,6 +142,7 @@ def test_runs_do_not_share_what_they_keep() -> None:
     assert not [name for state in (first, second) for name in state.values if name.startswith("_")]
 
 
+@pytest.mark.behaviour
 def test_inference_mode_gives_the_same_picture() -> None:
     pipe = make_pipeline()
     usual = run(pipe, num_inference_steps=4)
@@ -192,6 +197,7 @@ def test_a_buffer_of_another_size_has_its_further_channels_too() -> None:
         assert torch.equal(inputs.samples(latents, copies, also)[:, 4:], torch.ones(2 * copies, 5, 8, 8))
 
 
+@pytest.mark.behaviour
 def test_the_loop_alone_refuses_latents_of_another_type() -> None:
     with pytest.raises(ValueError, match=r"the latents are torch.float16, the UNet is torch.float32; load all"):
         check_block(PeRFlowDenoiseStep(), inputs={"latents": tiny_inputs()["latents"].half()})

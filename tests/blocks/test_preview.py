@@ -22,6 +22,8 @@ from perflow_blocks.testing.tiny import tiny_picture, tiny_vae
 from tests.blocks.conftest import Spy, blocks_with, guard_against_reads, predicted_clean
 from tests.conftest import generator, make_pipeline, run
 
+pytestmark = pytest.mark.behaviour
+
 LATENTS = torch.randn(2, 4, 6, 5, generator=generator(3))
 
 

@@ -28,6 +28,8 @@ from perflow_blocks.testing import (
 from perflow_blocks.testing.contract import check_block
 from tests.conftest import count_unet_calls, generator, make_pipeline, no_host_reads, run
 
+pytestmark = pytest.mark.behaviour
+
 
 class Pointwise(PeRFlowLoopDenoiser):
     """In place of the UNet: each point for itself, so that tiles cannot but agree. Notes what it is given."""
