@@ -173,6 +173,33 @@ def test_a_block_inserted_into_the_loop_runs_with_its_own_input() -> None:
     assert "gain" in pipe.blocks.input_names
 
 
+@pytest.mark.parametrize("name", ["window_index", "stop_requested", "noise_pred"])
+@pytest.mark.parametrize("place", [{"before": "denoiser"}, {"after": "solver"}])
+def test_a_block_may_require_what_the_loop_provides(name: str, place: dict[str, str]) -> None:
+    seen: list[Any] = []
+
+    class Reading(ModularPipelineBlocks):
+        inputs = [InputParam(name, required=True, description="From the loop.")]  # noqa: RUF012
+
+        def __call__(self, components: Any, block_state: Any, i: int, t: torch.Tensor) -> Any:
+            seen.append(block_state[name])
+            return components, block_state
+
+    blocks = PeRFlowSDXLAutoBlocks()
+    insert_loop_block(blocks, "reading", Reading, **place)
+    for loop in find_loops(blocks):
+        assert name not in loop.input_names and name not in loop.required_inputs
+    assert torch.equal(run(make_pipeline(blocks), num_inference_steps=5), run(make_pipeline(), num_inference_steps=5))
+    assert len(seen) == 5
+    if name == "window_index":
+        assert seen == [0, 0, 1, 2, 3]
+    elif name == "stop_requested":
+        assert seen == [False] * 5
+    else:
+        assert (seen[0] is None) == (place == {"before": "denoiser"})
+        assert all(entry is not None for entry in seen[1:])
+
+
 def test_the_progress_bar_counts_steps_and_can_be_turned_off(capsys: pytest.CaptureFixture[str]) -> None:
     pipe = make_pipeline()
     run(pipe, num_inference_steps=5)

@@ -15,8 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from perflow_blocks import LatentToRGB, PreviewStep, insert_loop_block
-from perflow_blocks.blocks.latent_preview import SDXL_BIAS, SDXL_FACTORS
-from perflow_blocks.blocks.preview import pictures
+from perflow_blocks.blocks.preview import SDXL_BIAS, SDXL_FACTORS, decode_preview
 from perflow_blocks.testing import check_block
 from perflow_blocks.testing.tiny import tiny_picture, tiny_vae
 from tests.blocks.conftest import Spy, blocks_with, guard_against_reads, predicted_clean
@@ -111,7 +110,7 @@ def test_a_tiny_vae_in_place_of_the_map(dtype: torch.dtype) -> None:
     with torch.no_grad():
         sample = decoder.decode((LATENTS / 2.0).to(dtype)).sample.float()
     expected = 255 * (sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    for picture, wanted in zip(pictures(decoder, LATENTS), expected, strict=True):
+    for picture, wanted in zip(decode_preview(decoder, LATENTS), expected, strict=True):
         np.testing.assert_allclose(pixels(picture), wanted, atol=0.51)
 
 
@@ -120,7 +119,7 @@ def test_the_vae_itself_shows_what_the_decode_step_does() -> None:
     latents = run(pipe, num_inference_steps=4)
     picture = pipe(prompt="a red star", generator=generator(), num_inference_steps=4, output="images")[0]
     with torch.no_grad():
-        (shown,) = pictures(pipe.vae, latents)
+        (shown,) = decode_preview(pipe.vae, latents)
     assert np.array_equal(pixels(shown), pixels(picture))
 
 
@@ -131,7 +130,7 @@ def test_latent_statistics_of_a_vae_are_undone() -> None:
     factor = plain.config.scaling_factor
     scaled = LATENTS * torch.tensor(deviation)[:, None, None] + factor * torch.tensor(mean)[:, None, None]
     with torch.no_grad():
-        for got, expected in zip(pictures(shifted, LATENTS), pictures(plain, scaled), strict=True):
+        for got, expected in zip(decode_preview(shifted, LATENTS), decode_preview(plain, scaled), strict=True):
             np.testing.assert_allclose(pixels(got), pixels(expected), atol=1.0)
 
 
@@ -145,7 +144,7 @@ def test_a_decoder_from_the_hub_is_saved_and_loaded_with_the_pipeline(tmp_path: 
     again.load_components()
     assert type(again.preview_decoder) is AutoencoderTiny
     for picture, same in zip(
-        pictures(pipe.preview_decoder, LATENTS), pictures(again.preview_decoder, LATENTS), strict=True
+        decode_preview(pipe.preview_decoder, LATENTS), decode_preview(again.preview_decoder, LATENTS), strict=True
     ):
         assert np.array_equal(pixels(picture), pixels(same))
 

