@@ -147,8 +147,8 @@ def on_nonfinite_input() -> InputParam:
     return param(
         "on_nonfinite",
         str,
-        f"What to do about latents that are not finite: {' or '.join(NONFINITE_POLICIES)} (repeat in float32 from the "
-        "start of the last window that was finite).",
+        f"What to do about latents that are not finite: {' or '.join(NONFINITE_POLICIES)} (run all steps again in "
+        "float32).",
         default=NONFINITE_POLICIES[0],
     )
 

@@ -1,4 +1,4 @@
-"""`compile_loops`: what it compiles, and the same images; traced with torch's `eager` backend, which compiles nothing."""
+"""`compile_loops`: what it compiles, and the same images. Torch's `eager` backend traces and compiles nothing."""
 
 from __future__ import annotations
 
