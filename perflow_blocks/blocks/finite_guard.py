@@ -15,7 +15,7 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from .declare import declared
-from .inputs import NONFINITE_POLICIES, latents_input, on_nonfinite_input, step_plan_input
+from .inputs import NONFINITE_POLICIES, latents_input, on_nonfinite_input
 from .loop_block import LoopBlock, Repeat
 from .specs import controlnet_spec, guider_spec, unet_spec
 
@@ -42,7 +42,7 @@ class FiniteGuardStep(LoopBlock):
 
     description = "Checks after the loop that the latents are finite; if not, raises or runs all steps in float32."
     expected_components = declared(guider_spec(), unet_spec())
-    inputs = declared(latents_input(), step_plan_input(), on_nonfinite_input())
+    inputs = declared(latents_input(), on_nonfinite_input())
     intermediate_outputs = declared(
         OutputParam("latents", Tensor, "Latents (batch, channels, height/f, width/f), all of them finite.")
     )

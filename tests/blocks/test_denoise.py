@@ -13,6 +13,7 @@ from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 from perflow_blocks.blocks import PeRFlowDenoiseStep, PeRFlowLoopDenoiser, PeRFlowSDXLAutoBlocks
 from perflow_blocks.blocks.recombine import find_loops, insert_loop_block
 from perflow_blocks.schedulers import PeRFlowScheduler
+from perflow_blocks.testing import check_block
 from tests.conftest import count_unet_calls, generator, make_pipeline, no_host_reads, run
 
 pytestmark = pytest.mark.behaviour
@@ -179,12 +180,16 @@ def test_a_block_may_require_what_the_loop_provides(name: str, place: dict[str, 
     seen: list[Any] = []
 
     class Reading(ModularPipelineBlocks):
-        inputs = [InputParam(name, required=True, description="From the loop.")]  # noqa: RUF012
+        model_name = "stable-diffusion-xl"
+        description = "Reads what the loop provides."
+        inputs = [InputParam(name, type_hint=Any, required=True, description="From the loop.")]  # noqa: RUF012
 
         def __call__(self, components: Any, block_state: Any, i: int, t: torch.Tensor) -> Any:
             seen.append(block_state[name])
             return components, block_state
 
+    check_block(Reading())
+    seen.clear()
     blocks = PeRFlowSDXLAutoBlocks()
     insert_loop_block(blocks, "reading", Reading, **place)
     for loop in find_loops(blocks):

@@ -89,9 +89,9 @@ def test_a_lora_is_refused(tmp_path: Path) -> None:
 
 def test_values_that_others_cannot_read_are_refused(tmp_path: Path) -> None:
     pipe = PeRFlowSDXLText2ImageBlocks().init_pipeline()
-    pipe.update_components(delta_variant="/srv/layout", force_zeros_for_empty_prompt=torch.zeros(1))
+    pipe.update_components(default_num_inference_steps="/srv/layout", force_zeros_for_empty_prompt=torch.zeros(1))
     text = refused(pipe, tmp_path)
-    assert "delta_variant='/srv/layout' is a path" in text and "is none of JSON" in text
+    assert "default_num_inference_steps='/srv/layout' is a path" in text and "is none of JSON" in text
     pipe = PeRFlowSDXLText2ImageBlocks().init_pipeline()
     pipe.update_components(attention_plan="nonesuch")
     assert "attention strategy 'nonesuch' is unknown" in refused(pipe, tmp_path)
