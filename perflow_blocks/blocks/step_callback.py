@@ -121,14 +121,11 @@ class WindowLogStep(ModularPipelineBlocks):
 
 def _step_info(block_state: Any, i: int) -> StepInfo:
     plan = block_state.step_plan
+    of_plan = ("window_index", "window_start", "window_end", "alpha_start", "alpha_end")
     return StepInfo(
         step=i,
         num_steps=len(plan),
         timestep=plan.timesteps[i],
-        window_index=plan.window_index[i],
-        window_start=plan.window_start[i],
-        window_end=plan.window_end[i],
-        alpha_start=plan.alpha_start[i],
-        alpha_end=plan.alpha_end[i],
         latents=block_state.latents,
+        **{name: getattr(plan, name)[i] for name in of_plan},
     )

@@ -52,8 +52,8 @@ def assert_same(model: nn.Module, before: dict[str, Tensor]) -> None:
 @pytest.mark.behaviour
 def test_type_and_images_are_named_after_one_run_without_a_read_in_the_loop() -> None:
     pipe = loop_pipeline("text2image")
-    poison(pipe.unet, 500, picture=0)
-    poison(pipe.unet, 750, picture=2)
+    poison(pipe.unet, 500, image=0)
+    poison(pipe.unet, 750, image=2)
     calls = count_unet_calls(pipe)
     guard_against_reads(pipe)
     text = complaint(pipe, prompt=["a", "b", "c"])

@@ -143,7 +143,7 @@ def test_runs_do_not_share_what_they_keep() -> None:
 
 
 @pytest.mark.behaviour
-def test_inference_mode_gives_the_same_picture() -> None:
+def test_inference_mode_gives_the_same_image() -> None:
     pipe = make_pipeline()
     usual = run(pipe, num_inference_steps=4)
     with torch.inference_mode():
@@ -169,11 +169,11 @@ def test_lists_are_joined_and_repeated_entry_by_entry() -> None:
     assert [tuple(entry.shape) for entry in joined] == [(2, 2), (2, 5)]
     assert torch.equal(joined[1], torch.cat([guided[1], plain[1]]))
     assert inputs.join("images", [guided, plain]) is joined
-    repeated = inputs.repeat("pictures", guided, 3)
+    repeated = inputs.repeat("images", guided, 3)
     assert [tuple(entry.shape) for entry in repeated] == [(3, 2), (3, 5)]
-    assert inputs.repeat("pictures", guided, 3) is repeated
-    assert inputs.repeat("pictures", guided, 1) is guided
-    assert inputs.repeat("pictures", None, 3) is None
+    assert inputs.repeat("images", guided, 3) is repeated
+    assert inputs.repeat("images", guided, 1) is guided
+    assert inputs.repeat("images", None, 3) is None
 
 
 def test_samples_are_written_into_one_buffer() -> None:
