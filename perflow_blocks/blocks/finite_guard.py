@@ -60,8 +60,8 @@ class FiniteGuardStep(LoopBlock):
 
     @torch.no_grad()
     def finish(self, components: Any, block_state: Any, repeat: Repeat) -> None:
-        given, (beginning, guider) = block_state.latents, vars(block_state).pop(_BEGINNING)
-        problem = _problem(given)
+        latents, (beginning, guider) = block_state.latents, vars(block_state).pop(_BEGINNING)
+        problem = _problem(latents)
         if problem is None:
             return
         if _problem(beginning) is not None:
@@ -71,9 +71,9 @@ class FiniteGuardStep(LoopBlock):
             )
         models = [getattr(components, name) for name in self.models]
         remedy = "check the delta, the LoRAs and the latents that you passed (the VAE is not the cause)"
-        if _is_float32(models, given):
+        if _is_float32(models, latents):
             raise ValueError(f"{problem}; {remedy}.")
-        wider, fallback = _wider(given), ', or pass on_nonfinite="fallback"'
+        wider, fallback = _wider(latents), ', or pass on_nonfinite="fallback"'
         if block_state.on_nonfinite == "fallback":
             obstacle = _why_not_float32(models)
             if obstacle is None:

@@ -86,7 +86,8 @@ def compile_loops(pipe: Any, *, full: bool = False, vae: bool = True, **options:
         full: whether UNet and ControlNets are compiled as one graph each, for the last bit of speed, and for
             `mode="reduce-overhead"`.
         vae: whether the VAE's decoder is compiled.
-        options: arguments of `torch.compile`, such as `mode`, `dynamic` or `backend`.
+        options: arguments of `torch.compile`, such as `mode`, `dynamic` or `backend`. For UNet and ControlNets
+            `fullgraph` is True unless given.
 
     Returns:
         The names of what is compiled.

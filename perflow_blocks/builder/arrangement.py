@@ -175,8 +175,7 @@ def _reduced(blocks: Any, workflow: str) -> Any:
 
 
 def _require_compile_options(options: Mapping[str, Any]) -> None:
-    of_torch = [name for name in inspect.signature(torch.compile).parameters if name not in ("model", "fullgraph")]
-    known = ["full", "vae", *of_torch]
+    known = ["full", "vae", *(name for name in inspect.signature(torch.compile).parameters if name != "model")]
     for name in options:
         if name not in known:
             raise ValueError(f"{name}={options[name]!r} is no option; pass some of {', '.join(known)}.")

@@ -268,7 +268,7 @@ class PeRFlowPipelineBuilder:
         return self._with(config={**self.settings.config, **deepcopy(values)})
 
     def with_compile(self, **options: Any) -> PeRFlowPipelineBuilder:
-        """Compiles the networks as `compile_loops` does, with its options."""
+        """Compiles the networks in place as `compile_loops` does, with its options."""
         return self._with(compile=options)
 
     def with_prompt_cache(self, max_entries: int = DEFAULT_MAX_ENTRIES) -> PeRFlowPipelineBuilder:
