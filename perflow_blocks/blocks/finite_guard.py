@@ -50,7 +50,7 @@ class FiniteGuardStep(LoopBlock):
     def start(self, components: Any, block_state: Any) -> None:
         policy, latents, guider = block_state.on_nonfinite, block_state.latents, None
         if policy not in NONFINITE_POLICIES:
-            raise ValueError(f"on_nonfinite={policy!r} is unknown; pass one of {', '.join(NONFINITE_POLICIES)}.")
+            raise ValueError(f"on_nonfinite={policy!r} must be one of {', '.join(NONFINITE_POLICIES)}.")
         if policy == "fallback":  # copies, since blocks may write into the latents, and a guider into its momentum
             latents, guider = latents.clone(), copy.deepcopy(vars(components.guider))
         block_state[_BEGINNING] = (latents, guider)

@@ -37,7 +37,7 @@ def insert_loop_block(
 
     Raises:
         ValueError: there is no loop; both or neither of `before` and `after` are given; a loop has no block of that
-            name, or has one called `name` already; `block` is no block, or an assembled one. Nothing is inserted then.
+            name, or has one called `name` already; `block` is not a block, or is assembled. Nothing is inserted then.
     """
     neighbour = after if before is None else before
     if neighbour is None or (before is not None and after is not None):
