@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..core.step_plan import apply_step
 from .declare import Assembled, declared
+from .images import require_count
 from .inputs import (
     DENOISER_INPUT_FIELDS,
     batch_inputs,
@@ -36,7 +37,6 @@ from .inputs import (
     param,
     step_plan_input,
 )
-from .pictures import one_for_each_picture
 from .set_timesteps import PeRFlowImg2ImgSetTimestepsStep, PeRFlowInpaintSetTimestepsStep, PeRFlowSetTimestepsStep
 from .specs import guider_spec, unet_spec
 
@@ -75,13 +75,32 @@ class PeRFlowInputStep(ModularPipelineBlocks):
         for name in _TEXT_EMBEDDINGS:
             tensor = getattr(block_state, name)
             if tensor is not None:
-                setattr(block_state, name, one_for_each_picture(name, tensor, prompts, images))
+                setattr(block_state, name, one_for_each_image(name, tensor, prompts, images))
         for name in _IMAGE_EMBEDDINGS:
             tensors = getattr(block_state, name)
             if tensors is not None:
-                setattr(block_state, name, [one_for_each_picture(name, tensor, prompts, images) for tensor in tensors])
+                setattr(block_state, name, [one_for_each_image(name, tensor, prompts, images) for tensor in tensors])
         self.set_block_state(state, block_state)
         return components, state
+
+
+def one_for_each_image(name: str, tensor: Tensor, prompts: int, images_per_prompt: int) -> Tensor:
+    """The tensor with one row for each image, those of the first prompt first.
+
+    Args:
+        name: of the input, for the error.
+        tensor: one row for all images, one for each prompt, or one for each image.
+        prompts: number of prompts.
+        images_per_prompt: number of images for each prompt.
+
+    Raises:
+        ValueError: another number of rows.
+    """
+    rows, images = tensor.shape[0], prompts * images_per_prompt
+    if rows == images:
+        return tensor
+    require_count(name, rows, prompts, images)
+    return tensor.repeat_interleave(images // rows, dim=0)
 
 
 class PeRFlowImg2ImgPrepareLatentsStep(ModularPipelineBlocks):
@@ -185,7 +204,7 @@ def _draw_noise(block_state: Any, like: Tensor) -> Tensor:
 
 def _one_for_each(block_state: Any, name: str, device: torch.device) -> Tensor:
     tensor = getattr(block_state, name).to(device=device, dtype=block_state.dtype)
-    return one_for_each_picture(name, tensor, block_state.batch_size, block_state.num_images_per_prompt)
+    return one_for_each_image(name, tensor, block_state.batch_size, block_state.num_images_per_prompt)
 
 
 def _conditioning(unet: Any, block_state: Any, device: torch.device) -> Tensor | None:

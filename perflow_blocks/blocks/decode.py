@@ -23,8 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from .declare import Assembled, declared
+from .images import repeat_images
 from .inputs import output_type_input, param
-from .pictures import repeat_pictures
 
 Images = list[Image.Image] | np.ndarray | Tensor
 GivenImage = Image.Image | np.ndarray | Tensor | list[Image.Image] | list[np.ndarray] | list[Tensor]
@@ -86,7 +86,7 @@ def _compose(components: Any, block_state: Any) -> Images:
     height, width = _size(painted, kind)
     given = components.image_processor.preprocess(block_state.image, height=height, width=width)
     hole = components.mask_processor.preprocess(block_state.mask_image, height=height, width=width)
-    given, hole = repeat_pictures(given, len(painted)), repeat_pictures(hole, len(painted))
+    given, hole = repeat_images(given, len(painted)), repeat_images(hole, len(painted))
     known = components.image_processor.postprocess(given, output_type=kind)
     if kind == "pil":
         masks = [Image.fromarray(np.uint8(one * 255), mode="L") for one in hole.squeeze(1).float().cpu().numpy()]
@@ -104,10 +104,29 @@ def _size(images: Any, output_type: str) -> tuple[int, int]:
     return tuple(images.shape[1:3] if output_type == "np" else images.shape[2:4])
 
 
+class PeRFlowDecodeStep(StableDiffusionXLDecodeStep):
+    """diffusers' decoder, which also takes a VAE of another type than the latents: float32 beside a float16 UNet."""
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        latents = state.get("latents")
+        if state.get("output_type") != "latent":
+            state.set("latents", latents.to(next(components.vae.parameters()).dtype))
+        super().__call__(components, state)
+        state.set("latents", latents)
+        return components, state
+
+
+class PeRFlowInpaintCropDecodeStep(StableDiffusionXLInpaintDecodeStep):
+    """Decodes, then lays the painted crop over the given image."""
+
+    block_classes = [PeRFlowDecodeStep, *StableDiffusionXLInpaintDecodeStep.block_classes[1:]]
+
+
 class PeRFlowInpaintDecodeStep(Assembled, SequentialPipelineBlocks):
     """Decodes, then puts the known pixels back."""
 
-    block_classes = [StableDiffusionXLDecodeStep, PeRFlowKeepKnownPixelsStep]
+    block_classes = [PeRFlowDecodeStep, PeRFlowKeepKnownPixelsStep]
     block_names = ["decode", "keep_known_pixels"]
     description = "Decodes the latents and puts the known pixels of the given image back."
 
@@ -115,11 +134,7 @@ class PeRFlowInpaintDecodeStep(Assembled, SequentialPipelineBlocks):
 class PeRFlowAutoDecodeStep(Assembled, AutoPipelineBlocks):
     """Decodes; for inpainting with the known pixels put back, or the whole painted crop laid over the image."""
 
-    block_classes = [
-        StableDiffusionXLInpaintDecodeStep,
-        PeRFlowInpaintDecodeStep,
-        StableDiffusionXLDecodeStep,
-    ]
+    block_classes = [PeRFlowInpaintCropDecodeStep, PeRFlowInpaintDecodeStep, PeRFlowDecodeStep]
     block_names = ["inpaint_crop", "inpaint", "non-inpaint"]
     block_trigger_inputs = ["padding_mask_crop", "mask_image", None]
     description = (

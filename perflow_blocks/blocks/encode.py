@@ -16,8 +16,8 @@ from diffusers.modular_pipelines.stable_diffusion_xl.encoders import (
 from torch import Tensor
 
 from .declare import Assembled, declared
+from .images import count_images, first_image, image_size, repeat_images
 from .inputs import DENOISER_INPUT_FIELDS, embeddings_inputs
-from .pictures import count_pictures, first_picture, picture_size, repeat_pictures
 from .specs import guider_spec, unet_spec
 
 
@@ -123,7 +123,7 @@ class PeRFlowInpaintVaeEncoderStep(StableDiffusionXLInpaintVaeEncoderStep):
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         inner = _match_images(state)
         if state.get("padding_mask_crop") is None:
-            given = picture_size(first_picture(state.get("image")))
+            given = image_size(first_image(state.get("image")))
             wanted = (state.get("height") or given[0], state.get("width") or given[1])
             # With both given, the processor only rounds them down to its factor.
             height, width = components.image_processor.get_default_height_width(state.get("image"), *wanted)
@@ -154,17 +154,18 @@ def _match_images(state: PipelineState) -> PipelineState:
 
     Each generator of a list gets an image of its own, to sample latents from. One image or one mask for all stays as
     it is otherwise: the stock blocks spread it, and a crop needs a single mask.
+    The copy has no `dtype`, which is the latents' type, so that they encode in the VAE's own.
     """
-    values = dict(state.values)
+    values = {**state.values, "dtype": None}
     image, mask, generator = (values.get(name) for name in ("image", "mask_image", "generator"))
-    images = count_pictures(image)
-    masks = 1 if mask is None else count_pictures(mask, mask=True)
+    images = count_images(image)
+    masks = 1 if mask is None else count_images(mask, mask=True)
     generators = len(generator) if isinstance(generator, list) else 1
     count = max(images, masks, generators)
     if images > 1 or generators > 1:
-        values["image"] = repeat_pictures(image, count)
+        values["image"] = repeat_images(image, count)
     if masks > 1:
-        values["mask_image"] = repeat_pictures(mask, count, mask=True)
+        values["mask_image"] = repeat_images(mask, count, mask=True)
     return PipelineState(values=values, kwargs_mapping=dict(state.kwargs_mapping))
 
 

@@ -6,7 +6,6 @@ They take the inputs and need the components of their task alone, which is what 
 from __future__ import annotations
 
 from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import StableDiffusionXLControlNetInputStep
-from diffusers.modular_pipelines.stable_diffusion_xl.decoders import StableDiffusionXLDecodeStep
 
 from .apply_attention import PeRFlowApplyAttentionStep, PeRFlowControlNetApplyAttentionStep
 from .auto_blocks import PeRFlowSDXLCoreDenoiseStep, Preset
@@ -17,7 +16,7 @@ from .before_denoise import (
     PeRFlowSDXLInpaintBeforeDenoiseStep,
 )
 from .check_inputs import PeRFlowCheckInputsStep
-from .decode import PeRFlowAutoDecodeStep
+from .decode import PeRFlowAutoDecodeStep, PeRFlowDecodeStep
 from .denoise import (
     PeRFlowControlNetDenoiseStep,
     PeRFlowDenoiseStep,
@@ -107,7 +106,7 @@ class PeRFlowSDXLText2ImageBlocks(Preset):
     block_classes = [
         *_PREPARE,
         PeRFlowSDXLText2ImageDenoiseStep,
-        StableDiffusionXLDecodeStep,
+        PeRFlowDecodeStep,
     ]
     block_names = [*_PREPARE_NAMES, "denoise", "decode"]
 
@@ -121,7 +120,7 @@ class PeRFlowSDXLImage2ImageBlocks(Preset):
         *_PREPARE,
         PeRFlowVaeEncoderStep,
         PeRFlowSDXLImage2ImageDenoiseStep,
-        StableDiffusionXLDecodeStep,
+        PeRFlowDecodeStep,
     ]
     block_names = [*_PREPARE_NAMES, "vae_encoder", "denoise", "decode"]
 
@@ -154,7 +153,7 @@ class PeRFlowSDXLControlNetBlocks(Preset):
     block_classes = [
         *_PREPARE_CONTROL,
         PeRFlowSDXLControlNetText2ImageDenoiseStep,
-        StableDiffusionXLDecodeStep,
+        PeRFlowDecodeStep,
     ]
     block_names = [*_PREPARE_NAMES, "denoise", "decode"]
 
@@ -168,7 +167,7 @@ class PeRFlowSDXLTileUpscalerBlocks(Preset):
         *_PREPARE_CONTROL,
         PeRFlowVaeEncoderStep,
         PeRFlowSDXLTileUpscalerDenoiseStep,
-        StableDiffusionXLDecodeStep,
+        PeRFlowDecodeStep,
     ]
     block_names = [*_PREPARE_NAMES, "vae_encoder", "denoise", "decode"]
 
@@ -185,7 +184,7 @@ class PeRFlowSDXLIPAdapterBlocks(Preset):
         *_PREPARE,
         PeRFlowIPAdapterStep,
         PeRFlowSDXLText2ImageDenoiseStep,
-        StableDiffusionXLDecodeStep,
+        PeRFlowDecodeStep,
     ]
     block_names = [*_PREPARE_NAMES, "ip_adapter", "denoise", "decode"]
 
