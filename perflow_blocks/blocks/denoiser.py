@@ -110,14 +110,7 @@ class PeRFlowLoopDenoiser(ModularPipelineBlocks):
         sample: Tensor,
         conditions: dict[str, Any],
     ) -> dict[str, Any]:
-        """Further arguments of the UNet from a ControlNet; none here.
-
-        Args:
-            components, block_state, i, t: as for a step.
-            batches: the guider's, with their conditions.
-            sample: (len(batches) * batch, channels, height/f, width/f), what the UNet is given.
-            conditions: what `NetworkInputs.conditions` made of the batches.
-        """
+        """Further arguments of the UNet from a ControlNet; none here. It may read the UNet's `sample` and `conditions`."""
         return {}
 
 
