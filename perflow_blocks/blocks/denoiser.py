@@ -110,7 +110,7 @@ class PeRFlowLoopDenoiser(ModularPipelineBlocks):
         sample: Tensor,
         conditions: dict[str, Any],
     ) -> dict[str, Any]:
-        """Further arguments of the UNet from a ControlNet; none here. It may read the UNet's `sample` and `conditions`."""
+        """Further arguments of the UNet, from a ControlNet that may use its `sample` and `conditions`; none here."""
         return {}
 
 
