@@ -37,6 +37,8 @@ from tests.conftest import make_pipeline, run
 __all__ = ["kernel"]  # a fixture
 
 MakeKernel = Callable[..., Kernel]
+
+pytestmark = pytest.mark.behaviour
 HERE = {  # what runs on a CPU: its type, and how far from native it may be
     "native": (torch.float32, 0.0),
     "native_math": (torch.float32, 1e-5),

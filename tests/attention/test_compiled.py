@@ -17,6 +17,8 @@ __all__ = ["kernel"]  # a fixture
 
 MakeKernel = Callable[..., Kernel]
 
+pytestmark = pytest.mark.behaviour
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:

@@ -23,6 +23,8 @@ __all__ = ["kernel"]  # a fixture
 
 MakeKernel = Callable[..., Kernel]
 
+pytestmark = pytest.mark.behaviour
+
 
 def test_what_was_set_last_holds(kernel: MakeKernel) -> None:
     for name in ("a", "b", "c"):

@@ -29,6 +29,8 @@ from tests.conftest import make_pipeline, run
 __all__ = ["kernel"]  # a fixture
 
 MakeKernel = Callable[..., Kernel]
+
+pytestmark = pytest.mark.behaviour
 STEPS = {"num_inference_steps": 4}
 ADAPTED = {**STEPS, "ip_adapter_image": tiny_picture(5)}
 

@@ -22,6 +22,7 @@ def test_nothing_asked_for_is_no_plan(empty: Any) -> None:
     assert parse_plan(empty) is None
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize(
     ("plan", "entries"),
     [
@@ -45,6 +46,7 @@ def test_every_form_becomes_the_list_that_an_index_holds(plan: Any, entries: lis
     assert parse_plan(entries) == parsed
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize(
     ("plan", "attn1", "attn2"),
     [
@@ -69,6 +71,7 @@ def test_what_a_plan_asks_of_a_module(plan: Any, attn1: str | None, attn2: str |
     assert parsed.strategy_for(place(f"{MIDDLE}.attn2")) == attn2
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize(
     ("pattern", "found"),
     [
@@ -85,6 +88,7 @@ def test_one_of_several_controlnets_is_meant_by_its_number_or_with_all(pattern: 
     assert place(f"{MIDDLE}.attn1", "controlnet.nets.0").matches(pattern) is found
 
 
+@pytest.mark.behaviour
 def test_a_pattern_that_means_no_module_is_refused_with_names_that_there_are() -> None:
     places = [place(f"{DOWN}.attn1"), place(f"{DOWN}.attn2"), place(f"{MIDDLE}.attn1")]
     for pattern in ("up_blocks.*", "unet.midblock.*", "controlnett.*"):
@@ -105,6 +109,7 @@ def test_what_is_said_of_a_component_that_is_not_at_hand_is_left_for_later() -> 
         plan.require_places(places, ["unet", "controlnet"])
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize(
     ("plan", "message"),
     [

@@ -69,6 +69,7 @@ class Mine(AttentionStrategy):
         return attention(query, key, value, mask).to(query.dtype)
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize("made", [Mine, Mine()])
 def test_a_strategy_of_ones_own(own_names: None, made: Any) -> None:
     assert register_attention_strategy("mine", made) is made
@@ -87,6 +88,7 @@ def test_a_strategy_of_ones_own(own_names: None, made: Any) -> None:
     assert attention_strategy_names()[-1] == "mine"
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -122,6 +124,7 @@ def test_quantised_kernels_may_be_less_exact(exact: bool, factor: float, allowed
         strategy.require(CPU, torch.float32, 64)
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize(
     ("name", "strategy", "message"),
     [
@@ -141,6 +144,7 @@ def test_registrations_that_are_refused(own_names: None, name: str, strategy: An
     assert get_attention_strategy("native").name == "native"
 
 
+@pytest.mark.behaviour
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'nonsense' is unknown; pass one of native, ") as caught:
         get_attention_strategy("nonsense")

@@ -32,6 +32,7 @@ TABLE = [  # name, types, heads that are taken, heads that are not, mask, exact
 ]
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize(("name", "dtypes", "taken", "refused", "mask", "exact"), TABLE)
 def test_limits_of_kernels_for_gpus(
     name: str,
@@ -67,6 +68,7 @@ INSTALLS = {
 }
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize("name", INSTALLS)
 def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     set_packages(monkeypatch, there=False)
@@ -88,6 +90,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> None:
     set_packages(monkeypatch, there=True)
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize("name", sorted(set(attention_strategy_names()) - set(ON_CPU) - {"sage"}))
 def test_the_wrong_device_is_found_before_anything_is_fetched(
     packages: None, monkeypatch: pytest.MonkeyPatch, name: str
@@ -143,6 +146,7 @@ class _OnCpu(hub_kernels.FlashHubAttention):
     constraints = AttentionConstraints(mask=False)
 
 
+@pytest.mark.behaviour
 def test_a_hub_kernel_is_fetched_when_it_is_required(packages: None, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = attention_dispatch._HUB_KERNELS_REGISTRY[AttentionBackendName.FLASH_HUB]
     fetched: list[AttentionBackendName] = []

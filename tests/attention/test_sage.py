@@ -61,6 +61,7 @@ def first_release(on_cpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     return strategy
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("keys", [128, 64])
@@ -105,6 +106,7 @@ def test_the_kernel_is_launched_on_the_device_of_the_tensors(
     assert entered == [(True, 0), (True, 1)]
 
 
+@pytest.mark.behaviour
 def test_keys_that_are_views_stay_as_they_are(first_release: SageAttention) -> None:
     """As fused projections give them: parts of one tensor."""
     (fused,) = tensors((2, 128, 3 * 640))
@@ -114,6 +116,7 @@ def test_keys_that_are_views_stay_as_they_are(first_release: SageAttention) -> N
     assert torch.equal(fused, before)
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize(
     ("query", "key", "dtype", "mask", "reason"),
     [
@@ -147,6 +150,7 @@ def test_it_stands_on_cuda() -> None:
     assert not strategy.exact and not strategy.compilable and not strategy.cuda_graphs
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize("release", ["1.0.6", "2.2.0"])
 def test_the_wrong_device_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, release: str) -> None:
     install_sage(monkeypatch, tmp_path, release)
@@ -155,6 +159,7 @@ def test_the_wrong_device_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path:
         named().require(CPU, torch.float16, 64)
 
 
+@pytest.mark.behaviour
 def test_a_missing_package_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
@@ -188,6 +193,7 @@ def test_a_package_that_cannot_be_imported_is_an_import_error(
         named().require(CPU, torch.float16, 64)
 
 
+@pytest.mark.behaviour
 def test_a_kernel_that_computes_something_else_is_refused(
     first_release: SageAttention, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +220,7 @@ def dispatched(on_cpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     return seen
 
 
+@pytest.mark.behaviour
 def test_the_second_release_goes_through_the_dispatcher(dispatched: list[dict[str, Any]]) -> None:
     strategy = named()
     strategy.require(CPU, torch.bfloat16, 64)
@@ -251,6 +258,7 @@ def test_copies_go_on_as_the_original(first_release: SageAttention) -> None:
         assert torch.equal(other(*inputs), expected)
 
 
+@pytest.mark.behaviour
 def test_it_is_not_imported_before_it_is_required(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What fails without a GPU must not keep the package from being imported."""
     install_sage(monkeypatch, tmp_path, source="raise RuntimeError('0 active drivers')")

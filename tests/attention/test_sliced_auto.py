@@ -20,6 +20,7 @@ from tests.attention.conftest import CPU, FORMS, QUERY, attention, masks, tensor
 META = torch.device("meta")
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize("slice_size", [1, 16, 25, 64, 512])
 @pytest.mark.parametrize("form", FORMS)
 def test_slices_give_attention(slice_size: int, form: str) -> None:
@@ -44,6 +45,7 @@ class Scores(TorchDispatchMode):
         return result
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("slice_size", [16, 24, 80])
 def test_no_more_scores_than_a_slice_are_held(slice_size: int, masked: bool) -> None:

@@ -29,6 +29,7 @@ from tests.attention.conftest import (
 )
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize("kind", KEYS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -99,6 +100,7 @@ def test_other_causal_calls_are_refused(name: str) -> None:
             strategy(*tensors(64, torch.bfloat16), is_causal=True)
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize("name", attention_strategy_names())
 def test_nothing_global_changes(name: str) -> None:
     def world() -> Any:
