@@ -13,7 +13,6 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from torch import Tensor
 
-from ..attention.processor import strategies_of
 from ..core.step_plan import apply_step
 from .controlnet_denoiser import PeRFlowControlNetLoopDenoiser
 from .denoiser import PeRFlowLoopDenoiser, predict_noise
@@ -117,12 +116,6 @@ class PeRFlowCompiledLoopStep(PeRFlowLoopDenoiser, LoopBlock):
                 raise ValueError(
                     f"{type(network).__name__} is offloaded, and its hooks cannot be compiled into the step; keep it "
                     "on the device, or leave the loop as it is."
-                )
-            unfit = [entry.name for entry in strategies_of(network) if entry.compilable and not entry.cuda_graphs]
-            if unfit and self._captured:
-                raise ValueError(
-                    f"attention strategy {unfit[0]!r} is not known to work in a CUDA graph; choose another one such "
-                    f"as 'native', or a mode without graphs."
                 )
 
     @torch.no_grad()
