@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -30,16 +29,24 @@ PlanLike = str | Mapping[str, str] | Sequence[str]
 
 
 class AttentionPlace(NamedTuple):
-    """Where an attention module is, for example "controlnet", "controlnet.nets.0", "mid_block....attn1", "self"."""
+    """An attention module: "controlnet", "controlnet.nets.0", "mid_block....attn1", "self", and what these name."""
 
     component: str
-    model: str
+    label: str
     name: str
     kind: str
+    attn: Any = None
+    model: Any = None
+    compiled: bool = False
+    """Whether `torch.compile` wrapped the model."""
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.label}.{self.name}"
 
     def matches(self, pattern: str) -> bool:
         """Whether a glob matches the name, alone or with model or component in front; `*` stands for dots too."""
-        names = (self.name, f"{self.model}.{self.name}", f"{self.component}.{self.name}")
+        names = (self.name, self.full_name, f"{self.component}.{self.name}")
         return any(fnmatchcase(name, pattern) for name in names)
 
 
@@ -66,7 +73,7 @@ class AttentionPlan:
         for pattern in self.entries:
             known = pattern in KINDS or pattern.startswith(absent)
             if not known and not any(place.matches(pattern) for place in places):
-                examples = " or ".join(repr(f"{place.model}.{place.name}") for place in places[:2])
+                examples = " or ".join(repr(place.full_name) for place in places[:2])
                 raise ValueError(f"attention plan: {pattern!r} matches no attention module, such as {examples}.")
 
 
@@ -125,15 +132,6 @@ class AttentionReport:
             lines.append((name, kind, asked, ran, why))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-class _Site(NamedTuple):
-    """An attention module, the model that it is part of, and whether `torch.compile` wrapped that."""
-
-    place: AttentionPlace
-    attn: Attention
-    model: Any
-    compiled: bool
 
 
 _LOAD_ID = "_diffusers_load_id"
@@ -212,16 +210,15 @@ class AttentionConfig(ConfigMixin):
             device: gives the device where the models will run. Called only for a strategy that was not checked yet,
                 since pipelines and models look through all their modules for it.
         """
-        sites = list(_sites(models))
+        places = list(_places(models))
         if plan is not None:
-            plan.check([site.place for site in sites], models)
-        changes = [self._change(plan, site, device) for site in sites]
-        for site, (asked, kept, strategy) in zip(sites, changes, strict=True):
-            record = self._records.setdefault(site.attn, AttentionRecord(told=self._told))
-            record.module, record.kind = f"{site.place.model}.{site.place.name}", site.place.kind
-            record.asked, record.kept = asked, kept
-            _set_processor(site.attn, strategy, record)
-        for model, compiled in {site.model: site.compiled for site in sites}.items():
+            plan.check(places, models)
+        changes = [self._change(plan, place, device) for place in places]
+        for place, (asked, kept, strategy) in zip(places, changes, strict=True):
+            record = self._records.setdefault(place.attn, AttentionRecord(told=self._told))
+            record.module, record.kind, record.asked, record.kept = place.full_name, place.kind, asked, kept
+            _set_processor(place.attn, strategy, record)
+        for model, compiled in {place.model: place.compiled for place in places}.items():
             self._models[model] = compiled
             _restore_spares(model)
 
@@ -239,10 +236,10 @@ class AttentionConfig(ConfigMixin):
     def report(self) -> AttentionReport:
         """What each attention module was asked to run and ran, since the last `reset`; `print` shows a table."""
         compiled = {part for model, whole in self._models.items() for part in _compiled_parts(model, whole)}
-        rows = []
-        for attn, record in self._records.items():
-            rows.append(copy(record))
-            rows[-1].counts, rows[-1].compiled = record.counts.copy(), attn in compiled
+        rows = [
+            replace(record, counts=record.counts.copy(), compiled=attn in compiled)
+            for attn, record in self._records.items()
+        ]
         return AttentionReport(tuple(rows))
 
     def reset(self) -> None:
@@ -256,18 +253,19 @@ class AttentionConfig(ConfigMixin):
         A component that a pipeline made by itself, without a plan, brings none.
         """
         made_by_pipeline = _LOAD_ID in vars(self)  # set by ComponentSpec.create
-        return self._taken.get(pipeline) is not _setting(pipeline) and not (made_by_pipeline and self._plan is None)
+        is_taken = self._taken.get(pipeline) is pipeline._component_specs["attention"]
+        return not is_taken and not (made_by_pipeline and self._plan is None)
 
     def remember(self, pipeline: Any) -> None:
         """Notes that the pipeline has taken the plan into its own configuration, which says what runs from now on."""
-        self._taken[pipeline] = _setting(pipeline)
+        self._taken[pipeline] = pipeline._component_specs["attention"]  # update_components makes a new one each time
 
     def _change(
-        self, plan: AttentionPlan | None, site: _Site, device: Callable[[], torch.device] | None
+        self, plan: AttentionPlan | None, place: AttentionPlace, device: Callable[[], torch.device] | None
     ) -> tuple[str | None, str | None, AttentionStrategy | None]:
         """What the plan asks for at a module, why that is not done, and the strategy to use."""
-        attn, model = site.attn, site.model
-        asked = None if plan is None else plan.asks(site.place)
+        attn, model = place.attn, place.model
+        asked = None if plan is None else plan.asks(place)
         kept = None if asked is None else why_kept(attn, _plain(attn.processor))
         if asked is None or kept is not None:
             return asked, kept, None
@@ -281,12 +279,7 @@ class AttentionConfig(ConfigMixin):
         return asked, None, self._resolved[key]
 
 
-def _setting(pipeline: Any) -> Any:
-    """What `update_components(attention=...)` makes anew each time, also for a component that was set before."""
-    return pipeline._component_specs["attention"]
-
-
-def _sites(models: Mapping[str, nn.Module]) -> Iterator[_Site]:
+def _places(models: Mapping[str, nn.Module]) -> Iterator[AttentionPlace]:
     """All attention modules of the denoising models, in their order, several ControlNets one by one."""
     seen: set[Attention] = set()  # one ControlNet may stand in several places
     for component, given in models.items():
@@ -301,7 +294,7 @@ def _sites(models: Mapping[str, nn.Module]) -> Iterator[_Site]:
                 if isinstance(attn, Attention) and attn not in seen and not name.startswith("encoder_hid_proj"):
                     seen.add(attn)
                     kind = "cross" if attn.is_cross_attention else "self"
-                    yield _Site(AttentionPlace(component, label, name, kind), attn, model, compiled)
+                    yield AttentionPlace(component, label, name, kind, attn, model, compiled)
 
 
 def _compiled_parts(model: nn.Module, whole: bool) -> Iterator[nn.Module]:

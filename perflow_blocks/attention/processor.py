@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers.hooks._helpers import AttentionProcessorRegistry
-from diffusers.hooks.layer_skip import AttentionProcessorSkipHook
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from diffusers.utils import logging
 from torch import Tensor
@@ -63,23 +62,23 @@ class AttentionRecord:
         kept = [] if self.kept is None else [f"kept: {self.kept}"]
         return self.kind, self.asked or "-", ", ".join(ran) or "-", "; ".join(kept + why)
 
-    def fall_back(self, strategy: str, reason: str) -> None:
-        """Warns once for each strategy and reason."""
-        if (strategy, reason) not in self.told:
-            self.told.add((strategy, reason))
-            logger.warning("%s runs native attention instead of %s, which %s.", self.module, strategy, reason)
+    def count(self, ran: str, asked: str, reason: str | None, calls: int = 1) -> None:
+        """Counts calls, and warns once for each strategy that was asked for and reason why it did not run."""
+        self.counts[ran, reason] += calls
+        if reason is not None and (asked, reason) not in self.told:
+            self.told.add((asked, reason))
+            logger.warning("%s runs native attention instead of %s, which %s.", self.module, asked, reason)
 
     @torch.compiler.assume_constant_result  # runs while the call is traced, and leaves nothing in the graph
-    def fall_back_compiled(self, strategy: str, reason: str) -> None:
-        self.counts["native", reason] += 0
-        self.fall_back(strategy, reason)
+    def count_traced(self, asked: str, reason: str) -> None:
+        self.count("native", asked, reason, calls=0)
 
 
 class StrategyAttnProcessor:
     """Attention of a transformer block by a strategy; with `native` bit for bit what `AttnProcessor2_0` computes.
 
-    Where the strategy does not take a call, `native` does. diffusers makes new processors by `type(processor)()` when
-    IP-Adapters come and go: such a one computes natively.
+    Where the strategy does not take a call, `native` does. Without arguments, as diffusers makes processors when
+    IP-Adapters come and go, it is `native`.
 
     Attributes:
         stands_for: the class of diffusers that it replaces.
@@ -104,15 +103,13 @@ class StrategyAttnProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """
+        """Attention of a module that `why_kept` lets through.
+
         Args:
-            attn: the module, one that `why_kept` lets through.
-            hidden_states: (batch, queries, channels).
+            attn: the module.
+            hidden_states: (batch, queries, channels), as the result.
             encoder_hidden_states: (batch, keys, channels of the prompt); None for self-attention.
             attention_mask: (batch or batch * heads, 1 or queries, keys), added to the scores.
-
-        Returns:
-            (batch, queries, channels).
         """
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         batch, keys, _ = context.shape
@@ -130,11 +127,9 @@ class StrategyAttnProcessor:
             reason = _why_native(strategy, attn, query, key, attention_mask)
             strategy = strategy if reason is None else NATIVE
         if not torch.compiler.is_compiling():
-            self.record.counts[strategy.name, reason] += 1
-            if reason is not None:
-                self.record.fall_back(self.strategy.name, reason)
+            self.record.count(strategy.name, self.strategy.name, reason)
         elif reason is not None:
-            self.record.fall_back_compiled(self.strategy.name, reason)
+            self.record.count_traced(self.strategy.name, reason)
         attended = strategy(query, key, value, attention_mask)
         attended = attended.flatten(2).to(query.dtype)
         return attn.to_out[1](attn.to_out[0](attended))
@@ -179,13 +174,9 @@ def _why_native(
     if torch.compiler.is_compiling() and not strategy.compilable:
         return "torch.compile cannot trace"
     hooks = getattr(attn, "_diffusers_hook", None)
-    if hooks is not None and any(_perturbs(hook) for hook in hooks.hooks.values()):
+    if hooks is not None and any(getattr(hook, "skip_attention_scores", False) for hook in hooks.hooks.values()):
         return "cannot be perturbed by a guider"  # which intercepts scaled_dot_product_attention
     return strategy.refuses(query, key, mask)
-
-
-def _perturbs(hook: Any) -> bool:
-    return isinstance(hook, AttentionProcessorSkipHook) and hook.skip_attention_scores
 
 
 def why_kept(attn: Attention, processor: Any) -> str | None:

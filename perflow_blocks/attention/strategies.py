@@ -23,13 +23,9 @@ EXACT_TOLERANCE, QUANTISED_TOLERANCE = 0.05, 0.2
 class AttentionStrategy:
     """An attention kernel that the attention modules of a UNet or a ControlNet can be told to use.
 
-    Most are a function with the arguments of `__call__`, registered with fields:
-    `register_attention_strategy("mine", my_function, mask=False)`. A subclass sets the fields as class attributes and
-    defines `__call__`. A copied or unpickled strategy is the one that is registered under its name.
-
-    Args:
-        kernel: the function; None for a subclass with a `__call__` of its own.
-        **fields: any of the attributes below but `name`.
+    Either a `kernel`, which is a function with the arguments of `__call__`, and the attributes below as keyword
+    arguments; or a subclass that has them as class attributes and defines `__call__`. A copied or unpickled strategy
+    is the one that is registered under its name.
 
     Attributes:
         name: set by `register_attention_strategy`.
@@ -42,9 +38,6 @@ class AttentionStrategy:
         compilable: whether `torch.compile(fullgraph=True)` can trace it.
         load: called before the first use, to import or download what the kernel needs. May raise.
         candidates: names of strategies to use instead: the first that runs and takes the model's type and head size.
-
-    Raises:
-        ValueError: an unknown field.
     """
 
     name: str = ""
@@ -61,7 +54,7 @@ class AttentionStrategy:
 
     def __init__(self, kernel: Callable[..., Tensor] | None = None, **fields: Any) -> None:
         if unknown := [field for field in fields if not hasattr(AttentionStrategy, field)]:
-            raise ValueError(f"an attention strategy has no field {unknown[0]!r}; see help(AttentionStrategy).")
+            raise ValueError(f"an AttentionStrategy has no attribute {unknown[0]!r}; see help(AttentionStrategy).")
         vars(self).update(fields, kernel=kernel)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -73,8 +66,7 @@ class AttentionStrategy:
         Args:
             query: (batch, queries, heads, head_dim).
             key, value: (batch, keys, heads, head_dim).
-            mask: (batch or 1, heads or 1, queries or 1, keys), added to the scores; or boolean, True where a query
-                sees a key.
+            mask: (batch or 1, heads or 1, queries or 1, keys), added to the scores.
 
         Returns:
             (batch, queries, heads, head_dim), in the type of the query.
@@ -154,8 +146,6 @@ class AttentionStrategy:
             result = self(*inputs)
             if not all(map(torch.equal, inputs, given)):
                 raise ValueError("it changes its inputs, which others still need")
-            if result.shape != given[0].shape:
-                raise ValueError(f"its result has the shape {tuple(result.shape)}, not {tuple(given[0].shape)}")
             query, key, value = (tensor.float().transpose(1, 2) for tensor in given)
             expected = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
             error = float((result.float() - expected).norm() / expected.norm())
@@ -176,15 +166,14 @@ def register_attention_strategy(name: str, strategy: Registered, **fields: Any) 
 
     Args:
         name: a Python identifier that is not taken.
-        strategy: a function, or a subclass of `AttentionStrategy`, or an instance of one. An instance has one name.
+        strategy: a function; or a subclass of `AttentionStrategy`; or an instance, which can have one name only.
         **fields: attributes of `AttentionStrategy`, for a function or a class.
 
     Returns:
         What was passed as `strategy`.
 
     Raises:
-        ValueError: a name that is taken or is no identifier; an unknown field; a strategy of another kind, or one that
-            has another name already.
+        ValueError: a name that is taken or is no identifier; a strategy of another kind, or with another name.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name={name!r} must be a Python identifier, such as 'mine'.")
@@ -231,13 +220,6 @@ def _load_backend(backend: AttentionBackendName, extra: str | None) -> None:
     attention_dispatch._maybe_download_kernel_for_backend(backend)
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    if mask is not None and mask.dtype == torch.bool:
-        # The dispatcher would let the mask of the first head decide for all heads which blocks are skipped.
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
-    return dispatch_attention_fn(query, key, value, mask, backend=AttentionBackendName.FLEX)
-
-
 def sliced_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, slice_size: int = 512
 ) -> Tensor:
@@ -266,13 +248,15 @@ def _sage_1(query: Tensor, key: Tensor, value: Tensor, mask: None = None) -> Ten
 
 
 def _load_sage_1() -> None:
-    needed = "it needs sageattention 1.0.6 (pip install 'perflow-blocks[sage]'), or 2.1.1 and newer"
     try:
         release = version("sageattention")
-    except PackageNotFoundError as error:
-        raise ImportError(needed) from error
-    if not release.startswith("1.0.6"):  # if newer than 2.1.1, one that diffusers could not import
-        raise ImportError(f"{needed} that diffusers can import; sageattention {release} is installed")
+    except PackageNotFoundError:
+        release = "none"
+    if not release.startswith("1.0.6"):
+        raise ImportError(
+            "it needs sageattention 1.0.6 (pip install 'perflow-blocks[sage]'), or 2.1.1 and newer that diffusers can "
+            f"import; installed: {release}"
+        )
 
 
 def _register(backend: AttentionBackendName, *, extra: str | None = None, **fields: Any) -> None:
@@ -306,7 +290,7 @@ _register(AttentionBackendName._NATIVE_MATH, compilable=True)
 _register(AttentionBackendName._NATIVE_FLASH, **_GPU | {"devices": None}, compilable=True)
 _register(AttentionBackendName._NATIVE_EFFICIENT, devices=("cuda",), head_dims=range(8, 1025, 8), compilable=True)
 _register(AttentionBackendName._NATIVE_CUDNN, **_SMALL_HEADS | {"mask": True}, compilable=True)
-register_attention_strategy("flex", _flex, dtypes=_FLOAT, compilable=True)
+_register(AttentionBackendName.FLEX, dtypes=_FLOAT, compilable=True)
 _register(AttentionBackendName.FLASH, extra="flash", **_GPU)
 _register(AttentionBackendName._FLASH_3, compilable=True, **_GPU)
 # xformers takes only masks that are aligned in memory, which those of a prompt's 77 keys are not.

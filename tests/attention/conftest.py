@@ -33,7 +33,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
     """The formula, in float64."""
     scores = torch.einsum("bqhd,bkhd->bhqk", query.double(), key.double()) / query.shape[-1] ** 0.5
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        scores = scores + mask
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value.double())
 
 
