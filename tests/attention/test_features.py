@@ -90,7 +90,7 @@ def test_ip_adapters_keep_their_modules_and_the_plan_comes_back_after_them(kerne
     assert types(pipe) == {AttnProcessor2_0}
 
 
-def test_what_projects_the_pictures_of_an_adapter_is_left_alone() -> None:
+def test_what_projects_the_images_of_an_adapter_is_left_alone() -> None:
     unet = tiny_sdxl_unet()
     unet.encoder_hid_proj = IPAdapterPlusImageProjection(24, 32, hidden_dims=16, depth=1, dim_head=8, heads=2)
     before = processors(unet.encoder_hid_proj)

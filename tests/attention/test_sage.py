@@ -94,16 +94,6 @@ def test_the_kernel_is_launched_on_the_device_of_the_tensors(
 
 
 @pytest.mark.behaviour
-def test_keys_that_are_views_stay_as_they_are(sage: AttentionStrategy) -> None:
-    """As fused projections give them: parts of one tensor."""
-    fused = torch.cat([tensor.flatten(2) for tensor in half()], dim=-1)
-    before = fused.clone()
-    query, key, value = (part.unflatten(-1, (10, 64)) for part in fused.chunk(3, dim=-1))
-    assert error(sage(query, key, value), query, key, value) < 0.03
-    assert torch.equal(fused, before)
-
-
-@pytest.mark.behaviour
 @pytest.mark.parametrize(
     ("sizes", "mask", "reason"),
     [
