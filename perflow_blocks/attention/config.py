@@ -1,4 +1,4 @@
-"""The component `attention`: plans, putting them into effect on models, the report of what ran, and the way back."""
+"""The component `attention`: plans, attaching them to models and detaching them, and the report of what ran."""
 
 from __future__ import annotations
 
@@ -29,7 +29,16 @@ PlanLike = str | Mapping[str, str] | Sequence[str]
 
 
 class AttentionPlace(NamedTuple):
-    """An attention module: "controlnet", "controlnet.nets.0", "mid_block....attn1", "self", and what these name."""
+    """An attention module, and where it is.
+
+    Attributes:
+        component: the pipeline's name for the component, such as "controlnet".
+        label: the same, with the number of the model where there are several: "controlnet.nets.0".
+        name: the module's name in the model, such as "mid_block.attentions.0.transformer_blocks.0.attn1".
+        kind: "self" or "cross".
+        attn, model: the module, and the model that it is part of.
+        compiled: whether `torch.compile` wrapped the model.
+    """
 
     component: str
     label: str
@@ -38,7 +47,6 @@ class AttentionPlace(NamedTuple):
     attn: Any = None
     model: Any = None
     compiled: bool = False
-    """Whether `torch.compile` wrapped the model."""
 
     @property
     def full_name(self) -> str:
