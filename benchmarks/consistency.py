@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from perflow_blocks.core.ddim import ddim_coefficients
-from perflow_blocks.core.parameterization import marginal, per_row, weighted_sum
-from perflow_blocks.schedulers.conditioning import Conditioning
+from perflow_blocks.core.distillation import marginal
+from perflow_blocks.core.parameterization import ddim_coefficients
+from perflow_blocks.core.step_plan import apply_step
+from perflow_blocks.schedulers.pfode_solver import Conditioning
 from perflow_blocks.training.step import UNet, predict
 
 
@@ -103,9 +104,9 @@ class ConsistencyLoss:
         """f(z, timestep), of z's shape."""
         alpha = self._alphas[timestep]
         eps = predict(unet, z, timestep, conditioning)
-        x0 = weighted_sum(z, eps, alpha**-0.5, -((1.0 / alpha - 1.0) ** 0.5))
+        x0 = apply_step(z, eps, alpha**-0.5, -((1.0 / alpha - 1.0) ** 0.5))
         c_skip, c_out = self._scheduler.get_scalings_for_boundary_condition_discrete(timestep)
-        return per_row(c_skip, z) * z + per_row(c_out, z) * x0
+        return apply_step(z, x0, c_skip, c_out)
 
     def teacher_step(
         self, teacher: UNet, z: Tensor, timestep: Tensor, previous: Tensor, batch: ConsistencyBatch
@@ -118,7 +119,7 @@ class ConsistencyLoss:
             eps = empty + scale * (eps - empty)
         else:
             eps = predict(teacher, z, timestep, batch.conditioning)
-        return weighted_sum(z, eps, *ddim_coefficients(self._alphas[timestep], self._alphas[previous], "epsilon"))
+        return apply_step(z, eps, *ddim_coefficients(self._alphas[timestep], self._alphas[previous]))
 
 
 def distill_consistency(

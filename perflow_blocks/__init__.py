@@ -19,7 +19,7 @@ _PUBLIC = {
     "PFODESolverSDXL": "schedulers.pfode_solver",
     "PeRFlowApplyAttentionStep": "blocks.apply_attention",
     "PeRFlowDenoiseStep": "blocks.denoise",
-    "PeRFlowImg2ImgSetTimestepsStep": "blocks.set_timesteps_img2img",
+    "PeRFlowImg2ImgSetTimestepsStep": "blocks.set_timesteps",
     "PeRFlowLoopDenoiser": "blocks.denoiser",
     "PeRFlowLoopSolverStep": "blocks.solver",
     "PeRFlowMemoryFormatStep": "blocks.memory_format",

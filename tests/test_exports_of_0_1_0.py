@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-FIXTURES = Path(__file__).parent / "fixtures" / "version_0_1_0"
+FIXTURES = Path(__file__).parent / "fixtures" / "exports_of_0_1_0.zip"
+"""The two exports, `thin` and `self_contained`; the `weights` of both; the image `expected` of both."""
 ROOT = Path(__file__).parent.parent
 
 DRAW = """
@@ -37,15 +38,16 @@ save_file({"image": image.contiguous()}, f"{folder}/drawn.safetensors")
 @pytest.mark.behaviour
 @pytest.mark.parametrize("mode", ["thin", "self_contained"])
 def test_an_export_of_0_1_0_gives_its_image(mode: str, tmp_path: Path) -> None:
-    folder = tmp_path / "workflow"
-    shutil.copytree(FIXTURES / "weights", folder)
-    shutil.copytree(FIXTURES / mode, folder, dirs_exist_ok=True)
+    fixtures, folder = tmp_path / "fixtures", tmp_path / "workflow"
+    shutil.unpack_archive(FIXTURES, fixtures)
+    for part in ("weights", mode):
+        shutil.copytree(fixtures / part, folder, dirs_exist_ok=True)
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-c", DRAW, str(folder), mode]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     image, expected = (
-        load_file(path)["image"] for path in (folder / "drawn.safetensors", FIXTURES / "expected.safetensors")
+        load_file(path)["image"] for path in (folder / "drawn.safetensors", fixtures / "expected.safetensors")
     )
     torch.testing.assert_close(image, expected, atol=1e-4, rtol=0)

@@ -1,8 +1,8 @@
 """The architecture, read from the sources: imports only go down.
 
-Layers as in the table below. A file may import from lower layers and from its own package; siblings that it may use
-besides stand in `SIBLINGS`, single files with one such module in `NAMED`. What a self-contained export carries (layers
-0 to 4) uses few third-party packages.
+A file may import from lower layers of the table below and from its own package. The packages of the top layer stand in
+the order training, evaluation, demo, cli; `SIBLINGS` lists what a package may use beside it, `NAMED` single files that
+may use one module. What a self-contained export carries (layers 0 to 4) uses few third-party packages.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ NAMED = {
     ("training/teacher_source.py", "demo.weights_directory"),
     ("training/validation.py", "evaluation.sheet"),
 }
-"""Files that may use one module of a sibling: pictures are a data set, weights a teacher, sheets any pictures,
-and a finished student's quality is measured."""
+"""Files that use one module of a package above theirs: rendered images as a data set, weights as a teacher, sheets of
+images, and the quality of a finished student."""
 EXPORTED = {"torch", "diffusers", "transformers", "safetensors", "huggingface_hub", "numpy", "PIL"}
 """Third-party packages that layers 1 to 4 may use; the core has torch alone."""
 

@@ -3,6 +3,9 @@
 from .apply_attention import PeRFlowApplyAttentionStep, PeRFlowControlNetApplyAttentionStep
 from .auto_blocks import PeRFlowSDXLAutoBlocks, PeRFlowSDXLCoreDenoiseStep
 from .before_denoise import (
+    PeRFlowImg2ImgPrepareLatentsStep,
+    PeRFlowInpaintPrepareLatentsStep,
+    PeRFlowInputStep,
     PeRFlowSDXLAutoBeforeDenoiseStep,
     PeRFlowSDXLBeforeDenoiseStep,
     PeRFlowSDXLImg2ImgBeforeDenoiseStep,
@@ -22,16 +25,13 @@ from .denoise import (
 from .denoiser import PeRFlowLoopDenoiser
 from .encode import PeRFlowEmbeddingsStep, PeRFlowInpaintVaeEncoderStep, PeRFlowIPAdapterStep, PeRFlowVaeEncoderStep
 from .finite_guard import ControlNetFiniteGuardStep, FiniteGuardStep
-from .input import PeRFlowInputStep
 from .keep_known import PeRFlowLoopKeepKnownStep
 from .loop_block import LoopBlock as LoopBlock
 from .memory_format import PeRFlowControlNetMemoryFormatStep, PeRFlowMemoryFormatStep
 from .merge_delta import PeRFlowMergeDeltaStep
-from .prepare_latents import PeRFlowImg2ImgPrepareLatentsStep, PeRFlowInpaintPrepareLatentsStep
 from .preview import PreviewStep
 from .prompt_cache import PromptCacheStep
-from .set_timesteps import PeRFlowSetTimestepsStep
-from .set_timesteps_img2img import PeRFlowImg2ImgSetTimestepsStep, PeRFlowInpaintSetTimestepsStep
+from .set_timesteps import PeRFlowImg2ImgSetTimestepsStep, PeRFlowInpaintSetTimestepsStep, PeRFlowSetTimestepsStep
 from .solver import PeRFlowLoopSolverStep
 from .step_callback import StepCallbackStep
 from .tiled_denoise import PeRFlowTiledControlNetLoopDenoiser, PeRFlowTiledLoopDenoiser

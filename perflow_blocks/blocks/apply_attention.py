@@ -68,7 +68,7 @@ class PeRFlowControlNetApplyAttentionStep(PeRFlowApplyAttentionStep):
 class PeRFlowAutoApplyAttentionStep(Assembled, AutoPipelineBlocks):
     """The plan on UNet and ControlNets where there is a control image, else on the UNet."""
 
-    block_classes = [PeRFlowControlNetApplyAttentionStep, PeRFlowApplyAttentionStep]  # noqa: RUF012
-    block_names = ["controlnet", "unet"]  # noqa: RUF012
-    block_trigger_inputs = ["control_image", None]  # noqa: RUF012
+    block_classes = [PeRFlowControlNetApplyAttentionStep, PeRFlowApplyAttentionStep]
+    block_names = ["controlnet", "unet"]
+    block_trigger_inputs = ["control_image", None]
     description = "Puts the attention plan into effect on the UNet, and with `control_image` on the ControlNets too."

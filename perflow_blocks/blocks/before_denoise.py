@@ -1,78 +1,276 @@
-"""What runs before the loop in each task: the window set-up, the starting latents, SDXL's size conditioning."""
+"""What runs before the loop: embeddings matched to the images, the starting latents, and the assembled stages."""
 
 from __future__ import annotations
 
-from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, SequentialPipelineBlocks
+from typing import Any
+
+import torch
+from diffusers.modular_pipelines.modular_pipeline import (
+    AutoPipelineBlocks,
+    ModularPipelineBlocks,
+    PipelineState,
+    SequentialPipelineBlocks,
+)
+from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import (
     StableDiffusionXLImg2ImgPrepareAdditionalConditioningStep,
     StableDiffusionXLPrepareAdditionalConditioningStep,
     StableDiffusionXLPrepareLatentsStep,
 )
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
 
-from .assembly import AskedOnce
-from .prepare_latents import PeRFlowImg2ImgPrepareLatentsStep, PeRFlowInpaintPrepareLatentsStep
-from .set_timesteps import PeRFlowSetTimestepsStep
-from .set_timesteps_img2img import PeRFlowImg2ImgSetTimestepsStep, PeRFlowInpaintSetTimestepsStep
+from ..core.step_plan import apply_step
+from .declare import Assembled, declared
+from .images import require_count
+from .inputs import (
+    DENOISER_INPUT_FIELDS,
+    batch_inputs,
+    denoising_start_input,
+    embeddings_inputs,
+    generator_input,
+    image_latents_input,
+    ip_adapter_inputs,
+    mask_input,
+    noise_coefficients_input,
+    num_images_per_prompt_input,
+    param,
+    step_plan_input,
+)
+from .set_timesteps import PeRFlowImg2ImgSetTimestepsStep, PeRFlowInpaintSetTimestepsStep, PeRFlowSetTimestepsStep
+from .specs import guider_spec, unet_spec
 
-NAMES = ["set_timesteps", "prepare_latents", "prepare_add_cond"]
+_TEXT_EMBEDDINGS = tuple(entry.name for entry in embeddings_inputs())
+_IMAGE_EMBEDDINGS = tuple(entry.name for entry in ip_adapter_inputs())
 
 
-class PeRFlowSDXLBeforeDenoiseStep(SequentialPipelineBlocks):
+class PeRFlowInputStep(ModularPipelineBlocks):
+    """Repeats the embeddings of texts and IP-Adapter images so that each image has a row; the first prompt's first.
+
+    It stands in for diffusers' input step, which for several prompts with several images each puts the pooled text
+    embeddings and the IP-Adapters' in another order than the rest, and writes into the caller's lists.
+
+    Raises:
+        ValueError: embeddings for another number of prompts or images.
+    """
+
+    model_name = "stable-diffusion-xl"
+    description = "Repeats the embeddings of texts and IP-Adapter images for the images of each prompt."
+    expected_components = declared(guider_spec())  # unused: the first block that names the guider decides its default
+    inputs = declared(num_images_per_prompt_input(), *embeddings_inputs(), *ip_adapter_inputs())
+    intermediate_outputs = declared(
+        OutputParam("batch_size", int, "Number of prompts."),
+        OutputParam("dtype", torch.dtype, "Type of the embeddings, and so of the latents."),
+        *(
+            OutputParam(entry.name, entry.type_hint, entry.description, kwargs_type=DENOISER_INPUT_FIELDS)
+            for entry in (*embeddings_inputs(), *ip_adapter_inputs())
+        ),
+    )
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        block_state = self.get_block_state(state)
+        prompts, images = block_state.prompt_embeds.shape[0], block_state.num_images_per_prompt
+        block_state.batch_size, block_state.dtype = prompts, block_state.prompt_embeds.dtype
+        for name in _TEXT_EMBEDDINGS:
+            tensor = getattr(block_state, name)
+            if tensor is not None:
+                setattr(block_state, name, one_for_each_image(name, tensor, prompts, images))
+        for name in _IMAGE_EMBEDDINGS:
+            tensors = getattr(block_state, name)
+            if tensors is not None:
+                setattr(block_state, name, [one_for_each_image(name, tensor, prompts, images) for tensor in tensors])
+        self.set_block_state(state, block_state)
+        return components, state
+
+
+def one_for_each_image(name: str, tensor: Tensor, prompts: int, images_per_prompt: int) -> Tensor:
+    """The tensor with one row for each image, those of the first prompt first.
+
+    Args:
+        name: of the input, for the error.
+        tensor: one row for all images, one for each prompt, or one for each image.
+        prompts: number of prompts.
+        images_per_prompt: number of images for each prompt.
+
+    Raises:
+        ValueError: another number of rows.
+    """
+    rows, images = tensor.shape[0], prompts * images_per_prompt
+    if rows == images:
+        return tensor
+    require_count(name, rows, prompts, images)
+    return tensor.repeat_interleave(images // rows, dim=0)
+
+
+class PeRFlowImg2ImgPrepareLatentsStep(ModularPipelineBlocks):
+    """Starting latents of image-to-image: `P[0] image_latents + Q[0] noise`, on the chord inside a window."""
+
+    model_name = "stable-diffusion-xl"
+    description = "Noises the given image to where the run starts; with `denoising_start` it is taken as it is."
+    inputs = declared(
+        param("latents", Tensor, "Starting latents, already noised, in place of the noised image."),
+        image_latents_input(),
+        noise_coefficients_input(),
+        denoising_start_input(),
+        generator_input(),
+        *batch_inputs(),
+    )
+    intermediate_outputs = declared(
+        OutputParam("latents", Tensor, "Starting latents (images, channels, height/f, width/f).")
+    )
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        block_state = self.get_block_state(state)
+        device = components._execution_device
+        if block_state.latents is not None:
+            block_state.latents = block_state.latents.to(device)
+        else:
+            block_state.latents = _one_for_each(block_state, "image_latents", device)
+            if block_state.denoising_start is None:
+                noise = _draw_noise(block_state, block_state.latents)
+                block_state.latents = _noised(block_state, block_state.latents, noise)
+        self.set_block_state(state, block_state)
+        return components, state
+
+
+class PeRFlowInpaintPrepareLatentsStep(ModularPipelineBlocks):
+    """Starting latents of inpainting, and what the loop needs to keep the known part.
+
+    The whole image is noised onto the path where the run starts. Where that is the start of the path, the hole is pure
+    noise. A UNet of 9 channels is given mask and masked image beside the latents.
+
+    Raises:
+        ValueError: mask, image and prompts differ in number, or the UNet takes neither 4 nor 9 channels.
+    """
+
+    model_name = "stable-diffusion-xl"
+    description = "Noises the given image to where the run starts and lays out mask, noise and conditioning."
+    expected_components = declared(unet_spec())
+    inputs = declared(
+        param("latents", Tensor, "The noise to use, or with `denoising_start` the latents to go on from."),
+        param("noise", Tensor, "The noise of the earlier run, for one that goes on at `denoising_start`."),
+        image_latents_input(),
+        mask_input(),
+        param("masked_image_latents", Tensor, "Latents of the image without its hole, for a 9-channel UNet."),
+        noise_coefficients_input(),
+        step_plan_input(),
+        denoising_start_input(),
+        generator_input(),
+        *batch_inputs(),
+    )
+    intermediate_outputs = declared(
+        OutputParam("latents", Tensor, "Starting latents (images, channels, height/f, width/f)."),
+        OutputParam("noise", Tensor, "The noise of the known part (images, channels, height/f, width/f)."),
+        OutputParam("image_latents", Tensor, "The given image's clean latents (images, channels, height/f, width/f)."),
+        OutputParam("mask", Tensor, "What to repaint (images, 1, height/f, width/f): 1 is painted, 0 kept."),
+        OutputParam(
+            "inpaint_conditioning", Tensor, "Mask and masked-image latents for a 9-channel UNet, None for others."
+        ),
+    )
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        block_state = self.get_block_state(state)
+        device = components._execution_device
+        block_state.image_latents = _one_for_each(block_state, "image_latents", device)
+        block_state.mask = _one_for_each(block_state, "mask", device)
+        block_state.inpaint_conditioning = _conditioning(components.unet, block_state, device)
+        goes_on = block_state.denoising_start is not None
+        given = block_state.noise if goes_on else block_state.latents
+        noise = _draw_noise(block_state, block_state.image_latents) if given is None else given.to(device)
+        block_state.noise = noise
+        if goes_on:
+            start = block_state.image_latents if block_state.latents is None else block_state.latents
+            block_state.latents = start.to(device)
+        else:
+            start = _noised(block_state, block_state.image_latents, noise)
+            plan = block_state.step_plan
+            begins_path = plan.window_index[0] == 0 and plan.times[0] == plan.window_start[0]
+            block_state.latents = torch.lerp(start, noise if begins_path else start, block_state.mask)
+        self.set_block_state(state, block_state)
+        return components, state
+
+
+def _noised(block_state: Any, image_latents: Tensor, noise: Tensor) -> Tensor:
+    signal, sigma = block_state.noise_coefficients[0].unbind()
+    return apply_step(image_latents, noise, signal, sigma)
+
+
+def _draw_noise(block_state: Any, like: Tensor) -> Tensor:
+    return randn_tensor(like.shape, generator=block_state.generator, device=like.device, dtype=like.dtype)
+
+
+def _one_for_each(block_state: Any, name: str, device: torch.device) -> Tensor:
+    tensor = getattr(block_state, name).to(device=device, dtype=block_state.dtype)
+    return one_for_each_image(name, tensor, block_state.batch_size, block_state.num_images_per_prompt)
+
+
+def _conditioning(unet: Any, block_state: Any, device: torch.device) -> Tensor | None:
+    """Mask and masked image as a 9-channel UNet takes them; None for a UNet that takes the latents alone."""
+    channels, taken = block_state.image_latents.shape[1], unet.config.in_channels
+    if taken == channels:
+        return None
+    if taken != 2 * channels + 1:
+        raise ValueError(
+            f"the UNet takes {taken} channels; inpainting needs one with {channels}, or {2 * channels + 1} "
+            "for mask and masked image."
+        )
+    if block_state.masked_image_latents is None:
+        raise ValueError(
+            f"a UNet of {taken} channels needs masked_image_latents; pass image and mask_image, or these."
+        )
+    return torch.cat([block_state.mask, _one_for_each(block_state, "masked_image_latents", device)], dim=1)
+
+
+_STAGES = ["set_timesteps", "prepare_latents", "prepare_add_cond"]
+
+
+class PeRFlowSDXLBeforeDenoiseStep(Assembled, SequentialPipelineBlocks):
     """Windows, starting noise and SDXL's size conditioning of a text-to-image run."""
 
-    block_classes = [  # noqa: RUF012  (as diffusers declares them)
+    block_classes = [
         PeRFlowSetTimestepsStep,
         StableDiffusionXLPrepareLatentsStep,
         StableDiffusionXLPrepareAdditionalConditioningStep,
     ]
-    block_names = NAMES
-
-    @property
-    def description(self) -> str:
-        return "Prepares the loop: the window set-up, the starting noise and SDXL's size conditioning."
+    block_names = _STAGES
+    description = "Prepares the loop: the window set-up, the starting noise and SDXL's size conditioning."
 
 
-class PeRFlowSDXLImg2ImgBeforeDenoiseStep(SequentialPipelineBlocks):
-    """Windows from `strength` on, the noised picture and SDXL's size conditioning of an image-to-image run."""
+class PeRFlowSDXLImg2ImgBeforeDenoiseStep(Assembled, SequentialPipelineBlocks):
+    """Windows from `strength` on, the noised image and SDXL's size conditioning of an image-to-image run."""
 
-    block_classes = [  # noqa: RUF012
+    block_classes = [
         PeRFlowImg2ImgSetTimestepsStep,
         PeRFlowImg2ImgPrepareLatentsStep,
         StableDiffusionXLImg2ImgPrepareAdditionalConditioningStep,
     ]
-    block_names = NAMES
-
-    @property
-    def description(self) -> str:
-        return "Prepares the loop from a picture: the window set-up, the noised picture and SDXL's size conditioning."
+    block_names = _STAGES
+    description = "Prepares the loop from an image: the window set-up, the noised image and SDXL's size conditioning."
 
 
-class PeRFlowSDXLInpaintBeforeDenoiseStep(SequentialPipelineBlocks):
-    """Windows, the noised picture, its mask and SDXL's size conditioning of an inpainting run."""
+class PeRFlowSDXLInpaintBeforeDenoiseStep(Assembled, SequentialPipelineBlocks):
+    """Windows, the noised image, its mask and SDXL's size conditioning of an inpainting run."""
 
-    block_classes = [  # noqa: RUF012
+    block_classes = [
         PeRFlowInpaintSetTimestepsStep,
         PeRFlowInpaintPrepareLatentsStep,
         StableDiffusionXLImg2ImgPrepareAdditionalConditioningStep,
     ]
-    block_names = NAMES
-
-    @property
-    def description(self) -> str:
-        return "Prepares the loop for inpainting: windows, noised picture, mask and SDXL's size conditioning."
+    block_names = _STAGES
+    description = "Prepares the loop for inpainting: windows, noised image, mask and SDXL's size conditioning."
 
 
-class PeRFlowSDXLAutoBeforeDenoiseStep(AskedOnce, AutoPipelineBlocks):
-    """Inpainting where there is a mask, image-to-image where there is a picture, else text-to-image."""
+class PeRFlowSDXLAutoBeforeDenoiseStep(Assembled, AutoPipelineBlocks):
+    """Inpainting where there is a mask, image-to-image where there is an image, else text-to-image."""
 
-    block_classes = [  # noqa: RUF012
+    block_classes = [
         PeRFlowSDXLInpaintBeforeDenoiseStep,
         PeRFlowSDXLImg2ImgBeforeDenoiseStep,
         PeRFlowSDXLBeforeDenoiseStep,
     ]
-    block_names = ["inpaint", "img2img", "text2img"]  # noqa: RUF012
-    block_trigger_inputs = ["mask", "image_latents", None]  # noqa: RUF012
-
-    @property
-    def description(self) -> str:
-        return "Prepares the loop for inpainting with `mask`, image-to-image with `image_latents`, else text-to-image."
+    block_names = ["inpaint", "img2img", "text2img"]
+    block_trigger_inputs = ["mask", "image_latents", None]
+    description = "Prepares the loop: inpainting for `mask`, image-to-image for `image_latents`, else text-to-image."

@@ -2,59 +2,330 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
-from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam
+from diffusers.utils import logging
+from torch import Tensor
 
-from .checks.components import check_dtypes, check_loaded, forget_done_stages, warn_of_idle_inputs
-from .checks.conditions import check_controlnet, check_ip_adapters
-from .checks.pictures import check_pictures
-from .checks.request import check_latents, check_sampling, check_size, count_prompts
+from ..core.noising import NOISINGS
+from .check_images import CONTROLNET_SETTINGS, check_controlnet, check_images, check_ip_adapters
+from .declare import declared
 from .guiders import check_guider
-from .request import request_inputs
+from .inputs import NONFINITE_POLICIES, OUTPUT_TYPES, request_inputs
+from .set_timesteps import check_denoising_range, check_strength
 from .specs import guider_spec, unet_spec, vae_spec
+
+logger = logging.get_logger(__name__)
+
+PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
+EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
+SIZES = (
+    "original_size",
+    "target_size",
+    "crops_coords_top_left",
+    "negative_original_size",
+    "negative_target_size",
+    "negative_crops_coords_top_left",
+)
+
+OPTIONS = {"output_type": OUTPUT_TYPES, "noising": NOISINGS, "on_nonfinite": NONFINITE_POLICIES}
+
+INTEGERS = {
+    "num_inference_steps": 1,
+    "num_images_per_prompt": 1,
+    "height": 1,
+    "width": 1,
+    "clip_skip": 0,
+    "padding_mask_crop": 0,
+}
+"""Integers and the least value of each."""
+
+REQUEST = tuple(entry.name for entry in request_inputs())
+
+STAGES = {
+    "text_encoder": ("prompt_embeds", PROMPTS),
+    "ip_adapter": ("ip_adapter_embeds", ("ip_adapter_image",)),
+    "vae_encoder": ("image_latents", ("image", "mask_image", "padding_mask_crop")),
+}
+"""The blocks of a preset that encode: what each makes, and of what."""
+
+TASK_INPUTS = (
+    "image",
+    "mask_image",
+    "control_image",
+    "ip_adapter_image",
+    "image_latents",
+    "mask",
+    "masked_image_latents",
+    "padding_mask_crop",
+    "ip_adapter_embeds",
+    "negative_ip_adapter_embeds",
+    "strength",
+    "denoising_start",
+    *CONTROLNET_SETTINGS,
+)
+"""Inputs that a plain text-to-image call does not have."""
 
 
 class PeRFlowCheckInputsStep(ModularPipelineBlocks):
-    """Checks what the caller asks for and changes nothing.
+    """Checks what the caller asks for, and turns NumPy's numbers into Python's, which torch takes everywhere.
 
-    Standing first, it also gives the pipeline its default guider and the descriptions of its inputs.
+    As the first block it also gives the pipeline its default guider and the descriptions of its inputs.
 
     Raises:
-        ValueError: one line that names the rule, the value and the remedy.
+        ValueError: one line that names the argument, its value and what is allowed.
     """
 
     model_name = "stable-diffusion-xl"
-
-    @property
-    def description(self) -> str:
-        return "Checks the request before anything expensive runs: one clear error for each mistake."
-
-    @property
-    def expected_components(self) -> list[ComponentSpec]:
-        return [guider_spec(), unet_spec(), vae_spec()]
-
-    @property
-    def inputs(self) -> list[InputParam]:
-        return request_inputs()
+    description = "Checks the request before anything expensive runs: one clear error for each mistake."
+    expected_components = declared(guider_spec(), unet_spec(), vae_spec())
+    inputs = declared(*request_inputs())
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         request = self.get_block_state(state)
+        _use_python_numbers(request, state)
         loaded, blocks = components.components, components._blocks
-        forget_done_stages(request, blocks.sub_blocks)
-        check_loaded(loaded, request, blocks.required_inputs, blocks.sub_blocks)
-        check_guider(components.guider, components.unet)
-        warn_of_idle_inputs(request, [block for block in blocks.sub_blocks.values() if block is not self])
-        check_sampling(request)
-        prompts = count_prompts(request)
-        pictures = prompts * request.num_images_per_prompt
-        check_size(request, components.vae_scale_factor)
-        check_pictures(request, prompts, pictures, components.num_channels_latents, components.num_channels_unet)
-        check_latents(request, pictures, components.num_channels_latents, components.vae_scale_factor)
-        check_controlnet(loaded.get("controlnet"), request, prompts)
-        check_ip_adapters(components.unet, components.guider, request, "ip_adapter" in blocks.sub_blocks)
-        check_dtypes(loaded, request, blocks.sub_blocks)
+        unet, guider = loaded["unet"], loaded["guider"]
+        _forget_done_stages(request, blocks.sub_blocks)
+        _check_loaded(loaded, request, blocks)
+        check_guider(guider, unet)
+        _check_settings(request)
+        prompts = _check_prompts(request, components)
+        images = prompts * request.num_images_per_prompt
+        channels, factor = components.num_channels_latents, components.vae_scale_factor
+        _check_sizes(request, factor)
+        given = [name for name in TASK_INPUTS if getattr(request, name) is not None]
+        if given:
+            _check_task(given, [block for block in blocks.sub_blocks.values() if block is not self])
+        if given or unet.config.in_channels != channels:
+            check_images(request, prompts, images, channels, unet.config.in_channels)
+            check_controlnet(loaded.get("controlnet"), request, prompts)
+        adapted = unet.config.encoder_hid_dim_type == "ip_image_proj"
+        if given or adapted:
+            adapters = list(unet.encoder_hid_proj.image_projection_layers) if adapted else []
+            check_ip_adapters(adapters, guider, request, "ip_adapter" in blocks.sub_blocks)
+        _check_generator(request, images)
+        _check_latents(request, images, channels, factor)
+        _check_dtypes(loaded, request)
         return components, state
+
+
+def _use_python_numbers(request: Any, state: PipelineState) -> None:
+    """Converts numbers of other types than int and float, such as NumPy's, in the request and for later blocks."""
+    for name in REQUEST:
+        value = getattr(request, name)
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(entry, Real) and type(entry) not in (int, float, bool) for entry in entries):
+            numbers = [_python_number(entry) for entry in entries]
+            value = type(value)(numbers) if entries is value else numbers[0]
+            setattr(request, name, value)
+            state.set(name, value)
+
+
+def _python_number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def _forget_done_stages(request: Any, blocks: Container[str]) -> None:
+    """Drops from the request what another pipeline encoded already: a state that is handed on holds both."""
+    for stage, (made, sources) in STAGES.items():
+        if stage not in blocks and getattr(request, made) is not None:
+            for name in sources:
+                setattr(request, name, None)
+
+
+def _check_loaded(loaded: Mapping[str, Any], request: Any, blocks: Any) -> None:
+    """Refuses a request if an image or a component that the workflow needs is missing."""
+    required = blocks.required_inputs
+    for name in ("image", "mask_image", "control_image", "control_mode", "ip_adapter_image"):
+        if name in required and getattr(request, name) is None:
+            raise ValueError(f"{name} is missing, and this workflow needs it; pass {name}=.")
+    text, decodes = request.prompt is not None, "decode" in blocks.sub_blocks and request.output_type != "latent"
+    needed = {
+        "unet": True,
+        "text_encoder": text and not _is_refiner(**loaded),
+        "tokenizer": text and not _is_refiner(**loaded),
+        "text_encoder_2": text,
+        "tokenizer_2": text,
+        "vae": decodes or ("vae_encoder" in blocks.sub_blocks and request.image is not None),
+        "controlnet": request.control_image is not None,
+        "image_encoder": request.ip_adapter_image is not None,
+        "feature_extractor": request.ip_adapter_image is not None,
+    }
+    missing = [name for name, needs in needed.items() if needs and name in loaded and loaded[name] is None]
+    if missing:
+        names = " and ".join(missing)
+        raise ValueError(f"{names} not loaded; call pipe.load_components() and read its warnings, or set {names}.")
+
+
+def _is_refiner(
+    unet: Any = None, text_encoder: Any = None, tokenizer: Any = None, text_encoder_2: Any = None, **others: Any
+) -> bool:
+    """SDXL's refiner has the second text encoder alone, and its UNet is as wide as that."""
+    if unet is None or text_encoder_2 is None or text_encoder is not None or tokenizer is not None:
+        return False
+    return bool(unet.config.cross_attention_dim == text_encoder_2.config.hidden_size)
+
+
+def _check_settings(request: Any) -> None:
+    """Refuses unknown options, and numbers of another type or out of range."""
+    for name, options in OPTIONS.items():
+        if getattr(request, name) not in options:
+            raise ValueError(f"{name}={getattr(request, name)!r} must be one of {', '.join(options)}.")
+    for name, least in INTEGERS.items():
+        value = getattr(request, name)
+        if value is not None and (type(value) is not int or value < least):
+            raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
+    if not isinstance(request.cross_attention_kwargs, (dict, type(None))):
+        value = request.cross_attention_kwargs
+        raise ValueError(f'cross_attention_kwargs={value!r} must be a dictionary, such as {{"scale": 0.5}}.')
+    if request.strength is not None:
+        check_strength(request.strength)
+    if request.denoising_start is not None or request.denoising_end is not None:
+        check_denoising_range(request.denoising_start, request.denoising_end)
+
+
+def _check_prompts(request: Any, components: Any) -> int:
+    """The number of prompts. Refuses missing prompts, a prompt beside its embeddings, and texts that do not match."""
+    if request.prompt is None:
+        if request.prompt_embeds is None:
+            raise ValueError("prompt is missing; pass a text or a list of texts.")
+        return _check_embeddings(request, components)
+    both = [name for name in EMBEDDINGS if getattr(request, name) is not None]
+    if both:
+        raise ValueError(f"both prompt and {both[0]} are given; pass texts alone or embeddings alone.")
+    texts = {name: getattr(request, name) for name in PROMPTS if getattr(request, name) is not None}
+    for name, text in texts.items():
+        listed = isinstance(text, list) and len(text) > 0 and all(isinstance(entry, str) for entry in text)
+        if not isinstance(text, str) and not listed:
+            raise ValueError(f"{name}={text!r} must be a text or a list of at least one text.")
+    if request.negative_prompt_2 is not None and request.negative_prompt is None:
+        raise ValueError("negative_prompt_2 is given without negative_prompt and would have no effect; pass both.")
+    count = 1 if isinstance(request.prompt, str) else len(request.prompt)
+    for name, text in texts.items():
+        number = 1 if isinstance(text, str) else len(text)
+        if number != count and (isinstance(text, list) or name == "prompt_2"):
+            raise ValueError(f"{name} holds {number} texts, but there are {count} prompts.")
+    return count
+
+
+def _check_embeddings(request: Any, components: Any) -> int:
+    """The number of prompts. Refuses embeddings of another shape than the UNet takes, or without their pooled ones."""
+    width, pooled_width = _embedding_widths(components)
+    rows: Any = "prompts"
+    tokens: Any = "tokens"
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        pooled = name.replace("prompt", "pooled_prompt")
+        given = [one for one in (name, pooled) if getattr(request, one) is not None]
+        if len(given) == 1:
+            raise ValueError(f"only {given[0]} is given; pass {name} and {pooled}, from the same text encoders.")
+        if given:
+            embeds = _require_shape(name, getattr(request, name), (rows, tokens, width))
+            rows, tokens = embeds.shape[:2]
+            _require_shape(pooled, getattr(request, pooled), (rows, pooled_width))
+    texts = [name for name in PROMPTS if getattr(request, name) is not None]
+    if texts:
+        raise ValueError(f"{texts[0]} is given beside prompt_embeds; pass its embeddings, negative_prompt_embeds.")
+    return int(request.prompt_embeds.shape[0])
+
+
+def _require_shape(name: str, tensor: Any, wanted: tuple[int | str, ...]) -> Tensor:
+    """The tensor, if it has this shape; words stand for any number."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} is of type {type(tensor).__name__}; it must be a tensor.")
+    shape = tuple(tensor.shape)
+    if len(shape) != len(wanted) or any(not isinstance(w, str) and w != s for s, w in zip(shape, wanted, strict=True)):
+        raise ValueError(f"{name} has shape {shape}; it must be ({', '.join(map(str, wanted))}).")
+    return tensor
+
+
+def _embedding_widths(components: Any) -> tuple[Any, Any]:
+    """The width of text embeddings and of pooled ones that the UNet takes; a word where it does not say."""
+    config = components.unet.config
+    width = config.cross_attention_dim if isinstance(config.cross_attention_dim, int) else "width"
+    if config.addition_embed_type != "text_time":
+        return width, "width"
+    time_ids = 5 if components.config.get("requires_aesthetics_score") else 6  # the refiner gets a score, not a size
+    return width, config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
+
+
+def _check_sizes(request: Any, factor: int) -> None:
+    """Refuses a height or width that is not a multiple of the VAE's factor, and sizes that are not pairs."""
+    for name in ("height", "width"):
+        value = getattr(request, name)
+        if value is not None and value % factor:
+            nearest = max(factor, round(value / factor) * factor)
+            raise ValueError(f"{name}={value} must be a multiple of the VAE's factor {factor}; pass {nearest}.")
+    for name in SIZES:
+        value = getattr(request, name)
+        pair = isinstance(value, tuple) and len(value) == 2 and all(type(entry) in (int, float) for entry in value)
+        if value is not None and not pair:
+            raise ValueError(f"{name}={value!r} must be a tuple of two numbers, such as (1024, 1024).")
+    if (request.negative_original_size is None) != (request.negative_target_size is None):
+        raise ValueError("only one of negative_original_size and negative_target_size is given; pass both or neither.")
+
+
+def _check_task(given: list[str], others: list[ModularPipelineBlocks]) -> None:
+    """Warns of inputs that no other block of the pipeline takes. Refuses `strength` without an image."""
+    taken = {name for block in others for name in block.input_names}
+    for name in given:
+        if name not in taken:
+            logger.warning("%s is given, but no block of this pipeline takes it; it is ignored.", name)
+    if "strength" in given and "strength" in taken and not {"image", "image_latents"} & set(given):
+        raise ValueError("strength is given without an image; pass image or image_latents, or leave strength out.")
+
+
+def _check_generator(request: Any, images: int) -> None:
+    generator = request.generator
+    entries = generator if isinstance(generator, list) else [generator]
+    for entry in entries:
+        if not isinstance(entry, (torch.Generator, type(None))):
+            raise ValueError(f"generator is of type {type(entry).__name__}; pass a torch.Generator or a list of them.")
+    if isinstance(generator, list) and len(generator) != images:
+        raise ValueError(
+            f"generator holds {len(generator)} entries; use one generator, or {images}, one for each image."
+        )
+
+
+def _check_latents(request: Any, images: int, channels: int, factor: int) -> None:
+    """Refuses latents of another shape, or of another size than `height` and `width`."""
+    latents = request.latents
+    if latents is not None:
+        _require_shape("latents", latents, (images, channels, f"height/{factor}", f"width/{factor}"))
+    for tensor in (given for given in (latents, request.image_latents) if given is not None):
+        for name, axis in (("height", -2), ("width", -1)):
+            size, pixels = getattr(request, name), tensor.shape[axis] * factor
+            if size not in (None, pixels):
+                raise ValueError(f"{name}={size}, but the latents are of {pixels} pixels; pass {pixels} or neither.")
+
+
+def _check_dtypes(loaded: Mapping[str, Any], request: Any) -> None:
+    """Refuses a model or a tensor of another type than the UNet, if the two meet. The VAE's type is its own."""
+    weight = next(loaded["unet"].parameters())
+    if weight.device.type != "meta" and torch.is_autocast_enabled(weight.device.type):  # "meta": offloaded by layer
+        return
+    dtype = _dtype(loaded["unet"])
+    meets = {"text_encoder_2": request.prompt, "controlnet": request.control_image}
+    for name in (name for name, given in meets.items() if given is not None and loaded.get(name) is not None):
+        if _dtype(loaded[name]) != dtype:
+            raise ValueError(
+                f"{name} is {_dtype(loaded[name])}, the UNet {dtype}; load both with one type: "
+                f"pipe.load_components(dtype={dtype})."
+            )
+    for name in (*EMBEDDINGS, "latents"):
+        tensor = getattr(request, name)
+        if tensor is not None and tensor.dtype != dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, the UNet {dtype}; pass {name}.to({dtype}).")
+
+
+def _dtype(model: Any) -> torch.dtype:
+    """The type a model computes with: that of its first weight, or of all if it stores weights in fewer bits."""
+    dtype = next(model.parameters()).dtype
+    return dtype if dtype.is_floating_point and dtype.itemsize > 1 else model.dtype

@@ -12,7 +12,7 @@ from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import (
     StableDiffusionXLControlNetUnionInputStep,
 )
 
-from .assembly import AskedOnce
+from .declare import Assembled
 from .specs import vae_spec
 
 
@@ -38,12 +38,12 @@ class PeRFlowControlNetUnionInputStep(StableDiffusionXLControlNetUnionInputStep)
         return super().__call__(components, state)
 
 
-class PeRFlowAutoControlNetInputStep(AskedOnce, AutoPipelineBlocks):
+class PeRFlowAutoControlNetInputStep(Assembled, AutoPipelineBlocks):
     """Prepares the control pictures: for a ControlNet-Union with `control_mode`, else for one or more ControlNets."""
 
-    block_classes = [PeRFlowControlNetUnionInputStep, StableDiffusionXLControlNetInputStep]  # noqa: RUF012
-    block_names = ["controlnet_union", "controlnet"]  # noqa: RUF012
-    block_trigger_inputs = ["control_mode", "control_image"]  # noqa: RUF012
+    block_classes = [PeRFlowControlNetUnionInputStep, StableDiffusionXLControlNetInputStep]
+    block_names = ["controlnet_union", "controlnet"]
+    block_trigger_inputs = ["control_mode", "control_image"]
 
     @property
     def description(self) -> str:

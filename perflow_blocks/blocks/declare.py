@@ -48,8 +48,11 @@ class Assembled:
             self._known = (arrangement, {})
         known = self._known[1]
         if name not in known:
-            known[name] = getattr(super(), name)
+            known[name] = self._work_out(name)
         return [copy(entry) for entry in known[name]]
+
+    def _work_out(self, name: str) -> list[Any]:
+        return getattr(super(), name)
 
     @property
     def inputs(self) -> list[Any]:

@@ -14,7 +14,7 @@ from diffusers.modular_pipelines.modular_pipeline import (
     PipelineState,
     SequentialPipelineBlocks,
 )
-from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, OutputParam
 from diffusers.modular_pipelines.stable_diffusion_xl.decoders import StableDiffusionXLDecodeStep
 from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import (
     StableDiffusionXLInpaintDecodeStep,
@@ -22,104 +22,17 @@ from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffu
 from PIL import Image
 from torch import Tensor
 
-from .assembly import AskedOnce
+from .declare import Assembled, declared
+from .images import repeat_images
 from .inputs import output_type_input, param
-from .pictures import repeat_pictures
 
-Pictures = list[Image.Image] | np.ndarray | Tensor
-
-
-class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
-    """Puts the pixels outside the mask back exactly: decoding known latents alone gives only nearly what they were."""
-
-    model_name = "stable-diffusion-xl"
-
-    @property
-    def description(self) -> str:
-        return "Puts the known pixels of an inpainted picture back as they were; `keep_known_pixels=False` leaves it."
-
-    @property
-    def expected_components(self) -> list[ComponentSpec]:
-        return [
-            _processor("image_processor", "Resizes the given picture.", vae_scale_factor=8),
-            _processor(
-                "mask_processor",
-                "Resizes the mask and makes it 0 or 1.",
-                do_normalize=False,
-                vae_scale_factor=8,
-                do_binarize=True,
-                do_convert_grayscale=True,
-            ),
-        ]
-
-    @property
-    def inputs(self) -> list[InputParam]:
-        picture = Image.Image | np.ndarray | Tensor | list[Image.Image] | list[np.ndarray] | list[Tensor]
-        return [
-            param("images", Pictures, "The decoded pictures.", required=True),
-            param("image", picture, "The picture that was given, or one for each prompt.", required=True),
-            param("mask_image", picture, "The mask that was given: white is painted, black kept.", required=True),
-            param("keep_known_pixels", bool, "Whether pixels outside the mask are put back exactly.", default=True),
-            output_type_input(),
-        ]
-
-    @property
-    def intermediate_outputs(self) -> list[OutputParam]:
-        return [OutputParam("images", Pictures, "The pictures, with the known pixels exactly as given.")]
-
-    @torch.no_grad()
-    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        block_state = self.get_block_state(state)
-        if block_state.keep_known_pixels and block_state.output_type != "latent":
-            block_state.images = self._compose(components, block_state)
-        self.set_block_state(state, block_state)
-        return components, state
-
-    def _compose(self, components: Any, block_state: Any) -> Pictures:
-        painted, kind = block_state.images, block_state.output_type
-        height, width = _size(painted, kind)
-        count = len(painted)
-        given = components.image_processor.preprocess(block_state.image, height=height, width=width)
-        hole = components.mask_processor.preprocess(block_state.mask_image, height=height, width=width)
-        given, hole = repeat_pictures(given, count), repeat_pictures(hole, count)
-        known = components.image_processor.postprocess(given, output_type=kind)
-        if kind == "pil":
-            masks = [Image.fromarray(np.uint8(one * 255), mode="L") for one in hole.squeeze(1).float().cpu().numpy()]
-            return [Image.composite(*three) for three in zip(painted, known, masks, strict=True)]
-        if kind == "np":
-            mask = hole.permute(0, 2, 3, 1).float().cpu().numpy()
-            return mask * painted + (1.0 - mask) * known
-        return torch.lerp(known.to(painted), painted, hole.to(painted))
+Images = list[Image.Image] | np.ndarray | Tensor
+GivenImage = Image.Image | np.ndarray | Tensor | list[Image.Image] | list[np.ndarray] | list[Tensor]
 
 
-class PeRFlowInpaintDecodeStep(SequentialPipelineBlocks):
-    """Decodes, then puts the known pixels back."""
-
-    block_classes = [StableDiffusionXLDecodeStep, PeRFlowKeepKnownPixelsStep]  # noqa: RUF012  (as diffusers does)
-    block_names = ["decode", "keep_known_pixels"]  # noqa: RUF012
-
-    @property
-    def description(self) -> str:
-        return "Decodes the latents and puts the known pixels of the given picture back."
-
-
-class PeRFlowAutoDecodeStep(AskedOnce, AutoPipelineBlocks):
-    """Decodes; for inpainting with the known pixels put back, or the whole painted crop laid over the picture."""
-
-    block_classes = [  # noqa: RUF012
-        StableDiffusionXLInpaintDecodeStep,
-        PeRFlowInpaintDecodeStep,
-        StableDiffusionXLDecodeStep,
-    ]
-    block_names = ["inpaint_crop", "inpaint", "non-inpaint"]  # noqa: RUF012
-    block_trigger_inputs = ["padding_mask_crop", "mask_image", None]  # noqa: RUF012
-
-    @property
-    def description(self) -> str:
-        return (
-            "Decodes the latents. With `padding_mask_crop` the painted crop is laid over the given picture, with "
-            "`mask_image` alone the known pixels are put back."
-        )
+def images_output() -> OutputParam:
+    """The one output of every preset."""
+    return OutputParam("images", Images, "The images, as `output_type` says; for `latent` the latents as they are.")
 
 
 def _processor(name: str, description: str, **config: Any) -> ComponentSpec:
@@ -128,13 +41,103 @@ def _processor(name: str, description: str, **config: Any) -> ComponentSpec:
         name,
         VaeImageProcessor,
         description=description,
-        config=FrozenDict(config),
+        config=FrozenDict({"vae_scale_factor": 8, **config}),
         default_creation_method="from_config",
     )
 
 
-def _size(pictures: Any, output_type: str) -> tuple[int, int]:
-    """Height and width of decoded pictures."""
+class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
+    """Puts the pixels outside the mask back exactly: decoding known latents alone gives only nearly what they were."""
+
+    model_name = "stable-diffusion-xl"
+    description = "Puts the known pixels of an inpainted image back as they were; `keep_known_pixels=False` leaves it."
+    expected_components = declared(
+        _processor("image_processor", "Resizes the given image."),
+        _processor(
+            "mask_processor",
+            "Resizes the mask and makes it 0 or 1.",
+            do_normalize=False,
+            do_binarize=True,
+            do_convert_grayscale=True,
+        ),
+    )
+    inputs = declared(
+        param("images", Images, "The decoded images.", required=True),
+        param("image", GivenImage, "The image that was given, or one for each prompt.", required=True),
+        param("mask_image", GivenImage, "The mask that was given: white is painted, black kept.", required=True),
+        param("keep_known_pixels", bool, "Whether pixels outside the mask are put back exactly.", default=True),
+        output_type_input(),
+    )
+    intermediate_outputs = declared(
+        OutputParam("images", Images, "The images, with the known pixels exactly as given.")
+    )
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        block_state = self.get_block_state(state)
+        if block_state.keep_known_pixels and block_state.output_type != "latent":
+            block_state.images = _compose(components, block_state)
+        self.set_block_state(state, block_state)
+        return components, state
+
+
+def _compose(components: Any, block_state: Any) -> Images:
+    painted, kind = block_state.images, block_state.output_type
+    height, width = _size(painted, kind)
+    given = components.image_processor.preprocess(block_state.image, height=height, width=width)
+    hole = components.mask_processor.preprocess(block_state.mask_image, height=height, width=width)
+    given, hole = repeat_images(given, len(painted)), repeat_images(hole, len(painted))
+    known = components.image_processor.postprocess(given, output_type=kind)
+    if kind == "pil":
+        masks = [Image.fromarray(np.uint8(one * 255), mode="L") for one in hole.squeeze(1).float().cpu().numpy()]
+        return [Image.composite(*three) for three in zip(painted, known, masks, strict=True)]
+    if kind == "np":
+        mask = hole.permute(0, 2, 3, 1).float().cpu().numpy()
+        return mask * painted + (1.0 - mask) * known
+    return torch.lerp(known.to(painted), painted, hole.to(painted))
+
+
+def _size(images: Any, output_type: str) -> tuple[int, int]:
+    """Height and width of decoded images."""
     if output_type == "pil":
-        return pictures[0].height, pictures[0].width
-    return tuple(pictures.shape[1:3] if output_type == "np" else pictures.shape[2:4])
+        return images[0].height, images[0].width
+    return tuple(images.shape[1:3] if output_type == "np" else images.shape[2:4])
+
+
+class PeRFlowDecodeStep(StableDiffusionXLDecodeStep):
+    """diffusers' decoder, which also takes a VAE of another type than the latents: float32 beside a float16 UNet."""
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        latents = state.get("latents")
+        if state.get("output_type") != "latent":
+            state.set("latents", latents.to(next(components.vae.parameters()).dtype))
+        super().__call__(components, state)
+        state.set("latents", latents)
+        return components, state
+
+
+class PeRFlowInpaintCropDecodeStep(StableDiffusionXLInpaintDecodeStep):
+    """Decodes, then lays the painted crop over the given image."""
+
+    block_classes = [PeRFlowDecodeStep, *StableDiffusionXLInpaintDecodeStep.block_classes[1:]]
+
+
+class PeRFlowInpaintDecodeStep(Assembled, SequentialPipelineBlocks):
+    """Decodes, then puts the known pixels back."""
+
+    block_classes = [PeRFlowDecodeStep, PeRFlowKeepKnownPixelsStep]
+    block_names = ["decode", "keep_known_pixels"]
+    description = "Decodes the latents and puts the known pixels of the given image back."
+
+
+class PeRFlowAutoDecodeStep(Assembled, AutoPipelineBlocks):
+    """Decodes; for inpainting with the known pixels put back, or the whole painted crop laid over the image."""
+
+    block_classes = [PeRFlowInpaintCropDecodeStep, PeRFlowInpaintDecodeStep, PeRFlowDecodeStep]
+    block_names = ["inpaint_crop", "inpaint", "non-inpaint"]
+    block_trigger_inputs = ["padding_mask_crop", "mask_image", None]
+    description = (
+        "Decodes the latents. With `padding_mask_crop` the painted crop is laid over the given image, with "
+        "`mask_image` alone the known pixels are put back."
+    )

@@ -23,8 +23,8 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, In
 from torch import Tensor
 
 from ..core.step_plan import apply_step
-from .assembly import AskedOnce
 from .controlnet_denoiser import PeRFlowControlNetLoopDenoiser
+from .declare import Assembled
 from .denoiser import PeRFlowLoopDenoiser
 from .finite_guard import ControlNetFiniteGuardStep, FiniteGuardStep
 from .guiders import warn_about_few_steps
@@ -35,12 +35,12 @@ from .solver import PeRFlowLoopSolverStep
 from .specs import guider_spec, unet_spec
 
 
-class PeRFlowDenoiseStep(AskedOnce, LoopSequentialPipelineBlocks):
+class PeRFlowDenoiseStep(Assembled, LoopSequentialPipelineBlocks):
     """The loop over the steps of a plan. Another loop is another two lists, or a block inserted into `sub_blocks`."""
 
     model_name = "stable-diffusion-xl"
-    block_classes = [FiniteGuardStep, PeRFlowLoopDenoiser, PeRFlowLoopSolverStep]  # noqa: RUF012  (diffusers' way)
-    block_names = ["finite_guard", "denoiser", "solver"]  # noqa: RUF012
+    block_classes = [FiniteGuardStep, PeRFlowLoopDenoiser, PeRFlowLoopSolverStep]
+    block_names = ["finite_guard", "denoiser", "solver"]
 
     @property
     def description(self) -> str:
@@ -103,7 +103,7 @@ class PeRFlowDenoiseStep(AskedOnce, LoopSequentialPipelineBlocks):
 class PeRFlowControlNetDenoiseStep(PeRFlowDenoiseStep):
     """The loop with a ControlNet."""
 
-    block_classes = [  # noqa: RUF012
+    block_classes = [
         ControlNetFiniteGuardStep,
         PeRFlowControlNetLoopDenoiser,
         PeRFlowLoopSolverStep,
@@ -113,14 +113,14 @@ class PeRFlowControlNetDenoiseStep(PeRFlowDenoiseStep):
 class PeRFlowInpaintDenoiseStep(PeRFlowDenoiseStep):
     """The loop that keeps the known part of a picture."""
 
-    block_classes = [*PeRFlowDenoiseStep.block_classes, PeRFlowLoopKeepKnownStep]  # noqa: RUF012
-    block_names = [*PeRFlowDenoiseStep.block_names, "keep_known"]  # noqa: RUF012
+    block_classes = [*PeRFlowDenoiseStep.block_classes, PeRFlowLoopKeepKnownStep]
+    block_names = [*PeRFlowDenoiseStep.block_names, "keep_known"]
 
 
 class PeRFlowInpaintControlNetDenoiseStep(PeRFlowInpaintDenoiseStep):
     """The loop with a ControlNet that keeps the known part of a picture."""
 
-    block_classes = [*PeRFlowControlNetDenoiseStep.block_classes, PeRFlowLoopKeepKnownStep]  # noqa: RUF012
+    block_classes = [*PeRFlowControlNetDenoiseStep.block_classes, PeRFlowLoopKeepKnownStep]
 
 
 def _predicted_clean(block_state: Any, i: int) -> Tensor:

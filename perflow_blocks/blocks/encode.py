@@ -1,4 +1,4 @@
-"""Encoding: diffusers' own blocks, put right for lists of generators and for embeddings in place of a prompt."""
+"""Encoding: diffusers' own blocks, corrected for lists of generators and for embeddings in place of a prompt."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, ModularPipelineBlocks, PipelineState
-from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, ConfigSpec, InputParam, OutputParam
+from diffusers.modular_pipelines.modular_pipeline_utils import ConfigSpec, OutputParam
 from diffusers.modular_pipelines.stable_diffusion_xl.encoders import (
     StableDiffusionXLInpaintVaeEncoderStep,
     StableDiffusionXLIPAdapterStep,
@@ -15,18 +15,19 @@ from diffusers.modular_pipelines.stable_diffusion_xl.encoders import (
 )
 from torch import Tensor
 
-from .assembly import AskedOnce
+from .declare import Assembled, declared
+from .images import count_images, first_image, image_size, repeat_images
 from .inputs import DENOISER_INPUT_FIELDS, embeddings_inputs
-from .pictures import count_pictures, first_picture, picture_size, repeat_pictures
 from .specs import guider_spec, unet_spec
 
 
 class PeRFlowTextEncoderStep(StableDiffusionXLTextEncoderStep):
     """diffusers' text encoder, with this package's default guider where it is the first block to name one."""
 
-    @property
-    def expected_components(self) -> list[ComponentSpec]:
-        return [guider_spec(), *(spec for spec in super().expected_components if spec.name != "guider")]
+    expected_components = declared(
+        guider_spec(),
+        *(spec for spec in StableDiffusionXLTextEncoderStep().expected_components if spec.name != "guider"),
+    )
 
 
 class PeRFlowEmbeddingsStep(ModularPipelineBlocks):
@@ -40,40 +41,28 @@ class PeRFlowEmbeddingsStep(ModularPipelineBlocks):
     """
 
     model_name = "stable-diffusion-xl"
-
-    @property
-    def description(self) -> str:
-        return "Takes text embeddings in place of a prompt, with zeros for negative ones that are not given."
-
-    @property
-    def expected_components(self) -> list[ComponentSpec]:
-        return [guider_spec()]
-
-    @property
-    def expected_configs(self) -> list[ConfigSpec]:
-        return [ConfigSpec("force_zeros_for_empty_prompt", True, "Whether an empty negative prompt is all zeros.")]
-
-    @property
-    def inputs(self) -> list[InputParam]:
-        return embeddings_inputs()
-
-    @property
-    def intermediate_outputs(self) -> list[OutputParam]:
-        return [
-            OutputParam(param.name, param.type_hint, param.description, kwargs_type=DENOISER_INPUT_FIELDS)
-            for param in self.inputs
-        ]
+    description = "Takes text embeddings in place of a prompt, with zeros for negative ones that are not given."
+    expected_components = declared(guider_spec())
+    expected_configs = declared(
+        ConfigSpec("force_zeros_for_empty_prompt", True, "Whether an empty negative prompt is all zeros.")
+    )
+    inputs = declared(*embeddings_inputs())
+    intermediate_outputs = declared(
+        *(
+            OutputParam(entry.name, entry.type_hint, entry.description, kwargs_type=DENOISER_INPUT_FIELDS)
+            for entry in embeddings_inputs()
+        )
+    )
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         block_state = self.get_block_state(state)
         device = components._execution_device
-        zeros = components.config.force_zeros_for_empty_prompt
         for name in ("prompt_embeds", "pooled_prompt_embeds"):
             given = getattr(block_state, name).to(device)
             negative = getattr(block_state, f"negative_{name}")
             if negative is None and components.guider.num_conditions > 1:
-                if not zeros:
+                if not components.config.force_zeros_for_empty_prompt:
                     raise ValueError(f"negative_{name} is missing; pass it beside {name}, or a guider of scale 1.")
                 negative = torch.zeros_like(given)
             setattr(block_state, name, given)
@@ -82,20 +71,17 @@ class PeRFlowEmbeddingsStep(ModularPipelineBlocks):
         return components, state
 
 
-class PeRFlowAutoTextEncoderStep(AskedOnce, AutoPipelineBlocks):
+class PeRFlowAutoTextEncoderStep(Assembled, AutoPipelineBlocks):
     """Encodes `prompt`, or takes `prompt_embeds`."""
 
-    block_classes = [PeRFlowTextEncoderStep, PeRFlowEmbeddingsStep]  # noqa: RUF012  (as diffusers does)
-    block_names = ["prompt", "embeddings"]  # noqa: RUF012
-    block_trigger_inputs = ["prompt", "prompt_embeds"]  # noqa: RUF012
-
-    @property
-    def description(self) -> str:
-        return "Encodes the prompt where one is given, else takes the text embeddings that are."
+    block_classes = [PeRFlowTextEncoderStep, PeRFlowEmbeddingsStep]
+    block_names = ["prompt", "embeddings"]
+    block_trigger_inputs = ["prompt", "prompt_embeds"]
+    description = "Encodes the prompt where one is given, else takes the text embeddings that are."
 
 
 class PeRFlowIPAdapterStep(StableDiffusionXLIPAdapterStep):
-    """diffusers' IP-Adapter step, which without guidance fails for want of negative embeddings."""
+    """diffusers' IP-Adapter step, which without guidance fails because the negative embeddings are missing."""
 
     def set_block_state(self, state: PipelineState, block_state: Any) -> None:
         if "negative_ip_adapter_embeds" not in block_state.as_dict():
@@ -103,48 +89,43 @@ class PeRFlowIPAdapterStep(StableDiffusionXLIPAdapterStep):
         super().set_block_state(state, block_state)
 
 
-class PeRFlowAutoIPAdapterStep(AskedOnce, AutoPipelineBlocks):
-    """Encodes the pictures for IP-Adapters where there are some."""
+class PeRFlowAutoIPAdapterStep(Assembled, AutoPipelineBlocks):
+    """Encodes the images for IP-Adapters where there are some."""
 
-    block_classes = [PeRFlowIPAdapterStep]  # noqa: RUF012
-    block_names = ["ip_adapter"]  # noqa: RUF012
-    block_trigger_inputs = ["ip_adapter_image"]  # noqa: RUF012
-
-    @property
-    def description(self) -> str:
-        return "Encodes `ip_adapter_image` where it is given, for the IP-Adapters that are loaded; else is skipped."
+    block_classes = [PeRFlowIPAdapterStep]
+    block_names = ["ip_adapter"]
+    block_trigger_inputs = ["ip_adapter_image"]
+    description = "Encodes `ip_adapter_image` where it is given, for the IP-Adapters that are loaded; else is skipped."
 
 
 class PeRFlowVaeEncoderStep(StableDiffusionXLVaeEncoderStep):
-    """diffusers' VAE encoder, with a list of generators allowed for fewer pictures than generators."""
+    """diffusers' VAE encoder, with a list of generators allowed for fewer images than generators."""
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        inner = _match_pictures(state)
+        inner = _match_images(state)
         super().__call__(components, inner)
         return components, _take_outputs(self, state, inner)
 
 
 class PeRFlowInpaintVaeEncoderStep(StableDiffusionXLInpaintVaeEncoderStep):
-    """diffusers' VAE encoder for inpainting, at the picture's own size unless the call names another.
+    """diffusers' VAE encoder for inpainting, at the image's own size unless the call names another.
 
-    It does not encode the masked picture for a 4-channel UNet, which does not take it.
+    It does not encode the masked image for a 4-channel UNet, which does not take it.
     """
 
-    @property
-    def expected_components(self) -> list[ComponentSpec]:
-        return [*super().expected_components, unet_spec()]
+    expected_components = declared(*StableDiffusionXLInpaintVaeEncoderStep().expected_components, unet_spec())
 
     # The stock method of this class reads `self.vae` where the VAE has latent statistics, which no block has.
     _encode_vae_image = StableDiffusionXLVaeEncoderStep._encode_vae_image
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        inner = _match_pictures(state)
+        inner = _match_images(state)
         if state.get("padding_mask_crop") is None:
-            given = picture_size(first_picture(state.get("image")))
+            given = image_size(first_image(state.get("image")))
             wanted = (state.get("height") or given[0], state.get("width") or given[1])
-            # Both being told, the processor looks at the picture no more and only rounds them down to its factor.
+            # With both given, the processor only rounds them down to its factor.
             height, width = components.image_processor.get_default_height_width(state.get("image"), *wanted)
             inner.set("height", height)
             inner.set("width", width)
@@ -159,34 +140,32 @@ class PeRFlowInpaintVaeEncoderStep(StableDiffusionXLInpaintVaeEncoderStep):
         return super().prepare_mask_latents(components, mask, masked_image, *args)
 
 
-class PeRFlowAutoVaeEncoderStep(AskedOnce, AutoPipelineBlocks):
-    """Encodes the given picture: with a mask for inpainting, alone for image-to-image."""
+class PeRFlowAutoVaeEncoderStep(Assembled, AutoPipelineBlocks):
+    """Encodes the given image: with a mask for inpainting, alone for image-to-image."""
 
-    block_classes = [PeRFlowInpaintVaeEncoderStep, PeRFlowVaeEncoderStep]  # noqa: RUF012
-    block_names = ["inpaint", "img2img"]  # noqa: RUF012
-    block_trigger_inputs = ["mask_image", "image"]  # noqa: RUF012
-
-    @property
-    def description(self) -> str:
-        return "Encodes `image` where one is given, for inpainting with `mask_image`; else is skipped."
+    block_classes = [PeRFlowInpaintVaeEncoderStep, PeRFlowVaeEncoderStep]
+    block_names = ["inpaint", "img2img"]
+    block_trigger_inputs = ["mask_image", "image"]
+    description = "Encodes `image` where one is given, for inpainting with `mask_image`; else is skipped."
 
 
-def _match_pictures(state: PipelineState) -> PipelineState:
-    """A copy of the state in which pictures and masks are as many, so that the stock blocks can pair them.
+def _match_images(state: PipelineState) -> PipelineState:
+    """A copy of the state with as many images as masks, so that the stock blocks can pair them.
 
-    Each generator of a list gets a picture of its own to sample latents of. One picture or one mask for all stays as
+    Each generator of a list gets an image of its own, to sample latents from. One image or one mask for all stays as
     it is otherwise: the stock blocks spread it, and a crop needs a single mask.
+    The copy has no `dtype`, which is the latents' type, so that they encode in the VAE's own.
     """
-    values = dict(state.values)
+    values = {**state.values, "dtype": None}
     image, mask, generator = (values.get(name) for name in ("image", "mask_image", "generator"))
-    pictures = count_pictures(image)
-    masks = 1 if mask is None else count_pictures(mask, mask=True)
+    images = count_images(image)
+    masks = 1 if mask is None else count_images(mask, mask=True)
     generators = len(generator) if isinstance(generator, list) else 1
-    count = max(pictures, masks, generators)
-    if pictures > 1 or generators > 1:
-        values["image"] = repeat_pictures(image, count)
+    count = max(images, masks, generators)
+    if images > 1 or generators > 1:
+        values["image"] = repeat_images(image, count)
     if masks > 1:
-        values["mask_image"] = repeat_pictures(mask, count, mask=True)
+        values["mask_image"] = repeat_images(mask, count, mask=True)
     return PipelineState(values=values, kwargs_mapping=dict(state.kwargs_mapping))
 
 

@@ -1,14 +1,20 @@
-"""The inputs that more than one block takes.
+"""The inputs of blocks that more than one block takes, each defined once.
 
-Functions, not constants: diffusers writes into the parameters that a block returns.
+Functions return new `InputParam` objects, because diffusers writes into those that a block returns. In shapes, `f` is
+the VAE's factor between pixels and latents, 8 for SDXL.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
+from PIL import Image
+from torch import Tensor
 
 from ..core.noising import NOISINGS
 from ..core.step_plan import StepPlan
@@ -17,12 +23,19 @@ from ..delta.recipe import DeltaRecipe
 DENOISER_INPUT_FIELDS = "denoiser_input_fields"
 """The name under which diffusers collects the tensors that the guider splits."""
 
+CONTROLNET_KWARGS = "controlnet_kwargs"
+"""The name under which diffusers collects what only some ControlNets take."""
+
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 NONFINITE_POLICIES = ("raise", "fallback")
 
-CONTROLNET_KWARGS = "controlnet_kwargs"
-"""The name under which diffusers collects what only some ControlNets take."""
+Text = str | list[str]
+Size = tuple[int, int]
+Numbers = float | list[float]
+Tensors = Tensor | list[Tensor]
+OneImage = Image.Image | np.ndarray | Tensor
+Images = OneImage | list[OneImage]
 
 
 def param(
@@ -39,198 +52,193 @@ def param(
     )
 
 
-def latents_input() -> InputParam:
-    return param("latents", torch.Tensor, "Latents (batch, channels, height/f, width/f) of this step.", required=True)
+_guided = partial(param, kind=DENOISER_INPUT_FIELDS)
+_control = partial(param, kind=CONTROLNET_KWARGS)
+
+_REQUEST = (
+    param("prompt", Text, "What to draw: a text, or a list with one text for each image."),
+    param("prompt_2", Text, "The text for the second text encoder, if not `prompt`; unused if it is the only one."),
+    param("negative_prompt", Text, "What not to draw; has no effect while the guidance scale is 1."),
+    param("negative_prompt_2", Text, "The negative text for the second text encoder, if not `negative_prompt`."),
+    _guided("prompt_embeds", Tensor, "Text embeddings (prompts, tokens, width), in place of `prompt`."),
+    _guided("pooled_prompt_embeds", Tensor, "Pooled text embeddings (prompts, width) of `prompt_embeds`."),
+    _guided("negative_prompt_embeds", Tensor, "Text embeddings of the negative prompt, like `prompt_embeds`."),
+    _guided("negative_pooled_prompt_embeds", Tensor, "Pooled embeddings of `negative_prompt_embeds`."),
+    param("clip_skip", int, "Last layers of the text encoders to skip, at least 0. None: SDXL's default."),
+    param("cross_attention_kwargs", dict[str, Any], "Arguments for attention processors, such as a LoRA scale."),
+    param("num_inference_steps", int, "Denoising steps, usually 4 to 8. None: as the weights recommend, else 6."),
+    param(
+        "timesteps",
+        list[int] | Tensor,
+        "Timesteps (num_steps,) in place of a number: descending, with every window start.",
+    ),
+    param("num_images_per_prompt", int, "Images for each prompt, at least 1.", default=1),
+    param("generator", torch.Generator | list[torch.Generator], "Source of the noise: one, or one for each image."),
+    param(
+        "latents",
+        Tensor,
+        "Latents (images, channels, height/f, width/f): at the call the starting noise, for image-to-image the noised "
+        "image; in the loop those of the current step.",
+    ),
+    param("output_type", str, f"What images are returned as: {', '.join(OUTPUT_TYPES)}.", default="pil"),
+    param(
+        "on_nonfinite",
+        str,
+        "If latents are not finite: raise, or fallback (run again in float32).",
+        default=NONFINITE_POLICIES[0],
+    ),
+    param("image", Images, "The image to start from: one for all prompts, or one for each."),
+    param("mask_image", Images, "For inpainting, of the image's size: white is painted, black kept."),
+    param("padding_mask_crop", int, "Paint at full size only the mask with this margin in pixels; PIL images only."),
+    param("image_latents", Tensor, "Clean latents of the image (n, channels, height/f, width/f)."),
+    param("mask", Tensor, "The mask at the latents' size (n, 1, height/f, width/f): 1 is painted, 0 kept."),
+    param("masked_image_latents", Tensor, "For a 9-channel UNet: latents of the image without its hole."),
+    param(
+        "strength",
+        float,
+        "Time in (0, 1] at which the image enters: 1 redraws everything, small values little. A first step starts "
+        "there, then come the steps below it. None: 0.3 for image-to-image, 1.0 for inpainting.",
+    ),
+    param(
+        "noising",
+        str,
+        f"How an image is noised inside a window: {' or '.join(NOISINGS)}. Training used the first.",
+        default=NOISINGS[0],
+    ),
+    param(
+        "denoising_start",
+        float,
+        "Fraction of the denoising, in (0, 1), that an earlier run did, snapped to a window boundary: no noise is "
+        "added, and the steps before it are skipped. With a mask pass the earlier run's `noise` too.",
+    ),
+    param("denoising_end", float, "Fraction of the denoising, in (0, 1], to stop at, snapped to a window boundary."),
+    param("control_image", Images, "For a ControlNet: the control image, or a list for several of them."),
+    param("control_mode", int | list[int], "For a ControlNet-Union: the control type of each control image."),
+    param("controlnet_conditioning_scale", Numbers, "Weight of the ControlNet, or of each. None: 1."),
+    param("control_guidance_start", Numbers, "Fraction of the steps, in [0, 1), where ControlNets begin. None: 0."),
+    param("control_guidance_end", Numbers, "Fraction of the steps, in (0, 1], where ControlNets end. None: 1."),
+    param("guess_mode", bool, "Whether the ControlNet sees the conditional batches only. None: no."),
+    param("ip_adapter_image", Images, "For IP-Adapters: an image, or a list with one entry for each of them."),
+    _guided("ip_adapter_embeds", list[Tensor], "Image embeddings, one tensor for each loaded IP-Adapter."),
+    _guided("negative_ip_adapter_embeds", list[Tensor], "Embeddings of the empty image, likewise."),
+    param("height", int, "Height in pixels, a multiple of f. None: the given image's, else the UNet's own."),
+    param("width", int, "Width in pixels, a multiple of f. None: the given image's, else the UNet's own."),
+    param("original_size", Size, "Size before cropping that SDXL is told, (height, width). None: the image's."),
+    param("aesthetic_score", float, "For SDXL's refiner: how pleasing the image should be.", default=6.0),
+    param("negative_aesthetic_score", float, "`aesthetic_score` of the negative prompt.", default=2.0),
+    param("target_size", Size, "Size wanted that SDXL is told, (height, width). None: the image's."),
+    param("crops_coords_top_left", Size, "Where the crop began that SDXL is told, (top, left).", default=(0, 0)),
+    param("negative_original_size", Size, "`original_size` of the negative prompt; needs `negative_target_size`."),
+    param("negative_target_size", Size, "`target_size` of the negative prompt; needs `negative_original_size`."),
+    param("negative_crops_coords_top_left", Size, "`crops_coords_top_left` of the negative prompt.", default=(0, 0)),
+)
+"""What a call may be given, in the order in which a preset's documentation lists it."""
+
+_HANDED_ON = (
+    param("batch_size", int, "Number of prompts."),
+    param("dtype", torch.dtype, "Type of the latents, from the `input` step."),
+    param("delta_recipe", DeltaRecipe, "How the merged delta was distilled, from `merge_delta`; None without one."),
+    param("step_plan", StepPlan, "The steps on the host: times, windows, coefficients."),
+    param("step_coefficients", Tensor, "The plan's table (num_steps, 4) on the device, float32."),
+    param("noise_coefficients", Tensor, "(P, Q) of `P x0 + Q noise` at each step and the end (num_steps + 1, 2)."),
+    param("noise_pred", Tensor, "Guided prediction of this step, shaped like the latents."),
+    param("noise", Tensor, "The noise of the known part, shaped like the latents."),
+    param(
+        "inpaint_conditioning", Tensor, "Mask and masked image (images, 5, height/f, width/f) for a 9-channel UNet."
+    ),
+    _guided("add_time_ids", Tensor, "Sizes and crop (images, 6) that SDXL is told."),
+    _guided("negative_add_time_ids", Tensor, "Sizes and crop of the negative prompt."),
+    param("controlnet_cond", Tensors, "Control images (images, 3, height, width) in [0, 1]; a list for several."),
+    param("conditioning_scale", Numbers, "Weight of the ControlNet, or of each of several."),
+    param("controlnet_keep", list[float] | list[list[float]], "1 or 0 for each step: in force or not."),
+    _control("control_type", Tensor, "For a ControlNet-Union: which control types are given (images, types)."),
+    _control("control_type_idx", list[int], "For a ControlNet-Union: the control type of each control image."),
+)
+"""What blocks of a preset hand to later ones."""
+
+_SHARED = {entry.name: entry for entry in (*_REQUEST, *_HANDED_ON)}
 
 
-def delta_recipe_input() -> InputParam:
-    return param(
-        "delta_recipe", DeltaRecipe, "How the merged delta was distilled, from `merge_delta`; None without a delta."
-    )
+def shared_input(name: str, *, required: bool = False, default: Any = None) -> InputParam:
+    """A new copy of the definition of an input, with another default if one is given.
+
+    Raises:
+        KeyError: no input of this name is defined here.
+    """
+    entry = _SHARED[name]
+    return replace(entry, required=required, default=entry.default if default is None else default)
 
 
-def num_inference_steps_input() -> InputParam:
-    return param("num_inference_steps", int, "Number of denoising steps.", required=True)
+latents_input = partial(shared_input, "latents", required=True)
+delta_recipe_input = partial(shared_input, "delta_recipe")
+num_inference_steps_input = partial(shared_input, "num_inference_steps", required=True)
+step_plan_input = partial(shared_input, "step_plan", required=True)
+step_coefficients_input = partial(shared_input, "step_coefficients", required=True)
+noise_coefficients_input = partial(shared_input, "noise_coefficients", required=True)
+noise_pred_input = partial(shared_input, "noise_pred", required=True)
+image_latents_input = partial(shared_input, "image_latents", required=True)
+mask_input = partial(shared_input, "mask", required=True)
+noise_input = partial(shared_input, "noise", required=True)
+inpaint_conditioning_input = partial(shared_input, "inpaint_conditioning")
+num_images_per_prompt_input = partial(shared_input, "num_images_per_prompt")
+generator_input = partial(shared_input, "generator")
+output_type_input = partial(shared_input, "output_type")
+noising_input = partial(shared_input, "noising")
+on_nonfinite_input = partial(shared_input, "on_nonfinite")
+denoising_start_input = partial(shared_input, "denoising_start")
+denoising_end_input = partial(shared_input, "denoising_end")
 
 
-def step_plan_input() -> InputParam:
-    return param("step_plan", StepPlan, "The steps on the host: times, windows, coefficients.", required=True)
-
-
-def step_coefficients_input() -> InputParam:
-    return param(
-        "step_coefficients", torch.Tensor, "The plan's table (num_steps, 4) on the device, float32.", required=True
-    )
+def request_inputs() -> list[InputParam]:
+    """What a call may be given for its task; blocks such as `merge_delta` add their own."""
+    return [replace(entry) for entry in _REQUEST]
 
 
 def schedule_inputs() -> list[InputParam]:
     """What the window set-up hands to the loop."""
-    return [
-        param("timesteps", torch.Tensor, "Timesteps (num_steps,), integers on the device.", required=True),
-        num_inference_steps_input(),
-        step_plan_input(),
-        step_coefficients_input(),
-    ]
-
-
-def noise_pred_input() -> InputParam:
-    return param("noise_pred", torch.Tensor, "Guided prediction of this step.", required=True)
-
-
-def noise_coefficients_input() -> InputParam:
-    return param(
-        "noise_coefficients",
-        torch.Tensor,
-        "(P, Q) of `P x0 + Q noise` at the start of each step and at the end, (num_steps + 1, 2) on the device.",
-        required=True,
-    )
-
-
-def image_latents_input() -> InputParam:
-    return param(
-        "image_latents",
-        torch.Tensor,
-        "The given picture's clean latents (pictures, channels, height/f, width/f), one for each or one for all.",
-        required=True,
-    )
-
-
-def mask_input() -> InputParam:
-    return param(
-        "mask", torch.Tensor, "What to repaint (pictures, 1, height/f, width/f): 1 is painted, 0 kept.", required=True
-    )
-
-
-def noise_input() -> InputParam:
-    return param("noise", torch.Tensor, "The noise of the known part, shaped like the latents.", required=True)
-
-
-def inpaint_conditioning_input() -> InputParam:
-    return param(
-        "inpaint_conditioning",
-        torch.Tensor,
-        "Mask and masked-image latents (batch, 5, height/f, width/f) for a 9-channel UNet; None for others.",
-    )
-
-
-def num_images_per_prompt_input() -> InputParam:
-    return param("num_images_per_prompt", int, "Pictures for each prompt, at least 1.", default=1)
+    names = ("timesteps", "num_inference_steps", "step_plan", "step_coefficients")
+    return [shared_input(name, required=True) for name in names]
 
 
 def batch_inputs() -> list[InputParam]:
-    """How many pictures there are, and of what type their latents."""
+    """How many images there are, and the type of their latents."""
     return [
-        param("batch_size", int, "Number of prompts.", required=True),
+        shared_input("batch_size", required=True),
         num_images_per_prompt_input(),
-        param("dtype", torch.dtype, "Type of the latents, from the `input` step.", required=True),
+        shared_input("dtype", required=True),
     ]
-
-
-def generator_input() -> InputParam:
-    return param("generator", torch.Generator | list[torch.Generator], "Source of the noise: one, or one per picture.")
-
-
-def output_type_input() -> InputParam:
-    return param("output_type", str, f"What pictures are returned as: {', '.join(OUTPUT_TYPES)}.", default="pil")
-
-
-def noising_input() -> InputParam:
-    return param(
-        "noising",
-        str,
-        f"How a picture is noised inside a window: {' or '.join(NOISINGS)}. The student's path is the chord.",
-        default=NOISINGS[0],
-    )
-
-
-def on_nonfinite_input() -> InputParam:
-    return param(
-        "on_nonfinite",
-        str,
-        f"What to do about latents that are not finite: {' or '.join(NONFINITE_POLICIES)} (repeat in float32 from the "
-        "start of the last window that was finite).",
-        default=NONFINITE_POLICIES[0],
-    )
-
-
-def denoising_start_input() -> InputParam:
-    return param(
-        "denoising_start",
-        float,
-        "Share of the denoising, in (0, 1), that an earlier run did: no noise is added, and the steps before it are "
-        "left out. Snaps to a window boundary. With a mask pass the earlier run's `noise` too.",
-    )
-
-
-def denoising_end_input() -> InputParam:
-    return param(
-        "denoising_end",
-        float,
-        "Share of the denoising, in (0, 1], after which to stop and leave the rest to a refiner. Snaps to a window "
-        "boundary.",
-    )
 
 
 def controlnet_inputs() -> list[InputParam]:
     """What the ControlNet input steps of diffusers hand to the loop."""
+    required = ("controlnet_cond", "conditioning_scale", "controlnet_keep", "guess_mode")
     return [
-        param(
-            "controlnet_cond",
-            torch.Tensor | list[torch.Tensor],
-            "Control pictures (batch, 3, height, width) in [0, 1]; a list for several ControlNets or a union.",
-            required=True,
-        ),
-        param(
-            "conditioning_scale",
-            float | list[float],
-            "Weight of the ControlNet, or of each of several.",
-            required=True,
-        ),
-        param(
-            "controlnet_keep", list[float] | list[list[float]], "1 or 0 for each step: in force or not.", required=True
-        ),
-        param("guess_mode", bool, "Whether the ControlNet sees the conditional batches only.", required=True),
-        param(
-            "control_type",
-            torch.Tensor,
-            "Which kinds of control are given (batch, kinds), for a ControlNet-Union.",
-            kind=CONTROLNET_KWARGS,
-        ),
-        param(
-            "control_type_idx",
-            list[int],
-            "The kind of each control picture, for a ControlNet-Union.",
-            kind=CONTROLNET_KWARGS,
-        ),
+        *(shared_input(name, required=True) for name in required),
+        shared_input("control_type"),
+        shared_input("control_type_idx"),
     ]
 
 
 def embeddings_inputs() -> list[InputParam]:
-    """What a prompt is once it is encoded; each `negative_` twin goes to the guider's unconditional batch."""
-    kind, tensor = DENOISER_INPUT_FIELDS, torch.Tensor
+    """An encoded prompt; each `negative_` input is what the guider's unconditional batch gets."""
     return [
-        param("prompt_embeds", tensor, "Text embeddings (batch, tokens, width).", required=True, kind=kind),
-        param("negative_prompt_embeds", tensor, "Text embeddings of the negative prompt.", kind=kind),
-        param("pooled_prompt_embeds", tensor, "Pooled text embeddings (batch, width).", required=True, kind=kind),
-        param("negative_pooled_prompt_embeds", tensor, "Pooled embeddings of the negative prompt.", kind=kind),
+        shared_input("prompt_embeds", required=True),
+        shared_input("negative_prompt_embeds"),
+        shared_input("pooled_prompt_embeds", required=True),
+        shared_input("negative_pooled_prompt_embeds"),
     ]
 
 
 def conditioning_inputs() -> list[InputParam]:
     """What the UNet is conditioned on."""
-    kind, tensor = DENOISER_INPUT_FIELDS, torch.Tensor
     return [
         *embeddings_inputs(),
-        param("add_time_ids", tensor, "Sizes and crop (batch, 6) that SDXL is told.", required=True, kind=kind),
-        param("negative_add_time_ids", tensor, "Sizes and crop of the negative prompt.", kind=kind),
+        shared_input("add_time_ids", required=True),
+        shared_input("negative_add_time_ids"),
         *ip_adapter_inputs(),
     ]
 
 
 def ip_adapter_inputs() -> list[InputParam]:
-    """What the pictures for IP-Adapters are once they are encoded."""
-    kind, tensors = DENOISER_INPUT_FIELDS, list[torch.Tensor]
-    return [
-        param("ip_adapter_embeds", tensors, "Image embeddings, one tensor per loaded IP-Adapter.", kind=kind),
-        param("negative_ip_adapter_embeds", tensors, "Embeddings of the empty image, likewise.", kind=kind),
-    ]
+    """Encoded images for IP-Adapters."""
+    return [shared_input("ip_adapter_embeds"), shared_input("negative_ip_adapter_embeds")]

@@ -9,7 +9,7 @@ from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, Mod
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, ConfigSpec
 from torch import nn
 
-from .assembly import AskedOnce
+from .declare import Assembled
 from .specs import controlnet_spec, memory_format_config_specs, unet_spec
 
 
@@ -67,12 +67,12 @@ class PeRFlowControlNetMemoryFormatStep(PeRFlowMemoryFormatStep):
         return [*super().expected_components, controlnet_spec()]
 
 
-class PeRFlowAutoMemoryFormatStep(AskedOnce, AutoPipelineBlocks):
+class PeRFlowAutoMemoryFormatStep(Assembled, AutoPipelineBlocks):
     """UNet and ControlNets where there is a control image, else the UNet."""
 
-    block_classes = [PeRFlowControlNetMemoryFormatStep, PeRFlowMemoryFormatStep]  # noqa: RUF012
-    block_names = ["controlnet", "unet"]  # noqa: RUF012
-    block_trigger_inputs = ["control_image", None]  # noqa: RUF012
+    block_classes = [PeRFlowControlNetMemoryFormatStep, PeRFlowMemoryFormatStep]
+    block_names = ["controlnet", "unet"]
+    block_trigger_inputs = ["control_image", None]
 
     @property
     def description(self) -> str:

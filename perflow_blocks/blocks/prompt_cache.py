@@ -2,31 +2,94 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
 
 import torch
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
+from torch import Tensor, nn
 
-from .embedding_cache import DEFAULT_MAX_ENTRIES, EmbeddingCache, Embeddings, Owner
+from ..core.windows import require_positive_int
 from .encode import PeRFlowAutoTextEncoderStep, PeRFlowEmbeddingsStep, PeRFlowTextEncoderStep
-from .fingerprint import model_state, tokenizer_state
 
-ENCODERS = ("text_encoder", "text_encoder_2")
-TOKENIZERS = ("tokenizer", "tokenizer_2")
+DEFAULT_MAX_ENTRIES = 64
+"""About 41 MB of SDXL's embeddings in half precision with guidance, less than one percent of its UNet."""
+
+Embeddings = dict[str, Tensor | None]
+
+
+class EmbeddingCache:
+    """Embeddings of the last requests. Threads may share it.
+
+    A deep copy is the same cache: `init_pipeline` and `pipe.blocks` copy blocks, and what a user holds must be what
+    the pipeline uses. Pickled it becomes an empty one.
+
+    Attributes:
+        max_entries: how many requests are kept at most; the one that was not used for longest goes first.
+        hits: how many requests were answered from here.
+        misses: how many were not, so that the encoders ran.
+    """
+
+    def __init__(self, max_entries: int = DEFAULT_MAX_ENTRIES) -> None:
+        self.max_entries = require_positive_int("max_entries", max_entries)
+        self._lock = threading.Lock()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all embeddings and counts from zero."""
+        with self._lock:
+            self._entries: OrderedDict[Hashable, Embeddings] = OrderedDict()
+            self.hits = self.misses = 0
+
+    def get(self, request: Hashable | None) -> Embeddings | None:
+        """Copies of what is kept for a request, or None."""
+        with self._lock:
+            found = self._entries.get(request)
+            if found is None:
+                self.misses += 1
+                return None
+            self.hits += 1
+            self._entries.move_to_end(request)
+            return _copies(found)
+
+    def put(self, request: Hashable | None, embeddings: Embeddings) -> None:
+        """Keeps copies for a request; None stands for a request that has no key and is not kept."""
+        if request is None:
+            return
+        with self._lock:
+            self._entries[request] = _copies(embeddings)
+            while len(self._entries) > self.max_entries:
+                self._entries.popitem(last=False)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EmbeddingCache:
+        return self
+
+    def __reduce__(self) -> tuple[type[EmbeddingCache], tuple[int]]:
+        return type(self), (self.max_entries,)
+
+
+def _copies(embeddings: Embeddings) -> Embeddings:
+    return {name: None if tensor is None else tensor.clone() for name, tensor in embeddings.items()}
 
 
 class PeRFlowCachedTextEncoderStep(PeRFlowTextEncoderStep):
-    """diffusers' text encoder, asked once for each request: what `PromptCacheStep` runs where there is a prompt.
+    """diffusers' text encoder, run once for each request: what `PromptCacheStep` runs where there is a prompt.
 
     Args:
         max_entries: how many requests to keep, at least 1.
-
-    Attributes:
-        cache: the `EmbeddingCache`.
     """
+
+    description = (
+        "Text Encoder step that generates text embeddings to guide the image generation, and keeps them: the same "
+        "prompts with the same encoders are encoded once."
+    )
 
     def __init__(self, max_entries: int = DEFAULT_MAX_ENTRIES) -> None:
         super().__init__()
@@ -37,23 +100,16 @@ class PeRFlowCachedTextEncoderStep(PeRFlowTextEncoderStep):
         """How many requests are kept at most."""
         return self.cache.max_entries
 
-    @property
-    def description(self) -> str:
-        return (
-            "Text Encoder step that generates text embeddings to guide the image generation, and keeps them: the same "
-            "prompts with the same encoders are encoded once."
-        )
-
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         block_state = self.get_block_state(state)
-        owner, request = _owner(components), self._request(components, block_state)
-        found = self.cache.get(owner, _state(components), request)
+        request = self._request(components, block_state)
+        found = self.cache.get(request)
         if found is None:
             super().__call__(components, state)
-            # Looked at again, since encoding leaves its traces: transformers puts hooks on an encoder at its first
-            # run, and the stock step resets the scale of a LoRA after a call with scale 0.
-            self.cache.put(owner, _state(components), request, self._outputs(state))
+            # Worked out again: the stock step resets the scale of a LoRA after a call with scale 0.
+            request = self._request(components, block_state)
+            self.cache.put(request, {name: state.get(name) for name in self.intermediate_output_names})
             return components, state
         scale = _lora_scale(block_state)
         if scale is not None and isinstance(components, StableDiffusionXLLoraLoaderMixin):
@@ -63,48 +119,38 @@ class PeRFlowCachedTextEncoderStep(PeRFlowTextEncoderStep):
         self.set_block_state(state, block_state)
         return components, state
 
-    def _outputs(self, state: PipelineState) -> Embeddings:
-        return {name: state.get(name) for name in self.intermediate_output_names}
-
     def _request(self, components: Any, block_state: Any) -> Hashable | None:
-        """All that the embeddings depend on beside the encoders and tokenizers, or None where that has no key."""
+        """All that the embeddings depend on, or None where that has no key."""
         device = components._execution_device
         inputs = {name: getattr(block_state, name) for name in self.input_names}
         inputs["cross_attention_kwargs"] = _lora_scale(block_state)  # the rest is the UNet's
         try:
-            given = tuple(_key(value) for value in inputs.values())
+            return (
+                tuple(_key(value) for value in inputs.values()),
+                tuple(_identity(getattr(components, name)) for name in ("text_encoder", "text_encoder_2")),
+                tuple(_identity(getattr(components, name)) for name in ("tokenizer", "tokenizer_2")),
+                components.guider.num_conditions > 1,
+                components.config.force_zeros_for_empty_prompt,
+                device,
+                torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
+            )
         except TypeError:
             return None
-        return (
-            given,
-            components.guider.num_conditions > 1,
-            components.config.force_zeros_for_empty_prompt,
-            device,
-            torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
-        )
 
 
 class PromptCacheStep(PeRFlowAutoTextEncoderStep):
     """Stands where the text encoder block stands; the same prompts with the same encoders are encoded once.
 
-    The embeddings are, bit for bit, those of `PeRFlowAutoTextEncoderStep`, and are copies, so that writing into them
-    does no harm. The prompts are kept as a whole: a new prompt beside a negative one that is known encodes both. Calls
-    with `prompt_embeds` pass by the cache. A hit does not repeat the tokenizer's warning about a prompt that is too
-    long.
+    The embeddings are bit for bit those of `PeRFlowAutoTextEncoderStep`. They are copies, so that writing into them
+    does no harm. Prompt and negative prompt are one request: a new prompt beside a known negative one encodes both.
+    Calls with `prompt_embeds` do not use the cache.
 
-    Other encoders or tokenizers have embeddings of their own. What there is of the same ones is dropped at the first
-    call after they changed: another device or type, weights written in place, a LoRA loaded, scaled, switched, turned
-    off, fused or unloaded, a textual inversion loaded or unloaded. To look for that takes about 3 ms at full size, 13
-    with a LoRA on every layer, and reads no weight. What cannot be seen, and wants a `clear()`:
-
-    - weights written through `.data` or a NumPy view. peft merges LoRAs in that way: `pipe.fuse_lora` is seen
-      whenever it is called on this pipeline, another pipeline's or peft's own as long as the LoRA stays loaded.
-    - weights of offloaded encoders that were replaced through `.data`, and any changes to those that accelerate
-      offloads layer by layer, since their weights are elsewhere between the calls.
-    - a function in a module that was replaced by another, and torch's process-wide settings of precision.
+    Embeddings are kept by the request, the encoders and tokenizers themselves, their types, and the LoRAs in the
+    encoders: which are active, at what scale. Call `clear()` after changing an encoder in place in another way, such
+    as writing into its weights or unloading a LoRA that was fused into them.
 
     The entries lie on the encoders' device. One prompt of SDXL takes (77 * 2048 + 1280) numbers: 0.32 MB in half
-    precision, twice that with guidance; a list of prompts is one entry of as many times that.
+    precision, twice that with guidance.
 
     Example:
         >>> cache = PromptCacheStep()
@@ -121,18 +167,15 @@ class PromptCacheStep(PeRFlowAutoTextEncoderStep):
         max_entries: how many requests to keep, at least 1; the one that was not used for longest goes first.
 
     Raises:
-        ValueError: `max_entries` is not a positive whole number.
+        ValueError: `max_entries` is not a positive integer.
     """
 
-    block_classes = [PeRFlowCachedTextEncoderStep, PeRFlowEmbeddingsStep]  # noqa: RUF012
+    block_classes = [PeRFlowCachedTextEncoderStep, PeRFlowEmbeddingsStep]
+    description = f"{PeRFlowAutoTextEncoderStep.description} The same prompts with the same encoders are encoded once."
 
     def __init__(self, max_entries: int = DEFAULT_MAX_ENTRIES) -> None:
         super().__init__()
         self.sub_blocks["prompt"] = PeRFlowCachedTextEncoderStep(max_entries)
-
-    @property
-    def description(self) -> str:
-        return f"{super().description} The same prompts with the same encoders are encoded once."
 
     @property
     def cache(self) -> EmbeddingCache:
@@ -159,21 +202,20 @@ class PromptCacheStep(PeRFlowAutoTextEncoderStep):
         self.cache.clear()
 
 
-def _owner(components: Any) -> Owner:
-    """What the pipeline encodes with, held weakly."""
-    parts = (getattr(components, name) for name in (*ENCODERS, *TOKENIZERS))
-    return tuple(None if part is None else weakref.ref(part) for part in parts)
-
-
-def _state(components: Any) -> tuple[Any, ...]:
-    """Equal to an earlier one as long as nothing can be seen to have changed."""
-    # Each fusing and unfusing makes a new set. With the set itself beside it, its number is not given to another.
-    fused = components.fused_loras if isinstance(components, StableDiffusionXLLoraLoaderMixin) else None
-    return (
-        (id(fused), fused),
-        tuple(model_state(getattr(components, name)) for name in ENCODERS),
-        tuple(tokenizer_state(getattr(components, name)) for name in TOKENIZERS),
-    )
+def _identity(part: Any) -> Hashable:
+    """An encoder or a tokenizer, held weakly, and what of it changes the embeddings."""
+    if part is None:
+        return None
+    if not isinstance(part, nn.Module):  # textual inversion adds tokens
+        return weakref.ref(part), tuple(part.added_tokens_encoder), part.model_max_length
+    lora: Any = None
+    if getattr(part, "peft_config", None):
+        # One layer stands for all: pipelines switch, scale and replace the LoRA of an encoder as a whole.
+        layer: Any = next(module for module in part.modules() if hasattr(module, "lora_A"))
+        adapters = tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters)
+        scales = tuple((name, float(scale)) for name, scale in layer.scaling.items())
+        lora = weakref.ref(layer), adapters, scales
+    return weakref.ref(part), next(part.parameters()).dtype, lora
 
 
 def _lora_scale(block_state: Any) -> Any:
@@ -182,7 +224,7 @@ def _lora_scale(block_state: Any) -> Any:
 
 
 def _key(value: Any) -> Hashable:
-    """A key that tells types apart, since the stock step does; TypeError for what is no text, number or list."""
+    """A key that tells types apart, since the stock step does. TypeError for what is not text, a number or a list."""
     if isinstance(value, (list, tuple)):
         return type(value), tuple(map(_key, value))
     if value is None or isinstance(value, (str, int, float)):

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
-from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, ConfigSpec, InputParam, OutputParam
+from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from diffusers.utils import logging
 
 from ..core.step_plan import StepPlan
-from ..core.windows import tile_windows
+from ..core.windows import TimeWindows, tile_windows
 from ..delta.recipe import DeltaRecipe
 from ..schedulers.scheduling_perflow import PeRFlowScheduler, is_perflow_scheduler
-from .denoising_range import before, end_time
-from .inputs import delta_recipe_input, denoising_end_input
+from .declare import declared
+from .inputs import delta_recipe_input, denoising_end_input, denoising_start_input, noising_input
 from .origin import remember_source
-from .specs import (
-    DEFAULT_NUM_INFERENCE_STEPS,
-    guider_spec,
-    schedule_config_specs,
-    scheduler_spec,
-    unet_spec,
-)
+from .specs import DEFAULT_NUM_INFERENCE_STEPS, guider_spec, schedule_config_specs, scheduler_spec, unet_spec
 
 logger = logging.get_logger(__name__)
 
@@ -33,10 +28,10 @@ OWN_ATTRIBUTE = "_perflow_made_in_set_up"
 class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
     """Sets up the time windows of a text-to-image run (arXiv 2405.07510).
 
-    What the configuration says about the windows wins over the merged delta's recipe, which wins over the defaults
-    (`ddim_eps`, 4 windows, 6 steps); an argument of the call wins over all. The noise schedule is the delta's, or that
-    of the scheduler that is replaced. A PeRFlowScheduler that you set stays as
-    it is; one that this block made follows configuration and delta from call to call.
+    An argument of the call wins over the configuration, which wins over the merged delta's recipe, which wins over the
+    defaults (`ddim_eps`, 4 windows, 6 steps). The noise schedule is the delta's where it names one, else that of the
+    scheduler that is replaced. A PeRFlowScheduler that you set stays as it is. One that this block made follows
+    configuration and delta from call to call.
 
     Raises:
         ValueError: a number of steps below 1, timesteps that make no schedule, `denoising_end` outside (0, 1], or a
@@ -44,66 +39,52 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
     """
 
     model_name = "stable-diffusion-xl"
-
-    @property
-    def description(self) -> str:
-        return (
-            "Turns the scheduler into a PeRFlowScheduler with the windows the weights were distilled for, lays the "
-            "steps over the windows and puts each step's coefficients on the device."
-        )
-
-    @property
-    def expected_components(self) -> list[ComponentSpec]:
-        # The guider is unused here: the first block that names it decides its default.
-        return [guider_spec(), scheduler_spec(), unet_spec()]
-
-    @property
-    def expected_configs(self) -> list[ConfigSpec]:
-        return schedule_config_specs()
-
-    @property
-    def inputs(self) -> list[InputParam]:
-        return [
-            InputParam(
-                "num_inference_steps",
-                type_hint=int,
-                description="Denoising steps, at least 1; fewer than the windows are raised to one per window.",
-            ),
-            InputParam(
-                "timesteps",
-                type_hint=list[int],
-                description="Descending timesteps that hold every window start; they win over `num_inference_steps`.",
-            ),
-            denoising_end_input(),
-            delta_recipe_input(),
-        ]
-
-    @property
-    def intermediate_outputs(self) -> list[OutputParam]:
-        return [
-            OutputParam("timesteps", torch.Tensor, "Timesteps (num_steps,), integers on the device."),
-            OutputParam("num_inference_steps", int, "Number of denoising steps that are run."),
-            OutputParam("step_plan", StepPlan, "The steps on the host: times, windows, coefficients."),
-            OutputParam("step_coefficients", torch.Tensor, "The plan's table (num_steps, 4) on the device, float32."),
-        ]
+    description = (
+        "Turns the scheduler into a PeRFlowScheduler with the windows the weights were distilled for, lays the steps "
+        "over the windows and puts each step's coefficients on the device."
+    )
+    # The guider is unused here: the first block that names it decides its default.
+    expected_components = declared(guider_spec(), scheduler_spec(), unet_spec())
+    expected_configs = declared(*schedule_config_specs())
+    inputs = declared(
+        InputParam(
+            "num_inference_steps",
+            type_hint=int,
+            description="Denoising steps, at least 1; fewer than the windows are raised to one per window.",
+        ),
+        InputParam(
+            "timesteps",
+            type_hint=list[int],
+            description="Descending timesteps that hold every window start; they win over `num_inference_steps`.",
+        ),
+        denoising_end_input(),
+        delta_recipe_input(),
+    )
+    intermediate_outputs = declared(
+        OutputParam("timesteps", torch.Tensor, "Timesteps (num_steps,), integers on the device."),
+        OutputParam("num_inference_steps", int, "Number of denoising steps that are run."),
+        OutputParam("step_plan", StepPlan, "The steps on the host: times, windows, coefficients."),
+        OutputParam("step_coefficients", torch.Tensor, "The plan's table (num_steps, 4) on the device, float32."),
+    )
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         block_state = self.get_block_state(state)
-        self.prepare(components, block_state)
+        self.prepare(components, block_state, components._execution_device)
         self.set_block_state(state, block_state)
         return components, state
 
-    def prepare(self, components: Any, block_state: Any) -> None:
+    def prepare(self, components: Any, block_state: Any, device: torch.device) -> None:
         """Puts the scheduler in place and what the loop needs of its plan on `block_state`."""
-        recipe = block_state.delta_recipe or DeltaRecipe()
-        _place_scheduler(components, window_settings(components.config, recipe), recipe.noise_schedule())
-        scheduler, device = components.scheduler, components._execution_device
+        recipe = block_state.delta_recipe
+        _place_scheduler(components, recipe)
+        scheduler = components.scheduler
         if block_state.timesteps is not None:
             scheduler.set_timesteps(timesteps=block_state.timesteps, device=device)
         else:
-            defaults = (components.config.default_num_inference_steps, recipe.num_inference_steps)
-            steps = _first(block_state.num_inference_steps, *defaults, DEFAULT_NUM_INFERENCE_STEPS)
+            recommended = None if recipe is None else recipe.num_inference_steps
+            configured = components.config.default_num_inference_steps
+            steps = _first(block_state.num_inference_steps, configured, recommended, DEFAULT_NUM_INFERENCE_STEPS)
             scheduler.set_timesteps(steps, device=device)
         plan = self.section(scheduler, scheduler.plan, block_state)
         block_state.timesteps = torch.tensor(plan.timesteps).to(device)
@@ -112,29 +93,153 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
         block_state.step_coefficients = plan.coefficients(device)
 
     def section(self, scheduler: PeRFlowScheduler, whole: StepPlan, block_state: Any) -> StepPlan:
-        """What is run of the scheduler's whole plan: here all of it, or the part before `denoising_end`."""
-        return before(whole, end_time(scheduler.windows, block_state.denoising_end))
+        """The part of the scheduler's plan that is run: here all of it, or the part before `denoising_end`."""
+        return _before(whole, _end_time(scheduler.windows, block_state.denoising_end))
 
 
-def window_settings(config: Any, recipe: DeltaRecipe) -> dict[str, Any]:
+def _entry_inputs(*, strength: float) -> list[InputParam]:
+    """Where a given image enters the path, with the default strength of a task."""
+    return [
+        InputParam(
+            "strength",
+            type_hint=float,
+            default=strength,
+            description="Time in (0, 1] at which the image enters: 1 redraws everything, small values little.",
+        ),
+        denoising_start_input(),
+        noising_input(),
+    ]
+
+
+class PeRFlowImg2ImgSetTimestepsStep(PeRFlowSetTimestepsStep):
+    """Sets up the time windows of a run that starts from an image (arXiv 2405.07510).
+
+    The run starts at the time `strength`: the steps of the whole schedule below it, after a first step from `strength`
+    itself where the schedule has none. At 4 steps strength 0.3 makes two steps (from 0.3 and 0.25), 0.5 two, 0.8 four
+    and 0.1 one; there is always at least one. With `denoising_start` the run starts at the window boundary nearest to
+    where the earlier run ended, and `strength` is ignored.
+
+    Raises:
+        ValueError: `strength` outside (0, 1], `denoising_start` outside (0, 1), `denoising_end` outside (0, 1] or not
+            above the start once both are at window boundaries, an unknown `noising`, or what the parent raises.
+    """
+
+    description = (
+        "The window set-up for a run that starts from an image: enters the path at `strength`, or at the window "
+        "boundary where an earlier run left off, and says how to noise an image at each step."
+    )
+    inputs = declared(*PeRFlowSetTimestepsStep.inputs, *_entry_inputs(strength=0.3))
+    intermediate_outputs = declared(
+        *PeRFlowSetTimestepsStep.intermediate_outputs,
+        OutputParam(
+            "noise_coefficients",
+            torch.Tensor,
+            "(P, Q) of `P x0 + Q noise` at the start of each step and at the end, (num_steps + 1, 2), float32.",
+        ),
+    )
+
+    def prepare(self, components: Any, block_state: Any, device: torch.device) -> None:
+        super().prepare(components, block_state, device)
+        table = components.scheduler.noise_coefficients(block_state.step_plan, block_state.noising)
+        block_state.noise_coefficients = table.float().to(device)
+
+    def section(self, scheduler: PeRFlowScheduler, whole: StepPlan, block_state: Any) -> StepPlan:
+        """The part from `strength` or `denoising_start` to `denoising_end`."""
+        check_denoising_range(block_state.denoising_start, block_state.denoising_end)
+        if block_state.denoising_start is None:
+            check_strength(block_state.strength)
+            start = min(float(block_state.strength), whole.times[0])  # custom schedules may begin below 1
+        else:
+            start = _snap(scheduler.windows, "denoising_start", block_state.denoising_start)
+        end = _end_time(scheduler.windows, block_state.denoising_end)
+        if start <= end:
+            raise ValueError(
+                f"nothing is left to run from time {start:.4g} to time {end:.4g} (1 is noise, 0 the image); lower "
+                "denoising_start, or raise denoising_end or strength."
+            )
+        plan = _before(scheduler.plan_from(start, whole), end)
+        logger.info("%d of %d steps are run, from time %.4g to %.4g.", len(plan), len(whole), plan.times[0], end)
+        return plan
+
+
+class PeRFlowInpaintSetTimestepsStep(PeRFlowImg2ImgSetTimestepsStep):
+    """The same for inpainting, where the hole is painted anew unless `strength` says otherwise."""
+
+    inputs = declared(*PeRFlowSetTimestepsStep.inputs, *_entry_inputs(strength=1.0))
+
+
+def check_strength(strength: Any) -> None:
+    """Raises a ValueError for a strength that is not a number in (0, 1]."""
+    if isinstance(strength, bool) or not isinstance(strength, Real) or not 0.0 < float(strength) <= 1.0:
+        raise ValueError(
+            f"strength={strength!r} is outside (0, 1]; pass for example 0.5 (1 redraws everything, 0.1 little)."
+        )
+
+
+def check_denoising_range(start: Any, end: Any) -> None:
+    """Raises a ValueError unless `denoising_start` in (0, 1) and `denoising_end` in (0, 1] leave a part to run."""
+    for name, value, closed in (("denoising_start", start, False), ("denoising_end", end, True)):
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if value is not None and not (number and (0.0 < value < 1.0 or (closed and value == 1.0))):
+            raise ValueError(
+                f"{name}={value!r} is outside (0, 1{']' if closed else ')'}; pass a share, or leave it out."
+            )
+    if start is not None and end is not None and end <= start:
+        raise ValueError(
+            f"denoising_end={end} is not above denoising_start={start}, so nothing is left to run; raise the one or "
+            "lower the other."
+        )
+
+
+def _end_time(windows: TimeWindows, denoising_end: float | None) -> float:
+    """The time at which a run ends: the end of the last window, or the boundary nearest to `denoising_end`."""
+    check_denoising_range(None, denoising_end)
+    if denoising_end is None or denoising_end == 1.0:
+        return windows.boundaries[-1]
+    return _snap(windows, "denoising_end", denoising_end)
+
+
+def _before(plan: StepPlan, time: float) -> StepPlan:
+    """The steps of the plan that start before it reaches `time`, a window boundary."""
+    count = sum(start > time for start in plan.times)
+    return plan if count == len(plan) else plan.section(0, count)
+
+
+def _snap(windows: TimeWindows, name: str, share: float) -> float:
+    """The inner boundary nearest to time 1 - share. A velocity is that of its whole window, so cuts are made there."""
+    inner = windows.boundaries[1:-1]
+    if not inner:
+        raise ValueError(
+            f"{name}={share} asks to cut a schedule of one window, which has no inner boundary; leave it out."
+        )
+    nearest = min(inner, key=lambda boundary: abs(boundary - (1.0 - share)))
+    used = 1.0 - nearest
+    if abs(used - share) * windows.num_train_timesteps >= 0.5:
+        logger.warning("%s=%s lies inside a time window; %s=%.4g is used, a window boundary.", name, share, name, used)
+    return nearest
+
+
+def window_settings(config: Any, recipe: DeltaRecipe | None) -> dict[str, Any]:
     """The settings of a PeRFlowScheduler that configuration or recipe name; the configuration wins.
 
     Number and boundaries of the windows belong together, so both come from one of the two.
     """
-    source = recipe if config.num_time_windows is None and config.window_boundaries is None else config
+    configures_windows = config.num_time_windows is not None or config.window_boundaries is not None
+    source = config if configures_windows or recipe is None else recipe
+    prediction_type = None if recipe is None else recipe.prediction_type
     settings: dict[str, Any] = {
-        "prediction_type": _first(config.prediction_type, recipe.prediction_type),
+        "prediction_type": _first(config.prediction_type, prediction_type),
         "num_time_windows": source.num_time_windows,
         "window_boundaries": source.window_boundaries,
     }
-    _warn_of_a_clash("prediction_type", config.prediction_type, recipe.prediction_type)
-    if source is config:
+    _warn_of_a_clash("prediction_type", config.prediction_type, prediction_type)
+    if configures_windows and recipe is not None:
         _warn_of_a_clash("windows", _boundaries(config), _boundaries(recipe))
     return {name: value for name, value in settings.items() if value is not None}
 
 
 def _boundaries(source: Any) -> tuple[float, ...] | None:
-    """The windows that a configuration or a recipe describes; None where it is silent."""
+    """The windows that a configuration or a recipe describes; None where it describes none."""
     if source.num_time_windows is None and source.window_boundaries is None:
         return None
     return tile_windows(num_windows=source.num_time_windows, boundaries=source.window_boundaries).boundaries
@@ -150,36 +255,31 @@ def _warn_of_a_clash(name: str, configured: Any, distilled: Any) -> None:
         )
 
 
-def _place_scheduler(components: Any, settings: dict[str, Any], noise_schedule: dict[str, Any]) -> None:
-    """Puts a PeRFlowScheduler with the settings in place, unless the user set one.
-
-    Its noise schedule is that which the delta was distilled on, and where the delta does not say that of the scheduler
-    it replaces.
-    """
+def _place_scheduler(components: Any, recipe: DeltaRecipe | None) -> None:
+    """Puts a PeRFlowScheduler in place that follows configuration and recipe, unless the user set one."""
+    settings = window_settings(components.config, recipe)
+    noise_schedule = {} if recipe is None else recipe.noise_schedule()
     current = components.scheduler
     own = vars(current).get(OWN_ATTRIBUTE) if current is not None else None
+    asked = {**settings, **noise_schedule}
+    if own is not None and own["asked"] == asked:
+        return
     if is_perflow_scheduler(current) and own is None:
-        _warn_of_other_windows(current, {**settings, **noise_schedule})
+        _warn_of_other_windows(current, asked)
         return
     source = own["source"] if own is not None else current and dict(current.config)
-    wanted = PeRFlowScheduler.from_scheduler(source, **settings, **noise_schedule)
-    if own is None or dict(wanted.config) != dict(current.config):
-        for name, value in noise_schedule.items():
-            if source and source.get(name, value) != value:
-                logger.warning(
-                    "The merged delta was distilled with %s=%s, which is used instead of the scheduler's %s.",
-                    name,
-                    value,
-                    source[name],
-                )
-        setattr(wanted, OWN_ATTRIBUTE, {"source": source})
-        remember_source(wanted, components)
-        components.update_components(scheduler=wanted)
-
-
-def _first(*values: Any) -> Any:
-    """The first that is not None (0 counts as given, so that it is refused rather than replaced)."""
-    return next((value for value in values if value is not None), None)
+    wanted = PeRFlowScheduler.from_scheduler(source, **asked)
+    for name, value in noise_schedule.items():
+        if source and source.get(name, value) != value:
+            logger.warning(
+                "The merged delta was distilled with %s=%s, which is used instead of the scheduler's %s.",
+                name,
+                value,
+                source[name],
+            )
+    setattr(wanted, OWN_ATTRIBUTE, {"source": source, "asked": asked})
+    remember_source(wanted, components)
+    components.update_components(scheduler=wanted)
 
 
 def _warn_of_other_windows(scheduler: PeRFlowScheduler, settings: dict[str, Any]) -> None:
@@ -193,3 +293,8 @@ def _warn_of_other_windows(scheduler: PeRFlowScheduler, settings: dict[str, Any]
                 kept,
                 value,
             )
+
+
+def _first(*values: Any) -> Any:
+    """The first that is not None (0 counts as given, so that it is refused rather than replaced)."""
+    return next((value for value in values if value is not None), None)

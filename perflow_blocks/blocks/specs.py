@@ -1,6 +1,6 @@
-"""Every component and configuration value that more than one block names, each defined once.
+"""The components and configuration values that more than one block declares, each defined once.
 
-Functions, not constants: diffusers writes into the specs that a block returns, so each call must make new ones.
+Functions return new specs, because diffusers writes into those that a block returns.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from ..attention.config import AttentionConfig
 
 DEFAULT_NUM_INFERENCE_STEPS = 6
 DEFAULT_GUIDANCE_SCALE = 2.0
-"""What the published SDXL weights recommend (https://github.com/magic-research/piecewise-rectified-flow)."""
+"""Recommended for the published SDXL weights (https://github.com/magic-research/piecewise-rectified-flow)."""
 
 
 def unet_spec() -> ComponentSpec:
-    return ComponentSpec("unet", UNet2DConditionModel, description="The PeRFlow student, or a base for its delta.")
+    return ComponentSpec("unet", UNet2DConditionModel, description="A PeRFlow student, or the base for a delta.")
 
 
 def controlnet_spec() -> ComponentSpec:
-    return ComponentSpec(
-        "controlnet", ControlNetModel, description="ControlNet, several of them, or a ControlNet-Union."
-    )
+    return ComponentSpec("controlnet", ControlNetModel, description="One ControlNet, several, or a ControlNet-Union.")
 
 
 def vae_spec() -> ComponentSpec:
-    return ComponentSpec("vae", AutoencoderKL, description="Gives the size and the channels of the latents.")
+    return ComponentSpec(
+        "vae", AutoencoderKL, description="Encodes and decodes images; gives the latents' size and channels."
+    )
 
 
 def scheduler_spec() -> ComponentSpec:
-    """The stock type: a repository's entry overrides it anyway, and the window set-up converts what it finds."""
+    """The stock type, because the window set-up converts whatever scheduler the repository names."""
     return ComponentSpec(
         "scheduler",
         EulerDiscreteScheduler,
-        description="Any scheduler of the base model, or none; becomes a PeRFlowScheduler with its noise schedule.",
+        description="Any scheduler of the base model, or none; becomes a PeRFlowScheduler of its noise schedule.",
     )
 
 
 def guider_spec() -> ComponentSpec:
-    """The guider of the first block that names one is the pipeline's, so blocks of this project come first."""
+    """The default guider. Of several declarations the first block's holds, so this package's blocks come first."""
     return ComponentSpec(
         "guider",
         ClassifierFreeGuidance,
-        description="Combines the predictions with and without the prompt. A guider of your own always wins.",
+        description="Combines the predictions with and without the prompt. A guider that you set is kept.",
         config=FrozenDict({"guidance_scale": DEFAULT_GUIDANCE_SCALE}),
         default_creation_method="from_config",
     )
@@ -67,13 +67,13 @@ def attention_spec() -> ComponentSpec:
 
 
 def attention_config_specs() -> list[ConfigSpec]:
-    """What an index says about attention: a list, since JSON need not keep the order of a mapping's entries."""
+    """The attention plan of an index: a list, because JSON need not keep the order of a mapping's entries."""
     return [
         ConfigSpec(
             "attention_plan",
             None,
             'Attention strategies: a name for all modules, or a list such as ["self=sage", "mid_block.*=native"]. '
-            "None: the models stay as they are. The plan of an AttentionConfig that you set is written here.",
+            "None: the models stay as they are. Holds the plan of an AttentionConfig that you set.",
         )
     ]
 
@@ -90,7 +90,7 @@ def memory_format_config_specs() -> list[ConfigSpec]:
 
 
 def schedule_config_specs() -> list[ConfigSpec]:
-    """How the student was distilled: what the window set-up needs to know."""
+    """How the student was distilled, for the window set-up."""
     return [
         ConfigSpec(
             "prediction_type",
@@ -110,29 +110,29 @@ def schedule_config_specs() -> list[ConfigSpec]:
         ConfigSpec(
             "default_num_inference_steps",
             None,
-            "Steps of a call that names none, at least 1. None: the merged delta's recipe, else "
+            "Steps of a call that gives no number, at least 1. None: the merged delta's recipe, else "
             f"{DEFAULT_NUM_INFERENCE_STEPS}.",
         ),
     ]
 
 
 def delta_config_specs() -> list[ConfigSpec]:
-    """What an index says about the accelerator and the guidance it was distilled for."""
+    """The delta of an index, and the guidance it was distilled for."""
     return [
         ConfigSpec(
             "delta",
             None,
-            "A delta-weights file that every call merges, relative to the directory or repository that was loaded.",
+            "A file of delta weights that every call merges, relative to the directory or repository that was loaded.",
         ),
         ConfigSpec(
             "delta_variant",
             None,
-            'Which files to take where `delta` is a folder with several: "fp16", say. None: those without a variant.',
+            'Which files of a `delta` folder to take, such as "fp16". None: those without a variant.',
         ),
         ConfigSpec(
             "delta_scale",
             1.0,
-            "Factor of the delta in calls that name none; 1 as it was distilled, 0 for none.",
+            "Factor of the delta in calls that give none; 1 as it was distilled, 0 without it.",
         ),
         ConfigSpec(
             "guidance_scale",

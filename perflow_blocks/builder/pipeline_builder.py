@@ -16,7 +16,7 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 
 from ..attention.config import AttentionConfig, PlanLike
-from ..blocks.embedding_cache import DEFAULT_MAX_ENTRIES
+from ..blocks.prompt_cache import DEFAULT_MAX_ENTRIES
 from .describe import describe
 from .loading import build_pipeline, merge_now
 from .plan import make_plan

@@ -7,7 +7,7 @@ k x k from `in` to `rank` channels, then 1 x 1 from `rank` to `out`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,18 +15,14 @@ from torch import Tensor
 _SKETCH_SEED = 0
 _POWER_ITERATIONS = 4
 _EXACT_BELOW = 4
-"""A matrix whose smaller side is at most this many times the sketch is decomposed exactly: there is little to save."""
+"""A matrix whose smaller side is at most this many times the sketch is decomposed exactly, without a sketch."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spectrum:
-    """The largest singular triples of a matrix (rows, columns), and what they leave out.
+class Spectrum(NamedTuple):
+    """The largest singular triples of a matrix (rows, columns), and the norm of the whole.
 
-    Attributes:
-        left: (rows, count), orthonormal columns.
-        values: (count,), float64, descending.
-        right: (count, columns), orthonormal rows.
-        squared_norm: of the whole matrix (Frobenius), so at least the sum of the squares of `values`.
+    `left` (rows, count) has orthonormal columns, `right` (count, columns) orthonormal rows; `values` (count,) are
+    float64, descending. `squared_norm` is the whole matrix's (Frobenius), at least the sum of the squares of `values`.
     """
 
     left: Tensor
@@ -35,8 +31,7 @@ class Spectrum:
     squared_norm: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Factors:
+class Factors(NamedTuple):
     """`up @ down`, with up (rows, rank) and down (rank, columns)."""
 
     up: Tensor
@@ -44,7 +39,7 @@ class Factors:
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """A linear weight (out, in) as it is, a kernel (out, in, k, k) as (out, in * k * k); no copy if it can be."""
+    """A linear weight (out, in) as it is, a kernel (out, in, k, k) as (out, in * k * k); a view where possible."""
     return weight.flatten(1)
 
 
@@ -68,16 +63,11 @@ def leading_spectrum(matrix: Tensor, count: int) -> Spectrum:
             torch.manual_seed(_SKETCH_SEED)
             left, values, transposed = torch.svd_lowrank(matrix, q=sketch, niter=_POWER_ITERATIONS)
         right = transposed.mT
-    return Spectrum(
-        left=left[:, :count],
-        values=values[:count].double(),
-        right=right[:count],
-        squared_norm=squared_norm(matrix),
-    )
+    return Spectrum(left[:, :count], values[:count].double(), right[:count], squared_norm(matrix))
 
 
 def numerical_rank(spectrum: Spectrum) -> int:
-    """How many of the values are above the rounding of the type that they were computed in; 0 for a zero matrix."""
+    """The number of values above the rounding error of the type they were computed in; 0 for a zero matrix."""
     if not len(spectrum.values):
         return 0
     rows, columns = len(spectrum.left), spectrum.right.shape[1]
@@ -86,15 +76,14 @@ def numerical_rank(spectrum: Spectrum) -> int:
 
 
 def rank_for_energy(spectrum: Spectrum, energy: float) -> int:
-    """The least rank that keeps a share `energy` in (0, 1] of the squared norm, at most what is above rounding."""
-    most = numerical_rank(spectrum)
-    # What is lost is added up, from its smallest part: what is kept differs from the whole by rounding, near 1.
+    """The least rank that keeps a share `energy` in (0, 1] of the squared norm, at most the numerical rank."""
+    # The lost part is summed, from its smallest value: near energy 1 the kept part differs from the whole by rounding.
     tail = spectrum.values.square().flip(0).cumsum(0).flip(0)
     whole = float(tail[0]) if len(tail) else 0.0
     complete = len(tail) == min(len(spectrum.left), spectrum.right.shape[1])
     unseen = 0.0 if complete else max(spectrum.squared_norm - whole, 0.0)
     allowed = (1.0 - energy) * (whole + unseen)
-    return min(int((tail + unseen > allowed).sum()), most)
+    return min(int((tail + unseen > allowed).sum()), numerical_rank(spectrum))
 
 
 def kept_energy(spectrum: Spectrum, rank: int) -> float:
@@ -107,7 +96,7 @@ def kept_energy(spectrum: Spectrum, rank: int) -> float:
 def balanced_factors(spectrum: Spectrum, rank: int) -> Factors:
     """The truncation at `rank`, each side with the roots of the singular values, so that both have the same norm.
 
-    In half precision that keeps both in range, where one side with all of the (small) values might round to nothing.
+    In half precision that keeps both in range; all of the (small) values on one side might round to 0.
     """
     roots = spectrum.values[:rank].sqrt().to(spectrum.left.dtype)
     return Factors(up=spectrum.left[:, :rank] * roots, down=roots[:, None] * spectrum.right[:rank])

@@ -1,18 +1,16 @@
-"""Discrete noise schedules and the map from continuous time to them."""
+"""Discrete noise schedules, and how continuous time reads them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
 from .windows import require_positive_int
 
-BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
-BETA_SCHEDULES: tuple[str, ...] = get_args(BetaSchedule)
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 # In timesteps: far below one step, far above the rounding of t*T in float32 (1e-4 at T = 1000).
 _ROUNDING = 1e-3
@@ -39,14 +37,14 @@ def make_alphas_cumprod(
         betas = torch.as_tensor(trained_betas, dtype=torch.float64).flatten()
         if len(betas) != num_train_timesteps:
             raise ValueError(
-                f"trained_betas holds {len(betas)} values for num_train_timesteps={num_train_timesteps}; "
-                "pass one beta per training timestep."
+                f"trained_betas must hold one beta for each of num_train_timesteps={num_train_timesteps}; "
+                f"it holds {len(betas)}."
             )
     else:
         betas = _betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
     if not bool(((betas > 0) & (betas < 1)).all()):
         raise ValueError(
-            f"betas run from {betas.min():.3g} to {betas.max():.3g}, but each must lie strictly between 0 and 1; "
+            f"betas must lie strictly between 0 and 1, but run from {betas.min():.3g} to {betas.max():.3g}; "
             "check beta_start, beta_end and trained_betas."
         )
     return torch.cumprod(1.0 - betas, dim=0)
@@ -65,35 +63,13 @@ def _betas(schedule: str, count: int, beta_start: float, beta_end: float) -> Ten
             level = torch.cos(phase * (math.pi / 2)) ** 2
             return (1.0 - level[1:] / level[:-1]).clamp(max=0.999)
         case _:
-            raise ValueError(f"beta_schedule={schedule!r} is unknown; pass one of {', '.join(BETA_SCHEDULES)}.")
+            raise ValueError(f"beta_schedule={schedule!r} must be one of {', '.join(BETA_SCHEDULES)}.")
 
 
-@overload
-def alpha_index(t: float, num_train_timesteps: int) -> int: ...
-@overload
-def alpha_index(t: Tensor, num_train_timesteps: int) -> Tensor: ...
-def alpha_index(t: float | Tensor, num_train_timesteps: int) -> int | Tensor:
-    """The index of a continuous time in abar: `max(int(t * T) - 1, 0)`, so t = 1 reads T - 1, and t = 0 reads 0.
+def alpha_at(alphas_cumprod: Tensor, t: float) -> float:
+    """abar at a continuous time, read from a table (T,) on the host.
 
-    An int for a number; a LongTensor of t's shape for a tensor, computed on its device. Above t = 1: T - 1.
+    The index is `max(int(t * T) - 1, 0)`: t = 1 reads T - 1, and t = 0 reads 0. Above t = 1 it stays T - 1.
     """
-    if isinstance(t, Tensor):
-        position = torch.floor(t * num_train_timesteps + _ROUNDING).long()
-        return (position - 1).clamp(0, num_train_timesteps - 1)
-    index = math.floor(t * num_train_timesteps + _ROUNDING) - 1
-    return min(max(index, 0), num_train_timesteps - 1)
-
-
-@overload
-def alpha_at(alphas_cumprod: Tensor, t: float) -> float: ...
-@overload
-def alpha_at(alphas_cumprod: Tensor, t: Tensor) -> Tensor: ...
-def alpha_at(alphas_cumprod: Tensor, t: float | Tensor) -> float | Tensor:
-    """abar at a continuous time: a number (from a table on the host) for a number, a tensor of t's shape for a tensor.
-
-    For a tensor t the table is read on t's device; move it there beforehand where that matters.
-    """
-    index = alpha_index(t, len(alphas_cumprod))
-    if isinstance(index, Tensor):
-        return alphas_cumprod.to(index.device)[index]
-    return float(alphas_cumprod[index])
+    index = math.floor(t * len(alphas_cumprod) + _ROUNDING) - 1
+    return float(alphas_cumprod[min(max(index, 0), len(alphas_cumprod) - 1)])

@@ -1,9 +1,8 @@
-"""How a picture is noised to the times of a plan: on the student's path, or to the diffusion marginal."""
+"""How an image is noised to the times of a plan: on the student's path, or to the diffusion marginal."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,8 +11,7 @@ from .noise_schedule import alpha_at
 from .parameterization import WindowAlpha, chord_marginal_coefficients
 from .step_plan import StepPlan
 
-Noising = Literal["chord", "marginal"]
-NOISINGS: tuple[str, ...] = get_args(Noising)
+NOISINGS = ("chord", "marginal")
 
 
 def noise_coefficients(
@@ -21,23 +19,15 @@ def noise_coefficients(
 ) -> Tensor:
     """(P, Q) of `z = P x0 + Q noise` where each step of a plan starts and where the last one ends.
 
-    On the chord between the marginals at a window's ends, where the student's path runs, or the marginal at the time
-    itself; the two agree at window boundaries. At the end of the last window a picture is left as it is: (1, 0).
+    `chord` is the straight line between the marginals at a window's ends, which is the student's path; `marginal` is
+    the diffusion marginal at the time itself. They agree at window boundaries. At the end of the last window the image
+    stays as it is: (1, 0).
 
-    Args:
-        plan: the steps.
-        rows: the windows that the plan was made for, from `window_table`.
-        alphas_cumprod: abar, float64 of shape (num_train_timesteps,), on the host.
-        noising: one of `NOISINGS`.
-
-    Returns:
-        float64 of shape (len(plan) + 1, 2), on the host.
-
-    Raises:
-        ValueError: an unknown `noising`.
+    `rows` are those of the plan's windows, from `window_table`; abar (num_train_timesteps,) is float64 on the host.
+    So is the result, (len(plan) + 1, 2). An unknown `noising` is a ValueError.
     """
     if noising not in NOISINGS:
-        raise ValueError(f"noising={noising!r} is unknown; pass one of {', '.join(NOISINGS)}.")
+        raise ValueError(f"noising={noising!r} must be one of {', '.join(NOISINGS)}.")
     times = (*plan.times, plan.next_times[-1])
     windows = (rows[k] for k in (*plan.window_index, plan.window_index[-1]))
     pairs: list[tuple[float, float]] = []

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from .parameterization import chord_coefficients, weighted_sum, window_table, x0_coefficients
+from .parameterization import Scalar, WindowAlpha, chord_coefficients, x0_coefficients
 from .windows import TimeWindows
 
 # In timesteps: makes the truncation of t*T immune to rounding (0.29 * 1000 is 289.99999999999994).
@@ -54,47 +54,36 @@ class StepPlan:
         return i == 0 or self.window_index[i] != self.window_index[i - 1]
 
     def section(self, first: int, stop: int) -> StepPlan:
-        """The steps `first` to `stop - 1` alone: where a run begins late (image-to-image) or leaves off early."""
+        """Steps `first` to `stop - 1` alone: a run that begins late (image-to-image) or ends early."""
         per_step = (field.name for field in fields(self) if field.name != "prediction_type")
         return replace(self, **{name: getattr(self, name)[first:stop] for name in per_step})
 
     def coefficients(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The table (num_steps, 4) with the columns A, B, C, D, copied to the device once."""
+        """The table (num_steps, 4) with the columns A, B, C, D, as a new tensor on the device."""
         columns = (self.sample_coeff, self.output_coeff, self.x0_sample_coeff, self.x0_output_coeff)
-        return torch.tensor(columns, dtype=torch.float64).T.to(dtype=dtype).contiguous().to(device=device)
+        return (
+            torch.tensor(columns, dtype=torch.float64, device="cpu").T.to(dtype=dtype).contiguous().to(device=device)
+        )
 
 
 def build_step_plan(
-    windows: TimeWindows,
-    alphas_cumprod: Tensor,
-    prediction_type: str,
-    times: Sequence[float],
-    *,
-    final_alpha_cumprod: float | None = None,
+    windows: TimeWindows, rows: Sequence[WindowAlpha], prediction_type: str, times: Sequence[float]
 ) -> StepPlan:
     """The plan for steps that start at the given continuous times and end at the end of the last window.
 
     Each time is first truncated to its timestep, `int(t * T)`, since that is what the network sees. A schedule may
     begin inside any window (image-to-image does), but every window start below that must be one of its timesteps: the
-    velocity is constant inside a window only.
-
-    Args:
-        windows: the time windows.
-        alphas_cumprod: abar, float64 of shape (num_train_timesteps,), on the host.
-        prediction_type: one of `PREDICTION_TYPES`.
-        times: start times of the steps, descending, for example `windows.distribute_steps(6)`.
-        final_alpha_cumprod: abar at t = 0, if not `alphas_cumprod[0]`.
+    velocity is constant inside a window only. `rows` are the windows' numbers, from `window_table`.
 
     Raises:
         ValueError: no times, repeated or ascending timesteps, one outside the windows, or a missing window start.
     """
     total = windows.num_train_timesteps
-    timesteps = [truncated_timestep(t, total) for t in times]
+    timesteps = tuple(truncated_timestep(t, total) for t in times)
     _check_timesteps(timesteps, windows)
-    starts = [timestep / total for timestep in timesteps]
-    stops = [*starts[1:], windows.boundaries[-1]]
-    indices = [windows.index(t) for t in starts]
-    rows = window_table(windows, alphas_cumprod, final_alpha_cumprod=final_alpha_cumprod)
+    starts = tuple(timestep / total for timestep in timesteps)
+    stops = (*starts[1:], windows.boundaries[-1])
+    indices = tuple(windows.index(t) for t in starts)
     members = [rows[k] for k in indices]
     step_maps: list[tuple[float, float]] = []
     x0_maps: list[tuple[float, float]] = []
@@ -107,10 +96,10 @@ def build_step_plan(
         x0_maps.append((float(c), float(d)))
     return StepPlan(
         prediction_type=prediction_type,
-        timesteps=tuple(timesteps),
-        times=tuple(starts),
-        next_times=tuple(stops),
-        window_index=tuple(indices),
+        timesteps=timesteps,
+        times=starts,
+        next_times=stops,
+        window_index=indices,
         window_start=tuple(float(window.start) for window in members),
         window_end=tuple(float(window.end) for window in members),
         alpha_start=tuple(float(window.alpha_start) for window in members),
@@ -122,19 +111,32 @@ def build_step_plan(
     )
 
 
-def apply_step(sample: Tensor, output: Tensor, a: float | Tensor, b: float | Tensor) -> Tensor:
-    """One row of a plan on a sample: `a sample + b output`, of the sample's shape and type.
+def apply_step(sample: Tensor, output: Tensor, a: Scalar, b: Scalar) -> Tensor:
+    """`a sample + b output` in float32 or better, returned in the sample's type: one step, in two kernels.
 
-    (A, B) gives the next sample, (C, D) the predicted clean one. Nothing crosses between host and device when a and b
-    are numbers, or 0-dimensional tensors on the sample's device (elements of `StepPlan.coefficients`).
+    Of a plan's row, (A, B) gives the next sample and (C, D) the predicted clean one. A coefficient is a number, a
+    0-dimensional tensor on the sample's device, or a tensor (batch,) with one value per row of the sample. Nothing
+    crosses between host and device.
     """
-    return weighted_sum(sample, output, a, b)
+    dtype = torch.promote_types(sample.dtype, torch.float32)
+    sample, output = torch.broadcast_tensors(sample, output)
+    total = sample * _weight(a, sample, dtype) if isinstance(a, Tensor) else sample.to(dtype) * a
+    if isinstance(b, Tensor):
+        total.addcmul_(output, _weight(b, output, dtype))
+    else:
+        total.add_(output, alpha=b)
+    return total.to(sample.dtype)
+
+
+def _weight(value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A coefficient with as many dimensions as `like`: one without dimensions would not promote half precision."""
+    return value.to(dtype).reshape(-1, *(1,) * (like.ndim - 1)) if like.ndim else value.to(dtype)
 
 
 def select_row(table: Tensor, timesteps: Tensor, timestep: Tensor) -> Tensor:
     """The row of `table` (num_steps, 4) whose entry of `timesteps` (num_steps,) equals the one-element `timestep`.
 
-    All on one device, with nothing read back; a row of nan where `timesteps` does not hold it.
+    All on one device, with nothing read back. The row is nan if `timesteps` does not hold it.
     """
     hit = timesteps == timestep.reshape(1)
     row = torch.where(hit.unsqueeze(1), table, 0.0).sum(dim=0)
@@ -147,31 +149,24 @@ def truncated_timestep(t: float, num_train_timesteps: int) -> int:
 
 
 def _check_timesteps(timesteps: Sequence[int], windows: TimeWindows) -> None:
-    total = windows.num_train_timesteps
-    highest, lowest = (
-        truncated_timestep(windows.boundaries[0], total),
-        truncated_timestep(windows.boundaries[-1], total) + 1,
-    )
     if not timesteps:
-        raise ValueError("timesteps is empty; pass at least one timestep per time window.")
-    if any(following >= current for current, following in itertools.pairwise(timesteps)):
-        raise ValueError(
-            f"timesteps {_shorten(timesteps)} are not strictly descending; pass each once, from noise to data, "
-            f"or fewer steps than the {len(timesteps)} asked for."
-        )
+        raise ValueError("timesteps=[] must hold at least one timestep per time window.")
+    for current, following in itertools.pairwise(timesteps):
+        if following >= current:
+            raise ValueError(
+                f"timesteps must be strictly descending, but {current} is followed by {following}; "
+                f"list each timestep once, or ask for fewer than {len(timesteps)} steps."
+            )
+    total = windows.num_train_timesteps
+    highest = truncated_timestep(windows.boundaries[0], total)
+    lowest = truncated_timestep(windows.boundaries[-1], total) + 1
     outside = [timestep for timestep in timesteps if not lowest <= timestep <= highest]
     if outside:
-        raise ValueError(f"timesteps {outside} lie outside [{lowest}, {highest}]; pass whole numbers in that range.")
-    given = set(timesteps)
+        raise ValueError(f"timesteps={outside} must be in [{lowest}, {highest}].")
     needed = [truncated_timestep(start, total) for start in windows.starts]
-    missing = [start for start in needed if start < timesteps[0] and start not in given]
+    missing = [start for start in needed if start < timesteps[0] and start not in timesteps]
     if missing:
         raise ValueError(
-            f"timesteps {_shorten(timesteps)} step over the window start(s) {missing}, but a step must not leave its "
-            f"window; insert {', '.join(map(str, missing))}."
+            f"timesteps must include the window starts below {timesteps[0]}, since no step may leave its window; "
+            f"insert {', '.join(map(str, missing))}."
         )
-
-
-def _shorten(timesteps: Sequence[int]) -> str:
-    shown = ", ".join(map(str, timesteps[:12]))
-    return f"[{shown}, ...]" if len(timesteps) > 12 else f"[{shown}]"

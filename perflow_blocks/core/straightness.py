@@ -6,7 +6,7 @@ Piecewise rectified flow (arXiv 2405.07510) wants this in each window from s (st
 
     S = 1/|e - s| int E ||(z_e - z_s)/(e - s) - dz_t/dt||^2 dt,
 
-here beside E ||(z_e - z_s)/(e - s)||^2, the squared speed along the chord, which makes it a number without unit.
+here divided by E ||(z_e - z_s)/(e - s)||^2, the squared speed along the chord, so that it has no unit.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .parameterization import WindowAlpha, weighted_sum, window_endpoint
+from .distillation import window_endpoint
+from .parameterization import WindowAlpha
+from .step_plan import apply_step
 
 Predictor = Callable[[Tensor, Tensor], Tensor]
 """Called as `predict(z_t, t)` with z_t (batch, ...) and t (batch,); returns the network's output."""
 
 
 class Straightness(NamedTuple):
-    """Of each path, (batch,) float32: the mean squared deviation of its velocity from the chord's, and the chord's."""
+    """For each path, (batch,) float32: mean squared deviation of its velocity from the chord's, and the chord's."""
 
     deviation: Tensor
     chord: Tensor
@@ -36,11 +38,9 @@ class Straightness(NamedTuple):
 
 
 def path_straightness(points: Tensor, times: Tensor) -> Straightness:
-    """The straightness of polylines, whose velocity is constant between two points.
+    """The straightness of polylines with the given points (steps + 1, batch, ...).
 
-    Args:
-        points: (steps + 1, batch, ...), along each path.
-        times: (steps + 1, batch), strictly monotonous, of the points.
+    The velocity is constant between two points; their times (steps + 1, batch) are strictly monotonic.
     """
     points, times = points.float().flatten(2), times.float()[..., None]
     spans = times[1:] - times[:-1]
@@ -65,17 +65,12 @@ def student_path(
 ) -> Tensor:
     """The points (num_steps + 1, batch, ...) that a student passes in equal Euler steps through its windows.
 
-    Args:
-        predict: the student.
-        z_start: where the windows start, (batch, ...).
-        window: of each row, numbers as tensors (batch,).
-        prediction_type: of the student's output.
-        num_steps: Euler steps through each window, at least 1.
+    `z_start` (batch, ...) is where the windows start; `window` holds the numbers of each row as tensors (batch,).
     """
     times = window_times(window, num_steps)
     points = [z_start]
     for t, following in itertools.pairwise(times):
         z_end = window_endpoint(points[-1], predict(points[-1], t), window, prediction_type, t)
         share = (following - t) / (torch.as_tensor(window.end) - t)
-        points.append(weighted_sum(points[-1], z_end, 1.0 - share, share))
+        points.append(apply_step(points[-1], z_end, 1.0 - share, share))
     return torch.stack(points)

@@ -1,8 +1,7 @@
 """A large plane cut into overlapping tiles of one size, and put together again without seams.
 
-The pieces are laid down one after the other, each faded in over what lies before it. So every point of the result is
-a weighted mean of the pieces that cover it, with weights that are not negative and sum to 1 by construction: where all
-pieces agree, the result is exactly what they agree on, in any precision.
+Each piece is faded in over the pieces before it. So every point of the result is a weighted mean of the pieces that
+cover it, with weights of at least 0 that sum to 1: where all pieces agree, the result is exactly what they agree on.
 """
 
 from __future__ import annotations
@@ -17,13 +16,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TileAxis:
-    """How one axis is cut.
+    """How one axis of `length` is cut into tiles of `size`.
 
-    Attributes:
-        length: of the axis.
-        size: of each tile, at most `length`.
-        starts: where the tiles begin, ascending from 0 to `length - size`.
-        fade: (len(starts), size) in [0, 1], how far each tile replaces what lies before it.
+    `starts` are where the tiles begin, ascending from 0 to `length - size`; `fade` (len(starts), size), in [0, 1], is
+    how far each tile replaces the ones before it.
     """
 
     length: int
@@ -43,7 +39,7 @@ class Tiling:
         return len(self.rows.starts) * len(self.columns.starts)
 
     def scale(self, tensor: Tensor) -> int | None:
-        """The whole number k for which `tensor` is (..., k rows, k columns) in size; None where there is none."""
+        """The integer k for which `tensor` has the size (..., k rows, k columns); None if there is none."""
         k = tensor.shape[-1] // self.columns.length
         fits = tuple(tensor.shape[-2:]) == (k * self.rows.length, k * self.columns.length)
         return k if fits and k > 0 else None
@@ -67,18 +63,10 @@ class Tiling:
 def cut_plane(
     height: int, width: int, size: int, overlap: int, device: torch.device | str | None = None
 ) -> Tiling | None:
-    """The tiling of a plane into tiles of `size` by `size`, each overlapping the next by `overlap` or more.
+    """The fewest tiles of `size` by `size` that cover a plane, spread evenly; None if one tile covers it.
 
-    An axis that is shorter than a tile is not cut. The tiles are as few as can be and spread evenly.
-
-    Args:
-        height, width: of the plane, at least 1.
-        size: of a tile, at least 1.
-        overlap: at least 0, at most half of `size`; with 0 the pieces are not blended.
-        device: where `fade` is put.
-
-    Returns:
-        The tiling, None where one tile covers the plane.
+    Neighbours overlap by at least `overlap`, from 0 (not blended) to half of `size`. An axis shorter than a tile is
+    not cut. `fade` is put on `device`.
     """
     if height <= size and width <= size:
         return None
@@ -97,8 +85,7 @@ def _cut_axis(length: int, size: int, overlap: int, device: torch.device | str |
 def _fade(starts: tuple[int, ...], size: int, overlap: int) -> Tensor:
     """(len(starts), size): half a cosine wave of length `overlap` in the middle of where two tiles overlap.
 
-    Where they overlap by more, the rest of it next to a tile's border, which the network saw with the least around it,
-    is not used.
+    The rest of a longer overlap is not used: it lies at a tile's border, where the network saw the least context.
     """
     phase = (torch.arange(overlap, dtype=torch.float64) + 0.5) / max(overlap, 1)
     ramp = 0.5 - 0.5 * torch.cos(math.pi * phase)

@@ -40,13 +40,13 @@ class TimeWindows:
         require_positive_int("num_train_timesteps", self.num_train_timesteps)
         object.__setattr__(self, "boundaries", tuple(float(b) for b in self.boundaries))
         if len(self.boundaries) < 2:
-            raise ValueError(f"window boundaries {self.boundaries} hold no window; pass at least (1.0, 0.0).")
+            raise ValueError(f"window_boundaries={self.boundaries} must hold at least two times, such as (1.0, 0.0).")
         if not all(math.isfinite(b) and 0.0 <= b <= 1.0 for b in self.boundaries):
-            raise ValueError(f"window boundaries {self.boundaries} leave [0, 1]; pass times from 1 to 0.")
+            raise ValueError(f"window_boundaries={self.boundaries} must be times in [0, 1].")
         narrowest = min(start - end for start, end in zip(self.starts, self.ends, strict=True))
         if narrowest * self.num_train_timesteps < 1.0 - 1e-6:
             raise ValueError(
-                f"window boundaries {self.boundaries} are not strictly descending by at least one of "
+                f"window_boundaries={self.boundaries} must be strictly descending, by at least one of "
                 f"{self.num_train_timesteps} timesteps; sort them from 1 to 0 and drop repeated ones."
             )
 
@@ -81,42 +81,22 @@ class TimeWindows:
     def index(self, t: float | Tensor) -> int | Tensor:
         """The window of a time: an int for a number, a LongTensor of the same shape for a tensor (on its device)."""
         slack = BOUNDARY_TOLERANCE / self.num_train_timesteps
-        if not isinstance(t, Tensor):
-            return sum(t <= end + slack for end in self.ends[:-1])
         # Comparisons with host numbers: nothing is copied to the device and nothing is read back.
-        index = torch.zeros_like(t, dtype=torch.long)
-        for end in self.ends[:-1]:
-            index += t <= end + slack
-        return index
-
-    @overload
-    def bounds(self, t: float) -> tuple[float, float]: ...
-    @overload
-    def bounds(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
-    def bounds(self, t: float | Tensor) -> tuple[float, float] | tuple[Tensor, Tensor]:
-        """Start and end of the window of a time: numbers for a number, tensors of t's shape for a tensor."""
-        if not isinstance(t, Tensor):
-            k = self.index(t)
-            return self.starts[k], self.ends[k]
-        dtype = t.dtype if t.is_floating_point() else torch.float32
-        table = torch.tensor(self.boundaries, dtype=dtype, device=t.device)
-        index = self.index(t)
-        return table[index], table[index + 1]
+        first = torch.zeros_like(t, dtype=torch.long) if isinstance(t, Tensor) else 0
+        return sum((t <= end + slack for end in self.ends[:-1]), first)
 
     def distribute_steps(self, num_steps: int) -> tuple[float, ...]:
         """The continuous start times of `num_steps` steps, descending.
 
-        Every window gets `num_steps // num_windows` steps and the first `num_steps % num_windows` windows one more;
-        inside a window they are equally spaced from its start, its end left out.
+        Every window gets `num_steps // num_windows` steps and the first `num_steps % num_windows` windows one more.
+        Inside a window they are equally spaced from its start, its end excluded.
 
         Raises:
-            ValueError: `num_steps` is no integer, or below the number of windows.
+            ValueError: `num_steps` is not an integer, or below the number of windows.
         """
         require_positive_int("num_steps", num_steps)
         if num_steps < self.num_windows:
-            raise ValueError(
-                f"num_steps={num_steps} is below num_windows={self.num_windows}; pass at least {self.num_windows}."
-            )
+            raise ValueError(f"num_steps={num_steps} must be at least num_windows={self.num_windows}.")
         each, extra = divmod(num_steps, self.num_windows)
         times: list[float] = []
         for k, (start, end) in enumerate(zip(self.starts, self.ends, strict=True)):
@@ -126,11 +106,9 @@ class TimeWindows:
 
 
 def require_positive_int(name: str, value: object) -> int:
-    """The value as an int, or the one ValueError that this package gives for a count that is no integer above 0."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ValueError(f"{name}={value!r} is not an integer; pass a whole number of at least 1.")
-    if value < 1:
-        raise ValueError(f"{name}={value} is below 1; pass at least 1.")
+    """The value as an int. A ValueError names it if it is not an integer of at least 1 (a bool is not one)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a positive integer.")
     return int(value)
 
 
@@ -142,10 +120,9 @@ def tile_windows(
     t_clean: float = 0.0,
     num_train_timesteps: int = 1000,
 ) -> TimeWindows:
-    """Windows from settings: `boundaries` where given (they then decide the number), else `num_windows` equal ones.
+    """Windows from settings: `boundaries` if given (they decide the number), else `num_windows` equal ones.
 
-    Raises:
-        ValueError: the boundaries do not run from `t_noise` to `t_clean`, or are no windows.
+    Boundaries that do not run from `t_noise` to `t_clean`, or do not describe windows, are a ValueError.
     """
     if boundaries is None:
         return TimeWindows.equal(
@@ -153,8 +130,5 @@ def tile_windows(
         )
     windows = TimeWindows(boundaries=tuple(boundaries), num_train_timesteps=num_train_timesteps)
     if (windows.boundaries[0], windows.boundaries[-1]) != (t_noise, t_clean):
-        raise ValueError(
-            f"window_boundaries {list(windows.boundaries)} do not tile ({t_clean}, {t_noise}]; "
-            f"start them at {t_noise} and end them at {t_clean}."
-        )
+        raise ValueError(f"window_boundaries={windows.boundaries} must start at {t_noise} and end at {t_clean}.")
     return windows

@@ -15,12 +15,10 @@ DELTA = "perflow_delta.safetensors"
 class PeRFlowDemoBlocks(PeRFlowSDXLText2ImageBlocks):
     """Text-to-image that needs no index: components and delta are the package's own."""
 
-    @property
-    def description(self) -> str:
-        return (
-            "Draws small pictures of one shape in four PeRFlow steps, with the tiny SDXL inside perflow-blocks.\n"
-            'Prompts are such as "a red star on a white background".'
-        )
+    description = (
+        "Draws small images of one shape in four PeRFlow steps, with the tiny SDXL inside perflow-blocks.\n"
+        'Prompts are such as "a red star on a white background".'
+    )
 
     @property
     def expected_components(self) -> list[ComponentSpec]:

@@ -3,23 +3,79 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypedDict, Unpack
 
 import torch
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.utils import logging
 from torch import Tensor
 
-from ..core.ddim import TEACHER_PREDICTION_TYPES, ddim_coefficients
-from ..core.parameterization import weighted_sum
+from ..core.parameterization import Scalar, ddim_coefficients
+from ..core.step_plan import apply_step
 from ..core.windows import require_positive_int
-from .conditioning import Conditioning, sdxl_conditioning, sdxl_time_ids
 
 logger = logging.get_logger(__name__)
 
+TEACHER_PREDICTION_TYPES = ("epsilon", "v_prediction")
+
 UNet = Callable[..., Any]
 """Called as `unet(latents, timesteps, encoder_hidden_states=..., [added_cond_kwargs=...], return_dict=False)[0]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """One batch of prompts as the UNet takes it, for Stable Diffusion and SDXL alike.
+
+    Attributes:
+        prompt_embeds: (batch, tokens, width).
+        added: SDXL's added conditions by the UNet's names for them, (batch, ...) each; empty for Stable Diffusion.
+    """
+
+    prompt_embeds: Tensor
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def join(self, other: Conditioning) -> Conditioning:
+        """Both along the batch, self first."""
+        return Conditioning(
+            prompt_embeds=torch.cat([self.prompt_embeds, other.prompt_embeds]),
+            added={name: torch.cat([value, other.added[name]]) for name, value in self.added.items()},
+        )
+
+    def unet_kwargs(self) -> dict[str, Any]:
+        added = {"added_cond_kwargs": dict(self.added)} if self.added else {}
+        return {"encoder_hidden_states": self.prompt_embeds, **added}
+
+
+def sdxl_conditioning(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, time_ids: Tensor) -> Conditioning:
+    """SDXL's conditions: embeddings (batch, tokens, width), pooled (batch, width), time ids (batch, 6)."""
+    return Conditioning(prompt_embeds=prompt_embeds, added={"text_embeds": pooled_prompt_embeds, "time_ids": time_ids})
+
+
+def teacher_coefficients(alpha: Scalar, alpha_next: Scalar, prediction_type: str) -> tuple[Scalar, Scalar]:
+    """(a, b) of the teacher's DDIM step `z_next = a z + b output` from abar = `alpha` to the cleaner `alpha_next`.
+
+    The type is one of `TEACHER_PREDICTION_TYPES`; `v_prediction` is v = sqrt(abar) eps - sqrt(1 - abar) x0
+    (arXiv 2202.00512, appendix D).
+    """
+    if prediction_type == "epsilon":
+        return ddim_coefficients(alpha, alpha_next)
+    signal, sigma = alpha**0.5, (1.0 - alpha) ** 0.5
+    signal_next, sigma_next = alpha_next**0.5, (1.0 - alpha_next) ** 0.5
+    return signal_next * signal + sigma_next * sigma, sigma_next * signal - signal_next * sigma
+
+
+class SolveSettings(TypedDict, total=False):
+    """How the teacher solves: `guidance_scale` at least 1 (1, the default, is none), `num_steps` DDIM steps (2).
+
+    `num_windows` (1) is the number K of equal windows: each step goes down `T // (K num_steps)` timesteps, as
+    published. With None each row's own t_start and t_end decide, for windows of unequal lengths.
+    """
+
+    guidance_scale: float
+    num_steps: int
+    num_windows: int | None
 
 
 class PFODESolver:
@@ -27,28 +83,30 @@ class PFODESolver:
 
     Args:
         scheduler: any diffusers scheduler with `alphas_cumprod` whose `config.prediction_type` is `epsilon` or
-            `v_prediction`. Where it has a `final_alpha_cumprod`, that stands for abar below the first timestep.
+            `v_prediction`. Its `final_alpha_cumprod`, if it has one, is abar below the first timestep.
 
     Raises:
-        ValueError: the scheduler has no alphas, or predicts something else.
+        ValueError: the scheduler has no alphas, or another prediction type.
     """
 
     def __init__(self, scheduler: Any) -> None:
         name = type(scheduler).__name__
         alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         if alphas_cumprod is None:
-            raise ValueError(f"{name} has no alphas_cumprod; pass a diffusion scheduler such as DDIMScheduler.")
+            raise ValueError(
+                f"scheduler={name} must be a diffusion scheduler with alphas_cumprod, such as DDIMScheduler."
+            )
         self.prediction_type: str = scheduler.config.prediction_type
         if self.prediction_type not in TEACHER_PREDICTION_TYPES:
             raise ValueError(
-                f"prediction_type={self.prediction_type!r} of {name} is no teacher type; pass a scheduler with one of "
-                f"{', '.join(TEACHER_PREDICTION_TYPES)}."
+                f"prediction_type={self.prediction_type!r} of {name} must be one of "
+                f"{', '.join(TEACHER_PREDICTION_TYPES)} for a teacher."
             )
         self.num_train_timesteps = len(alphas_cumprod)
         final = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", alphas_cumprod[0])).reshape(1)
         # Shifted by one, so that the index -1 (below the first timestep) has an entry as well.
         self._alphas = torch.cat([final.float(), alphas_cumprod.float().to(final.device)])
-        self._guiders: dict[float, ClassifierFreeGuidance] = {}
+        self._guiders: dict[float, ClassifierFreeGuidance] = {}  # kept: diffusers logs a notice at every construction
         self._uneven_logged: set[int] = set()
 
     def solve(
@@ -60,9 +118,7 @@ class PFODESolver:
         *,
         prompt_embeds: Tensor,
         negative_prompt_embeds: Tensor | None = None,
-        guidance_scale: float = 1.0,
-        num_steps: int = 2,
-        num_windows: int | None = 1,
+        **settings: Unpack[SolveSettings],
     ) -> Tensor:
         """The latents at `t_end` that `num_steps` DDIM steps (eta = 0) reach from `latents` at `t_start`.
 
@@ -74,10 +130,7 @@ class PFODESolver:
             t_end: continuous time in [0, 1), below t_start: one for all, or (batch,).
             prompt_embeds: (batch, tokens, width).
             negative_prompt_embeds: (batch, tokens, width), needed when `guidance_scale` is above 1.
-            guidance_scale: classifier-free guidance of the teacher, at least 1; 1 is none.
-            num_steps: DDIM steps, at least 1.
-            num_windows: number K of equal windows: each step goes down `T // (K num_steps)` timesteps, as published.
-                None lets each row's own t_start and t_end decide, for windows of unequal lengths.
+            settings: as in `SolveSettings`.
 
         Returns:
             (batch, channels, height, width), of the latents' type.
@@ -87,17 +140,7 @@ class PFODESolver:
         """
         positive = Conditioning(prompt_embeds=prompt_embeds)
         negative = None if negative_prompt_embeds is None else Conditioning(prompt_embeds=negative_prompt_embeds)
-        return self.solve_conditioned(
-            latents,
-            unet,
-            t_start,
-            t_end,
-            positive,
-            negative,
-            guidance_scale=guidance_scale,
-            num_steps=num_steps,
-            num_windows=num_windows,
-        )
+        return self.solve_conditioned(latents, unet, t_start, t_end, positive, negative, **settings)
 
     @torch.no_grad()
     def solve_conditioned(
@@ -118,9 +161,9 @@ class PFODESolver:
         start, end = _rows("t_start", t_start, latents), _rows("t_end", t_end, latents)
         _check_times(t_start, t_end)
         stride = self._stride(num_steps, num_windows)
-        guided = negative is not None and guidance_scale > 1.0
-        conditions = positive.join(negative) if negative is not None and guided else positive
-        guider = self._guider(guidance_scale) if guided else None
+        guider = None
+        if guidance_scale > 1.0 and negative is not None:
+            positive, guider = positive.join(negative), self._guider(guidance_scale)
         alphas = self._alphas.to(latents.device)
         for k in range(num_steps):
             index = self._index(start + (end - start) * (k / num_steps))
@@ -129,13 +172,12 @@ class PFODESolver:
             else:
                 following = index - stride
             index = index.clamp(0, self.num_train_timesteps - 1)
-            output = _predict(unet, latents, index, conditions, guider)
-            a, b = ddim_coefficients(alphas[index + 1], alphas[following.clamp(min=-1) + 1], self.prediction_type)
-            latents = weighted_sum(latents, output, a, b)
+            output = _predict(unet, latents, index, positive, guider)
+            alpha, alpha_next = alphas[index + 1], alphas[following.clamp(min=-1) + 1]
+            latents = apply_step(latents, output, *teacher_coefficients(alpha, alpha_next, self.prediction_type))
         return latents
 
     def _guider(self, guidance_scale: float) -> ClassifierFreeGuidance:
-        # Kept, because diffusers logs a notice about guiders at every construction.
         if guidance_scale not in self._guiders:
             self._guiders[guidance_scale] = ClassifierFreeGuidance(guidance_scale=guidance_scale)
         return self._guiders[guidance_scale]
@@ -152,20 +194,17 @@ class PFODESolver:
         require_positive_int("num_steps", num_steps)
         if num_windows is None:
             return None
-        count = require_positive_int("num_windows", num_windows) * num_steps
-        stride, rest = divmod(self.num_train_timesteps, count)
+        total, count = self.num_train_timesteps, require_positive_int("num_windows", num_windows) * num_steps
+        stride, rest = divmod(total, count)
         if stride == 0:
-            raise ValueError(
-                f"num_windows={num_windows} times num_steps={num_steps} exceeds the {self.num_train_timesteps} "
-                "training timesteps; pass fewer steps or windows."
-            )
+            raise ValueError(f"num_windows={num_windows} times num_steps={num_steps} must be at most {total}.")
         if rest and count not in self._uneven_logged:
             self._uneven_logged.add(count)
             logger.warning(
                 "num_windows * num_steps = %d does not divide the %d training timesteps, so that steps of %d "
                 "timesteps miss t_end; choose numbers that divide it, or num_windows=None.",
                 count,
-                self.num_train_timesteps,
+                total,
                 stride,
             )
         return stride
@@ -187,35 +226,28 @@ class PFODESolverSDXL(PFODESolver):
         negative_pooled_prompt_embeds: Tensor | None = None,
         resolution: int = 1024,
         add_time_ids: Tensor | None = None,
-        guidance_scale: float = 1.0,
-        num_steps: int = 2,
-        num_windows: int | None = 1,
+        **settings: Unpack[SolveSettings],
     ) -> Tensor:
         """As `PFODESolver.solve`, with SDXL's conditions.
 
         Args:
             pooled_prompt_embeds: (batch, pooled width).
             negative_pooled_prompt_embeds: (batch, pooled width), needed when `guidance_scale` is above 1.
-            resolution: pixels of the square pictures; the time ids are then (resolution, resolution, 0, 0, resolution,
-                resolution), that is original size, no crop, target size.
+            resolution: pixels of the square images; the time ids are then (resolution, resolution, 0, 0, resolution,
+                resolution): original size, no crop, target size.
             add_time_ids: time ids to use instead, (6,), (1, 6) or (batch, 6), for both prompts.
         """
-        time_ids = sdxl_time_ids(resolution, add_time_ids, prompt_embeds)
+        if add_time_ids is None:
+            size = require_positive_int("resolution", resolution)
+            add_time_ids = torch.tensor([size, size, 0, 0, size, size])
+        time_ids = add_time_ids.to(prompt_embeds).reshape(-1, add_time_ids.shape[-1])
+        if len(time_ids) == 1:
+            time_ids = time_ids.expand(len(prompt_embeds), -1)
         positive = sdxl_conditioning(prompt_embeds, pooled_prompt_embeds, time_ids)
         negative = None
         if negative_prompt_embeds is not None and negative_pooled_prompt_embeds is not None:
             negative = sdxl_conditioning(negative_prompt_embeds, negative_pooled_prompt_embeds, time_ids)
-        return self.solve_conditioned(
-            latents,
-            unet,
-            t_start,
-            t_end,
-            positive,
-            negative,
-            guidance_scale=guidance_scale,
-            num_steps=num_steps,
-            num_windows=num_windows,
-        )
+        return self.solve_conditioned(latents, unet, t_start, t_end, positive, negative, **settings)
 
 
 def _predict(
@@ -235,20 +267,20 @@ def _check_conditions(
     batch: int, positive: Conditioning, negative: Conditioning | None, guidance_scale: float
 ) -> None:
     if not math.isfinite(guidance_scale) or guidance_scale < 1.0:
-        raise ValueError(f"guidance_scale={guidance_scale} is no number of at least 1; pass 1.0 for no guidance.")
+        raise ValueError(f"guidance_scale={guidance_scale} must be a finite number of at least 1 (1.0: no guidance).")
     if guidance_scale > 1.0 and negative is None:
         raise ValueError(
-            f"guidance_scale={guidance_scale} needs the negative prompt; pass negative_prompt_embeds (and, for SDXL, "
-            "negative_pooled_prompt_embeds) or guidance_scale=1.0."
+            f"guidance_scale={guidance_scale} needs negative_prompt_embeds (for SDXL negative_pooled_prompt_embeds "
+            "too); without them use guidance_scale=1.0."
         )
-    positive.check_rows(batch)
-    if negative is None:
-        return
-    negative.check_rows(batch, "negative_")
-    if negative.prompt_embeds.shape != positive.prompt_embeds.shape:
+    for prefix, given in {"": positive, "negative_": negative or positive}.items():
+        for name, value in {"prompt_embeds": given.prompt_embeds, **given.added}.items():
+            if len(value) != batch:
+                raise ValueError(f"{prefix}{name} must have one row for each of {batch} latents; it has {len(value)}.")
+    if negative is not None and negative.prompt_embeds.shape != positive.prompt_embeds.shape:
         raise ValueError(
-            f"negative_prompt_embeds {tuple(negative.prompt_embeds.shape)} and prompt_embeds "
-            f"{tuple(positive.prompt_embeds.shape)} differ in shape; encode both to the same length."
+            f"negative_prompt_embeds of shape {tuple(negative.prompt_embeds.shape)} must have the shape of "
+            f"prompt_embeds, {tuple(positive.prompt_embeds.shape)}; encode both to the same length."
         )
 
 
@@ -257,7 +289,7 @@ def _rows(name: str, t: float | Tensor, latents: Tensor) -> Tensor:
     rows = torch.as_tensor(t, dtype=torch.float32, device=latents.device)
     if rows.ndim > 1 or (rows.ndim == 1 and len(rows) not in (1, len(latents))):
         raise ValueError(
-            f"{name} has shape {tuple(rows.shape)} for {len(latents)} latents; pass one time, or one per latent."
+            f"{name} of shape {tuple(rows.shape)} must be one time, or one for each of {len(latents)} rows."
         )
     return rows.expand(len(latents))
 
@@ -269,6 +301,6 @@ def _check_times(t_start: float | Tensor, t_end: float | Tensor) -> None:
     start, end = torch.as_tensor(t_start), torch.as_tensor(t_end)
     if not bool(((0.0 <= end) & (end < start) & (start <= 1.0)).all()):
         raise ValueError(
-            f"t_start={t_start} and t_end={t_end} are not times with 0 <= t_end < t_start <= 1 in every row; "
-            "pass continuous times, from noise (1) to data (0)."
+            f"t_start={t_start} and t_end={t_end} must be continuous times with 0 <= t_end < t_start <= 1 in every "
+            "row (1 is noise, 0 is data)."
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -18,8 +19,7 @@ from ..core.parameterization import (
     PREDICTION_TYPES,
     Scalar,
     WindowAlpha,
-    chord_marginal,
-    marginal,
+    chord_marginal_coefficients,
     window_alpha,
     window_table,
 )
@@ -53,8 +53,8 @@ def is_perflow_scheduler(scheduler: object) -> bool:
 class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
     """Few-step sampler of piecewise rectified flow (arXiv 2405.07510) for text-to-image and image-to-image pipelines.
 
-    `step` is a pure function of its arguments and of the plan that `set_timesteps` made: no counter moves, so a
-    schedule may be entered anywhere, and one scheduler serves several loops at once.
+    `step` is a pure function of its arguments and of the plan that `set_timesteps` made. It moves no counter, so a
+    run may start at any timestep, and one scheduler serves several loops at once.
 
     Args:
         num_train_timesteps: training timesteps T; the timestep T is pure noise.
@@ -97,37 +97,32 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(
-                f"prediction_type={prediction_type!r} is no PeRFlow type; pass one of {', '.join(PREDICTION_TYPES)}, "
+                f"prediction_type={prediction_type!r} must be one of {', '.join(PREDICTION_TYPES)}, "
                 f'for example PeRFlowScheduler.from_config(config, prediction_type="{PREDICTION_TYPES[0]}").'
             )
-        alphas_cumprod = make_alphas_cumprod(
-            num_train_timesteps=num_train_timesteps,
-            beta_start=beta_start,
-            beta_end=beta_end,
-            beta_schedule=beta_schedule,
-            trained_betas=trained_betas,
-        )
-        self.windows: TimeWindows = tile_windows(
-            num_windows=num_time_windows,
-            boundaries=window_boundaries,
-            t_noise=t_noise,
-            t_clean=t_clean,
-            num_train_timesteps=num_train_timesteps,
-        )
-        if window_boundaries is not None:  # a list and a matching count, so that the saved JSON reads back as it is
-            self.register_to_config(
-                window_boundaries=list(self.windows.boundaries), num_time_windows=self.windows.num_windows
-            )
-        self.alphas_cumprod: Tensor = alphas_cumprod.float()
-        self.final_alpha_cumprod: float = 1.0 if set_alpha_to_one else float(alphas_cumprod[0])
-        self._exact_alphas_cumprod = alphas_cumprod  # float64: the plans are made from these
-        self._window_table = window_table(self.windows, alphas_cumprod, final_alpha_cumprod=self.final_alpha_cumprod)
+        boundaries = None if window_boundaries is None else tuple(map(float, window_boundaries))
+        self._settings: dict[str, Any] = {
+            "num_train_timesteps": num_train_timesteps,
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+            "beta_schedule": beta_schedule,
+            "trained_betas": None if trained_betas is None else tuple(map(float, trained_betas)),
+            "set_alpha_to_one": set_alpha_to_one,
+            "num_time_windows": num_time_windows,
+            "window_boundaries": boundaries,
+            "t_noise": t_noise,
+            "t_clean": t_clean,
+        }
+        self._tables = _make_tables(**self._settings)
+        self.windows: TimeWindows = self._tables.windows
+        if boundaries is not None:  # a list and a matching count, so that the saved JSON reads back as it is
+            self.register_to_config(window_boundaries=list(boundaries), num_time_windows=len(boundaries) - 1)
+        self.alphas_cumprod: Tensor = self._tables.alphas_cumprod.float()
+        self.final_alpha_cumprod: float = self._tables.final_alpha_cumprod
         self.plan: StepPlan | None = None
         self.num_inference_steps: int | None = None
         self.timesteps: Tensor = torch.arange(num_train_timesteps, 0, -1)
-        self._row_of: dict[float, int] = {}
         self._coefficients: Tensor = torch.empty(0, 4)
-        self._begin_index: int | None = None
 
     @classmethod
     def from_scheduler(
@@ -135,7 +130,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
     ) -> PeRFlowScheduler:
         """A PeRFlow scheduler with the noise schedule of another scheduler, or of its config, and nothing else of it.
 
-        Unlike `from_config` this neither inherits a foreign `prediction_type` nor drops values that were defaults of
+        Unlike `from_config` it neither inherits a foreign `prediction_type` nor drops values that were defaults of
         the other class. `rescale_betas_zero_snr` is left out, with a warning: abar = 0 makes a window singular.
 
         Args:
@@ -143,31 +138,22 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
             overrides: settings of this class that replace or add to those taken over.
 
         Raises:
-            ValueError: the source has no betas (a flow-matching scheduler, say), or the settings are invalid.
+            ValueError: the source has no betas (a flow-matching scheduler), or the settings are invalid.
         """
         config: Mapping[str, Any] = scheduler.config if isinstance(scheduler, ConfigMixin) else scheduler or {}
         taken = {key: config[key] for key in NOISE_SCHEDULE_KEYS if key in config}
         if scheduler is not None and not {"beta_schedule", "trained_betas"} & {*taken, *overrides}:
             name = config.get("_class_name", type(scheduler).__name__)
             raise ValueError(
-                f"{name} has no betas to take over; pass beta_schedule= (and beta_start=, beta_end=), "
-                "or None in its place for Stable Diffusion's schedule."
+                f"scheduler={name} has no betas to take over; add beta_schedule= (and beta_start=, beta_end=), "
+                "or use scheduler=None for Stable Diffusion's schedule."
             )
         if config.get("rescale_betas_zero_snr"):
             logger.warning("rescale_betas_zero_snr is not supported by PeRFlow and is left out of the new scheduler.")
         return cls(**{**taken, **overrides})
 
     def __len__(self) -> int:
-        return self.windows.num_train_timesteps
-
-    @property
-    def begin_index(self) -> int | None:
-        """Index of the first step that a pipeline will take, as told by `set_begin_index`; `step` does not need it."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Remembers where in `timesteps` a pipeline starts (image-to-image does), for code that asks `begin_index`."""
-        self._begin_index = begin_index
+        return len(self.alphas_cumprod)
 
     def set_timesteps(
         self,
@@ -181,31 +167,30 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps: number of steps, at least 1. Fewer than the windows are raised to one per window,
                 with a warning.
             device: where `timesteps` shall lie.
-            timesteps: instead of a number: descending whole numbers in [1, num_train_timesteps] that include the start
-                of every window below the first of them.
+            timesteps: instead of a number: descending integers in [1, num_train_timesteps] that include the start of
+                every window below the first of them.
 
         Raises:
             ValueError: both or neither given, or a number or timesteps that make no schedule.
         """
         if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError("set_timesteps needs exactly one of num_inference_steps and timesteps; pass one of them.")
-        if timesteps is not None:
-            times = self._times_of(timesteps)
-        else:
-            wanted = require_positive_int("num_inference_steps", num_inference_steps)
-            times = self.windows.distribute_steps(self._at_least_windows(wanted))
-        self.plan = build_step_plan(
-            self.windows,
-            self._exact_alphas_cumprod,
-            self.config["prediction_type"],
-            times,
-            final_alpha_cumprod=self.final_alpha_cumprod,
-        )
-        self.num_inference_steps = len(self.plan)
-        self.timesteps = torch.tensor(self.plan.timesteps, dtype=torch.long).to(device)
-        self._row_of = {timestep: row for row, timestep in enumerate(self.plan.timesteps)}
-        self._coefficients = self.plan.coefficients(device)
-        self._begin_index = None
+            raise ValueError(f"pass exactly one of {num_inference_steps=} and {timesteps=}.")
+        if not isinstance(num_inference_steps, int | None):  # NumPy's integers; anything else is refused
+            num_inference_steps = require_positive_int("num_inference_steps", num_inference_steps)
+        given = None if timesteps is None else _integers(timesteps)
+        plan = _make_plan(self.config["prediction_type"], num_inference_steps, given, **self._settings)
+        num_windows = len(self._tables.rows)
+        if num_inference_steps is not None and num_inference_steps < num_windows:
+            logger.warning(
+                "num_inference_steps=%d is below num_time_windows=%d; %d steps are taken, one per window.",
+                num_inference_steps,
+                num_windows,
+                num_windows,
+            )
+        self.plan = plan
+        self.num_inference_steps = len(plan)
+        self.timesteps = torch.tensor(plan.timesteps, dtype=torch.long).to(device)
+        self._coefficients = plan.coefficients(device)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """The sample itself: the UNet of a PeRFlow model takes it unscaled."""
@@ -247,12 +232,12 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         Args:
             original_samples: (batch, channels, height, width).
             noise: of the same shape, device and type.
-            timesteps: whole numbers in [1, num_train_timesteps], one per row or one for all, on any device; 0 counts
-                as 1 (the cleanest level).
+            timesteps: integers in [1, num_train_timesteps], one per row or one for all, on any device; 0 counts as 1
+                (the cleanest level).
         """
         index = (torch.as_tensor(timesteps).long() - 1).clamp(0, len(self) - 1)
-        alpha = self.alphas_cumprod.to(index.device)[index]
-        return marginal(original_samples, noise, alpha.to(original_samples.device))
+        alpha = self.alphas_cumprod.to(index.device)[index].to(original_samples.device)
+        return apply_step(original_samples, noise, alpha**0.5, (1.0 - alpha) ** 0.5)
 
     def add_noise_chord(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """A sample on the student's path at any timestep: the chord between the marginals at its window's two ends.
@@ -260,14 +245,14 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         Arguments as for `add_noise`, except that 0 is the end of the last window.
         """
         t = torch.as_tensor(timesteps).to(original_samples.device, torch.float32) / len(self)
-        return chord_marginal(original_samples, noise, self.get_window_alpha(t), t)
+        return apply_step(original_samples, noise, *chord_marginal_coefficients(self.get_window_alpha(t), t))
 
     def noise_coefficients(self, plan: StepPlan, noising: str = "chord") -> Tensor:
         """(P, Q) of `P x0 + Q noise` at each step of a plan of this scheduler and at its end: (len(plan) + 1, 2).
 
         float64 on the host; (1, 0) where the plan ends at the end of the last window. See `core.noising`.
         """
-        return noise_coefficients(plan, self._window_table, self._exact_alphas_cumprod, noising=noising)
+        return noise_coefficients(plan, self._tables.rows, self._tables.alphas_cumprod, noising=noising)
 
     def plan_from(self, t: float, plan: StepPlan) -> StepPlan:
         """The plan of a run that begins at time t in (0, 1]: a first step from t, then the steps of `plan` below it.
@@ -286,48 +271,81 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         Numbers for a number, tensors of t's shape and device for a floating tensor. `gamma` is
         sqrt(alpha_start / alpha_end).
         """
-        return window_alpha(self.windows, self._window_table, t)
+        return window_alpha(self.windows, self._tables.rows, t)
 
-    def _at_least_windows(self, num_inference_steps: int) -> int:
-        num_windows = self.windows.num_windows
-        if num_inference_steps < num_windows:
-            logger.warning(
-                "num_inference_steps=%d is below num_time_windows=%d; taking %d steps, one per window.",
-                num_inference_steps,
-                num_windows,
-                num_windows,
-            )
-        return max(num_inference_steps, num_windows)
-
-    def _times_of(self, timesteps: Sequence[int] | Tensor) -> tuple[float, ...]:
-        values = torch.as_tensor(timesteps).tolist()
-        if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
-            raise ValueError(f"timesteps={timesteps!r} are not a list of whole numbers; pass for example [1000, 750].")
-        return tuple(value / len(self) for value in values)
-
-    def _step_coefficients(self, timestep: float | Tensor) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+    def _step_coefficients(self, timestep: float | Tensor) -> Sequence[Scalar]:
         """A, B, C, D of a timestep: numbers if it lies on the host, else elements of the table on the device."""
-        if self.plan is None:
+        plan = self.plan
+        if plan is None:
             raise ValueError("The scheduler has no schedule yet; call set_timesteps before step.")
         if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
             table, timesteps = self._coefficients.to(timestep.device), self.timesteps.to(timestep.device)
-            a, b, c, d = select_row(table, timesteps, timestep).unbind()
-            return a, b, c, d
-        value = _read_number(timestep)
-        row = self._row_of.get(value)
-        if row is None:
+            return select_row(table, timesteps, timestep).unbind()
+        value = timestep
+        if isinstance(timestep, Tensor):
+            if timestep.numel() != 1:
+                raise ValueError(
+                    f"timestep of shape {tuple(timestep.shape)} must be one timestep for the whole batch."
+                )
+            value = timestep.reshape(1).tolist()[0]
+        if value not in plan.timesteps:
             raise ValueError(
-                f"timestep={value} is not in the schedule {list(self.plan.timesteps)}; pass one of these, "
-                "or call set_timesteps for another schedule."
+                f"timestep={value} must be in the schedule {list(plan.timesteps)}; call set_timesteps for another one."
             )
-        plan = self.plan
-        return plan.sample_coeff[row], plan.output_coeff[row], plan.x0_sample_coeff[row], plan.x0_output_coeff[row]
+        i = plan.timesteps.index(value)
+        return plan.sample_coeff[i], plan.output_coeff[i], plan.x0_sample_coeff[i], plan.x0_output_coeff[i]
 
 
-def _read_number(timestep: float | Tensor) -> float:
-    """A timestep as a number; tensors that come here lie on the host, so nothing waits for a device."""
-    if not isinstance(timestep, Tensor):
-        return timestep
-    if timestep.numel() != 1:
-        raise ValueError(f"timestep has shape {tuple(timestep.shape)}; pass one timestep for the whole batch.")
-    return timestep.reshape(1).tolist()[0]
+class _Tables(NamedTuple):
+    """What plans are made from: the windows, abar in float64 of shape (T,), and the numbers of each window."""
+
+    windows: TimeWindows
+    alphas_cumprod: Tensor
+    final_alpha_cumprod: float
+    rows: tuple[WindowAlpha, ...]
+
+
+# Both are cached, since pipelines set the same schedule again at every call. The tensor is never written to.
+@functools.lru_cache(maxsize=32, typed=True)
+def _make_tables(
+    *,
+    num_time_windows: int,
+    window_boundaries: tuple[float, ...] | None,
+    t_noise: float,
+    t_clean: float,
+    set_alpha_to_one: bool,
+    **noise_schedule: Any,
+) -> _Tables:
+    with torch.device("cpu"):
+        alphas_cumprod = make_alphas_cumprod(**noise_schedule)
+    windows = tile_windows(
+        num_windows=num_time_windows,
+        boundaries=window_boundaries,
+        t_noise=t_noise,
+        t_clean=t_clean,
+        num_train_timesteps=len(alphas_cumprod),
+    )
+    final_alpha_cumprod = 1.0 if set_alpha_to_one else float(alphas_cumprod[0])
+    rows = window_table(windows, alphas_cumprod, final_alpha_cumprod=final_alpha_cumprod)
+    return _Tables(windows, alphas_cumprod, final_alpha_cumprod, rows)
+
+
+@functools.lru_cache(maxsize=128, typed=True)
+def _make_plan(
+    prediction_type: str, num_steps: int | None, timesteps: tuple[int, ...] | None, **settings: Any
+) -> StepPlan:
+    """The plan for the given timesteps, or for a number of steps (at least one per window)."""
+    windows, _, _, rows = _make_tables(**settings)
+    if timesteps is not None:
+        times = tuple(timestep / windows.num_train_timesteps for timestep in timesteps)
+    else:
+        wanted = require_positive_int("num_inference_steps", num_steps)
+        times = windows.distribute_steps(max(wanted, windows.num_windows))
+    return build_step_plan(windows, rows, prediction_type, times)
+
+
+def _integers(timesteps: Sequence[int] | Tensor) -> tuple[int, ...]:
+    values = torch.as_tensor(timesteps).tolist()
+    if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
+        raise ValueError(f"timesteps={timesteps!r} must be a list of integers, such as [1000, 750, 500, 250].")
+    return tuple(values)

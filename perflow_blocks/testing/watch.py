@@ -15,6 +15,10 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.modular_pipelines.modular_pipeline import BlockState, ModularPipeline, PipelineState
 
 
+STOCK_PROBES = {"watermark"}
+"""What diffusers' own steps look for without declaring it; a block that extends such a step is not to blame."""
+
+
 class Watch:
     """The names that a block read, though they were not there, and those that it wrote."""
 
@@ -105,7 +109,8 @@ def watched_pipeline(watch: Watch, pipe: ModularPipeline) -> ModularPipeline:
             return _watched_config(watch, self._internal_dict)
 
         def __getattr__(self, name: str) -> Any:  # called for what is not there
-            watch.note(watch.components, name)
+            if name not in STOCK_PROBES:
+                watch.note(watch.components, name)
             return super().__getattr__(name)
 
         def __setattr__(self, name: str, value: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..schedulers.conditioning import Conditioning, sdxl_conditioning
+from ..schedulers.pfode_solver import Conditioning, sdxl_conditioning
 from .data.batch import Size, TrainingBatch
 
 

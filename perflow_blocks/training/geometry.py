@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.distillation import draw_times
-from ..core.noise_schedule import alpha_index, make_alphas_cumprod
+from ..core.noise_schedule import make_alphas_cumprod
 from ..core.parameterization import WindowAlpha, window_table
 from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS
 from .config import WindowConfig
@@ -63,7 +63,8 @@ class WindowGeometry:
 
         Between two timesteps the windows have that of the lower one, and the solver has that of the nearer one.
         """
-        return torch.minimum(t, (alpha_index(t, self.num_train_timesteps) + 1) / self.num_train_timesteps)
+        timestep = torch.floor(t * self.num_train_timesteps + _ROUNDING).clamp(1, self.num_train_timesteps)
+        return torch.minimum(t, timestep / self.num_train_timesteps)
 
     def solver_windows(self, steps_per_window: int) -> int | None:
         """The solver's `num_windows`: its stride as published where that ends at the windows' ends, else None."""

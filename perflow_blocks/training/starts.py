@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..core.parameterization import marginal
+from ..core.distillation import marginal
 from .conditioning import batch_time_ids
 from .data.batch import TrainingBatch
 from .latents import LatentEncoder

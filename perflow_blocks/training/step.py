@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.distillation import make_student_example
-from ..schedulers.conditioning import Conditioning
+from ..schedulers.pfode_solver import Conditioning
 from .conditioning import cast
 from .config import LossConfig
 from .geometry import WindowGeometry

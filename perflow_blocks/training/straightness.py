@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.parameterization import WindowAlpha, window_endpoint
+from ..core.distillation import window_endpoint
+from ..core.parameterization import WindowAlpha
 from ..core.straightness import Straightness, path_straightness, student_path, window_times
 from .conditioning import TextRow
 from .step import UNet, predict

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.parameterization import WindowAlpha
 from ..schedulers import PFODESolver
-from ..schedulers.conditioning import Conditioning
+from ..schedulers.pfode_solver import Conditioning
 from .conditioning import PromptEncoder, TextRow, cast
 from .config import TeacherConfig
 from .geometry import WindowGeometry

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core.parameterization import window_endpoint
+from ..core.distillation import window_endpoint
 from .conditioning import batch_time_ids
 from .config import TeacherConfig
 from .data.batch import Size, TrainingBatch

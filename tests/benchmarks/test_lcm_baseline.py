@@ -21,7 +21,7 @@ from perflow_blocks.demo import teacher_pipeline
 from perflow_blocks.demo.models import SCHEDULE
 from perflow_blocks.evaluation.comparison import Row
 from perflow_blocks.evaluation.judge import Verdicts
-from perflow_blocks.schedulers.conditioning import Conditioning
+from perflow_blocks.schedulers.pfode_solver import Conditioning
 from tests.training.conftest import PointTeacher, tiny_config, write_config
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

@@ -36,8 +36,8 @@ from perflow_blocks.blocks import PeRFlowLoopDenoiser, PeRFlowSDXLAutoBlocks
 from perflow_blocks.blocks.encode import PeRFlowAutoTextEncoderStep
 from perflow_blocks.blocks.loop_block import LoopBlock
 from perflow_blocks.blocks.recombine import find_loops, insert_loop_block
-from perflow_blocks.core.parameterization import predict_x0, window_table
-from perflow_blocks.core.step_plan import StepPlan
+from perflow_blocks.core.parameterization import window_table, x0_coefficients
+from perflow_blocks.core.step_plan import StepPlan, apply_step
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.schedulers import PeRFlowScheduler
@@ -246,7 +246,7 @@ def predicted_clean(steps: int, i: int, latents: Tensor, noise_pred: Tensor) -> 
     """The clean latents by the core's formula, for step i of as many steps."""
     scheduler, plan = PeRFlowScheduler(**BETAS), tiny_plan(steps)
     window = window_table(scheduler.windows, scheduler.alphas_cumprod.double())[plan.window_index[i]]
-    return predict_x0(latents, noise_pred, window, plan.times[i], plan.prediction_type)
+    return apply_step(latents, noise_pred, *x0_coefficients(window, plan.times[i], plan.prediction_type))
 
 
 def guard_against_reads(pipe: Any) -> None:

@@ -21,6 +21,8 @@ from perflow_blocks.testing.tiny import (
 )
 from tests.conftest import count_unet_calls, make_pipeline, run
 
+pytestmark = pytest.mark.behaviour
+
 WORKFLOWS = StableDiffusionXLAutoBlocks._workflow_map
 INPUTS: dict[str, tuple[Any, Any]] = {
     "prompt": ("a red star", "a blue ring, large"),
@@ -60,7 +62,6 @@ def expected_blocks(name: str) -> list[str]:
         "check_inputs",
         "apply_attention",
         "merge_delta",
-        "memory_format",
         "text_encoder",
         *(["ip_adapter"] if "ip_adapter" in name else []),
         *(["vae_encoder"] if picture else []),

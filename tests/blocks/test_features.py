@@ -22,6 +22,8 @@ from perflow_blocks.testing.tiny import (
 from tests.blocks.conftest import TASKS, loop_pipeline, workflow_inputs
 from tests.conftest import count_unet_calls, generator, make_pipeline, run, watch_models
 
+pytestmark = pytest.mark.behaviour
+
 PROMPTS = ["a star", "a ring"]
 EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds")
 NEGATIVES = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -134,7 +136,7 @@ def test_a_wrong_number_of_generators_is_found_before_a_model_runs(workflow: str
     pipe = make_pipeline()
     ran, _ = watch_models(pipe)
     inputs = workflow_inputs(workflow) | {"prompt": PROMPTS, "num_images_per_prompt": 2}
-    with pytest.raises(ValueError, match=f"{count} generators for 4 pictures"):
+    with pytest.raises(ValueError, match=f"generator .*{count} .* 4, "):
         run(pipe, **inputs, generator=generators(*range(count)))
     assert ran == []
     run(pipe, **inputs)
@@ -255,20 +257,20 @@ def without(*names: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (lambda: without("pooled_prompt_embeds"), "^only one of prompt_embeds and pooled_prompt_embeds is given"),
-        (lambda: without(NEGATIVES[1]), f"^only one of {' and '.join(NEGATIVES)} is given"),
-        (lambda: without(NEGATIVES[0]), f"^only one of {' and '.join(NEGATIVES)} is given"),
+        (lambda: without("pooled_prompt_embeds"), "prompt_embeds.*pooled_prompt_embeds"),
+        (lambda: without(NEGATIVES[1]), f"{NEGATIVES[0]}.*{NEGATIVES[1]}"),
+        (lambda: without(NEGATIVES[0]), f"{NEGATIVES[0]}.*{NEGATIVES[1]}"),
         (lambda: without("prompt_embeds"), "^prompt is missing"),
-        (lambda: without() | {"prompt": "a star"}, "^both prompt and prompt_embeds are given"),
-        (lambda: without(*EMBEDDINGS) | {"prompt": "a star"}, "^both prompt and negative_prompt_embeds are given"),
-        (lambda: without() | {"negative_prompt": "a dot"}, "^negative_prompt is given beside prompt_embeds"),
+        (lambda: without() | {"prompt": "a star"}, "prompt and prompt_embeds"),
+        (lambda: without(*EMBEDDINGS) | {"prompt": "a star"}, "prompt and negative_prompt_embeds"),
+        (lambda: without() | {"negative_prompt": "a dot"}, "^negative_prompt .*prompt_embeds"),
         (
             lambda: without() | {"negative_prompt_embeds": torch.zeros(1, 8, 32)},
-            r"^negative_prompt_embeds has shape \(1, 8, 32\), prompt_embeds \(1, 16, 32\)",
+            r"^negative_prompt_embeds .*\(1, 8, 32\).*\(1, 16, 32\)",
         ),
         (
             lambda: without() | {"pooled_prompt_embeds": torch.zeros(2, 16)},
-            "^pooled_prompt_embeds holds 2 rows for 1 prompts",
+            r"^pooled_prompt_embeds .*\(2, 16\).*\(1, 16\)",
         ),
     ],
 )

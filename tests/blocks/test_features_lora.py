@@ -19,6 +19,8 @@ from perflow_blocks.testing.tiny import tiny_sdxl_components, tiny_sdxl_unet
 from tests.blocks.conftest import TASKS, workflow_inputs, write_delta
 from tests.conftest import count_unet_calls, generator, make_pipeline, run
 
+pytestmark = pytest.mark.behaviour
+
 TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj"],
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],

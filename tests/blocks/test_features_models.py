@@ -13,6 +13,8 @@ from perflow_blocks.testing.tiny import IMAGE_SIZE, load_tiny_ip_adapter, tiny_p
 from tests.blocks.conftest import TASKS, workflow_inputs, write_delta
 from tests.conftest import make_pipeline, run
 
+pytestmark = pytest.mark.behaviour
+
 FREEU = {"s1": 0.9, "s2": 0.2, "b1": 1.3, "b2": 1.4}
 
 workflows = pytest.mark.parametrize("workflow", TASKS)

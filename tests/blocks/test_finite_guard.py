@@ -111,7 +111,7 @@ def test_what_to_do_depends_on_the_type(dtype: torch.dtype, advice: str) -> None
 def test_an_unknown_policy_is_refused_before_the_first_step() -> None:
     pipe = loop_pipeline("text2image")
     calls = count_unet_calls(pipe)
-    with pytest.raises(ValueError, match="on_nonfinite='ignore' is unknown; pass one of raise, fallback"):
+    with pytest.raises(ValueError, match=r"on_nonfinite='ignore'.*raise, fallback"):
         run(pipe, on_nonfinite="ignore")
     assert calls == []
 

@@ -24,40 +24,39 @@ from diffusers.utils import logging
 
 from perflow_blocks.blocks.guiders import check_guider, warn_about_few_steps
 from perflow_blocks.testing import tiny_sdxl_unet
-from tests.blocks.conftest import attention_scores, draw, hooks_of, layers, perturbed, skip_layer, smoothed
+from tests.blocks.conftest import draw, hooks_of, layers, perturbed, skip_layer, smoothed
 from tests.conftest import make_pipeline, watch_models
 
-NOT_FOUND = r"SkipLayerGuidance.*LayerSkipConfig\(indices=\[0\], fqn=\"mid_block.attentions.0.transformer_blocks\"\)"
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "none": (lambda: None, r"of type NoneType; pass .*ClassifierFreeGuidance\(guidance_scale=2.0\)"),
-    "number": (lambda: 3.0, "of type float"),
-    "class": (lambda: ClassifierFreeGuidance, "the class ClassifierFreeGuidance"),
-    "scale_missing": (lambda: ClassifierFreeGuidance(None), "ClassifierFreeGuidance.*not NoneType; set numbers"),
-    "scale_not_finite": (lambda: ClassifierFreeGuidance(float("nan")), "guidance_scale=nan is not finite"),
-    "smoothed": (smoothed, "SmoothedEnergyGuidance.*for nothing; use PerturbedAttentionGuidance"),
-    "magnitude": (lambda: MagnitudeAwareGuidance(3.0), "MagnitudeAwareGuidance.*use AdaptiveProjectedGuidance"),
-    "ltx2_stg": (lambda: LTX2Guidance(3.0, stg_scale=1.0), "LTX2Guidance.*set stg_scale=0 and modality_scale=1"),
-    "ltx2_modality": (lambda: LTX2Guidance(3.0, modality_scale=2.0), "LTX2Guidance.*use ClassifierFreeGuidance"),
-    "skip_without_cfg": (lambda: skip_layer(1.0), "SkipLayerGuidance.*set a guidance_scale with effect"),
-    "perturbed_without_cfg": (lambda: perturbed(1.0), "PerturbedAttentionGuidance.*set a guidance_scale"),
-    "skip_before_cfg": (lambda: skip_layer(start=0.5), "SkipLayerGuidance.*let start and stop enclose"),
-    "skip_after_cfg": (lambda: skip_layer(stop=0.5), "SkipLayerGuidance.*let start and stop enclose"),
-    "auto_path": (lambda: skip_layer(config=layers(fqn="auto")), "by itself; name them.*" + NOT_FOUND[19:]),
-    "layer_numbers": (lambda: SkipLayerGuidance(3.0, 2.8, 0.0, 1.0, skip_layer_guidance_layers=[0]), NOT_FOUND),
-    "unknown_path": (lambda: skip_layer(config=layers(fqn="transformer_blocks")), NOT_FOUND),
-    "no_list": (lambda: skip_layer(config=layers(fqn="mid_block")), NOT_FOUND),
-    "index_beyond": (lambda: skip_layer(config=layers(indices=[0, 1])), r"indices=\[0, 1\] for the 1 layers.*0 to 0"),
-    "index_negative": (lambda: skip_layer(config=layers(indices=[-1])), r"SkipLayerGuidance: indices=\[-1\]"),
-    "index_alone": (lambda: skip_layer(config=layers(indices=0)), "indices=0 .* pass a list of numbers"),
+    "none": (lambda: None, "guider is of type NoneType"),
+    "number": (lambda: 3.0, "guider is of type float"),
+    "class": (lambda: ClassifierFreeGuidance, "guider is the class ClassifierFreeGuidance"),
+    "scale_missing": (lambda: ClassifierFreeGuidance(None), "guider.*ClassifierFreeGuidance.*NoneType"),
+    "scale_not_finite": (lambda: ClassifierFreeGuidance(float("nan")), "guider.*guidance_scale=nan"),
+    "scale_infinite": (lambda: ClassifierFreeGuidance(float("inf")), "guider.*guidance_scale=inf"),
+    "smoothed": (smoothed, "SmoothedEnergyGuidance.*PerturbedAttentionGuidance"),
+    "magnitude": (lambda: MagnitudeAwareGuidance(3.0), "MagnitudeAwareGuidance.*AdaptiveProjectedGuidance"),
+    "ltx2_stg": (lambda: LTX2Guidance(3.0, stg_scale=1.0), "LTX2Guidance.*stg_scale=0"),
+    "ltx2_modality": (lambda: LTX2Guidance(3.0, modality_scale=2.0), "LTX2Guidance.*modality_scale=1"),
+    "skip_without_cfg": (lambda: skip_layer(1.0), "SkipLayerGuidance.*guidance_scale"),
+    "perturbed_without_cfg": (lambda: perturbed(1.0), "PerturbedAttentionGuidance.*guidance_scale"),
+    "skip_before_cfg": (lambda: skip_layer(start=0.5), "SkipLayerGuidance.*start and stop"),
+    "skip_after_cfg": (lambda: skip_layer(stop=0.5), "SkipLayerGuidance.*start and stop"),
+    "auto_path": (lambda: skip_layer(config=layers(fqn="auto")), "SkipLayerGuidance: fqn='auto'"),
+    "layer_numbers": (lambda: SkipLayerGuidance(3.0, 2.8, 0.0, 1.0, skip_layer_guidance_layers=[0]), "fqn='auto'"),
+    "unknown_path": (lambda: skip_layer(config=layers(fqn="transformer_blocks")), "fqn='transformer_blocks'"),
+    "no_list": (lambda: skip_layer(config=layers(fqn="mid_block")), "fqn='mid_block'"),
+    "index_beyond": (lambda: skip_layer(config=layers(indices=[0, 1])), r"indices=\[0, 1\].*from 0 to 0"),
+    "index_negative": (lambda: skip_layer(config=layers(indices=[-1])), r"indices=\[-1\]"),
+    "index_alone": (lambda: skip_layer(config=layers(indices=0)), "indices=0 "),
     "index_missing": (lambda: skip_layer(config=layers(indices=[])), r"indices=\[\]"),
-    "blocks_of_another_kind": (lambda: skip_layer(config=layers(fqn="down_blocks")), "cannot hook these.*DownBlock2D"),
-    "second_of_two": (lambda: skip_layer(config=[layers(), layers(fqn="down_blocks")]), "cannot hook these"),
-    "nothing_skipped": (lambda: skip_layer(config=layers(skip_attention=False, skip_ff=False)), "change nothing"),
-    "no_attention": (lambda: perturbed(config=attention_scores(fqn="down_blocks")), "would change nothing.*choose"),
+    "blocks_of_another_kind": (lambda: skip_layer(config=layers(fqn="down_blocks")), "SkipLayerG.*DownBlock2D"),
+    "second_of_two": (lambda: skip_layer(config=[layers(), layers(fqn="down_blocks")]), "SkipLayerG.*DownBlock2D"),
     "auto_unknown_path": (lambda: AutoGuidance(3.0, auto_guidance_config=layers(fqn="blocks")), "AutoGuidance: fqn="),
 }
 
 
+@pytest.mark.behaviour
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_work_is_refused_in_one_line(name: str) -> None:
     make, message = REFUSED[name]
@@ -70,14 +69,15 @@ def test_what_cannot_work_is_refused_in_one_line(name: str) -> None:
         check_guider(skip_layer(config=layers(fqn=path)), unet)  # what the error proposes works
 
 
-@pytest.mark.parametrize("name", [name for name in REFUSED if name != "none"])
-def test_a_refusal_comes_before_any_model_runs(name: str) -> None:
-    make, message = REFUSED[name]
+@pytest.mark.behaviour
+def test_a_refusal_comes_before_any_model_runs() -> None:
     pipe = make_pipeline()
     ran, _ = watch_models(pipe)
-    pipe.guider = make()
-    with pytest.raises(ValueError, match=message):
-        pipe(prompt="a star", num_inference_steps=4)
+    for name in ("number", "scale_not_finite", "magnitude", "unknown_path", "blocks_of_another_kind"):
+        make, message = REFUSED[name]
+        pipe.guider = make()
+        with pytest.raises(ValueError, match=message):
+            pipe(prompt="a star", num_inference_steps=4)
     assert ran == []
 
 
@@ -85,7 +85,7 @@ def test_other_attention_processors_are_refused_for_perturbed_attention_only() -
     unet = tiny_sdxl_unet()
     unet.set_attn_processor(AttnProcessor())
     check_guider(skip_layer(), unet)
-    with pytest.raises(ValueError, match=r"PerturbedAttentionG.*AttnProcessor'> not registered.*AttnProcessor2_0"):
+    with pytest.raises(ValueError, match=r"PerturbedAttentionG.*AttnProcessor'>.*AttnProcessor2_0"):
         check_guider(perturbed(), unet)
     assert hooks_of(unet) == []
 
@@ -95,9 +95,9 @@ def test_levels_of_frequency_decoupled_guidance_must_be_guided_alike(monkeypatch
     unet = tiny_sdxl_unet()
     check_guider(FrequencyDecoupledGuidance([3.0, 2.0]), unet)
     for settings in ({"guidance_scales": [3.0, 1.0]}, {"start": [0.0, 0.5]}, {"stop": [0.5, 1.0]}):
-        with pytest.raises(ValueError, match=r"FrequencyDecoupledGuidance.*the same start and stop"):
+        with pytest.raises(ValueError, match=r"FrequencyDecoupledGuidance.*start and stop"):
             check_guider(FrequencyDecoupledGuidance(**settings), unet)
-    with pytest.raises(ValueError, match=r"guidance_scales=inf is not finite"):
+    with pytest.raises(ValueError, match=r"guidance_scales=inf"):
         check_guider(FrequencyDecoupledGuidance([3.0, float("inf")]), unet)
 
 
@@ -126,7 +126,7 @@ def test_a_fault_without_effect_is_not_refused(guider: BaseGuidance) -> None:
 
 
 def test_a_subclass_that_inherits_a_fault_is_refused_by_its_own_name() -> None:
-    with pytest.raises(ValueError, match="RenamedNorm does not work"):
+    with pytest.raises(ValueError, match="RenamedNorm"):
         check_guider(RenamedNorm(3.0), tiny_sdxl_unet())
 
 
@@ -158,7 +158,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixt
     ("guider", "steps", "message"),
     [
         (ClassifierFreeGuidance(3.0, stop=0.2), 4, "1 of its 2 predictions"),
-        (SkipLayerGuidance(3.0, skip_layer_config=layers()), 8, "asks for 2 of its 3 predictions"),
+        (SkipLayerGuidance(3.0, skip_layer_config=layers()), 8, "2 of its 3 predictions"),
         (ClassifierFreeZeroStarGuidance(3.0), 4, "prediction of 1 of the 4 steps.*set zero_init_steps=0"),
         (ClassifierFreeZeroStarGuidance(1.0), 4, "prediction of 1 of the 4 steps"),
         (AdaptiveProjectedMixGuidance(3.0), 6, "never projects within 6 steps.*start_step=5; set at most 4"),

@@ -30,6 +30,8 @@ from tests.blocks.conftest import (
 )
 from tests.conftest import generator, make_pipeline
 
+pytestmark = pytest.mark.behaviour
+
 
 @pytest.mark.parametrize("name", GUIDERS)
 def test_every_guider_draws_as_in_the_stock_denoiser(name: str) -> None:

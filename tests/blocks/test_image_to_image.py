@@ -14,6 +14,8 @@ from perflow_blocks.schedulers import PeRFlowScheduler
 from perflow_blocks.testing.tiny import BETAS, tiny_picture
 from tests.conftest import count_unet_calls, generator, make_pipeline, run
 
+pytestmark = pytest.mark.behaviour
+
 PICTURE = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(11))
 NOISE = torch.randn(1, 4, 16, 16, generator=generator())
 """What the prepare step draws from the generator of `run`."""

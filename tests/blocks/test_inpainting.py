@@ -18,6 +18,8 @@ from perflow_blocks.schedulers import PeRFlowScheduler
 from perflow_blocks.testing.tiny import BETAS, tiny_inpainting_unet, tiny_picture
 from tests.conftest import generator, make_pipeline, run
 
+pytestmark = pytest.mark.behaviour
+
 PICTURE = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(11))
 NOISE = torch.randn(1, 4, 16, 16, generator=generator())
 HOLE = torch.zeros(1, 1, 16, 16)

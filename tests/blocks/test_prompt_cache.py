@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from perflow_blocks.testing.tiny import tiny_sdxl_components
 from tests.blocks.conftest import EMBEDS, TEXT, count_encodings, embedding, encode, same, text_pipeline, uncached
 from tests.blocks.test_every_workflow import workflow_inputs, workflow_pipeline
 from tests.conftest import generator, make_pipeline, run, watch_models
+
+pytestmark = pytest.mark.behaviour
 
 
 @pytest.fixture
@@ -121,8 +124,8 @@ def test_the_request_unused_for_longest_goes_first() -> None:
 
 
 @pytest.mark.parametrize("number", [0, -1, 2.0, True, None, "64"])
-def test_a_bound_that_is_none_is_refused(number: Any) -> None:
-    with pytest.raises(ValueError, match=rf"max_entries={number!r} is wrong because .* pass one such as 64"):
+def test_a_bound_that_is_not_a_positive_integer_is_refused(number: Any) -> None:
+    with pytest.raises(ValueError, match="max_entries"):
         PromptCacheStep(max_entries=number)
 
 
@@ -170,7 +173,7 @@ def test_copies_of_a_block_share_its_cache_and_pipelines_keep_apart(encoded: lis
     cache = PromptCacheStep()
     first, second = text_pipeline(cache), text_pipeline(cache)
     with torch.no_grad():
-        embedding(second).weight.mul_(1.5)
+        embedding(second).weight.mul_(1.5)  # before its first call
     for _ in range(2):
         assert same(encode(first), uncached(first))
         assert same(encode(second), uncached(second))
@@ -183,15 +186,15 @@ def test_copies_of_a_block_share_its_cache_and_pipelines_keep_apart(encoded: lis
     assert (cache.hits, cache.misses) == (0, 1)
 
 
-def test_a_cache_holds_neither_pipelines_nor_encoders_nor_their_embeddings_for_long() -> None:
-    cache = PromptCacheStep()
-    lost = text_pipeline(cache)
-    encode(lost)
-    assert len(cache.cache) == 1
-    del lost
+def test_a_cache_does_not_hold_encoders() -> None:
+    pipe = text_pipeline(cache := PromptCacheStep())
+    encode(pipe)
+    encoder = weakref.ref(pipe.text_encoder)
+    del pipe
     gc.collect()
-    encode(text_pipeline(cache), "a ring")
-    assert len(cache.cache) == 1
+    assert encoder() is None
+    encode(text_pipeline(cache))
+    assert (cache.hits, cache.misses) == (0, 2)
 
 
 def test_a_pickled_block_has_an_empty_cache_of_the_same_bound() -> None:

@@ -20,6 +20,8 @@ from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.schedulers import PeRFlowScheduler
 from tests.conftest import make_pipeline, run
 
+pytestmark = pytest.mark.behaviour
+
 BETAS: dict[str, Any] = {"beta_start": 0.001, "beta_end": 0.02, "beta_schedule": "linear"}
 
 

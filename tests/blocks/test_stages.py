@@ -11,6 +11,8 @@ from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
 from perflow_blocks.testing.tiny import tiny_mask, tiny_picture, tiny_sdxl_components
 from tests.conftest import generator, make_pipeline
 
+pytestmark = pytest.mark.behaviour
+
 TASKS: dict[str, dict[str, Any]] = {
     "text2image": {},
     "image2image": {"image": tiny_picture(1), "strength": 0.6},

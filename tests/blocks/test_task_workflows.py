@@ -19,6 +19,8 @@ from perflow_blocks.blocks.workflows import (
 from tests.blocks.test_every_workflow import workflow_inputs, workflow_pipeline
 from tests.conftest import run
 
+pytestmark = pytest.mark.behaviour
+
 TASKS: dict[str, type[Any]] = {
     "text2image": PeRFlowSDXLText2ImageBlocks,
     "image2image": PeRFlowSDXLImage2ImageBlocks,

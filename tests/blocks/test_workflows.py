@@ -30,6 +30,8 @@ from perflow_blocks.testing import (
 from tests.conftest import count_unet_calls, generator, make_pipeline
 from tests.hub.conftest import save_ip_adapter
 
+pytestmark = pytest.mark.behaviour
+
 WORKFLOWS = Path(__file__).parent.parent.parent / "workflows"
 RECIPES = sorted(WORKFLOWS.glob("*/recipe.py"))
 ON_THE_DEMO_MODEL = [
@@ -360,7 +362,7 @@ def test_the_custom_block_is_in_every_loop() -> None:
 
 
 def test_there_is_a_test_for_every_recipe() -> None:
-    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    tests = "".join(path.read_text() for path in Path(__file__).parent.parent.rglob("test_*.py"))
     assert RECIPES
     for path in RECIPES:
         assert f'"{path.parent.name}"' in tests or f"/{path.parent.name}/" in tests, path

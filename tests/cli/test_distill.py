@@ -20,7 +20,7 @@ from torch import Tensor
 
 from perflow_blocks import merge_delta
 from perflow_blocks.cli.distill import FirstOfItsKind, parse_overrides
-from perflow_blocks.core.parameterization import window_endpoint
+from perflow_blocks.core.distillation import window_endpoint
 from perflow_blocks.delta.extract import read_delta_recipe
 from perflow_blocks.demo import weights_directory
 from perflow_blocks.training.conditioning import PromptEncoder

@@ -1,4 +1,4 @@
-"""The student's targets: exact on straight paths, right in sign and scale, weighted as the picture feels them."""
+"""The student's targets: exact on straight paths, right in sign and scale, weighted by their effect on the image."""
 
 from __future__ import annotations
 
@@ -6,15 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from perflow_blocks.core.distillation import draw_times, endpoint_weight, make_student_example
+from perflow_blocks.core.distillation import draw_times, endpoint_weight, make_student_example, window_endpoint
 from perflow_blocks.core.noise_schedule import make_alphas_cumprod
-from perflow_blocks.core.parameterization import (
-    PREDICTION_TYPES,
-    WindowAlpha,
-    window_alpha,
-    window_endpoint,
-    window_table,
-)
+from perflow_blocks.core.parameterization import PREDICTION_TYPES, WindowAlpha, window_alpha, window_table
 from perflow_blocks.core.windows import TimeWindows
 
 WINDOWS = TimeWindows.equal(4)
@@ -58,14 +52,14 @@ def test_outputs_between_staying_and_the_target_lead_as_far_along_the_line(predi
 
 
 @each_type
-def test_weights_turn_output_errors_into_errors_of_the_picture(prediction_type: str) -> None:
+def test_weights_turn_output_errors_into_errors_of_the_image(prediction_type: str) -> None:
     window = rows(1.0, 0.75, 0.5, 0.25)
     sample, output = pair(4)
     nudged = output + 0.01
     ends = [window_endpoint(sample, o, window, prediction_type) for o in (output, nudged)]
-    picture_error = (ends[1] - ends[0]).square().flatten(1).mean(1) / torch.as_tensor(window.alpha_end)
+    image_error = (ends[1] - ends[0]).square().flatten(1).mean(1) / torch.as_tensor(window.alpha_end)
     weight = endpoint_weight(window, prediction_type, maximum=1e9)
-    torch.testing.assert_close(picture_error, weight * 0.01**2)
+    torch.testing.assert_close(image_error, weight * 0.01**2)
     assert float(endpoint_weight(window, prediction_type, maximum=0.01).max()) <= 0.01
 
 

@@ -96,8 +96,8 @@ def test_one_tile_fades_into_the_next_without_a_jump() -> None:
 
 def test_cut_takes_the_place_of_the_tile_at_any_resolution() -> None:
     tiling = cut(16, 28, 16, 4)
-    picture = torch.arange(48 * 84).reshape(1, 1, 48, 84)
-    assert torch.equal(tiling.cut(picture, 0, 12), picture[..., 0:48, 36:84])
-    assert tiling.scale(picture) == 3
-    assert tiling.scale(picture[..., :83]) is tiling.scale(picture[..., :47, :]) is None
+    image = torch.arange(48 * 84).reshape(1, 1, 48, 84)
+    assert torch.equal(tiling.cut(image, 0, 12), image[..., 0:48, 36:84])
+    assert tiling.scale(image) == 3
+    assert tiling.scale(image[..., :83]) is tiling.scale(image[..., :47, :]) is None
     assert tiling.scale(torch.zeros(1, 1, 8, 14)) is None

@@ -106,7 +106,7 @@ def test_values_that_others_cannot_read_are_refused(tmp_path: Path) -> None:
         ({"name": "not a name"}, "is no name of a class"),
         ({"picture": "absent.png"}, "picture absent.png cannot be read"),
         ({"files": ["absent.py"]}, "absent.py is no file"),
-        ({"files": [__file__, __file__]}, "has a file test_hub_export_refused.py already"),
+        ({"files": [__file__, __file__]}, "has a file test_export_refused.py already"),
     ],
 )
 def test_options_that_make_no_sense(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -173,7 +173,7 @@ from perflow_blocks import PreviewStep as Shown, extract_delta  # two modules
 from perflow_blocks.blocks import (
     WindowLogStep,  # one
 )
-from perflow_blocks.core import windows, plan as planned
+from perflow_blocks.core import windows, step_plan as planned
 import perflow_blocks.core.tiles as tiles
 import my_alone
 import my_alone as alone_again
@@ -248,7 +248,7 @@ import json
 import sys
 from diffusers.modular_pipelines import ModularPipelineBlocks
 from perflow_blocks.hub.sources import workflow_sources
-from tests.hub_sources_blocks import many_settings
+from tests.hub.sources_blocks import many_settings
 
 FACTOR = 3
 TABLE = {}

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from perflow_blocks.schedulers import PeRFlowScheduler, PFODESolver, PFODESolverSDXL
 
+pytestmark = pytest.mark.behaviour
+
 REFERENCE = Path(__file__).parent.parent / "reference"
 SCHEDULER_CASES: list[dict[str, Any]] = json.loads((REFERENCE / "scheduler.json").read_text())
 SOLVER_CASES: list[dict[str, Any]] = json.loads((REFERENCE / "solver.json").read_text())

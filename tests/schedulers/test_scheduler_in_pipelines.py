@@ -18,6 +18,8 @@ from torch import Tensor
 from perflow_blocks.schedulers import PeRFlowScheduler
 from perflow_blocks.testing.tiny import IMAGE_SIZE, LATENT_SIZE, tiny_sd_components, tiny_sdxl_components
 
+pytestmark = pytest.mark.behaviour
+
 TEXT_TO_IMAGE = [
     pytest.param(StableDiffusionPipeline, tiny_sd_components, "diff_eps", id="sd"),
     pytest.param(StableDiffusionXLPipeline, tiny_sdxl_components, "ddim_eps", id="sdxl"),
@@ -77,7 +79,7 @@ def test_text_to_image_takes_custom_timesteps(pipeline_type: Any, components: An
 
 
 @pytest.mark.parametrize(("pipeline_type", "components", "prediction_type"), TEXT_TO_IMAGE)
-def test_pictures_are_decoded(pipeline_type: Any, components: Any, prediction_type: str) -> None:
+def test_images_are_decoded(pipeline_type: Any, components: Any, prediction_type: str) -> None:
     pipeline = make_pipeline(pipeline_type, components, prediction_type)
     images = pipeline("a red star", num_inference_steps=4, height=IMAGE_SIZE, width=IMAGE_SIZE).images
     assert images[0].size == (IMAGE_SIZE, IMAGE_SIZE)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from perflow_blocks.core.noise_schedule import make_alphas_cumprod
-from perflow_blocks.schedulers.conditioning import Conditioning
+from perflow_blocks.schedulers.pfode_solver import Conditioning
 from perflow_blocks.testing.tiny import BETAS, tiny_sd_components
 from perflow_blocks.training.conditioning import TextRow
 from perflow_blocks.training.config import DistillConfig, TeacherConfig, WindowConfig

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from perflow_blocks.core.parameterization import window_endpoint
+from perflow_blocks.core.distillation import window_endpoint
 from perflow_blocks.testing.tiny import tiny_vae
 from perflow_blocks.training.config import WindowConfig
 from perflow_blocks.training.data.batch import TrainingBatch

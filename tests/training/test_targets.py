@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from perflow_blocks.core.parameterization import PREDICTION_TYPES, marginal, student_output
+from perflow_blocks.core.distillation import marginal, student_output
+from perflow_blocks.core.parameterization import PREDICTION_TYPES
 from perflow_blocks.training.config import LossConfig, WindowConfig
 from perflow_blocks.training.geometry import WindowGeometry
 from perflow_blocks.training.losses import row_losses, row_weights

@@ -1,0 +1,287 @@
+"""Checks of images, masks, control images and inputs of IP-Adapters; a plain text-to-image call needs none of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from diffusers import ControlNetUnionModel, MultiControlNetModel
+from diffusers.utils.torch_utils import unwrap_module
+from PIL import Image
+from torch import Tensor, nn
+
+from .images import count_images, image_size, require_count
+
+CONTROL_RANGE = ("control_guidance_start", "control_guidance_end")
+CONTROLNET_SETTINGS = ("control_mode", "controlnet_conditioning_scale", *CONTROL_RANGE, "guess_mode")
+
+
+def check_images(request: Any, prompts: int, images: int, channels: int, unet_channels: int) -> None:
+    """Checks the images and masks to start from, as pixels or as latents.
+
+    Args:
+        request: the block state of `PeRFlowCheckInputsStep`.
+        prompts: number of prompts.
+        images: number of images to make.
+        channels: of the latents.
+        unet_channels: what the UNet takes: `channels`, or `2 channels + 1` for one made for inpainting.
+
+    Raises:
+        ValueError: images that do not match in kind, number or size, or an argument without the one it needs.
+    """
+    _check_combination(request, unet_channels if unet_channels != channels else None)
+    if request.image is not None:
+        if isinstance(request.image, Tensor) and request.image.ndim == 4 and request.image.shape[1] == channels:
+            raise ValueError(f"image has {channels} channels, as latents have; pass latents as image_latents.")
+        check_kind("image", request.image)
+        require_count("image", count_images(request.image), prompts, images)
+    if request.mask_image is not None:
+        _check_mask_kind(request.mask_image)
+        require_count("mask_image", count_images(request.mask_image, mask=True), prompts, images)
+    for name, wanted in (("image_latents", channels), ("mask", 1), ("masked_image_latents", channels)):
+        tensor = getattr(request, name)
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.ndim != 4 or tensor.shape[1] != wanted:
+            raise ValueError(f"{name} is {_describe(tensor)}; it must be a tensor (n, {wanted}, height/f, width/f).")
+        require_count(name, int(tensor.shape[0]), prompts, images)
+    if request.padding_mask_crop is not None:
+        _check_crop(request)
+    _check_mask_size("mask_image", request.mask_image, "image", request.image)
+    _check_mask_size("mask", request.mask, "image_latents", request.image_latents)
+
+
+def check_kind(name: str, image: Any, *, any_mode: bool = False) -> None:
+    """Checks images: PIL, arrays (height, width, 3), tensors (3, height, width), batches of them, or a list.
+
+    Args:
+        name: of the input, for messages.
+        image: what was given.
+        any_mode: whether PIL images may be other than RGB.
+
+    Raises:
+        ValueError: not an image, integers, or not three channels.
+    """
+    for entry in _entries(name, image):
+        if isinstance(entry, Image.Image):
+            if entry.mode != "RGB" and not any_mode:
+                raise ValueError(f'{name} is a PIL image of mode {entry.mode}; pass {name}.convert("RGB").')
+        elif entry.ndim not in (3, 4) or _channels(entry) != 3 or (isinstance(image, list) and _holds_several(entry)):
+            shape = "(3, height, width)" if isinstance(entry, Tensor) else "(height, width, 3)"
+            raise ValueError(f"{name} is {_describe(entry)}; it must be {shape}, a batch, or a list of single images.")
+
+
+def check_controlnet(controlnet: Any, request: Any, prompts: int) -> None:
+    """
+    Args:
+        controlnet: the component, None where there is none.
+        request: the block state of `PeRFlowCheckInputsStep`.
+        prompts: number of prompts.
+
+    Raises:
+        ValueError: settings without a control image, control images that do not match the ControlNets or their control
+            types, or values out of range.
+    """
+    if request.control_image is None:
+        given = [name for name in CONTROLNET_SETTINGS if getattr(request, name) is not None]
+        if given:
+            raise ValueError(f"{given[0]} is given without control_image; pass control_image, or leave it out.")
+        return
+    controlnet = unwrap_module(controlnet)  # compiled or not
+    images = _listed(request.control_image)
+    scales: int | None = None
+    ranges: int | None = None
+    if isinstance(controlnet, ControlNetUnionModel):
+        _check_control_types(controlnet.config.num_control_type, len(images), request.control_mode)
+        scales = len(images)
+    elif request.control_mode is not None:
+        kind = type(controlnet).__name__
+        raise ValueError(f"control_mode is given for a {kind}; leave it out, or load a ControlNetUnionModel.")
+    elif isinstance(controlnet, MultiControlNetModel):
+        scales = ranges = len(controlnet.nets)
+        if not isinstance(request.control_image, list) or len(images) != scales:
+            raise ValueError(
+                f"control_image holds {len(images)} image(s); pass a list with one for each of {scales} ControlNets."
+            )
+    else:
+        images = [request.control_image]
+    for image in images:
+        check_kind("control_image", image, any_mode=True)
+        require_count("control_image", count_images(image), prompts, prompts)
+    _check_numbers(request, "controlnet_conditioning_scale", scales)
+    starts, ends = (_check_numbers(request, name, ranges) for name in CONTROL_RANGE)
+    for i in range(max(len(starts), len(ends))):
+        first, last = starts[i % len(starts)], ends[i % len(ends)]
+        if not 0.0 <= first < last <= 1.0:
+            raise ValueError(f"control_guidance_start={first} must be below control_guidance_end={last}, in [0, 1].")
+
+
+def check_ip_adapters(layers: list[nn.Module], guider: Any, request: Any, encodes: bool) -> None:
+    """
+    Args:
+        layers: the image projections of the loaded IP-Adapters, one each.
+        guider: the component.
+        request: the block state of `PeRFlowCheckInputsStep`.
+        encodes: whether the pipeline has a block that encodes images for IP-Adapters.
+
+    Raises:
+        ValueError: images or embeddings for another number of IP-Adapters than are loaded, or of another width.
+    """
+    image, embeds = request.ip_adapter_image, request.ip_adapter_embeds
+    if image is not None and embeds is not None:
+        raise ValueError("both ip_adapter_image and ip_adapter_embeds are given; leave one out.")
+    name, given = ("ip_adapter_embeds", embeds) if image is None else ("ip_adapter_image", image)
+    if given is None and layers:
+        wanted = "ip_adapter_image" if encodes else "ip_adapter_embeds"
+        raise ValueError(
+            f"{wanted} is missing for the {len(layers)} loaded IP-Adapters; pass it, or call pipe.unload_ip_adapter()."
+        )
+    if given is None:
+        return
+    if not layers:
+        raise ValueError(f"{name} is given, but no IP-Adapter is loaded; call pipe.load_ip_adapter(...) first.")
+    if len(_listed(given)) != len(layers):
+        raise ValueError(
+            f"{name} holds {len(_listed(given))} entries for {len(layers)} IP-Adapters; pass a list with one for each."
+        )
+    if embeds is None:
+        return
+    if request.negative_ip_adapter_embeds is None and guider.num_conditions > 1:
+        raise ValueError("negative_ip_adapter_embeds is missing, which guidance needs; pass it, usually zeros.")
+    for name in ("ip_adapter_embeds", "negative_ip_adapter_embeds"):
+        if getattr(request, name) is not None:
+            _check_image_embeddings(name, getattr(request, name), layers)
+
+
+def _check_image_embeddings(name: str, embeds: Any, layers: list[nn.Module]) -> None:
+    """One tensor (images, ..., width) for each IP-Adapter, of the width that its first layer takes."""
+    if not isinstance(embeds, list) or len(embeds) != len(layers):
+        given = f"a list of {len(embeds)}" if isinstance(embeds, list) else f"of type {type(embeds).__name__}"
+        raise ValueError(f"{name} is {given}; it must be a list of {len(layers)} tensors, one for each IP-Adapter.")
+    for tensor, layer in zip(embeds, layers, strict=True):
+        width = next(part.in_features for part in layer.modules() if isinstance(part, nn.Linear))
+        if not isinstance(tensor, Tensor) or tensor.ndim < 3 or tensor.shape[-1] != width:
+            raise ValueError(f"{name} holds an entry {_describe(tensor)}; it must be a tensor (images, 1, {width}).")
+
+
+def _check_combination(request: Any, inpainting_channels: int | None) -> None:
+    """Raises the ValueError for an argument without the one it needs, or beside one that it replaces."""
+    image = request.image is not None or request.image_latents is not None
+    masked = request.mask_image is not None or request.mask is not None
+    if request.image is not None and request.image_latents is not None:
+        raise ValueError("both image and image_latents are given; leave one out.")
+    if request.mask_image is not None and request.image is None:
+        raise ValueError("mask_image is given without image; pass image, or mask beside image_latents.")
+    if request.mask is not None and request.image_latents is None:
+        raise ValueError("mask is given without image_latents; pass image_latents, or mask_image beside image.")
+    if request.denoising_start is not None and not image:
+        raise ValueError("denoising_start is given without the latents of an earlier run; pass image_latents.")
+    if request.denoising_start is not None and masked and request.latents is None:
+        raise ValueError("denoising_start with a mask is given without the latents of an earlier run; pass latents.")
+    if inpainting_channels is not None and not masked:
+        raise ValueError(
+            f"image and mask_image are missing: the UNet takes {inpainting_channels} channels and is made for "
+            "inpainting; pass both, or load another UNet."
+        )
+
+
+def _check_crop(request: Any) -> None:
+    if not (isinstance(request.image, Image.Image) and isinstance(request.mask_image, Image.Image)):
+        raise ValueError("padding_mask_crop is given, so image and mask_image must be single PIL images.")
+    if request.output_type != "pil":
+        raise ValueError(f'padding_mask_crop is given, so output_type={request.output_type!r} must be "pil".')
+    if request.mask_image.convert("L").getbbox() is None:
+        raise ValueError("padding_mask_crop crops to the mask, but mask_image is all black; paint some of it white.")
+
+
+def _check_mask_kind(mask: Any) -> None:
+    listed = isinstance(mask, list)
+    for entry in _entries("mask_image", mask):
+        if isinstance(entry, Image.Image) or entry.ndim == 2:
+            continue
+        colours = isinstance(entry, np.ndarray) and entry.shape[-1:] in ((3,), (4,))
+        right = not colours if entry.ndim == 3 and not listed else entry.ndim in (3, 4) and _channels(entry) == 1
+        if not right or (listed and _holds_several(entry)):
+            raise ValueError(
+                f"mask_image is {_describe(entry)}; it must be one channel (height, width), a batch "
+                "(n, height, width), or a list of single masks."
+            )
+
+
+def _check_mask_size(mask_name: str, mask: Any, image_name: str, image: Any) -> None:
+    if mask is None or image is None:
+        return
+    sizes = {image_size(entry) for entry in _listed(image)}
+    mask_sizes = {image_size(entry, mask=not isinstance(mask, list)) for entry in _listed(mask)}
+    if sizes != mask_sizes and len(mask_sizes) == len(sizes) == 1:
+        (height, width), (mask_height, mask_width) = sizes.pop(), mask_sizes.pop()
+        raise ValueError(
+            f"{mask_name} is {mask_width}x{mask_height}, {image_name} {width}x{height}; resize the mask to "
+            f"{width}x{height}."
+        )
+
+
+def _entries(name: str, image: Any) -> list[Any]:
+    """The images of a list, or what is given as a list of one.
+
+    Raises:
+        ValueError: a tuple, an empty list, not images, integers, or entries of several kinds or shapes.
+    """
+    entries = image if isinstance(image, list) else [image]
+    if not entries:
+        raise ValueError(f"{name} is an empty list; pass at least one image.")
+    for entry in entries:
+        if not isinstance(entry, (Image.Image, np.ndarray, Tensor)):
+            raise ValueError(f"{name} is {_describe(entry)}; pass a PIL image, an array, a tensor, or a list of them.")
+        if not isinstance(entry, Image.Image) and "float" not in str(entry.dtype):
+            remedy = f"{name} * 1.0" if "bool" in str(entry.dtype) else f"{name} / 255"
+            raise ValueError(f"{name} holds {entry.dtype}; pass values in [0, 1], {remedy}, or a PIL image.")
+    if len({"PIL" if isinstance(entry, Image.Image) else _describe(entry) for entry in entries}) > 1:
+        raise ValueError(f"{name} holds images of several kinds or shapes; pass images of one kind and shape.")
+    return entries
+
+
+def _channels(image: np.ndarray | Tensor) -> int:
+    return int(image.shape[-3] if isinstance(image, Tensor) else image.shape[-1])
+
+
+def _holds_several(image: np.ndarray | Tensor) -> bool:
+    return image.ndim == 4 and image.shape[0] != 1
+
+
+def _check_control_types(kinds: int, images: int, given: Any) -> None:
+    if given is None:
+        raise ValueError(
+            f"control_mode is missing, which a ControlNet-Union needs; pass a number from 0 to {kinds - 1} for each "
+            "control image."
+        )
+    modes = _listed(given)
+    if len(modes) != images:
+        raise ValueError(f"control_mode holds {len(modes)} numbers, but there are {images} control images.")
+    for mode in modes:
+        if type(mode) is not int or not 0 <= mode < kinds:
+            raise ValueError(f"control_mode={mode!r} must be an integer from 0 to {kinds - 1}.")
+
+
+def _check_numbers(request: Any, name: str, count: int | None) -> list[float]:
+    """The numbers of a ControlNet setting: one, or a list of `count` where that is allowed; the default if None."""
+    value = getattr(request, name)
+    if value is None:
+        return [0.0 if name == "control_guidance_start" else 1.0]
+    numbers = _listed(value)
+    finite = all(type(entry) in (int, float) and math.isfinite(entry) for entry in numbers)
+    if not finite or (isinstance(value, list) and len(value) != count):
+        allowed = "a number" if count is None else f"a number or a list of {count} numbers"
+        raise ValueError(f"{name}={value!r} must be {allowed}.")
+    return numbers
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"an array of shape {value.shape}"
+    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
