@@ -70,7 +70,7 @@ def test_another_layout_of_the_weights_changes_nothing_of_the_delta(delta: Path)
     pipe = make_pipeline()
     base = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
     expected = run(pipe, delta=delta)
-    pipe.update_components(channels_last=True)
+    pipe.unet.to(memory_format=torch.channels_last)
     torch.testing.assert_close(run(pipe, delta=delta), expected, rtol=1e-4, atol=1e-4)
     half = run(pipe, delta=delta, delta_scale=0.5)
     assert not torch.allclose(half, expected, atol=1e-3)
