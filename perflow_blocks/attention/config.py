@@ -203,6 +203,8 @@ class AttentionConfig(ConfigMixin):
             ImportError: a strategy's package is missing or too old.
             ValueError: a strategy does not run here, or a pattern matches no attention module. No module is changed.
         """
+        if device is not None:
+            self._resolved.clear()  # strategies that run where the weights are need not run there
         self.establish(self._plan, models, device=None if device is None else lambda: torch.device(device))
 
     def establish(

@@ -203,4 +203,6 @@ def test_strategies_are_tried_where_the_model_will_run(kernel: MakeKernel, monke
     with pytest.raises(ValueError, match=r"UNet2DConditionModel is on device 'meta'.*pass device="):
         AttentionConfig("own").attach({"unet": tiny_sdxl_unet().to("meta")})
     with pytest.raises(ValueError, match=r"'sliced' does not run on cuda: .* such as 'native'"):
-        AttentionConfig("sliced").attach({"unet": tiny_sdxl_unet()}, device="cuda")
+        attention, models = AttentionConfig("sliced"), {"unet": tiny_sdxl_unet()}
+        attention.attach(models)
+        attention.attach(models, device="cuda")
