@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from diffusers.models import MultiControlNetModel
 from perflow_blocks import AttentionConfig, PeRFlowSDXLAutoBlocks
 from perflow_blocks.blocks.specs import attention_spec
 from perflow_blocks.testing import tiny_controlnet, tiny_sdxl_unet
-from tests.attention.conftest import Kernel, assert_same_processors, calls_of, processors
+from tests.attention.conftest import SAMPLE, Kernel, assert_same_processors, calls_of, embeddings, processors
 from tests.conftest import make_pipeline, run
 
 MakeKernel = Callable[..., Kernel]
@@ -206,3 +207,21 @@ def test_strategies_are_tried_where_the_model_will_run(kernel: MakeKernel, monke
         attention, models = AttentionConfig("sliced"), {"unet": tiny_sdxl_unet()}
         attention.attach(models)
         attention.attach(models, device="cuda")
+
+
+def test_threads_that_attach_at_once_leave_one_processor_to_detach(kernel: MakeKernel) -> None:
+    kernel("own")
+    unet, attention = tiny_sdxl_unet(), AttentionConfig("own")
+    before = processors(unet)
+    with ThreadPoolExecutor(4) as pool, torch.no_grad():
+        expected = unet(SAMPLE, 500, **embeddings())[0]
+
+        def call(_: int) -> torch.Tensor:
+            attention.attach({"unet": unet})
+            with torch.no_grad():
+                return unet(SAMPLE, 500, **embeddings())[0]
+
+        assert all(torch.equal(result, expected) for result in pool.map(call, range(8)))
+    assert {tuple(row.calls) for row in attention.report().rows} == {("own",)}
+    attention.detach()
+    assert_same_processors(unet, before)
