@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "AttentionConfig": "attention.config",
-    "AttentionStrategy": "attention.strategy",
+    "AttentionStrategy": "attention.strategies",
     "CardExample": "hub.card_example",
     "FiniteGuardStep": "blocks.finite_guard",
     "LatentToRGB": "blocks.preview",
@@ -43,7 +43,7 @@ _PUBLIC = {
     "load_workflow": "hub.loading",
     "merge_delta": "delta.merge",
     "push_workflow": "hub.publish",
-    "register_attention_strategy": "attention.registry",
+    "register_attention_strategy": "attention.strategies",
     "rescale_delta": "delta.merge",
     "unmerge_delta": "delta.merge",
 }

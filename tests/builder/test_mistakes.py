@@ -178,7 +178,7 @@ MISTAKES: dict[str, tuple[Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipeli
     "attention here": (lambda it, at: it.with_attention({"self": "native_cudnn"}), "'native_cudnn' runs on cuda"),
     "attention's place": (
         lambda it, at: it.with_attention({"top.*": "sliced"}),
-        "'top.*' is wrong because",
+        "'top.*' matches no attention module",
     ),
     "config": (lambda it, at: it.with_config(windows=4), "windows=4 is unknown; the blocks know .*num_time_windows"),
     "windows": (
