@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import ClassifierFreeGuidance
@@ -13,7 +13,7 @@ from torch.utils import benchmark
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from perflow_blocks import AttentionConfig, PeRFlowScheduler, PeRFlowSDXLAutoBlocks
+from perflow_blocks import AttentionConfig, PeRFlowScheduler, PeRFlowSDXLAutoBlocks, compile_loops
 from perflow_blocks.blocks.inputs import DENOISER_INPUT_FIELDS
 from perflow_blocks.demo.models import SCHEDULE
 
@@ -47,17 +47,19 @@ class Case:
     Attributes:
         pictures: in one batch.
         channels_last: the layout of UNet and VAE.
-        compiled: the UNet under `torch.compile`.
+        compiled: what `compile_loops` compiles of the UNet, beside the VAE's decoder: its transformer blocks or all of
+            it; None compiles nothing.
         attention: a strategy for all modules, None for diffusers' own processors.
     """
 
     pictures: int
     channels_last: bool = False
-    compiled: bool = False
+    compiled: Literal["blocks", "full"] | None = None
     attention: str | None = None
 
     def __str__(self) -> str:
-        parts = ["channels last"] * self.channels_last + ["compiled"] * self.compiled
+        parts = ["channels last"] * self.channels_last
+        parts += [f"compiled ({self.compiled})"] if self.compiled else []
         return ", ".join([*parts, *([f"attention `{self.attention}`"] if self.attention else [])]) or "plain"
 
 
@@ -119,7 +121,7 @@ def run(setting: Setting) -> Report:
 def make_cases(setting: Setting) -> list[Case]:
     """The plain cases first, those that compile last, as they take longest; in a dry run one of each kind."""
     if setting.quick:
-        kinds: list[dict[str, Any]] = [{}, {"channels_last": True}, {"attention": "sliced"}, {"compiled": True}]
+        kinds: list[dict[str, Any]] = [{}, {"channels_last": True}, {"attention": "sliced"}, {"compiled": "blocks"}]
         return [Case(pictures=1, **kind) for kind in kinds]
     strategies, _ = available(setting.device, DTYPE)
     names = [strategy.name for strategy in strategies]
@@ -129,10 +131,11 @@ def make_cases(setting: Setting) -> list[Case]:
         Case(pictures=1, channels_last=True),
         Case(pictures=4, channels_last=True),
         *(Case(pictures=1, attention=name) for name in names if name not in COMPILED),
-        Case(pictures=1, compiled=True),
-        Case(pictures=4, compiled=True),
-        Case(pictures=1, compiled=True, channels_last=True),
-        *(Case(pictures=1, compiled=True, attention=name) for name in names if name in COMPILED),
+        Case(pictures=1, compiled="blocks"),
+        Case(pictures=4, compiled="blocks"),
+        Case(pictures=1, compiled="blocks", channels_last=True),
+        *(Case(pictures=1, compiled="blocks", attention=name) for name in names if name in COMPILED),
+        Case(pictures=1, compiled="full"),
     ]
 
 
@@ -143,10 +146,10 @@ def measure(case: Case, components: dict[str, Any], size: Size, setting: Setting
     try:
         for model in models:
             model.to(memory_format=torch.channels_last if case.channels_last else torch.contiguous_format)
-        unet = components["unet"]
+        pipe = make_pipeline(PeRFlowSDXLAutoBlocks(), {**components, "attention": attention})
         if case.compiled:
-            unet = torch.compile(unet, fullgraph=True, dynamic=False, backend="eager" if setting.quick else "inductor")
-        pipe = make_pipeline(PeRFlowSDXLAutoBlocks(), {**components, "unet": unet, "attention": attention})
+            backend = "eager" if setting.quick else "inductor"
+            compile_loops(pipe, full=case.compiled == "full", dynamic=False, backend=backend)
         with torch.no_grad():
             runs = dict(make_runs(pipe, case, size, setting))
             timings = time_in_turns(runs, setting, rounds=ROUNDS, label=f"sdxl {case}")
@@ -155,6 +158,8 @@ def measure(case: Case, components: dict[str, Any], size: Size, setting: Setting
         attention.detach()
         for model in models:
             model.to(memory_format=torch.contiguous_format)
+            for module in model.modules():
+                module._compiled_call_impl = None  # torch has no call that undoes `Module.compile`
         torch.compiler.reset()
 
 

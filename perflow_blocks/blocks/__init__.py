@@ -12,42 +12,35 @@ from .before_denoise import (
     PeRFlowSDXLInpaintBeforeDenoiseStep,
 )
 from .check_inputs import PeRFlowCheckInputsStep
-from .compiled_step import PeRFlowCompiledLoopStep, PeRFlowControlNetCompiledLoopStep
-from .controlnet_denoiser import PeRFlowControlNetLoopDenoiser
-from .controlnet_input import PeRFlowControlNetUnionInputStep
+from .controlnet import PeRFlowControlNetLoopDenoiser, PeRFlowControlNetUnionInputStep
 from .decode import PeRFlowKeepKnownPixelsStep
 from .denoise import (
     PeRFlowControlNetDenoiseStep,
     PeRFlowDenoiseStep,
     PeRFlowInpaintControlNetDenoiseStep,
     PeRFlowInpaintDenoiseStep,
+    PeRFlowLoopKeepKnownStep,
+    PeRFlowLoopSolverStep,
 )
 from .denoiser import PeRFlowLoopDenoiser
 from .encode import PeRFlowEmbeddingsStep, PeRFlowInpaintVaeEncoderStep, PeRFlowIPAdapterStep, PeRFlowVaeEncoderStep
 from .finite_guard import ControlNetFiniteGuardStep, FiniteGuardStep
-from .keep_known import PeRFlowLoopKeepKnownStep
 from .loop_block import LoopBlock as LoopBlock
-from .memory_format import PeRFlowControlNetMemoryFormatStep, PeRFlowMemoryFormatStep
 from .merge_delta import PeRFlowMergeDeltaStep
 from .preview import PreviewStep
 from .prompt_cache import PromptCacheStep
 from .set_timesteps import PeRFlowImg2ImgSetTimestepsStep, PeRFlowInpaintSetTimestepsStep, PeRFlowSetTimestepsStep
-from .solver import PeRFlowLoopSolverStep
-from .step_callback import StepCallbackStep
+from .step_callback import StepCallbackStep, WindowLogStep
 from .tiled_denoise import PeRFlowTiledControlNetLoopDenoiser, PeRFlowTiledLoopDenoiser
-from .window_log import WindowLogStep
 
 __all__ = [
     "ControlNetFiniteGuardStep",
     "FiniteGuardStep",
     "PeRFlowApplyAttentionStep",
     "PeRFlowCheckInputsStep",
-    "PeRFlowCompiledLoopStep",
     "PeRFlowControlNetApplyAttentionStep",
-    "PeRFlowControlNetCompiledLoopStep",
     "PeRFlowControlNetDenoiseStep",
     "PeRFlowControlNetLoopDenoiser",
-    "PeRFlowControlNetMemoryFormatStep",
     "PeRFlowControlNetUnionInputStep",
     "PeRFlowDenoiseStep",
     "PeRFlowEmbeddingsStep",
@@ -64,7 +57,6 @@ __all__ = [
     "PeRFlowLoopDenoiser",
     "PeRFlowLoopKeepKnownStep",
     "PeRFlowLoopSolverStep",
-    "PeRFlowMemoryFormatStep",
     "PeRFlowMergeDeltaStep",
     "PeRFlowSDXLAutoBeforeDenoiseStep",
     "PeRFlowSDXLAutoBlocks",

@@ -15,7 +15,7 @@ from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from .apply_attention import PeRFlowAutoApplyAttentionStep
 from .before_denoise import PeRFlowInputStep, PeRFlowSDXLAutoBeforeDenoiseStep
 from .check_inputs import PeRFlowCheckInputsStep
-from .controlnet_input import PeRFlowAutoControlNetInputStep
+from .controlnet import PeRFlowAutoControlNetInputStep
 from .declare import Assembled
 from .decode import PeRFlowAutoDecodeStep, images_output
 from .denoise import (

@@ -4,13 +4,13 @@ Blocks inserted into a loop are called as `block(components, block_state, i=i, t
 int, and t its timestep, a tensor of no dimensions on the device. On `block_state` they find
 
 - `latents`: after the solver those of step i + 1;
-- `noise_pred`: the guided prediction, once the denoiser ran;
+- `noise_pred`: the guided prediction of the last denoiser call, None before the first;
 - `window_index`: the number of the time window of step i, an int;
 - `step_plan`, `step_coefficients`, `timesteps`, `num_inference_steps`: the whole schedule;
 - `stop_requested`: set it to True, and the loop ends after this step with the clean latents that it predicts;
 - the conditioning tensors, such as `prompt_embeds`.
 
-Nothing in the loop is read back from the device; an `.item()` in an inserted block would be the first to do so.
+The loop reads nothing back from the device; an `.item()` in an inserted block would be the first to do so.
 """
 
 from __future__ import annotations
@@ -18,29 +18,98 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.modular_pipelines.modular_pipeline import LoopSequentialPipelineBlocks, PipelineState
-from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
+from diffusers.modular_pipelines.modular_pipeline import (
+    LoopSequentialPipelineBlocks,
+    ModularPipelineBlocks,
+    PipelineState,
+)
+from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from torch import Tensor
 
 from ..core.step_plan import apply_step
-from .controlnet_denoiser import PeRFlowControlNetLoopDenoiser
-from .declare import Assembled
+from .controlnet import PeRFlowControlNetLoopDenoiser
+from .declare import Assembled, declared
 from .denoiser import PeRFlowLoopDenoiser
 from .finite_guard import ControlNetFiniteGuardStep, FiniteGuardStep
 from .guiders import warn_about_few_steps
-from .inputs import latents_input, schedule_inputs
-from .keep_known import PeRFlowLoopKeepKnownStep
-from .loop_block import LoopBlock
-from .solver import PeRFlowLoopSolverStep
+from .inputs import (
+    image_latents_input,
+    inpaint_conditioning_input,
+    latents_input,
+    mask_input,
+    noise_coefficients_input,
+    noise_input,
+    noise_pred_input,
+    schedule_inputs,
+    step_coefficients_input,
+)
+from .loop_block import LOOP_PROVIDES, LoopBlock, Repeat
 from .specs import guider_spec, unet_spec
 
 
+class PeRFlowLoopSolverStep(ModularPipelineBlocks):
+    """One Euler step along the window's straight line: `latents = A[i] latents + B[i] noise_pred`."""
+
+    model_name = "stable-diffusion-xl"
+    description = "Loop step that moves the latents to the next time: one multiply-add with the step's coefficients."
+    inputs = declared(latents_input(), noise_pred_input(), step_coefficients_input())
+    intermediate_outputs = declared(
+        OutputParam("latents", Tensor, "Denoised latents (batch, channels, height/f, width/f).")
+    )
+
+    @torch.no_grad()
+    def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
+        a, b, _, _ = block_state.step_coefficients[i].unbind()
+        block_state.latents = apply_step(block_state.latents, block_state.noise_pred, a, b)
+        return components, block_state
+
+
+class PeRFlowLoopKeepKnownStep(LoopBlock):
+    """Outside the mask the latents become the known image, noised to the end of the step; at t = 0 the image itself.
+
+    A UNet that sees mask and image through its own 9 channels needs this at the last step only.
+    """
+
+    description = "Loop step for inpainting: outside the mask the latents become the known image, noised on the path."
+    inputs = declared(
+        latents_input(),
+        image_latents_input(),
+        mask_input(),
+        noise_input(),
+        noise_coefficients_input(),
+        inpaint_conditioning_input(),
+    )
+    intermediate_outputs = declared(
+        OutputParam("latents", Tensor, "Latents (batch, channels, height/f, width/f) with the known part kept.")
+    )
+
+    @torch.no_grad()
+    def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
+        table = block_state.noise_coefficients
+        if block_state.inpaint_conditioning is None or i + 2 == table.shape[0]:
+            signal, sigma = table[i + 1].unbind()
+            known = apply_step(block_state.image_latents, block_state.noise, signal, sigma)
+            block_state.latents = torch.lerp(known, block_state.latents, block_state.mask)
+        return components, block_state
+
+    def finish(self, components: Any, block_state: Any, repeat: Repeat) -> None:
+        """A run that was stopped ends with predicted clean latents, so its known part is the clean image."""
+        if block_state.stop_requested:
+            block_state.latents = torch.lerp(block_state.image_latents, block_state.latents, block_state.mask)
+
+
 class PeRFlowDenoiseStep(Assembled, LoopSequentialPipelineBlocks):
-    """The loop over the steps of a plan. Another loop is another two lists, or a block inserted into `sub_blocks`."""
+    """The loop over the steps of a plan. For another loop, set two other lists or insert a block into `sub_blocks`."""
 
     model_name = "stable-diffusion-xl"
     block_classes = [FiniteGuardStep, PeRFlowLoopDenoiser, PeRFlowLoopSolverStep]
     block_names = ["finite_guard", "denoiser", "solver"]
+    loop_expected_components = declared(guider_spec(), unet_spec())
+    loop_inputs = declared(latents_input(), *schedule_inputs())
+    loop_intermediate_outputs = declared(
+        OutputParam("latents", Tensor, "Denoised latents (batch, channels, height/f, width/f)."),
+        OutputParam("stop_requested", bool, "Whether a block in the loop ended the run before its last step."),
+    )
 
     @property
     def description(self) -> str:
@@ -50,26 +119,18 @@ class PeRFlowDenoiseStep(Assembled, LoopSequentialPipelineBlocks):
         )
 
     @property
-    def loop_expected_components(self) -> list[ComponentSpec]:
-        return [guider_spec(), unet_spec()]
+    def required_inputs(self) -> list[str]:
+        return [name for name in super().required_inputs if name not in LOOP_PROVIDES]
 
-    @property
-    def loop_inputs(self) -> list[InputParam]:
-        return [latents_input(), *schedule_inputs()]
-
-    @property
-    def loop_intermediate_outputs(self) -> list[OutputParam]:
-        return [
-            OutputParam("latents", Tensor, "Denoised latents (batch, channels, height/f, width/f)."),
-            OutputParam("stop_requested", bool, "Whether a block in the loop ended the run before its last step."),
-        ]
+    def _get_inputs(self) -> list[InputParam]:
+        return [entry for entry in super()._get_inputs() if entry.name not in LOOP_PROVIDES]
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         block_state = self.get_block_state(state)
         _require_one_dtype(components.unet, block_state.latents)
         warn_about_few_steps(components.guider, len(block_state.step_plan))
-        block_state.stop_requested = False
+        block_state.noise_pred, block_state.stop_requested = None, False
         observers = [block for block in self.sub_blocks.values() if isinstance(block, LoopBlock)]
         try:
             for block in observers:
@@ -84,17 +145,17 @@ class PeRFlowDenoiseStep(Assembled, LoopSequentialPipelineBlocks):
         return components, state
 
     def _run(self, components: Any, block_state: Any, first: int, stop: int) -> int:
-        """The steps from `first` to `stop - 1`, or until a block asks to stop; the number of the step that is next."""
-        window_index = block_state.step_plan.window_index
+        """Runs the steps from `first` to `stop - 1`, or until a block asks to stop. Returns the next step's number."""
+        window_index, timesteps = block_state.step_plan.window_index, block_state.timesteps.unbind()
         block_state.stop_requested = False
         with self.progress_bar(total=stop - first) as progress_bar:
             for i in range(first, stop):
                 block_state.window_index = window_index[i]
-                self.loop_step(components, block_state, i=i, t=block_state.timesteps[i])
+                self.loop_step(components, block_state, i=i, t=timesteps[i])
                 progress_bar.update()
                 if block_state.stop_requested:
                     break
-        block_state.stop_requested = i + 1 < len(window_index)  # at the last step the run is complete all the same
+        block_state.stop_requested = i + 1 < len(window_index)  # a request at the last step ends nothing early
         if block_state.stop_requested:
             block_state.latents = _predicted_clean(block_state, i)
         return i + 1
@@ -111,14 +172,14 @@ class PeRFlowControlNetDenoiseStep(PeRFlowDenoiseStep):
 
 
 class PeRFlowInpaintDenoiseStep(PeRFlowDenoiseStep):
-    """The loop that keeps the known part of a picture."""
+    """The loop that keeps the known part of an image."""
 
     block_classes = [*PeRFlowDenoiseStep.block_classes, PeRFlowLoopKeepKnownStep]
     block_names = [*PeRFlowDenoiseStep.block_names, "keep_known"]
 
 
 class PeRFlowInpaintControlNetDenoiseStep(PeRFlowInpaintDenoiseStep):
-    """The loop with a ControlNet that keeps the known part of a picture."""
+    """The loop with a ControlNet that keeps the known part of an image."""
 
     block_classes = [*PeRFlowControlNetDenoiseStep.block_classes, PeRFlowLoopKeepKnownStep]
 
@@ -132,7 +193,7 @@ def _predicted_clean(block_state: Any, i: int) -> Tensor:
 
 def _require_one_dtype(unet: Any, latents: Tensor) -> None:
     """Latents take the text encoders' type, and transformers loads what a file holds where diffusers loads float32."""
-    if latents.dtype == next(unet.parameters()).dtype:  # spares `unet.dtype`, which looks at all the weights
+    if latents.dtype == next(unet.parameters()).dtype:  # `unet.dtype` would walk all modules
         return
     if latents.dtype != unet.dtype and not torch.is_autocast_enabled(latents.device.type):
         raise ValueError(

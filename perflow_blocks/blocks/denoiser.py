@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
-from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
+from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from torch import Tensor
 
-from .control_residuals import control_residuals
+from .declare import declared
 from .guiders import is_batchable
-from .inputs import (
-    conditioning_inputs,
-    inpaint_conditioning_input,
-    latents_input,
-    num_inference_steps_input,
-)
-from .network_inputs import NetworkInputs
+from .inputs import conditioning_inputs, inpaint_conditioning_input, latents_input, num_inference_steps_input
 from .specs import guider_spec, unet_spec
 
 GUIDER_FIELDS = {
@@ -29,8 +23,10 @@ GUIDER_FIELDS = {
 }
 """What the UNet takes: the names of the tensors for the guider's conditional and unconditional batches."""
 
-NETWORK_INPUTS = "_network_inputs"
+_NETWORK_INPUTS = "_network_inputs"
 """Where the block state of a run keeps its `NetworkInputs`."""
+
+T = TypeVar("T")
 
 
 class PeRFlowLoopDenoiser(ModularPipelineBlocks):
@@ -41,42 +37,33 @@ class PeRFlowLoopDenoiser(ModularPipelineBlocks):
     """
 
     model_name = "stable-diffusion-xl"
-
-    @property
-    def description(self) -> str:
-        return "Loop step that asks the guider for its batches, runs the UNet on all at once and combines them."
-
-    @property
-    def expected_components(self) -> list[ComponentSpec]:
-        return [guider_spec(), unet_spec()]
-
-    @property
-    def inputs(self) -> list[InputParam]:
-        return [
-            latents_input(),
-            num_inference_steps_input(),
-            *conditioning_inputs(),
-            InputParam(
-                "timestep_cond",
-                type_hint=Tensor,
-                description="Guidance embedding (batch, width) for UNets that were distilled with one.",
-            ),
-            InputParam(
-                "cross_attention_kwargs",
-                type_hint=dict[str, Any],
-                description="Arguments for attention processors, such as a LoRA scale.",
-            ),
-            inpaint_conditioning_input(),
-        ]
-
-    @property
-    def intermediate_outputs(self) -> list[OutputParam]:
-        return [OutputParam("noise_pred", Tensor, "The guided prediction of the last step, shaped like the latents.")]
+    description = "Loop step that asks the guider for its batches, runs the UNet on all at once and combines them."
+    expected_components = declared(guider_spec(), unet_spec())
+    inputs = declared(
+        latents_input(),
+        num_inference_steps_input(),
+        *conditioning_inputs(),
+        InputParam(
+            "timestep_cond",
+            type_hint=Tensor,
+            description="Guidance embedding (batch, width) for UNets that were distilled with one.",
+        ),
+        InputParam(
+            "cross_attention_kwargs",
+            type_hint=dict[str, Any],
+            description="Arguments for attention processors, such as a LoRA scale.",
+        ),
+        inpaint_conditioning_input(),
+    )
+    intermediate_outputs = declared(
+        OutputParam("noise_pred", Tensor, "The guided prediction of the last step, shaped like the latents.")
+    )
 
     @torch.no_grad()
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
         guider, unet = components.guider, components.unet
-        batches = self._batches(components, block_state, i, t)
+        guider.set_state(step=i, num_inference_steps=block_state.num_inference_steps, timestep=t)
+        batches = guider.prepare_inputs_from_block_state(block_state, GUIDER_FIELDS)
         if is_batchable(guider):
             noise_pred = self._predict(components, block_state, batches, i, t)
             for batch, rows in zip(batches, noise_pred.chunk(len(batches)), strict=True):
@@ -96,89 +83,140 @@ class PeRFlowLoopDenoiser(ModularPipelineBlocks):
             )
         return components, block_state
 
-    def _batches(self, components: Any, block_state: Any, i: int, t: Tensor) -> list[Any]:
-        """What the guider asks for at this step, a batch with conditions for each prediction."""
-        guider = components.guider
-        guider.set_state(step=i, num_inference_steps=block_state.num_inference_steps, timestep=t)
-        batches = guider.prepare_inputs_from_block_state(block_state, GUIDER_FIELDS)
-        _require_embeddings(batches)
-        vars(block_state).setdefault(NETWORK_INPUTS, NetworkInputs())
-        return batches
-
     def _predict(self, components: Any, block_state: Any, batches: list[Any], i: int, t: Tensor) -> Tensor:
         """The raw prediction (len(batches) * batch, channels, height/f, width/f), from one UNet call."""
-        return predict_noise(self._networks(components), t, **self._gather(block_state, batches, i))
+        inputs, copies = network_inputs(block_state), len(batches)
+        sample = inputs.samples(block_state.latents, copies, block_state.inpaint_conditioning)
+        conditions = inputs.conditions(batches)
+        residuals = self._residuals(components, block_state, batches, i, t, sample, conditions)
+        return components.unet(
+            sample,
+            t,
+            encoder_hidden_states=conditions.pop("encoder_hidden_states"),
+            timestep_cond=inputs.repeat("timestep_cond", block_state.timestep_cond, copies),
+            cross_attention_kwargs=block_state.cross_attention_kwargs,
+            added_cond_kwargs=conditions,
+            return_dict=False,
+            **residuals,
+        )[0]
 
-    def _networks(self, components: Any) -> tuple[Any, ...]:
-        """The UNet, and the ControlNet where there is one."""
-        return (components.unet,)
-
-    def _gather(self, block_state: Any, batches: list[Any], i: int) -> dict[str, Any]:
-        """The arguments of `predict_noise` for these batches, all tensors but for settings."""
-        inputs: NetworkInputs = block_state[NETWORK_INPUTS]
-        copies = len(batches)
-        settings = {
-            "timestep_cond": inputs.repeat("timestep_cond", block_state.timestep_cond, copies),
-            "cross_attention_kwargs": block_state.cross_attention_kwargs,
-        }
-        return {
-            "sample": inputs.samples(block_state.latents, copies, block_state.inpaint_conditioning),
-            "conditions": join_conditions(inputs, batches),
-            "settings": settings,
-        }
+    def _residuals(
+        self,
+        components: Any,
+        block_state: Any,
+        batches: list[Any],
+        i: int,
+        t: Tensor,
+        sample: Tensor,
+        conditions: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Further arguments of the UNet, from a ControlNet that may use its `sample` and `conditions`; none here."""
+        return {}
 
 
-def predict_noise(
-    networks: Sequence[Any],
-    t: Tensor,
-    sample: Tensor,
-    conditions: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    control: Mapping[str, Any] | None = None,
-) -> Tensor:
-    """One call of the UNet, after one of the ControlNet if that is in force: tensors in, a tensor out.
+class NetworkInputs:
+    """Joined conditions that stay from step to step, and one buffer that each step writes its samples into.
 
-    Args:
-        networks: the UNet, and the ControlNet where there is one.
-        t: the timestep, of no dimensions.
-        sample: (rows, channels, height/f, width/f).
-        conditions: by the UNet's names, `rows` of each.
-        settings: further arguments of the UNet.
-        control: arguments of `control_residuals`; None runs the UNet alone.
-
-    Returns:
-        The raw prediction, of the latents' channels.
+    So a step allocates nothing before the network runs, and the network's inputs stay at the same addresses, which a
+    CUDA graph needs. A value is made again once what it was made from is another tensor or was written to in place.
+    Serves one run of the loop, and keeps what it was given alive.
     """
-    unet, *controlnets = networks
-    added = {name: value for name, value in conditions.items() if name != "encoder_hidden_states"}
-    residuals = {} if control is None else control_residuals(controlnets[0], t, **control)
-    return unet(
-        sample,
-        t,
-        encoder_hidden_states=conditions["encoder_hidden_states"],
-        added_cond_kwargs=added,
-        return_dict=False,
-        **settings,
-        **residuals,
-    )[0]
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[Any, Any, Any]] = {}
+        self._buffer: Tensor | None = None
+
+    def conditions(self, batches: list[Any]) -> dict[str, Any]:
+        """The batches' tensors by the UNet's names, joined along the batch, in a new dictionary. Omits what is None.
+
+        Raises:
+            ValueError: one batch has a condition that another one lacks.
+        """
+        if any(batch.encoder_hidden_states is None for batch in batches):
+            raise ValueError(
+                "the guider asks for an unconditional batch, but negative_prompt_embeds is None; encode the prompt "
+                "with the same guider, or set its guidance_scale to 1."
+            )
+        joined = {}
+        for name, fields in GUIDER_FIELDS.items():
+            values = [getattr(batch, name) for batch in batches]
+            missing = sum(value is None for value in values)
+            if 0 < missing < len(values):
+                raise ValueError(f"the guider asks for both {' and '.join(fields)}; pass both.")
+            if not missing:
+                joined[name] = self.join(name, values)
+        return joined
+
+    def join(self, name: str, values: Sequence[Any]) -> Any:
+        """Tensors one after the other along the batch; lists (one tensor per IP-Adapter) entry by entry."""
+        if len(values) == 1:
+            return values[0]
+        return self._keep(f"{name} of {len(values)}", list(values), lambda: _concatenate(values))
+
+    def repeat(self, name: str, value: Any, copies: int) -> Any:
+        """A tensor, or each tensor of a list, `copies` times along the batch; None as it is."""
+        if value is None or copies == 1:
+            return value
+        return self._keep(f"{name} x{copies}", value, lambda: _repeat(value, copies))
+
+    def samples(self, latents: Tensor, copies: int, also: Tensor | None = None) -> Tensor:
+        """The latents `copies` times along the batch, with the channels of `also` behind theirs.
+
+        Args:
+            latents: (batch, channels, height, width).
+            copies: at least 1.
+            also: (batch, further channels, height, width), for UNets made for inpainting.
+
+        Returns:
+            (copies * batch, channels + further channels, height, width): the buffer, valid until the next call; the
+            latents themselves where there is nothing to add.
+        """
+        if also is None and copies == 1:
+            return latents
+        batch, channels, *plane = latents.shape
+        shape = (copies, batch, channels + (0 if also is None else also.shape[1]), *plane)
+        buffer = self._buffer
+        if buffer is None or buffer.shape != shape or buffer.dtype != latents.dtype or buffer.device != latents.device:
+            self._buffer = buffer = latents.new_empty(shape)
+            self._kept.pop("also", None)
+        if also is not None:
+            self._keep("also", also, lambda: buffer[:, :, channels:].copy_(also))
+        buffer[:, :, :channels].copy_(latents)
+        return buffer.flatten(0, 1)
+
+    def _keep(self, name: str, source: Any, make: Callable[[], T]) -> T:
+        """What `make` made of the source last time, if the source is the same and unchanged."""
+        state = _state(source)
+        before = self._kept.get(name)
+        if before is not None and before[0] == state:
+            return before[2]
+        made = make()
+        if state is not None:
+            self._kept[name] = (state, source, made)  # holds the source, so that no other object gets its id
+        return made
 
 
-def _require_embeddings(batches: list[Any]) -> None:
-    if any(batch.encoder_hidden_states is None for batch in batches):
-        raise ValueError(
-            "the guider asks for an unconditional batch, but negative_prompt_embeds is None; encode the prompt "
-            "with the same guider, or set its guidance_scale to 1."
-        )
+def network_inputs(block_state: Any) -> NetworkInputs:
+    """The `NetworkInputs` of this run, made at the first step."""
+    kept = block_state[_NETWORK_INPUTS]
+    if kept is None:
+        kept = block_state[_NETWORK_INPUTS] = NetworkInputs()
+    return kept
 
 
-def join_conditions(inputs: NetworkInputs, batches: list[Any]) -> dict[str, Any]:
-    """The batches' tensors by the UNet's name, concatenated along the batch; without those that are not given."""
-    joined = {}
-    for name in GUIDER_FIELDS:
-        values = [batch[name] for batch in batches]
-        if all(value is None for value in values):
-            continue
-        if any(value is None for value in values):
-            raise ValueError(f"the guider asks for both {' and '.join(GUIDER_FIELDS[name])}; pass both.")
-        joined[name] = inputs.join(name, values)
-    return joined
+def _state(value: Any) -> Any:
+    """A tensor's, or a list's, identity and version; None for inference tensors, which count no writes."""
+    if isinstance(value, Tensor):
+        return None if value.is_inference() else (id(value), value._version)
+    states = [_state(entry) for entry in value]
+    return None if None in states else states
+
+
+def _concatenate(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], Tensor):
+        return torch.cat(list(values))
+    return [torch.cat(parts) for parts in zip(*values, strict=True)]
+
+
+def _repeat(value: Any, copies: int) -> Any:
+    return torch.cat([value] * copies) if isinstance(value, Tensor) else [_repeat(entry, copies) for entry in value]

@@ -1,36 +1,126 @@
-"""The step of the loop that shows what the picture is going to be."""
+"""The step of the loop that shows what the image is going to be, and the linear map that makes images of latents."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import VaeImageProcessor
-from diffusers.configuration_utils import FrozenDict
-from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam
+from diffusers import AutoencoderKL, ConfigMixin, VaeImageProcessor
+from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from PIL import Image
 from torch import Tensor
 
 from ..core.step_plan import apply_step
 from ..core.windows import require_positive_int
+from .declare import declared
 from .inputs import latents_input, noise_pred_input, param, step_coefficients_input
-from .latent_preview import LatentToRGB, decoder_scaling
 from .loop_block import LoopBlock
 
+# Measured for SDXL's VAE: https://github.com/comfyanonymous/ComfyUI/blob/master/comfy/latent_formats.py
+SDXL_FACTORS = (
+    (0.3651, 0.4232, 0.4341),
+    (-0.2533, -0.0042, 0.1068),
+    (0.1076, 0.1111, -0.0362),
+    (-0.3165, -0.2492, -0.2188),
+)
+SDXL_BIAS = (0.1084, -0.0175, -0.0011)
+
+Rows = Sequence[Sequence[float]]
 PreviewCallback = Callable[[int, list[Image.Image]], Any]
 
 
+class LatentToRGB(ConfigMixin):
+    """One pixel for each latent position, `colour = latent @ factors + bias`: costs next to nothing.
+
+    Takes a decoder's place, as `decode(latents).sample`. For a VAE other than SDXL's use `fit`.
+
+    Args:
+        factors: (channels, 3), what each latent channel adds to red, green and blue.
+        bias: the colour of latents that are zero; colours run from -1 to 1.
+        scaling_factor: what latents are divided by before they are decoded. 1: the map takes them as the UNet does.
+
+    Raises:
+        ValueError: factors or bias are not for three colours.
+    """
+
+    config_name = "latent_to_rgb.json"
+    dtype = torch.float32
+
+    @register_to_config
+    def __init__(
+        self, factors: Rows = SDXL_FACTORS, bias: Sequence[float] = SDXL_BIAS, scaling_factor: float = 1.0
+    ) -> None:
+        if not factors or any(len(row) != 3 for row in factors) or len(bias) != 3:
+            raise ValueError(
+                f"factors hold rows of {sorted({len(row) for row in factors})} numbers, the bias {len(bias)}; pass "
+                "three numbers (red, green, blue) for each latent channel, and three for the bias."
+            )
+
+    @classmethod
+    @torch.no_grad()
+    def fit(cls, vae: AutoencoderKL, images: Sequence[Image.Image]) -> LatentToRGB:
+        """The map that comes nearest to how a VAE decodes these images, by least squares.
+
+        Args:
+            vae: encodes the images; its scaling is part of the map.
+            images: a few images with many colours; sizes may differ.
+
+        Raises:
+            ValueError: there are no images, or too few different colours to tell the latent channels apart.
+        """
+        processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
+        shift, scale = _decoder_scaling(vae.config)
+        latents, colours = [], []
+        for image in images:
+            pixels = processor.preprocess(image).to(device=vae.device, dtype=vae.dtype)
+            encoded = vae.encode(pixels).latent_dist.mode()
+            average = torch.nn.functional.adaptive_avg_pool2d(pixels.float(), encoded.shape[-2:])
+            latents.append(((encoded.double().cpu() - shift) / scale)[0].flatten(1).T)  # (positions, channels)
+            colours.append(average.double().cpu()[0].flatten(1).T)  # (positions, 3)
+        if not latents:
+            raise ValueError("images is empty; pass a few images with many colours.")
+        known = torch.cat(latents)
+        known = torch.cat([known, torch.ones_like(known[:, :1])], dim=1)
+        rank = int(torch.linalg.matrix_rank(known))
+        if rank < known.shape[1]:
+            raise ValueError(
+                f"the latents of the images vary in {rank - 1} directions, the VAE has {known.shape[1] - 1} channels; "
+                "pass more images, with many colours."
+            )
+        solution = torch.linalg.lstsq(known, torch.cat(colours)).solution
+        return cls(factors=solution[:-1].tolist(), bias=solution[-1].tolist())
+
+    def decode(self, latents: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Latents (batch, channels, height, width) as colours in [-1, 1], float32 of shape (batch, 3, height, width).
+
+        Raises:
+            ValueError: the latents have another number of channels than the map.
+        """
+        factors = torch.tensor(self.config.factors, dtype=torch.float32, device=latents.device)
+        bias = torch.tensor(self.config.bias, dtype=torch.float32, device=latents.device)
+        if latents.shape[1] != factors.shape[0]:
+            raise ValueError(
+                f"the latents have {latents.shape[1]} channels, this preview takes {factors.shape[0]}; "
+                "make one for the VAE with LatentToRGB.fit(vae, images)."
+            )
+        colours = torch.einsum("bchw,cr->brhw", latents.float(), factors) + bias[:, None, None]
+        sample = colours.clamp(-1.0, 1.0)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+
 class PreviewStep(LoopBlock):
-    """Decodes the clean latents that a step predicts and hands the pictures to `preview_callback(i, pictures)`.
+    """Decodes the clean latents that a step predicts and hands the images to `preview_callback(i, images)`.
 
     Belongs between the denoiser and the solver, where latents and prediction are of one step:
-    `insert_loop_block(blocks, "preview", PreviewStep, before="solver")`. Without a callback it does nothing. The steps
-    it shows are those whose number `preview_every` divides: the first one always. Each waits for the device, since a
-    picture must come to the host.
+    `insert_loop_block(blocks, "preview", PreviewStep, before="solver")`. Without a callback it does nothing. It shows
+    the first step and then every `preview_every`-th. Each preview waits for the device, since the image is copied to
+    the host.
 
-    The decoder is the component `preview_decoder`: by default a linear map with SDXL's colours, which costs nothing.
-    One small picture element stands for each latent position; a tiny VAE shows more, at full size:
+    The decoder is the component `preview_decoder`: by default a linear map with SDXL's colours, which costs next to
+    nothing and gives one pixel for each latent position. A tiny VAE shows more, at full size:
     `pipe.update_components(preview_decoder=AutoModel.from_pretrained("madebyollin/taesdxl"))`.
 
     Raises:
@@ -38,35 +128,27 @@ class PreviewStep(LoopBlock):
             overflows in its type.
     """
 
-    @property
-    def description(self) -> str:
-        return "Loop step that hands pictures of the predicted result to a callback; goes before the solver."
-
-    @property
-    def expected_components(self) -> list[ComponentSpec]:
-        return [
-            ComponentSpec(
-                "preview_decoder",
-                LatentToRGB,
-                description="Makes pictures of latents: a LatentToRGB, a tiny VAE, or the VAE itself.",
-                config=FrozenDict({}),
-                default_creation_method="from_config",
-            )
-        ]
-
-    @property
-    def inputs(self) -> list[InputParam]:
-        return [
-            latents_input(),
-            noise_pred_input(),
-            step_coefficients_input(),
-            param(
-                "preview_callback",
-                PreviewCallback,
-                "Called as `preview_callback(i, pictures)` with the step's number, from 0, and a list of PIL images.",
-            ),
-            param("preview_every", int, "Steps from one preview to the next, at least 1.", default=1),
-        ]
+    description = "Loop step that hands images of the predicted result to a callback; goes before the solver."
+    expected_components = declared(
+        ComponentSpec(
+            "preview_decoder",
+            LatentToRGB,
+            description="Makes images of latents: a LatentToRGB, a tiny VAE, or the VAE itself.",
+            config=FrozenDict({}),
+            default_creation_method="from_config",
+        )
+    )
+    inputs = declared(
+        latents_input(),
+        noise_pred_input(),
+        step_coefficients_input(),
+        param(
+            "preview_callback",
+            PreviewCallback,
+            "Called as `preview_callback(i, images)` with the step's number, from 0, and a list of PIL images.",
+        ),
+        param("preview_every", int, "Steps from one preview to the next, at least 1.", default=1),
+    )
 
     def start(self, components: Any, block_state: Any) -> None:
         callback, decoder = block_state.preview_callback, components.preview_decoder
@@ -74,7 +156,7 @@ class PreviewStep(LoopBlock):
         if callback is None:
             return
         if not callable(callback):
-            raise ValueError(f"preview_callback={callback!r} cannot be called; pass a function of (i, pictures).")
+            raise ValueError(f"preview_callback={callback!r} cannot be called; pass a function of (i, images).")
         if decoder.dtype == torch.float16 and decoder.config.get("force_upcast"):
             raise ValueError(
                 "the preview_decoder overflows in torch.float16 (its force_upcast is set); pass a tiny VAE, "
@@ -86,13 +168,22 @@ class PreviewStep(LoopBlock):
         if block_state.preview_callback is not None and i % block_state.preview_every == 0:
             _, _, c, d = block_state.step_coefficients[i].unbind()
             clean = apply_step(block_state.latents, block_state.noise_pred, c, d)
-            block_state.preview_callback(i, pictures(components.preview_decoder, clean))
+            block_state.preview_callback(i, decode_preview(components.preview_decoder, clean))
         return components, block_state
 
 
 @torch.no_grad()
-def pictures(decoder: Any, latents: Tensor) -> list[Image.Image]:
-    """What a decoder, or a LatentToRGB, makes of clean latents (pictures, channels, height/f, width/f)."""
-    shift, scale = (row.to(device=latents.device, dtype=torch.float32) for row in decoder_scaling(decoder.config))
+def decode_preview(decoder: Any, latents: Tensor) -> list[Image.Image]:
+    """What a decoder, or a LatentToRGB, makes of clean latents (images, channels, height/f, width/f)."""
+    shift, scale = (row.to(device=latents.device, dtype=torch.float32) for row in _decoder_scaling(decoder.config))
     sample = decoder.decode((scale * latents.float() + shift).to(decoder.dtype)).sample
     return VaeImageProcessor().postprocess(sample.float(), output_type="pil")
+
+
+def _decoder_scaling(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """(shift, scale), each (channels or 1, 1, 1): a decoder takes `scale latents + shift` of what the UNet sees."""
+    mean, deviation = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or deviation is None:
+        mean, deviation = [0.0], [1.0]
+    shift, scale = (torch.tensor(row, dtype=torch.float64)[:, None, None] for row in (mean, deviation))
+    return shift, scale / config["scaling_factor"]

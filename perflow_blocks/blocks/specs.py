@@ -78,17 +78,6 @@ def attention_config_specs() -> list[ConfigSpec]:
     ]
 
 
-def memory_format_config_specs() -> list[ConfigSpec]:
-    return [
-        ConfigSpec(
-            "channels_last",
-            None,
-            "Layout of convolution weights in UNet and ControlNets: True is channels_last, False the usual one. "
-            "None: as they are.",
-        )
-    ]
-
-
 def schedule_config_specs() -> list[ConfigSpec]:
     """How the student was distilled, for the window set-up."""
     return [

@@ -1,4 +1,4 @@
-"""The step of the loop that tells a function where the run is, and lets it end the run."""
+"""Steps of the loop that say where the run is: to a function that may end the run, and to the log."""
 
 from __future__ import annotations
 
@@ -8,25 +8,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
+from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
+from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
+from diffusers.utils import logging
 from torch import Tensor
 
+from .declare import declared
 from .inputs import latents_input, param, step_plan_input
 from .loop_block import LoopBlock
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepInfo:
-    """Where the run is. All but the latents are numbers on the host.
+    """Where the run is. All fields but the latents are numbers on the host.
 
     Attributes:
         step: the step's number, from 0 to num_steps - 1.
         num_steps: how many steps there are.
-        timestep: what the UNet was given, from 1 to 1000 as a rule.
+        timestep: what the UNet was given, usually from 1 to 1000.
         window_index: the number of the step's time window, from 0 (noise) on.
-        window_start, window_end: that window in time; 1 is noise, 0 is data.
-        alpha_start, alpha_end: the noise schedule's abar at its two ends.
-        latents: (pictures, channels, height/f, width/f) on the device; after the solver those of the next step.
+        window_start, window_end: the window's two ends in time; 1 is noise, 0 is data.
+        alpha_start, alpha_end: the noise schedule's abar at these ends.
+        latents: (images, channels, height/f, width/f) on the device; after the solver those of the next step.
     """
 
     step: int
@@ -54,25 +59,19 @@ class StepCallbackStep(LoopBlock):
         ValueError: `step_callback` cannot be called, or returns something other than True, False and None.
     """
 
-    @property
-    def description(self) -> str:
-        return "Loop step that calls a function with step, window and latents; if it returns True, the run ends."
-
-    @property
-    def inputs(self) -> list[InputParam]:
-        return [
-            latents_input(),
-            step_plan_input(),
-            param(
-                "step_callback",
-                StepCallback,
-                "Called with a StepInfo at each step; may return True to end the run with this step's prediction.",
-            ),
-        ]
-
-    @property
-    def intermediate_outputs(self) -> list[OutputParam]:
-        return [OutputParam("stop_requested", bool, "Whether a block in the loop ended the run before its last step.")]
+    description = "Loop step that calls a function with step, window and latents; if it returns True, the run ends."
+    inputs = declared(
+        latents_input(),
+        step_plan_input(),
+        param(
+            "step_callback",
+            StepCallback,
+            "Called with a StepInfo at each step; may return True to end the run with this step's prediction.",
+        ),
+    )
+    intermediate_outputs = declared(
+        OutputParam("stop_requested", bool, "Whether a block in the loop ended the run before its last step.")
+    )
 
     def start(self, components: Any, block_state: Any) -> None:
         callback = block_state.step_callback
@@ -82,7 +81,7 @@ class StepCallbackStep(LoopBlock):
     @torch.no_grad()
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
         if block_state.step_callback is not None:
-            answer = block_state.step_callback(step_info(block_state, i))
+            answer = block_state.step_callback(_step_info(block_state, i))
             if answer is not None and not isinstance(answer, (bool, np.bool_)):
                 raise ValueError(
                     f"step_callback returned a value of type {type(answer).__name__}; return True to end the run, "
@@ -92,16 +91,41 @@ class StepCallbackStep(LoopBlock):
         return components, block_state
 
 
-def step_info(block_state: Any, i: int) -> StepInfo:
+class WindowLogStep(ModularPipelineBlocks):
+    """Logs number, times and abar of each time window at its first step. Nothing is read from the device.
+
+    Args:
+        level: of Python's logging. The default, INFO, shows once logging is set to it, for example with
+            `logging.basicConfig(level=logging.INFO)`.
+    """
+
+    model_name = "stable-diffusion-xl"
+    description = "Loop step that logs the number, the times and the noise schedule's abar of each time window."
+    inputs = declared(step_plan_input())
+
+    def __init__(self, level: int = logging.INFO) -> None:
+        super().__init__()
+        self.level = level
+
+    @torch.no_grad()
+    def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
+        plan = block_state.step_plan
+        if plan.begins_window(i):
+            times = f"time {plan.window_start[i]:g} to {plan.window_end[i]:g}"
+            alphas = f"abar {plan.alpha_start[i]:.4g} to {plan.alpha_end[i]:.4g}"
+            logger.log(
+                self.level, f"Step {i + 1} of {len(plan)} begins window {plan.window_index[i]}: {times}, {alphas}."
+            )
+        return components, block_state
+
+
+def _step_info(block_state: Any, i: int) -> StepInfo:
     plan = block_state.step_plan
+    of_plan = ("window_index", "window_start", "window_end", "alpha_start", "alpha_end")
     return StepInfo(
         step=i,
         num_steps=len(plan),
         timestep=plan.timesteps[i],
-        window_index=plan.window_index[i],
-        window_start=plan.window_start[i],
-        window_end=plan.window_end[i],
-        alpha_start=plan.alpha_start[i],
-        alpha_end=plan.alpha_end[i],
         latents=block_state.latents,
+        **{name: getattr(plan, name)[i] for name in of_plan},
     )

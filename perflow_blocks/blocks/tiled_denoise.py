@@ -1,7 +1,9 @@
-"""Large pictures predicted tile by tile, at each step of the loop (MultiDiffusion, arXiv 2302.08113)."""
+"""Large images predicted tile by tile, at each step of the loop (MultiDiffusion, arXiv 2302.08113)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,29 +13,28 @@ from torch import Tensor
 
 from ..core.tiles import Tiling, cut_plane
 from ..core.windows import require_positive_int
-from .controlnet_denoiser import PeRFlowControlNetLoopDenoiser
-from .denoiser import PeRFlowLoopDenoiser
+from .controlnet import PeRFlowControlNetLoopDenoiser
+from .denoiser import PeRFlowLoopDenoiser, network_inputs
 from .inputs import DENOISER_INPUT_FIELDS, param
 from .loop_block import LoopBlock
 from .specs import vae_spec
 
 
 class PeRFlowTiledLoopDenoiser(PeRFlowLoopDenoiser, LoopBlock):
-    """The denoiser for pictures larger than the UNet was made for: one UNet call a step for each of the tiles.
+    """The denoiser for images larger than the UNet was made for: one UNet call a step for each of the tiles.
 
-    At every step the raw predictions of overlapping tiles are blended into one for the whole picture, and the guider
-    combines those. So there is one state of the guider, and its norms, projections and momentum are those of the
-    picture, not of a tile. A step of the solver is linear in the prediction, so blended predictions are blended
-    latents: seams are closed at every step, not once at the end.
+    At every step the raw predictions of overlapping tiles are blended into one for the whole image, and the guider
+    combines those, so its norms, projections and momentum are those of the image, not of a tile. A step of the solver
+    is linear in the prediction, so blended predictions are blended latents: seams are closed at every step.
 
-    What has the latents' size, or a whole multiple of it, is cut with them: control pictures, the conditioning of a
-    9-channel UNet, masks of IP-Adapters. Prompts and IP-Adapter pictures are the same for each tile.
+    Tensors with four dimensions whose size is a whole multiple of the latents' are cut with them: control images, the
+    conditioning of a 9-channel UNet, masks of IP-Adapters. Prompts and IP-Adapter images are the same for each tile.
 
-    Each tile is told to be a picture of its own: where SDXL's size conditioning names the picture's size, it names the
-    tile's, and the crop offset stays the caller's, (0, 0) unless given, not the tile's place. Offsets of thousands of
-    pixels are beyond what SDXL was trained with (arXiv 2307.01952). Sizes that the caller chose stay, too.
+    Each tile is told to be an image of its own: where SDXL's size conditioning names the image's size, it names the
+    tile's, and the crop offset stays the caller's, since SDXL was not trained with offsets of thousands of pixels
+    (arXiv 2307.01952). Sizes that the caller chose stay, too.
 
-    A picture no larger than a tile takes the parent's path, to the bit. For a denoiser of your own:
+    An image no larger than a tile takes the parent's path, to the bit. For a denoiser of your own:
     `class MyTiledDenoiser(PeRFlowTiledLoopDenoiser, MyDenoiser)`, if that is a `PeRFlowLoopDenoiser`.
 
     Example:
@@ -42,20 +43,18 @@ class PeRFlowTiledLoopDenoiser(PeRFlowLoopDenoiser, LoopBlock):
         >>> pipe = blocks.init_pipeline("stabilityai/stable-diffusion-xl-base-1.0")
 
     Raises:
-        ValueError: before the first step, for a tile or an overlap of a size that does not work, or control pictures
-            and the like that do not match the latents.
+        ValueError: before the first step, for a tile or an overlap of a size that does not work, or control images
+            and the like whose size does not match the latents'.
     """
 
-    @property
-    def description(self) -> str:
-        return f"{super().description} A picture larger than `tile_size` is predicted in overlapping tiles."
+    description = "Loop step that predicts with guidance, an image larger than `tile_size` in overlapping tiles."
 
-    @property
-    def expected_components(self) -> list[ComponentSpec]:
+    @property  # properties, since a denoiser of another kind may stand behind this class
+    def expected_components(self) -> list[ComponentSpec]:  # type: ignore[override]
         return [*super().expected_components, vae_spec()]
 
     @property
-    def inputs(self) -> list[InputParam]:
+    def inputs(self) -> list[InputParam]:  # type: ignore[override]
         return [
             *super().inputs,
             param(
@@ -73,110 +72,102 @@ class PeRFlowTiledLoopDenoiser(PeRFlowLoopDenoiser, LoopBlock):
         ]
 
     @property
-    def intermediate_outputs(self) -> list[OutputParam]:
+    def intermediate_outputs(self) -> list[OutputParam]:  # type: ignore[override]
         return [
             *super().intermediate_outputs,
             OutputParam("tiling", Tiling, "How the latents are cut; None where one tile covers them."),
-            OutputParam("tile_sizes", Tensor, "Height and width of the picture and of a tile in pixels, (2, 2)."),
+            OutputParam("tile_sizes", Tensor, "Height and width of the image and of a tile in pixels, (2, 2)."),
         ]
 
     def start(self, components: Any, block_state: Any) -> None:
         super().start(components, block_state)
         size, overlap = _tile_settings(components, block_state)
-        factor, device = components.vae_scale_factor, block_state.latents.device
-        height, width = block_state.latents.shape[-2:]
-        tiling = cut_plane(height, width, size // factor, overlap // factor, device)
+        factor, latents = components.vae_scale_factor, block_state.latents
+        height, width = latents.shape[-2:]
+        tiling = cut_plane(height, width, size // factor, overlap // factor, latents.device)
         block_state.tiling, block_state.tile_sizes = tiling, None
         if tiling is None:
             return
         for name in self._spatial_names():
-            _require_whole_multiples(name, getattr(block_state, name), tiling, factor)
+            _map_planes(getattr(block_state, name), partial(_require_whole_multiple, name, tiling, factor))
         lengths = [[tiling.rows.length, tiling.columns.length], [tiling.rows.size, tiling.columns.size]]
-        block_state.tile_sizes = factor * torch.tensor(lengths).to(device)
+        block_state.tile_sizes = factor * torch.tensor(lengths).to(latents.device)
 
     def _predict(self, components: Any, block_state: Any, batches: list[Any], i: int, t: Tensor) -> Tensor:
         tiling, predict = block_state.tiling, super()._predict
         if tiling is None:
             return predict(components, block_state, batches, i, t)
+        network_inputs(block_state)  # made here, so that all tiles and steps share them
         whole = {name: getattr(block_state, name) for name in self._spatial_names()}
-        told = [_as_picture_of_its_own(batch, *block_state.tile_sizes.unbind()) for batch in batches]
+        told = [_as_image_of_its_own(batch, *block_state.tile_sizes.unbind()) for batch in batches]
 
         def predict_tile(top: int, left: int) -> Tensor:
-            cut = {name: _cut(value, tiling, top, left) for name, value in whole.items()}
-            return predict(components, BlockState(**{**block_state.as_dict(), **cut}), told, i, t)
+            def cut(plane: Tensor) -> Tensor:
+                return tiling.cut(plane, top, left)
+
+            parts = {name: _map_planes(value, cut) for name, value in whole.items()}
+            return predict(components, BlockState(**{**block_state.as_dict(), **parts}), told, i, t)
 
         return tiling.blend(predict_tile)
 
     def _spatial_names(self) -> list[str]:
-        """The inputs among which something may be cut: what the guider splits has no place in the picture."""
+        """The inputs that may hold planes to cut: all but those that the guider splits, which have no place."""
         return [entry.name for entry in self.inputs if entry.kwargs_type != DENOISER_INPUT_FIELDS]
 
 
-class PeRFlowTiledControlNetLoopDenoiser(PeRFlowTiledLoopDenoiser, PeRFlowControlNetLoopDenoiser):
-    """The same with a ControlNet, several of them or a ControlNet-Union, each shown the tile's part of its picture."""
+class PeRFlowTiledControlNetLoopDenoiser(  # type: ignore[override]
+    PeRFlowTiledLoopDenoiser, PeRFlowControlNetLoopDenoiser
+):
+    """The tiled denoiser with ControlNets or a ControlNet-Union, which are shown the tile's part of their images."""
 
 
 def _tile_settings(components: Any, block_state: Any) -> tuple[int, int]:
     """Size and overlap of the tiles in pixels.
 
     Raises:
-        ValueError: either does not fit VAE and UNet, or the overlap the tile.
+        ValueError: the size does not fit VAE and UNet, or the overlap does not fit the VAE or the tile.
     """
     factor, levels = components.vae_scale_factor, len(components.unet.config.block_out_channels)
     size, overlap = block_state.tile_size, block_state.tile_overlap
     size = components.default_height if size is None else require_positive_int("tile_size", size)
     unit = factor * 2 ** (levels - 1)
     if size % unit:
-        raise ValueError(
-            f"tile_size={size} is no multiple of {unit}, which VAE and UNet need; pass {_nearest(size, unit)}."
-        )
+        nearest = max(unit, round(size / unit) * unit)
+        raise ValueError(f"tile_size={size} must be a multiple of {unit}, for VAE and UNet; the nearest is {nearest}.")
     if overlap is None:
         return size, max(factor, size // 8 // factor * factor)
-    if isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 0:
-        raise ValueError(f"tile_overlap={overlap!r} is no whole number of pixels; pass one from 0 to {size // 2}.")
-    if overlap > size // 2:
-        most = size // 2 // factor * factor
-        raise ValueError(f"tile_overlap={overlap} is more than half of tile_size={size}; pass at most {most}.")
-    if overlap % factor:
+    most = size // 2 // factor * factor
+    valid = isinstance(overlap, int) and not isinstance(overlap, bool) and 0 <= overlap <= most
+    if not valid or overlap % factor:
         raise ValueError(
-            f"tile_overlap={overlap} is no multiple of the VAE's factor {factor}; pass {overlap // factor * factor}."
+            f"tile_overlap={overlap!r} must be a multiple of {factor} from 0 to {most}, half of tile_size={size}."
         )
     return size, overlap
 
 
-def _nearest(value: int, unit: int) -> int:
-    return max(unit, round(value / unit) * unit)
-
-
-def _require_whole_multiples(name: str, value: Any, tiling: Tiling, factor: int) -> None:
-    """
-    Raises:
-        ValueError: a picture-like tensor, alone or in a list or dictionary, of which a tile cannot be cut.
-    """
-    if isinstance(value, (list, tuple, dict)):
-        for entry in value.values() if isinstance(value, dict) else value:
-            _require_whole_multiples(name, entry, tiling, factor)
-    elif isinstance(value, Tensor) and value.ndim == 4 and tiling.scale(value) is None:
+def _require_whole_multiple(name: str, tiling: Tiling, factor: int, plane: Tensor) -> Tensor:
+    if tiling.scale(plane) is None:
         height, width = tiling.rows.length, tiling.columns.length
         raise ValueError(
-            f"{name} is {value.shape[-1]}x{value.shape[-2]}, no whole multiple of the latents' {width}x{height}, and "
-            f"cannot be cut into tiles; pass one of {factor * width}x{factor * height}."
+            f"{name} is {plane.shape[-1]}x{plane.shape[-2]}, which is not a whole multiple of the latents' "
+            f"{width}x{height} and cannot be cut into tiles; pass {factor * width}x{factor * height} pixels."
         )
+    return plane
 
 
-def _cut(value: Any, tiling: Tiling, top: int, left: int) -> Any:
-    """What a tile sees of a value: its part of each picture-like tensor, also in lists and dictionaries."""
+def _map_planes(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The value with each tensor of four dimensions changed, also in lists, tuples and dictionaries."""
     if isinstance(value, Tensor) and value.ndim == 4:
-        return tiling.cut(value, top, left)
+        return change(value)
     if isinstance(value, (list, tuple)):
-        return [_cut(entry, tiling, top, left) for entry in value]
+        return [_map_planes(entry, change) for entry in value]
     if isinstance(value, dict):
-        return {name: _cut(entry, tiling, top, left) for name, entry in value.items()}
+        return {name: _map_planes(entry, change) for name, entry in value.items()}
     return value
 
 
-def _as_picture_of_its_own(batch: Any, picture: Tensor, tile: Tensor) -> Any:
-    """The guider's batch with the tile's size where its time ids name the picture's.
+def _as_image_of_its_own(batch: Any, image: Tensor, tile: Tensor) -> Any:
+    """The guider's batch with the tile's size where its time ids name the image's.
 
     The ids are (batch, 6), original size, crop offset and target size; SDXL's refiner has (batch, 5), with a score in
     place of the target size.
@@ -184,9 +175,9 @@ def _as_picture_of_its_own(batch: Any, picture: Tensor, tile: Tensor) -> Any:
     if batch.time_ids is None:  # the parent says what is missing
         return batch
     original, crop, last = batch.time_ids.split(2, dim=1)
-    original = _replace_rows(original, picture, tile)
+    original = _replace_rows(original, image, tile)
     if last.shape[1] == 2:
-        last = _replace_rows(last, picture, tile)
+        last = _replace_rows(last, image, tile)
     return BlockState(**{**batch.as_dict(), "time_ids": torch.cat([original, crop, last], dim=1)})
 
 

@@ -17,7 +17,12 @@ from .before_denoise import (
 )
 from .check_inputs import PeRFlowCheckInputsStep
 from .decode import PeRFlowAutoDecodeStep, PeRFlowDecodeStep
-from .denoise import PeRFlowControlNetDenoiseStep, PeRFlowDenoiseStep, PeRFlowInpaintDenoiseStep
+from .denoise import (
+    PeRFlowControlNetDenoiseStep,
+    PeRFlowDenoiseStep,
+    PeRFlowInpaintDenoiseStep,
+    PeRFlowLoopSolverStep,
+)
 from .encode import (
     PeRFlowInpaintVaeEncoderStep,
     PeRFlowIPAdapterStep,
@@ -26,7 +31,6 @@ from .encode import (
 )
 from .finite_guard import ControlNetFiniteGuardStep
 from .merge_delta import PeRFlowMergeDeltaStep
-from .solver import PeRFlowLoopSolverStep
 from .tiled_denoise import PeRFlowTiledControlNetLoopDenoiser
 
 _PREPARE = [PeRFlowCheckInputsStep, PeRFlowApplyAttentionStep, PeRFlowMergeDeltaStep, PeRFlowTextEncoderStep]

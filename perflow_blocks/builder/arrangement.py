@@ -1,4 +1,4 @@
-"""The blocks of the pipeline: a preset or the user's, with what the steps put in, reduced to a workflow, compiled."""
+"""The blocks of the pipeline: a preset or the user's, with what the steps put in, reduced to a workflow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, SequentialPipelineBlocks
 
 from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
-from ..blocks.compiled_step import compile_loops
 from ..blocks.encode import PeRFlowAutoTextEncoderStep
 from ..blocks.merge_delta import PeRFlowMergeDeltaStep
 from ..blocks.prompt_cache import PromptCacheStep
@@ -37,7 +36,6 @@ def arrange_blocks(settings: BuilderSettings, problems: Problems) -> Any:
     if settings.compile is not None:
         with problems.noted(about="with_compile: "):
             _require_compile_options(settings.compile)
-            compile_loops(blocks, **settings.compile)
     return blocks
 
 
@@ -177,7 +175,7 @@ def _reduced(blocks: Any, workflow: str) -> Any:
 
 
 def _require_compile_options(options: Mapping[str, Any]) -> None:
-    known = [name for name in inspect.signature(torch.compile).parameters if name not in ("model", "fullgraph")]
+    known = ["full", "vae", *(name for name in inspect.signature(torch.compile).parameters if name != "model")]
     for name in options:
         if name not in known:
             raise ValueError(f"{name}={options[name]!r} is no option; pass some of {', '.join(known)}.")

@@ -12,10 +12,8 @@ from diffusers.guiders import BaseGuidance
 from torch import nn
 
 from ..attention.config import AttentionConfig
-from ..attention.plan import parse_plan
 from ..blocks.guiders import check_guider
 from ..blocks.merge_delta import require_delta_scale, require_no_rival
-from ..blocks.settled_guidance import settings_of
 from ..delta.apply import require_architecture
 from ..delta.files import open_weights, read_recipe
 from ..delta.recipe import DeltaRecipe, require_guidance
@@ -67,8 +65,6 @@ def check_config(declared: Sequence[str], values: Mapping[str, Any], problems: P
         elif name in _OF_RECIPE:
             with problems.noted(TypeError, about=f"with_config({name}=...): "):
                 DeltaRecipe(**{_OF_RECIPE[name]: value})
-        elif name == "channels_last" and value not in (None, True, False):
-            problems.add(f"with_config: channels_last={value!r} is no choice; pass True, False or None.")
     if not problems:
         windows = {name: values.get(name) for name in ("num_time_windows", "window_boundaries")}
         with problems.noted(about="with_config: "):
@@ -135,8 +131,6 @@ def check_guidance(settings: BuilderSettings, unet: nn.Module | None, problems: 
             check_guider(guider, unet)
         elif not isinstance(guider, BaseGuidance):
             raise ValueError(f"{guider!r} is no guider; pass one such as ClassifierFreeGuidance(guidance_scale=2.0).")
-        if settings.compile is not None:
-            settings_of(guider)
 
 
 def make_guider(settings: BuilderSettings) -> Any:
@@ -165,6 +159,6 @@ def check_attention(
         entries = [[entry] for entry in plan]
     for entry in entries:
         with problems.noted(TypeError, about=f"{about}: "):
-            parsed = parse_plan(entry)
+            part = AttentionConfig(entry)
             if unet is not None:
-                AttentionConfig().establish(parsed, {"unet": unet}, device=device)
+                part.attach({"unet": unet}, device=device)

@@ -66,7 +66,7 @@ def _steps(plan: BuildPlan) -> Iterator[tuple[str, str]]:
     if settings.prompt_cache is not None:
         yield "prompt cache", f"{settings.prompt_cache} requests"
     if settings.compile is not None:
-        yield "compiled", f"the steps of the loops {_pairs(settings.compile)}".rstrip()
+        yield "compiled", f"the networks {_pairs(settings.compile)}".rstrip()
     config = {name: value for name, value in plan.config.items() if value is not None and not name.startswith("delta")}
     if config:
         yield "config", _pairs(config)

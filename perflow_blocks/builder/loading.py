@@ -16,6 +16,7 @@ from torch import nn
 
 from ..attention.config import AttentionConfig
 from ..blocks.merge_delta import PeRFlowMergeDeltaStep
+from ..blocks.recombine import compile_loops
 from . import single_file
 from .adapter_loading import add_adapters, no_adapters_where_it_fails
 from .checks import make_guider
@@ -54,6 +55,8 @@ def build_pipeline(plan: BuildPlan, manager: ComponentsManager, collection: str 
         given = settings.attention
         attention = given if isinstance(given, AttentionConfig) else AttentionConfig(given)
         pipe.update_components(attention=attention, attention_plan=attention.config.plan)
+    if settings.compile is not None:
+        compile_loops(pipe, **settings.compile)
     _hand_over(pipe, manager, collection)
     if settings.offload == "auto" and manager.model_hooks is None:
         manager.enable_auto_cpu_offload(device=plan.device)

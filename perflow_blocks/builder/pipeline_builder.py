@@ -15,8 +15,7 @@ from diffusers import ComponentsManager, ModularPipeline
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 
-from ..attention.config import AttentionConfig
-from ..attention.plan import PlanLike
+from ..attention.config import AttentionConfig, PlanLike
 from ..blocks.prompt_cache import DEFAULT_MAX_ENTRIES
 from .describe import describe
 from .loading import build_pipeline, merge_now
@@ -262,13 +261,13 @@ class PeRFlowPipelineBuilder:
         return self._with(insertions={**self.settings.insertions, name: insertion})
 
     def with_config(self, **values: Any) -> PeRFlowPipelineBuilder:
-        """Sets configuration values of the pipeline, such as `num_time_windows=4` or `channels_last=True`."""
+        """Sets configuration values of the pipeline, such as `num_time_windows=4`."""
         if isinstance(values.get("delta"), os.PathLike):
             values["delta"] = os.fspath(values["delta"])
         return self._with(config={**self.settings.config, **deepcopy(values)})
 
     def with_compile(self, **options: Any) -> PeRFlowPipelineBuilder:
-        """Compiles the steps of the loops, as `compile_loops` does; options are those of `torch.compile`."""
+        """Compiles the networks in place as `compile_loops` does, with its options."""
         return self._with(compile=options)
 
     def with_prompt_cache(self, max_entries: int = DEFAULT_MAX_ENTRIES) -> PeRFlowPipelineBuilder:

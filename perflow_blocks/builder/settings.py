@@ -132,7 +132,7 @@ class BuilderSettings:
         attention: the attention plan, or an AttentionConfig.
         blocks, workflow, insertions: the blocks, the workflow to reduce them to, and blocks to insert, by name.
         config: configuration values of the pipeline.
-        compile: arguments of `torch.compile` for the steps of the loops.
+        compile: arguments of `compile_loops`.
         prompt_cache: how many requests to keep the embeddings of.
         offload, device: where models are.
     """

@@ -109,8 +109,8 @@ def _treatment(
         done += [("ip_adapter", settings.ip_adapter)] if settings.ip_adapter is not None else []
     if name in LORA_MODELS:
         done += [("lora", lora) for lora in settings.loras]
-    if name in ("unet", "controlnet"):
-        done += [("channels_last", config["channels_last"])] if config.get("channels_last") is not None else []
+    if settings.compile is not None and name in ("unet", "controlnet", "vae"):
+        done.append(("compiled", *sorted((key, str(value)) for key, value in settings.compile.items())))
     if settings.offload == "group":
         done.append(("group offload",))
     return tuple(done)

@@ -42,13 +42,17 @@ class Trial:
         self.block, self.watch = block, Watch()
         self.in_loop = _is_loop_block(block)
         params, self.outputs = _inputs_and_outputs(block, given)
-        self.values, kinds = fill_inputs(params, given, type(block).__name__)
+        asked = [param for param in params if not self.in_loop or param.name in given or param.name not in LOOP_NAMES]
+        self.values, kinds = fill_inputs(asked, given, type(block).__name__)
         unknown = [name for name in given if name not in self.values]
         if unknown:
             raise ValueError(f"{type(block).__name__} declares no input {_quoted(unknown)}; leave it out of `inputs`.")
         self.i, self.timesteps, self.window_index = i, *_schedule(self.values)
         if not 0 <= i < len(self.timesteps):
             raise ValueError(f"i={i} is none of the {len(self.timesteps)} steps; pass 0 to {len(self.timesteps) - 1}.")
+        self.provided = {"window_index": self.window_index[i], "stop_requested": False} if self.in_loop else {}
+        declared = {param.name for param in params}
+        self.values = {name: value for name, value in self.provided.items() if name in declared} | self.values
         self.versions = [(name, tensor, tensor._version) for name, tensor in _tensors(self.values)]
         self.state: Any = watched_state(self.watch, self.values, kinds)
         self.result: Any = None
@@ -78,7 +82,7 @@ class Trial:
     def _step(self) -> Any:
         runner = copy.copy(self.block)
         self.values = vars(self.block.get_block_state(self.state))
-        self.values |= {"window_index": self.window_index[self.i], "stop_requested": False}
+        self.values = self.provided | self.values
         self.state = watched_block_state(self.watch, self.values)
 
         def steps(first: int) -> Any:

@@ -14,7 +14,6 @@ from diffusers import StableDiffusionXLModularPipeline
 from diffusers.configuration_utils import FrozenDict
 from diffusers.modular_pipelines.modular_pipeline import BlockState, ModularPipeline, PipelineState
 
-
 STOCK_PROBES = {"watermark"}
 """What diffusers' own steps look for without declaring it; a block that extends such a step is not to blame."""
 

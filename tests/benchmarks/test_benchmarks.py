@@ -208,7 +208,7 @@ def test_a_case_that_fails_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(sdxl, "measure", measure)
     text = sdxl.run(QUICK).markdown(QUICK)
-    assert "| compiled | 1 | failed: OutOfMemoryError |" in text
+    assert "| compiled (blocks) | 1 | failed: OutOfMemoryError |" in text
     assert "| plain, again | 1 | 500.0 (500.0 to 500.0) |" in text
 
 

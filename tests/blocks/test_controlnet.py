@@ -12,18 +12,20 @@ from diffusers.modular_pipelines.stable_diffusion_xl.denoise import StableDiffus
 
 from perflow_blocks.blocks import PeRFlowControlNetDenoiseStep, PeRFlowControlNetLoopDenoiser
 from perflow_blocks.testing.tiny import tiny_controlnet, tiny_controlnet_union, tiny_inpainting_unet, tiny_mask
-from perflow_blocks.testing.tiny import tiny_picture as picture
+from perflow_blocks.testing.tiny import tiny_picture as image
 from tests.blocks.conftest import layers
 from tests.conftest import count_unet_calls, generator, make_pipeline, run
 
+pytestmark = pytest.mark.behaviour
+
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "one": (tiny_controlnet, {"control_image": picture(3)}),
+    "one": (tiny_controlnet, {"control_image": image(3)}),
     "several": (
         lambda: MultiControlNetModel([tiny_controlnet(1), tiny_controlnet(2)]),
-        {"control_image": [picture(3), picture(4)], "controlnet_conditioning_scale": [0.5, 1.5]},
+        {"control_image": [image(3), image(4)], "controlnet_conditioning_scale": [0.5, 1.5]},
     ),
-    "union": (tiny_controlnet_union, {"control_image": picture(3), "control_mode": 1}),
-    "union_of_two": (tiny_controlnet_union, {"control_image": [picture(3), picture(4)], "control_mode": [2, 0]}),
+    "union": (tiny_controlnet_union, {"control_image": image(3), "control_mode": 1}),
+    "union_of_two": (tiny_controlnet_union, {"control_image": [image(3), image(4)], "control_mode": [2, 0]}),
 }
 
 
@@ -65,7 +67,7 @@ def test_one_call_equals_the_stock_calls(kind: str, guess_mode: bool, guider: st
     if guider == "cfg":
         assert unet_calls == [4, 2, 2]
         rows = 2 if guess_mode else 4
-        ours = [rows // 2] * 2 if "union" in kind else [rows]  # a union sees one picture at a time
+        ours = [rows // 2] * 2 if "union" in kind else [rows]  # a union sees one image at a time
         assert calls == ours + ([2] if guess_mode else [2, 2])
 
 
@@ -134,7 +136,7 @@ def test_the_controlnet_runs_in_its_share_of_the_steps_only(start: float, end: f
     pipe = make_pipeline(controlnet=tiny_controlnet())
     calls = count_controlnet_calls(pipe)
     inputs = {"control_guidance_start": start, "control_guidance_end": end}
-    run(pipe, num_inference_steps=4, control_image=picture(3), **inputs)
+    run(pipe, num_inference_steps=4, control_image=image(3), **inputs)
     assert calls == [2] * steps_run
 
 
@@ -151,20 +153,20 @@ def test_each_of_several_controlnets_runs_in_its_own_share_of_the_steps() -> Non
 
 def test_the_controlnet_of_a_nine_channel_unet_sees_the_latents_alone() -> None:
     pipe = make_pipeline(unet=tiny_inpainting_unet(), controlnet=tiny_controlnet())
-    inputs = {"image": picture(1), "mask_image": tiny_mask(), "num_inference_steps": 4}
-    first, second = (run(pipe, control_image=picture(seed), **inputs) for seed in (3, 4))
+    inputs = {"image": image(1), "mask_image": tiny_mask(), "num_inference_steps": 4}
+    first, second = (run(pipe, control_image=image(seed), **inputs) for seed in (3, 4))
     assert (first - second).abs().max() > 1e-3
 
 
 def test_a_compiled_union_is_known_as_one() -> None:
     pipe, compiled = make_pipeline(controlnet=tiny_controlnet_union()), make_pipeline()
     compiled.register_components(controlnet=torch.compile(tiny_controlnet_union(), backend="eager"))
-    inputs = {"control_image": picture(3), "control_mode": 1, "num_inference_steps": 4}
+    inputs = {"control_image": image(3), "control_mode": 1, "num_inference_steps": 4}
     torch.testing.assert_close(run(compiled, **inputs), run(pipe, **inputs), rtol=1e-4, atol=1e-4)
 
 
 def test_a_list_of_control_images_is_not_written_into() -> None:
-    given = [picture(3), picture(4)]
+    given = [image(3), image(4)]
     kept = list(given)
     pipe = make_pipeline(controlnet=tiny_controlnet_union())
     for _ in range(2):
@@ -172,28 +174,28 @@ def test_a_list_of_control_images_is_not_written_into() -> None:
     assert given == kept
 
 
-def test_pictures_of_a_batch_do_not_see_one_another_in_a_union() -> None:
+def test_images_of_a_batch_do_not_see_one_another_in_a_union() -> None:
     pipe = make_pipeline(controlnet=tiny_controlnet_union())
-    prompts, pictures = ["a star", "a ring"], [picture(3), picture(4)]
+    prompts, images = ["a star", "a ring"], [image(3), image(4)]
     together = run(
-        pipe, prompt=prompts, control_image=[pictures], control_mode=1, generator=[generator(0), generator(1)]
+        pipe, prompt=prompts, control_image=[images], control_mode=1, generator=[generator(0), generator(1)]
     )
     for row in range(2):
-        inputs = {"prompt": prompts[row], "control_image": [pictures[row]], "generator": [generator(row)]}
+        inputs = {"prompt": prompts[row], "control_image": [images[row]], "generator": [generator(row)]}
         alone = run(pipe, control_mode=1, **inputs)
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_several_prompts_and_pictures_share_or_have_their_control_picture() -> None:
+def test_several_prompts_and_images_share_or_have_their_control_image() -> None:
     pipe = make_pipeline(controlnet=tiny_controlnet())
-    prompts, pictures = ["a star", "a ring"], [picture(3), picture(4)]
+    prompts, images = ["a star", "a ring"], [image(3), image(4)]
     together = run(
         pipe,
         prompt=prompts,
-        control_image=pictures,
+        control_image=images,
         num_images_per_prompt=2,
         generator=[generator(seed) for seed in range(4)],
     )
     for row in range(4):
-        inputs = {"prompt": prompts[row // 2], "control_image": pictures[row // 2], "generator": [generator(row)]}
+        inputs = {"prompt": prompts[row // 2], "control_image": images[row // 2], "generator": [generator(row)]}
         torch.testing.assert_close(together[row : row + 1], run(pipe, **inputs), rtol=1e-4, atol=1e-4)

@@ -13,7 +13,10 @@ from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 from perflow_blocks.blocks import PeRFlowDenoiseStep, PeRFlowLoopDenoiser, PeRFlowSDXLAutoBlocks
 from perflow_blocks.blocks.recombine import find_loops, insert_loop_block
 from perflow_blocks.schedulers import PeRFlowScheduler
+from perflow_blocks.testing import check_block
 from tests.conftest import count_unet_calls, generator, make_pipeline, no_host_reads, run
+
+pytestmark = pytest.mark.behaviour
 
 
 @pytest.mark.parametrize(("scale", "batch"), [(2.0, 2), (1.0, 1)])
@@ -169,6 +172,37 @@ def test_a_block_inserted_into_the_loop_runs_with_its_own_input() -> None:
     assert torch.equal(unchanged, plain)
     assert not torch.allclose(halved, plain)
     assert "gain" in pipe.blocks.input_names
+
+
+@pytest.mark.parametrize("name", ["window_index", "stop_requested", "noise_pred"])
+@pytest.mark.parametrize("place", [{"before": "denoiser"}, {"after": "solver"}])
+def test_a_block_may_require_what_the_loop_provides(name: str, place: dict[str, str]) -> None:
+    seen: list[Any] = []
+
+    class Reading(ModularPipelineBlocks):
+        model_name = "stable-diffusion-xl"
+        description = "Reads what the loop provides."
+        inputs = [InputParam(name, type_hint=Any, required=True, description="From the loop.")]  # noqa: RUF012
+
+        def __call__(self, components: Any, block_state: Any, i: int, t: torch.Tensor) -> Any:
+            seen.append(block_state[name])
+            return components, block_state
+
+    check_block(Reading())
+    seen.clear()
+    blocks = PeRFlowSDXLAutoBlocks()
+    insert_loop_block(blocks, "reading", Reading, **place)
+    for loop in find_loops(blocks):
+        assert name not in loop.input_names and name not in loop.required_inputs
+    assert torch.equal(run(make_pipeline(blocks), num_inference_steps=5), run(make_pipeline(), num_inference_steps=5))
+    assert len(seen) == 5
+    if name == "window_index":
+        assert seen == [0, 0, 1, 2, 3]
+    elif name == "stop_requested":
+        assert seen == [False] * 5
+    else:
+        assert (seen[0] is None) == (place == {"before": "denoiser"})
+        assert all(entry is not None for entry in seen[1:])
 
 
 def test_the_progress_bar_counts_steps_and_can_be_turned_off(capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,6 +42,8 @@ from tests.blocks.conftest import (
 )
 from tests.conftest import count_unet_calls, generator, make_pipeline, run
 
+pytestmark = pytest.mark.behaviour
+
 
 def callback_blocks(**place: str) -> PeRFlowSDXLAutoBlocks:
     return blocks_with("callback", StepCallbackStep, **(place or {"after": "solver"}))
@@ -155,9 +157,9 @@ def test_a_callback_that_cannot_be_called_is_refused_before_the_first_step() -> 
 
 def test_the_window_log_says_where_each_window_begins(caplog: pytest.LogCaptureFixture) -> None:
     pipe = make_pipeline(blocks_with("log", WindowLogStep, before="denoiser"))
-    with caplog.at_level(logging.INFO, logger="perflow_blocks.blocks.window_log"):
+    with caplog.at_level(logging.INFO, logger="perflow_blocks.blocks.step_callback"):
         run(pipe, num_inference_steps=5)
-    records = [record for record in caplog.records if record.name == "perflow_blocks.blocks.window_log"]
+    records = [record for record in caplog.records if record.name == "perflow_blocks.blocks.step_callback"]
     assert {record.levelno for record in records} == {logging.INFO}
     alphas = torch.cumprod(1.0 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, dim=0)
     a, b, c, d, e = (f"{alphas[index].item():.4g}" for index in (999, 749, 499, 249, 0))
@@ -232,15 +234,15 @@ def test_a_single_loop_and_a_workflow_take_a_block() -> None:
 @pytest.mark.parametrize(
     ("name", "block", "place", "message"),
     [
-        ("log", WindowLogStep, {}, "before=None and after=None; pass one of them"),
-        ("log", WindowLogStep, {"before": "solver", "after": "solver"}, "pass one of them"),
+        ("log", WindowLogStep, {}, "before=None and after=None"),
+        ("log", WindowLogStep, {"before": "solver", "after": "solver"}, "before='solver' and after='solver'"),
         (
             "log",
             WindowLogStep,
             {"after": "keep_known"},
             "the blocks of PeRFlowControlNetDenoiseStep are finite_guard, denoiser, solver, none of them 'keep_known'",
         ),
-        ("solver", WindowLogStep, {"before": "denoiser"}, "'solver' is taken, pass another name"),
+        ("solver", WindowLogStep, {"before": "denoiser"}, "'solver' is taken"),
         ("loop", PeRFlowDenoiseStep, {"before": "denoiser"}, "cannot be put into a loop"),
         ("loop", PeRFlowDenoiseStep(), {"before": "denoiser"}, "cannot be put into a loop"),
         ("log", print, {"before": "denoiser"}, "cannot be put into a loop"),

@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from perflow_blocks import LatentToRGB, PreviewStep, insert_loop_block
-from perflow_blocks.blocks.latent_preview import SDXL_BIAS, SDXL_FACTORS
-from perflow_blocks.blocks.preview import pictures
+from perflow_blocks.blocks.preview import SDXL_BIAS, SDXL_FACTORS, decode_preview
 from perflow_blocks.testing import check_block
 from perflow_blocks.testing.tiny import tiny_picture, tiny_vae
 from tests.blocks.conftest import Spy, blocks_with, guard_against_reads, predicted_clean
 from tests.conftest import generator, make_pipeline, run
+
+pytestmark = pytest.mark.behaviour
 
 LATENTS = torch.randn(2, 4, 6, 5, generator=generator(3))
 
@@ -32,8 +33,8 @@ def tiny_autoencoder() -> AutoencoderTiny:
     return AutoencoderTiny(**widths, **blocks, upsampling_scaling_factor=2, scaling_factor=2.0).eval()
 
 
-def pixels(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture, dtype=np.float64)
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, dtype=np.float64)
 
 
 @pytest.mark.parametrize(("every", "shown"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3]), (9, [0])])
@@ -105,21 +106,21 @@ def test_a_tiny_vae_in_place_of_the_map(dtype: torch.dtype) -> None:
     pipe.register_components(preview_decoder=decoder)
     shown: list[Image.Image] = []
     run(pipe, num_inference_steps=4, preview_callback=lambda i, images: shown.extend(images))
-    assert [picture.size for picture in shown] == [(32, 32)] * 4
+    assert [image.size for image in shown] == [(32, 32)] * 4
     with torch.no_grad():
         sample = decoder.decode((LATENTS / 2.0).to(dtype)).sample.float()
     expected = 255 * (sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    for picture, wanted in zip(pictures(decoder, LATENTS), expected, strict=True):
-        np.testing.assert_allclose(pixels(picture), wanted, atol=0.51)
+    for image, wanted in zip(decode_preview(decoder, LATENTS), expected, strict=True):
+        np.testing.assert_allclose(pixels(image), wanted, atol=0.51)
 
 
 def test_the_vae_itself_shows_what_the_decode_step_does() -> None:
     pipe = make_pipeline()
     latents = run(pipe, num_inference_steps=4)
-    picture = pipe(prompt="a red star", generator=generator(), num_inference_steps=4, output="images")[0]
+    image = pipe(prompt="a red star", generator=generator(), num_inference_steps=4, output="images")[0]
     with torch.no_grad():
-        (shown,) = pictures(pipe.vae, latents)
-    assert np.array_equal(pixels(shown), pixels(picture))
+        (shown,) = decode_preview(pipe.vae, latents)
+    assert np.array_equal(pixels(shown), pixels(image))
 
 
 def test_latent_statistics_of_a_vae_are_undone() -> None:
@@ -129,7 +130,7 @@ def test_latent_statistics_of_a_vae_are_undone() -> None:
     factor = plain.config.scaling_factor
     scaled = LATENTS * torch.tensor(deviation)[:, None, None] + factor * torch.tensor(mean)[:, None, None]
     with torch.no_grad():
-        for got, expected in zip(pictures(shifted, LATENTS), pictures(plain, scaled), strict=True):
+        for got, expected in zip(decode_preview(shifted, LATENTS), decode_preview(plain, scaled), strict=True):
             np.testing.assert_allclose(pixels(got), pixels(expected), atol=1.0)
 
 
@@ -142,10 +143,10 @@ def test_a_decoder_from_the_hub_is_saved_and_loaded_with_the_pipeline(tmp_path: 
     assert again.preview_decoder is None
     again.load_components()
     assert type(again.preview_decoder) is AutoencoderTiny
-    for picture, same in zip(
-        pictures(pipe.preview_decoder, LATENTS), pictures(again.preview_decoder, LATENTS), strict=True
+    for image, same in zip(
+        decode_preview(pipe.preview_decoder, LATENTS), decode_preview(again.preview_decoder, LATENTS), strict=True
     ):
-        assert np.array_equal(pixels(picture), pixels(same))
+        assert np.array_equal(pixels(image), pixels(same))
 
 
 def test_the_map_is_made_again_for_a_saved_pipeline(tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ def test_the_map_is_made_again_for_a_saved_pipeline(tmp_path: Path) -> None:
 
 
 class LinearVAE:
-    """Encodes pictures to three mixtures of their averaged colours and one channel that is none."""
+    """Encodes images to three mixtures of their averaged colours and one channel that is none."""
 
     mean, deviation = [0.5, -1.0, 0.25, 2.0], [2.0, 1.0, 0.5, 4.0]
     config = AutoencoderKL(
@@ -178,8 +179,8 @@ class LinearVAE:
 
 def test_fit_finds_the_colours_of_a_vae_that_is_linear() -> None:
     fitted = LatentToRGB.fit(LinearVAE(), [tiny_picture(1), tiny_picture(2, (48, 16))])
-    picture = tiny_picture(3)
-    sample = torch.from_numpy(pixels(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1.0
+    image = tiny_picture(3)
+    sample = torch.from_numpy(pixels(image)).permute(2, 0, 1)[None].float() / 127.5 - 1.0
     encoded = LinearVAE().encode(sample).latent_dist.mode()
     mean, deviation = (torch.tensor(row)[:, None, None] for row in (LinearVAE.mean, LinearVAE.deviation))
     latents = 0.25 * (encoded - mean) / deviation  # what the UNet would see
@@ -189,7 +190,7 @@ def test_fit_finds_the_colours_of_a_vae_that_is_linear() -> None:
     assert torch.equal(again.decode(latents).sample, fitted.decode(latents, return_dict=False)[0])
 
 
-def test_fit_needs_pictures_of_several_colours() -> None:
+def test_fit_needs_images_of_several_colours() -> None:
     with pytest.raises(ValueError, match="images is empty"):
         LatentToRGB.fit(tiny_vae(), [])
     with pytest.raises(ValueError, match="vary in 0 directions, the VAE has 4 channels"):

@@ -112,7 +112,7 @@ INSERTIONS: dict[str, dict[str, Any]] = {
     "watch": {"block": StepCallbackStep, "after": "solver"},
     "again": {"block": WindowLogStep(), "after": "watch"},
     "check": {"block": PeRFlowSDXLAutoBlocks().sub_blocks["check_inputs"], "before": "decode"},
-    "inner": {"block": PeRFlowSDXLAutoBlocks().sub_blocks["memory_format"], "after": "denoise.input"},
+    "inner": {"block": PeRFlowSDXLAutoBlocks().sub_blocks["merge_delta"], "after": "denoise.input"},
 }
 
 

@@ -12,8 +12,6 @@ from diffusers import AdaptiveProjectedGuidance, ClassifierFreeGuidance, Control
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 
 from perflow_blocks import AttentionConfig, PeRFlowPipelineBuilder, PeRFlowScheduler, PeRFlowSDXLAutoBlocks
-from perflow_blocks.blocks.compiled_step import PeRFlowCompiledLoopStep
-from perflow_blocks.blocks.recombine import find_loops
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.demo import perflow_pipeline, weights_directory
 from perflow_blocks.testing.tiny import (
@@ -246,14 +244,13 @@ def test_components_without_a_pipeline_have_the_delta_merged(repository: Path, t
 
 
 def test_settings_reach_the_pipeline(repository: Path) -> None:
-    chain = builder(repository).with_config(channels_last=True, window_boundaries=[1.0, 0.5, 0.0])
+    chain = builder(repository).with_config(window_boundaries=[1.0, 0.5, 0.0])
     pipe = chain.with_compile(backend="eager").with_prompt_cache(2).with_attention(["self=sliced"]).build()
-    (loop, *_) = find_loops(pipe.blocks)
-    assert isinstance(loop.sub_blocks["step"], PeRFlowCompiledLoopStep)
+    blocks = pipe.unet.mid_block.attentions[0].transformer_blocks
+    assert all(block._compiled_call_impl is not None for block in [*blocks, pipe.vae.decoder])
     assert pipe.config.attention_plan == ["self=sliced"]
     latents(pipe)
     latents(pipe)
     assert pipe.blocks.sub_blocks["text_encoder"].hits == 1
     assert pipe.scheduler.windows.boundaries == (1.0, 0.5, 0.0)
-    assert pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert {row.asked for row in pipe.attention.report().rows} == {"sliced", None}

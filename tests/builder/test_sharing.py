@@ -64,7 +64,10 @@ CHANGES: dict[str, tuple[Change, list[str]]] = {
     "workflow": (lambda chain, files: chain.with_workflow("text2image"), []),
     "delta": (lambda chain, files: chain.with_delta(files / "delta.safetensors"), ["UNet2DConditionModel"]),
     "lora": (lambda chain, files: chain.with_lora(files / "lora", 0.5), LORA_MODELS),
-    "channels_last": (lambda chain, files: chain.with_config(channels_last=True), ["UNet2DConditionModel"]),
+    "compiled": (
+        lambda chain, files: chain.with_compile(backend="eager"),
+        ["UNet2DConditionModel", "AutoencoderKL"],
+    ),
     "dtype": (
         lambda chain, files: chain.from_pretrained(chain.settings.repository.location, dtype=torch.bfloat16),
         [*LORA_MODELS, "AutoencoderKL"],

@@ -174,7 +174,7 @@ def test_where_components_came_from_is_nowhere(tmp_path: Path) -> None:
             {"window_boundaries": [1.0, 0.4, 0.0]},
         ),
         ({"attention_plan": {"self": "sliced"}}, {"attention_plan": ["self=sliced"]}),
-        ({"channels_last": True, "force_zeros_for_empty_prompt": False, "guidance_scale": 1.5}, {}),
+        ({"force_zeros_for_empty_prompt": False, "guidance_scale": 1.5}, {}),
     ],
 )
 def test_configuration_values_come_back(

@@ -89,9 +89,9 @@ def test_a_lora_is_refused(tmp_path: Path) -> None:
 
 def test_values_that_others_cannot_read_are_refused(tmp_path: Path) -> None:
     pipe = PeRFlowSDXLText2ImageBlocks().init_pipeline()
-    pipe.update_components(channels_last="/srv/layout", force_zeros_for_empty_prompt=torch.zeros(1))
+    pipe.update_components(default_num_inference_steps="/srv/layout", force_zeros_for_empty_prompt=torch.zeros(1))
     text = refused(pipe, tmp_path)
-    assert "channels_last='/srv/layout' is a path" in text and "is none of JSON" in text
+    assert "default_num_inference_steps='/srv/layout' is a path" in text and "is none of JSON" in text
     pipe = PeRFlowSDXLText2ImageBlocks().init_pipeline()
     pipe.update_components(attention_plan="nonesuch")
     assert "attention strategy 'nonesuch' is unknown" in refused(pipe, tmp_path)
@@ -120,10 +120,10 @@ def test_what_is_neither_pipeline_nor_blocks_is_refused(tmp_path: Path) -> None:
 def test_a_block_that_cannot_be_exported_is_one_of_the_problems(tmp_path: Path) -> None:
     blocks = PeRFlowSDXLText2ImageBlocks()
 
-    class Local(type(blocks.sub_blocks["memory_format"])):  # type: ignore[misc]
+    class Local(type(blocks.sub_blocks["merge_delta"])):  # type: ignore[misc]
         pass
 
-    blocks.sub_blocks["memory_format"] = Local()
+    blocks.sub_blocks["merge_delta"] = Local()
     assert "Local" in refused(blocks, tmp_path)
 
 

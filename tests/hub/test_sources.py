@@ -18,7 +18,6 @@ from perflow_blocks import (
     PreviewStep,
     PromptCacheStep,
     WindowLogStep,
-    compile_loops,
     insert_loop_block,
 )
 from perflow_blocks.blocks.denoise import PeRFlowDenoiseStep
@@ -40,12 +39,6 @@ def with_parts(**parts: Any) -> Any:
     blocks = PeRFlowSDXLAutoBlocks()
     for name, part in parts.items():
         blocks.sub_blocks[name] = part
-    return blocks
-
-
-def compiled() -> Any:
-    blocks = PeRFlowSDXLAutoBlocks()
-    compile_loops(blocks, mode="reduce-overhead", dynamic=False)
     return blocks
 
 
@@ -82,7 +75,6 @@ TREES: dict[str, Callable[[], Any]] = {
     "class inserted": lambda: with_loop_block(PreviewStep),
     "arguments inserted": lambda: with_loop_block(WindowLogStep(level=10)),
     "prompt cache": lambda: with_parts(text_encoder=PromptCacheStep(4)),
-    "compiled": compiled,
     "tiled": tiled,
     "part": lambda: PeRFlowSDXLAutoBlocks().sub_blocks["denoise"],
     "leaf with arguments": lambda: WindowLogStep(level=10),

@@ -12,8 +12,6 @@ from PIL import Image
 
 import perflow_blocks.blocks as blocks_module
 from perflow_blocks.blocks import (
-    PeRFlowCompiledLoopStep,
-    PeRFlowControlNetCompiledLoopStep,
     PeRFlowControlNetLoopDenoiser,
     PeRFlowImg2ImgPrepareLatentsStep,
     PeRFlowImg2ImgSetTimestepsStep,
@@ -47,12 +45,6 @@ OWN_BLOCKS = [
 ]
 
 
-OPTIONS: dict[Any, dict[str, Any]] = {
-    PeRFlowCompiledLoopStep: {"backend": "eager"},  # traced, but not compiled, which takes long
-    PeRFlowControlNetCompiledLoopStep: {"backend": "eager"},
-}
-
-
 def pick(*names: str) -> dict[str, Any]:
     return {name: tiny_inputs()[name] for name in names}
 
@@ -67,7 +59,7 @@ def adapted_unet() -> Any:
 
 @pytest.mark.parametrize("kind", OWN_BLOCKS, ids=lambda kind: kind.__name__)
 def test_every_block_keeps_its_contract(kind: type[ModularPipelineBlocks], adapted_unet: Any) -> None:
-    block = kind(**OPTIONS.get(kind, {}))
+    block = kind()
     assert block.model_name == "stable-diffusion-xl"
     for attribute in LISTS:
         for entry in own_declarations(block, attribute):

@@ -1,0 +1,143 @@
+"""ControlNets: their inputs before the loop, and in the loop one call of them a step, beside the UNet's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.guiders.guider_utils import BaseGuidance
+from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, PipelineState
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, OutputParam
+from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import (
+    StableDiffusionXLControlNetInputStep,
+    StableDiffusionXLControlNetUnionInputStep,
+)
+from torch import Tensor
+
+from .declare import Assembled, declared
+from .denoiser import PeRFlowLoopDenoiser, network_inputs
+from .inputs import controlnet_inputs
+from .specs import controlnet_spec, vae_spec
+
+UNCONDITIONAL = "pred_uncond"
+"""What every diffusers guider calls its unconditional batch."""
+
+
+class PeRFlowControlNetUnionInputStep(StableDiffusionXLControlNetUnionInputStep):
+    """diffusers' step, which puts its tensors into the list `control_image`, on a list of its own."""
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [*super().expected_components, vae_spec()]
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        return [
+            *super().intermediate_outputs,
+            OutputParam("control_image", list[Tensor], "The control images, as the ControlNet takes them."),
+            OutputParam("control_mode", list[int], "The kind of each control image."),
+        ]
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        if isinstance(state.get("control_image"), list):
+            state.set("control_image", list(state.get("control_image")))
+        return super().__call__(components, state)
+
+
+class PeRFlowAutoControlNetInputStep(Assembled, AutoPipelineBlocks):
+    """Prepares the control images: for a ControlNet-Union with `control_mode`, else for one or more ControlNets."""
+
+    block_classes = [PeRFlowControlNetUnionInputStep, StableDiffusionXLControlNetInputStep]
+    block_names = ["controlnet_union", "controlnet"]
+    block_trigger_inputs = ["control_mode", "control_image"]
+    description = "Prepares `control_image`, for a ControlNet-Union where `control_mode` is given; else is skipped."
+
+
+class PeRFlowControlNetLoopDenoiser(PeRFlowLoopDenoiser):
+    """The denoiser with a ControlNet, several of them or a ControlNet-Union: one call of it a step.
+
+    A ControlNet-Union is called once for each image, since its attention would mix the images of a batch.
+
+    A ControlNet whose scale is 0 at a step (`control_guidance_start`, `control_guidance_end`) is not called. In
+    `guess_mode` it sees the conditional batches only.
+    """
+
+    description = "Loop step that runs ControlNet and UNet once each on all batches of the guider and combines them."
+    expected_components = declared(*PeRFlowLoopDenoiser.expected_components, controlnet_spec())
+    inputs = declared(*PeRFlowLoopDenoiser.inputs, *controlnet_inputs())
+
+    def _residuals(
+        self,
+        components: Any,
+        block_state: Any,
+        batches: list[Any],
+        i: int,
+        t: Tensor,
+        sample: Tensor,
+        conditions: dict[str, Any],
+    ) -> dict[str, Any]:
+        scale = _scale_at(block_state, i)
+        controlled = [not (block_state.guess_mode and _is_unconditional(batch)) for batch in batches]
+        if not any(controlled) or not any(scale if isinstance(scale, list) else [scale]):
+            return {}
+        inputs, copies, latents = network_inputs(block_state), sum(controlled), block_state.latents
+        if copies < len(batches):
+            conditions = inputs.conditions([batch for batch, on in zip(batches, controlled, strict=True) if on])
+        tensors = {
+            "sample": sample[: copies * len(latents), : latents.shape[1]],  # a 9-channel UNet's further ones left out
+            "encoder_hidden_states": conditions["encoder_hidden_states"],
+            "controlnet_cond": inputs.repeat("controlnet_cond", block_state.controlnet_cond, copies),
+            "added_cond_kwargs": {name: conditions[name] for name in ("text_embeds", "time_ids")},
+        }
+        settings = {"conditioning_scale": scale, "guess_mode": block_state.guess_mode}
+        calls = 1
+        if block_state.control_type is not None:
+            tensors["control_type"] = inputs.repeat("control_type", block_state.control_type, copies)
+            settings["control_type_idx"] = block_state.control_type_idx
+            calls = len(latents)
+        outputs = []
+        for k in range(calls):
+            rows = _every(tensors, k, calls)
+            outputs.append(components.controlnet(rows.pop("sample"), t, **rows, **settings, return_dict=False))
+        down = [_spread(_interleave(parts), controlled) for parts in zip(*(down for down, _ in outputs), strict=True)]
+        mid = _spread(_interleave([mid for _, mid in outputs]), controlled)
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+
+
+def _is_unconditional(batch: Any) -> bool:
+    return batch[BaseGuidance._identifier_key] == UNCONDITIONAL
+
+
+def _scale_at(block_state: Any, i: int) -> float | list[float]:
+    """The ControlNets' scale at step i: a number for one ControlNet, a list for several, or for a union's controls."""
+    keep, scale = block_state.controlnet_keep[i], block_state.conditioning_scale
+    if isinstance(keep, list):
+        scales = scale if isinstance(scale, list) else [scale] * len(keep)
+        return [float(s * k) for s, k in zip(scales, keep, strict=True)]
+    if isinstance(scale, list):
+        return [float(s * keep) for s in scale] if block_state.control_type is not None else float(scale[0] * keep)
+    return float(scale * keep)
+
+
+def _every(value: Any, first: int, step: int) -> Any:
+    """Rows `first`, `first + step`, ... of each tensor, also in lists and dictionaries."""
+    if isinstance(value, Mapping):
+        return {name: _every(entry, first, step) for name, entry in value.items()}
+    return value[first::step] if isinstance(value, Tensor) else [_every(entry, first, step) for entry in value]
+
+
+def _interleave(parts: Sequence[Tensor]) -> Tensor:
+    """The tensor whose rows `k`, `k + len(parts)`, ... are `parts[k]`."""
+    return parts[0] if len(parts) == 1 else torch.stack(tuple(parts), dim=1).flatten(0, 1)
+
+
+def _spread(rows: Tensor, controlled: Sequence[bool]) -> Tensor:
+    """`rows` of the controlled batches at their places among all batches, with zeros at the others."""
+    if all(controlled):
+        return rows
+    parts = rows.chunk(sum(controlled))
+    empty = torch.zeros_like(parts[0])
+    chosen = iter(parts)
+    return torch.cat([next(chosen) if on else empty for on in controlled])
