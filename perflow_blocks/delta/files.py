@@ -404,25 +404,9 @@ def named_as_model(weights: Weights, model_names: Iterable[str], config: Mapping
     translated by diffusers' own converter; what else such a checkpoint holds (text encoders, VAE) is left out. Other
     names stay, for the caller to refuse.
     """
-    names = translated_names(weights.shapes, model_names, config, weights.label)
-    return weights if names is None else RenamedWeights(weights, names)
-
-
-def named_alike(one: Weights, other: Weights, config: Mapping[str, Any]) -> tuple[Weights, Weights]:
-    """Two UNets' weights under the same names, diffusers' where they differ; `config` as in `named_as_model`."""
-    if one.shapes.keys() == other.shapes.keys():
-        return one, other
-    known = unet_names((*one.shapes, *other.shapes))
-    return named_as_model(one, known, config), named_as_model(other, known, config)
-
-
-def translated_names(
-    names: Iterable[str], model_names: Iterable[str], config: Mapping[str, Any], label: str
-) -> dict[str, str] | None:
-    """What `named_as_model` renames: {new name: old name}; None where nothing is renamed."""
-    names, known = list(names), set(model_names)
+    names, known, label = list(weights.shapes), set(model_names), weights.label
     if not known.isdisjoint(names):
-        return None
+        return weights
     lora = [name for name in names if _LORA.search(name)]
     if lora:
         raise ValueError(
@@ -431,13 +415,21 @@ def translated_names(
         )
     short = {_without_prefixes(name): name for name in names}
     if not known.isdisjoint(short):
-        return short
+        return RenamedWeights(weights, short)
     unet = {
         name if name.startswith(LDM_PREFIX) else LDM_PREFIX + name: original
         for name, original in short.items()
         if name.startswith((LDM_PREFIX, *_LDM_UNET))
     }
-    return _from_latent_diffusion(unet, config, label) if unet else None
+    return RenamedWeights(weights, _from_latent_diffusion(unet, config, label)) if unet else weights
+
+
+def named_alike(one: Weights, other: Weights, config: Mapping[str, Any]) -> tuple[Weights, Weights]:
+    """Two UNets' weights under the same names, diffusers' where they differ; `config` as in `named_as_model`."""
+    if one.shapes.keys() == other.shapes.keys():
+        return one, other
+    known = unet_names((*one.shapes, *other.shapes))
+    return named_as_model(one, known, config), named_as_model(other, known, config)
 
 
 def _from_latent_diffusion(unet: dict[str, str], config: Mapping[str, Any], label: str) -> dict[str, str]:
