@@ -24,8 +24,8 @@ from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionMo
 from diffusers.utils import logging
 from torch import Tensor
 
+from perflow_blocks.atomic_files import atomic_directory
 from perflow_blocks.blocks.workflows import PeRFlowSDXLText2ImageBlocks
-from perflow_blocks.delta.atomic import atomic_directory
 from perflow_blocks.delta.recipe import noise_schedule_of
 from perflow_blocks.demo import teacher_pipeline, weights_directory
 from perflow_blocks.evaluation.classifier import load_classifier

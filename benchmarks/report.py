@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from perflow_blocks.delta.atomic import atomic_path
+from perflow_blocks.atomic_files import atomic_path
 
 from .measure import Setting
 

@@ -98,8 +98,8 @@ def _draw(pipeline: Any, sampler: Sampler, prompt: str, seed: int, count: int) -
 def _check(
     *, steps: int, guidance: float | None, num_images: int, model: str | None, delta: Path | None, out: Path
 ) -> None:
+    from ..atomic_files import require_writable_directory
     from ..core.windows import require_positive_int
-    from ..delta.atomic import require_writable_directory
     from ..delta.extract import read_delta_recipe
     from ..delta.recipe import require_guidance
 

@@ -30,7 +30,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory for the pictures and their sheet.")] = Path("outputs/demo"),
 ) -> None:
     """Draw twelve prompts in four steps with the embedded model. Prompts and seeds are fixed, nothing is picked."""
-    from ..delta.atomic import require_writable_directory
+    from ..atomic_files import require_writable_directory
 
     require_writable_directory(out)
     import torch

@@ -29,7 +29,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure prompt accuracy and Frechet distance of teacher and PeRFlow, with standard errors and times."""
-    from ..delta.atomic import require_writable_directory
+    from ..atomic_files import require_writable_directory
 
     if find_spec("torchmetrics") is None:
         raise ValueError('evaluate needs torchmetrics; install it with pip install "perflow-blocks[eval]".')
@@ -132,7 +132,7 @@ def _evaluate_finetuned(directory: Path, prompts: int, out: Path | None) -> None
 
 
 def _hand_over(text: str, out: Path | None) -> None:
-    from ..delta.atomic import atomic_path
+    from ..atomic_files import atomic_path
 
     typer.echo(text)
     if out is not None:

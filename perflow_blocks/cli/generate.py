@@ -126,7 +126,7 @@ def save_png(image: Image, path: Path, settings: dict[str, Any]) -> None:
     """Writes a PNG whole or not at all, with the settings as a text chunk."""
     from PIL.PngImagePlugin import PngInfo
 
-    from ..delta.atomic import atomic_path
+    from ..atomic_files import atomic_path
 
     info = PngInfo()
     if settings:
@@ -141,8 +141,8 @@ def slug(text: str) -> str:
 
 
 def _check(*, steps: int | None, guidance: float | None, num_images: int, delta: Path | None, out: Path) -> None:
+    from ..atomic_files import require_writable_directory
     from ..core.windows import require_positive_int
-    from ..delta.atomic import require_writable_directory
     from ..delta.extract import read_delta_recipe
     from ..delta.recipe import require_guidance
 

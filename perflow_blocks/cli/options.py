@@ -119,7 +119,7 @@ def require_free_file(option: str, path: Path, force: bool) -> None:
         ValueError: the path is a directory, has another ending, stands there already and is not to be replaced, or
             cannot be written to.
     """
-    from ..delta.atomic import require_writable_directory
+    from ..atomic_files import require_writable_directory
 
     if path.is_dir() or path.suffix != ".safetensors":
         raise ValueError(f"{option} {path} is {'a directory' if path.is_dir() else 'no .safetensors file'}; name one.")

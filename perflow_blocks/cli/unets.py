@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from ..atomic_files import atomic_directory
 from ..delta.apply import require_architecture
-from ..delta.atomic import atomic_directory
 from ..delta.files import find_weights, is_weights_of, listed, open_weights, variant_of
 
 CONFIG = "config.json"
@@ -121,7 +121,7 @@ def require_free_directory(out: Path, force: bool, variant: str | None) -> str |
         ValueError: nothing can be written there; something stands there and `force` is not given; or it is no UNet
             folder, or holds files that would not be replaced, which are never deleted.
     """
-    from ..delta.atomic import require_writable_directory
+    from ..atomic_files import require_writable_directory
 
     kept = None
     if out.is_dir() and any(out.iterdir()):

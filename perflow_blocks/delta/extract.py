@@ -11,6 +11,7 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor, nn
 
+from ..atomic_files import atomic_path
 from .apply import (
     PARTIAL_KEY,
     Applied,
@@ -21,7 +22,6 @@ from .apply import (
     require_finite,
     uncompiled,
 )
-from .atomic import atomic_path
 from .files import (
     Delta,
     DifferenceWeights,

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..atomic_files import atomic_path
 from ..core.low_rank import (
     as_matrix,
     balanced_factors,
@@ -35,7 +36,6 @@ from ..core.low_rank import (
 )
 from ..core.windows import require_positive_int
 from .apply import PARTIAL_KEY
-from .atomic import atomic_path
 from .files import UNET_PARTS, Delta, Weights, is_finite, listed, named_as_model, opened, read_recipe, unet_names
 from .recipe import DeltaRecipe
 from .summary import WHOLE_NORM, mean_norm_scale

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..delta.atomic import atomic_directory
+from ..atomic_files import atomic_directory
 from ..delta.extract import extract_delta, read_delta_recipe, save_delta
 from ..delta.files import listed
 from ..training.layout import DELTA as RUN_DELTA

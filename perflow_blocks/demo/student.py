@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..delta.atomic import atomic_path
+from ..atomic_files import atomic_path
 from ..training.config_file import load_config, to_tree
 from ..training.distillation import distill
 from ..training.layout import REPORT

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
 
-from ..delta.atomic import atomic_directory
+from ..atomic_files import atomic_directory
 from .address import CARD, OWNER, require_repo_id
 from .card import CardFacts, make_card
 from .card_example import CardExample, require_example

@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub.utils import tqdm
 
 from .. import __version__
-from ..delta.atomic import atomic_path
+from ..atomic_files import atomic_path
 
 MANIFEST = "perflow_manifest.json"
 MODES = ("self-contained", "thin")

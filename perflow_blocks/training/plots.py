@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..delta.atomic import atomic_path
+from ..atomic_files import atomic_path
 
 _SIZE = (7.0, 3.6)  # inches
 _DPI = 110

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from ..atomic_files import require_writable_directory
 from ..builder.problems import Problems
-from ..delta.atomic import require_writable_directory
 from ..hub.export import require_target
 from ..schedulers import PFODESolver
 from .checkpoints import find_checkpoint

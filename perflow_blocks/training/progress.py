@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..delta.atomic import atomic_path
+from ..atomic_files import atomic_path
 from .layout import METRICS
 from .step import StepLoss
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..delta.atomic import atomic_path
+from ..atomic_files import atomic_path
 from .config import DistillConfig
 from .config_file import to_tree
 from .layout import PLOTS, READINGS, REPORT, SHEETS, by_step

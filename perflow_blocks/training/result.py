@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..delta.atomic import atomic_directory
+from ..atomic_files import atomic_directory
 from ..delta.extract import extract_delta, save_delta
 from ..delta.lora import DeltaLora, LoraReport, save_lora
 from ..delta.recipe import DeltaRecipe

@@ -13,7 +13,7 @@ from diffusers.utils.pil_utils import numpy_to_pil
 from PIL import Image
 from torch import Tensor
 
-from ..delta.atomic import atomic_path
+from ..atomic_files import atomic_path
 from ..evaluation.sheet import contact_sheet
 from .drawing import Painter, resulting_student
 from .families import LATENT_CHANNELS

@@ -15,9 +15,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image, ImageChops
 
+from perflow_blocks.atomic_files import require_writable_directory
 from perflow_blocks.cli import _request_error, main
 from perflow_blocks.cli.options import choose_device, choose_dtype, parse_size
-from perflow_blocks.delta.atomic import require_writable_directory
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.testing.tiny import IMAGE_SIZE, tiny_sdxl_components, tiny_sdxl_unet

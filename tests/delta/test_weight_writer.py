@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from perflow_blocks.delta.atomic import atomic_directory
+from perflow_blocks.atomic_files import atomic_directory
 from perflow_blocks.delta.extract import write_weights
 from perflow_blocks.delta.files import MappingWeights
 
