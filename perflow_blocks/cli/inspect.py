@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,29 +15,58 @@ from . import options
 from .tables import aligned
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..delta.files import Weights
     from ..delta.recipe import DeltaRecipe
-    from ..delta.summary import WeightSummary
+
+KINDS = {
+    "norm": "normalization",
+    "attn2.": "cross-attention",
+    "attn1.": "self-attention",
+    ".ff.": "feed-forward",
+    "embedding.": "embedding of time and size",
+    "time_emb_proj.": "embedding of time and size",
+    "conv": "convolution",
+}
+"""Kinds of layer by a part of their names; the first that fits counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSummary:
+    """One tensor: its name, kind of layer, stored type, number of values, and norm.
+
+    Attributes:
+        squared_norm: sum of the squares; NaN or infinite where a value is.
+        size: norm over that of the base's tensor, or without a base the root mean square.
+    """
+
+    name: str
+    kind: str
+    dtype: str
+    parameters: int
+    bytes: int
+    squared_norm: float
+    size: float
 
 
 def inspect(
     path: Annotated[Path, typer.Argument(help="A delta, a LoRA, or a UNet's or pipeline's folder.")],
     base: Annotated[Path | None, typer.Option(help="Weights of a delta's base, to compare its layers with.")] = None,
     top: Annotated[int, typer.Option(help="How many of the largest tensors to name.")] = 5,
-    variant: Annotated[str | None, typer.Option(help="Which files of PATH's folder, fp16 say.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Which files of PATH's folder, for example fp16.")] = None,
     base_variant: Annotated[str | None, typer.Option(help="Which files of the base's folder.")] = None,
     allow_pickle: options.AllowPickle = False,
     config: options.Config = None,
 ) -> None:
     """Say what PATH holds: delta, LoRA or UNet, its recipe, tensors by kind, norms, and what is merged into it."""
     if top < 0:
-        raise ValueError(f"--top {top} is below 0; pass how many tensors to name.")
+        raise ValueError(f"--top {top} must be 0 or more, the number of tensors to name.")
     options.require_weights("path", path)
     if base is not None:
         options.require_weights("base", base)
     from ..delta.files import open_weights, read_recipe
     from ..delta.recipe import ARCHITECTURE_KEY
-    from ..delta.summary import summarise
     from .unets import find_config
 
     weights = open_weights(path, variant, allow_pickle=allow_pickle)
@@ -42,42 +74,107 @@ def inspect(
     records = _merged(path)
     own = None if base is None else open_weights(base, base_variant, allow_pickle=allow_pickle)
     unet = None if base is None else find_config(config, base, path)
-    summary = summarise(weights, own, None if unet is None else unet.config)
-    lines = [f"{path}: {_what(path, summary)}", *_totals(summary)]
-    lines += _recipe_lines(recipe)
+    tensors = summarize(weights, own, None if unet is None else unet.config)
+    what = what_weights_are(weights)
+    lines = [f"{path}: {_folder_kind(path)}{what}", *_totals(tensors), _recipe_line(recipe)]
     if architecture := weights.metadata.get(ARCHITECTURE_KEY):
         lines.append(f"architecture: {architecture[:12]}")
     lines += records
-    if summary.what == "LoRA":
+    if what == "LoRA":
         lines.append(_ranks(weights))
-    lines += ["", *_kind_table(summary)]
+    lines += ["", *_kind_table(tensors)]
     if top:
-        lines += ["", *_largest_table(summary, top, relative=base is not None)]
+        heading = "norm over the base's" if base is not None else "root mean square"
+        largest = sorted(tensors, key=lambda tensor: -tensor.size)[:top]
+        rows = [["largest tensors", heading], *([tensor.name, f"{tensor.size:.3g}"] for tensor in largest)]
+        lines += ["", *aligned(rows)]
     typer.echo("\n".join(lines))
 
 
-def _what(path: Path, summary: WeightSummary) -> str:
+def summarize(
+    weights: Weights, base: Weights | None = None, config: Mapping[str, Any] | None = None
+) -> list[TensorSummary]:
+    """Reads every tensor once; sizes are relative to `base` where it is given.
+
+    The two may be named differently: for original Latent Diffusion names `config` is the configuration of the UNet.
+    diffusers' progress bar shows the tensors.
+
+    Raises:
+        ValueError: a tensor is missing from the base.
+    """
+    from diffusers.utils import logging
+
+    from ..delta.files import named_alike
+
+    if base is not None:
+        weights, base = named_alike(weights, base, config or {})
+        missing = [name for name in weights.shapes if name not in base.shapes]
+        if missing:
+            raise ValueError(f"{base.label} has no {missing[0]}; pass the base that {weights.label} was taken from.")
+    tensors = []
+    for name in logging.tqdm(weights.shapes, desc="read", unit="tensor"):
+        tensor = weights.tensor(name)
+        squares = _squared_norm(tensor)
+        whole = tensor.numel() if base is None else _squared_norm(base.tensor(name))
+        tensors.append(
+            TensorSummary(
+                name=name,
+                kind=kind_of(name, tuple(tensor.shape)),
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                parameters=tensor.numel(),
+                bytes=tensor.nbytes,
+                squared_norm=squares,
+                size=math.sqrt(squares / whole) if whole else math.inf if squares else 0.0,
+            )
+        )
+    return tensors
+
+
+def what_weights_are(weights: Weights) -> str:
+    """ "LoRA", "delta", "weights" (of a model), or "delta or weights" where no normalization layer tells."""
+    from ..delta.files import WHOLE_NORM, is_lora, mean_norm_scale
+
+    if is_lora(weights.shapes):
+        return "LoRA"
+    mean = mean_norm_scale(weights)
+    if mean is None:
+        return "delta or weights"
+    return "weights" if mean > WHOLE_NORM else "delta"
+
+
+def kind_of(name: str, shape: tuple[int, ...]) -> str:
+    """The kind of layer, by the names that diffusers gives in a UNet, else by the number of dimensions."""
+    known = next((kind for part, kind in KINDS.items() if part in name), None)
+    return known or ("convolution" if len(shape) == 4 else "linear" if len(shape) == 2 else "other")
+
+
+def _squared_norm(tensor: Tensor) -> float:
+    """In float64, a part of the rows at a time."""
+    from ..delta.files import row_chunks, rows_of
+
+    parts = (rows_of(tensor, start, stop) for start, stop in row_chunks(tensor.shape))
+    return sum(float(part.double().square().sum()) for part in parts)
+
+
+def _folder_kind(path: Path) -> str:
     from .unets import find_unet
 
     folder = find_unet(path) if path.is_dir() else None
-    if folder is None:
-        return summary.what
-    return f"UNet folder, {summary.what}" if folder == path else f"directory with a UNet, {summary.what}"
+    return "" if folder is None else "UNet folder, " if folder == path else "directory with a UNet, "
 
 
-def _totals(summary: WeightSummary) -> list[str]:
-    numbers = sum(tensor.parameters for tensor in summary.tensors)
-    size = sum(tensor.bytes for tensor in summary.tensors) / 1e6
-    lines = [f"{len(summary.tensors)} tensors, {numbers:,} numbers, {summary.dtypes}, {size:,.1f} MB"]
-    lines.append(f"norm: {summary.norm:.6g}")
-    if summary.not_finite:
-        lines.append(f"{len(summary.not_finite)} tensors are NOT FINITE, {summary.not_finite[0]} first")
-    return lines
+def _totals(tensors: list[TensorSummary]) -> list[str]:
+    numbers, size = sum(tensor.parameters for tensor in tensors), sum(tensor.bytes for tensor in tensors) / 1e6
+    dtypes = ", ".join(dtype for dtype, _ in Counter(tensor.dtype for tensor in tensors).most_common())
+    norm = math.sqrt(sum(tensor.squared_norm for tensor in tensors))
+    bad = [tensor.name for tensor in tensors if not math.isfinite(tensor.squared_norm)]
+    lines = [f"{len(tensors)} tensors, {numbers:,} numbers, {dtypes}, {size:,.1f} MB", f"norm: {norm:.6g}"]
+    return [*lines, f"{len(bad)} tensors are NOT FINITE, {bad[0]} first"] if bad else lines
 
 
-def _recipe_lines(recipe: DeltaRecipe) -> list[str]:
-    given = {name: value for name, value in asdict(recipe).items() if value is not None}
-    return ["recipe: " + ", ".join(f"{name}={value}" for name, value in given.items())] if given else ["recipe: none"]
+def _recipe_line(recipe: DeltaRecipe) -> str:
+    given = [f"{name}={value}" for name, value in asdict(recipe).items() if value is not None]
+    return f"recipe: {', '.join(given) or 'none'}"
 
 
 def _merged(path: Path) -> list[str]:
@@ -94,21 +191,18 @@ def _ranks(weights: Weights) -> str:
     """The span of ranks, by the factors that multiply the input, whose first dimension it is in every layout."""
     downs = (".lora_A.", ".lora_down.", ".lora.down.")
     ranks = [shape[0] for name, shape in weights.shapes.items() if any(part in name for part in downs)]
-    if not ranks:
-        return "ranks: none that are known"
-    return f"layers: {len(ranks)}, rank {min(ranks)} to {max(ranks)}"
+    return f"layers: {len(ranks)}, rank {min(ranks)} to {max(ranks)}" if ranks else "ranks: none that are known"
 
 
-def _kind_table(summary: WeightSummary) -> list[str]:
-    rows = [["kind", "tensors", "numbers", "root mean square"]]
-    for kind, tensors in summary.kinds().items():
-        numbers = sum(tensor.parameters for tensor in tensors)
-        square = sum(tensor.squared_norm for tensor in tensors)
-        mean = (square / numbers) ** 0.5 if numbers else 0.0
-        rows.append([kind, str(len(tensors)), f"{numbers:,}", f"{mean:.3g}"])
-    return aligned(rows)
-
-
-def _largest_table(summary: WeightSummary, count: int, *, relative: bool) -> list[str]:
-    rows = [["largest tensors", "norm over the base's" if relative else "root mean square"]]
-    return aligned([*rows, *([tensor.name, f"{tensor.size:.3g}"] for tensor in summary.largest(count))])
+def _kind_table(tensors: list[TensorSummary]) -> list[str]:
+    """Number of tensors and values by kind, the kind with most values first."""
+    kinds: dict[str, list[TensorSummary]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.kind, []).append(tensor)
+    rows = []
+    for kind, members in kinds.items():
+        numbers = sum(tensor.parameters for tensor in members)
+        mean = (sum(tensor.squared_norm for tensor in members) / numbers) ** 0.5 if numbers else 0.0
+        rows.append((numbers, [kind, str(len(members)), f"{numbers:,}", f"{mean:.3g}"]))
+    rows.sort(key=lambda row: -row[0])
+    return aligned([["kind", "tensors", "numbers", "root mean square"], *(row for _, row in rows)])

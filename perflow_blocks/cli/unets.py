@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 
 from ..atomic_files import atomic_directory
 from ..delta.apply import require_architecture
-from ..delta.files import find_weights, is_weights_of, listed, open_weights, variant_of
+from ..delta.files import find_weights, listed, open_weights, variants_of
 
 CONFIG = "config.json"
 
@@ -51,7 +51,8 @@ def stored_variant(folder: Path, variant: str | None) -> str | None:
     Raises:
         ValueError: there is no such variant, or it is not clear which one is meant.
     """
-    return variant_of(find_weights(folder, variant))
+    name = find_weights(folder, variant).name
+    return variants_of([name])[name]
 
 
 def empty_unet(folder: Path) -> UNet2DConditionModel:
@@ -131,9 +132,9 @@ def require_free_directory(out: Path, force: bool, variant: str | None) -> str |
             raise ValueError(
                 f"--out {out} is no folder of a UNet alone, so --force leaves it; name another directory."
             )
-        files = {entry.name for entry in out.iterdir() if entry.is_file()}
-        kept = variant if any(is_weights_of(name, variant) for name in files) else None
-        replaced = {name for name in files if name == CONFIG or is_weights_of(name, kept)}
+        variants = variants_of(entry.name for entry in out.iterdir() if entry.is_file())
+        kept = variant if variant in variants.values() else None
+        replaced = {CONFIG, *(name for name, own in variants.items() if own == kept)}
         others = sorted(entry.name for entry in out.iterdir() if entry.name not in replaced)
         if others:
             raise ValueError(

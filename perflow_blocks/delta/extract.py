@@ -31,6 +31,7 @@ from .files import (
     floating_entries,
     is_finite,
     listed,
+    mean_norm_scale,
     named_alike,
     open_weights,
     opened,
@@ -38,7 +39,6 @@ from .files import (
     subtract,
 )
 from .recipe import ARCHITECTURE_KEY, DeltaRecipe
-from .summary import DIFFERENCE_NORM, mean_norm_scale
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 _NAMES |= {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
@@ -84,7 +84,7 @@ def open_difference(
     difference = DifferenceWeights(first, second)
     for name, weights in (("student", first), ("base", second)):
         mean = mean_norm_scale(weights)
-        if mean is not None and abs(mean) < DIFFERENCE_NORM:
+        if mean is not None and abs(mean) < 0.1:
             raise ValueError(f"the {name} {weights.label} holds differences, as a delta does; pass a model's weights.")
     return difference
 

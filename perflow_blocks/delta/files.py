@@ -29,41 +29,35 @@ CHUNK = 1 << 20
 SAMPLE = 32
 """How many values at either end of a tensor identify it."""
 
-_FLOATS = {"F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64"}
+FLOAT_TYPES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""The floating-point types by their names in safetensors files."""
 
-PREFIXES = ("module.", "_orig_mod.", "unet.", "_fsdp_wrapped_module.")
-"""What distributed training, compilation and pipelines put before the names of all weights."""
+WHOLE_NORM = 0.5
+"""Mean scale of the normalization layers above which weights are whole: a trained model's is about 1, that of the
+difference of two models about 0."""
 
-UNET_PARTS = (
-    "conv_in",
-    "time_embedding",
-    "add_embedding",
-    "class_embedding",
-    "down_blocks",
-    "mid_block",
-    "up_blocks",
-    "conv_norm_out",
-    "conv_out",
-)
-"""The modules of a `UNet2DConditionModel`, as its weights are named."""
-
-LDM_PREFIX = "model.diffusion_model."
+# What distributed training, compilation and pipelines put before the names of all weights.
+_PREFIXES = re.compile(r"^(module\.|_orig_mod\.|unet\.|_fsdp_wrapped_module\.)+")
+# The modules of a UNet2DConditionModel.
+_UNET = re.compile(r"(conv_(in|norm_out|out)|(time|add|class)_embedding|(down|up)_blocks|mid_block)\.")
+_LDM_PREFIX = "model.diffusion_model."
 _LDM_UNET = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
 _LORA = re.compile(r"lora|\.alpha$|hada_|lokr_", re.IGNORECASE)
 
 _STEM = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")
-_SHARD = r"(?P<{}>-\d{{5}}-of-\d{{5}})?"
 # diffusers 0.42 writes stem.fp16-00001-of-00002.safetensors, earlier releases stem-00001-of-00002.fp16.safetensors.
-_WEIGHTS = re.compile(
-    re.escape(_STEM)
-    + _SHARD.format("early")
-    + r"(?:\.(?P<variant>.+?))?"
-    + _SHARD.format("late")
-    + r"\.(?P<kind>safetensors|bin)(?P<index>\.index(?:\.(?P<indexed>.+))?\.json)?"
-)
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+_WEIGHTS = re.compile(re.escape(_STEM) + r"(?:\.(.+?))?\.safetensors(?:\.index(?:\.(.+))?\.json)?")
 
-Stamp = tuple[tuple[str, int, int], ...]
-"""Path, size and time of change (ns) of each file."""
+Stamp = tuple[tuple[str, tuple[int, int], tuple[int, int]], ...]
+"""Of each file: path; device and inode, which tell a file that was replaced; size and time of change (ns)."""
 
 
 class Weights(ABC):
@@ -131,14 +125,9 @@ class FileWeights(Weights):
     The files may be renamed, replaced or deleted meanwhile, but not written to.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[str | os.PathLike[str]],
-        label: str | os.PathLike[str] | None = None,
-        variant: str | None = None,
-    ) -> None:
-        self.label = str(label or paths[0])
-        self.place = (os.path.realpath(self.label), variant)
+    def __init__(self, paths: Sequence[Path], label: Path, variant: str | None = None) -> None:
+        self.label = str(label)
+        self.place = (os.path.realpath(label), variant)
         self._open([str(path) for path in paths])
 
     def _open(self, paths: Sequence[str]) -> None:
@@ -153,7 +142,6 @@ class FileWeights(Weights):
             self.metadata |= metadata
             self._files |= dict.fromkeys(shapes, file)
         self._stamp = stamp_of([os.path.realpath(path) for path in paths])
-        self._inodes = [_inode(path) for path, _, _ in self._stamp]
 
     def tensor(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name)
@@ -162,10 +150,9 @@ class FileWeights(Weights):
         return self._stamp
 
     def require_unchanged(self) -> None:
-        for (path, *state), inode in zip(self._stamp, self._inodes, strict=True):
-            if _inode(path) != inode:
-                continue  # replaced or deleted: the mapping keeps the old file's contents
-            if stamp_of([path])[0][1:] != tuple(state):
+        for path, inode, state in self._stamp:
+            # A file that was replaced or deleted is still mapped with its old contents.
+            if os.path.exists(path) and (now := stamp_of([path])[0])[1] == inode and now[2] != state:
                 raise ValueError(f"{self.label} was written to since it was opened; load the model again.")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -174,7 +161,9 @@ class FileWeights(Weights):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.label, self.place = state["label"], state["place"]
         self._open([path for path, _, _ in state["stamp"]])
-        self._stamp = state["stamp"]  # so that files that changed since are noticed
+        # With the old size and time, so that `require_unchanged` notices a file that changed since.
+        pairs = zip(self._stamp, state["stamp"], strict=True)
+        self._stamp = tuple((path, inode, old) for (path, inode, _), (_, _, old) in pairs)
 
 
 class RenamedWeights(Weights):
@@ -198,9 +187,7 @@ class DifferenceWeights(Weights):
     def __init__(self, student: Weights, base: Weights) -> None:
         mismatch = describe_mismatch(student.shapes, base.shapes, given="the student", expected="the base")
         if mismatch:
-            raise ValueError(
-                f"{student.label} and {base.label} do not match: {mismatch}. Pass two models of the same architecture."
-            )
+            raise ValueError(f"{student.label} and {base.label} do not match: {mismatch}.")
         self.sources = (student, base)
         self.label = f"{student.label} minus {base.label}"
         self.shapes, self.metadata = student.shapes, student.metadata
@@ -215,25 +202,18 @@ class DifferenceWeights(Weights):
 def stamp_of(paths: Sequence[str]) -> Stamp:
     """The stamp of files as they are now; they are not opened."""
     states = [(path, os.stat(path)) for path in paths]
-    return tuple((path, state.st_size, state.st_mtime_ns) for path, state in states)
-
-
-def _inode(path: str) -> tuple[int, int] | None:
-    try:
-        state = os.stat(path)
-    except OSError:
-        return None
-    return state.st_dev, state.st_ino
+    return tuple((path, (s.st_dev, s.st_ino), (s.st_size, s.st_mtime_ns)) for path, s in states)
 
 
 def _map(path: str) -> tuple[Any, dict[str, tuple[int, ...]], dict[str, str]]:
-    if not Path(path).is_file():
-        kind = "is a directory, not a file" if Path(path).is_dir() else "does not exist"
+    """The open file, and the shapes of its floating-point tensors and its metadata."""
+    if not os.path.isfile(path):
+        kind = "is a directory, not a file" if os.path.isdir(path) else "does not exist"
         raise ValueError(f"{path} {kind}; pass the path of a .safetensors file.")
     try:
         file: Any = safe_open(path, framework="pt", device="cpu")
         slices = {name: file.get_slice(name) for name in file.keys()}
-        shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        shapes = {n: tuple(part.get_shape()) for n, part in slices.items() if part.get_dtype() in FLOAT_TYPES}
         metadata = dict(file.metadata() or {})
     except PermissionError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; check its permissions.") from error
@@ -241,11 +221,9 @@ def _map(path: str) -> tuple[Any, dict[str, tuple[int, ...]], dict[str, str]]:
         raise ValueError(
             f"{path} is not a complete safetensors file ({error}); download or extract it again."
         ) from error
-    kinds = {name: part.get_dtype() for name, part in slices.items()}
-    wrong = [f"{name} is {kind}" for name, kind in kinds.items() if kind not in _FLOATS]
-    if wrong and len(wrong) == len(kinds):
-        raise ValueError(f"{path} holds no floating-point weights ({listed(wrong)}); pass a file of weights.")
-    return file, {name: shape for name, shape in shapes.items() if kinds[name] in _FLOATS}, metadata
+    if slices and not shapes:
+        raise ValueError(f"{path} holds no floating-point weights; pass a file of weights.")
+    return file, shapes, metadata
 
 
 # Opening
@@ -263,7 +241,7 @@ def open_weights(path: str | os.PathLike[str], variant: str | None = None, *, al
     path = Path(path).expanduser()
     found = find_weights(path, variant) if path.is_dir() else path
     if found.suffix == ".json":
-        return FileWeights(shards_of(found), path, variant)
+        return FileWeights(_shards_of(found), path, variant)
     if found.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         return _pickled(found, allow_pickle)
     return FileWeights([found], path, variant)
@@ -282,25 +260,24 @@ def loaded_weights(model: Any) -> Weights | None:
     """The safetensors files on this machine that a model was loaded from; None where they are not known.
 
     Part of a modular pipeline: by its load id. Another diffusers model: by the folder or repository in its
-    configuration. Whether the weights are still those of the files is not checked, nor whether a repository's branch
-    has moved.
+    configuration. This does not check whether the weights are still those of the files, nor whether a repository's
+    branch has moved.
     """
     load_id = getattr(model, "_diffusers_load_id", "null")
     config: Mapping[str, Any] = getattr(model, "config", {})
-    place: dict[str, Any] = {"revision": None, "subfolder": None, "variant": None}
+    place: Mapping[str, Any] = {}
     if load_id != "null":
-        place |= ComponentSpec.decode_load_id(load_id)
-    else:
-        name = config.get("_name_or_path") if isinstance(config, Mapping) else None
-        if not name:
-            return None
-        place["pretrained_model_name_or_path"] = name
-    source = str(place["pretrained_model_name_or_path"])
+        place = ComponentSpec.decode_load_id(load_id)
+    elif isinstance(config, Mapping):
+        place = {"pretrained_model_name_or_path": config.get("_name_or_path")}
+    source = place.get("pretrained_model_name_or_path")
+    if not source:
+        return None
     try:
         path = Path(source)
         if not path.exists():
-            path = Path(snapshot_download(source, revision=place["revision"], local_files_only=True))
-        return open_weights(path if path.is_file() else path / (place["subfolder"] or ""), place["variant"])
+            path = Path(snapshot_download(source, revision=place.get("revision"), local_files_only=True))
+        return open_weights(path if path.is_file() else path / (place.get("subfolder") or ""), place.get("variant"))
     except (ValueError, OSError):
         return None
 
@@ -334,51 +311,35 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
     A variant that is the only one need not be named.
     """
     for place in (folder, folder / "unet"):
-        safe: dict[str | None, Path] = {}
-        pickles: list[str] = []
-        for file in sorted(place.glob(f"{_STEM}*"), key=lambda file: (file.suffix == ".json", file.name)):
-            found = _WEIGHTS.fullmatch(file.name)
-            if found is None or found["early"] or found["late"]:
-                continue
-            if found["kind"] == "bin":
-                pickles.append(file.name)
-            else:
-                safe[found["variant"] or found["indexed"]] = file  # the index before the file, as in diffusers
-        if variant in safe:
-            return safe[variant]
-        if variant is None and len(safe) == 1:
-            ((name, file),) = safe.items()
+        files = [file for file in place.glob(f"{_STEM}*") if not _SHARD.search(file.name)]
+        files.sort(key=lambda file: (file.suffix == ".json", file.name))  # an index replaces a file, as in diffusers
+        variants = {own: place / name for name, own in variants_of(file.name for file in files).items()}
+        if variant in variants:
+            return variants[variant]
+        if variant is None and len(variants) == 1:
+            ((name, path),) = variants.items()
             logger.info(f"the only weights in {place} are the variant {name!r}, which is read.")
-            return file
-        if safe:
-            names = ", ".join("the one without a name" if name is None else repr(name) for name in safe)
+            return path
+        if variants:
+            names = ", ".join("the one without a name" if name is None else repr(name) for name in variants)
             asked = "no variant was named" if variant is None else f"not {variant!r}"
-            example = next(iter(safe.values()))
+            example = next(iter(variants.values()))
             raise ValueError(
                 f"{place} holds the variants {names} and {asked}; name one as the variant, or pass its file, for "
                 f"example {example}."
             )
-        if pickles:
+        if pickles := [file.name for file in files if file.suffix == ".bin"]:
             raise ValueError(f"{place} holds pickles only ({listed(pickles)}); pass the file.")
     raise ValueError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}; it is a directory: pass a UNet's, or a file.")
 
 
-def variant_of(name: str | os.PathLike[str]) -> str | None:
-    """The variant in the name of a file of weights, of a shard, or of an index; None for those without one."""
-    found = _WEIGHTS.fullmatch(Path(name).name)
-    if found is None:
-        raise ValueError(f"{name} is not named as a model's weights are, for example {SAFETENSORS_WEIGHTS_NAME}.")
-    return found["variant"] or found["indexed"]
+def variants_of(names: Iterable[str]) -> dict[str, str | None]:
+    """The variants (None for none) of those names that are of a model's safetensors files, shards or indices."""
+    found = {name: _WEIGHTS.fullmatch(_SHARD.sub("", name)) for name in names}
+    return {name: match[1] or match[2] for name, match in found.items() if match}
 
 
-def is_weights_of(name: str, variant: str | None) -> bool:
-    """Whether a file of this name holds safetensors weights of the variant, or a part or the index of such."""
-    found = _WEIGHTS.fullmatch(name)
-    return found is not None and found["kind"] == "safetensors" and variant_of(name) == variant
-
-
-def shards_of(index: Path) -> list[Path]:
-    """The files that an index names."""
+def _shards_of(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -393,7 +354,7 @@ def shards_of(index: Path) -> list[Path]:
 
 
 def is_lora(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are a LoRA's, or of one of its relatives."""
+    """Whether tensors of these names are a LoRA's or those of a similar adapter (LoHa, LoKr)."""
     return any(_LORA.search(name) for name in names)
 
 
@@ -407,19 +368,15 @@ def named_as_model(weights: Weights, model_names: Iterable[str], config: Mapping
     names, known, label = list(weights.shapes), set(model_names), weights.label
     if not known.isdisjoint(names):
         return weights
-    lora = [name for name in names if _LORA.search(name)]
-    if lora:
-        raise ValueError(
-            f"{label} is a LoRA ({listed(lora, limit=2)}), not a delta of full weights; load it with "
-            "load_lora_weights."
-        )
-    short = {_without_prefixes(name): name for name in names}
+    if is_lora(names):
+        raise ValueError(f"{label} is a LoRA and not a delta of full weights; load it with load_lora_weights.")
+    short = {_PREFIXES.sub("", name): name for name in names}
     if not known.isdisjoint(short):
         return RenamedWeights(weights, short)
     unet = {
-        name if name.startswith(LDM_PREFIX) else LDM_PREFIX + name: original
+        name if name.startswith(_LDM_PREFIX) else _LDM_PREFIX + name: original
         for name, original in short.items()
-        if name.startswith((LDM_PREFIX, *_LDM_UNET))
+        if name.startswith((_LDM_PREFIX, *_LDM_UNET))
     }
     return RenamedWeights(weights, _from_latent_diffusion(unet, config, label)) if unet else weights
 
@@ -441,33 +398,24 @@ def _from_latent_diffusion(unet: dict[str, str], config: Mapping[str, Any], labe
     # The converter counts the blocks, which a partial delta may leave out: give it a name in every block.
     count = len(config["block_out_channels"]) * (config["layers_per_block"] + 1)
     numbers = {"input_blocks": count, "middle_block": 3, "output_blocks": count}
-    every = {f"{LDM_PREFIX}{kind}.{i}.9.none": "" for kind, number in numbers.items() for i in range(number)}
-    remedy = "pass a delta that was extracted from the same architecture."
+    every = {f"{_LDM_PREFIX}{kind}.{i}.9.none": "" for kind, number in numbers.items() for i in range(number)}
     try:
         # The converter moves values from name to name: given the old names for values it returns the translation.
         translated = convert_ldm_unet_checkpoint({**every, **unet}, dict(config))
+        lost = sorted(set(unet.values()) - set(translated.values()))
     except (KeyError, IndexError) as error:
-        raise ValueError(
-            f"{label} has Latent Diffusion names that are not this UNet's ({error} is missing); {remedy}"
-        ) from error
-    originals = set(unet.values())
-    lost = sorted(originals - set(translated.values()))
+        translated, lost = {}, [f"{error} is missing"]
     if lost:
         raise ValueError(
-            f"{label}: {len(lost)} Latent Diffusion names have no place in this UNet ({listed(lost)}); {remedy}"
+            f"{label} has Latent Diffusion names that are not this UNet's ({listed(lost)}); pass a delta that was "
+            "extracted from the same architecture."
         )
-    return {new: old for new, old in translated.items() if old in originals}
+    return {new: old for new, old in translated.items() if old}
 
 
 def unet_names(names: Iterable[str]) -> set[str]:
     """Those names that a diffusers UNet may have, without prefixes."""
-    return {short for name in names if (short := _without_prefixes(name)).split(".")[0] in UNET_PARTS}
-
-
-def _without_prefixes(name: str) -> str:
-    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), ""):
-        name = name[len(prefix) :]
-    return name
+    return {short for name in names if _UNET.match(short := _PREFIXES.sub("", name))}
 
 
 # Tensors by name
@@ -484,6 +432,12 @@ def identity_of(weights: Weights) -> str:
         digest.update(f"{name} {list(weights.shapes[name])} {sample.dtype}\n".encode())
         digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def mean_norm_scale(weights: Weights) -> float | None:
+    """Mean of the scales of the normalization layers, to compare with `WHOLE_NORM`; None where there are none."""
+    names = [name for name in weights.shapes if "norm" in name and name.endswith(".weight")]
+    return sum(float(weights.tensor(name).double().mean()) for name in names) / len(names) if names else None
 
 
 def row_chunks(shape: Sequence[int], multiple: int = 1) -> list[tuple[int, int]]:
@@ -534,14 +488,9 @@ def describe_mismatch(
         for name, shape in given_shapes.items()
         if name in expected_shapes and shape != expected_shapes[name]
     ]
-    parts = []
-    if missing:
-        parts.append(f"{len(missing)} missing from {given} ({listed(missing)})")
-    if unexpected:
-        parts.append(f"{len(unexpected)} unexpected, not in {expected} ({listed(unexpected)})")
-    if misshapen:
-        parts.append(f"{len(misshapen)} of another shape ({listed(misshapen, separator='; ')})")
-    return "; ".join(parts)
+    kinds = {f"missing from {given}": missing, f"unexpected, not in {expected}": unexpected}
+    kinds["of another shape"] = misshapen
+    return "; ".join(f"{len(names)} {kind} ({listed(names)})" for kind, names in kinds.items() if names)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -553,7 +502,6 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def listed(names: Sequence[str], *, limit: int = 5, separator: str = ", ") -> str:
-    """The first `limit` names, and how many more there are."""
-    rest = len(names) - limit
-    return separator.join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+def listed(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

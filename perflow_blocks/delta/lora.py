@@ -36,9 +36,8 @@ from ..core.low_rank import (
 )
 from ..core.windows import require_positive_int
 from .apply import PARTIAL_KEY
-from .files import UNET_PARTS, Delta, Weights, is_finite, listed, named_as_model, opened, read_recipe, unet_names
+from .files import WHOLE_NORM, mean_norm_scale, Delta, Weights, is_finite, listed, named_as_model, opened, read_recipe, unet_names
 from .recipe import DeltaRecipe
-from .summary import WHOLE_NORM, mean_norm_scale
 
 PREFIX = "unet."
 """What LoRA files put before the names of the UNet's modules."""
@@ -269,7 +268,8 @@ def _factorised_modules(weights: Weights, keep: Sequence[str]) -> dict[str, str]
     """
     if isinstance(keep, str):
         raise ValueError(f"keep={keep!r} must be a list of patterns: keep=[{keep!r}].")
-    foreign = [name for name in weights.shapes if name.split(".")[0] not in UNET_PARTS]
+    own = unet_names(weights.shapes)
+    foreign = [name for name in weights.shapes if name not in own]
     if foreign:
         raise ValueError(
             f"{len(foreign)} tensors are not weights of a UNet ({listed(foreign)}); pass a delta of a UNet, by its "

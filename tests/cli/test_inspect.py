@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import save_file
 from torch import Tensor
 
 from perflow_blocks import extract_delta, merge_delta
+from perflow_blocks.cli.inspect import kind_of
 from perflow_blocks.delta.extract import save_delta
-from perflow_blocks.delta.files import MappingWeights
 from perflow_blocks.delta.lora import delta_to_lora, save_lora
 from perflow_blocks.delta.recipe import DeltaRecipe
-from perflow_blocks.delta.summary import kind_of, summarise
 from perflow_blocks.testing.tiny import tiny_sdxl_components, tiny_sdxl_unet
 
 Run = Callable[..., tuple[int, str, str]]
@@ -85,12 +85,13 @@ def test_a_lora_is_told_with_its_ranks(run: Run, delta: dict[str, Tensor], tmp_p
     assert "recipe: prediction_type=diff_eps, num_time_windows=4, base_model=someone/base" in lines
 
 
-def test_values_that_are_not_finite_are_named() -> None:
-    weights = {"a.weight": torch.tensor([[1.0, math.nan]]), "b.weight": torch.tensor([[3.0, 4.0]])}
-    summary = summarise(MappingWeights(weights))
-    assert summary.not_finite == ["a.weight"]
-    assert summary.tensors[1].squared_norm == 25.0 and summary.tensors[1].mean == 3.5
-    assert summary.what == "delta or weights"
+def test_values_that_are_not_finite_are_named(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({"a.weight": torch.tensor([[1.0, math.nan]]), "b.weight": torch.tensor([[3.0, 4.0]])}, path)
+    lines = inspected(run, path)
+    assert lines[0] == f"{path}: delta or weights"
+    assert "1 tensors are NOT FINITE, a.weight first" in lines
+    assert ["b.weight", "3.54"] in [line.split() for line in lines]
 
 
 def test_every_tensor_of_a_unet_has_a_kind(delta: dict[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 PACKAGE = __name__.split(".")[0]
-CARRIED_PARTS = ("core", "schedulers", "delta", "attention", "blocks")
+CARRIED_PARTS = ("atomic_files", "core", "schedulers", "delta", "attention", "blocks")
 """The parts of this package that an export carries; what lies above them builds and measures pipelines."""
 INSTALLED_PARTS = frozenset({"site-packages", "dist-packages"})
 """What the directories of installed packages are called: dist-packages are those of Debian."""
