@@ -23,6 +23,7 @@ from .apply import (
     uncompiled,
 )
 from .files import (
+    FLOAT_TYPES,
     Delta,
     DifferenceWeights,
     MappingWeights,
@@ -40,8 +41,7 @@ from .files import (
 )
 from .recipe import ARCHITECTURE_KEY, DeltaRecipe
 
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-_NAMES |= {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
+_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 
 
 def extract_delta(
@@ -49,9 +49,9 @@ def extract_delta(
 ) -> dict[str, Tensor]:
     """dW of two models of one architecture, each a module or its state dict: float32 by state-dict key.
 
-    Integer buffers are not part of a delta. Shapes are those of the weights. Added to the base in float32, the
-    difference gives the student's very bits where both are within a factor of 2 of each other (Sterbenz' lemma), as
-    almost all weights of a fine-tune are; elsewhere it is off by at most one unit in the last place of the larger.
+    Integer buffers are not part of a delta. Added to the base in float32, the difference gives the student's very bits
+    where both are within a factor of 2 of each other (Sterbenz' lemma), as almost all weights of a fine-tune are;
+    elsewhere it is off by at most one unit in the last place of the larger.
 
     Raises:
         ValueError: the two differ in keys or shapes, or hold weights without values ("meta" device).
@@ -74,8 +74,8 @@ def open_difference(
 ) -> Weights:
     """The delta `student - base` of two checkpoints, for a student that was published merged.
 
-    It is formed tensor by tensor as it is read; both checkpoints stay memory-mapped. They may be named differently:
-    for an original Latent Diffusion one `config` is the configuration of the UNet.
+    It is formed tensor by tensor as it is read; both checkpoints stay memory-mapped. Original Latent Diffusion names
+    need `config`, the configuration of the UNet.
 
     Raises:
         ValueError: a checkpoint cannot be read or is a delta itself, or the two do not match.
@@ -84,7 +84,7 @@ def open_difference(
     difference = DifferenceWeights(first, second)
     for name, weights in (("student", first), ("base", second)):
         mean = mean_norm_scale(weights)
-        if mean is not None and abs(mean) < 0.1:
+        if mean is not None and abs(mean) < 0.1:  # about 1 in a trained model
             raise ValueError(f"the {name} {weights.label} holds differences, as a delta does; pass a model's weights.")
     return difference
 
@@ -100,9 +100,8 @@ def save_delta(
 ) -> None:
     """Writes a delta file; it appears complete or not at all.
 
-    `partial` says that weights the delta does not name are meant to stay as they are; otherwise a merge takes their
-    absence for an error. From `base`, the model the delta was taken from, the file gets the architecture that it fits,
-    which is checked when it is merged, also for a partial one.
+    With `partial` a merge leaves weights that the delta does not name as they are; otherwise their absence is an error.
+    `base` is the model the delta was taken from: the file then records its architecture, which a merge checks.
 
     Raises:
         ValueError: nothing to save, values that are not finite (in `dtype`), or a path that cannot be written.
@@ -127,11 +126,9 @@ def write_weights(
 ) -> None:
     """Writes all tensors as `dtype` into a safetensors file, one at a time; it appears complete or not at all.
 
-    The library's own writer wants all tensors in memory. The format
+    The library's own writer needs all tensors in memory. The format
     (https://huggingface.co/docs/safetensors/index#format): the header's length in 8 bytes, little endian, the header
-    in JSON, and the values of all tensors one after another.
-
-    With `progress` diffusers' progress bar shows the tensors.
+    in JSON, and the values of all tensors one after another. With `progress` diffusers' progress bar shows them.
 
     Raises:
         ValueError: a `dtype` that is not a floating-point type, values that are not finite in it, a difference of
@@ -152,18 +149,15 @@ def write_weights(
     changed = not isinstance(weights, DifferenceWeights)
     names = logging.tqdm(weights.shapes, desc="write weights", unit="tensor") if progress else weights.shapes
     with atomic_path(path) as temporary:
-        try:
-            with temporary.open("wb") as file:
-                file.write(len(header).to_bytes(8, "little") + header)
-                for name in names:
-                    stored = weights.tensor(name).detach().to("cpu", dtype).contiguous()
-                    file.write(stored.reshape(-1).view(torch.uint8).numpy().data)
-                    if not is_finite(stored):
-                        bad.append(name)
-                    changed = changed or bool(stored.any())
-                    del stored  # so that one tensor at a time is in memory
-        except OSError as error:
-            raise ValueError(f"cannot write {path}: {error}; check the disk's free space and permissions.") from error
+        with temporary.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for name in names:
+                stored = weights.tensor(name).detach().to("cpu", dtype).contiguous()
+                file.write(stored.reshape(-1).view(torch.uint8).numpy().data)
+                if not is_finite(stored):
+                    bad.append(name)
+                changed = changed or bool(stored.any())
+                del stored  # so that one tensor at a time is in memory
         if bad:
             raise ValueError(
                 f"{len(bad)} tensors of {weights.label} are not finite as {dtype} ({listed(bad)}); check the weights, "

@@ -14,14 +14,12 @@ from typing import Any
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, logging
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .recipe import DeltaRecipe
-
-logger = logging.get_logger(__name__)
 
 CHUNK = 1 << 20
 """Values that are worked on at a time: few enough for a processor's cache, enough to keep its cores busy."""
@@ -215,11 +213,9 @@ def _map(path: str) -> tuple[Any, dict[str, tuple[int, ...]], dict[str, str]]:
         slices = {name: file.get_slice(name) for name in file.keys()}
         shapes = {n: tuple(part.get_shape()) for n, part in slices.items() if part.get_dtype() in FLOAT_TYPES}
         metadata = dict(file.metadata() or {})
-    except PermissionError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; check its permissions.") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
-            f"{path} is not a complete safetensors file ({error}); download or extract it again."
+            f"cannot read {path} as a complete safetensors file ({error}); download or extract it again."
         ) from error
     if slices and not shapes:
         raise ValueError(f"{path} holds no floating-point weights; pass a file of weights.")
@@ -259,9 +255,8 @@ def opened(delta: Delta, what: str = "delta") -> Weights:
 def loaded_weights(model: Any) -> Weights | None:
     """The safetensors files on this machine that a model was loaded from; None where they are not known.
 
-    Part of a modular pipeline: by its load id. Another diffusers model: by the folder or repository in its
-    configuration. This does not check whether the weights are still those of the files, nor whether a repository's
-    branch has moved.
+    They are found by the load id that modular pipelines set, else by the folder or repository in the model's
+    configuration. This does not check whether the weights are still those of the files.
     """
     load_id = getattr(model, "_diffusers_load_id", "null")
     config: Mapping[str, Any] = getattr(model, "config", {})
@@ -317,9 +312,7 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
         if variant in variants:
             return variants[variant]
         if variant is None and len(variants) == 1:
-            ((name, path),) = variants.items()
-            logger.info(f"the only weights in {place} are the variant {name!r}, which is read.")
-            return path
+            return next(iter(variants.values()))
         if variants:
             names = ", ".join("the one without a name" if name is None else repr(name) for name in variants)
             asked = "no variant was named" if variant is None else f"not {variant!r}"
@@ -488,8 +481,11 @@ def describe_mismatch(
         for name, shape in given_shapes.items()
         if name in expected_shapes and shape != expected_shapes[name]
     ]
-    kinds = {f"missing from {given}": missing, f"unexpected, not in {expected}": unexpected}
-    kinds["of another shape"] = misshapen
+    kinds = {
+        f"missing from {given}": missing,
+        f"unexpected, not in {expected}": unexpected,
+        "of another shape": misshapen,
+    }
     return "; ".join(f"{len(names)} {kind} ({listed(names)})" for kind, names in kinds.items() if names)
 
 

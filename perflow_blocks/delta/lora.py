@@ -1,8 +1,8 @@
 """A delta as a LoRA: each linear and convolution layer's dW as a product of two thin matrices.
 
-A LoRA is smaller than the delta, can be scaled and mixed with others at run time, and is taken out by unloading. What
-it cannot hold (norms, biases) and what little it should not (the embeddings of time and size, which every layer reads)
-is the residual, a small partial delta to merge beside it. What is lost is the share of dW above the rank.
+A LoRA is smaller than the delta, can be scaled and mixed with others at run time, and unloading removes it. Norms and
+biases, which it cannot hold, and the embeddings of time and size, which every layer reads, form the residual: a small
+partial delta to merge beside it. What is lost is the share of dW above the rank.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..atomic_files import atomic_path
 from ..core.low_rank import (
+    Factors,
     as_matrix,
     balanced_factors,
     kept_energy,
@@ -36,7 +37,18 @@ from ..core.low_rank import (
 )
 from ..core.windows import require_positive_int
 from .apply import PARTIAL_KEY
-from .files import WHOLE_NORM, mean_norm_scale, Delta, Weights, is_finite, listed, named_as_model, opened, read_recipe, unet_names
+from .files import (
+    WHOLE_NORM,
+    Delta,
+    Weights,
+    is_finite,
+    listed,
+    mean_norm_scale,
+    named_as_model,
+    opened,
+    read_recipe,
+    unet_names,
+)
 from .recipe import DeltaRecipe
 
 PREFIX = "unet."
@@ -56,7 +68,6 @@ class LoraLayer:
         name: the UNet's module.
         shape: of its weight: (out, in), or (out, in, k, k).
         rank: of the factors; 0 for a layer that the delta does not change, which the LoRA leaves out.
-        full_rank: the most that the shape allows, min(out, in * k * k).
         energy: share of dW's squared Frobenius norm in the singular values that were kept, in [0, 1].
         squared_norm: dW's squared Frobenius norm.
         squared_error: that of dW less the product of the factors as they are stored, so with their rounding.
@@ -66,26 +77,25 @@ class LoraLayer:
     name: str
     shape: tuple[int, ...]
     rank: int
-    full_rank: int
     energy: float
     squared_norm: float
     squared_error: float
     note: str = ""
 
     @property
-    def relative_error(self) -> float:
-        """Norm of the error over norm of dW, at least 0; 0 for a layer that the delta does not change."""
-        return _ratio(self.squared_error, self.squared_norm)
+    def full_rank(self) -> int:
+        """The most that the shape allows, min(out, in * k * k)."""
+        return min(self.shape[0], math.prod(self.shape[1:]))
 
     @property
-    def parameters(self) -> int:
-        """Numbers in both factors."""
-        return self.rank * (self.shape[0] + math.prod(self.shape[1:]))
+    def relative_error(self) -> float:
+        """Norm of the error over norm of dW, at least 0; 0 for a layer that the delta does not change."""
+        return math.sqrt(self.squared_error / self.squared_norm) if self.squared_norm else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraReport:
-    """The layers of a LoRA in the delta's order, and what stands beside it; printed as a Markdown table.
+    """The layers of a LoRA in the delta's order, and the residual; printed as a Markdown table.
 
     Attributes:
         layers: of the LoRA; none for a LoRA that was trained, not made from a delta.
@@ -109,19 +119,15 @@ class LoraReport:
 
     @property
     def relative_error(self) -> float:
-        """Norm of the error over that of the whole delta, the residual's part included, which has no error."""
+        """Norm of the error over that of the whole delta, including the residual, which has no error."""
         error = sum(layer.squared_error for layer in self.layers)
-        return _ratio(error, sum(layer.squared_norm for layer in self.layers) + self.residual_squared_norm)
+        whole = sum(layer.squared_norm for layer in self.layers) + self.residual_squared_norm
+        return math.sqrt(error / whole) if whole else 0.0
 
     @property
     def parameters(self) -> int:
         """Numbers in the LoRA, without the residual."""
-        return sum(layer.parameters for layer in self.layers)
-
-    @property
-    def adjusted(self) -> tuple[LoraLayer, ...]:
-        """The layers whose rank is not the one asked for."""
-        return tuple(layer for layer in self.layers if layer.note)
+        return sum(layer.rank * (layer.shape[0] + math.prod(layer.shape[1:])) for layer in self.layers)
 
     def summary(self) -> str:
         """The whole in one line of text."""
@@ -131,7 +137,7 @@ class LoraReport:
             f"{len(ranks)} layers, {span}, {self.parameters:,} numbers; {self.residual} tensors kept in full, "
             f"{self.residual_parameters:,} numbers; of {self.delta_parameters:,} in the delta. "
             f"Energy kept {100 * self.energy:.2f} %, relative error {self.relative_error:.4f}, "
-            f"{len(self.adjusted)} layers of another rank than asked for."
+            f"{sum(1 for layer in self.layers if layer.note)} layers of another rank than asked for."
         )
 
     def table(self, layers: Sequence[LoraLayer] | None = None) -> str:
@@ -171,28 +177,6 @@ class DeltaLora:
     recipe: DeltaRecipe
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Target:
-    """How ranks are chosen: one for all layers, or the least that keeps a share of the energy, up to a bound."""
-
-    rank: int | None
-    energy: float | None
-    max_rank: int
-
-    def __post_init__(self) -> None:
-        if (self.rank is None) == (self.energy is None):
-            raise ValueError(f"rank={self.rank} and energy={self.energy}: pass exactly one of the two.")
-        for name, value in (("rank", self.rank), ("max_rank", self.max_rank)):
-            if value is not None:
-                require_positive_int(name, value)
-        if self.energy is not None and (isinstance(self.energy, bool) or not 0 < self.energy <= 1):
-            raise ValueError(f"energy={self.energy!r} must be a share in (0, 1], 0.9 for instance.")
-
-    @property
-    def most(self) -> int:
-        return self.max_rank if self.rank is None else self.rank
-
-
 def delta_to_lora(
     delta: Delta,
     *,
@@ -218,7 +202,7 @@ def delta_to_lora(
         max_rank: the bound under `energy`.
         keep: `fnmatch` patterns of further modules that the residual holds in full: `["conv_in"]` for a LoRA that
             UNets with other input channels, as for inpainting, can load too.
-        dtype: in which factors and residual are stored; computed is in float32 or better.
+        dtype: in which factors and residual are stored; they are computed in float32 or better.
         device: where to compute, for example "cuda"; by default where the delta's tensors are. The result is on the
             CPU.
         recipe: how the delta is to be sampled; by default what the file says.
@@ -229,10 +213,7 @@ def delta_to_lora(
             that changes no layer; whole weights; values that are not finite, or are not in `dtype`; an unusable file
             or device.
     """
-    target = _Target(rank=rank, energy=energy, max_rank=max_rank)
-    where = _usable_device(device)
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype} must be a floating-point type: torch.float16, bfloat16 or float32.")
+    _require_settings(rank, energy, max_rank, keep, dtype, device)
     given = opened(delta)
     weights = named_as_model(given, unet_names(given.shapes), config or {})
     modules = _factorised_modules(weights, keep)
@@ -243,7 +224,7 @@ def delta_to_lora(
     for name in logging.tqdm(weights.shapes, desc="delta to LoRA", unit="tensor"):
         tensor = weights.tensor(name)
         if name in modules:
-            layer, pair = _factorise(modules[name], tensor.to(where), target, dtype)
+            layer, pair = _factorise(modules[name], tensor.to(device), rank, energy, max_rank, dtype)
             layers.append(layer)
             lora |= pair
         else:
@@ -261,15 +242,33 @@ def delta_to_lora(
     return DeltaLora(lora=lora, residual=residual, report=report, recipe=recipe or read_recipe(given))
 
 
+def _require_settings(
+    rank: int | None, energy: float | None, max_rank: int, keep: Sequence[str], dtype: torch.dtype, device: Any
+) -> None:
+    if (rank is None) == (energy is None):
+        raise ValueError(f"rank={rank} and energy={energy}: pass exactly one of the two.")
+    if rank is not None:
+        require_positive_int("rank", rank)
+    require_positive_int("max_rank", max_rank)
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy={energy!r} must be a share in (0, 1], 0.9 for instance.")
+    if isinstance(keep, str):
+        raise ValueError(f"keep={keep!r} must be a list of patterns: keep=[{keep!r}].")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} must be a floating-point type: torch.float16, bfloat16 or float32.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"device={device!r} cannot be used here ({reason}); pass 'cpu' or leave it out.") from error
+
+
 def _factorised_modules(weights: Weights, keep: Sequence[str]) -> dict[str, str]:
-    """What is factorised: the module by the key of its weight. Reads every tensor once, to check its values.
+    """The modules to factorise, by the key of their weight. Reads every tensor once, to check its values.
 
     These are the linear and convolution layers, less the embeddings and the modules that a pattern of `keep` matches.
     """
-    if isinstance(keep, str):
-        raise ValueError(f"keep={keep!r} must be a list of patterns: keep=[{keep!r}].")
-    own = unet_names(weights.shapes)
-    foreign = [name for name in weights.shapes if name not in own]
+    foreign = [name for name in weights.shapes if name not in unet_names([name])]
     if foreign:
         raise ValueError(
             f"{len(foreign)} tensors are not weights of a UNet ({listed(foreign)}); pass a delta of a UNet, by its "
@@ -287,54 +286,45 @@ def _factorised_modules(weights: Weights, keep: Sequence[str]) -> dict[str, str]
     modules = {name: name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) in (2, 4)}
     unmatched = [pattern for pattern in keep if not any(fnmatchcase(m, pattern) for m in modules.values())]
     if unmatched:
-        raise ValueError(
-            f"keep={list(keep)}: {listed(unmatched)} matches no linear or convolution layer of the delta; name "
-            f"modules as in {next(iter(modules.values()), 'conv_in')!r}."
-        )
+        raise ValueError(f"keep={list(keep)}: {listed(unmatched)} matches no linear or convolution layer.")
     kept = (*KEPT_IN_FULL, *keep)
     return {name: module for name, module in modules.items() if not any(fnmatchcase(module, p) for p in kept)}
 
 
 def _factorise(
-    module: str, tensor: Tensor, target: _Target, dtype: torch.dtype
+    module: str, tensor: Tensor, rank: int | None, energy: float | None, max_rank: int, dtype: torch.dtype
 ) -> tuple[LoraLayer, dict[str, Tensor]]:
     """The module's line of the report and its pair of tensors; none for a dW of zeros."""
     shape = tuple(tensor.shape)
     matrix = as_matrix(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
     full_rank = min(matrix.shape)
-    spectrum = leading_spectrum(matrix, min(target.most, full_rank))
+    spectrum = leading_spectrum(matrix, min(rank or max_rank, full_rank))
     note = ""
     if not spectrum.squared_norm:
-        rank, note = 0, "not changed"
-    elif target.rank is not None:
-        rank = min(target.rank, full_rank)
-        note = "" if rank == target.rank else f"clipped from {target.rank}"
+        chosen, note = 0, "not changed"
+    elif rank is not None:
+        chosen = min(rank, full_rank)
+        note = "" if chosen == rank else f"clipped from {rank}"
     else:
-        assert target.energy is not None
-        rank = rank_for_energy(spectrum, target.energy)
-        if rank == target.max_rank < full_rank and kept_energy(spectrum, rank) < target.energy:
-            note = f"stopped at max_rank={target.max_rank}"
+        assert energy is not None
+        chosen = rank_for_energy(spectrum, energy)
+        if chosen == max_rank < full_rank and kept_energy(spectrum, chosen) < energy:
+            note = f"stopped at max_rank={max_rank}"
     pair: dict[str, Tensor] = {}
     error = 0.0
-    if rank:
-        factors = balanced_factors(spectrum, rank)
+    if chosen:
+        factors = balanced_factors(spectrum, chosen)
         name = f"{PREFIX}{module}.lora_"
         down = _stored(factors.down, dtype, f"{name}A.weight")
         up = _stored(factors.up, dtype, f"{name}B.weight")
-        error = squared_error(matrix, type(factors)(up=up.to(matrix.device), down=down.to(matrix.device)))
+        error = squared_error(matrix, Factors(up=up.to(matrix.device), down=down.to(matrix.device)))
         pair = {
-            f"{name}A.weight": down.reshape(rank, *shape[1:]),
-            f"{name}B.weight": up.reshape(shape[0], rank, *(1 for _ in shape[2:])),
+            f"{name}A.weight": down.reshape(chosen, *shape[1:]),
+            f"{name}B.weight": up.reshape(shape[0], chosen, *(1 for _ in shape[2:])),
         }
+    kept, norm = kept_energy(spectrum, chosen), spectrum.squared_norm
     layer = LoraLayer(
-        name=module,
-        shape=shape,
-        rank=rank,
-        full_rank=full_rank,
-        energy=kept_energy(spectrum, rank),
-        squared_norm=spectrum.squared_norm,
-        squared_error=error,
-        note=note,
+        name=module, shape=shape, rank=chosen, energy=kept, squared_norm=norm, squared_error=error, note=note
     )
     return layer, pair
 
@@ -346,42 +336,22 @@ def _stored(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return stored
 
 
-def _usable_device(device: torch.device | str | None) -> torch.device | None:
-    if device is None:
-        return None
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"device={device!r} cannot be used here ({reason}); pass 'cpu' or leave it out.") from error
-    return torch.device(device)
-
-
-def _ratio(error: float, whole: float) -> float:
-    return math.sqrt(error / whole) if whole else 0.0
-
-
 def save_lora(converted: DeltaLora, path: str | os.PathLike[str], layout: Layout = "peft") -> None:
-    """Writes the LoRA; the file appears complete or not at all.
+    """Writes the LoRA for `pipe.load_lora_weights(path)`, with the recipe; the file appears complete or not at all.
 
-    `layout` "peft" is what diffusers writes itself. The file's metadata say each layer's rank and alpha, so that the
-    factor is 1 in every layer for readers that would otherwise take the alpha of one for all. "kohya" is what other
-    programs read (`lora_unet_...`, with alphas). Both are for `pipe.load_lora_weights(path)`; the recipe is in the
-    metadata.
+    `layout` "peft" is what diffusers writes itself. Its metadata hold each layer's rank and alpha, for readers that
+    would otherwise use one layer's alpha for all. "kohya" is what other programs read (`lora_unet_...`, with alphas).
 
     Raises:
         ValueError: an unknown layout, values that the kohya factors cannot hold in their type, or a path that cannot
             be written.
     """
     metadata = {"format": "pt", **converted.recipe.to_metadata()}
-    match layout:
-        case "kohya":
-            _write(kohya_state_dict(converted.lora), path, metadata)
-        case "peft":
-            settings = json.dumps(peft_settings(converted.lora), sort_keys=True)
-            _write(converted.lora, path, {**metadata, LORA_ADAPTER_METADATA_KEY: settings})
-        case _:
-            raise ValueError(f"layout={layout!r} must be one of {', '.join(get_args(Layout))}.")
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout={layout!r} must be one of {', '.join(get_args(Layout))}.")
+    if layout == "peft":
+        metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(peft_settings(converted.lora), sort_keys=True)
+    _write(converted.lora if layout == "peft" else kohya_state_dict(converted.lora), path, metadata)
 
 
 def save_residual(converted: DeltaLora, path: str | os.PathLike[str]) -> None:
@@ -404,8 +374,8 @@ def peft_settings(lora: Mapping[str, Tensor]) -> dict[str, object]:
 def kohya_state_dict(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same LoRA in kohya's keys, with one alpha for all layers.
 
-    One, because diffusers 0.42 does not find the alphas of attention layers where alphas differ, and gives them the
-    most common one. A layer of another rank has the ratio in its factors instead: readers multiply by alpha / rank.
+    Where alphas differ, diffusers 0.42 gives attention layers the most common one. A layer of another rank has the
+    ratio in its factors instead: readers multiply by alpha / rank.
     """
     alpha = Counter(tensor.shape[1] for name, tensor in lora.items() if ".lora_B." in name).most_common(1)[0][0]
     scaled = {}
@@ -420,9 +390,7 @@ def kohya_state_dict(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
         )
     converted = convert_state_dict_to_kohya(scaled)
     # float32, as half precision rounds alphas above 2048.
-    return {
-        name: torch.tensor(float(alpha)) if name.endswith(".alpha") else tensor for name, tensor in converted.items()
-    }
+    return converted | {name: torch.tensor(float(alpha)) for name in converted if name.endswith(".alpha")}
 
 
 def _write(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str]) -> None:

@@ -67,25 +67,13 @@ class DeltaRecipe:
             require_guidance(self.guidance_scale)
         if self.base_sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.base_sha256):
             raise ValueError(f"base_sha256={self.base_sha256!r} must be 64 hexadecimal digits, or None.")
-        timesteps = self._require_noise_schedule()
+        timesteps = self._training_timesteps()
         for name in ("num_time_windows", "num_inference_steps"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= timesteps):
                 raise ValueError(f"{name}={value!r} must be an integer from 1 to {timesteps}, the training timesteps.")
-        if self.window_boundaries is not None:
-            self._require_windows(timesteps)
-
-    def _require_noise_schedule(self) -> int:
-        """Returns the number of training timesteps."""
-        if self.scheduler_config is not None and not isinstance(self.scheduler_config, dict):
-            raise ValueError(f"scheduler_config={self.scheduler_config!r} must be a scheduler's config, a mapping.")
-        schedule = self.noise_schedule()
-        try:
-            return len(make_alphas_cumprod(**schedule)) if schedule else 1000
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"scheduler_config={self.scheduler_config!r} is not a noise schedule: {error}") from error
-
-    def _require_windows(self, timesteps: int) -> None:
+        if self.window_boundaries is None:
+            return
         windows = tile_windows(num_windows=1, boundaries=self.window_boundaries, num_train_timesteps=timesteps)
         object.__setattr__(self, "window_boundaries", windows.boundaries)
         if self.num_time_windows not in (None, windows.num_windows):
@@ -93,6 +81,13 @@ class DeltaRecipe:
                 f"num_time_windows={self.num_time_windows} disagrees with the {windows.num_windows} windows of "
                 f"window_boundaries={list(windows.boundaries)}; give one of the two."
             )
+
+    def _training_timesteps(self) -> int:
+        try:
+            schedule = self.noise_schedule()
+            return len(make_alphas_cumprod(**schedule)) if schedule else 1000
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"scheduler_config={self.scheduler_config!r} is not a noise schedule: {error}") from error
 
     def noise_schedule(self) -> dict[str, Any]:
         """What `scheduler_config` says about betas and training timesteps, as settings of a `PeRFlowScheduler`."""
@@ -113,11 +108,12 @@ class DeltaRecipe:
         Raises:
             ValueError: a value that cannot be read or is out of range.
         """
-        known = {field.name for field in fields(cls)}
-        values = {name: metadata[PREFIX + name] for name in known if PREFIX + name in metadata}
-        text = {"prediction_type", "base_model", "base_sha256"}
-        parsed: dict[str, Any] = {n: value if n in text else _parsed(n, value) for n, value in values.items()}
-        return cls(**parsed)
+        text = ("prediction_type", "base_model", "base_sha256")
+        values: dict[str, Any] = {}
+        for name in (field.name for field in fields(cls)):
+            if (value := metadata.get(PREFIX + name)) is not None:
+                values[name] = value if name in text else _parsed(name, value)
+        return cls(**values)
 
 
 def _parsed(name: str, value: str) -> Any:

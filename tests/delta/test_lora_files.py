@@ -239,8 +239,7 @@ def lora_of(*ranks: int, size: float = 1.0, dtype: torch.dtype = torch.float16) 
         name = f"unet.down_blocks.{number}.attentions.0.proj_in.lora_"
         lora |= {f"{name}A.weight": torch.full((rank, 8), size, dtype=dtype)}
         lora |= {f"{name}B.weight": torch.full((8, rank), size, dtype=dtype)}
-    report = LoraReport(layers=(), residual=0, residual_parameters=0, residual_squared_norm=0.0, delta_parameters=0)
-    return DeltaLora(lora=lora, residual={}, report=report, recipe=RECIPE)
+    return DeltaLora(lora=lora, residual={}, report=LoraReport(), recipe=RECIPE)
 
 
 @pytest.mark.parametrize(
