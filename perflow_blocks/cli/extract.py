@@ -5,16 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from . import options
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
-
-    from ..delta.recipe import DeltaRecipe
 
 SCHEDULER = "scheduler_config.json"
 
@@ -54,7 +49,7 @@ def extract(
     options.require_weights("base", base)
     precision = options.parse_dtype(dtype)
     from ..delta.apply import require_architecture
-    from ..delta.extract import open_difference, write_weights
+    from ..delta.extract import open_difference, save_delta
     from ..delta.files import open_weights
     from .unets import find_config
 
@@ -72,7 +67,7 @@ def extract(
             )
     difference = open_difference(weights[0], weights[1])
     recipe = replace(recipe, base_sha256=_sha256(base, base_variant))
-    write_weights(difference, out, precision, _metadata(recipe, unet), progress=True)
+    save_delta(difference, out, recipe, precision, base=unet, progress=True)
     typer.echo(f"{out}: {len(difference.shapes)} tensors, {out.stat().st_size / 1e6:,.1f} MB")
 
 
@@ -99,11 +94,3 @@ def _sha256(base: Path, variant: str | None) -> str | None:
 
     file = base if base.is_file() else find_weights(base, variant)
     return None if file.suffix == ".json" else sha256_of(file)
-
-
-def _metadata(recipe: DeltaRecipe, unet: UNet2DConditionModel | None) -> dict[str, str]:
-    from ..delta.apply import architecture_of
-    from ..delta.recipe import ARCHITECTURE_KEY
-
-    architecture = {} if unet is None else {ARCHITECTURE_KEY: architecture_of(unet)}
-    return {"format": "pt", **recipe.to_metadata(), **architecture}

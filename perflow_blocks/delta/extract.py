@@ -12,19 +12,9 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..atomic_files import atomic_path
-from .apply import (
-    PARTIAL_KEY,
-    Applied,
-    Term,
-    architecture_of,
-    fit_delta,
-    require_difference,
-    require_finite,
-    uncompiled,
-)
+from .apply import PARTIAL_KEY, architecture_of
 from .files import (
     FLOAT_TYPES,
-    Delta,
     DifferenceWeights,
     MappingWeights,
     Weights,
@@ -90,54 +80,46 @@ def open_difference(
 
 
 def save_delta(
-    delta: Mapping[str, Tensor],
+    delta: Mapping[str, Tensor] | Weights,
     path: str | os.PathLike[str],
     recipe: DeltaRecipe | None = None,
     dtype: torch.dtype = torch.float16,
     *,
     partial: bool = False,
     base: nn.Module | None = None,
+    progress: bool = False,
 ) -> None:
-    """Writes a delta file; it appears complete or not at all.
+    """Writes a delta file, one tensor at a time; it appears complete or not at all.
 
-    With `partial` a merge leaves weights that the delta does not name as they are; otherwise their absence is an error.
-    `base` is the model the delta was taken from: the file then records its architecture, which a merge checks.
+    The library's own writer needs all tensors in memory. The format
+    (https://huggingface.co/docs/safetensors/index#format): the header's length in 8 bytes, little endian, the header
+    in JSON, and the values of all tensors one after another.
+
+    Args:
+        delta: what `extract_delta` or `open_difference` gave.
+        path: of the file; missing directories are made.
+        recipe: how the delta is to be sampled.
+        dtype: the floating-point type to store.
+        partial: a merge leaves weights that the delta does not name as they are; otherwise their absence is an error.
+        base: the model the delta was taken from: the file then records its architecture, which a merge checks.
+        progress: shows diffusers' progress bar.
 
     Raises:
-        ValueError: nothing to save, values that are not finite (in `dtype`), or a path that cannot be written.
+        ValueError: nothing to save, a `dtype` that is not a floating-point type, values that are not finite in it, a
+            difference of equal models, or a path that cannot be written.
     """
-    if not delta:
+    if dtype not in _NAMES:
+        known = ", ".join(str(known).removeprefix("torch.") for known in _NAMES)
+        raise ValueError(f"dtype={dtype} must be one of {known}.")
+    if not isinstance(delta, Weights) and not delta:
         raise ValueError("the delta holds no tensors; pass what extract_delta returned.")
+    weights = delta if isinstance(delta, Weights) else MappingWeights(delta, "the delta")
     metadata = {"format": "pt", **(recipe or DeltaRecipe()).to_metadata()}
     if partial:
         metadata[PARTIAL_KEY] = "true"
     if base is not None:
         metadata[ARCHITECTURE_KEY] = architecture_of(base)
-    write_weights(MappingWeights(delta, "the delta"), path, dtype, metadata)
-
-
-def write_weights(
-    weights: Weights,
-    path: str | os.PathLike[str],
-    dtype: torch.dtype,
-    metadata: Mapping[str, str],
-    *,
-    progress: bool = False,
-) -> None:
-    """Writes all tensors as `dtype` into a safetensors file, one at a time; it appears complete or not at all.
-
-    The library's own writer needs all tensors in memory. The format
-    (https://huggingface.co/docs/safetensors/index#format): the header's length in 8 bytes, little endian, the header
-    in JSON, and the values of all tensors one after another. With `progress` diffusers' progress bar shows them.
-
-    Raises:
-        ValueError: a `dtype` that is not a floating-point type, values that are not finite in it, a difference of
-            equal models, or a path that cannot be written.
-    """
-    if dtype not in _NAMES:
-        known = ", ".join(str(known).removeprefix("torch.") for known in _NAMES)
-        raise ValueError(f"dtype={dtype} must be one of {known}.")
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    entries: dict[str, Any] = {"__metadata__": metadata}
     start = 0
     for name, shape in weights.shapes.items():
         stop = start + torch.Size(shape).numel() * dtype.itemsize
@@ -166,19 +148,6 @@ def write_weights(
         if not changed:
             raise ValueError(f"{weights.label} is zero in every weight; pass two models that differ.")
         weights.require_unchanged()
-
-
-def verify_delta(delta: Delta, module: nn.Module) -> None:
-    """Checks that a delta can be merged into the module: names, shapes and every value. Changes nothing.
-
-    Raises:
-        ValueError: one line that says what does not fit, naming up to five tensors of each kind.
-    """
-    weights = opened(delta)
-    read_recipe(weights)
-    weights, targets, _ = fit_delta(weights, uncompiled(module))
-    require_difference(weights, targets)
-    require_finite(Applied(), targets, [], [Term(weights, 1.0)])
 
 
 def read_delta_recipe(path: str | os.PathLike[str]) -> DeltaRecipe:

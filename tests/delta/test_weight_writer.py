@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from perflow_blocks.atomic_files import atomic_directory
-from perflow_blocks.delta.extract import write_weights
+from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.files import MappingWeights
+from perflow_blocks.delta.recipe import DeltaRecipe
 
 
 class OneAtATime(MappingWeights):
@@ -38,7 +39,7 @@ def test_the_library_reads_what_is_written(tmp_path: Path, dtype: torch.dtype) -
         "odd": torch.randn(3, generator=torch.Generator().manual_seed(0)),
     }
     path = tmp_path / "deep" / "file.safetensors"
-    write_weights(OneAtATime(tensors), path, dtype, {"format": "pt", "perflow.base_model": "é"})
+    save_delta(OneAtATime(tensors), path, DeltaRecipe(base_model="é"), dtype)
     found = load_file(path)
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -61,7 +62,7 @@ def test_what_cannot_be_stored_leaves_the_old_file(
     path = tmp_path / "file.safetensors"
     path.write_text("old")
     with pytest.raises(ValueError, match=message):
-        write_weights(MappingWeights(tensors), path, dtype, {})
+        save_delta(tensors, path, dtype=dtype)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
 
 
