@@ -215,7 +215,7 @@ def _map(path: str) -> tuple[Any, dict[str, tuple[int, ...]], dict[str, str]]:
         metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
-            f"cannot read {path} as a complete safetensors file ({error}); download or extract it again."
+            f"{path} is not a complete safetensors file that can be read ({error}); download or extract it again."
         ) from error
     if slices and not shapes:
         raise ValueError(f"{path} holds no floating-point weights; pass a file of weights.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,20 @@ def test_shards_that_are_missing_or_doubled_are_named(tmp_path: Path) -> None:
     (tmp_path / f"{STEM}.safetensors.index.json").write_text('{"weight_map": [1]}')
     with pytest.raises(ValueError, match="is not an index of shards"):
         open_weights(tmp_path)
+
+
+def test_files_that_are_replaced_stay_mapped_but_a_copy_by_pickle_notices(tmp_path: Path) -> None:
+    path = tmp_path / "delta.safetensors"
+    save_file({"a": torch.ones(1)}, path)
+    weights = open_weights(path)
+    pickled = pickle.dumps(weights)
+    pickle.loads(pickled).require_unchanged()
+    path.unlink()
+    save_file({"a": torch.zeros(2)}, path)
+    weights.require_unchanged()
+    assert torch.equal(weights.tensor("a"), torch.ones(1))
+    with pytest.raises(ValueError, match=r"delta\.safetensors was written to"):
+        pickle.loads(pickled).require_unchanged()
 
 
 def test_a_partial_delta_of_a_deeper_model_is_refused_by_its_architecture(tmp_path: Path) -> None:
