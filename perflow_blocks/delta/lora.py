@@ -191,8 +191,8 @@ def delta_to_lora(
 ) -> DeltaLora:
     """Factorises a UNet's delta layer by layer by truncated singular value decomposition.
 
-    Files are read one tensor at a time, so memory holds the result and one layer. diffusers' progress bar shows the
-    layers; `diffusers.utils.logging.disable_progress_bar()` hides it.
+    Memory holds the result and one layer. diffusers' progress bar shows the layers;
+    `diffusers.utils.logging.disable_progress_bar()` hides it.
 
     Args:
         delta: a file, a folder, a mapping from `extract_delta`, or what `open_weights` or `open_difference` gave.
@@ -200,18 +200,16 @@ def delta_to_lora(
         energy: instead of `rank`, the share in (0, 1] of each layer's squared Frobenius norm to keep; each layer gets
             the least rank that does, up to `max_rank`.
         max_rank: the bound under `energy`.
-        keep: `fnmatch` patterns of further modules that the residual holds in full: `["conv_in"]` for a LoRA that
+        keep: `fnmatch` patterns of further modules for the residual to hold in full: `["conv_in"]` for a LoRA that
             UNets with other input channels, as for inpainting, can load too.
         dtype: in which factors and residual are stored; they are computed in float32 or better.
-        device: where to compute, for example "cuda"; by default where the delta's tensors are. The result is on the
-            CPU.
+        device: where to compute, for example "cuda"; by default where the delta is. The result is on the CPU.
         recipe: how the delta is to be sampled; by default what the file says.
         config: the configuration of the UNet, by which the original Latent Diffusion names of a delta are translated.
 
     Raises:
-        ValueError: neither or both of rank and energy, or one out of range; a delta that is empty, not of a UNet, or
-            that changes no layer; whole weights; values that are not finite, or are not in `dtype`; an unusable file
-            or device.
+        ValueError: neither or both of rank and energy, or one out of range; an unusable file or device; a delta that
+            is empty, not of a UNet, whole weights, without a changed layer, or not finite (in `dtype`).
     """
     _require_settings(rank, energy, max_rank, keep, dtype, device)
     given = opened(delta)
