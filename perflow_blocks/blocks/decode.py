@@ -35,10 +35,13 @@ def images_output() -> OutputParam:
     return OutputParam("images", Images, "The images, as `output_type` says; for `latent` the latents as they are.")
 
 
-def _processor(name: str, **config: Any) -> ComponentSpec:
+_MASK_SETTINGS = {"do_normalize": False, "do_binarize": True, "do_convert_grayscale": True}
+
+
+def _processor(name: str, description: str, **settings: bool) -> ComponentSpec:
     """As diffusers' own blocks declare it, so that the pipeline has one of the name."""
-    config = FrozenDict({"vae_scale_factor": 8, **config})
-    return ComponentSpec(name, VaeImageProcessor, config=config, default_creation_method="from_config")
+    config = FrozenDict({"vae_scale_factor": 8, **settings})
+    return ComponentSpec(name, VaeImageProcessor, description, config, default_creation_method="from_config")
 
 
 class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
@@ -47,8 +50,8 @@ class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
     model_name = "stable-diffusion-xl"
     description = "Puts the known pixels of an inpainted image back as they were; `keep_known_pixels=False` leaves it."
     expected_components = declared(
-        _processor("image_processor"),
-        _processor("mask_processor", do_normalize=False, do_binarize=True, do_convert_grayscale=True),
+        _processor("image_processor", "Resizes the given image."),
+        _processor("mask_processor", "Resizes the mask and makes it 0 or 1.", **_MASK_SETTINGS),
     )
     inputs = declared(
         param("images", Images, "The decoded images.", required=True),
