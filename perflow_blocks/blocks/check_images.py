@@ -18,10 +18,7 @@ IP_ADAPTER_INPUTS = ("ip_adapter_image", "ip_adapter_embeds", "negative_ip_adapt
 
 
 def require_shape(name: str, tensor: Any, wanted: tuple[int | str, ...]) -> None:
-    """
-    Raises:
-        ValueError: not a tensor of this shape, in which words stand for any number.
-    """
+    """Refuses all but tensors of this shape, in which words stand for any number."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} is {_describe(tensor)}; it must be a tensor.")
     shape = tuple(tensor.shape)
@@ -30,17 +27,9 @@ def require_shape(name: str, tensor: Any, wanted: tuple[int | str, ...]) -> None
 
 
 def check_images(request: Any, prompts: int, images: int, channels: int, unet_channels: int) -> None:
-    """Checks the images and masks to start from, as pixels or as latents.
+    """Checks the kind, number and size of the images and masks to start from, as pixels or as latents.
 
-    Args:
-        request: the block state of `PeRFlowCheckInputsStep`.
-        prompts: number of prompts.
-        images: number of images to make.
-        channels: of the latents.
-        unet_channels: what the UNet takes: `channels`, or `2 channels + 1` for one made for inpainting.
-
-    Raises:
-        ValueError: images or masks that are missing, or do not match in kind, number or size.
+    Latents have `channels`. A UNet takes as many, or `2 channels + 1` if it is made for inpainting.
     """
     masked = request.mask_image is not None or request.mask is not None
     if request.denoising_start is not None and masked and request.latents is None:
@@ -69,13 +58,7 @@ def check_images(request: Any, prompts: int, images: int, channels: int, unet_ch
 def check_kind(name: str, image: Any, *, any_mode: bool = False) -> None:
     """Checks images: PIL, arrays (height, width, 3), tensors (3, height, width), batches of them, or a list.
 
-    Args:
-        name: of the input, for messages.
-        image: what was given.
-        any_mode: whether PIL images may be other than RGB.
-
-    Raises:
-        ValueError: not an image, integers, or not three channels.
+    With `any_mode`, PIL images may be other than RGB.
     """
     for entry in _entries(name, image):
         if isinstance(entry, Image.Image):
@@ -87,16 +70,7 @@ def check_kind(name: str, image: Any, *, any_mode: bool = False) -> None:
 
 
 def check_controlnet(controlnet: Any, request: Any, prompts: int) -> None:
-    """Checks control images and the settings of the ControlNet, if a control image is given.
-
-    Args:
-        controlnet: the component, None where there is none.
-        request: the block state of `PeRFlowCheckInputsStep`.
-        prompts: number of prompts.
-
-    Raises:
-        ValueError: control images that do not match the ControlNets or their control types, or values out of range.
-    """
+    """Checks control images and the ControlNet's settings: one ControlNet, several, a ControlNet-Union, or None."""
     if request.control_image is None:
         return
     controlnet = unwrap_module(controlnet)  # compiled or not
@@ -131,14 +105,7 @@ def check_controlnet(controlnet: Any, request: Any, prompts: int) -> None:
 def check_ip_adapters(layers: list[nn.Module], guider: Any, request: Any, encodes: bool) -> None:
     """Checks that images or embeddings match the loaded IP-Adapters.
 
-    Args:
-        layers: the image projections of the loaded IP-Adapters, one each.
-        guider: the component.
-        request: the block state of `PeRFlowCheckInputsStep`.
-        encodes: whether the pipeline has a block that encodes images for IP-Adapters.
-
-    Raises:
-        ValueError: images or embeddings that are missing, for another number of IP-Adapters, or of another width.
+    `layers` holds the image projection of each adapter; `encodes` tells whether a block encodes images.
     """
     image, embeds, negative = (getattr(request, name) for name in IP_ADAPTER_INPUTS)
     count = len(layers)
@@ -199,11 +166,7 @@ def _check_mask_size(mask_name: str, mask: Any, image_name: str, image: Any) -> 
 
 
 def _entries(name: str, image: Any) -> list[Any]:
-    """The images of a list, or what is given as a list of one.
-
-    Raises:
-        ValueError: a tuple, an empty list, not images, integers, or entries of several kinds or shapes.
-    """
+    """The images of a list, or what is given as a list of one: images of floats, all of one kind and shape."""
     entries = _listed(image)
     if not entries:
         raise ValueError(f"{name} is an empty list; pass at least one image.")

@@ -138,7 +138,8 @@ def _check_loaded(loaded: Mapping[str, Any], request: Any, blocks: Any) -> None:
         if name in required and getattr(request, name) is None:
             raise ValueError(f"{name} is missing, and this workflow needs it; pass {name}=.")
     text, decodes = request.prompt is not None, "decode" in blocks.sub_blocks and request.output_type != "latent"
-    unet, second = loaded["unet"], loaded.get("text_encoder_2")
+    unet: Any = loaded["unet"]
+    second: Any = loaded.get("text_encoder_2")
     # SDXL's refiner has the second text encoder alone, and its UNet is as wide as that.
     refiner = None not in (unet, second) and unet.config.cross_attention_dim == second.config.hidden_size
     needed = {

@@ -24,15 +24,14 @@ from torch import Tensor
 
 from .declare import Assembled, declared
 from .images import image_size, repeat_images
-from .inputs import param, shared_input
+from .inputs import Images, param, shared_input
 
-Images = list[Image.Image] | np.ndarray | Tensor
-GivenImage = Image.Image | np.ndarray | Tensor | list[Image.Image] | list[np.ndarray] | list[Tensor]
+Decoded = list[Image.Image] | np.ndarray | Tensor
 
 
 def images_output() -> OutputParam:
     """The one output of every preset."""
-    return OutputParam("images", Images, "The images, as `output_type` says; for `latent` the latents as they are.")
+    return OutputParam("images", Decoded, "The images, as `output_type` says; for `latent` the latents as they are.")
 
 
 _MASK_SETTINGS = {"do_normalize": False, "do_binarize": True, "do_convert_grayscale": True}
@@ -54,13 +53,13 @@ class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
         _processor("mask_processor", "Resizes the mask and makes it 0 or 1.", **_MASK_SETTINGS),
     )
     inputs = declared(
-        param("images", Images, "The decoded images.", required=True),
-        param("image", GivenImage, "The image that was given, or one for each prompt.", required=True),
-        param("mask_image", GivenImage, "The mask that was given: white is painted, black kept.", required=True),
+        param("images", Decoded, "The decoded images.", required=True),
+        param("image", Images, "The image that was given, or one for each prompt.", required=True),
+        param("mask_image", Images, "The mask that was given: white is painted, black kept.", required=True),
         param("keep_known_pixels", bool, "Whether pixels outside the mask are put back exactly.", default=True),
         shared_input("output_type"),
     )
-    intermediate_outputs = declared(OutputParam("images", Images, "The images, with the known pixels as given."))
+    intermediate_outputs = declared(OutputParam("images", Decoded, "The images, with the known pixels as given."))
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
@@ -71,7 +70,7 @@ class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
         return components, state
 
 
-def _compose(components: Any, block_state: Any) -> Images:
+def _compose(components: Any, block_state: Any) -> Decoded:
     painted, kind = block_state.images, block_state.output_type
     height, width = image_size(painted[0])
     given = components.image_processor.preprocess(block_state.image, height=height, width=width)

@@ -63,12 +63,7 @@ _TEXT_TO_IMAGE = (
     param("denoising_end", float, "Fraction of the denoising, in (0, 1], to stop at, snapped to a window boundary."),
     param("num_images_per_prompt", int, "Images for each prompt, at least 1.", default=1),
     param("generator", torch.Generator | list[torch.Generator], "Source of the noise: one, or one for each image."),
-    param(
-        "latents",
-        Tensor,
-        "Latents (images, channels, height/f, width/f): the starting noise, or the noised image; in the loop the "
-        "current ones.",
-    ),
+    param("latents", Tensor, "Latents (images, channels, height/f, width/f): starting noise, or those of this step."),
     param("output_type", str, f"What images are returned as: {', '.join(OUTPUT_TYPES)}.", default="pil"),
     param("on_nonfinite", str, "If latents are not finite: raise, or fallback (again in float32).", default="raise"),
 )
@@ -87,10 +82,7 @@ _TASKS = (
         "there, then come the steps below it. None: 0.3 for image-to-image, 1.0 for inpainting.",
     ),
     param(
-        "noising",
-        str,
-        f"How an image is noised inside a window: {' or '.join(NOISINGS)}. Training used the first.",
-        default=NOISINGS[0],
+        "noising", str, f"How images are noised: {' or '.join(NOISINGS)}; trained with the first.", default=NOISINGS[0]
     ),
     param(
         "denoising_start",
