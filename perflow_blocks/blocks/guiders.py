@@ -34,10 +34,11 @@ def is_batchable(guider: BaseGuidance) -> bool:
 
 
 def check_guider(guider: Any, unet: Module) -> None:
-    """
+    """Checks that a guider works on this UNet, without running a model.
+
     Raises:
         ValueError: no guider, a setting that is not a finite number, a guider that does not work on a UNet, or layers
-            to skip that this UNet does not have or that diffusers cannot hook. No model runs.
+            to skip that this UNet does not have or that diffusers cannot hook.
     """
     if not isinstance(guider, BaseGuidance):
         given = f"the class {guider.__name__}" if isinstance(guider, type) else f"of type {type(guider).__name__}"
@@ -67,7 +68,8 @@ def warn_about_few_steps(guider: BaseGuidance, num_inference_steps: int) -> None
         )
     if isinstance(guider, ClassifierFreeZeroStarGuidance) and guider.zero_init_steps > 0 and guider._enabled:
         problems.append(
-            f"zeroes the prediction of {guider.zero_init_steps} of the {steps} steps; set zero_init_steps=0"
+            f"zeroes the prediction of {guider.zero_init_steps} of the {steps} steps, which ruins the image; "
+            "set zero_init_steps=0"
         )
     if isinstance(guider, AdaptiveProjectedMixGuidance) and wanted > 1:
         setting, first = "adaptive_projected_guidance_start_step", guider.adaptive_projected_guidance_start_step

@@ -127,7 +127,7 @@ _HANDED_ON = (
     param("noise_coefficients", Tensor, "(P, Q) of `P x0 + Q noise` at each step and the end (num_steps + 1, 2)."),
     param("noise_pred", Tensor, "Guided prediction of this step, shaped like the latents."),
     param("noise", Tensor, "The noise of the known part, shaped like the latents."),
-    param("inpaint_conditioning", Tensor, "Mask, masked image (images, 5, height/f, width/f); 9-channel UNets only."),
+    param("inpaint_conditioning", Tensor, "Mask and masked image (images, 5, height/f, width/f), for 9 channels."),
     _guided("add_time_ids", Tensor, "Sizes and crop (images, 6) that SDXL is told."),
     _guided("negative_add_time_ids", Tensor, "Sizes and crop of the negative prompt."),
     param("controlnet_cond", Tensors, "Control images (images, 3, height, width) in [0, 1]; a list for several."),
