@@ -44,7 +44,6 @@ EXCLUSIVE = ((PROMPTS, EMBEDDINGS), (("image",), ("image_latents",)), (("ip_adap
 NEEDS = {
     "negative_prompt_2": ("negative_prompt",),
     "prompt_embeds": ("pooled_prompt_embeds",),
-    "pooled_prompt_embeds": ("prompt_embeds",),
     "negative_prompt_embeds": ("negative_pooled_prompt_embeds",),
     "negative_pooled_prompt_embeds": ("negative_prompt_embeds",),
     "negative_original_size": ("negative_target_size",),
@@ -164,7 +163,7 @@ def _check_combination(given: set[str]) -> None:
     for these, those in EXCLUSIVE:
         one, other = (next((name for name in names if name in given), None) for names in (these, those))
         if one and other:
-            raise ValueError(f"both {one} and {other} are given; leave one out.")
+            raise ValueError(f"{one} and {other} are both given; leave one out.")
     for name, needed in NEEDS.items():
         if name in given and given.isdisjoint(needed):
             wanted = " or ".join(needed)
