@@ -15,14 +15,14 @@ from ..core.windows import TimeWindows, tile_windows
 from ..delta.recipe import DeltaRecipe
 from ..schedulers.scheduling_perflow import PeRFlowScheduler, is_perflow_scheduler
 from .declare import declared
-from .inputs import delta_recipe_input, denoising_end_input, denoising_start_input, noising_input
+from .inputs import delta_recipe_input, denoising_end_input, denoising_start_input, noising_input, shared_input
 from .origin import remember_source
 from .specs import DEFAULT_NUM_INFERENCE_STEPS, guider_spec, schedule_config_specs, scheduler_spec, unet_spec
 
 logger = logging.get_logger(__name__)
 
 OWN_ATTRIBUTE = "_perflow_made_in_set_up"
-"""On a scheduler that this block made, to tell it from one that a user set: the configuration it was made from."""
+"""On a scheduler that this block made, to tell it from one that a user set: what it was made from."""
 
 
 class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
@@ -47,16 +47,8 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
     expected_components = declared(guider_spec(), scheduler_spec(), unet_spec())
     expected_configs = declared(*schedule_config_specs())
     inputs = declared(
-        InputParam(
-            "num_inference_steps",
-            type_hint=int,
-            description="Denoising steps, at least 1; fewer than the windows are raised to one per window.",
-        ),
-        InputParam(
-            "timesteps",
-            type_hint=list[int],
-            description="Descending timesteps that hold every window start; they win over `num_inference_steps`.",
-        ),
+        shared_input("num_inference_steps"),
+        shared_input("timesteps"),
         denoising_end_input(),
         delta_recipe_input(),
     )
@@ -94,21 +86,13 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
 
     def section(self, scheduler: PeRFlowScheduler, whole: StepPlan, block_state: Any) -> StepPlan:
         """The part of the scheduler's plan that is run: here all of it, or the part before `denoising_end`."""
+        check_denoising_range(None, block_state.denoising_end)
         return _before(whole, _end_time(scheduler.windows, block_state.denoising_end))
 
 
-def _entry_inputs(*, strength: float) -> list[InputParam]:
+def _entry_inputs(strength: float) -> list[InputParam]:
     """Where a given image enters the path, with the default strength of a task."""
-    return [
-        InputParam(
-            "strength",
-            type_hint=float,
-            default=strength,
-            description="Time in (0, 1] at which the image enters: 1 redraws everything, small values little.",
-        ),
-        denoising_start_input(),
-        noising_input(),
-    ]
+    return [shared_input("strength", default=strength), denoising_start_input(), noising_input()]
 
 
 class PeRFlowImg2ImgSetTimestepsStep(PeRFlowSetTimestepsStep):
@@ -128,7 +112,7 @@ class PeRFlowImg2ImgSetTimestepsStep(PeRFlowSetTimestepsStep):
         "The window set-up for a run that starts from an image: enters the path at `strength`, or at the window "
         "boundary where an earlier run left off, and says how to noise an image at each step."
     )
-    inputs = declared(*PeRFlowSetTimestepsStep.inputs, *_entry_inputs(strength=0.3))
+    inputs = declared(*PeRFlowSetTimestepsStep.inputs, *_entry_inputs(0.3))
     intermediate_outputs = declared(
         *PeRFlowSetTimestepsStep.intermediate_outputs,
         OutputParam(
@@ -165,7 +149,7 @@ class PeRFlowImg2ImgSetTimestepsStep(PeRFlowSetTimestepsStep):
 class PeRFlowInpaintSetTimestepsStep(PeRFlowImg2ImgSetTimestepsStep):
     """The same for inpainting, where the hole is painted anew unless `strength` says otherwise."""
 
-    inputs = declared(*PeRFlowSetTimestepsStep.inputs, *_entry_inputs(strength=1.0))
+    inputs = declared(*PeRFlowSetTimestepsStep.inputs, *_entry_inputs(1.0))
 
 
 def check_strength(strength: Any) -> None:
@@ -193,7 +177,6 @@ def check_denoising_range(start: Any, end: Any) -> None:
 
 def _end_time(windows: TimeWindows, denoising_end: float | None) -> float:
     """The time at which a run ends: the end of the last window, or the boundary nearest to `denoising_end`."""
-    check_denoising_range(None, denoising_end)
     if denoising_end is None or denoising_end == 1.0:
         return windows.boundaries[-1]
     return _snap(windows, "denoising_end", denoising_end)
@@ -219,22 +202,50 @@ def _snap(windows: TimeWindows, name: str, share: float) -> float:
     return nearest
 
 
-def window_settings(config: Any, recipe: DeltaRecipe | None) -> dict[str, Any]:
+def _place_scheduler(components: Any, recipe: DeltaRecipe | None) -> None:
+    """Puts a PeRFlowScheduler in place that follows configuration and recipe, unless the user set one."""
+    config, current = components.config, components.scheduler
+    made_from = (recipe, config.prediction_type, config.num_time_windows, config.window_boundaries)
+    own = None if current is None else vars(current).get(OWN_ATTRIBUTE)
+    if own is not None and own["made_from"] == made_from:
+        return
+    recipe = recipe or DeltaRecipe()
+    noise_schedule = recipe.noise_schedule()
+    settings = {**_window_settings(config, recipe), **noise_schedule}
+    if own is None and is_perflow_scheduler(current):
+        _warn_of_other_settings(current, settings)
+        return
+    source = own["source"] if own is not None else current and dict(current.config)
+    wanted = PeRFlowScheduler.from_scheduler(source, **settings)
+    for name, value in noise_schedule.items():
+        if source and source.get(name, value) != value:
+            logger.warning(
+                f"The merged delta was distilled with {name}={value}, which is used instead of the scheduler's "
+                f"{source[name]}."
+            )
+    setattr(wanted, OWN_ATTRIBUTE, {"source": source, "made_from": made_from})
+    remember_source(wanted, components)
+    components.update_components(scheduler=wanted)
+
+
+def _window_settings(config: Any, recipe: DeltaRecipe) -> dict[str, Any]:
     """The settings of a PeRFlowScheduler that configuration or recipe name; the configuration wins.
 
     Number and boundaries of the windows belong together, so both come from one of the two.
     """
-    configures_windows = config.num_time_windows is not None or config.window_boundaries is not None
-    source = config if configures_windows or recipe is None else recipe
-    prediction_type = None if recipe is None else recipe.prediction_type
-    settings: dict[str, Any] = {
-        "prediction_type": _first(config.prediction_type, prediction_type),
-        "num_time_windows": source.num_time_windows,
-        "window_boundaries": source.window_boundaries,
+    configured, distilled = _boundaries(config), _boundaries(recipe)
+    windows = recipe if configured is None else config
+    settings = {
+        "prediction_type": _first(config.prediction_type, recipe.prediction_type),
+        "num_time_windows": windows.num_time_windows,
+        "window_boundaries": windows.window_boundaries,
     }
-    _warn_of_a_clash("prediction_type", config.prediction_type, prediction_type)
-    if configures_windows and recipe is not None:
-        _warn_of_a_clash("windows", _boundaries(config), _boundaries(recipe))
+    pairs = {"prediction_type": (config.prediction_type, recipe.prediction_type), "windows": (configured, distilled)}
+    for name, (used, other) in pairs.items():
+        if None not in (used, other) and used != other:
+            logger.warning(
+                f"The configuration's {name}={used} is used, but the merged delta was distilled with {other}."
+            )
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -245,53 +256,13 @@ def _boundaries(source: Any) -> tuple[float, ...] | None:
     return tile_windows(num_windows=source.num_time_windows, boundaries=source.window_boundaries).boundaries
 
 
-def _warn_of_a_clash(name: str, configured: Any, distilled: Any) -> None:
-    if None not in (configured, distilled) and configured != distilled:
-        logger.warning(
-            "The configuration's %s=%s is used, but the merged delta was distilled with %s.",
-            name,
-            configured,
-            distilled,
-        )
-
-
-def _place_scheduler(components: Any, recipe: DeltaRecipe | None) -> None:
-    """Puts a PeRFlowScheduler in place that follows configuration and recipe, unless the user set one."""
-    settings = window_settings(components.config, recipe)
-    noise_schedule = {} if recipe is None else recipe.noise_schedule()
-    current = components.scheduler
-    own = vars(current).get(OWN_ATTRIBUTE) if current is not None else None
-    asked = {**settings, **noise_schedule}
-    if own is not None and own["asked"] == asked:
-        return
-    if is_perflow_scheduler(current) and own is None:
-        _warn_of_other_windows(current, asked)
-        return
-    source = own["source"] if own is not None else current and dict(current.config)
-    wanted = PeRFlowScheduler.from_scheduler(source, **asked)
-    for name, value in noise_schedule.items():
-        if source and source.get(name, value) != value:
-            logger.warning(
-                "The merged delta was distilled with %s=%s, which is used instead of the scheduler's %s.",
-                name,
-                value,
-                source[name],
-            )
-    setattr(wanted, OWN_ATTRIBUTE, {"source": source, "asked": asked})
-    remember_source(wanted, components)
-    components.update_components(scheduler=wanted)
-
-
-def _warn_of_other_windows(scheduler: PeRFlowScheduler, settings: dict[str, Any]) -> None:
+def _warn_of_other_settings(scheduler: PeRFlowScheduler, settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         kept = scheduler.config[name]
-        if kept != (list(value) if isinstance(value, (list, tuple)) else value):
+        if kept != (list(value) if isinstance(value, tuple) else value):
             logger.warning(
-                "The scheduler in place has %s=%s, where configuration and delta say %s; the scheduler is kept. "
-                "Call update_components(scheduler=None) to have it made anew.",
-                name,
-                kept,
-                value,
+                f"The scheduler in place has {name}={kept}, where configuration and delta say {value}; the scheduler "
+                "is kept. Call update_components(scheduler=None) to have it made anew."
             )
 
 

@@ -150,6 +150,9 @@ def test_unequal_windows_of_a_recipe_are_not_dropped_silently(caplog: pytest.Log
     pipe.update_components(num_time_windows=2)
     set_up(pipe, delta_recipe=DeltaRecipe(window_boundaries=(1.0, 0.4, 0.0)))
     assert "windows=(1.0, 0.5, 0.0) is used, but the merged delta was distilled with (1.0, 0.4, 0.0)" in caplog.text
+    caplog.clear()
+    set_up(pipe, delta_recipe=DeltaRecipe(window_boundaries=(1.0, 0.4, 0.0)))
+    assert not caplog.records  # the scheduler in place was made from the same
 
 
 def test_a_delta_brings_the_noise_schedule_it_was_distilled_on(caplog: pytest.LogCaptureFixture) -> None:
