@@ -113,9 +113,9 @@ class PeRFlowDenoiseStep(Assembled, LoopSequentialPipelineBlocks):
 
     @property
     def description(self) -> str:
+        names = ", ".join(f"`{name}`" for name in self.sub_blocks)
         return (
-            "Denoises the latents: for each step of the plan the blocks "
-            f"{', '.join(f'`{name}`' for name in self.sub_blocks)}, and those you insert between them."
+            f"Denoises the latents: for each step of the plan the blocks {names}, and those you insert between them."
         )
 
     @property
@@ -164,11 +164,7 @@ class PeRFlowDenoiseStep(Assembled, LoopSequentialPipelineBlocks):
 class PeRFlowControlNetDenoiseStep(PeRFlowDenoiseStep):
     """The loop with a ControlNet."""
 
-    block_classes = [
-        ControlNetFiniteGuardStep,
-        PeRFlowControlNetLoopDenoiser,
-        PeRFlowLoopSolverStep,
-    ]
+    block_classes = [ControlNetFiniteGuardStep, PeRFlowControlNetLoopDenoiser, PeRFlowLoopSolverStep]
 
 
 class PeRFlowInpaintDenoiseStep(PeRFlowDenoiseStep):
@@ -193,9 +189,9 @@ def _predicted_clean(block_state: Any, i: int) -> Tensor:
 
 def _require_one_dtype(unet: Any, latents: Tensor) -> None:
     """Latents take the text encoders' type, and transformers loads what a file holds where diffusers loads float32."""
-    if latents.dtype == next(unet.parameters()).dtype:  # `unet.dtype` would walk all modules
+    if latents.dtype == next(unet.parameters()).dtype or torch.is_autocast_enabled(latents.device.type):
         return
-    if latents.dtype != unet.dtype and not torch.is_autocast_enabled(latents.device.type):
+    if latents.dtype != unet.dtype:  # which walks all modules
         raise ValueError(
             f"the latents are {latents.dtype}, the UNet is {unet.dtype}; load all components with one type, "
             f"pipe.load_components(dtype={unet.dtype}), and pass latents, if any, in that type."

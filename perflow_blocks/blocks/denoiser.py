@@ -7,12 +7,19 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
-from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
+from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from torch import Tensor
 
 from .declare import declared
 from .guiders import is_batchable
-from .inputs import conditioning_inputs, inpaint_conditioning_input, latents_input, num_inference_steps_input
+from .inputs import (
+    conditioning_inputs,
+    inpaint_conditioning_input,
+    latents_input,
+    num_inference_steps_input,
+    param,
+    shared_input,
+)
 from .specs import guider_spec, unet_spec
 
 GUIDER_FIELDS = {
@@ -43,16 +50,8 @@ class PeRFlowLoopDenoiser(ModularPipelineBlocks):
         latents_input(),
         num_inference_steps_input(),
         *conditioning_inputs(),
-        InputParam(
-            "timestep_cond",
-            type_hint=Tensor,
-            description="Guidance embedding (batch, width) for UNets that were distilled with one.",
-        ),
-        InputParam(
-            "cross_attention_kwargs",
-            type_hint=dict[str, Any],
-            description="Arguments for attention processors, such as a LoRA scale.",
-        ),
+        param("timestep_cond", Tensor, "Guidance embedding (batch, width) for UNets that were distilled with one."),
+        shared_input("cross_attention_kwargs"),
         inpaint_conditioning_input(),
     )
     intermediate_outputs = declared(
@@ -155,21 +154,13 @@ class NetworkInputs:
 
     def repeat(self, name: str, value: Any, copies: int) -> Any:
         """A tensor, or each tensor of a list, `copies` times along the batch; None as it is."""
-        if value is None or copies == 1:
-            return value
-        return self._keep(f"{name} x{copies}", value, lambda: _repeat(value, copies))
+        return None if value is None else self.join(name, [value] * copies)
 
     def samples(self, latents: Tensor, copies: int, also: Tensor | None = None) -> Tensor:
         """The latents `copies` times along the batch, with the channels of `also` behind theirs.
 
-        Args:
-            latents: (batch, channels, height, width).
-            copies: at least 1.
-            also: (batch, further channels, height, width), for UNets made for inpainting.
-
-        Returns:
-            (copies * batch, channels + further channels, height, width): the buffer, valid until the next call; the
-            latents themselves where there is nothing to add.
+        With latents (batch, channels, height, width) and `also` (batch, further, height, width) this is (copies *
+        batch, channels + further, height, width): the buffer, valid until the next call, or the latents themselves.
         """
         if also is None and copies == 1:
             return latents
@@ -198,10 +189,9 @@ class NetworkInputs:
 
 def network_inputs(block_state: Any) -> NetworkInputs:
     """The `NetworkInputs` of this run, made at the first step."""
-    kept = block_state[_NETWORK_INPUTS]
-    if kept is None:
-        kept = block_state[_NETWORK_INPUTS] = NetworkInputs()
-    return kept
+    if block_state[_NETWORK_INPUTS] is None:
+        block_state[_NETWORK_INPUTS] = NetworkInputs()
+    return block_state[_NETWORK_INPUTS]
 
 
 def _state(value: Any) -> Any:
@@ -216,7 +206,3 @@ def _concatenate(values: Sequence[Any]) -> Any:
     if isinstance(values[0], Tensor):
         return torch.cat(list(values))
     return [torch.cat(parts) for parts in zip(*values, strict=True)]
-
-
-def _repeat(value: Any, copies: int) -> Any:
-    return torch.cat([value] * copies) if isinstance(value, Tensor) else [_repeat(entry, copies) for entry in value]

@@ -100,7 +100,9 @@ def _problem(latents: Tensor) -> str | None:
     """Names the images whose latents are not finite; None where there are none. One read of the device."""
     finite = torch.isfinite(latents).flatten(1).all(dim=1).tolist()
     bad = [f"images[{index}]" for index, is_finite in enumerate(finite) if not is_finite]
-    return f"the latents are not finite in {_precision(latents)} for {', '.join(bad)} of {len(finite)}" if bad else None
+    return (
+        f"the latents are not finite in {_precision(latents)} for {', '.join(bad)} of {len(finite)}" if bad else None
+    )
 
 
 def _precision(latents: Tensor) -> torch.dtype:

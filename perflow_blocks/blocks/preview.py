@@ -38,8 +38,8 @@ class LatentToRGB(ConfigMixin):
     Stands in for a decoder: `decode(latents).sample`. For a VAE other than SDXL's use `fit`.
 
     Args:
-        factors: (channels, 3), what each latent channel adds to red, green and blue.
-        bias: the colour of latents that are zero; colours run from -1 to 1.
+        factors: (channels, 3), what each latent channel adds to red, green and blue, which run from -1 to 1.
+        bias: the colour of latents that are zero.
         scaling_factor: what latents are divided by before they are decoded. 1: the map takes them as the UNet does.
 
     Raises:
@@ -54,10 +54,7 @@ class LatentToRGB(ConfigMixin):
         self, factors: Rows = SDXL_FACTORS, bias: Sequence[float] = SDXL_BIAS, scaling_factor: float = 1.0
     ) -> None:
         if not factors or any(len(row) != 3 for row in factors) or len(bias) != 3:
-            raise ValueError(
-                f"{factors=} and {bias=} do not make colours; pass three numbers (red, green, blue) for each latent "
-                "channel, and three for the bias."
-            )
+            raise ValueError(f"each row of {factors=} and {bias=} must hold three numbers: red, green, blue.")
 
     @classmethod
     @torch.no_grad()
@@ -80,15 +77,14 @@ class LatentToRGB(ConfigMixin):
             pixels = processor.preprocess(image).to(device=vae.device, dtype=vae.dtype)
             encoded = ((vae.encode(pixels).latent_dist.mode().double().cpu() - shift) / scale)[0]
             average = torch.nn.functional.adaptive_avg_pool2d(pixels.double().cpu()[0], encoded.shape[-2:])
-            latents.append(torch.cat([encoded, torch.ones_like(encoded[:1])]).flatten(1).T)  # (positions, channels + 1)
+            latents.append(
+                torch.cat([encoded, torch.ones_like(encoded[:1])]).flatten(1).T
+            )  # (positions, channels + 1)
             colours.append(average.flatten(1).T)  # (positions, 3)
         known = torch.cat(latents)
         rank, channels = int(torch.linalg.matrix_rank(known)) - 1, known.shape[1] - 1
         if rank < channels:
-            raise ValueError(
-                f"the latents of the images vary in {rank} directions, the VAE has {channels} channels; pass more "
-                "images, with many colours."
-            )
+            raise ValueError(f"the images' latents vary in {rank} of {channels} channels; pass more, of many colours.")
         solution = torch.linalg.lstsq(known, torch.cat(colours)).solution
         return cls(factors=solution[:-1].tolist(), bias=solution[-1].tolist())
 
@@ -98,15 +94,11 @@ class LatentToRGB(ConfigMixin):
         Raises:
             ValueError: the latents have another number of channels than the map.
         """
-        factors, bias = (
-            torch.tensor(rows, dtype=torch.float32, device=latents.device)
-            for rows in (self.config.factors, self.config.bias)
-        )
+        factors = torch.tensor(self.config.factors, dtype=torch.float32, device=latents.device)
+        bias = torch.tensor(self.config.bias, dtype=torch.float32, device=latents.device)
         if latents.shape[1] != factors.shape[0]:
-            raise ValueError(
-                f"the latents have {latents.shape[1]} channels, this preview takes {factors.shape[0]}; "
-                "make one for the VAE with LatentToRGB.fit(vae, images)."
-            )
+            channels = f"the latents have {latents.shape[1]} channels, this preview takes {factors.shape[0]}"
+            raise ValueError(f"{channels}; make one for the VAE with LatentToRGB.fit(vae, images).")
         sample = (torch.einsum("bchw,cr->brhw", latents.float(), factors) + bias[:, None, None]).clamp(-1.0, 1.0)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -156,8 +148,7 @@ class PreviewStep(LoopBlock):
             raise ValueError(f"preview_callback={callback!r} cannot be called; pass a function of (i, images).")
         if callback is not None and decoder.dtype == torch.float16 and decoder.config.get("force_upcast"):
             raise ValueError(
-                "the preview_decoder overflows in torch.float16 (its force_upcast is set); pass a tiny VAE, "
-                "such as madebyollin/taesdxl, or one in torch.float32."
+                "preview_decoder overflows in torch.float16; use a tiny VAE, such as madebyollin/taesdxl, or float32."
             )
 
     @torch.no_grad()
