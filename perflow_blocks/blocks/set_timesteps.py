@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -98,19 +99,18 @@ def _entry_inputs(strength: float) -> list[InputParam]:
 class PeRFlowImg2ImgSetTimestepsStep(PeRFlowSetTimestepsStep):
     """Sets up the time windows of a run that starts from an image (arXiv 2405.07510).
 
-    The run starts at the time `strength`: the steps of the whole schedule below it, after a first step from `strength`
-    itself where the schedule has none. At 4 steps strength 0.3 makes two steps (from 0.3 and 0.25), 0.5 two, 0.8 four
-    and 0.1 one; there is always at least one. With `denoising_start` the run starts at the window boundary nearest to
-    where the earlier run ended, and `strength` is ignored.
+    The run takes a first step from the time `strength` and then the steps of the whole schedule below it: of 4 steps,
+    strength 0.3 leaves two (from 0.3 and 0.25), 0.8 four and 0.1 one. With `denoising_start` the run starts at the
+    window boundary nearest to where the earlier run ended, and `strength` is ignored.
 
     Raises:
-        ValueError: `strength` outside (0, 1], `denoising_start` outside (0, 1), `denoising_end` outside (0, 1] or not
-            above the start once both are at window boundaries, an unknown `noising`, or what the parent raises.
+        ValueError: `strength`, `denoising_start` or `denoising_end` is outside its range, nothing is left to run,
+            `noising` is unknown, or what the parent raises.
     """
 
     description = (
-        "The window set-up for a run that starts from an image: enters the path at `strength`, or at the window "
-        "boundary where an earlier run left off, and says how to noise an image at each step."
+        "The window set-up for a run that starts from an image, at `strength` or where an earlier run left off; says "
+        "how to noise an image at each step."
     )
     inputs = declared(*PeRFlowSetTimestepsStep.inputs, *_entry_inputs(0.3))
     intermediate_outputs = declared(
@@ -154,25 +154,22 @@ class PeRFlowInpaintSetTimestepsStep(PeRFlowImg2ImgSetTimestepsStep):
 
 def check_strength(strength: Any) -> None:
     """Raises a ValueError for a strength that is not a number in (0, 1]."""
-    if isinstance(strength, bool) or not isinstance(strength, Real) or not 0.0 < float(strength) <= 1.0:
-        raise ValueError(
-            f"strength={strength!r} is outside (0, 1]; pass for example 0.5 (1 redraws everything, 0.1 little)."
-        )
+    if not _is_share(strength):
+        raise ValueError(f"strength={strength!r} must be above 0 (keep the image) and at most 1 (redraw everything).")
 
 
 def check_denoising_range(start: Any, end: Any) -> None:
     """Raises a ValueError unless `denoising_start` in (0, 1) and `denoising_end` in (0, 1] leave a part to run."""
-    for name, value, closed in (("denoising_start", start, False), ("denoising_end", end, True)):
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        if value is not None and not (number and (0.0 < value < 1.0 or (closed and value == 1.0))):
-            raise ValueError(
-                f"{name}={value!r} is outside (0, 1{']' if closed else ')'}; pass a share, or leave it out."
-            )
+    if start is not None and (not _is_share(start) or start == 1.0):
+        raise ValueError(f"denoising_start={start!r} must be above 0 and below 1; leave it out to start at the noise.")
+    if end is not None and not _is_share(end):
+        raise ValueError(f"denoising_end={end!r} must be above 0 and at most 1; leave it out to run to the end.")
     if start is not None and end is not None and end <= start:
-        raise ValueError(
-            f"denoising_end={end} is not above denoising_start={start}, so nothing is left to run; raise the one or "
-            "lower the other."
-        )
+        raise ValueError(f"denoising_end={end} must be above denoising_start={start}.")
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0.0 < float(value) <= 1.0
 
 
 def _end_time(windows: TimeWindows, denoising_end: float | None) -> float:
@@ -192,9 +189,7 @@ def _snap(windows: TimeWindows, name: str, share: float) -> float:
     """The inner boundary nearest to time 1 - share. A velocity is that of its whole window, so cuts are made there."""
     inner = windows.boundaries[1:-1]
     if not inner:
-        raise ValueError(
-            f"{name}={share} asks to cut a schedule of one window, which has no inner boundary; leave it out."
-        )
+        raise ValueError(f"{name}={share} cannot cut a schedule of one window; leave it out.")
     nearest = min(inner, key=lambda boundary: abs(boundary - (1.0 - share)))
     used = 1.0 - nearest
     if abs(used - share) * windows.num_train_timesteps >= 0.5:
@@ -213,16 +208,18 @@ def _place_scheduler(components: Any, recipe: DeltaRecipe | None) -> None:
     noise_schedule = recipe.noise_schedule()
     settings = {**_window_settings(config, recipe), **noise_schedule}
     if own is None and is_perflow_scheduler(current):
-        _warn_of_other_settings(current, settings)
+        for name, kept, value in _differences(current.config, settings):
+            logger.warning(
+                f"The scheduler in place has {name}={kept}, where configuration and delta say {value}; the scheduler "
+                "is kept. Call update_components(scheduler=None) to have it made anew."
+            )
         return
     source = own["source"] if own is not None else current and dict(current.config)
     wanted = PeRFlowScheduler.from_scheduler(source, **settings)
-    for name, value in noise_schedule.items():
-        if source and source.get(name, value) != value:
-            logger.warning(
-                f"The merged delta was distilled with {name}={value}, which is used instead of the scheduler's "
-                f"{source[name]}."
-            )
+    for name, replaced, value in _differences(source or {}, noise_schedule):
+        logger.warning(
+            f"The merged delta was distilled with {name}={value}, which is used instead of the scheduler's {replaced}."
+        )
     setattr(wanted, OWN_ATTRIBUTE, {"source": source, "made_from": made_from})
     remember_source(wanted, components)
     components.update_components(scheduler=wanted)
@@ -256,14 +253,12 @@ def _boundaries(source: Any) -> tuple[float, ...] | None:
     return tile_windows(num_windows=source.num_time_windows, boundaries=source.window_boundaries).boundaries
 
 
-def _warn_of_other_settings(scheduler: PeRFlowScheduler, settings: dict[str, Any]) -> None:
-    for name, value in settings.items():
-        kept = scheduler.config[name]
-        if kept != (list(value) if isinstance(value, tuple) else value):
-            logger.warning(
-                f"The scheduler in place has {name}={kept}, where configuration and delta say {value}; the scheduler "
-                "is kept. Call update_components(scheduler=None) to have it made anew."
-            )
+def _differences(config: Mapping[str, Any], settings: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(name, the configuration's value, the setting) for each setting of which the configuration has another value."""
+    as_saved = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    return [
+        (name, config[name], settings[name]) for name, value in as_saved.items() if config.get(name, value) != value
+    ]
 
 
 def _first(*values: Any) -> Any:

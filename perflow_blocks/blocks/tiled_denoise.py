@@ -10,6 +10,7 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline import BlockState
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ..core.tiles import Tiling, cut_plane
 from ..core.windows import require_positive_int
@@ -87,7 +88,7 @@ class PeRFlowTiledLoopDenoiser(PeRFlowLoopDenoiser, LoopBlock):
             return
         for name in self._spatial_names():
             _map_planes(getattr(block_state, name), partial(_require_whole_multiple, name, tiling, factor))
-        lengths = [[tiling.rows.length, tiling.columns.length], [tiling.rows.size, tiling.columns.size]]
+        lengths = [[height, width], [tiling.rows.size, tiling.columns.size]]
         block_state.tile_sizes = factor * torch.tensor(lengths).to(latents.device)
 
     def _predict(self, components: Any, block_state: Any, batches: list[Any], i: int, t: Tensor) -> Tensor:
@@ -117,20 +118,17 @@ class PeRFlowTiledControlNetLoopDenoiser(PeRFlowTiledLoopDenoiser, PeRFlowContro
 
 def _tile_settings(components: Any, block_state: Any) -> tuple[int, int]:
     """Size and overlap of the tiles in pixels, checked."""
-    factor, levels = components.vae_scale_factor, len(components.unet.config.block_out_channels)
-    size, overlap = block_state.tile_size, block_state.tile_overlap
+    size, overlap, factor = block_state.tile_size, block_state.tile_overlap, components.vae_scale_factor
     size = components.default_height if size is None else require_positive_int("tile_size", size)
-    unit = factor * 2 ** (levels - 1)
+    unit = factor * 2 ** (len(components.unet.config.block_out_channels) - 1)
     if size % unit:
         raise ValueError(f"tile_size={size} must be a multiple of {unit}, for VAE and UNet.")
     if overlap is None:
         return size, max(factor, size // 8 // factor * factor)
-    most = size // 2 // factor * factor
-    valid = isinstance(overlap, int) and not isinstance(overlap, bool) and 0 <= overlap <= most
-    if not valid or overlap % factor:
-        raise ValueError(
-            f"tile_overlap={overlap!r} must be a multiple of {factor} from 0 to {most}, half of tile_size={size}."
-        )
+    allowed = range(0, size // 2 + 1, factor)
+    if not isinstance(overlap, int) or isinstance(overlap, bool) or overlap not in allowed:
+        rule = f"must be a multiple of {factor} from 0 to {allowed[-1]}, half of tile_size={size}"
+        raise ValueError(f"tile_overlap={overlap!r} {rule}.")
     return size, overlap
 
 
@@ -146,13 +144,7 @@ def _require_whole_multiple(name: str, tiling: Tiling, factor: int, plane: Tenso
 
 def _map_planes(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The value with each tensor of four dimensions changed, also in lists, tuples and dictionaries."""
-    if isinstance(value, Tensor) and value.ndim == 4:
-        return change(value)
-    if isinstance(value, (list, tuple)):
-        return [_map_planes(entry, change) for entry in value]
-    if isinstance(value, dict):
-        return {name: _map_planes(entry, change) for name, entry in value.items()}
-    return value
+    return tree_map_only(Tensor, lambda tensor: change(tensor) if tensor.ndim == 4 else tensor, value)
 
 
 def _as_image_of_its_own(batch: Any, image: Tensor, tile: Tensor) -> Any:
