@@ -12,26 +12,15 @@ from torch import Tensor
 
 from .declare import declared
 from .guiders import is_batchable
-from .inputs import (
-    conditioning_inputs,
-    inpaint_conditioning_input,
-    latents_input,
-    num_inference_steps_input,
-    param,
-    shared_input,
-)
+from .inputs import conditioning_inputs, inpaint_conditioning_input, latents_input, param, shared_input
 from .specs import guider_spec, unet_spec
 
-GUIDER_FIELDS = {
+GUIDER_FIELDS = {  # what the UNet takes: the tensors' names for the guider's conditional and unconditional batches
     "encoder_hidden_states": ("prompt_embeds", "negative_prompt_embeds"),
     "text_embeds": ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
     "time_ids": ("add_time_ids", "negative_add_time_ids"),
     "image_embeds": ("ip_adapter_embeds", "negative_ip_adapter_embeds"),
 }
-"""What the UNet takes: the names of the tensors for the guider's conditional and unconditional batches."""
-
-_NETWORK_INPUTS = "_network_inputs"
-"""Where the block state of a run keeps its `NetworkInputs`."""
 
 T = TypeVar("T")
 
@@ -48,7 +37,7 @@ class PeRFlowLoopDenoiser(ModularPipelineBlocks):
     expected_components = declared(guider_spec(), unet_spec())
     inputs = declared(
         latents_input(),
-        num_inference_steps_input(),
+        shared_input("num_inference_steps", required=True),
         *conditioning_inputs(),
         param("timestep_cond", Tensor, "Guidance embedding (batch, width) for UNets that were distilled with one."),
         shared_input("cross_attention_kwargs"),
@@ -99,16 +88,7 @@ class PeRFlowLoopDenoiser(ModularPipelineBlocks):
             **residuals,
         )[0]
 
-    def _residuals(
-        self,
-        components: Any,
-        block_state: Any,
-        batches: list[Any],
-        i: int,
-        t: Tensor,
-        sample: Tensor,
-        conditions: dict[str, Any],
-    ) -> dict[str, Any]:
+    def _residuals(self, *arguments: Any, **named: Any) -> dict[str, Any]:
         """Further arguments of the UNet, from a ControlNet that may use its `sample` and `conditions`; none here."""
         return {}
 
@@ -189,9 +169,9 @@ class NetworkInputs:
 
 def network_inputs(block_state: Any) -> NetworkInputs:
     """The `NetworkInputs` of this run, made at the first step."""
-    if block_state[_NETWORK_INPUTS] is None:
-        block_state[_NETWORK_INPUTS] = NetworkInputs()
-    return block_state[_NETWORK_INPUTS]
+    if block_state["_network_inputs"] is None:
+        block_state["_network_inputs"] = NetworkInputs()
+    return block_state["_network_inputs"]
 
 
 def _state(value: Any) -> Any:

@@ -24,9 +24,6 @@ logger = logging.get_logger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
 
-_BEGINNING = "_finite_guard_beginning"
-"""Where the block state keeps the latents, and for the fallback the guider's state, that the run starts with."""
-
 _REMEDY = "check the delta, the LoRAs and the latents that you passed (the VAE is not the cause)"
 
 
@@ -40,9 +37,7 @@ class FiniteGuardStep(LoopBlock):
         ValueError: the policy is unknown; latents are not finite, with `"fallback"` also after the run in float32.
     """
 
-    models: tuple[str, ...] = ("unet",)
-    """The components that the fallback runs in float32."""
-
+    models: tuple[str, ...] = ("unet",)  # the components that the fallback runs in float32
     description = "Checks after the loop that the latents are finite; if not, raises or runs all steps in float32."
     expected_components = declared(guider_spec(), unet_spec())
     inputs = declared(latents_input(), on_nonfinite_input())
@@ -56,14 +51,14 @@ class FiniteGuardStep(LoopBlock):
             raise ValueError(f"on_nonfinite={policy!r} must be one of {', '.join(NONFINITE_POLICIES)}.")
         if policy == "fallback":  # copies, since blocks may write into the latents, and a guider into its momentum
             latents, guider = latents.clone(), copy.deepcopy(vars(components.guider))
-        block_state[_BEGINNING] = (latents, guider)
+        block_state["_run_starts_with"] = (latents, guider)
 
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
         return components, block_state
 
     @torch.no_grad()
     def finish(self, components: Any, block_state: Any, repeat: Repeat) -> None:
-        latents, (beginning, guider) = block_state.latents, vars(block_state).pop(_BEGINNING)
+        latents, (beginning, guider) = block_state.latents, vars(block_state).pop("_run_starts_with")
         problem = _problem(latents)
         if problem is None:
             return
@@ -99,10 +94,8 @@ class ControlNetFiniteGuardStep(FiniteGuardStep):
 def _problem(latents: Tensor) -> str | None:
     """Names the images whose latents are not finite; None where there are none. One read of the device."""
     finite = torch.isfinite(latents).flatten(1).all(dim=1).tolist()
-    bad = [f"images[{index}]" for index, is_finite in enumerate(finite) if not is_finite]
-    return (
-        f"the latents are not finite in {_precision(latents)} for {', '.join(bad)} of {len(finite)}" if bad else None
-    )
+    bad = ", ".join(f"images[{index}]" for index, is_finite in enumerate(finite) if not is_finite)
+    return f"the latents are not finite in {_precision(latents)} for {bad} of {len(finite)}" if bad else None
 
 
 def _precision(latents: Tensor) -> torch.dtype:

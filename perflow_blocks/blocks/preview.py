@@ -43,7 +43,7 @@ class LatentToRGB(ConfigMixin):
         scaling_factor: what latents are divided by before they are decoded. 1: the map takes them as the UNet does.
 
     Raises:
-        ValueError: factors or bias are not for three colours.
+        ValueError: factors or bias are not for three colours, or latents have another number of channels than factors.
     """
 
     config_name = "latent_to_rgb.json"
@@ -59,11 +59,7 @@ class LatentToRGB(ConfigMixin):
     @classmethod
     @torch.no_grad()
     def fit(cls, vae: AutoencoderKL, images: Sequence[Image.Image]) -> LatentToRGB:
-        """The map that comes nearest to how a VAE decodes these images, by least squares.
-
-        Args:
-            vae: encodes the images; its scaling is part of the map.
-            images: a few images with many colours; sizes may differ.
+        """The map that comes nearest to how a VAE, with its scaling, decodes these images, by least squares.
 
         Raises:
             ValueError: there are no images, or too few different colours to tell the latent channels apart.
@@ -89,11 +85,7 @@ class LatentToRGB(ConfigMixin):
         return cls(factors=solution[:-1].tolist(), bias=solution[-1].tolist())
 
     def decode(self, latents: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Latents (batch, channels, height, width) as colours (batch, 3, height, width), float32 in [-1, 1].
-
-        Raises:
-            ValueError: the latents have another number of channels than the map.
-        """
+        """Latents (batch, channels, height, width) as colours (batch, 3, height, width), float32 in [-1, 1]."""
         factors = torch.tensor(self.config.factors, dtype=torch.float32, device=latents.device)
         bias = torch.tensor(self.config.bias, dtype=torch.float32, device=latents.device)
         if latents.shape[1] != factors.shape[0]:

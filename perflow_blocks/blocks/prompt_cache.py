@@ -19,10 +19,6 @@ from .encode import PeRFlowAutoTextEncoderStep, PeRFlowEmbeddingsStep, PeRFlowTe
 DEFAULT_MAX_ENTRIES = 64
 """About 41 MB of SDXL's embeddings in half precision with guidance."""
 
-ENCODERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-
-_ENCODED_ONCE = "The same prompts with the same encoders are encoded once."
-
 Embeddings = dict[str, Tensor | None]
 
 
@@ -78,7 +74,7 @@ def _copies(embeddings: Embeddings) -> Embeddings:
 class PeRFlowCachedTextEncoderStep(PeRFlowTextEncoderStep):
     """diffusers' text encoder, run once for each request: what `PromptCacheStep` runs where there is a prompt."""
 
-    description = f"Encodes the prompt and keeps the embeddings. {_ENCODED_ONCE}"
+    description = f"{PeRFlowAutoTextEncoderStep.description} The same prompts with the same encoders are encoded once."
 
     def __init__(self, max_entries: int = DEFAULT_MAX_ENTRIES) -> None:
         super().__init__()
@@ -107,12 +103,13 @@ class PeRFlowCachedTextEncoderStep(PeRFlowTextEncoderStep):
     def _request(self, components: Any, block_state: Any) -> Hashable | None:
         """All that the embeddings depend on, or None if an input cannot be a key."""
         device = components._execution_device
+        names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
         inputs = {name: getattr(block_state, name) for name in self.input_names}
         inputs["cross_attention_kwargs"] = _lora_scale(block_state)  # the rest is the UNet's
         try:
             return (
                 tuple(_key(value) for value in inputs.values()),
-                tuple(_identity(getattr(components, name)) for name in ENCODERS),
+                tuple(_identity(getattr(components, name)) for name in names),
                 components.guider.num_conditions > 1,
                 components.config.force_zeros_for_empty_prompt,
                 device,
@@ -132,9 +129,8 @@ class PromptCacheStep(PeRFlowAutoTextEncoderStep):
     encoders: which are active, at what scale. Call `clear()` after changing an encoder in place in another way, such
     as writing into its weights or unloading a LoRA that was fused into them.
 
-    The entries lie on the encoders' device. One prompt of SDXL takes 0.32 MB in half precision, twice that with
-    guidance. `hits` and `misses` count the calls; `cache` holds the entries (`len(block.cache)`) and is shared with
-    the copies of this block that pipelines make.
+    The entries lie on the encoders' device: 0.32 MB for one prompt of SDXL in half precision, twice that with
+    guidance. `hits` and `misses` count the calls; `cache` holds the entries, also for a pipeline's copy of this block.
 
     Example:
         >>> cache = PromptCacheStep()
@@ -148,14 +144,11 @@ class PromptCacheStep(PeRFlowAutoTextEncoderStep):
         (3, 1)
 
     Args:
-        max_entries: how many requests to keep, at least 1; the one that was not used for longest goes first.
-
-    Raises:
-        ValueError: `max_entries` is not a positive integer.
+        max_entries: how many requests to keep, a positive integer; the one that was not used for longest goes first.
     """
 
     block_classes = [PeRFlowCachedTextEncoderStep, PeRFlowEmbeddingsStep]
-    description = f"{PeRFlowAutoTextEncoderStep.description} {_ENCODED_ONCE}"
+    description = PeRFlowCachedTextEncoderStep.description
 
     def __init__(self, max_entries: int = DEFAULT_MAX_ENTRIES) -> None:
         super().__init__()

@@ -72,9 +72,8 @@ def find_loops(blocks: ModularPipelineBlocks) -> Iterator[LoopSequentialPipeline
 def compile_loops(pipe: Any, *, full: bool = False, vae: bool = True, **options: Any) -> list[str]:
     """Compiles UNet, ControlNets and the VAE's decoder in place, at their first call. Do so after loading.
 
-    By default only the transformer blocks of UNet and ControlNets are compiled, once for all blocks of a kind, which
-    takes seconds where a whole SDXL UNet takes minutes
-    (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html).
+    By default only the transformer blocks of UNet and ControlNets are compiled, each kind once: seconds where a whole
+    SDXL UNet takes minutes (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html).
 
     Example:
         >>> pipe.load_components(dtype=torch.float16)

@@ -77,7 +77,11 @@ class StepCallbackStep(LoopBlock):
     @torch.no_grad()
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
         if block_state.step_callback is not None:
-            answer = block_state.step_callback(_step_info(block_state, i))
+            plan = block_state.step_plan
+            of_plan = ("window_index", "window_start", "window_end", "alpha_start", "alpha_end")
+            numbers = {"timestep": plan.timesteps[i], **{name: getattr(plan, name)[i] for name in of_plan}}
+            info = StepInfo(step=i, num_steps=len(plan), latents=block_state.latents, **numbers)
+            answer = block_state.step_callback(info)
             if answer is not None and not isinstance(answer, (bool, np.bool_)):
                 returned = f"step_callback returned a value of type {type(answer).__name__}"
                 raise ValueError(f"{returned}; return True to end the run, False or None to go on.")
@@ -108,18 +112,3 @@ class WindowLogStep(ModularPipelineBlocks):
             alphas = f"abar {plan.alpha_start[i]:.4g} to {plan.alpha_end[i]:.4g}"
             logger.log(self.level, f"Step {i + 1} of {len(plan)} begins {window}, {alphas}.")
         return components, block_state
-
-
-def _step_info(block_state: Any, i: int) -> StepInfo:
-    plan = block_state.step_plan
-    return StepInfo(
-        step=i,
-        num_steps=len(plan),
-        timestep=plan.timesteps[i],
-        window_index=plan.window_index[i],
-        window_start=plan.window_start[i],
-        window_end=plan.window_end[i],
-        alpha_start=plan.alpha_start[i],
-        alpha_end=plan.alpha_end[i],
-        latents=block_state.latents,
-    )

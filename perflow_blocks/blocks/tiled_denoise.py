@@ -100,9 +100,7 @@ class PeRFlowTiledLoopDenoiser(PeRFlowLoopDenoiser, LoopBlock):
         told = [_as_image_of_its_own(batch, *block_state.tile_sizes) for batch in batches]
 
         def predict_tile(top: int, left: int) -> Tensor:
-            parts = {
-                name: _map_planes(value, lambda plane: tiling.cut(plane, top, left)) for name, value in whole.items()
-            }
+            parts = _map_planes(whole, lambda plane: tiling.cut(plane, top, left))
             return predict(components, BlockState(**{**block_state.as_dict(), **parts}), told, i, t)
 
         return tiling.blend(predict_tile)
