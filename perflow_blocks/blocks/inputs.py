@@ -171,6 +171,7 @@ def shared_input(name: str, *, required: bool = False, default: Any = None) -> I
 
 latents_input = partial(shared_input, "latents", required=True)
 delta_recipe_input = partial(shared_input, "delta_recipe")
+num_inference_steps_input = partial(shared_input, "num_inference_steps", required=True)
 step_plan_input = partial(shared_input, "step_plan", required=True)
 step_coefficients_input = partial(shared_input, "step_coefficients", required=True)
 noise_coefficients_input = partial(shared_input, "noise_coefficients", required=True)

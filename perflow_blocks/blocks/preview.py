@@ -125,11 +125,7 @@ class PreviewStep(LoopBlock):
         latents_input(),
         noise_pred_input(),
         step_coefficients_input(),
-        param(
-            "preview_callback",
-            PreviewCallback,
-            "Called as `preview_callback(i, images)` with the step's number, from 0, and a list of PIL images.",
-        ),
+        param("preview_callback", PreviewCallback, "Called with the step's number, from 0, and a list of PIL images."),
         param("preview_every", int, "Steps from one preview to the next, at least 1.", default=1),
     )
 

@@ -10,13 +10,14 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from diffusers.utils import logging
+from torch import Tensor
 
 from ..core.step_plan import StepPlan
 from ..core.windows import TimeWindows, tile_windows
 from ..delta.recipe import DeltaRecipe
 from ..schedulers.scheduling_perflow import PeRFlowScheduler, is_perflow_scheduler
 from .declare import declared
-from .inputs import delta_recipe_input, denoising_end_input, denoising_start_input, noising_input, shared_input
+from .inputs import shared_input
 from .origin import remember_source
 from .specs import DEFAULT_NUM_INFERENCE_STEPS, guider_spec, schedule_config_specs, scheduler_spec, unet_spec
 
@@ -31,12 +32,11 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
 
     An argument of the call wins over the configuration, which wins over the merged delta's recipe, which wins over the
     defaults (`ddim_eps`, 4 windows, 6 steps). The noise schedule is the delta's where it names one, else that of the
-    scheduler that is replaced. A PeRFlowScheduler that you set stays as it is. One that this block made follows
+    scheduler that is replaced. A PeRFlowScheduler that you set stays as it is; one that this block made follows
     configuration and delta from call to call.
 
     Raises:
-        ValueError: a number of steps below 1, timesteps that make no schedule, `denoising_end` outside (0, 1], or a
-            scheduler without betas.
+        ValueError: steps, timesteps or `denoising_end` make no schedule, or the scheduler has no betas.
     """
 
     model_name = "stable-diffusion-xl"
@@ -47,17 +47,12 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
     # The guider is unused here: the first block that names it decides its default.
     expected_components = declared(guider_spec(), scheduler_spec(), unet_spec())
     expected_configs = declared(*schedule_config_specs())
-    inputs = declared(
-        shared_input("num_inference_steps"),
-        shared_input("timesteps"),
-        denoising_end_input(),
-        delta_recipe_input(),
-    )
+    inputs = declared(*map(shared_input, ("num_inference_steps", "timesteps", "denoising_end", "delta_recipe")))
     intermediate_outputs = declared(
-        OutputParam("timesteps", torch.Tensor, "Timesteps (num_steps,), integers on the device."),
+        OutputParam("timesteps", Tensor, "Timesteps (num_steps,), integers on the device."),
         OutputParam("num_inference_steps", int, "Number of denoising steps that are run."),
         OutputParam("step_plan", StepPlan, "The steps on the host: times, windows, coefficients."),
-        OutputParam("step_coefficients", torch.Tensor, "The plan's table (num_steps, 4) on the device, float32."),
+        OutputParam("step_coefficients", Tensor, "The plan's table (num_steps, 4) on the device, float32."),
     )
 
     @torch.no_grad()
@@ -72,13 +67,12 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
         recipe = block_state.delta_recipe
         _place_scheduler(components, recipe)
         scheduler = components.scheduler
-        if block_state.timesteps is not None:
-            scheduler.set_timesteps(timesteps=block_state.timesteps, device=device)
-        else:
+        steps = None
+        if block_state.timesteps is None:
             recommended = None if recipe is None else recipe.num_inference_steps
             configured = components.config.default_num_inference_steps
             steps = _first(block_state.num_inference_steps, configured, recommended, DEFAULT_NUM_INFERENCE_STEPS)
-            scheduler.set_timesteps(steps, device=device)
+        scheduler.set_timesteps(steps, device=device, timesteps=block_state.timesteps)
         plan = self.section(scheduler, scheduler.plan, block_state)
         block_state.timesteps = torch.tensor(plan.timesteps).to(device)
         block_state.num_inference_steps = len(plan)
@@ -93,7 +87,7 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
 
 def _entry_inputs(strength: float) -> list[InputParam]:
     """Where a given image enters the path, with the default strength of a task."""
-    return [shared_input("strength", default=strength), denoising_start_input(), noising_input()]
+    return [shared_input("strength", default=strength), shared_input("denoising_start"), shared_input("noising")]
 
 
 class PeRFlowImg2ImgSetTimestepsStep(PeRFlowSetTimestepsStep):
@@ -115,11 +109,7 @@ class PeRFlowImg2ImgSetTimestepsStep(PeRFlowSetTimestepsStep):
     inputs = declared(*PeRFlowSetTimestepsStep.inputs, *_entry_inputs(0.3))
     intermediate_outputs = declared(
         *PeRFlowSetTimestepsStep.intermediate_outputs,
-        OutputParam(
-            "noise_coefficients",
-            torch.Tensor,
-            "(P, Q) of `P x0 + Q noise` at the start of each step and at the end, (num_steps + 1, 2), float32.",
-        ),
+        OutputParam("noise_coefficients", Tensor, "(P, Q) of `P x0 + Q noise` at each step and the end, float32."),
     )
 
     def prepare(self, components: Any, block_state: Any, device: torch.device) -> None:

@@ -57,15 +57,10 @@ class PeRFlowTiledLoopDenoiser(PeRFlowLoopDenoiser, LoopBlock):
         return [
             *super().inputs,
             param(
-                "tile_size",
-                int,
-                "Height and width of a tile in pixels, for SDXL a multiple of 32. None: the UNet's own size.",
+                "tile_size", int, "Height and width of a tile in pixels, for SDXL a multiple of 32. None: the UNet's."
             ),
             param(
-                "tile_overlap",
-                int,
-                "Pixels over which neighbouring tiles are blended, a multiple of f, at most half a tile; 0 leaves "
-                "seams. None: an eighth of a tile.",
+                "tile_overlap", int, "Pixels that tiles share, at most half of one. None: an eighth; 0 leaves seams."
             ),
         ]
 
