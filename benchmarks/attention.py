@@ -9,8 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from perflow_blocks.attention.registry import attention_strategy_names, get_attention_strategy
-from perflow_blocks.attention.strategy import AttentionStrategy
+from perflow_blocks.attention.strategies import (
+    AttentionStrategy,
+    attention_strategy_names,
+    get_attention_strategy,
+)
 
 from .measure import Setting, clock, peak_bytes, time_in_turns
 from .report import Report, megabytes, table
@@ -99,7 +102,7 @@ def available(device: torch.device, dtype: torch.dtype) -> tuple[list[AttentionS
     for name in attention_strategy_names():
         strategy = get_attention_strategy(name)
         try:
-            strategy.require(device, dtype, HEAD_DIM)
+            strategy.resolve(device, dtype, HEAD_DIM)
         except (ImportError, ValueError) as error:
             missing[name] = str(error)
         else:
@@ -118,7 +121,7 @@ def measure(
     labels, declined = {}, []
     with torch.inference_mode():
         for strategy in strategies:
-            reason = strategy.supports(query.shape, key.shape, dtype, setting.device)
+            reason = strategy.refuses(query, key, None)
             if reason is not None:
                 declined.append((layer, strategy.name, "-", reason, "-", "-", "-", "-"))
                 continue
@@ -146,9 +149,9 @@ def prepare(
     strategy: AttentionStrategy, inputs: tuple[Tensor, Tensor, Tensor], setting: Setting
 ) -> tuple[str, Callable[..., Tensor], Tensor]:
     """What to call it in the table, the function to time, and what its first call returned."""
-    query, key, _ = inputs
-    chosen = strategy.choice(query.shape, key.shape, query.dtype, query.device)
-    label = strategy.name if chosen == strategy.name else f"{strategy.name} (here {chosen})"
+    label, strategy = strategy.name, strategy.resolve(inputs[0].device, inputs[0].dtype, HEAD_DIM)
+    if strategy.name != label:
+        label += f" (here {strategy.name})"
     if strategy.name in COMPILED:
         compiled = torch.compile(
             lambda query, key, value: strategy(query, key, value),

@@ -1,7 +1,4 @@
-"""What merging a delta costs beside reading its file once, and how much memory it takes beside the model.
-
-Measured with both ways back: reading the base again, and keeping what rounding lost.
-"""
+"""What merging a delta costs beside reading its file once, and how much memory it takes beside the model."""
 
 from __future__ import annotations
 
@@ -21,7 +18,6 @@ from tqdm.auto import tqdm
 
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.merge import merge_delta, rescale_delta, unmerge_delta
-from perflow_blocks.delta.record import merge_state
 
 from .measure import Setting, Timing
 from .report import Report, megabytes, table
@@ -37,7 +33,7 @@ class Size:
 
     Attributes:
         weights: how many. Their bytes are needed three times in memory, with the system's cache of the files, and
-            twice on disk beside a quarter for corrections.
+            twice on disk.
         dtype: of model and file.
         relative: standard deviation of dW, that of W being 1. PeRFlow's demo delta has 0.1.
     """
@@ -54,13 +50,11 @@ class Measurement:
     times: dict[str, Timing]
     model_bytes: int
     largest_bytes: int
-    peak_bytes: dict[str, int]
-    correction_bytes: int
+    peak_bytes: int
     exact: bool
 
 
 READING = "reading the file"
-REREAD, KEPT = "base read again", "what rounding lost kept"
 
 
 def measure(size: Size, rounds: int) -> Measurement:
@@ -76,30 +70,27 @@ def measure(size: Size, rounds: int) -> Measurement:
         before = _fingerprint(module)
         sizes = [parameter.nbytes for parameter in module.parameters()]
         seconds: dict[str, list[float]] = {}
-        peaks: dict[str, int] = {}
-        corrections = 0
+        peak = 0
 
-        def timed(way: str, what: str, action: Callable[[], object], cold: Sequence[Path] = (delta,)) -> None:
-            nonlocal corrections
+        def timed(what: str, action: Callable[[], object], cold: Sequence[Path] = (delta,)) -> None:
+            nonlocal peak
             with PeakMemory() as memory:
-                seconds.setdefault(f"{what}, {way}" if way else what, []).append(_timed(cold, action))
-            peaks[way] = max(peaks.get(way, 0), memory.peak)
-            corrections = max(corrections, merge_state(module).corrections.size)
+                seconds.setdefault(what, []).append(_timed(cold, action))
+            peak = max(peak, memory.peak)
 
         for _ in tqdm(range(rounds), desc="merging", unit="round"):
-            timed("", READING, lambda: _read(delta))
+            timed(READING, lambda: _read(delta))
             _read(base)  # as by loading the model
-            timed(REREAD, "merge", lambda: merge_delta(module, delta, base=base))
-            timed(REREAD, "rescale", lambda: rescale_delta(module, 0.5))
-            timed(REREAD, "unmerge", lambda: unmerge_delta(module))
-            timed(f"{REREAD} from disk", "merge", lambda: merge_delta(module, delta, base=base), (delta, base))
+            timed("merge", lambda: merge_delta(module, delta, base=base))
+            timed("rescale", lambda: rescale_delta(module, 0.5))
+            timed("unmerge", lambda: unmerge_delta(module))
+            timed("merge, base from disk", lambda: merge_delta(module, delta, base=base), (delta, base))
             unmerge_delta(module)
-            timed(KEPT, "merge", lambda: merge_delta(module, delta))
-            timed(KEPT, "rescale", lambda: rescale_delta(module, 0.5))
-            timed(KEPT, "unmerge", lambda: unmerge_delta(module))
+            timed("merge without a base", lambda: merge_delta(module, delta))
+            unmerge_delta(module, base=base)
         exact = _fingerprint(module) == before
     times = {name: Timing(tuple(values)) for name, values in seconds.items()}
-    return Measurement(times, sum(sizes), max(sizes), peaks, corrections, exact)
+    return Measurement(times, sum(sizes), max(sizes), peak, exact)
 
 
 def _weights(size: Size, spread: float, seed: int) -> dict[str, torch.Tensor]:
@@ -197,18 +188,12 @@ def run(setting: Setting) -> Report:
                     for name, timing in found.times.items()
                 ),
             ),
-            f"Beside the model: {_memory(found, REREAD)} where the base is read again; {_memory(found, KEPT)} where "
-            f"what rounding lost is kept, and that, {megabytes(found.correction_bytes)} MB "
-            f"({found.correction_bytes / found.model_bytes:.1%}), in a temporary file beyond 16 MB. The largest "
-            f"tensor has {megabytes(found.largest_bytes)} MB.",
+            f"Beside the model: {megabytes(found.peak_bytes)} MB of memory at most "
+            f"({found.peak_bytes / found.model_bytes:.1%}). The largest tensor has {megabytes(found.largest_bytes)} "
+            "MB.",
             f"Taken out, the weights are {'the same bit for bit' if found.exact else 'NOT the same'}.",
         ),
     )
-
-
-def _memory(found: Measurement, way: str) -> str:
-    peak = found.peak_bytes[way]
-    return f"{megabytes(peak)} MB of memory at most ({peak / found.model_bytes:.1%})"
 
 
 def _size(setting: Setting) -> Size:

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "AttentionConfig": "attention.config",
-    "AttentionStrategy": "attention.strategy",
+    "AttentionStrategy": "attention.strategies",
     "CardExample": "hub.card_example",
     "FiniteGuardStep": "blocks.finite_guard",
     "LatentToRGB": "blocks.preview",
@@ -38,12 +38,12 @@ _PUBLIC = {
     "compile_loops": "blocks.recombine",
     "delta_to_lora": "delta.lora",
     "export_workflow": "hub.export",
-    "extract_delta": "delta.tensors",
+    "extract_delta": "delta.extract",
     "insert_loop_block": "blocks.recombine",
     "load_workflow": "hub.loading",
     "merge_delta": "delta.merge",
     "push_workflow": "hub.publish",
-    "register_attention_strategy": "attention.registry",
+    "register_attention_strategy": "attention.strategies",
     "rescale_delta": "delta.merge",
     "unmerge_delta": "delta.merge",
 }

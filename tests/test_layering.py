@@ -119,7 +119,7 @@ def test_every_directory_has_a_layer_and_is_read() -> None:
         ("schedulers/a.py", "from perflow_blocks.blocks.specs import X"),
         ("schedulers/a.py", "import perflow_blocks.cli"),
         ("delta/a.py", "from perflow_blocks import builder"),
-        ("delta/sub/a.py", "from ...attention.plan import X"),
+        ("delta/sub/a.py", "from ...attention.config import X"),
         ("blocks/a.py", "from ..hub import X"),
         ("blocks/a.py", "import typer"),
         ("builder.py", "from .hub import X"),

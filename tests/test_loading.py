@@ -38,7 +38,7 @@ def load(directory):
     return pipe, report
 
 def generate(pipe, report):
-    from perflow_blocks.delta.record import merge_record
+    from perflow_blocks.delta.merge import merge_record
     pipe.load_components()
     report["missing"] = pipe.null_component_names
     models = [pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2]

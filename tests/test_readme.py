@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from perflow_blocks.attention import registry
+from perflow_blocks.attention import strategies
 from perflow_blocks.testing import tiny_controlnet, tiny_controlnet_union, tiny_picture
 from tests.conftest import make_pipeline
 from tests.hub.conftest import save_ip_adapter
@@ -26,7 +26,7 @@ def snippets(heading: str) -> list[str]:
 
 def test_the_section_on_recombining_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "_STRATEGIES", dict(registry._STRATEGIES))
+    monkeypatch.setattr(strategies, "_STRATEGIES", dict(strategies._STRATEGIES))
     repositories = {
         "diffusers/controlnet-canny-sdxl-1.0": tmp_path / "controlnet",
         "xinsir/controlnet-union-sdxl-1.0": tmp_path / "union",

@@ -1,9 +1,10 @@
-"""The component `attention`: puts a plan into effect on models, says what ran, and takes it back."""
+"""The component `attention`: plans, attaching them to models and detaching them, and the report of what ran."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -14,14 +15,132 @@ from diffusers.models.attention_processor import Attention
 from diffusers.utils.torch_utils import is_compiled_module, unwrap_module
 from torch import nn
 
-from .plan import AttentionKind, AttentionPlace, AttentionPlan, PlanLike, parse_plan
-from .processor import PROCESSORS, StrategyAttnProcessor, plain_processor, why_kept
-from .registry import get_attention_strategy
-from .report import AttentionRecord, AttentionReport, make_report
-from .strategy import AttentionStrategy
+from .processor import PROCESSORS, AttentionRecord, StrategyAttnProcessor, why_kept
+from .strategies import AttentionStrategy, get_attention_strategy
 
-IMAGE_PROJECTION = "encoder_hid_proj"
-"""What projects an IP-Adapter's pictures, which is no attention of the denoiser."""
+KINDS = ("self", "cross")
+"""What an attention module sees: the image itself, or the prompt."""
+
+COMPONENTS = ("unet", "controlnet")
+"""The components of a pipeline whose attention a plan is about."""
+
+PlanLike = str | Mapping[str, str] | Sequence[str]
+"""A strategy's name, for all modules; or kinds and patterns with a name each, as a mapping or "key=name" strings."""
+
+
+class AttentionPlace(NamedTuple):
+    """An attention module, and where it is.
+
+    Attributes:
+        component: the pipeline's name for the component, such as "controlnet".
+        label: the same, with the number of the model where there are several: "controlnet.nets.0".
+        name: the module's name in the model, such as "mid_block.attentions.0.transformer_blocks.0.attn1".
+        kind: "self" or "cross".
+        attn, model: the module, and the model that it is part of.
+        compiled: whether `torch.compile` wrapped the model.
+    """
+
+    component: str
+    label: str
+    name: str
+    kind: str
+    attn: Any = None
+    model: Any = None
+    compiled: bool = False
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.label}.{self.name}"
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a glob matches the name, alone or with model or component in front; `*` stands for dots too."""
+        names = (self.name, self.full_name, f"{self.component}.{self.name}")
+        return any(fnmatchcase(name, pattern) for name in names)
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Kinds and patterns with the strategy asked for. Patterns overrule kinds, and the last pattern wins."""
+
+    entries: dict[str, str]
+
+    def asks(self, place: AttentionPlace) -> str | None:
+        """The name of the strategy that a module is asked to use; None if the plan says nothing of it."""
+        for pattern, name in reversed(self.entries.items()):
+            if pattern not in KINDS and place.matches(pattern):
+                return name
+        return self.entries.get(place.kind)
+
+    def as_list(self) -> list[str]:
+        """The plan as "key=name" strings, as an index holds it: JSON need not keep the order of a mapping."""
+        return [f"{key}={name}" for key, name in self.entries.items()]
+
+    def check(self, places: Sequence[AttentionPlace], components: Iterable[str]) -> None:
+        """Raises a ValueError for a pattern that matches no module, unless it is about a component not in use now."""
+        absent = tuple(name for name in COMPONENTS if name not in set(components))
+        for pattern in self.entries:
+            known = pattern in KINDS or pattern.startswith(absent)
+            if not known and not any(place.matches(pattern) for place in places):
+                examples = " or ".join(repr(place.full_name) for place in places[:2])
+                raise ValueError(f"attention plan: {pattern!r} matches no attention module, such as {examples}.")
+
+
+def parse_plan(plan: PlanLike | None) -> AttentionPlan | None:
+    """The plan; None if nothing is asked for.
+
+    Example:
+        >>> parse_plan({"mid_block.*": "native", "self": "sliced"}).as_list()
+        ['self=sliced', 'mid_block.*=native']
+        >>> parse_plan("sliced").as_list()
+        ['self=sliced', 'cross=sliced']
+
+    Raises:
+        ValueError: another type; a key that is neither a kind nor a pattern of module names; an unknown strategy.
+    """
+    entries: Any = plan or {}
+    if isinstance(plan, str):
+        entries = dict.fromkeys(KINDS, plan)
+    elif isinstance(plan, Sequence) and all(isinstance(entry, str) and "=" in entry for entry in plan):
+        entries = {}
+        for key, _, name in (entry.rpartition("=") for entry in plan):
+            entries.pop(key.strip(), None)  # a key that comes again counts at its last place
+            entries[key.strip()] = name.strip()
+    if not isinstance(entries, Mapping):
+        raise ValueError(
+            f"attention plan={plan!r} must be a strategy's name, a mapping such as "
+            '{"self": "sliced", "mid_block.*": "native"}, or a list such as ["self=sliced", "mid_block.*=native"].'
+        )
+    for key, name in entries.items():
+        if key not in KINDS and not any(character in str(key) for character in ".*?["):
+            raise ValueError(
+                f"attention plan: the key {key!r} must be 'self', 'cross' or a pattern such as 'mid_block.*'."
+            )
+        get_attention_strategy(name)
+    ordered = sorted(entries.items(), key=lambda entry: entry[0] not in KINDS)
+    return AttentionPlan(dict(ordered)) if entries else None
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """What each attention module was asked to run and ran; `str()` gives a table, one line for modules that are alike.
+
+    Attributes:
+        rows: one for each module, in the models' order.
+    """
+
+    rows: tuple[AttentionRecord, ...]
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for row in self.rows:
+            groups.setdefault((row.module.split(".")[0], *row.cells()), []).append(row.module)
+        lines = [("module", "kind", "asked for", "ran", "why")]
+        for (_, kind, asked, ran, why), modules in groups.items():
+            name = modules[0] if len(modules) == 1 else f"{modules[0]} and {len(modules) - 1} like it"
+            lines.append((name, kind, asked, ran, why))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
 
 _LOAD_ID = "_diffusers_load_id"
 """Where `ComponentSpec.create` marks what a pipeline made by itself."""
@@ -32,14 +151,13 @@ class AttentionConfig(ConfigMixin):
 
     A plan is a strategy's name, for all modules (`"sliced"`); or a mapping of kinds (`"self"`, `"cross"`) and patterns
     of module names to strategies' names; or the same as a list of "key=name" strings. Kinds say the default, patterns
-    overrule them, and of several patterns the last one wins. A pattern is a glob such as "up_blocks.*.attn1", with or
-    without the component in front ("unet.mid_block.*", "controlnet.*"). Modules that a plan does not speak of are left
-    as they are; so are those whose processor is not diffusers' plain one, such as an IP-Adapter's.
-
-    Diffusers' `set_default_attn_processor` refuses processors that it does not know: call `detach` before it.
+    overrule them, and the last pattern wins. A pattern is a glob such as "up_blocks.*.attn1", with or without the
+    component in front ("unet.mid_block.*", "controlnet.*"). Modules that a plan says nothing of stay as they are, and
+    so do those whose processor is not diffusers' plain one, such as an IP-Adapter's.
 
     A pipeline with `PeRFlowApplyAttentionStep` puts the plan into effect at every call, as in the example. `attach`
-    does it for models outside such a pipeline.
+    does it for models outside such a pipeline. Call `detach` before diffusers' `set_default_attn_processor`, which
+    refuses processors that it does not know.
 
     Example:
         >>> pipe.update_components(attention=AttentionConfig({"self": "sliced", "cross": "native"}))
@@ -50,7 +168,7 @@ class AttentionConfig(ConfigMixin):
         plan: the plan; None for none.
 
     Raises:
-        ValueError: a plan of another form; a key that is neither kind nor pattern; a strategy that is not registered.
+        ValueError: a plan of another form; a key that is neither kind nor pattern; an unknown strategy.
     """
 
     config_name = "attention_config.json"
@@ -63,7 +181,7 @@ class AttentionConfig(ConfigMixin):
         self._records: WeakKeyDictionary[Attention, AttentionRecord] = WeakKeyDictionary()
         self._models: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether each was compiled as a whole
         self._taken: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by pipeline: the setting that it has run with
-        self._found_fit: set[tuple[AttentionStrategy, torch.device, torch.dtype, int]] = set()
+        self._resolved: dict[tuple[Any, ...], AttentionStrategy] = {}
         self._told: set[tuple[str, str]] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -83,25 +201,34 @@ class AttentionConfig(ConfigMixin):
 
         Raises:
             ImportError: a strategy's package is missing or too old.
-            ValueError: a strategy does not run here; a pattern that means no attention module; a model without values
-                (device "meta") and no device. Then no module is changed.
+            ValueError: a strategy does not run here, or a pattern matches no attention module. No module is changed.
         """
-        self.establish(self._plan, models, device=device)
+        if device is not None:
+            self._resolved.clear()  # strategies that run where the weights are need not run there
+        self.establish(self._plan, models, device=None if device is None else lambda: torch.device(device))
 
     def establish(
-        self, plan: AttentionPlan | None, models: Mapping[str, nn.Module], *, device: torch.device | str | None = None
+        self,
+        plan: AttentionPlan | None,
+        models: Mapping[str, nn.Module],
+        *,
+        device: Callable[[], torch.device] | None = None,
     ) -> None:
-        """As `attach`, with a plan in place of the component's own; None takes out what any plan has attached."""
-        given = None if device is None else torch.device(device)
-        sites = list(_sites(models))
+        """Puts any plan into effect, as `attach` does with this one's. None takes out what is attached.
+
+        Args:
+            device: gives the device where the models will run. Called only for a strategy that was not checked yet,
+                since pipelines and models look through all their modules for it.
+        """
+        places = list(_places(models))
         if plan is not None:
-            plan.require_places([site.place for site in sites], models)
-        # Once for each model, since both look through all weights.
-        run_as = cache(lambda model: (_device_of(model) if given is None else given, model.dtype))
-        changes = [self._change(plan, site, run_as) for site in sites]
-        for site, change in zip(sites, changes, strict=True):
-            self._apply(site, *change)
-        for model, compiled in _single_models(models).values():
+            plan.check(places, models)
+        changes = [self._change(plan, place, device) for place in places]
+        for place, (asked, kept, strategy) in zip(places, changes, strict=True):
+            record = self._records.setdefault(place.attn, AttentionRecord(told=self._told))
+            record.module, record.kind, record.asked, record.kept = place.full_name, place.kind, asked, kept
+            _set_processor(place.attn, strategy, record)
+        for model, compiled in {place.model: place.compiled for place in places}.items():
             self._models[model] = compiled
             _restore_spares(model)
 
@@ -112,19 +239,23 @@ class AttentionConfig(ConfigMixin):
         attention_plan=None)` ends that.
         """
         for attn in self._records:
-            _set_processor(attn, plain_processor(attn.processor))
+            _set_processor(attn, None)
         for model in self._models:
             _restore_spares(model)
 
     def report(self) -> AttentionReport:
         """What each attention module was asked to run and ran, since the last `reset`; `print` shows a table."""
         compiled = {part for model, whole in self._models.items() for part in _compiled_parts(model, whole)}
-        return make_report((record, attn in compiled) for attn, record in self._records.items())
+        rows = [
+            replace(record, counts=record.counts.copy(), compiled=attn in compiled)
+            for attn, record in self._records.items()
+        ]
+        return AttentionReport(tuple(rows))
 
     def reset(self) -> None:
         """Sets all counters to zero."""
         for record in self._records.values():
-            record.reset()
+            record.counts.clear()
 
     def is_new_to(self, pipeline: Any) -> bool:
         """Whether the pipeline has not been run since this component was set, and so not with its plan.
@@ -132,88 +263,48 @@ class AttentionConfig(ConfigMixin):
         A component that a pipeline made by itself, without a plan, brings none.
         """
         made_by_pipeline = _LOAD_ID in vars(self)  # set by ComponentSpec.create
-        return self._taken.get(pipeline) is not _setting(pipeline) and not (made_by_pipeline and self._plan is None)
+        is_taken = self._taken.get(pipeline) is pipeline._component_specs["attention"]
+        return not is_taken and not (made_by_pipeline and self._plan is None)
 
     def remember(self, pipeline: Any) -> None:
         """Notes that the pipeline has taken the plan into its own configuration, which says what runs from now on."""
-        self._taken[pipeline] = _setting(pipeline)
+        self._taken[pipeline] = pipeline._component_specs["attention"]  # update_components makes a new one each time
 
     def _change(
-        self, plan: AttentionPlan | None, site: _Site, run_as: Callable[[Any], tuple[torch.device, torch.dtype]]
+        self, plan: AttentionPlan | None, place: AttentionPlace, device: Callable[[], torch.device] | None
     ) -> tuple[str | None, str | None, AttentionStrategy | None]:
         """What the plan asks for at a module, why that is not done, and the strategy to use."""
-        asked = None if plan is None else plan.strategy_for(site.place)
-        if asked is None:
-            return None, None, None
-        strategy, kept = get_attention_strategy(asked), why_kept(site.attn)
-        if kept is not None:
+        attn, model = place.attn, place.model
+        asked = None if plan is None else plan.asks(place)
+        kept = None if asked is None else why_kept(attn, _plain(attn.processor))
+        if asked is None or kept is not None:
             return asked, kept, None
-        call = (*run_as(site.model), site.attn.inner_dim // site.attn.heads)
-        if (strategy, *call) not in self._found_fit:
-            strategy.require(*call)
-            self._found_fit.add((strategy, *call))
-        return asked, None, strategy
-
-    def _apply(self, site: _Site, asked: str | None, kept: str | None, strategy: AttentionStrategy | None) -> None:
-        current = site.attn.processor
-        if site.attn not in self._records:
-            # What another component's processor was compiled into is run again where nothing else changes.
-            traced = current.record.traced if isinstance(current, StrategyAttnProcessor) else ()
-            self._records[site.attn] = AttentionRecord(told=self._told, traced=set(traced))
-        record = self._records[site.attn]
-        record.place, record.asked, record.kept = site.place, asked, kept
-        plain = plain_processor(current)
-        if strategy is None:
-            _set_processor(site.attn, plain)
-        elif not _calls(current, strategy, record):
-            _set_processor(site.attn, PROCESSORS[type(plain)](strategy, plain, record))
+        weight, head_dim = next(attn.parameters()), attn.inner_dim // attn.heads
+        key = (asked, weight.device, weight.dtype, head_dim)
+        if key not in self._resolved:
+            runs_on = model.device if device is None else device()
+            if runs_on.type == "meta":
+                raise ValueError(f"{type(model).__name__} is on device 'meta': pass device=, where it will run.")
+            self._resolved[key] = get_attention_strategy(asked).resolve(runs_on, model.dtype, head_dim)
+        return asked, None, self._resolved[key]
 
 
-def _device_of(model: Any) -> torch.device:
-    if model.device.type == "meta":
-        raise ValueError(
-            f"{type(model).__name__} holds no values (device 'meta'), so where it will run is not known; pass device=."
-        )
-    return model.device
-
-
-def _setting(pipeline: Any) -> Any:
-    """What `update_components(attention=...)` makes anew each time, also for a component that was set before."""
-    return pipeline._component_specs["attention"]
-
-
-class _Site(NamedTuple):
-    """An attention module, the model it is part of, and where it stands."""
-
-    attn: Attention
-    model: Any
-    place: AttentionPlace
-
-
-def _sites(models: Mapping[str, nn.Module]) -> Iterator[_Site]:
-    """All attention modules of the denoising models, in their order."""
+def _places(models: Mapping[str, nn.Module]) -> Iterator[AttentionPlace]:
+    """All attention modules of the denoising models, in their order, several ControlNets one by one."""
     seen: set[Attention] = set()  # one ControlNet may stand in several places
-    for label, (model, _) in _single_models(models).items():
-        for path, attn in model.named_modules():
-            name = path.replace("_orig_mod.", "")  # of a part that was compiled
-            if isinstance(attn, Attention) and attn not in seen and not name.startswith(IMAGE_PROJECTION):
-                seen.add(attn)
-                kind: AttentionKind = "cross" if attn.is_cross_attention else "self"
-                place = AttentionPlace(component=label.split(".")[0], model=label, name=name, kind=kind)
-                yield _Site(attn, model, place)
-
-
-def _single_models(models: Mapping[str, nn.Module]) -> dict[str, tuple[Any, bool]]:
-    """The models by their labels, several ControlNets one by one; each with whether `torch.compile` wrapped it."""
-    single: dict[str, tuple[Any, bool]] = {}
     for component, given in models.items():
-        model = unwrap_module(given)
         parts = {component: given}
-        if isinstance(model, MultiControlNetModel):
-            parts = {f"{component}.nets.{number}": part for number, part in enumerate(model.nets)}
+        if isinstance(several := unwrap_module(given), MultiControlNetModel):
+            parts = {f"{component}.nets.{number}": net for number, net in enumerate(several.nets)}
         for label, part in parts.items():
-            single[label] = (unwrap_module(part), is_compiled_module(part) or is_compiled_module(given))
-    return single
+            model, compiled = unwrap_module(part), is_compiled_module(part) or is_compiled_module(given)
+            for path, attn in model.named_modules():
+                name = path.replace("_orig_mod.", "")  # of a part that was compiled
+                # What projects an IP-Adapter's images is no attention of the denoiser.
+                if isinstance(attn, Attention) and attn not in seen and not name.startswith("encoder_hid_proj"):
+                    seen.add(attn)
+                    kind = "cross" if attn.is_cross_attention else "self"
+                    yield AttentionPlace(component, label, name, kind, attn, model, compiled)
 
 
 def _compiled_parts(model: nn.Module, whole: bool) -> Iterator[nn.Module]:
@@ -223,20 +314,26 @@ def _compiled_parts(model: nn.Module, whole: bool) -> Iterator[nn.Module]:
             yield from module.modules()
 
 
-def _calls(processor: Any, strategy: AttentionStrategy, record: AttentionRecord) -> bool:
-    """Whether a module's processor is one that calls this strategy and counts here."""
-    return (
-        isinstance(processor, StrategyAttnProcessor) and processor.strategy is strategy and processor.record is record
-    )
+def _plain(processor: Any) -> Any:
+    """What a processor of this package replaced; any other one as it is."""
+    return processor.replaced if isinstance(processor, StrategyAttnProcessor) else processor
 
 
-def _set_processor(attn: Attention, processor: Any) -> None:
-    if attn.processor is not processor:
-        attn.set_processor(processor)
+def _set_processor(attn: Attention, strategy: AttentionStrategy | None, record: AttentionRecord | None = None) -> None:
+    """Has a module call a strategy; None gives it back the processor that it had. Keeps what is right already."""
+    current, plain = attn.processor, _plain(attn.processor)
+    if strategy is None:
+        wanted = plain
+    elif current is not plain and current.strategy is strategy and current.record is record:
+        wanted = current
+    else:
+        wanted = PROCESSORS[type(plain)](strategy, plain, record)
+    if wanted is not current:
+        attn.set_processor(wanted)
 
 
 def _restore_spares(model: nn.Module) -> None:
     """Restores the processors that diffusers put aside when it fused projections, and will put back."""
     spares = vars(model).get("original_attn_processors") or {}
     for name, processor in spares.items():
-        spares[name] = plain_processor(processor)
+        spares[name] = _plain(processor)

@@ -1,56 +1,100 @@
-"""The attention processors that call a strategy: they take the place of diffusers' plain ones, module by module."""
+"""The attention processors that call a strategy in place of diffusers' plain ones, and the record of what they ran."""
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers.hooks._helpers import AttentionProcessorRegistry
-from diffusers.hooks.layer_skip import AttentionProcessorSkipHook
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
-from torch import Tensor, nn
+from diffusers.utils import logging
+from torch import Tensor
 
-from .registry import get_attention_strategy
-from .report import AttentionRecord
-from .strategy import AttentionStrategy
+from .strategies import AttentionStrategy, get_attention_strategy
+
+logger = logging.get_logger(__name__)
 
 NATIVE = get_attention_strategy("native")
 """What runs where a strategy does not take a call."""
 
 
+@dataclass(kw_only=True, eq=False)
+class AttentionRecord:
+    """What one attention module was asked to run, and ran.
+
+    Attributes:
+        module: the module's name, with the model's in front.
+        kind: "self" or "cross".
+        asked: the strategy that the plan asks for; None if it says nothing of this module.
+        kept: why the module keeps a processor of its own; None if it does not.
+        compiled: whether the module is inside compiled code, where calls are not counted; set in a report.
+        counts: calls by (strategy that ran, why it was not the one asked for).
+        told: the (strategy, reason) pairs warned of so far, shared by all modules of an `AttentionConfig`.
+    """
+
+    module: str = "an attention module"
+    kind: str = "self"
+    asked: str | None = None
+    kept: str | None = None
+    compiled: bool = False
+    counts: Counter[tuple[str, str | None]] = field(default_factory=Counter)
+    told: set[tuple[str, str]] = field(default_factory=set, repr=False)
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """By the strategy that ran, the number of calls."""
+        totals = Counter[str]()
+        for (name, _), count in self.counts.items():
+            totals[name] += count
+        return dict(+totals)
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        """By the reason why `native` ran instead, the number of calls; 0 for calls inside compiled code."""
+        return {reason: count for (_, reason), count in self.counts.items() if reason is not None}
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """What a table shows after the module's name: kind, asked for, ran, why."""
+        ran = [f"{name} {count}" for name, count in self.calls.items()] + ["compiled"] * self.compiled
+        why = [f"{reason} ({count} native)" if count else reason for reason, count in self.fallbacks.items()]
+        kept = [] if self.kept is None else [f"kept: {self.kept}"]
+        return self.kind, self.asked or "-", ", ".join(ran) or "-", "; ".join(kept + why)
+
+    def count(self, ran: str, asked: str, reason: str | None, calls: int = 1) -> None:
+        """Counts calls, and warns once for each strategy that was asked for and reason why it did not run."""
+        self.counts[ran, reason] += calls
+        if reason is not None and (asked, reason) not in self.told:
+            self.told.add((asked, reason))
+            logger.warning("%s runs native attention instead of %s, which %s.", self.module, asked, reason)
+
+    @torch.compiler.assume_constant_result  # runs while the call is traced, and leaves nothing in the graph
+    def count_traced(self, asked: str, reason: str) -> None:
+        self.count("native", asked, reason, calls=0)
+
+
 class StrategyAttnProcessor:
     """Attention of a transformer block by a strategy; with `native` bit for bit what `AttnProcessor2_0` computes.
 
-    Where the strategy does not take a call, `native` does. All that undoes the replacement is here, in `replaced`. A
-    copy, also a pickled one, keeps strategy and `replaced` and counts for itself. diffusers makes new processors by
-    `type(processor)()` when IP-Adapters come and go: such a one computes natively.
+    Where the strategy does not take a call, `native` does. Without arguments, as diffusers makes processors when
+    IP-Adapters come and go, it is `native`.
 
     Attributes:
-        stands_for: the class of diffusers whose place it takes.
+        stands_for: the class of diffusers that it replaces.
         strategy: what it calls.
-        replaced: the processor that it took the place of.
+        replaced: the processor to give back when the plan is taken out.
         record: where it counts.
     """
 
     stands_for: type = AttnProcessor2_0
 
     def __init__(
-        self,
-        strategy: AttentionStrategy = NATIVE,
-        replaced: Any = None,
-        record: AttentionRecord | None = None,
+        self, strategy: AttentionStrategy = NATIVE, replaced: Any = None, record: AttentionRecord | None = None
     ) -> None:
         self.strategy = strategy
         self.replaced = self.stands_for() if replaced is None else replaced
         self.record = AttentionRecord() if record is None else record
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"strategy": self.strategy.name, "replaced": self.replaced}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.strategy = get_attention_strategy(state["strategy"])
-        self.replaced = state["replaced"]
-        self.record = AttentionRecord()
 
     def __call__(
         self,
@@ -59,24 +103,34 @@ class StrategyAttnProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """
+        """Attention of a module that `why_kept` lets through.
+
         Args:
-            attn: the module, of the form that `why_kept` lets through.
-            hidden_states: (batch, queries, channels).
+            attn: the module.
+            hidden_states: (batch, queries, channels), as the result.
             encoder_hidden_states: (batch, keys, channels of the prompt); None for self-attention.
             attention_mask: (batch or batch * heads, 1 or queries, keys), added to the scores.
-
-        Returns:
-            (batch, queries, channels).
         """
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        batch, keys, _ = context.shape
+        heads = attn.heads
         if attention_mask is not None:
-            batch, keys, _ = context.shape
             attention_mask = attn.prepare_attention_mask(attention_mask, keys, batch)
-            attention_mask = attention_mask.unflatten(0, (batch, attn.heads))  # (batch, heads, 1 or queries, keys)
-        projected = self.project(attn, hidden_states, encoder_hidden_states)
-        query, key, value = (tensor.unflatten(-1, (attn.heads, -1)) for tensor in projected)  # (..., heads, head_dim)
-        attended = self._attend(attn, query, key, value, attention_mask)
+            attention_mask = attention_mask.view(batch, heads, -1, keys)  # (batch, heads, 1 or queries, keys)
+        query, key, value = self.project(attn, hidden_states, encoder_hidden_states)
+        query = query.view(batch, -1, heads, query.shape[-1] // heads)  # (batch, queries, heads, head_dim)
+        key = key.view(batch, keys, heads, -1)
+        value = value.view(batch, keys, heads, -1)
+
+        strategy, reason = self.strategy, None
+        if strategy is not NATIVE:
+            reason = _why_native(strategy, attn, query, key, attention_mask)
+            strategy = strategy if reason is None else NATIVE
+        if not torch.compiler.is_compiling():
+            self.record.count(strategy.name, self.strategy.name, reason)
+        elif reason is not None:
+            self.record.count_traced(self.strategy.name, reason)
+        attended = strategy(query, key, value, attention_mask)
         attended = attended.flatten(2).to(query.dtype)
         return attn.to_out[1](attn.to_out[0](attended))
 
@@ -86,26 +140,6 @@ class StrategyAttnProcessor:
         """Query (batch, queries, inner channels), key and value (batch, keys, inner channels)."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         return attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-
-    def _attend(self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Calls the strategy, or `native` where it must; (batch, queries, heads, head_dim)."""
-        asked, compiling = self.strategy, torch.compiler.is_compiling()
-        call = (query.shape, key.shape, query.dtype, query.device, mask)
-        if asked is NATIVE:
-            reason = None
-        elif _is_perturbed(attn):
-            reason = "perturbed attention is made of PyTorch's own kernel"
-        elif compiling and not asked.compilable:
-            reason = f"torch.compile cannot trace {asked.name}"
-        else:
-            reason = asked.supports(*call)
-        strategy = asked if reason is None else NATIVE
-        ran = strategy.choice(*call)
-        if compiling:
-            self.record.trace(asked.name, ran, reason)
-        else:
-            self.record.count(asked.name, ran, reason)
-        return strategy(query, key, value, mask)
 
 
 class FusedStrategyAttnProcessor(StrategyAttnProcessor):
@@ -125,8 +159,7 @@ class FusedStrategyAttnProcessor(StrategyAttnProcessor):
 
 
 PROCESSORS: dict[type, type[StrategyAttnProcessor]] = {
-    AttnProcessor2_0: StrategyAttnProcessor,
-    FusedAttnProcessor2_0: FusedStrategyAttnProcessor,
+    kind.stands_for: kind for kind in (StrategyAttnProcessor, FusedStrategyAttnProcessor)
 }
 """The processors of diffusers that are replaced, and what by."""
 
@@ -134,42 +167,31 @@ PROCESSORS: dict[type, type[StrategyAttnProcessor]] = {
 AttentionProcessorRegistry.register(StrategyAttnProcessor, AttentionProcessorRegistry.get(AttnProcessor2_0))
 
 
-def plain_processor(processor: Any) -> Any:
-    """What a processor of this package took the place of; any other one as it is."""
-    return processor.replaced if isinstance(processor, StrategyAttnProcessor) else processor
+def _why_native(
+    strategy: AttentionStrategy, attn: Attention, query: Tensor, key: Tensor, mask: Tensor | None
+) -> str | None:
+    """Why `native` must compute this call; None if the strategy can."""
+    if torch.compiler.is_compiling() and not strategy.compilable:
+        return "torch.compile cannot trace"
+    hooks = getattr(attn, "_diffusers_hook", None)
+    if hooks is not None and any(getattr(hook, "skip_attention_scores", False) for hook in hooks.hooks.values()):
+        return "cannot be perturbed by a guider"  # which intercepts scaled_dot_product_attention
+    return strategy.refuses(query, key, mask)
 
 
-def strategies_of(model: nn.Module) -> set[AttentionStrategy]:
-    """The strategies that attention modules of a model call."""
-    processors = (module.processor for module in model.modules() if isinstance(module, Attention))
-    return {processor.strategy for processor in processors if isinstance(processor, StrategyAttnProcessor)}
-
-
-def why_kept(attn: Attention) -> str | None:
-    """Why a module keeps the processor it has; None where a strategy may take its place.
+def why_kept(attn: Attention, processor: Any) -> str | None:
+    """Why a module must keep this processor; None if a strategy may take its place.
 
     Exactly diffusers' plain processors are replaced, in modules that do no more than project and attend.
     """
-    processor = plain_processor(attn.processor)
     if type(processor) not in PROCESSORS:
         return type(processor).__name__
+    absent = ("group_norm", "spatial_norm", "norm_cross", "norm_q", "norm_k", "added_kv_proj_dim")
     plain = (
-        attn.group_norm is None
-        and attn.spatial_norm is None
-        and attn.norm_cross is None
-        and attn.norm_q is None
-        and attn.norm_k is None
-        and attn.added_kv_proj_dim is None
+        all(getattr(attn, name) is None for name in absent)
         and attn.to_out is not None
         and not attn.residual_connection
         and attn.rescale_output_factor == 1.0
         and attn.inner_kv_dim == attn.inner_dim
     )
     return None if plain else "more than a transformer block's attention"
-
-
-def _is_perturbed(attn: Attention) -> bool:
-    """Whether a guider's hook hangs on the module that catches calls of scaled_dot_product_attention."""
-    registry = getattr(attn, "_diffusers_hook", None)
-    hooks = () if registry is None else registry.hooks.values()
-    return any(isinstance(hook, AttentionProcessorSkipHook) and hook.skip_attention_scores for hook in hooks)

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, ModularPipelineBlocks, PipelineState
-from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, ConfigSpec
 
-from ..attention.config import AttentionConfig
-from ..attention.plan import parse_plan
+from ..attention.config import AttentionConfig, parse_plan
+from .declare import Assembled, declared
 from .specs import attention_config_specs, attention_spec, controlnet_spec, unet_spec
 
 
@@ -18,78 +17,58 @@ class PeRFlowApplyAttentionStep(ModularPipelineBlocks):
 
     Which plan: that of an `AttentionConfig` set as the component `attention` and not run before, else the
     configuration's `attention_plan`. The first is written to the configuration, so that a save keeps it. What was set
-    last holds, whichever of the two it is. Without a plan, what an earlier one attached is taken out.
+    last counts, whichever of the two it is. Without a plan, what an earlier one attached is taken out.
 
     Runs at every call, since IP-Adapters and fused projections bring new processors; where nothing changed, it changes
     nothing.
 
     Raises:
         ImportError: a strategy's package is missing or too old.
-        ValueError: no plan; an unknown strategy, or one that does not run here; a pattern that means no module.
+        ValueError: a plan of the wrong form; an unknown strategy, or one that does not run here; a pattern that
+            matches no module; an `attention` that is not an AttentionConfig.
     """
 
     model_name = "stable-diffusion-xl"
+    description = (
+        "Puts the attention plan into effect: strategies such as `sage` or `sliced`, by kind and name of module.\n"
+        "To set one: pipe.update_components(attention=AttentionConfig({...})). What ran: pipe.attention.report()."
+    )
+    expected_components = declared(attention_spec(), unet_spec())
+    expected_configs = declared(*attention_config_specs())
 
     models: tuple[str, ...] = ("unet",)
     """The components whose attention the plan is about."""
 
-    @property
-    def description(self) -> str:
-        return (
-            "Puts the attention plan into effect: strategies such as `sage` or `sliced`, by kind and name of module.\n"
-            "To set one: pipe.update_components(attention=AttentionConfig({...})). What ran: pipe.attention.report()."
-        )
-
-    @property
-    def expected_components(self) -> list[ComponentSpec]:
-        return [attention_spec(), unet_spec()]
-
-    @property
-    def expected_configs(self) -> list[ConfigSpec]:
-        return attention_config_specs()
-
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         attention = components.attention
-        if not isinstance(attention, AttentionConfig) and _is_copied(attention):
+        if not isinstance(attention, AttentionConfig):
+            # One of the installed package, or of another self-contained workflow, brings its plan.
+            if AttentionConfig.__name__ not in [kind.__name__ for kind in type(attention).__mro__]:
+                raise ValueError(f"attention={attention!r} must be an AttentionConfig, such as AttentionConfig().")
             attention = AttentionConfig(attention.config.plan)
             components.update_components(attention=attention)
-        if not isinstance(attention, AttentionConfig):
-            raise ValueError(
-                f"attention={attention!r} is wrong because it is no AttentionConfig; pass AttentionConfig()."
-            )
         is_new = attention.is_new_to(components)
         plan = attention.config.plan if is_new else components.config.attention_plan
         models = {name: getattr(components, name) for name in self.models}
-        attention.establish(parse_plan(plan), models, device=components._execution_device)
+        attention.establish(parse_plan(plan), models, device=lambda: components._execution_device)
         if is_new:
             components.update_components(attention_plan=plan)
             attention.remember(components)
         return components, state
 
 
-def _is_copied(attention: object) -> bool:
-    """Whether it is an AttentionConfig of the installed package, or of another self-contained workflow."""
-    return any(kind.__name__ == AttentionConfig.__name__ for kind in type(attention).__mro__)
-
-
 class PeRFlowControlNetApplyAttentionStep(PeRFlowApplyAttentionStep):
     """The same for UNet and ControlNets."""
 
     models = ("unet", "controlnet")
-
-    @property
-    def expected_components(self) -> list[ComponentSpec]:
-        return [*super().expected_components, controlnet_spec()]
+    expected_components = declared(attention_spec(), unet_spec(), controlnet_spec())
 
 
-class PeRFlowAutoApplyAttentionStep(AutoPipelineBlocks):
+class PeRFlowAutoApplyAttentionStep(Assembled, AutoPipelineBlocks):
     """The plan on UNet and ControlNets where there is a control image, else on the UNet."""
 
     block_classes = [PeRFlowControlNetApplyAttentionStep, PeRFlowApplyAttentionStep]
     block_names = ["controlnet", "unet"]
     block_trigger_inputs = ["control_image", None]
-
-    @property
-    def description(self) -> str:
-        return "Puts the attention plan into effect on the UNet, and with `control_image` on the ControlNets too."
+    description = "Puts the attention plan into effect on the UNet, and with `control_image` on the ControlNets too."

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
-from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
 from diffusers.utils import logging
 from torch import Tensor
 
@@ -18,13 +18,12 @@ from ..delta.recipe import DeltaRecipe
 from ..schedulers.scheduling_perflow import PeRFlowScheduler, is_perflow_scheduler
 from .declare import declared
 from .inputs import shared_input
-from .origin import remember_source
 from .specs import DEFAULT_NUM_INFERENCE_STEPS, guider_spec, schedule_config_specs, scheduler_spec, unet_spec
 
 logger = logging.get_logger(__name__)
 
 OWN_ATTRIBUTE = "_perflow_made_in_set_up"
-"""On a scheduler that this block made, to tell it from one that a user set: what it was made from."""
+"""On a scheduler that this block made: the configuration (`source`) and the place (`spec`) of the one it replaced."""
 
 
 class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
@@ -210,8 +209,7 @@ def _place_scheduler(components: Any, recipe: DeltaRecipe | None) -> None:
         logger.warning(
             f"The merged delta was distilled with {name}={value}, which is used instead of the scheduler's {replaced}."
         )
-    setattr(wanted, OWN_ATTRIBUTE, {"source": source, "made_from": made_from})
-    remember_source(wanted, components)
+    setattr(wanted, OWN_ATTRIBUTE, {"source": source, "spec": scheduler_source(components), "made_from": made_from})
     components.update_components(scheduler=wanted)
 
 
@@ -254,3 +252,10 @@ def _differences(config: Mapping[str, Any], settings: dict[str, Any]) -> list[tu
 def _first(*values: Any) -> Any:
     """The first that is not None (0 counts as given, so that it is refused rather than replaced)."""
     return next((value for value in values if value is not None), None)
+
+
+def scheduler_source(pipe: Any) -> ComponentSpec | None:
+    """Where the scheduler was loaded from, or will be, before the window set-up converted it; None for nowhere."""
+    own = None if pipe.scheduler is None else vars(pipe.scheduler).get(OWN_ATTRIBUTE)
+    spec = pipe.get_component_spec("scheduler") if own is None else own["spec"]
+    return spec if spec is not None and spec.pretrained_model_name_or_path else None

@@ -60,7 +60,9 @@ class PeRFlowTiledLoopDenoiser(PeRFlowLoopDenoiser, LoopBlock):
                 "tile_size", int, "Height and width of a tile in pixels, for SDXL a multiple of 32. None: the UNet's."
             ),
             param(
-                "tile_overlap", int, "Pixels that tiles share, at most half of one. None: an eighth; 0 leaves seams."
+                "tile_overlap",
+                int,
+                "Pixels that tiles share, a multiple of f, at most half of one. None: an eighth; 0 leaves seams.",
             ),
         ]
 

@@ -14,7 +14,7 @@ from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from safetensors import safe_open
 from torch import nn
 
-from ..delta.tensors import describe_mismatch
+from ..delta.files import describe_mismatch
 from .parts import Part
 from .problems import Problems
 from .settings import BuilderSettings, IPAdapterChoice, LoraChoice

@@ -12,13 +12,11 @@ from diffusers.guiders import BaseGuidance
 from torch import nn
 
 from ..attention.config import AttentionConfig
-from ..attention.plan import parse_plan
 from ..blocks.guiders import check_guider
 from ..blocks.merge_delta import require_delta_scale, require_no_rival
-from ..delta.fit import require_architecture
-from ..delta.merge import read_recipe
+from ..delta.apply import require_architecture
+from ..delta.files import open_weights, read_recipe
 from ..delta.recipe import DeltaRecipe, require_guidance
-from ..delta.weight_layouts import open_weights
 from .problems import Problems
 from .settings import BuilderSettings
 
@@ -161,6 +159,6 @@ def check_attention(
         entries = [[entry] for entry in plan]
     for entry in entries:
         with problems.noted(TypeError, about=f"{about}: "):
-            parsed = parse_plan(entry)
+            part = AttentionConfig(entry)
             if unet is not None:
-                AttentionConfig().establish(parsed, {"unet": unet}, device=device)
+                part.attach({"unet": unet}, device=device)

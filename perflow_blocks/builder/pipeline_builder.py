@@ -15,8 +15,7 @@ from diffusers import ComponentsManager, ModularPipeline
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 
-from ..attention.config import AttentionConfig
-from ..attention.plan import PlanLike
+from ..attention.config import AttentionConfig, PlanLike
 from ..blocks.prompt_cache import DEFAULT_MAX_ENTRIES
 from .describe import describe
 from .loading import build_pipeline, merge_now

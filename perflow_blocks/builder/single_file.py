@@ -19,7 +19,7 @@ from diffusers.loaders.single_file_utils import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..delta.tensors import describe_mismatch
+from ..delta.files import describe_mismatch
 
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 """What a file may hold."""

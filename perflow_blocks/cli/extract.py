@@ -53,10 +53,9 @@ def extract(
     options.require_weights("student", student)
     options.require_weights("base", base)
     precision = options.parse_dtype(dtype)
-    from ..delta.extract import open_difference
-    from ..delta.fit import require_architecture
-    from ..delta.weight_layouts import open_weights
-    from ..delta.weight_writer import write_weights
+    from ..delta.apply import require_architecture
+    from ..delta.extract import open_difference, write_weights
+    from ..delta.files import open_weights
     from .unets import find_config
 
     unet = find_config(config, base, student)
@@ -73,7 +72,7 @@ def extract(
             )
     difference = open_difference(weights[0], weights[1])
     recipe = replace(recipe, base_sha256=_sha256(base, base_variant))
-    write_weights(difference, out, precision, _metadata(recipe, unet))
+    write_weights(difference, out, precision, _metadata(recipe, unet), progress=True)
     typer.echo(f"{out}: {len(difference.shapes)} tensors, {out.stat().st_size / 1e6:,.1f} MB")
 
 
@@ -95,7 +94,7 @@ def _noise_schedule(scheduler: Path | None, base: Path) -> dict[str, Any] | None
 
 def _sha256(base: Path, variant: str | None) -> str | None:
     """Of the base's file; None where it is in several."""
-    from ..delta.weight_folders import find_weights
+    from ..delta.files import find_weights
     from ..hub.manifest import sha256_of
 
     file = base if base.is_file() else find_weights(base, variant)
@@ -103,7 +102,7 @@ def _sha256(base: Path, variant: str | None) -> str | None:
 
 
 def _metadata(recipe: DeltaRecipe, unet: UNet2DConditionModel | None) -> dict[str, str]:
-    from ..delta.fit import architecture_of
+    from ..delta.apply import architecture_of
     from ..delta.recipe import ARCHITECTURE_KEY
 
     architecture = {} if unet is None else {ARCHITECTURE_KEY: architecture_of(unet)}

@@ -105,7 +105,7 @@ def draw(pipeline: Any, requests: list[Request], out: Path, *, model: str) -> li
 
 def describe(pipeline: Any, request: Request, image: Image, model: str) -> dict[str, Any]:
     """The settings that a picture was drawn with, as they were in effect."""
-    from ..delta.record import merge_record
+    from ..delta.merge import merge_record
 
     record = merge_record(pipeline.unet)
     return {

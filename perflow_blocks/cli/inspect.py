@@ -32,10 +32,9 @@ def inspect(
     options.require_weights("path", path)
     if base is not None:
         options.require_weights("base", base)
-    from ..delta.merge import read_recipe
+    from ..delta.files import open_weights, read_recipe
     from ..delta.recipe import ARCHITECTURE_KEY
     from ..delta.summary import summarise
-    from ..delta.weight_layouts import open_weights
     from .unets import find_config
 
     weights = open_weights(path, variant, allow_pickle=allow_pickle)
@@ -83,12 +82,12 @@ def _recipe_lines(recipe: DeltaRecipe) -> list[str]:
 
 def _merged(path: Path) -> list[str]:
     """What a folder's configuration says is merged."""
-    from ..delta.record import saved_records
+    from ..delta.merge import saved_records
     from .unets import find_unet, read_config
 
     folder = find_unet(path)
     records = [] if folder is None else saved_records(read_config(folder))
-    return [f"merged: {r.source} at scale {r.scale:g}, digest {r.digest[:12]}" for r in records]
+    return [f"merged: {r.source} at scale {r.scale:g}, digest {r.digest[:12] or 'unknown'}" for r in records]
 
 
 def _ranks(weights: Weights) -> str:

@@ -45,10 +45,9 @@ def merge(
     folder = require_unet(model)
     variant = stored_variant(folder, variant)
     written = require_free_directory(out, force, variant)
-    from ..delta.fit import require_architecture
+    from ..delta.apply import require_architecture
+    from ..delta.files import open_weights
     from ..delta.merge import find_merged, merge_delta
-    from ..delta.record import merge_records
-    from ..delta.weight_layouts import open_weights
     from .progress import busy, read_with_bar
 
     weights = open_weights(delta, delta_variant)
@@ -57,8 +56,7 @@ def merge(
         unet = load_unet(folder, variant, precision)
         if find_merged(unet, weights) is not None:
             raise ValueError(f"{delta} is merged into {model} already; take it out with perflow unmerge first.")
-    # A model with records is looked through for this delta first, which reads all of it.
-    with read_with_bar(weights, f"merging {delta.name}", passes=2 if merge_records(unet) else 1) as shown:
+    with read_with_bar(weights, f"merging {delta.name}") as shown:
         record = merge_delta(unet, shown, scale, base=open_weights(folder, variant))
     with busy(f"writing {out}"):
         save_unet(unet, out, written)
@@ -82,20 +80,20 @@ def unmerge(
     folder = unets.require_unet(model)
     variant = unets.stored_variant(folder, variant)
     written = unets.require_free_directory(out, force, variant)
-    from ..delta.record import merge_records, saved_records
+    from ..delta.merge import merge_records, saved_records
 
     if not saved_records(unets.read_config(folder)):
         raise ValueError(f"the configuration of {folder} names no merged delta; pass what perflow merge wrote.")
-    from ..delta.fit import require_architecture
+    from ..delta.apply import require_architecture
+    from ..delta.files import open_weights
     from ..delta.merge import unmerge_delta
-    from ..delta.weight_layouts import open_weights
     from .progress import busy, read_with_bar
 
     weights = open_weights(delta, delta_variant)
     require_architecture(weights, unets.require_own_weights(folder, variant))
     with busy(f"loading {folder}"):
         unet = unets.load_unet(folder, variant, precision)
-    with read_with_bar(weights, f"taking out {delta.name}", passes=2) as shown:  # it is found among the merged first
+    with read_with_bar(weights, f"taking out {delta.name}") as shown:
         (record,) = unmerge_delta(unet, shown, exact=False)
     with busy(f"writing {out}"):
         unets.save_unet(unet, out, written)

@@ -21,33 +21,27 @@ def busy(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def read_with_bar(weights: Weights, what: str, passes: int = 1) -> Iterator[Weights]:
-    """The same weights; a bar shows how many of their tensors have been read, all of them `passes` times."""
+def read_with_bar(weights: Weights, what: str) -> Iterator[Weights]:
+    """The same weights; a bar shows how many of their tensors have been read."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=passes * len(weights.shapes))
-        yield CountedWeights(weights, lambda: bar.advance(task), passes)
+        task = bar.add_task(what, total=len(weights.shapes))
+        yield CountedWeights(weights, lambda: bar.advance(task))
 
 
 class CountedWeights(Weights):
-    """Weights that say when a tensor is read for the first time, and again in each further pass over all of them."""
+    """Weights that say when a tensor is read for the first time."""
 
-    def __init__(self, weights: Weights, count: Callable[[], Any], passes: int = 1) -> None:
-        self._weights, self._count, self._left = weights, count, passes
+    def __init__(self, weights: Weights, count: Callable[[], Any]) -> None:
+        self.sources, self._count = (weights,), count
         self._read: set[str] = set()
         self.label, self.shapes, self.metadata = weights.label, weights.shapes, weights.metadata
 
     def tensor(self, name: str) -> Tensor:
-        if self._left and name not in self._read:
+        if name not in self._read:
             self._read.add(name)
             self._count()
-            if len(self._read) == len(self.shapes):
-                self._read = set()
-                self._left -= 1
-        return self._weights.tensor(name)
+        return self.sources[0].tensor(name)
 
-    def require_unchanged(self) -> None:
-        self._weights.require_unchanged()
-
-    def stamp(self) -> tuple[Any, ...] | None:
-        return self._weights.stamp()
+    def sample(self, name: str) -> Tensor:
+        return self.sources[0].sample(name)

@@ -35,7 +35,7 @@ def to_lora(
     force: options.Force = False,
 ) -> None:
     """Write DELTA as a LoRA for load_lora_weights, and say what it keeps."""
-    from ..delta.lora_files import Layout, save_lora
+    from ..delta.lora import Layout, save_lora
 
     if layout not in get_args(Layout):
         raise ValueError(f"--layout {layout} is unknown; pass one of {', '.join(get_args(Layout))}.")
@@ -50,8 +50,8 @@ def to_lora(
         if path is not None and path.resolve() == delta.expanduser().resolve():
             raise ValueError(f"{option} {path} is the delta itself; name another file.")
     place = options.choose_device(device)
+    from ..delta.files import open_weights
     from ..delta.lora import delta_to_lora
-    from ..delta.weight_layouts import open_weights
     from .unets import find_config
 
     unet = find_config(config, delta)
@@ -71,7 +71,7 @@ def to_lora(
 
 def _write_residual(converted: DeltaLora, path: Path | None) -> str:
     """Writes the residual to the file that is named for it, of which none older stays; says what was done."""
-    from ..delta.lora_files import save_residual
+    from ..delta.lora import save_residual
 
     if converted.residual and path is not None:
         save_residual(converted, path)

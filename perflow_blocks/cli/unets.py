@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from ..delta.apply import require_architecture
 from ..delta.atomic import atomic_directory
-from ..delta.fit import require_architecture
-from ..delta.tensors import listed
-from ..delta.weight_folders import find_weights, is_weights_of, variant_of
-from ..delta.weight_layouts import open_weights
+from ..delta.files import find_weights, is_weights_of, listed, open_weights, variant_of
 
 CONFIG = "config.json"
 

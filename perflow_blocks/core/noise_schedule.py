@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .windows import require_positive_int
-
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 # In timesteps: far below one step, far above the rounding of t*T in float32 (1e-4 at T = 1000).
 _ROUNDING = 1e-3
+
+
+def require_positive_int(name: str, value: object) -> int:
+    """The value as an int. A ValueError names it if it is not an integer of at least 1 (a bool is not one)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a positive integer.")
+    return int(value)
 
 
 def make_alphas_cumprod(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
 
 import torch
 from torch import Tensor
+
+from .noise_schedule import require_positive_int
 
 BOUNDARY_TOLERANCE = 0.1
 """In training timesteps: a time this little above a window's end already belongs to the next window."""
@@ -103,13 +104,6 @@ class TimeWindows:
             count = each + (k < extra)
             times += (start + (end - start) * j / count for j in range(count))
         return tuple(times)
-
-
-def require_positive_int(name: str, value: object) -> int:
-    """The value as an int. A ValueError names it if it is not an integer of at least 1 (a bool is not one)."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a positive integer.")
-    return int(value)
 
 
 def tile_windows(

@@ -7,13 +7,22 @@ is the residual, a small partial delta to merge beside it. What is lost is the s
 
 from __future__ import annotations
 
+import json
 import math
+import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
 
 import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import logging
+from diffusers.utils.peft_utils import get_peft_kwargs
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.low_rank import (
@@ -24,19 +33,130 @@ from ..core.low_rank import (
     rank_for_energy,
     squared_error,
 )
-from .lora_input import factorised_modules, opened_tensors
-from .lora_report import LoraLayer, LoraReport
-from .merge import Delta
+from ..core.windows import require_positive_int
+from .apply import PARTIAL_KEY
+from .atomic import atomic_path
+from .files import UNET_PARTS, Delta, Weights, is_finite, listed, named_as_model, opened, read_recipe, unet_names
 from .recipe import DeltaRecipe
-from .tensors import is_finite
+from .summary import WHOLE_NORM, mean_norm_scale
 
 PREFIX = "unet."
 """What LoRA files put before the names of the UNet's modules."""
 
+KEPT_IN_FULL = ("time_embedding*", "add_embedding*", "class_embedding*")
+"""Patterns of the modules that the residual always holds; diffusers cannot read the kohya names of some of them."""
+
+Layout = Literal["peft", "kohya"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraLayer:
+    """One layer of the LoRA.
+
+    Attributes:
+        name: the UNet's module.
+        shape: of its weight: (out, in), or (out, in, k, k).
+        rank: of the factors; 0 for a layer that the delta does not change, which the LoRA leaves out.
+        full_rank: the most that the shape allows, min(out, in * k * k).
+        energy: share of dW's squared Frobenius norm in the singular values that were kept, in [0, 1].
+        squared_norm: dW's squared Frobenius norm.
+        squared_error: that of dW less the product of the factors as they are stored, so with their rounding.
+        note: why the rank is not the one asked for; empty where it is.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rank: int
+    full_rank: int
+    energy: float
+    squared_norm: float
+    squared_error: float
+    note: str = ""
+
+    @property
+    def relative_error(self) -> float:
+        """Norm of the error over norm of dW, at least 0; 0 for a layer that the delta does not change."""
+        return _ratio(self.squared_error, self.squared_norm)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in both factors."""
+        return self.rank * (self.shape[0] + math.prod(self.shape[1:]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraReport:
+    """The layers of a LoRA in the delta's order, and what stands beside it; printed as a Markdown table.
+
+    Attributes:
+        layers: of the LoRA; none for a LoRA that was trained, not made from a delta.
+        residual: number of tensors kept in full.
+        residual_parameters: numbers in them.
+        residual_squared_norm: sum of their squares.
+        delta_parameters: numbers in the whole delta.
+    """
+
+    layers: tuple[LoraLayer, ...] = ()
+    residual: int = 0
+    residual_parameters: int = 0
+    residual_squared_norm: float = 0.0
+    delta_parameters: int = 0
+
+    @property
+    def energy(self) -> float:
+        """Share of the squared norm of all factorised layers that was kept, in [0, 1]."""
+        total = sum(layer.squared_norm for layer in self.layers)
+        return sum(layer.energy * layer.squared_norm for layer in self.layers) / total if total else 1.0
+
+    @property
+    def relative_error(self) -> float:
+        """Norm of the error over that of the whole delta, the residual's part included, which has no error."""
+        error = sum(layer.squared_error for layer in self.layers)
+        return _ratio(error, sum(layer.squared_norm for layer in self.layers) + self.residual_squared_norm)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the LoRA, without the residual."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def adjusted(self) -> tuple[LoraLayer, ...]:
+        """The layers whose rank is not the one asked for."""
+        return tuple(layer for layer in self.layers if layer.note)
+
+    def summary(self) -> str:
+        """The whole in one line of text."""
+        ranks = [layer.rank for layer in self.layers if layer.rank]
+        span = f"rank {min(ranks)} to {max(ranks)}" if ranks else "no rank"
+        return (
+            f"{len(ranks)} layers, {span}, {self.parameters:,} numbers; {self.residual} tensors kept in full, "
+            f"{self.residual_parameters:,} numbers; of {self.delta_parameters:,} in the delta. "
+            f"Energy kept {100 * self.energy:.2f} %, relative error {self.relative_error:.4f}, "
+            f"{len(self.adjusted)} layers of another rank than asked for."
+        )
+
+    def table(self, layers: Sequence[LoraLayer] | None = None) -> str:
+        """The given layers, by default all, as a Markdown table, energy in per cent."""
+        lines = ["| layer | shape | rank | energy kept % | relative error | note |", "|---|---|---|---|---|---|"]
+        for layer in self.layers if layers is None else layers:
+            shape = " x ".join(map(str, layer.shape))
+            lines.append(
+                f"| {layer.name} | {shape} | {layer.rank} of {layer.full_rank} | {100 * layer.energy:.2f} | "
+                f"{layer.relative_error:.4f} | {layer.note} |"
+            )
+        return "\n".join(lines)
+
+    def worst(self, count: int) -> tuple[LoraLayer, ...]:
+        """The `count` layers that lose most of their energy, worst first."""
+        return tuple(sorted(self.layers, key=lambda layer: layer.energy)[:count])
+
+    def __str__(self) -> str:
+        return f"{self.table()}\n\n{self.summary()}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaLora:
-    """A delta in two parts, W + dW being about W + up @ down, and exactly the residual where it speaks.
+    """A delta in two parts: W + dW is about W + up @ down, and exact where the residual holds it.
 
     Attributes:
         lora: `unet.<module>.lora_A.weight`, (rank, in) or (rank, in, k, k), and `unet.<module>.lora_B.weight`,
@@ -64,10 +184,10 @@ class _Target:
         if (self.rank is None) == (self.energy is None):
             raise ValueError(f"rank={self.rank} and energy={self.energy}: pass exactly one of the two.")
         for name, value in (("rank", self.rank), ("max_rank", self.max_rank)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r} is no positive whole number; pass at least 1, 64 for instance.")
-        if self.energy is not None and not _is_share(self.energy):
-            raise ValueError(f"energy={self.energy!r} is not in (0, 1]; pass a share to keep, 0.9 for instance.")
+            if value is not None:
+                require_positive_int(name, value)
+        if self.energy is not None and (isinstance(self.energy, bool) or not 0 < self.energy <= 1):
+            raise ValueError(f"energy={self.energy!r} must be a share in (0, 1], 0.9 for instance.")
 
     @property
     def most(self) -> int:
@@ -97,32 +217,32 @@ def delta_to_lora(
         energy: instead of `rank`, the share in (0, 1] of each layer's squared Frobenius norm to keep; each layer gets
             the least rank that does, up to `max_rank`.
         max_rank: the bound under `energy`.
-        keep: patterns, as of `fnmatch`, of further modules that the residual is to hold in full. `["conv_in"]`, say,
-            for a LoRA that UNets with other input channels, as for inpainting, can load too.
+        keep: `fnmatch` patterns of further modules that the residual holds in full: `["conv_in"]` for a LoRA that
+            UNets with other input channels, as for inpainting, can load too.
         dtype: in which factors and residual are stored; computed is in float32 or better.
-        device: where to compute, "cuda" say; by default where the delta's tensors are. The result is on the CPU.
+        device: where to compute, for example "cuda"; by default where the delta's tensors are. The result is on the
+            CPU.
         recipe: how the delta is to be sampled; by default what the file says.
         config: the configuration of the UNet, by which the original Latent Diffusion names of a delta are translated.
 
     Raises:
-        ValueError: neither or both of rank and energy, or one out of range; a delta that is empty, is no UNet's, or
+        ValueError: neither or both of rank and energy, or one out of range; a delta that is empty, not of a UNet, or
             that changes no layer; whole weights; values that are not finite, or are not in `dtype`; an unusable file
             or device.
     """
     target = _Target(rank=rank, energy=energy, max_rank=max_rank)
     where = _usable_device(device)
     if not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype} cannot hold factors; pass torch.float16, bfloat16 or float32.")
-    tensors, written_recipe = opened_tensors(delta, config)
-    modules = factorised_modules(tensors, keep)
+        raise ValueError(f"dtype={dtype} must be a floating-point type: torch.float16, bfloat16 or float32.")
+    given = opened(delta)
+    weights = named_as_model(given, unet_names(given.shapes), config or {})
+    modules = _factorised_modules(weights, keep)
     lora: dict[str, Tensor] = {}
     residual: dict[str, Tensor] = {}
     layers: list[LoraLayer] = []
     residual_norm = 0.0
-    total = 0
-    for name in logging.tqdm(tensors, desc="delta to LoRA", unit="tensor"):
-        tensor = tensors[name]
-        total += tensor.numel()
+    for name in logging.tqdm(weights.shapes, desc="delta to LoRA", unit="tensor"):
+        tensor = weights.tensor(name)
         if name in modules:
             layer, pair = _factorise(modules[name], tensor.to(where), target, dtype)
             layers.append(layer)
@@ -137,9 +257,42 @@ def delta_to_lora(
         residual=len(residual),
         residual_parameters=sum(tensor.numel() for tensor in residual.values()),
         residual_squared_norm=residual_norm,
-        delta_parameters=total,
+        delta_parameters=sum(math.prod(shape) for shape in weights.shapes.values()),
     )
-    return DeltaLora(lora=lora, residual=residual, report=report, recipe=recipe or written_recipe)
+    return DeltaLora(lora=lora, residual=residual, report=report, recipe=recipe or read_recipe(given))
+
+
+def _factorised_modules(weights: Weights, keep: Sequence[str]) -> dict[str, str]:
+    """What is factorised: the module by the key of its weight. Reads every tensor once, to check its values.
+
+    These are the linear and convolution layers, less the embeddings and the modules that a pattern of `keep` matches.
+    """
+    if isinstance(keep, str):
+        raise ValueError(f"keep={keep!r} must be a list of patterns: keep=[{keep!r}].")
+    foreign = [name for name in weights.shapes if name.split(".")[0] not in UNET_PARTS]
+    if foreign:
+        raise ValueError(
+            f"{len(foreign)} tensors are not weights of a UNet ({listed(foreign)}); pass a delta of a UNet, by its "
+            "own state-dict keys."
+        )
+    bad = [name for name in weights.shapes if not is_finite(weights.tensor(name))]
+    if bad:
+        raise ValueError(f"{len(bad)} tensors hold values that are not finite ({listed(bad)}); extract it again.")
+    if (mean_norm_scale(weights) or 0.0) > WHOLE_NORM:
+        raise ValueError(
+            "these are a model's whole weights, not their difference from a base; pass a delta, such as what "
+            "open_difference(it, base) or perflow extract gives."
+        )
+    shapes = {name: shape for name, shape in weights.shapes.items() if name.endswith(".weight") and 0 not in shape}
+    modules = {name: name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) in (2, 4)}
+    unmatched = [pattern for pattern in keep if not any(fnmatchcase(m, pattern) for m in modules.values())]
+    if unmatched:
+        raise ValueError(
+            f"keep={list(keep)}: {listed(unmatched)} matches no linear or convolution layer of the delta; name "
+            f"modules as in {next(iter(modules.values()), 'conv_in')!r}."
+        )
+    kept = (*KEPT_IN_FULL, *keep)
+    return {name: module for name, module in modules.items() if not any(fnmatchcase(module, p) for p in kept)}
 
 
 def _factorise(
@@ -204,5 +357,77 @@ def _usable_device(device: torch.device | str | None) -> torch.device | None:
     return torch.device(device)
 
 
-def _is_share(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and 0 < value <= 1
+def _ratio(error: float, whole: float) -> float:
+    return math.sqrt(error / whole) if whole else 0.0
+
+
+def save_lora(converted: DeltaLora, path: str | os.PathLike[str], layout: Layout = "peft") -> None:
+    """Writes the LoRA; the file appears complete or not at all.
+
+    `layout` "peft" is what diffusers writes itself. The file's metadata say each layer's rank and alpha, so that the
+    factor is 1 in every layer for readers that would otherwise take the alpha of one for all. "kohya" is what other
+    programs read (`lora_unet_...`, with alphas). Both are for `pipe.load_lora_weights(path)`; the recipe is in the
+    metadata.
+
+    Raises:
+        ValueError: an unknown layout, values that the kohya factors cannot hold in their type, or a path that cannot
+            be written.
+    """
+    metadata = {"format": "pt", **converted.recipe.to_metadata()}
+    match layout:
+        case "kohya":
+            _write(kohya_state_dict(converted.lora), path, metadata)
+        case "peft":
+            settings = json.dumps(peft_settings(converted.lora), sort_keys=True)
+            _write(converted.lora, path, {**metadata, LORA_ADAPTER_METADATA_KEY: settings})
+        case _:
+            raise ValueError(f"layout={layout!r} must be one of {', '.join(get_args(Layout))}.")
+
+
+def save_residual(converted: DeltaLora, path: str | os.PathLike[str]) -> None:
+    """Writes what is not in the LoRA as a partial delta with the recipe, to be merged beside it."""
+    if not converted.residual:
+        raise ValueError(f"the LoRA holds the whole delta, so there is no residual for {path}; leave the file out.")
+    _write(converted.residual, path, {"format": "pt", PARTIAL_KEY: "true", **converted.recipe.to_metadata()})
+
+
+def peft_settings(lora: Mapping[str, Tensor]) -> dict[str, object]:
+    """The `LoraConfig` arguments of a LoRA in peft's keys whose alphas are its ranks, under "unet." keys."""
+    own = {name.removeprefix(PREFIX): tensor for name, tensor in lora.items()}
+    # With "^" a name stands for one module, not for every module whose name ends in it.
+    ranks = {f"^{name}": tensor.shape[1] for name, tensor in own.items() if ".lora_B." in name}
+    settings = get_peft_kwargs(ranks, network_alpha_dict=None, peft_state_dict=own)
+    settings["target_modules"] = sorted(settings["target_modules"])
+    return {PREFIX + name: value for name, value in settings.items()}
+
+
+def kohya_state_dict(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same LoRA in kohya's keys, with one alpha for all layers.
+
+    One, because diffusers 0.42 does not find the alphas of attention layers where alphas differ, and gives them the
+    most common one. A layer of another rank has the ratio in its factors instead: readers multiply by alpha / rank.
+    """
+    alpha = Counter(tensor.shape[1] for name, tensor in lora.items() if ".lora_B." in name).most_common(1)[0][0]
+    scaled = {}
+    for name, tensor in lora.items():
+        rank = tensor.shape[1] if ".lora_B." in name else tensor.shape[0]
+        scaled[name] = tensor if rank == alpha else (tensor.float() * (rank / alpha) ** 0.5).to(tensor.dtype)
+    bad = [name for name, tensor in scaled.items() if not is_finite(tensor)]
+    if bad:
+        raise ValueError(
+            f"with one alpha={alpha}, {len(bad)} factors are too large for their type ({listed(bad)}); "
+            "convert the delta with dtype=torch.float32."
+        )
+    converted = convert_state_dict_to_kohya(scaled)
+    # float32, as half precision rounds alphas above 2048.
+    return {
+        name: torch.tensor(float(alpha)) if name.endswith(".alpha") else tensor for name, tensor in converted.items()
+    }
+
+
+def _write(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str]) -> None:
+    with atomic_path(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, metadata=metadata)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"cannot write {path}: {error}; check the disk's free space and permissions.") from error

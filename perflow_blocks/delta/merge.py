@@ -1,31 +1,181 @@
-"""Merging deltas into a model, changing their factors and taking them out again, bit for bit."""
+"""Merging deltas into a model's weights, changing their factors, and taking them out again.
+
+A merged model's weights are W = round(base + sum_i s_i dW_i), with dW = W_student - W_base (arXiv 2405.07510): the sum
+is formed in float32 in the order of merging and rounded once to the weight's type. Every change of the sum reads the
+base again from the files that the model was loaded from, so its result is exact to the bit. Weights that are not base
+plus sum (a LoRA was fused, training) get the difference of the sums added, exact to one rounding.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
+import torch
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from .corrections import Corrections
-from .files import Digest, MappingWeights, Weights, digest_of
-from .fit import DeltaFit, fit_base, fit_delta, require_difference, require_finite
+from .apply import (
+    LATENT_CHANNELS,
+    Applied,
+    NotFiniteError,
+    Term,
+    change,
+    factors,
+    fit_base,
+    fit_delta,
+    own_weights,
+    require_difference,
+    require_finite,
+    restore,
+    sum_of_terms,
+    uncompiled,
+)
+from .files import (
+    Delta,
+    Stamp,
+    Weights,
+    floating_entries,
+    identity_of,
+    listed,
+    loaded_weights,
+    named_as_model,
+    opened,
+    read_recipe,
+    rows_of,
+    stamp_of,
+)
 from .recipe import DeltaRecipe
-from .record import MergeRecord, MergeState, merge_state, note_digest, remember, uncompiled
-from .rewrite import HalfMergedError, NotFiniteError, Term, rewrite
-from .tensors import LATENT_CHANNELS, listed
-from .weight_layouts import open_weights
 
 logger = logging.get_logger(__name__)
 
-Delta = str | os.PathLike[str] | Mapping[str, Tensor] | Weights
-"""A delta: a file or folder that `open_weights` reads, a mapping as `extract_delta` gives, or what these opened."""
+STATE_ATTRIBUTE, LOCK_ATTRIBUTE = "_perflow_merges", "_perflow_merge_lock"
+CONFIG_KEY = "_perflow_merges"
+"""In the model's configuration. diffusers saves and reads keys with an underscore and gives them to no constructor."""
+
+WITNESSES, WITNESS_VALUES, RELATED = 8, 32, 0.5
+"""How many weights are noted to recognise a merged model, how many values of each, and the cosine above which values
+are still those of the model that was noted, perhaps trained further; of other models it is near 0."""
+
+
+@dataclass(frozen=True)
+class MergeRecord:
+    """A delta that is merged into a model.
+
+    Attributes:
+        source: where it was read from: the path, absolute unless the model was saved since.
+        digest: its `identity_of`; this, not the path, tells deltas apart. Empty for a model that version 0.1.0 saved,
+            until the delta is seen again.
+        scale: the factor of dW in the weights.
+        scales: further factors, (pattern, factor) for names of weights; the first pattern that matches counts.
+        recipe: the sampling settings that came with it.
+        reloaded: whether the model was saved with it and loaded again.
+    """
+
+    source: str
+    digest: str
+    scale: float
+    scales: tuple[tuple[str, float], ...] = ()
+    recipe: DeltaRecipe = field(default_factory=DeltaRecipe)
+    reloaded: bool = False
+
+    def to_config(self) -> dict[str, Any]:
+        """For the model's configuration, in JSON's types. Of the path only the name, as the rest is this machine's."""
+        return {
+            "source": Path(self.source).name,
+            "digest": self.digest,
+            "sampled": True,
+            "scale": self.scale,
+            "scales": [list(pair) for pair in self.scales],
+            "recipe": self.recipe.to_metadata(),
+        }
+
+    @classmethod
+    def from_config(cls, entry: Mapping[str, Any]) -> MergeRecord:
+        """The inverse of `to_config`, for a model that was loaded.
+
+        Version 0.1.0 wrote a digest of all values, which cannot be compared with today's: such a record is matched by
+        the delta's file name and recipe. Under another name the same delta is not recognised, and merging it warns.
+
+        Raises:
+            ValueError: the entry lacks something.
+        """
+        try:
+            scales = tuple((str(pattern), float(factor)) for pattern, factor in entry["scales"])
+            recipe = DeltaRecipe.from_metadata(entry["recipe"])
+            digest = str(entry["digest"]) if entry.get("sampled") else entry["digest"] and ""
+            return cls(entry["source"], digest, float(entry["scale"]), scales, recipe, reloaded=True)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{CONFIG_KEY} in the model's config.json is damaged ({error!r}); restore it, or remove the entry if "
+                "no delta is in the weights."
+            ) from error
+
+
+@dataclass
+class MergeState(Applied):
+    """What is merged into a model, kept on it. The base is that without the deltas of `weights`.
+
+    Attributes:
+        records: in the order of merging, which is the order of the sum.
+        weights: the deltas by digest, under the model's names.
+        seen: by place, the stamp and digest of files that were read, which need not be opened again.
+        witness: values of a few weights, "with" the deltas and "without".
+        watched: the modules that own these weights, and the names there.
+        signature: of the watched tensors when the witness was last compared.
+    """
+
+    records: tuple[MergeRecord, ...] = ()
+    weights: dict[str, Weights] = field(default_factory=dict)
+    seen: dict[Any, tuple[Stamp, str]] = field(default_factory=dict)
+    witness: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    watched: list[tuple[nn.Module, str]] = field(default_factory=list)
+    signature: tuple[Any, ...] = ()
+
+    def terms(self) -> list[Term]:
+        """Those deltas that are not part of the base; reloaded ones are."""
+        return [Term(self.weights[r.digest], r.scale, r.scales) for r in self.records if not r.reloaded]
+
+    def forget_others(self) -> None:
+        """Leaves what the records need, once the weights are what they say."""
+        digests = {record.digest for record in self.records}
+        self.weights = {digest: weights for digest, weights in self.weights.items() if digest in digests}
+        self.seen = {place: known for place, known in self.seen.items() if known[1] in digests}
+        self.writing = []
+
+
+class MergeLock:
+    """A reentrant lock whose copy, also a pickled one, is a new lock."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[MergeLock], tuple[()]]:
+        return MergeLock, ()
+
+
+def merge_lock(module: nn.Module) -> MergeLock:
+    """The lock that is held around every merge into this model; hold it to ask and merge in one step."""
+    return vars(uncompiled(module)).setdefault(LOCK_ATTRIBUTE, MergeLock())
+
+
+# Merging
 
 
 def merge_delta(
@@ -39,17 +189,17 @@ def merge_delta(
     """Adds `scale * dW` to a model's weights in place: summed in float32, rounded once to each weight's type.
 
     Several deltas may be merged one after another; the weights are always the base plus the sum of all, rounded once.
-    The same delta again changes nothing and logs a warning; with another scale it is rescaled. A merge that is refused
-    or interrupted leaves every weight as it was. A delta is known again by its values and their type, whatever file or
-    mapping they are in.
+    Merging the same delta again changes nothing and logs a warning; with another scale it is rescaled. A delta is
+    recognised by its values, in whatever file or mapping they are. Threads may share the model. If a merge is refused
+    or interrupted, the weights stay as they were, or the next call restores them.
 
-    The way back: with `base`, what the model was loaded from, weights that equal it are read again. For others what
-    rounding lost is kept, in memory up to 16 MB and beyond that in a temporary file, which takes longer. Files stay
-    open, and mappings referred to, until the delta is taken out: they may be renamed, replaced or deleted, though a
-    pickled model wants them where they were. Written to, they are no way back any more, which is found out.
+    To undo a merge exactly, the base must be readable: the files that the model was loaded from, which are found for
+    models that diffusers loaded, or `base`. It stays open, a mapping by reference, until the delta is taken out. If
+    its files are written to meanwhile, undoing raises an error. For weights that differ from the base, or without one,
+    a warning says that undoing is exact to one rounding.
 
     The delta of a UNet with 4 input channels goes into the first 4 of one with more (inpainting UNets have 9) and
-    leaves the others alone, bit for bit; a warning says so, as quality at few steps suffers.
+    leaves the others as they are; a warning says so, as quality at few steps suffers.
 
     Args:
         module: a UNet, or a module that holds weights under the delta's names.
@@ -57,44 +207,49 @@ def merge_delta(
         scale: the factor of dW: 1 as it was extracted, 0 for none.
         scales: further factors by pattern of a weight's name, as in {"up_blocks.*": 0.5}; the first that matches
             counts.
-        base: the model's weights without any delta, in whatever form and type; not looked at where nothing is to be
-            merged, or one is known from a delta before.
+        base: the model's weights without any delta: files, a folder, or a mapping, in any type.
 
     Raises:
-        ValueError: a factor or file is unusable, the delta does not fit, or the weights cannot be changed.
+        ValueError: a factor or file is unusable, the delta does not fit, the weights cannot be changed, or an
+            interrupted merge left weights that only the base can restore.
     """
     module = uncompiled(module)
-    state = _usable(module)
-    pairs = _pairs(scale, scales)
-    weights = opened(delta)
-    known = find_merged(module, weights)
-    if known is not None:
-        _require_matches(pairs, state.weights.get(known.digest, weights))
-        return _merged_already(module, state, known, replace(known, scale=scale, scales=pairs))
-    fit = fit_delta(weights, module)
-    _require_matches(pairs, fit.weights)
-    record = MergeRecord(_source(delta, weights), "", scale, pairs, read_recipe(weights))
-    if not scale:
+    with merge_lock(module):
+        pairs = _pairs(scale, scales)
+        weights = opened(delta)
+        state = _state(module, base)
+        known = _find(module, state, weights)
+        if known is not None:
+            _require_matches(pairs, state.weights.get(known.digest, weights))
+            if (known.scale, known.scales) != (scale, pairs):
+                return _rescaled(module, state, known, scale, pairs, delta, base)
+            logger.warning(f"{known.source} is merged into this {type(module).__name__} already; nothing was changed.")
+            return known
+        fitted, targets, extra = fit_delta(weights, module)
+        _require_matches(pairs, fitted)
+        source = str(Path(delta).expanduser().resolve()) if isinstance(delta, (str, os.PathLike)) else weights.label
+        record = MergeRecord(source, identity_of(fitted), float(scale), pairs, read_recipe(weights))
+        if not scale:
+            return record
+        require_difference(fitted, targets)
+        old = [known.source for known in state.records if not known.digest]
+        seen = _seen(state, weights, record.digest)
+        state = replace(state, weights={**state.weights, record.digest: fitted}, seen=seen)
+        _exchange(module, state, (*state.records, record))
+        if old:
+            logger.warning(
+                f"{listed(old)} was merged by version 0.1.0 and cannot be compared with {source}: if they are the "
+                "same delta, it is in the weights twice now, and unmerge_delta takes this one out again."
+            )
+        if extra:
+            logger.warning(
+                f"{source} is the delta of a UNet with {LATENT_CHANNELS} input channels, and this "
+                f"{type(module).__name__} has {LATENT_CHANNELS + extra}: it is added to the first {LATENT_CHANNELS}, "
+                f"the noisy latents, and the other {extra} stay as they are. Quality at few steps suffers, since it "
+                "was distilled without them, not for inpainting."
+            )
+        logger.info(f"merged {weights.label} into {type(module).__name__} at scale {scale:g}.")
         return record
-    require_difference(fit.weights, fit.targets)
-    stored = None if base is None else fit_base(opened(base, "base"), module)
-    record = _exchange(module, state, (*state.records, record), fit, stored)[-1]
-    if stored is not None:
-        corrections = merge_state(module).corrections
-        kept = [name for name in corrections.names() if not all(p.reread for p in corrections.pieces(name))]
-        if kept:
-            logger.info(f"{listed(kept)} are not as in {stored.label}: what rounding lost is kept for them.")
-    if fit.extra_input_channels:
-        logger.warning(_extra_channels_warning(weights.label, module, fit.extra_input_channels))
-    logger.info(f"merged {weights.label} into {type(module).__name__} at scale {scale:g}.")
-    return record
-
-
-def _merged_already(module: nn.Module, state: MergeState, known: MergeRecord, wanted: MergeRecord) -> MergeRecord:
-    if (known.scale, known.scales) != (wanted.scale, wanted.scales):
-        return _rescaled(module, state, known, wanted.scale, wanted.scales)
-    logger.warning(f"{known.source} is merged into this {type(module).__name__} already; nothing was changed.")
-    return known
 
 
 def rescale_delta(
@@ -103,119 +258,107 @@ def rescale_delta(
     delta: Delta | MergeRecord | None = None,
     *,
     scales: Mapping[str, float] | None = None,
+    base: Delta | None = None,
 ) -> MergeRecord:
-    """Changes the factors of a merged delta, exactly as if it had been merged with them; nothing is loaded again.
+    """Changes the factors of a merged delta, exactly as if it had been merged with them.
 
-    `delta` says which one where several are merged; scale 0 takes it out.
+    `delta` says which one where several are merged; scale 0 takes it out. `base` as in `merge_delta`. A model that was
+    saved with the delta and loaded again needs both.
 
     Raises:
         ValueError: nothing is merged, `delta` is not, or it is not clear which one is meant.
     """
     module = uncompiled(module)
-    state = _usable(module)
-    record = _chosen(state, delta, module)
-    pairs = _pairs(scale, scales)
-    if pairs and record.digest in state.weights:
-        _require_matches(pairs, state.weights[record.digest])
-    return _rescaled(module, state, record, scale, pairs)
+    with merge_lock(module):
+        pairs = _pairs(scale, scales)
+        state = _state(module, base)
+        record = _chosen(module, state, delta)
+        if record.digest in state.weights:
+            _require_matches(pairs, state.weights[record.digest])
+        return _rescaled(module, state, record, scale, pairs, delta, base)
 
 
 def unmerge_delta(
-    module: nn.Module, delta: Delta | MergeRecord | None = None, *, exact: bool = True
+    module: nn.Module,
+    delta: Delta | MergeRecord | None = None,
+    *,
+    base: Delta | None = None,
+    exact: bool = True,
 ) -> tuple[MergeRecord, ...]:
     """Takes one delta, or all, out of the model and returns their records; the rest stays merged.
 
-    In any order the weights get back every bit that they had before. A model that was saved with a delta and loaded
-    again has lost those bits: then `exact=False` subtracts the named delta and rounds once more.
+    `base` as in `merge_delta`. A model that was saved with a delta and loaded again needs the delta and the base;
+    without the base, `exact=False` subtracts the delta and rounds once more.
 
     Raises:
-        ValueError: nothing is merged, weights or delta files were changed meanwhile, or the model was loaded with the
-            delta in it and `exact` asks for the impossible.
+        ValueError: nothing is merged, delta or base files were written to meanwhile, or the model was loaded with the
+            delta in it and there is no base.
     """
     module = uncompiled(module)
-    state = _usable(module)
-    if not state.records:
-        raise ValueError(f"no delta is merged into this {type(module).__name__}; there is nothing to take out.")
-    gone = state.records if delta is None else (_chosen(state, delta, module),)
-    reloaded = [record for record in gone if record.reloaded]
-    if reloaded and exact:
-        raise ValueError(
-            f"this {type(module).__name__} was loaded with {listed([r.source for r in reloaded])} in its weights: the "
-            "base's last bits are lost; load the base, or pass the delta and exact=False."
-        )
-    if reloaded:
-        _subtract(module, state, reloaded, delta)
-    else:
-        _exchange(module, state, tuple(record for record in state.records if record not in gone))
-    return gone
+    with merge_lock(module):
+        state = _state(module, base)
+        if not state.records:
+            raise ValueError(f"no delta is merged into this {type(module).__name__}; there is nothing to take out.")
+        gone = state.records if delta is None else (_chosen(module, state, delta),)
+        reloaded = [record for record in gone if record.reloaded]
+        if reloaded and exact and base is None:
+            raise ValueError(
+                f"this {type(module).__name__} was loaded with {listed([r.source for r in reloaded])} in its weights: "
+                "pass the delta and base=, the base's files, or the delta and exact=False; or load the base."
+            )
+        left = tuple(record for record in state.records if record not in gone)
+        for record in reloaded:
+            state = _adopted(module, state, record, delta, base)
+        _exchange(module, state, left, warn=exact)
+        return gone
 
 
-def read_recipe(weights: Weights) -> DeltaRecipe:
-    """The sampling settings in a delta's metadata.
+def merge_records(module: nn.Module) -> tuple[MergeRecord, ...]:
+    """What is merged into the model, in the order of merging; also into one that was saved and loaded again.
 
-    Raises:
-        ValueError: they make no sense.
+    An interrupted merge is undone first, and records are dropped if other weights were loaded since. Costs
+    microseconds otherwise.
     """
-    try:
-        return DeltaRecipe.from_metadata(weights.metadata)
-    except ValueError as error:
-        raise ValueError(f"{weights.label} names unusable settings: {error}") from error
+    with merge_lock(module):
+        return _state(uncompiled(module)).records
+
+
+def merge_record(module: nn.Module) -> MergeRecord | None:
+    """The delta that says how to sample, else the first one; None where nothing is merged."""
+    records = merge_records(module)
+    return next((record for record in records if record.recipe != DeltaRecipe()), records[0] if records else None)
+
+
+def saved_records(config: Mapping[str, Any]) -> tuple[MergeRecord, ...]:
+    """What the configuration of a saved model says is merged into it; its weights are not looked at."""
+    saved = config.get(CONFIG_KEY)
+    return tuple(MergeRecord.from_config(entry) for entry in saved.get("deltas", ())) if saved else ()
 
 
 def find_merged(module: nn.Module, delta: Delta) -> MergeRecord | None:
-    """The record of a delta that is merged, from this file or another with the same values; else None.
-
-    Raises:
-        ValueError: the delta cannot be read, or does not fit the module.
-    """
-    state, weights = merge_state(module), opened(delta)
-    record = _same(state, weights)
-    if record is None and state.records:
-        fit = fit_delta(weights, uncompiled(module))
-        digest = digest_of(fit.weights, fit.targets)
-        record = next((known for known in state.records if known.digest == digest), None)
-        if record is not None:
-            note_digest(module, state, weights, digest)
-    return record
+    """The record of a delta that is merged, from this file or another with the same values; else None."""
+    with merge_lock(module):
+        return _find(uncompiled(module), _state(uncompiled(module)), opened(delta))
 
 
-def is_merged(module: nn.Module, delta: Delta, scale: float, scales: Mapping[str, float] | None = None) -> bool:
-    """Whether this very file or mapping is merged with these factors, without reading its values."""
-    state = merge_state(module)
-    record = _same(state, opened(delta)) if state.records else None
-    return record is not None and (record.scale, record.scales) == (scale, _pairs(scale, scales))
-
-
-def _usable(module: nn.Module) -> MergeState:
-    state = merge_state(module)
-    if state.broken:
-        raise ValueError(f"an earlier merge failed and left weights changed ({state.broken}); load the model again.")
-    return state
-
-
-def opened(delta: Delta, what: str = "delta") -> Weights:
-    """The weights of a delta, or `what` a message calls them, in any form; a mapping's are not copied."""
-    if isinstance(delta, Weights):
-        return delta
-    if not isinstance(delta, (str, os.PathLike, Mapping)):
-        raise ValueError(
-            f"{what}={type(delta).__name__} is no {what}; pass a file, a folder or a mapping of names to tensors."
-        )
-    return MappingWeights(delta) if isinstance(delta, Mapping) else open_weights(delta)
-
-
-def _source(delta: Delta, weights: Weights) -> str:
-    return str(Path(delta).expanduser().resolve()) if isinstance(delta, (str, os.PathLike)) else weights.label
+def is_merged(module: nn.Module, path: str | os.PathLike[str], scale: float, variant: str | None = None) -> bool:
+    """Whether this file or folder is known to be merged at this scale, without opening it."""
+    with merge_lock(module):
+        state = _state(uncompiled(module))
+    stamp, digest = state.seen.get((os.path.realpath(path), variant), ((), None))
+    try:
+        unchanged = stamp_of([file for file, _, _ in stamp]) == stamp
+    except OSError:
+        return False
+    return unchanged and any((r.digest, r.scale, r.scales) == (digest, scale, ()) for r in state.records)
 
 
 def _pairs(scale: float, scales: Mapping[str, float] | None) -> tuple[tuple[str, float], ...]:
     if scales is not None and not isinstance(scales, Mapping):
-        raise ValueError(f"scales={scales!r} is no mapping; pass factors by pattern, as in {{'up_blocks.*': 0.5}}.")
+        raise ValueError(f"scales={scales!r} must be factors by pattern, as in {{'up_blocks.*': 0.5}}.")
     for name, factor in {"scale": scale, **(scales or {})}.items():
         if isinstance(factor, bool) or not isinstance(factor, Real) or not math.isfinite(factor):
-            raise ValueError(
-                f"{name}={factor!r} is no finite number; pass a number, 1.0 for the delta as it was extracted."
-            )
+            raise ValueError(f"{name}={factor!r} must be a finite number, 1.0 for the delta as it was extracted.")
     return tuple((scales or {}).items())
 
 
@@ -226,117 +369,268 @@ def _require_matches(pairs: Sequence[tuple[str, float]], weights: Weights) -> No
         raise ValueError(f"scales names {listed(idle)}, which match no weight of {weights.label}, such as {example}.")
 
 
-def _same(state: MergeState, weights: Weights) -> MergeRecord | None:
-    """The record of these weights where that is clear without reading them."""
+def _seen(state: MergeState, weights: Weights, digest: str) -> dict[Any, tuple[Stamp, str]]:
     stamp = weights.stamp()
-    digests = {digest for digest, known in state.weights.items() if known is weights}
-    if stamp in state.stamps:
-        digests.add(state.stamps[stamp])
-    return next((record for record in state.records if record.digest in digests), None)
+    return state.seen if stamp is None else {**state.seen, weights.place or stamp: (stamp, digest)}
 
 
-def _chosen(state: MergeState, delta: Delta | MergeRecord | None, module: nn.Module) -> MergeRecord:
+def _find(module: nn.Module, state: MergeState, weights: Weights) -> MergeRecord | None:
+    if not state.records:
+        return None
+    stamp = weights.stamp()
+    digest = next((digest for known, digest in state.seen.values() if known == stamp), None)
+    if digest is None:
+        digest = identity_of(named_as_model(weights, own_weights(module), getattr(module, "config", {})))
+    for record in state.records:
+        if not record.digest and record.source == Path(weights.label).name and record.recipe == read_recipe(weights):
+            old, record = record, replace(record, digest=digest)  # saved by version 0.1.0
+            state.records = tuple(record if entry is old else entry for entry in state.records)
+        if record.digest == digest:
+            state.seen = _seen(state, weights, digest)
+            return record
+    return None
+
+
+def _chosen(module: nn.Module, state: MergeState, delta: Delta | MergeRecord | None) -> MergeRecord:
     names = listed([record.source for record in state.records]) or "none"
     if delta is None:
         if len(state.records) != 1:
             raise ValueError(f"{len(state.records)} deltas are merged ({names}); name the one that is meant.")
         return state.records[0]
     if isinstance(delta, MergeRecord):
-        found = [record for record in state.records if record.digest == delta.digest]
+        found = next((record for record in state.records if record.digest == delta.digest), None)
     else:
-        same = find_merged(module, delta)
-        found = [] if same is None else [same]
-    if not found:
+        found = _find(module, state, opened(delta))
+    if found is None:
         raise ValueError(f"that delta is not merged into this {type(module).__name__}; merged are: {names}.")
-    return found[0]
+    return found
 
 
 def _rescaled(
-    module: nn.Module, state: MergeState, record: MergeRecord, scale: float, pairs: tuple[tuple[str, float], ...]
+    module: nn.Module,
+    state: MergeState,
+    record: MergeRecord,
+    scale: float,
+    pairs: tuple[tuple[str, float], ...],
+    delta: Delta | MergeRecord | None,
+    base: Delta | None,
 ) -> MergeRecord:
-    if record.reloaded:
+    if record.reloaded and base is None:
         raise ValueError(
             f"this {type(module).__name__} was loaded with {record.source} in its weights at scale {record.scale:g}, "
-            f"which cannot become {scale:g}; load the base, or take it out with unmerge_delta(..., exact=False) first."
+            f"which cannot become {scale:g}; pass base=, the base's files, load the base, or take the delta out with "
+            "unmerge_delta(..., exact=False) first."
         )
-    changed = replace(record, scale=scale, scales=pairs)
-    records = [changed if entry is record else entry for entry in state.records]
+    position = state.records.index(record)
+    if record.reloaded:
+        state = _adopted(module, state, record, delta, base)
+    changed = replace(state.records[position], scale=float(scale), scales=pairs)
+    records = [*state.records[:position], changed, *state.records[position + 1 :]]
     _exchange(module, state, tuple(entry for entry in records if entry.scale))
     return changed
 
 
-def _exchange(
+def _adopted(
     module: nn.Module,
     state: MergeState,
-    records: tuple[MergeRecord, ...],
-    new: DeltaFit | None = None,
-    base: Weights | None = None,
-) -> tuple[MergeRecord, ...]:
-    """Makes `records` what is merged, and returns them.
+    record: MergeRecord,
+    delta: Delta | MergeRecord | None,
+    base: Delta | None,
+) -> MergeState:
+    """The state with a reloaded delta as one of its own, whose values are known."""
+    if delta is None or isinstance(delta, MergeRecord):
+        raise ValueError(
+            f"{record.source} was in the weights when they were loaded: base= or exact=False wants the delta itself, "
+            "as a file or mapping."
+        )
+    weights, _, _ = fit_delta(opened(delta), module)
+    own = replace(record, digest=identity_of(weights), reloaded=False)
+    records = tuple(own if entry is record else entry for entry in state.records)
+    # Without a base of the user's: the files that the model was loaded from hold the delta too.
+    known = None if base is None else state.base
+    return replace(state, records=records, weights={**state.weights, own.digest: weights}, base=known)
 
-    `new` is what the last of them fits, if it was not merged before; `base` as in `rewrite`.
+
+# What is merged, kept on the model and in its configuration
+
+
+def _state(module: nn.Module, base: Delta | None = None) -> MergeState:
+    """The model's state, with `base` if one is given, once the weights are what it says. The lock is held."""
+    state: MergeState | None = vars(module).get(STATE_ATTRIBUTE)
+    if state is None:
+        state = _loaded_state(module)
+    if base is not None:
+        state.base = fit_base(opened(base, "base"), module)
+    if state.writing:
+        _undo_interrupted(module, state, base_given=base is not None)
+    if state.watched and _signature(state.watched) != state.signature:
+        if not _holds(module, state.witness):
+            gone = [record for record in state.records if not record.reloaded] or list(state.records)
+            logger.warning(
+                f"{listed([record.source for record in gone])} is not in the weights of this {type(module).__name__} "
+                "any more: other weights were loaded since it was merged."
+            )
+            left = tuple(record for record in state.records if record not in gone)
+            state = MergeState(base=state.base, records=left)
+            _remember(module, state)
+        state.signature = _signature(state.watched)
+    return state
+
+
+def _loaded_state(module: nn.Module) -> MergeState:
+    """What the configuration of a model that was saved says; it may have got that without the weights."""
+    config: Mapping[str, Any] = module.config if isinstance(module, ConfigMixin) else {}
+    records = saved_records(config)
+    witness = config[CONFIG_KEY].get("witness", {}) if records else {}
+    if not records or not _holds(module, witness):
+        return MergeState()
+    state = MergeState(records=records, witness=witness)
+    _watch(module, state)
+    setattr(module, STATE_ATTRIBUTE, state)
+    return state
+
+
+def _remember(module: nn.Module, state: MergeState) -> None:
+    """Puts the state on the module and its records in its configuration; an empty one leaves no trace."""
+    if state.records:
+        state.witness = _witness(module, state)
+        _watch(module, state)
+        setattr(module, STATE_ATTRIBUTE, state)
+    else:
+        vars(module).pop(STATE_ATTRIBUTE, None)
+    if isinstance(module, ConfigMixin):
+        # In place, past the freezing: a new FrozenDict would lose what diffusers set as attributes of this one, such
+        # as the kind of projection when an IP-Adapter was loaded.
+        OrderedDict.pop(module._internal_dict, CONFIG_KEY, None)
+        if state.records:
+            saved = {"deltas": [record.to_config() for record in state.records], "witness": state.witness}
+            OrderedDict.__setitem__(module._internal_dict, CONFIG_KEY, saved)
+
+
+def _witness(module: nn.Module, state: MergeState) -> dict[str, dict[str, list[float]]]:
+    """Some values of weights as they now are, "with" the deltas, and where it is known as they would be "without"."""
+    weights = {name: w for name, w in floating_entries(own_weights(module)).items() if w.dim() > 1}
+    terms = state.terms()
+    changed = [name for name in weights if any(term.factor(name) for term in terms)] or list(weights)
+    found = {}
+    for name in changed[:: max(1, len(changed) // WITNESSES)][:WITNESSES]:
+        values = _values(weights[name])
+        found[name] = {"with": values.tolist()}
+        parts = [(_values(term.weights.tensor(name)), factor) for term in terms if (factor := term.factor(name))]
+        if parts and all(part.shape == values.shape for part, _ in parts):
+            found[name]["without"] = (values - sum_of_terms(parts, values)).tolist()
+    return found
+
+
+def _values(weight: Tensor) -> Tensor:
+    return rows_of(weight.detach(), 0, 1).flatten()[:WITNESS_VALUES].float().cpu()
+
+
+def _holds(module: nn.Module, witness: Mapping[str, Mapping[str, list[float]]]) -> bool:
+    """Whether the weights are nearer to those with the deltas than to those without; where it cannot be told, yes.
+
+    Training further, another type or a fused LoRA change weights too, and a delta stays in them.
     """
-    weights = {**state.weights, **({records[-1].digest: new.weights} if new else {})}
-    before, after = _terms(state.records, weights), _terms(records, weights)
-    targets: dict[str, Tensor] = {}
-    for term in {id(term.weights): term for term in (*before, *after)}.values():
-        term.weights.require_unchanged()
-        fit = new if new and term.weights is new.weights else fit_delta(term.weights, module)
-        for name, target in fit.targets.items():
-            if targets.setdefault(name, target).shape != target.shape:
-                raise ValueError(f"{name} of {fit.weights.label} and of another delta differ in shape; take one out.")
-    if state.corrections.base is not None:
-        state.corrections.base.require_unchanged()
-    digest = Digest() if new and not records[-1].digest else None
-    done = records
+    weights = floating_entries(own_weights(module))
+    known = {name: weights[name] for name in witness if name in weights and not weights[name].is_meta}
+    if not known:
+        return True
+    found = torch.cat([_values(weight) for weight in known.values()])
+    merged = torch.tensor([value for name in known for value in witness[name]["with"]])
+    base = torch.tensor([value for name in known for value in witness[name].get("without", ())])
+    if found.shape != merged.shape or torch.cosine_similarity(found, merged, dim=0) < RELATED:
+        return False
+    if base.shape != found.shape:
+        return True
+    return bool(torch.linalg.vector_norm(found - merged) <= torch.linalg.vector_norm(found - base))
 
-    def commit(corrections: Corrections) -> None:
-        nonlocal done
-        if new is not None and digest is not None:
-            for name in new.targets:
-                if name not in digest:  # a factor of 0
-                    digest.update(name, new.weights.tensor(name))
-            done = (*records[:-1], replace(records[-1], digest=digest.hexdigest()))
-            weights[done[-1].digest] = new.weights
-        kept = {record.digest: weights[record.digest] for record in done if record.digest in weights}
-        stamps = {stamp: found for stamp, found in state.stamps.items() if found in {r.digest for r in done}}
-        if new is not None and (stamp := new.weights.stamp()) is not None:
-            stamps[stamp] = done[-1].digest
-        remember(module, MergeState(done, kept, stamps, corrections))
 
+def _watch(module: nn.Module, state: MergeState) -> None:
+    own = own_weights(module)
+    wanted = {id(own[name]) for name in state.witness if name in own}
+    state.watched = [
+        (owner, name)
+        for owner in module.modules()
+        for name, tensor in (*owner._parameters.items(), *owner._buffers.items())
+        if id(tensor) in wanted
+    ]
+    state.signature = _signature(state.watched)
+
+
+def _signature(watched: Iterable[tuple[nn.Module, str]]) -> tuple[Any, ...]:
+    """Identity and version of tensors: differs once one was replaced or written to. Nothing is read of a device."""
+    tensors = [owner._parameters.get(name, owner._buffers.get(name)) for owner, name in watched]
+    return tuple((id(t), None if t is None or t.is_inference() else t._version) for t in tensors)
+
+
+@torch.no_grad()
+def _exchange(module: nn.Module, state: MergeState, records: tuple[MergeRecord, ...], warn: bool = True) -> None:
+    """Makes `records` what is merged; `state` has the weights of all of them. The lock is held."""
+    new = replace(state, records=records, writing=[])
+    before, after = state.terms(), new.terms()
+    targets = {
+        name: target
+        for name, target in _targets(module, state.weights).items()
+        if factors(name, before) != factors(name, after)
+    }
+    if state.base is None and not before:
+        with suppress(ValueError):  # files of another model: this one only has their configuration
+            state.base = fit_base(found, module) if (found := loaded_weights(module)) else None
+    if state.base is not None:
+        state.base.require_unchanged()
     try:
-        rewrite(targets, before, after, state.corrections, commit, digest, base)
-    except NotFiniteError as error:
-        if new is not None:
-            require_finite(new.weights, new.targets, records[-1].scale)
-        raise ValueError(f"{error} would not be finite in its type; lower the scale or load a wider dtype.") from error
-    except HalfMergedError as error:
-        state.broken = str(error)
-        remember(module, state)
-        raise ValueError(f"the weights could not be put back ({error}); load the model again.") from error
-    return done
+        setattr(module, STATE_ATTRIBUTE, state)
+        inexact = change(state, targets, before, after)
+        if targets and len(inexact) == len(targets) and not before:
+            new.base = None  # the files of another model
+        else:
+            new.base = state.base
+        new.types = dict(state.types)
+        for name, target in targets.items():
+            known = new.types.get(name, ())
+            new.types[name] = known if known[-1:] == (target.dtype,) else (*known, target.dtype)
+        new.forget_others()
+        _remember(module, new)
+    except BaseException as error:
+        if vars(module).get(STATE_ATTRIBUTE) is state and not restore(state, targets, before):
+            state.forget_others()
+            if not state.records:
+                del vars(module)[STATE_ATTRIBUTE]
+        if isinstance(error, NotFiniteError):
+            require_finite(state, targets, before, after)
+        raise
+    if inexact and warn:
+        reason = "are not base plus deltas, as after training or fusing a LoRA"
+        if state.base is None or not before:
+            reason = "have no base that can be read" if state.base is None else f"differ from {state.base.label}"
+        logger.warning(
+            f"{len(inexact)} weights ({listed(inexact)}) {reason}: taking deltas out of them is exact to one "
+            "rounding. For exact results pass base=, the files that the model was loaded from, to the first "
+            "merge_delta, and merge before fusing a LoRA."
+        )
 
 
-def _subtract(
-    module: nn.Module, state: MergeState, reloaded: list[MergeRecord], delta: Delta | MergeRecord | None
-) -> None:
-    """Takes a delta out that the weights were loaded with, but for a rounding."""
-    if delta is None or isinstance(delta, MergeRecord) or not all(r.reloaded for r in state.records):
-        raise ValueError("exact=False wants the delta, as a file or mapping, and no other one merged since loading.")
-    fit = fit_delta(opened(delta), module)
-    terms = [Term(fit.weights, -record.scale, record.scales) for record in reloaded]
-    left = tuple(record for record in state.records if record not in reloaded)
-    rewrite(fit.targets, [], terms, Corrections(), lambda _: remember(module, MergeState(left)))
+def _targets(module: nn.Module, weights: Mapping[str, Weights]) -> dict[str, Tensor]:
+    """By name, what the deltas go into."""
+    targets: dict[str, Tensor] = {}
+    for digest, delta in weights.items():
+        delta.require_unchanged()
+        if identity_of(delta) != digest:
+            raise ValueError(f"{delta.label} was changed since it was merged; load the model again.")
+        for name, target in fit_delta(delta, module)[1].items():
+            if targets.setdefault(name, target).shape != target.shape:
+                raise ValueError(f"{name} of {delta.label} and of another delta differ in shape; take one out.")
+    return targets
 
 
-def _terms(records: Sequence[MergeRecord], weights: Mapping[str, Weights]) -> list[Term]:
-    return [Term(weights[r.digest], r.scale, r.scales) for r in records if not r.reloaded]
-
-
-def _extra_channels_warning(source: str, module: nn.Module, extra: int) -> str:
-    return (
-        f"{source} is the delta of a UNet with {LATENT_CHANNELS} input channels, and this {type(module).__name__} has "
-        f"{LATENT_CHANNELS + extra}: it is added to the first {LATENT_CHANNELS}, the noisy latents, and the other "
-        f"{extra} stay as they are. Quality at few steps suffers, since it was distilled without them, not for "
-        "inpainting."
-    )
+def _undo_interrupted(module: nn.Module, state: MergeState, base_given: bool) -> None:
+    """Restores the weights that an interrupted change left; with a base that the user gave, all of them."""
+    if base_given:
+        state.writing = [(name, start, stop, True) for name, start, stop, _ in state.writing]
+    lost = restore(state, _targets(module, state.weights), state.terms())
+    if lost:
+        raise ValueError(
+            f"changing the deltas of this {type(module).__name__} was interrupted and left weights half merged "
+            f"({listed(lost)}); load the model again, or pass base=, the files that it was loaded from."
+        )
+    state.forget_others()

@@ -7,11 +7,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any
 
+from ..core.noise_schedule import make_alphas_cumprod
 from ..core.parameterization import PREDICTION_TYPES
-from ..core.windows import require_positive_int, tile_windows
-from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS, PeRFlowScheduler
+from ..core.windows import tile_windows
+from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS
 
 PREFIX = "perflow."
 
@@ -20,30 +22,30 @@ ARCHITECTURE_KEY = PREFIX + "architecture"
 
 
 def require_guidance(value: object) -> None:
-    """Raises the ValueError for a guidance scale that is no finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"guidance_scale={value!r} is no finite number of at least 0; pass 1 for no guidance.")
+    """Raises ValueError unless a guidance scale is a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"guidance_scale={value!r} must be a finite number of at least 0; 1 means no guidance.")
 
 
 def noise_schedule_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a scheduler's configuration says about betas and training timesteps; the rest of it is left out."""
+    """The entries of a scheduler's configuration about betas and training timesteps."""
     return {key: config[key] for key in NOISE_SCHEDULE_KEYS if config.get(key) is not None}
 
 
 @dataclass(frozen=True)
 class DeltaRecipe:
-    """What to sample with. None means that the delta does not say, so that the pipeline's own default holds.
+    """What to sample with. None means that the delta does not say, so the pipeline's default holds.
 
     Attributes:
         prediction_type: "ddim_eps", "diff_eps" or "velocity".
-        num_time_windows: the number K of windows.
+        num_time_windows: the number K of windows, at most the number of training timesteps.
         window_boundaries: K + 1 descending times from 1 to 0, where the windows are not equal.
-        num_inference_steps: recommended steps.
+        num_inference_steps: recommended steps, at most the number of training timesteps.
         guidance_scale: recommended classifier-free guidance, 1 for none; at least 0.
         base_model: repository or description of the model that dW was taken from.
         base_sha256: SHA-256 of that model's file, 64 hexadecimal digits.
         scheduler_config: the noise schedule it was distilled on, as a scheduler's configuration: beta_start, beta_end,
-            beta_schedule, num_train_timesteps, trained_betas; other keys are left alone.
+            beta_schedule, num_train_timesteps, trained_betas. Other keys are ignored.
 
     Raises:
         ValueError: a value outside its range, or boundaries and a number of windows that disagree.
@@ -60,34 +62,37 @@ class DeltaRecipe:
 
     def __post_init__(self) -> None:
         if self.prediction_type is not None and self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
-                f"prediction_type={self.prediction_type!r} is unknown; pass one of {', '.join(PREDICTION_TYPES)}."
-            )
-        for name in ("num_time_windows", "num_inference_steps"):
-            if getattr(self, name) is not None:
-                require_positive_int(name, getattr(self, name))
+            raise ValueError(f"prediction_type={self.prediction_type!r} must be one of {', '.join(PREDICTION_TYPES)}.")
         if self.guidance_scale is not None:
             require_guidance(self.guidance_scale)
         if self.base_sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.base_sha256):
-            raise ValueError(f"base_sha256={self.base_sha256!r} is no SHA-256; pass 64 hexadecimal digits, or None.")
-        if self.scheduler_config is not None:
-            self._require_noise_schedule()
+            raise ValueError(f"base_sha256={self.base_sha256!r} must be 64 hexadecimal digits, or None.")
+        timesteps = self._require_noise_schedule()
+        for name in ("num_time_windows", "num_inference_steps"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not 1 <= value <= timesteps):
+                raise ValueError(f"{name}={value!r} must be an integer from 1 to {timesteps}, the training timesteps.")
         if self.window_boundaries is not None:
-            windows = tile_windows(num_windows=1, boundaries=self.window_boundaries)
-            object.__setattr__(self, "window_boundaries", windows.boundaries)
-            if self.num_time_windows not in (None, windows.num_windows):
-                raise ValueError(
-                    f"num_time_windows={self.num_time_windows} disagrees with the {windows.num_windows} windows of "
-                    f"window_boundaries={list(windows.boundaries)}; name one of them."
-                )
+            self._require_windows(timesteps)
 
-    def _require_noise_schedule(self) -> None:
-        if not isinstance(self.scheduler_config, dict):
-            raise ValueError(f"scheduler_config={self.scheduler_config!r} is no mapping; pass a scheduler's config.")
+    def _require_noise_schedule(self) -> int:
+        """Returns the number of training timesteps."""
+        if self.scheduler_config is not None and not isinstance(self.scheduler_config, dict):
+            raise ValueError(f"scheduler_config={self.scheduler_config!r} must be a scheduler's config, a mapping.")
+        schedule = self.noise_schedule()
         try:
-            PeRFlowScheduler(**self.noise_schedule())
+            return len(make_alphas_cumprod(**schedule)) if schedule else 1000
         except (TypeError, ValueError) as error:
-            raise ValueError(f"scheduler_config={self.scheduler_config!r} is no noise schedule: {error}") from error
+            raise ValueError(f"scheduler_config={self.scheduler_config!r} is not a noise schedule: {error}") from error
+
+    def _require_windows(self, timesteps: int) -> None:
+        windows = tile_windows(num_windows=1, boundaries=self.window_boundaries, num_train_timesteps=timesteps)
+        object.__setattr__(self, "window_boundaries", windows.boundaries)
+        if self.num_time_windows not in (None, windows.num_windows):
+            raise ValueError(
+                f"num_time_windows={self.num_time_windows} disagrees with the {windows.num_windows} windows of "
+                f"window_boundaries={list(windows.boundaries)}; give one of the two."
+            )
 
     def noise_schedule(self) -> dict[str, Any]:
         """What `scheduler_config` says about betas and training timesteps, as settings of a `PeRFlowScheduler`."""
@@ -103,7 +108,7 @@ class DeltaRecipe:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> DeltaRecipe:
-        """The inverse of `to_metadata`; keys that are no setting are left alone.
+        """The inverse of `to_metadata`; other keys are ignored.
 
         Raises:
             ValueError: a value that cannot be read or is out of range.
@@ -111,14 +116,14 @@ class DeltaRecipe:
         known = {field.name for field in fields(cls)}
         values = {name: metadata[PREFIX + name] for name in known if PREFIX + name in metadata}
         text = {"prediction_type", "base_model", "base_sha256"}
-        parsed: dict[str, Any] = {n: value if n in text else _number(n, value) for n, value in values.items()}
+        parsed: dict[str, Any] = {n: value if n in text else _parsed(n, value) for n, value in values.items()}
         return cls(**parsed)
 
 
-def _number(name: str, value: str) -> Any:
-    """A number, or a tuple of numbers, from JSON; its other values are refused where the recipe checks its fields."""
+def _parsed(name: str, value: str) -> Any:
+    """The value of some JSON; whether it makes sense is checked with the recipe's other fields."""
     try:
         parsed = json.loads(value)
         return tuple(float(entry) for entry in parsed) if name == "window_boundaries" else parsed
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{PREFIX}{name}={value!r} is no number or list of numbers; save the delta again.") from error
+        raise ValueError(f"{PREFIX}{name}={value!r} cannot be read ({error}); save the delta again.") from error

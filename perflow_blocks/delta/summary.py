@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.utils import logging
+from torch import Tensor
 
-from .files import Weights, row_chunks, rows_of
-from .weight_layouts import is_lora, named_alike
+from .files import Weights, is_lora, named_alike, row_chunks, rows_of
 
-WHOLE_NORM = 0.5
-"""Mean of the scales of normalization layers above which weights are whole: a trained model's are about 1, the
-differences of two models' about 0."""
-
-DIFFERENCE_NORM = 0.1
-"""Absolute value of that mean below which weights are surely differences. Nothing is refused between the two."""
+WHOLE_NORM, DIFFERENCE_NORM = 0.5, 0.1
+"""Mean of the scales of normalization layers above which weights are whole, and absolute value below which they are
+surely differences: a trained model's are about 1, the differences of two models' about 0."""
 
 KINDS = {
     "norm": "normalization",
@@ -77,7 +74,7 @@ class WeightSummary:
         """ "LoRA", "delta", "weights" (of a model), or "delta or weights" where no normalization layer tells."""
         if is_lora(tensor.name for tensor in self.tensors):
             return "LoRA"
-        means = [tensor.mean for tensor in self.tensors if is_norm_scale(tensor.name)]
+        means = [tensor.mean for tensor in self.tensors if _is_norm_scale(tensor.name)]
         if not means:
             return "delta or weights"
         return "weights" if sum(means) / len(means) > WHOLE_NORM else "delta"
@@ -110,46 +107,9 @@ class WeightSummary:
         return sorted(self.tensors, key=lambda tensor: -tensor.size)[:count]
 
 
-def is_norm_scale(name: str) -> bool:
-    """Whether it is the scales of a normalization layer, which tell weights from their differences."""
-    return "norm" in name and name.endswith(".weight")
-
-
-def hold_whole(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> bool:
-    """Whether tensors are surely a model's weights, by `WHOLE_NORM`; reads the scales of the normalization layers."""
-    mean = _mean_scale(names, read)
-    return mean is not None and mean > WHOLE_NORM
-
-
-def hold_differences(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> bool:
-    """Whether tensors are surely differences of weights, by `DIFFERENCE_NORM`; reads the same as `hold_whole`."""
-    mean = _mean_scale(names, read)
-    return mean is not None and abs(mean) < DIFFERENCE_NORM
-
-
-def summarise(weights: Weights, base: Weights | None = None, config: Mapping[str, Any] | None = None) -> WeightSummary:
-    """Reads every tensor once; sizes are relative to `base` where it is given.
-
-    The two may be named differently: for original Latent Diffusion names `config` is the configuration of the UNet.
-    diffusers' progress bar shows the tensors; `diffusers.utils.logging.disable_progress_bar()` hides it.
-
-    Raises:
-        ValueError: the base has none of a name.
-    """
-    if base is not None:
-        weights, base = named_alike(weights, base, config or {})
-        missing = [name for name in weights.shapes if name not in base.shapes]
-        if missing:
-            raise ValueError(f"{base.label} has no {missing[0]}; pass the base that {weights.label} was taken from.")
-    return WeightSummary(
-        tensors=tuple(
-            _tensor(weights, name, base) for name in logging.tqdm(weights.shapes, desc="read", unit="tensor")
-        )
-    )
-
-
-def _mean_scale(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> float | None:
-    means = [float(read(name).double().mean()) for name in names if is_norm_scale(name)]
+def mean_norm_scale(weights: Weights) -> float | None:
+    """Mean of the scales of the normalization layers, to compare with `WHOLE_NORM`; None where there are none."""
+    means = [float(weights.tensor(name).double().mean()) for name in weights.shapes if _is_norm_scale(name)]
     return sum(means) / len(means) if means else None
 
 
@@ -159,22 +119,44 @@ def kind_of(name: str, shape: tuple[int, ...]) -> str:
     return known or ("convolution" if len(shape) == 4 else "linear" if len(shape) == 2 else "other")
 
 
-def _tensor(weights: Weights, name: str, base: Weights | None) -> TensorSummary:
-    tensor = weights.tensor(name)
-    squares, total = _sums(tensor)
-    return TensorSummary(
-        name=name,
-        kind=kind_of(name, tuple(tensor.shape)),
-        dtype=tensor.dtype,
-        parameters=tensor.numel(),
-        bytes=tensor.numel() * tensor.element_size(),
-        squared_norm=squares,
-        mean=total / tensor.numel() if tensor.numel() else 0.0,
-        reference=None if base is None else _sums(base.tensor(name))[0],
-    )
+def summarise(weights: Weights, base: Weights | None = None, config: Mapping[str, Any] | None = None) -> WeightSummary:
+    """Reads every tensor once; sizes are relative to `base` where it is given.
+
+    The two may be named differently: for original Latent Diffusion names `config` is the configuration of the UNet.
+    diffusers' progress bar shows the tensors.
+
+    Raises:
+        ValueError: the base has none of a name.
+    """
+    if base is not None:
+        weights, base = named_alike(weights, base, config or {})
+        missing = [name for name in weights.shapes if name not in base.shapes]
+        if missing:
+            raise ValueError(f"{base.label} has no {missing[0]}; pass the base that {weights.label} was taken from.")
+    summaries = []
+    for name in logging.tqdm(weights.shapes, desc="read", unit="tensor"):
+        tensor = weights.tensor(name)
+        squares, total = _sums(tensor)
+        summaries.append(
+            TensorSummary(
+                name=name,
+                kind=kind_of(name, tuple(tensor.shape)),
+                dtype=tensor.dtype,
+                parameters=tensor.numel(),
+                bytes=tensor.nbytes,
+                squared_norm=squares,
+                mean=total / tensor.numel() if tensor.numel() else 0.0,
+                reference=None if base is None else _sums(base.tensor(name))[0],
+            )
+        )
+    return WeightSummary(tensors=tuple(summaries))
 
 
-def _sums(tensor: torch.Tensor) -> tuple[float, float]:
+def _is_norm_scale(name: str) -> bool:
+    return "norm" in name and name.endswith(".weight")
+
+
+def _sums(tensor: Tensor) -> tuple[float, float]:
     """Sum of the squares and sum of the values, a part of the rows at a time."""
     squares = total = 0.0
     for start, stop in row_chunks(tensor.shape):

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..delta.atomic import atomic_directory
-from ..delta.extract import read_delta_recipe, save_delta
-from ..delta.tensors import extract_delta, listed
+from ..delta.extract import extract_delta, read_delta_recipe, save_delta
+from ..delta.files import listed
 from ..training.layout import DELTA as RUN_DELTA
 from ..training.layout import STUDENT
 from .blocks import DELTA

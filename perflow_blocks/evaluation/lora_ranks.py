@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ..blocks.merge_delta import delta_path
 from ..delta.extract import read_delta_recipe
-from ..delta.lora import DeltaLora, delta_to_lora
-from ..delta.lora_files import Layout, save_lora, save_residual
+from ..delta.lora import DeltaLora, Layout, delta_to_lora, save_lora, save_residual
 from ..demo import perflow_pipeline
 from .classifier import ShapeClassifier
 from .comparison import EvaluationSet, Row, evaluate_samplers, markdown_differences, markdown_table

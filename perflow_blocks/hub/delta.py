@@ -8,10 +8,9 @@ from typing import Any
 
 from ..blocks.merge_delta import delta_path
 from ..builder.problems import Problems
-from ..delta.merge import find_merged, read_recipe
+from ..delta.files import open_weights, read_recipe
+from ..delta.merge import MergeRecord, find_merged, merge_record, merge_records
 from ..delta.recipe import DeltaRecipe
-from ..delta.record import MergeRecord, merge_record, merge_records
-from ..delta.weight_layouts import open_weights
 from .entries import WeightsMode
 
 DELTA_FILE = "delta/perflow_delta.safetensors"

@@ -17,8 +17,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..blocks.origin import scheduler_source
-from ..blocks.set_timesteps import OWN_ATTRIBUTE
+from ..blocks.set_timesteps import OWN_ATTRIBUTE, scheduler_source
 from ..builder.problems import Problems
 from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS, is_perflow_scheduler
 

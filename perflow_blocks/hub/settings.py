@@ -10,8 +10,8 @@ from diffusers import ClassifierFreeGuidance
 from diffusers.guiders import BaseGuidance
 from diffusers.utils import logging
 
-from ..attention.plan import parse_plan
-from ..attention.registry import get_attention_strategy
+from ..attention.config import parse_plan
+from ..attention.strategies import BUILT_IN
 from ..blocks.merge_delta import is_default_guider
 from ..blocks.set_timesteps import OWN_ATTRIBUTE
 from ..builder.problems import Problems
@@ -123,15 +123,12 @@ def _attention(pipe: Any, values: dict[str, Any]) -> dict[str, Any]:
     if plan is None:
         return {"attention_plan": None} if is_new and "attention_plan" in values else {}
     entries = plan.as_list()
-    for name in {entry.rsplit("=", 1)[-1] for entry in entries}:
-        module = type(get_attention_strategy(name)).__module__
-        if module.split(".")[0] != PACKAGE:
-            logger.warning(
-                "The attention strategy %r is one of %s, which the export does not hold; who loads it has to register "
-                "it first.",
-                name,
-                module,
-            )
+    for name in {entry.rsplit("=", 1)[-1] for entry in entries} - set(BUILT_IN):
+        logger.warning(
+            "The export does not hold the attention strategy %r, which was registered outside this package: whoever "
+            "loads the export must register it first.",
+            name,
+        )
     return {"attention_plan": entries}
 
 

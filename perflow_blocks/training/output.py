@@ -17,9 +17,7 @@ from transformers import CLIPTokenizer
 
 from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
 from ..delta.extract import read_delta_recipe
-from ..delta.lora import DeltaLora, delta_to_lora
-from ..delta.lora_files import save_lora, save_residual
-from ..delta.lora_report import LoraReport
+from ..delta.lora import DeltaLora, LoraReport, delta_to_lora, save_lora, save_residual
 from ..hub.entries import Entry, is_stock
 from ..hub.export import export_workflow
 from ..hub.index import make_index

@@ -10,12 +10,9 @@ import torch
 from torch import Tensor
 
 from ..delta.atomic import atomic_directory
-from ..delta.extract import save_delta
-from ..delta.lora import DeltaLora
-from ..delta.lora_files import save_lora
-from ..delta.lora_report import LoraReport
+from ..delta.extract import extract_delta, save_delta
+from ..delta.lora import DeltaLora, LoraReport, save_lora
 from ..delta.recipe import DeltaRecipe
-from ..delta.tensors import extract_delta
 from ..schedulers import PeRFlowScheduler
 from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS
 from .layout import DELTA, LORA, SCHEDULER, STUDENT

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from diffusers.models import MultiControlNetModel
 from perflow_blocks import AttentionConfig, PeRFlowSDXLAutoBlocks
 from perflow_blocks.blocks.specs import attention_spec
 from perflow_blocks.testing import tiny_controlnet, tiny_sdxl_unet
-from tests.attention.conftest import Kernel, assert_same_processors, calls_of, kernel, processors
+from tests.attention.conftest import SAMPLE, Kernel, assert_same_processors, calls_of, embeddings, processors
 from tests.conftest import make_pipeline, run
 
-__all__ = ["kernel"]  # a fixture
-
 MakeKernel = Callable[..., Kernel]
+
+pytestmark = pytest.mark.behaviour
 
 
 def test_what_was_set_last_holds(kernel: MakeKernel) -> None:
@@ -44,8 +45,10 @@ def test_what_was_set_last_holds(kernel: MakeKernel) -> None:
     pipe.update_components(attention_plan={"self": "c", "cross": "a"})
     assert ran() == {"a", "c"}
     assert ran() == {"a", "c"}
-    pipe.update_components(attention=AttentionConfig("b"))
-    assert ran() == {"b"}
+    again = AttentionConfig("b")
+    for component, name in ((again, "b"), (AttentionConfig("a"), "a"), (again, "b")):
+        pipe.update_components(attention=component)
+        assert ran() == {name}
     pipe.update_components(attention=AttentionConfig())
     assert ran() == set()
     assert pipe.config.attention_plan is None
@@ -55,42 +58,6 @@ def test_what_was_set_last_holds(kernel: MakeKernel) -> None:
     pipe.update_components(attention_plan=None)
     assert ran() == set()
     assert_same_processors(pipe.unet, before)
-
-
-def test_a_component_that_is_set_again_holds_again(kernel: MakeKernel) -> None:
-    a, b = kernel("a"), kernel("b")
-    pipe = make_pipeline()
-    first, second = AttentionConfig("a"), AttentionConfig("b")
-    for component, counted in ((first, a), (second, b), (first, a)):
-        pipe.update_components(attention=component)
-        counted.calls.clear()
-        run(pipe)
-        assert counted.calls
-    pipe.update_components(attention_plan=None)
-    a.calls.clear()
-    run(pipe)
-    assert not a.calls
-    pipe.update_components(attention=first)
-    run(pipe)
-    assert a.calls
-
-
-def test_strategies_are_tried_where_the_model_will_run(kernel: MakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = kernel("own")
-    pipe = make_pipeline(attention=AttentionConfig("own"))
-    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cpu", 0))
-    run(pipe)
-    assert {device for device, *_ in own.required} == {torch.device("cpu", 0)}
-
-
-def test_devices_of_models_outside_a_pipeline(kernel: MakeKernel) -> None:
-    own = kernel("own")
-    AttentionConfig("own").attach({"unet": tiny_sdxl_unet()}, device="cpu")
-    assert {device.type for device, *_ in own.required} == {"cpu"}
-    with pytest.raises(ValueError, match=r"UNet2DConditionModel holds no values .device 'meta'.*pass device="):
-        AttentionConfig("own").attach({"unet": tiny_sdxl_unet().to("meta")})
-    with pytest.raises(ValueError, match=r"'sliced' fails on cuda: .*choose another one such as 'native'"):
-        AttentionConfig("sliced").attach({"unet": tiny_sdxl_unet()}, device="cuda")
 
 
 def test_one_controlnet_in_two_places_is_one(kernel: MakeKernel) -> None:
@@ -110,45 +77,6 @@ def test_a_detached_pipeline_attaches_again_at_its_next_call() -> None:
         pipe.attention.detach()
         pipe.attention.detach()
         assert_same_processors(pipe.unet, before)
-
-
-def test_two_pipelines_with_one_unet_each_run_their_own_plan(kernel: MakeKernel) -> None:
-    a, b = kernel("a"), kernel("b")
-    unet = tiny_sdxl_unet()
-    before = processors(unet)
-    one, other = make_pipeline(unet=unet), make_pipeline(unet=unet)
-    one.update_components(attention=AttentionConfig("a"))
-    other.update_components(attention=AttentionConfig("b"))
-    for _ in range(2):
-        run(one, num_inference_steps=4)
-        run(other, num_inference_steps=4)
-    assert len(a.calls) == len(b.calls) == 2 * 4 * 8
-    assert {tuple(calls.items()) for calls in calls_of(one).values()} == {(("a", 8),)}
-    assert {tuple(calls.items()) for calls in calls_of(other).values()} == {(("b", 8),)}
-    run(make_pipeline(unet=unet))  # one without a plan leaves the model as it found it, whoever attached
-    assert_same_processors(unet, before)
-
-
-def test_two_components_with_one_plan_count_each_its_own_calls(kernel: MakeKernel) -> None:
-    kernel("a")
-    unet = tiny_sdxl_unet()
-    pipes = [make_pipeline(unet=unet, attention=AttentionConfig("a")) for _ in range(2)]
-    for steps, pipe in zip((4, 5, 6, 7), pipes * 2, strict=True):
-        run(pipe, num_inference_steps=steps)
-    for pipe, steps in zip(pipes, (4 + 6, 5 + 7), strict=True):
-        assert {calls["a"] for calls in calls_of(pipe).values()} == {steps}
-
-
-def test_one_component_serves_pipelines_of_different_plans(kernel: MakeKernel) -> None:
-    a, b = kernel("a"), kernel("b")
-    attention = AttentionConfig("a")
-    one, other = make_pipeline(attention=attention), make_pipeline(attention=attention)
-    run(one, num_inference_steps=4)
-    one.update_components(attention_plan="b")
-    run(one, num_inference_steps=4)
-    run(other, num_inference_steps=4)
-    run(one, num_inference_steps=4)
-    assert (len(a.calls), len(b.calls)) == (2 * 4 * 8, 2 * 4 * 8)
 
 
 def test_the_plan_survives_a_save(tmp_path: Path) -> None:
@@ -186,7 +114,7 @@ def test_a_strategy_is_required_once_for_each_kind_of_call(kernel: MakeKernel) -
     ("plan", "error", "message"),
     [
         ({"self": "a", "cross": "unfit"}, ImportError, "pip install it"),
-        ({"self": "a", "nowhere.*": "a"}, ValueError, r"'nowhere\.\*' is wrong because no attention module"),
+        ({"self": "a", "nowhere.*": "a"}, ValueError, r"'nowhere\.\*' matches no attention module"),
     ],
 )
 def test_a_plan_that_cannot_be_had_changes_nothing(
@@ -214,14 +142,14 @@ def test_a_plan_that_cannot_be_had_changes_nothing(
 def test_an_index_that_names_an_unknown_strategy_is_an_error_of_the_call() -> None:
     pipe = make_pipeline()
     pipe.update_components(attention_plan=["self=nonsense"])
-    with pytest.raises(ValueError, match="'nonsense' is unknown; pass one of native, "):
+    with pytest.raises(ValueError, match="'nonsense' is unknown; choose one of native, "):
         run(pipe)
     pipe.update_components(attention=None)
-    with pytest.raises(ValueError, match=r"attention=None is wrong .* pass AttentionConfig\(\)"):
+    with pytest.raises(ValueError, match="attention=None must be an AttentionConfig"):
         run(pipe)
 
 
-def test_the_component_is_a_configuration() -> None:
+def test_the_component_is_a_configuration(caplog: pytest.LogCaptureFixture) -> None:
     attention = AttentionConfig({"self": "sliced", "mid_block.*": "native"})
     entries = ["self=sliced", "mid_block.*=native"]
     assert attention.config.plan == entries
@@ -234,13 +162,66 @@ def test_the_component_is_a_configuration() -> None:
         assert not other.is_new_to(pipe)
     assert all(other.is_new_to(pipe) for other in (AttentionConfig(), attention, copy.deepcopy(attention)))
     assert repr(attention) == f"AttentionConfig({entries})"
+    with caplog.at_level(logging.WARNING):
+        pipe.update_components(attention=attention)
+    assert [record.message for record in caplog.records if "modular_pipelines" in record.name] == []
     assert AttentionConfig().config.plan is None
     with pytest.raises(ValueError, match="'nonsense' is unknown"):
         AttentionConfig("nonsense")
 
 
-def test_a_component_of_the_users_own_is_set_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    pipe = make_pipeline()
-    with caplog.at_level(logging.WARNING):
-        pipe.update_components(attention=AttentionConfig("sliced"))
-    assert [record.message for record in caplog.records if "modular_pipelines" in record.name] == []
+def test_pipelines_that_share_a_unet_or_a_component_each_run_their_own_plan(kernel: MakeKernel) -> None:
+    a, b = kernel("a"), kernel("b")
+    unet = tiny_sdxl_unet()
+    before = processors(unet)
+    one, other = make_pipeline(unet=unet), make_pipeline(unet=unet)
+    one.update_components(attention=AttentionConfig("a"))
+    other.update_components(attention=AttentionConfig("b"))
+    for _ in range(2):
+        run(one, num_inference_steps=4)
+        run(other, num_inference_steps=4)
+    assert len(a.calls) == len(b.calls) == 2 * 4 * 8
+    assert all(calls == {"a": 8} for calls in calls_of(one).values())
+    assert all(calls == {"b": 8} for calls in calls_of(other).values())
+    third = make_pipeline(unet=unet, attention=one.attention)
+    for pipe, plan in ((third, None), (one, "b"), (third, None)):
+        if plan:
+            pipe.update_components(attention_plan=plan)
+        a.calls.clear()
+        run(pipe, num_inference_steps=4)
+        assert len(a.calls) == (0 if plan else 4 * 8)
+    run(make_pipeline(unet=unet))  # one without a plan leaves the model as it found it, whoever attached
+    assert_same_processors(unet, before)
+
+
+def test_strategies_are_tried_where_the_model_will_run(kernel: MakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = kernel("own")
+    pipe = make_pipeline(attention=AttentionConfig("own"))
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cpu", 0))
+    run(pipe)
+    AttentionConfig("own").attach({"unet": tiny_sdxl_unet()}, device="cpu")
+    assert [device for device, *_ in own.required] == [torch.device("cpu", 0), torch.device("cpu")]
+    with pytest.raises(ValueError, match=r"UNet2DConditionModel is on device 'meta'.*pass device="):
+        AttentionConfig("own").attach({"unet": tiny_sdxl_unet().to("meta")})
+    with pytest.raises(ValueError, match=r"'sliced' does not run on cuda: .* such as 'native'"):
+        attention, models = AttentionConfig("sliced"), {"unet": tiny_sdxl_unet()}
+        attention.attach(models)
+        attention.attach(models, device="cuda")
+
+
+def test_threads_that_attach_at_once_leave_one_processor_to_detach(kernel: MakeKernel) -> None:
+    kernel("own")
+    unet, attention = tiny_sdxl_unet(), AttentionConfig("own")
+    before = processors(unet)
+    with ThreadPoolExecutor(4) as pool, torch.no_grad():
+        expected = unet(SAMPLE, 500, **embeddings())[0]
+
+        def call(_: int) -> torch.Tensor:
+            attention.attach({"unet": unet})
+            with torch.no_grad():
+                return unet(SAMPLE, 500, **embeddings())[0]
+
+        assert all(torch.equal(result, expected) for result in pool.map(call, range(8)))
+    assert {tuple(row.calls) for row in attention.report().rows} == {("own",)}
+    attention.detach()
+    assert_same_processors(unet, before)

@@ -21,14 +21,14 @@ from perflow_blocks.testing import (
     tiny_picture,
     tiny_sdxl_unet,
 )
-from tests.attention.conftest import Kernel, assert_same_processors, calls_of, kernel, processors
-from tests.blocks.conftest import distance, layers, perturbed, skip_layer
+from tests.attention.conftest import Kernel, assert_same_processors, calls_of, processors
+from tests.blocks.conftest import distance, perturbed, skip_layer
 from tests.blocks.test_features_lora import write_lora
 from tests.conftest import make_pipeline, run
 
-__all__ = ["kernel"]  # a fixture
-
 MakeKernel = Callable[..., Kernel]
+
+pytestmark = pytest.mark.behaviour
 STEPS = {"num_inference_steps": 4}
 ADAPTED = {**STEPS, "ip_adapter_image": tiny_picture(5)}
 
@@ -74,10 +74,14 @@ def test_ip_adapters_keep_their_modules_and_the_plan_comes_back_after_them(kerne
     for row in pipe.attention.report().rows:
         kept = row.module.endswith("attn2")
         assert row.kept == ("IPAdapterAttnProcessor2_0" if kept else None)
-        assert dict(row.calls) == {"counted": 4 if kept else 8}
+        assert row.calls == {"counted": 4 if kept else 8}
         if kept:
             name = row.module.removeprefix("unet.")
             assert processors(pipe.unet)[name] is adapters[name]
+    pipe.update_components(attention_plan=None)
+    assert torch.equal(run(pipe, **ADAPTED), adapted)
+    assert {kind.__name__ for kind in types(pipe)} == {"AttnProcessor2_0", "IPAdapterAttnProcessor2_0"}
+    pipe.update_components(attention_plan="counted")
     pipe.unload_ip_adapter()
     assert torch.equal(run(pipe, **STEPS), plain)
     assert len(counted.calls) == 2 * 4 * 8 + 4 * 4
@@ -86,7 +90,7 @@ def test_ip_adapters_keep_their_modules_and_the_plan_comes_back_after_them(kerne
     assert types(pipe) == {AttnProcessor2_0}
 
 
-def test_what_projects_the_pictures_of_an_adapter_is_left_alone() -> None:
+def test_what_projects_the_images_of_an_adapter_is_left_alone() -> None:
     unet = tiny_sdxl_unet()
     unet.encoder_hid_proj = IPAdapterPlusImageProjection(24, 32, hidden_dims=16, depth=1, dim_head=8, heads=2)
     before = processors(unet.encoder_hid_proj)
@@ -97,68 +101,8 @@ def test_what_projects_the_pictures_of_an_adapter_is_left_alone() -> None:
     assert len(attention.report().rows) == 8
 
 
-def test_a_plan_taken_out_under_an_ip_adapter_leaves_the_adapter(kernel: MakeKernel) -> None:
-    kernel("counted")
-    pipe = make_pipeline(attention=AttentionConfig("counted"))
-    run(pipe, **STEPS)
-    load_tiny_ip_adapter(pipe)
-    expected = run(pipe, **ADAPTED)
-    pipe.update_components(attention_plan=None)
-    assert torch.equal(run(pipe, **ADAPTED), expected)
-    assert {kind.__name__ for kind in types(pipe)} == {"AttnProcessor2_0", "IPAdapterAttnProcessor2_0"}
-
-
-def test_projections_fused_under_a_plan_run_it_and_come_apart(kernel: MakeKernel) -> None:
-    counted = kernel("counted")
-    pipe = make_pipeline()
-    before = processors(pipe.unet)
-    pipe.update_components(attention=AttentionConfig("counted"))
-    plain = run(pipe, **STEPS)
-    pipe.fuse_qkv_projections()
-    assert distance(run(pipe, **STEPS), plain) < 1e-4
-    assert types(pipe) == {FusedStrategyAttnProcessor}
-    assert len(counted.calls) == 2 * 4 * 8
-    assert set(map(tuple, (calls.items() for calls in calls_of(pipe).values()))) == {(("counted", 8),)}
-    pipe.unfuse_qkv_projections()
-    assert_same_processors(pipe.unet, before)
-    assert torch.equal(run(pipe, **STEPS), plain)
-    assert types(pipe) == {StrategyAttnProcessor}
-    assert len(counted.calls) == 3 * 4 * 8
-    pipe.attention.detach()
-    assert_same_processors(pipe.unet, before)
-
-
-def test_a_plan_on_fused_projections_is_taken_out_of_them(kernel: MakeKernel) -> None:
-    kernel("counted")
-    pipe = make_pipeline()
-    before = processors(pipe.unet)
-    pipe.fuse_qkv_projections()
-    fused, plain = processors(pipe.unet), run(pipe, **STEPS)
-    assert types(pipe) == {FusedAttnProcessor2_0}
-    pipe.update_components(attention=AttentionConfig("counted"))
-    assert torch.equal(run(pipe, **STEPS), plain)
-    assert types(pipe) == {FusedStrategyAttnProcessor}
-    pipe.attention.detach()
-    assert_same_processors(pipe.unet, fused)
-    pipe.unfuse_qkv_projections()
-    assert_same_processors(pipe.unet, before)
-
-
-def test_a_plan_detached_while_projections_are_fused_does_not_come_back(kernel: MakeKernel) -> None:
-    counted = kernel("counted")
-    pipe = make_pipeline()
-    before = processors(pipe.unet)
-    pipe.update_components(attention=AttentionConfig("counted"))
-    run(pipe, **STEPS)
-    pipe.unet.fuse_qkv_projections()  # diffusers puts the plan's processors aside
-    pipe.attention.detach()
-    pipe.unet.unfuse_qkv_projections()
-    assert_same_processors(pipe.unet, before)
-    assert len(counted.calls) == 4 * 8
-
-
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("plan", [{"self": "sliced"}, {"self": "flex", "cross": "sliced"}, "native", "counted"])
+@pytest.mark.parametrize("plan", [{"self": "flex", "cross": "sliced"}, "native", "counted"])
 def test_perturbed_attention_is_the_same_with_and_without_a_plan(plan: Any, kernel: MakeKernel) -> None:
     kernel("counted")
     pipe = make_pipeline(guider=ClassifierFreeGuidance(3.0))
@@ -166,32 +110,22 @@ def test_perturbed_attention_is_the_same_with_and_without_a_plan(plan: Any, kern
     pipe.update_components(guider=perturbed())
     expected = run(pipe, **STEPS)
     pipe.update_components(attention=AttentionConfig(plan))
+    run(pipe, num_inference_steps=4)  # the guider's check meets the plan's processors at the next call
+    pipe.attention.reset()
     assert distance(run(pipe, **STEPS), expected) < 2e-5
     assert distance(expected, unperturbed) > 1e-3
     asked = plan["self"] if isinstance(plan, dict) else plan
     rows = {row.module: row for row in pipe.attention.report().rows}
     middle = rows["unet.mid_block.attentions.0.transformer_blocks.0.attn1"]
     others = [row for row in rows.values() if row.kind == "self" and row is not middle]
-    whole = sum(dict(middle.calls).values())
-    assert {dict(row.calls)[asked] for row in others} == {whole} == {1 * 2 + 3 * 3}
+    whole = sum(middle.calls.values())
+    assert {row.calls[asked] for row in others} == {whole} == {1 * 2 + 3 * 3}
     if asked != "native":
-        assert dict(middle.calls) == {asked: 8, "native": 3}  # the perturbed batch of each step but the first
-        ((reason, count),) = middle.fallbacks
-        assert "perturbed attention" in reason
-        assert count == 3
+        assert middle.calls == {asked: 8, "native": 3}  # the perturbed batch of each step but the first
+        assert middle.fallbacks == {"cannot be perturbed by a guider": 3}
     else:
-        assert middle.fallbacks == ()
+        assert middle.fallbacks == {}
     assert not any(row.fallbacks for row in others)
-
-
-def test_perturbed_attention_takes_a_unet_that_a_plan_was_attached_to_before(kernel: MakeKernel) -> None:
-    """Its check runs before the plan is put into effect, so it meets the processors of the call before."""
-    kernel("counted")
-    pipe = make_pipeline(attention=AttentionConfig("counted"))
-    run(pipe, **STEPS)
-    pipe.update_components(guider=perturbed())
-    with_plan = run(pipe, **STEPS)
-    assert torch.equal(with_plan, run(make_pipeline(guider=perturbed()), **STEPS))
 
 
 def test_skipped_layers_are_skipped_under_a_plan(kernel: MakeKernel) -> None:
@@ -200,15 +134,6 @@ def test_skipped_layers_are_skipped_under_a_plan(kernel: MakeKernel) -> None:
     pipe = make_pipeline(guider=skip_layer(), attention=AttentionConfig("counted"))
     assert torch.equal(run(pipe, **STEPS), expected)
     assert len(counted.calls) == (4 * 2 + 3) * 8 - 3 * 2  # two modules of the skipped layer
-
-
-def test_attention_that_is_dropped_in_part_is_computed_by_the_plan(kernel: MakeKernel) -> None:
-    counted = kernel("counted")
-    guider = skip_layer(config=layers(skip_ff=False, dropout=0.5))
-    pipe = make_pipeline(guider=guider, attention=AttentionConfig({"self": "counted"}))
-    run(pipe, **STEPS)
-    assert len(counted.calls) == (4 * 2 + 3) * 4
-    assert not any(row.fallbacks for row in pipe.attention.report().rows)
 
 
 @pytest.mark.parametrize("plan", [None, "sliced"])
@@ -253,18 +178,6 @@ def test_a_plan_reaches_every_controlnet(kind: str, kernel: MakeKernel) -> None:
     assert_same_processors(pipe.controlnet, before)
 
 
-def test_one_controlnet_of_two_is_meant_by_its_number(kernel: MakeKernel) -> None:
-    first = kernel("first")
-    make, inputs, _ = CONTROLNETS["two"]
-    pipe = make_pipeline(controlnet=make())
-    pipe.update_components(attention=AttentionConfig({"controlnet.nets.0.*": "first"}))
-    run(pipe, **STEPS, **inputs)
-    assert len(first.calls) == 4 * 4
-    asked = {row.module: row.asked for row in pipe.attention.report().rows if row.asked}
-    assert len(asked) == 4
-    assert all(module.startswith("controlnet.nets.0.") for module in asked)
-
-
 def test_a_call_without_a_control_image_leaves_the_controlnet_alone(kernel: MakeKernel) -> None:
     kernel("counted")
     pipe = make_pipeline(controlnet=tiny_controlnet())
@@ -278,17 +191,46 @@ def test_a_call_without_a_control_image_leaves_the_controlnet_alone(kernel: Make
     assert {module.split(".")[0] for module in calls_of(pipe)} == {"unet", "controlnet"}
 
 
-def test_the_vae_is_left_alone() -> None:
-    pipe = make_pipeline(attention=AttentionConfig("sliced"))
-    before = processors(pipe.vae)
-    assert before
-    run(pipe, **STEPS, image=tiny_picture(1), strength=0.8, output_type="pt")
-    assert_same_processors(pipe.vae, before)
-
-
 def test_a_workflow_without_controlnets_asks_for_none() -> None:
     for name in PeRFlowSDXLAutoBlocks().available_workflows:
         workflow = PeRFlowSDXLAutoBlocks().get_workflow(name)
         assert list(workflow.sub_blocks)[:3] == ["check_inputs", "apply_attention", "merge_delta"]
         assert ("controlnet" in workflow.component_names) == ("controlnet" in name)
         assert "attention" in workflow.component_names
+
+
+def test_projections_fused_under_a_plan_run_it_and_come_apart(kernel: MakeKernel) -> None:
+    counted = kernel("counted")
+    pipe = make_pipeline()
+    before = processors(pipe.unet)
+    pipe.update_components(attention=AttentionConfig("counted"))
+    plain = run(pipe, **STEPS)
+    pipe.fuse_qkv_projections()
+    assert distance(run(pipe, **STEPS), plain) < 1e-4
+    assert types(pipe) == {FusedStrategyAttnProcessor}
+    assert len(counted.calls) == 2 * 4 * 8
+    assert all(calls == {"counted": 8} for calls in calls_of(pipe).values())
+    pipe.unfuse_qkv_projections()
+    assert_same_processors(pipe.unet, before)
+    assert torch.equal(run(pipe, **STEPS), plain)
+    assert types(pipe) == {StrategyAttnProcessor}
+    pipe.unet.fuse_qkv_projections()  # diffusers puts the plan's processors aside
+    pipe.attention.detach()
+    pipe.unet.unfuse_qkv_projections()
+    assert_same_processors(pipe.unet, before)
+
+
+def test_a_plan_on_fused_projections_is_taken_out_of_them(kernel: MakeKernel) -> None:
+    kernel("counted")
+    pipe = make_pipeline()
+    before = processors(pipe.unet)
+    pipe.fuse_qkv_projections()
+    fused, plain = processors(pipe.unet), run(pipe, **STEPS)
+    assert types(pipe) == {FusedAttnProcessor2_0}
+    pipe.update_components(attention=AttentionConfig("counted"))
+    assert torch.equal(run(pipe, **STEPS), plain)
+    assert types(pipe) == {FusedStrategyAttnProcessor}
+    pipe.attention.detach()
+    assert_same_processors(pipe.unet, fused)
+    pipe.unfuse_qkv_projections()
+    assert_same_processors(pipe.unet, before)

@@ -1,4 +1,4 @@
-"""An attention plan: its three forms, which of its entries holds for a module, and every mistake in one sentence."""
+"""An attention plan: its three forms, which of its entries counts for a module, and mistakes in it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ from typing import Any
 
 import pytest
 
-from perflow_blocks.attention.plan import AttentionPlace, parse_plan
+from perflow_blocks.attention.config import AttentionPlace, AttentionPlan, parse_plan
 
+pytestmark = pytest.mark.behaviour
 DOWN = "down_blocks.1.attentions.0.transformer_blocks.0"
 MIDDLE = "mid_block.attentions.0.transformer_blocks.0"
 
 
+def parsed(plan: Any) -> AttentionPlan:
+    result = parse_plan(plan)
+    assert result is not None
+    return result
+
+
 def place(name: str, model: str = "unet") -> AttentionPlace:
-    kind: Any = "cross" if name.endswith("attn2") else "self"
-    return AttentionPlace(component=model.split(".")[0], model=model, name=name, kind=kind)
-
-
-@pytest.mark.parametrize("empty", [None, {}, []])
-def test_nothing_asked_for_is_no_plan(empty: Any) -> None:
-    assert parse_plan(empty) is None
+    return AttentionPlace(model.split(".")[0], model, name, "cross" if name.endswith("attn2") else "self")
 
 
 @pytest.mark.parametrize(
@@ -27,22 +28,24 @@ def test_nothing_asked_for_is_no_plan(empty: Any) -> None:
     [
         ("sliced", ["self=sliced", "cross=sliced"]),
         ({"self": "sliced"}, ["self=sliced"]),
-        (["cross=flex"], ["cross=flex"]),
         (("cross=flex",), ["cross=flex"]),
         (["unet.mid_block.* = flex"], ["unet.mid_block.*=flex"]),
         (
             {"mid_block.*": "native", "self": "sliced", "cross": "flex"},
-            "self=sliced cross=flex mid_block.*=native".split(),
+            ["self=sliced", "cross=flex", "mid_block.*=native"],
         ),
         (["self=sliced", "self=flex"], ["self=flex"]),
         (["b.*=sliced", "a.*=flex"], ["b.*=sliced", "a.*=flex"]),
+        (["b.*=sliced", "a.*=flex", "b.*=native"], ["a.*=flex", "b.*=native"]),
     ],
 )
 def test_every_form_becomes_the_list_that_an_index_holds(plan: Any, entries: list[str]) -> None:
-    parsed = parse_plan(plan)
-    assert parsed is not None
-    assert parsed.as_list() == entries
-    assert parse_plan(entries) == parsed
+    assert parsed(plan).as_list() == entries
+    assert parse_plan(entries) == parse_plan(plan)
+
+
+def test_nothing_asked_for_is_no_plan() -> None:
+    assert parse_plan(None) is parse_plan({}) is parse_plan([]) is None
 
 
 @pytest.mark.parametrize(
@@ -63,10 +66,8 @@ def test_every_form_becomes_the_list_that_an_index_holds(plan: Any, entries: lis
     ],
 )
 def test_what_a_plan_asks_of_a_module(plan: Any, attn1: str | None, attn2: str | None) -> None:
-    parsed = parse_plan(plan)
-    assert parsed is not None
-    assert parsed.strategy_for(place(f"{MIDDLE}.attn1")) == attn1
-    assert parsed.strategy_for(place(f"{MIDDLE}.attn2")) == attn2
+    assert parsed(plan).asks(place(f"{MIDDLE}.attn1")) == attn1
+    assert parsed(plan).asks(place(f"{MIDDLE}.attn2")) == attn2
 
 
 @pytest.mark.parametrize(
@@ -85,41 +86,36 @@ def test_one_of_several_controlnets_is_meant_by_its_number_or_with_all(pattern: 
     assert place(f"{MIDDLE}.attn1", "controlnet.nets.0").matches(pattern) is found
 
 
-def test_a_pattern_that_means_no_module_is_refused_with_names_that_there_are() -> None:
+@pytest.mark.parametrize("pattern", ["up_blocks.*", "unet.midblock.*", "controlnett.*"])
+def test_a_pattern_that_matches_no_module_is_refused_with_names_that_there_are(pattern: str) -> None:
     places = [place(f"{DOWN}.attn1"), place(f"{DOWN}.attn2"), place(f"{MIDDLE}.attn1")]
-    for pattern in ("up_blocks.*", "unet.midblock.*", "controlnett.*"):
-        plan = parse_plan({"self": "native", pattern: "native"})
-        assert plan is not None
-        with pytest.raises(ValueError, match="no attention module has such a name") as caught:
-            plan.require_places(places, ["unet", "controlnet"])
-        assert repr(pattern) in str(caught.value)
-        assert f"such as 'unet.{DOWN}.attn1' or 'unet.{DOWN}.attn2'" in str(caught.value)
+    with pytest.raises(ValueError, match="matches no attention module") as caught:
+        parsed({"self": "native", pattern: "native"}).check(places, ["unet", "controlnet"])
+    assert repr(pattern) in str(caught.value)
+    assert f"such as 'unet.{DOWN}.attn1' or 'unet.{DOWN}.attn2'" in str(caught.value)
 
 
-def test_what_is_said_of_a_component_that_is_not_at_hand_is_left_for_later() -> None:
-    plan = parse_plan({"controlnet.mid_block.*": "native"})
-    assert plan is not None
-    places = [place(f"{MIDDLE}.attn1")]
-    plan.require_places(places, ["unet"])
+def test_a_pattern_for_a_component_that_is_not_in_use_is_not_checked() -> None:
+    plan, places = parsed({"controlnet.mid_block.*": "native"}), [place(f"{MIDDLE}.attn1")]
+    plan.check(places, ["unet"])
     with pytest.raises(ValueError, match=r"controlnet\.mid_block"):
-        plan.require_places(places, ["unet", "controlnet"])
+        plan.check(places, ["unet", "controlnet"])
 
 
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        ("nonsense", "strategy 'nonsense' is unknown; pass one of native, "),
+        ("nonsense", "strategy 'nonsense' is unknown; choose one of native, "),
         ({"self": "nonsense"}, "strategy 'nonsense' is unknown"),
         (["cross=sage", "mid_block.*=sagee"], "strategy 'sagee' is unknown"),
-        ({"selff": "native"}, "the key 'selff' is wrong .* pass 'self' or 'cross', or a pattern such as 'mid_block"),
-        (["=native"], r"the entry \('', 'native'\) is wrong"),
-        ({"self": None}, r"the entry \('self', None\) is wrong"),
-        ({"self": ""}, r"the entry \('self', ''\) is wrong"),
-        ({1: "native"}, r"the entry \(1, 'native'\) is wrong"),
-        ("self=native", r"a string names one strategy for all; pass \['self=native'\]"),
-        (["native"], "neither a strategy's name, nor a mapping .* nor a list"),
-        ([("self", "native")], "neither a strategy's name, nor a mapping"),
-        (7, "attention plan: 7 is wrong"),
+        ({"selff": "native"}, "the key 'selff' must be 'self', 'cross' or a pattern"),
+        (["=native"], "the key '' must be"),
+        ({1: "native"}, "the key 1 must be"),
+        ({"self": None}, "strategy None is unknown"),
+        ("self=native", "strategy 'self=native' is unknown"),
+        (["native"], r"plan=\['native'\] must be .* a mapping .* or a list"),
+        ([("self", "native")], r"plan=\[\('self', 'native'\)\] must be"),
+        (7, "attention plan=7 must be"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(plan: Any, message: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,16 @@ from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
-from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks, origin
+from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
 from perflow_blocks.blocks.merge_delta import PeRFlowMergeDeltaStep
-from perflow_blocks.delta import merge as delta_merge
+from perflow_blocks.delta import apply, files, merge
 from perflow_blocks.delta.extract import save_delta
-from perflow_blocks.delta.merge import unmerge_delta
+from perflow_blocks.delta.merge import merge_records, unmerge_delta
 from perflow_blocks.delta.recipe import DeltaRecipe
-from perflow_blocks.delta.record import merge_records, merge_state
 from perflow_blocks.testing.tiny import tiny_sdxl_unet
 from tests.conftest import make_pipeline, run
+
+pytestmark = pytest.mark.behaviour
 
 
 @pytest.fixture
@@ -36,13 +39,13 @@ def delta(tmp_path: Path) -> Path:
 def rewrites(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every change of a model's weights."""
     made: list[int] = []
-    inner = delta_merge.rewrite
+    inner = merge.change
 
-    def counted(*args: Any, **kwargs: Any) -> None:
+    def counted(*args: Any) -> list[str]:
         made.append(1)
-        inner(*args, **kwargs)
+        return inner(*args)
 
-    monkeypatch.setattr(delta_merge, "rewrite", counted)
+    monkeypatch.setattr(merge, "change", counted)
     return made
 
 
@@ -66,16 +69,16 @@ def test_weights_that_are_elsewhere_are_refused_before_anything_runs(delta: Path
     assert rewrites == []
 
 
-def test_another_layout_of_the_weights_changes_nothing_of_the_delta(delta: Path) -> None:
-    pipe = make_pipeline()
-    base = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+def test_another_layout_of_the_weights_changes_nothing_of_the_delta(delta: Path, tmp_path: Path) -> None:
+    pipe = loaded(tmp_path / "saved")
+    base = state(pipe)
     expected = run(pipe, delta=delta)
     pipe.unet.to(memory_format=torch.channels_last)
     torch.testing.assert_close(run(pipe, delta=delta), expected, rtol=1e-4, atol=1e-4)
     half = run(pipe, delta=delta, delta_scale=0.5)
     assert not torch.allclose(half, expected, atol=1e-3)
     unmerge_delta(pipe.unet)
-    assert all(torch.equal(weight, base[name]) for name, weight in pipe.unet.state_dict().items())
+    assert same(state(pipe), base)
 
 
 def test_a_saved_pipeline_is_not_merged_again(delta: Path, tmp_path: Path, rewrites: list[int]) -> None:
@@ -127,46 +130,44 @@ def state(pipe: Any) -> dict[str, torch.Tensor]:
     return {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
 
 
-def base_of(pipe: Any) -> str | None:
-    base = merge_state(pipe.unet).corrections.base
-    return None if base is None else base.label
-
-
-def corrected(pipe: Any) -> set[str]:
-    """The weights for which what rounding lost is kept."""
-    corrections = merge_state(pipe.unet).corrections
-    return {name for name in corrections.names() if not all(piece.reread for piece in corrections.pieces(name))}
+def one_rounding(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The warnings that not all weights come back exactly."""
+    return [entry.getMessage() for entry in caplog.records if "exact to one rounding" in entry.getMessage()]
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in other)
 
 
-def test_a_pipelines_way_back_is_where_its_unet_was_loaded_from(delta: Path, tmp_path: Path) -> None:
+def test_a_pipelines_base_is_where_its_unet_was_loaded_from(
+    delta: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pipe = loaded(tmp_path / "saved")
     before = state(pipe)
     run(pipe, delta=delta)
-    assert base_of(pipe) == str(tmp_path / "saved" / "unet") and not corrected(pipe)
     run(pipe, delta=delta, delta_scale=0.5)
     run(pipe, delta=False)
-    assert same(state(pipe), before)
+    assert same(state(pipe), before) and not one_rounding(caplog)
 
 
-def test_weights_that_were_changed_after_loading_have_another_way_back(delta: Path, tmp_path: Path) -> None:
+def test_weights_that_were_changed_after_loading_are_named(
+    delta: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """As by a LoRA that was fused, or training."""
     pipe = loaded(tmp_path / "saved")
     with torch.no_grad():
         pipe.unet.conv_out.bias.add_(1)
     before = state(pipe)
     run(pipe, delta=delta)
-    assert corrected(pipe) == {"conv_out.bias"}
     run(pipe, delta=False)
+    assert ["1 weights (conv_out.bias)" in warning for warning in one_rounding(caplog)] == [True, True]
+    torch.testing.assert_close(pipe.unet.conv_out.bias.detach(), before.pop("conv_out.bias"))
     assert same(state(pipe), before)
 
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_weights_from_the_hub_are_looked_for_in_the_cache_alone(
-    delta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+    delta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     def snapshot(repository: str, *, revision: str | None, local_files_only: bool) -> str:
         assert (repository, revision, local_files_only) == ("owner/model", "v1", True)
@@ -174,24 +175,26 @@ def test_weights_from_the_hub_are_looked_for_in_the_cache_alone(
             raise LocalEntryNotFoundError("not in the cache")
         return str(tmp_path / "saved")
 
-    monkeypatch.setattr(origin, "snapshot_download", snapshot)
+    monkeypatch.setattr(files, "snapshot_download", snapshot)
     pipe = loaded(tmp_path / "saved")
     pipe.unet._diffusers_load_id = "owner/model|unet|null|v1"
     before = state(pipe)
     run(pipe, delta=delta)
-    assert base_of(pipe) == (str(tmp_path / "saved" / "unet") if cached else None)
     run(pipe, delta=False)
-    assert same(state(pipe), before)
+    assert same(state(pipe), before) == cached
+    assert bool(one_rounding(caplog)) != cached
 
 
-def test_the_way_back_is_the_variant_that_was_loaded(delta: Path, tmp_path: Path) -> None:
+def test_the_base_is_the_variant_that_was_loaded(
+    delta: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "saved"
     pipe = loaded(folder)
     pipe.unet.half().save_pretrained(folder / "unet", variant="fp16")
     pipe.load_components(names="unet", variant="fp16", dtype=torch.float16)
     before = state(pipe)
     PeRFlowMergeDeltaStep()(pipe, PipelineState({"delta": delta}))
-    assert merge_records(pipe.unet) and not corrected(pipe)  # of float32 weights the half could not be had back
+    assert merge_records(pipe.unet) and not one_rounding(caplog)
     unmerge_delta(pipe.unet)
     assert same(state(pipe), before)
 
@@ -207,4 +210,49 @@ def test_a_single_file_is_a_way_back_whatever_folder_is_named(tmp_path: Path) ->
         ("null", False),
     ):
         unet._diffusers_load_id = load_id
-        assert (origin.loaded_weights(unet) is not None) == found, load_id
+        assert (files.loaded_weights(unet) is not None) == found, load_id
+
+
+def test_base_weights_that_are_loaded_over_a_merged_unet_are_merged_again(delta: Path) -> None:
+    pipe = make_pipeline()
+    base = state(pipe)
+    expected, merged = run(pipe, delta=delta), state(pipe)
+    for assign in (False, True):
+        pipe.unet.load_state_dict({name: weight.clone() for name, weight in base.items()}, assign=assign)
+        assert torch.equal(run(pipe, delta=delta), expected)
+        assert same(state(pipe), merged) and len(merge_records(pipe.unet)) == 1
+
+
+def test_an_interrupted_merge_is_put_right_by_the_next_call(
+    delta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it names the delta or not."""
+    pipe = loaded(tmp_path / "saved")
+    before, plain = state(pipe), run(pipe, num_inference_steps=2)
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(apply, "is_finite", interrupted)  # after the first rows are written
+        patch.setattr(merge, "restore", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(pipe, delta=delta)
+    assert not same(state(pipe), before)
+    pipe.update_components(scheduler=None)
+    assert torch.equal(run(pipe, num_inference_steps=2), plain)
+    assert same(state(pipe), before)
+
+
+def test_threads_that_make_the_first_call_merge_once(delta: Path, tmp_path: Path) -> None:
+    once, shared = loaded(tmp_path / "once"), loaded(tmp_path / "shared")
+    run(once, delta=delta)
+
+    def call(number: int) -> None:
+        with suppress(Exception):  # threads of one pipeline share more, such as the guider: not looked at here
+            run(shared, delta=delta)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(call, range(4)))
+    assert same(state(shared), state(once))
+    assert [record.scale for record in merge_records(shared.unet)] == [1.0]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from perflow_blocks.delta.record import merge_record
+from perflow_blocks.delta.merge import merge_record
 from perflow_blocks.testing.tiny import IMAGE_SIZE, load_tiny_ip_adapter, tiny_picture
 from tests.blocks.conftest import TASKS, workflow_inputs, write_delta
 from tests.conftest import make_pipeline, run

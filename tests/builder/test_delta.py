@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from perflow_blocks import PeRFlowPipelineBuilder, PeRFlowSDXLAutoBlocks, merge_delta
 from perflow_blocks.blocks import merge_delta as block
+from perflow_blocks.blocks.declare import declared
+from perflow_blocks.blocks.specs import delta_config_specs
 from perflow_blocks.builder.loading import build_pipeline
 from perflow_blocks.builder.plan import make_plan
+from perflow_blocks.delta.merge import merge_records
 from perflow_blocks.delta.recipe import DeltaRecipe
-from perflow_blocks.delta.record import merge_records
 from perflow_blocks.testing.tiny import tiny_sd_unet, tiny_sdxl_unet
 from tests.blocks.conftest import write_delta
 from tests.conftest import builder, latents, make_pipeline, problems
@@ -118,9 +120,7 @@ def test_a_merge_block_of_ones_own_is_kept(repository: Path, delta: Path) -> Non
 
 def test_a_merge_block_that_knows_no_scale_is_told(repository: Path, delta: Path) -> None:
     class Fixed(block.PeRFlowMergeDeltaStep):
-        @property
-        def expected_configs(self) -> list[Any]:
-            return [spec for spec in super().expected_configs if spec.name != "delta_scale"]
+        expected_configs = declared(*(spec for spec in delta_config_specs() if spec.name != "delta_scale"))
 
     blocks = PeRFlowSDXLAutoBlocks()
     blocks.sub_blocks["merge_delta"] = Fixed()
@@ -160,9 +160,9 @@ def test_layers_that_come_and_go_have_the_delta_merged_once(
     """On the CPU as the device, where nothing moves, but all the hooks run."""
     merged: list[float] = []
 
-    def counted(unet: Any, weights: Any, scale: float, base: Any) -> Any:
+    def counted(unet: Any, weights: Any, scale: float) -> Any:
         merged.append(scale)
-        return merge_delta(unet, weights, scale, base=base)
+        return merge_delta(unet, weights, scale)
 
     monkeypatch.setattr(block, "merge_delta", counted)
     manager = ComponentsManager()

@@ -17,10 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from perflow_blocks import delta_to_lora, extract_delta, merge_delta
-from perflow_blocks.delta.corrections import Corrections
 from perflow_blocks.delta.extract import read_delta_recipe, save_delta
+from perflow_blocks.delta.merge import merge_records
 from perflow_blocks.delta.recipe import DeltaRecipe
-from perflow_blocks.delta.record import merge_records
 from perflow_blocks.testing.tiny import tiny_sdxl_components, tiny_sdxl_unet
 from tests.builder.conftest import save_checkpoint
 
@@ -171,15 +170,15 @@ def test_a_merge_keeps_the_stored_type_or_takes_another(run: Run, models: Path, 
         assert_close({n: t.float() for n, t in tensors.items()}, tiny_sdxl_unet(1).state_dict(), 2e-3)
 
 
-def test_a_merge_keeps_nothing_beside_the_model(
-    run: Run, models: Path, delta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_merge_finds_its_base(
+    run: Run, models: Path, delta: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The way back would be the folder it was loaded from, in whatever type it is merged."""
-    monkeypatch.setattr(Corrections, "_append", lambda *_: pytest.fail("corrections were kept"))
+    """It is the folder the model was loaded from, in whatever type it is merged; no warning says otherwise."""
     done(run, "merge", models / "base", delta, "-o", tmp_path / "merged", "--dtype", "bf16")
     done(run, "merge", tmp_path / "merged", models / "style.safetensors", "-o", tmp_path / "both")
     tiny_sdxl_unet(3).half().save_pretrained(tmp_path / "merged", variant="fp16")
     done(run, "merge", tmp_path / "merged", delta, "-o", tmp_path / "half", "--variant", "fp16")
+    assert "one rounding" not in caplog.text
 
 
 def test_the_unet_of_a_pipeline_is_merged_in_place(run: Run, delta: Path, tmp_path: Path) -> None:

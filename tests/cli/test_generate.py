@@ -105,7 +105,7 @@ def test_guidance_asked_for_wins_over_the_recipe(run: Run, model: Path, delta: P
         (["a", "--steps", "0"], "steps=0 must be a positive integer"),
         (["a", "--steps", "-3"], "steps=-3 "),
         (["a", "--steps", "few"], "'--steps'"),
-        (["a", "--guidance", "nan"], "guidance_scale=nan is no finite number of at least 0"),
+        (["a", "--guidance", "nan"], "guidance_scale=nan"),
         (["a", "--guidance", "inf"], "guidance_scale=inf"),
         (["a", "--guidance", "-1"], "guidance_scale=-1.0"),
         (["a", "--num-images", "0"], "num-images=0 "),
@@ -156,7 +156,7 @@ def test_what_only_the_model_can_tell_costs_no_unet_call(
     other, broken = tmp_path / "other.safetensors", tmp_path / "broken.safetensors"
     save_delta({"conv_in.weight": torch.zeros(1)}, other)
     broken.write_bytes(delta.read_bytes()[:5000])
-    for path, message in ((other, "does not fit this UNet2DConditionModel"), (broken, "no complete safetensors file")):
+    for path, message in ((other, "does not fit this UNet2DConditionModel"), (broken, "complete safetensors file")):
         status, _, stderr = run("generate", "a", "--model", model, "--delta", path, "--out", out)
         assert status == 2
         last = stderr.splitlines()[-1]

@@ -15,8 +15,7 @@ from torch import Tensor
 from perflow_blocks import extract_delta, merge_delta
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.files import MappingWeights
-from perflow_blocks.delta.lora import delta_to_lora
-from perflow_blocks.delta.lora_files import save_lora
+from perflow_blocks.delta.lora import delta_to_lora, save_lora
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.delta.summary import kind_of, summarise
 from perflow_blocks.testing.tiny import tiny_sdxl_components, tiny_sdxl_unet

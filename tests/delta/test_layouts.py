@@ -14,11 +14,13 @@ from torch import Tensor
 
 from perflow_blocks import extract_delta, merge_delta, unmerge_delta
 from perflow_blocks.delta.extract import open_difference, save_delta
-from perflow_blocks.delta.record import merge_record, merge_records
-from perflow_blocks.delta.weight_layouts import open_weights
+from perflow_blocks.delta.files import open_weights
+from perflow_blocks.delta.merge import merge_record, merge_records
 from perflow_blocks.demo.models import build_unet
 from perflow_blocks.testing.tiny import tiny_sdxl_components, tiny_sdxl_unet
 from tests.builder.conftest import save_checkpoint
+
+pytestmark = pytest.mark.behaviour
 
 STEM = "diffusion_pytorch_model"
 
@@ -112,7 +114,7 @@ def test_the_index_is_taken_before_a_whole_file_and_older_names_of_shards_are_kn
 def test_prefixes_of_wrappers_are_taken_away(prefix: str, expected: dict[str, Tensor]) -> None:
     delta = {prefix + name: tensor for name, tensor in difference().items()}
     unet = tiny_sdxl_unet(0)
-    merge_delta(unet, delta)
+    merge_delta(unet, delta, base=tiny_sdxl_unet(0).state_dict())
     assert_same(unet.state_dict(), expected)
     unmerge_delta(unet, difference())  # the same by any name
     assert_same(unet.state_dict(), tiny_sdxl_unet(0).state_dict())
@@ -183,12 +185,12 @@ def test_a_merged_student_and_its_base_are_a_delta(tmp_path: Path, expected: dic
     delta = open_difference(tmp_path / "1", tmp_path / "0")
     assert_same(merged(delta), expected)
     unet = tiny_sdxl_unet(0)
-    merge_delta(unet, delta, 0.5)
+    merge_delta(unet, delta, 0.5, base=tmp_path / "0")
     assert merge_delta(unet, delta, 0.5) is merge_record(unet) and len(merge_records(unet)) == 1
     unmerge_delta(unet)
     assert_same(unet.state_dict(), tiny_sdxl_unet(0).state_dict())
     save_file({"conv_in.weight": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"are no pair: .*missing from the student"):
+    with pytest.raises(ValueError, match=r"do not match: .*missing from the student"):
         open_difference(tmp_path / "other.safetensors", tmp_path / "0")
 
 
@@ -255,7 +257,7 @@ def test_shards_that_are_missing_or_doubled_are_named(tmp_path: Path) -> None:
         open_weights(tmp_path)
     second.write_bytes(content)
     (tmp_path / f"{STEM}.safetensors.index.json").write_text('{"weight_map": [1]}')
-    with pytest.raises(ValueError, match="is no index of shards"):
+    with pytest.raises(ValueError, match="is not an index of shards"):
         open_weights(tmp_path)
 
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from perflow_blocks import delta_to_lora, extract_delta
 from perflow_blocks.delta.extract import open_difference
 from perflow_blocks.delta.lora import DeltaLora
-from perflow_blocks.delta.lora_input import opened_tensors
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.testing.tiny import tiny_sd_unet, tiny_sdxl_unet
 from tests.builder.conftest import unet_keys
+
+pytestmark = pytest.mark.behaviour
 
 SQUARE = "mid_block.attentions.0.proj_in"
 CONV = "down_blocks.0.resnets.0.conv1"
@@ -118,15 +119,6 @@ def test_max_rank_bounds_energy_and_nothing_else(delta: dict[str, Tensor]) -> No
     assert {layer.rank for layer in delta_to_lora(delta, rank=7, max_rank=2).report.layers} == {7, 4}  # conv_out has 4
 
 
-def test_a_bound_that_costs_nothing_is_no_note() -> None:
-    layer = f"{SQUARE}.weight"
-    enough = delta_to_lora({layer: torch.eye(5)}, energy=0.55, max_rank=3).report.layers[0]
-    assert (enough.rank, enough.note) == (3, "")
-    random = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
-    whole = delta_to_lora({layer: random}, energy=1.0, max_rank=48).report.layers[0]
-    assert (whole.rank, whole.note) == (48, "")
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_deltas_of_any_floating_type_are_factorised(delta: dict[str, Tensor], dtype: torch.dtype) -> None:
     own = {name: tensor.to(dtype) for name, tensor in delta.items()}
@@ -170,13 +162,6 @@ def test_the_report_prints_every_layer_and_sorts_the_worst(delta: dict[str, Tens
     worst = report.worst(3)
     assert [layer.energy for layer in worst] == sorted(layer.energy for layer in report.layers)[:3]
     assert report.adjusted == tuple(layer for layer in report.layers if layer.name == "conv_out")
-
-
-@pytest.mark.parametrize("size", [1e-7, 1e-4, 1e3])
-def test_small_and_large_changes_survive_half_precision(size: float) -> None:
-    change = size * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    (layer,) = delta_to_lora({f"{SQUARE}.weight": change}, rank=64).report.layers
-    assert layer.relative_error < 3e-3
 
 
 def test_a_layer_that_does_not_change_is_left_out() -> None:
@@ -226,10 +211,6 @@ def test_a_file_gives_the_same_and_its_recipe(delta: dict[str, Tensor], tmp_path
     for one, other in ((read.lora, given.lora), (read.residual, given.residual)):
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert delta_to_lora(path, rank=3, recipe=DeltaRecipe()).recipe == DeltaRecipe()
-    tensors, _ = opened_tensors(path)
-    assert set(tensors) == set(delta)
-    reference = weakref.ref(tensors["conv_in.weight"])
-    assert reference() is None  # nothing holds what was read
 
 
 @pytest.mark.parametrize("layout", ["folder", "variant", "shards", "wrapped", "original", "mapping", "difference"])
@@ -305,17 +286,20 @@ def test_settings_that_are_refused(arguments: dict[str, Any], message: str) -> N
 @pytest.mark.parametrize(
     ("delta", "message"),
     [
-        ({}, "no tensors"),
-        ({"text_model.encoder.layers.0.weight": torch.ones(2, 2)}, "no weights of a UNet .*text_model"),
-        ({**GOOD, f"unet.{SQUARE}.weight": torch.ones(2, 2)}, rf"1 tensors are no weights of a UNet \(unet\.{SQUARE}"),
-        ({**GOOD, "conv_in.weight": torch.full((2, 2, 1, 1), torch.nan)}, r"no finite numbers \(conv_in\.weight\)"),
-        ({**GOOD, "conv_in.bias": torch.tensor([torch.inf])}, r"no finite numbers \(conv_in\.bias\)"),
-        ({"conv_in.weight": torch.ones(2, 2, 1, 1, dtype=torch.int64)}, "no finite numbers"),
+        ({}, "no floating-point tensors"),
+        ({"text_model.encoder.layers.0.weight": torch.ones(2, 2)}, "not weights of a UNet .*text_model"),
+        (
+            {**GOOD, f"unet.{SQUARE}.weight": torch.ones(2, 2)},
+            rf"not weights of a UNet \(unet\.{SQUARE}",
+        ),
+        ({**GOOD, "conv_in.weight": torch.full((2, 2, 1, 1), torch.nan)}, r"not finite \(conv_in\.weight\)"),
+        ({**GOOD, "conv_in.bias": torch.tensor([torch.inf])}, r"not finite \(conv_in\.bias\)"),
+        ({"conv_in.weight": torch.ones(2, 2, 1, 1, dtype=torch.int64)}, "no floating-point tensors"),
         ({f"{SQUARE}.bias": torch.ones(4)}, "no linear or convolution layer"),
         ({f"{SQUARE}.weight": torch.zeros(4, 4)}, "no linear or convolution layer"),
         ({f"{SQUARE}.weight": torch.full((4, 4), 1e12)}, rf"{SQUARE}\.lora_.* too large for torch\.float16"),
         ({**GOOD, f"{SQUARE}.bias": torch.full((4,), 1e5)}, rf"{SQUARE}\.bias is too large"),
-        ([torch.ones(2)], "is a list"),
+        ([torch.ones(2)], "delta=list"),
     ],
 )
 def test_deltas_that_are_refused(delta: Any, message: str) -> None:

@@ -18,9 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from perflow_blocks import delta_to_lora, extract_delta
-from perflow_blocks.delta.lora import DeltaLora
-from perflow_blocks.delta.lora_files import kohya_state_dict, peft_settings, save_lora, save_residual
-from perflow_blocks.delta.lora_report import LoraReport
+from perflow_blocks.delta.lora import DeltaLora, LoraReport, kohya_state_dict, peft_settings, save_lora, save_residual
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.testing.tiny import (
     TEXT_WIDTH,
@@ -32,6 +30,8 @@ from perflow_blocks.testing.tiny import (
     tiny_sdxl_unet,
 )
 from tests.conftest import generator, make_pipeline, run
+
+pytestmark = pytest.mark.behaviour
 
 RECIPE = DeltaRecipe(prediction_type="ddim_eps", num_time_windows=4, num_inference_steps=4, guidance_scale=1.0)
 UNETS: dict[str, Any] = {"sdxl": tiny_sdxl_unet, "modular": tiny_sdxl_unet, "sd": tiny_sd_unet}
@@ -246,7 +246,7 @@ def lora_of(*ranks: int, size: float = 1.0, dtype: torch.dtype = torch.float16) 
 @pytest.mark.parametrize(
     ("converted", "save", "message"),
     [
-        (lora_of(2), partial(save_lora, layout=WRONG), "layout='lycoris' is unknown; pass one of peft, kohya"),
+        (lora_of(2), partial(save_lora, layout=WRONG), "layout='lycoris' must be one of peft, kohya"),
         (lora_of(2, 2, 8, size=4e4), partial(save_lora, layout="kohya"), "alpha=2, 2 factors .*float32"),
         (lora_of(2), save_residual, "no residual"),
     ],

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from perflow_blocks.delta.extract import read_delta_recipe, save_delta
 from perflow_blocks.delta.recipe import DeltaRecipe
 
+pytestmark = pytest.mark.behaviour
+
 RECIPE = DeltaRecipe(
     prediction_type="ddim_eps",
     num_time_windows=4,
@@ -39,6 +41,7 @@ def test_the_recipe_travels_in_the_metadata(tmp_path: Path, recipe: DeltaRecipe)
         ("prediction_type", "epsilon"),
         ("num_time_windows", "four"),
         ("num_time_windows", "0"),
+        ("num_time_windows", "10000000"),
         ("num_inference_steps", "2.5"),
         ("guidance_scale", "NaN"),
         ("guidance_scale", "-1"),

@@ -12,10 +12,12 @@ from diffusers import UNet2DConditionModel
 
 from perflow_blocks import extract_delta, merge_delta, unmerge_delta
 from perflow_blocks.delta.extract import save_delta
+from perflow_blocks.delta.merge import merge_record, merge_records
 from perflow_blocks.delta.recipe import DeltaRecipe
-from perflow_blocks.delta.record import merge_record, merge_records
 from perflow_blocks.testing.tiny import tiny_sdxl_unet
 from tests.conftest import make_pipeline, run
+
+pytestmark = pytest.mark.behaviour
 
 RECIPE = DeltaRecipe(prediction_type="diff_eps", num_time_windows=2, num_inference_steps=3, guidance_scale=1.0)
 
@@ -80,7 +82,7 @@ def test_the_configuration_names_no_directories_and_is_restored(tmp_path: Path, 
     unet = tiny_sdxl_unet(0)
     unet.save_pretrained(tmp_path)  # which adds to the configuration itself
     before = dict(unet.config)
-    merge_delta(unet, delta)
+    merge_delta(unet, delta, base=tiny_sdxl_unet(0).state_dict())
     unet.save_pretrained(tmp_path)
     text = (tmp_path / "config.json").read_text()
     assert str(delta.parent) not in text and json.loads(text)["_perflow_merges"]["deltas"][0]["scale"] == 1.0
@@ -143,3 +145,29 @@ def test_a_saved_pipeline_that_names_the_delta_draws_the_same(tmp_path: Path, de
     assert other.guider.guidance_scale == 1.0
     with pytest.raises(ValueError, match="was loaded with"):
         run(other, delta=False)
+
+
+def test_a_record_of_version_0_1_0_is_known_by_its_name(
+    tmp_path: Path, delta: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its digest was another; under another name, a merge of the same delta warns."""
+    unet = tiny_sdxl_unet(0)
+    merge_delta(unet, delta)
+    unet.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    entry = config["_perflow_merges"]["deltas"][0]
+    del entry["sampled"]
+    entry["digest"] = "0" * 64
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = UNet2DConditionModel.from_pretrained(tmp_path)
+    assert [(record.source, record.scale) for record in merge_records(again)] == [("delta.safetensors", 1.0)]
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(delta.read_bytes())
+    merge_delta(again, other)
+    assert "version 0.1.0" in caplog.text and len(merge_records(again)) == 2
+    unmerge_delta(again, other)
+    assert same(again, unet)
+    pipe = make_pipeline(unet=again)
+    run(pipe, delta=delta)
+    assert same(again, unet) and len(merge_records(again)) == 1
+    assert merge_delta(again, delta).reloaded

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from perflow_blocks.delta.atomic import atomic_directory
+from perflow_blocks.delta.extract import write_weights
 from perflow_blocks.delta.files import MappingWeights
-from perflow_blocks.delta.weight_writer import write_weights
 
 
 class OneAtATime(MappingWeights):
@@ -52,8 +52,7 @@ def test_the_library_reads_what_is_written(tmp_path: Path, dtype: torch.dtype) -
     ("tensors", "dtype", "message"),
     [
         ({"a": torch.tensor([1e6])}, torch.float16, r"not finite as torch.float16 \(a\)"),
-        ({"a": torch.zeros(2)}, torch.float32, "zero in every weight"),
-        ({"a": torch.ones(2)}, torch.float64, "dtype=torch.float64 cannot be written"),
+        ({"a": torch.ones(2)}, torch.int8, "dtype=torch.int8"),
     ],
 )
 def test_what_cannot_be_stored_leaves_the_old_file(

@@ -12,7 +12,7 @@ from diffusers import EulerDiscreteScheduler
 from safetensors import safe_open
 
 from perflow_blocks.delta.extract import read_delta_recipe
-from perflow_blocks.delta.record import merge_record
+from perflow_blocks.delta.merge import merge_record
 from perflow_blocks.demo import perflow_pipeline, teacher_pipeline, weights_directory
 from perflow_blocks.evaluation.classifier import WEIGHTS as CLASSIFIER
 from perflow_blocks.evaluation.classifier import load_classifier

@@ -11,8 +11,8 @@ import torch
 from perflow_blocks import export_workflow, extract_delta, merge_delta, rescale_delta
 from perflow_blocks.blocks.workflows import PeRFlowSDXLText2ImageBlocks
 from perflow_blocks.delta.extract import save_delta
+from perflow_blocks.delta.merge import merge_record, merge_records
 from perflow_blocks.delta.recipe import DeltaRecipe
-from perflow_blocks.delta.record import merge_record, merge_records
 from perflow_blocks.hub.delta import DELTA_FILE
 from perflow_blocks.testing import tiny_sdxl_unet
 from tests.conftest import run
