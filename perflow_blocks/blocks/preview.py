@@ -73,9 +73,8 @@ class LatentToRGB(ConfigMixin):
             pixels = processor.preprocess(image).to(device=vae.device, dtype=vae.dtype)
             encoded = ((vae.encode(pixels).latent_dist.mode().double().cpu() - shift) / scale)[0]
             average = torch.nn.functional.adaptive_avg_pool2d(pixels.double().cpu()[0], encoded.shape[-2:])
-            latents.append(
-                torch.cat([encoded, torch.ones_like(encoded[:1])]).flatten(1).T
-            )  # (positions, channels + 1)
+            encoded = torch.cat([encoded, torch.ones_like(encoded[:1])])  # the last one is the bias's
+            latents.append(encoded.flatten(1).T)  # (positions, channels + 1)
             colours.append(average.flatten(1).T)  # (positions, 3)
         known = torch.cat(latents)
         rank, channels = int(torch.linalg.matrix_rank(known)) - 1, known.shape[1] - 1

@@ -238,7 +238,9 @@ def _boundaries(source: Any) -> tuple[float, ...] | None:
     """The windows that a configuration or a recipe describes; None where it describes none."""
     if source.num_time_windows is None and source.window_boundaries is None:
         return None
-    return tile_windows(num_windows=source.num_time_windows, boundaries=source.window_boundaries).boundaries
+    count, boundaries = source.num_time_windows, source.window_boundaries
+    # To be compared only: the scheduler that is made checks that each window holds one of its timesteps.
+    return tile_windows(num_windows=count, boundaries=boundaries, num_train_timesteps=10**6).boundaries
 
 
 def _differences(config: Mapping[str, Any], settings: dict[str, Any]) -> list[tuple[str, Any, Any]]:

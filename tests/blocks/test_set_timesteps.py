@@ -180,3 +180,10 @@ def test_without_the_delta_the_schedule_is_the_repositorys_again() -> None:
     kept = pipe.scheduler
     set_up(pipe)
     assert pipe.scheduler is kept
+
+
+def test_windows_of_a_delta_may_be_as_narrow_as_its_own_timesteps() -> None:
+    narrow = DeltaRecipe(window_boundaries=(1.0, 0.9995, 0.0), scheduler_config={"num_train_timesteps": 4000})
+    pipe = make_pipeline()
+    set_up(pipe, delta_recipe=narrow, num_inference_steps=2)
+    assert pipe.scheduler.config.window_boundaries == [1.0, 0.9995, 0.0]
