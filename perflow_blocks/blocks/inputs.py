@@ -152,20 +152,15 @@ def shared_input(name: str, *, required: bool = False, default: Any = None) -> I
 
 
 latents_input = partial(shared_input, "latents", required=True)
-delta_recipe_input = partial(shared_input, "delta_recipe")
-num_inference_steps_input = partial(shared_input, "num_inference_steps", required=True)
 step_plan_input = partial(shared_input, "step_plan", required=True)
 step_coefficients_input = partial(shared_input, "step_coefficients", required=True)
 noise_coefficients_input = partial(shared_input, "noise_coefficients", required=True)
 noise_pred_input = partial(shared_input, "noise_pred", required=True)
 image_latents_input = partial(shared_input, "image_latents", required=True)
 mask_input = partial(shared_input, "mask", required=True)
-noise_input = partial(shared_input, "noise", required=True)
 inpaint_conditioning_input = partial(shared_input, "inpaint_conditioning")
-noising_input = partial(shared_input, "noising")
 on_nonfinite_input = partial(shared_input, "on_nonfinite")
 denoising_start_input = partial(shared_input, "denoising_start")
-denoising_end_input = partial(shared_input, "denoising_end")
 
 
 def request_inputs() -> list[InputParam]:
