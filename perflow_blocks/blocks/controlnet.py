@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, PipelineState
-from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, OutputParam
+from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import (
     StableDiffusionXLControlNetInputStep,
     StableDiffusionXLControlNetUnionInputStep,
@@ -28,17 +28,12 @@ UNCONDITIONAL = "pred_uncond"
 class PeRFlowControlNetUnionInputStep(StableDiffusionXLControlNetUnionInputStep):
     """diffusers' step, which puts its tensors into the list `control_image`, on a list of its own."""
 
-    @property
-    def expected_components(self) -> list[ComponentSpec]:
-        return [*super().expected_components, vae_spec()]
-
-    @property
-    def intermediate_outputs(self) -> list[OutputParam]:
-        return [
-            *super().intermediate_outputs,
-            OutputParam("control_image", list[Tensor], "The control images, as the ControlNet takes them."),
-            OutputParam("control_mode", list[int], "The kind of each control image."),
-        ]
+    expected_components = declared(*StableDiffusionXLControlNetUnionInputStep().expected_components, vae_spec())
+    intermediate_outputs = declared(
+        *StableDiffusionXLControlNetUnionInputStep().intermediate_outputs,
+        OutputParam("control_image", list[Tensor], "The control images, as the ControlNet takes them."),
+        OutputParam("control_mode", list[int], "The kind of each control image."),
+    )
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
