@@ -5,11 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers import StableDiffusionXLAutoBlocks
-from diffusers.modular_pipelines.modular_pipeline import (
-    AutoPipelineBlocks,
-    ModularPipelineBlocks,
-    SequentialPipelineBlocks,
-)
+from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, SequentialPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 
 from .apply_attention import PeRFlowAutoApplyAttentionStep
@@ -61,15 +57,12 @@ class PeRFlowSDXLCoreDenoiseStep(Assembled, SequentialPipelineBlocks):
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Hands on what `pipe.set_progress_bar_config` says, which by itself reaches top-level blocks only."""
-        _configure_progress_bars(self, kwargs)
-
-
-def _configure_progress_bars(block: ModularPipelineBlocks, config: dict[str, Any]) -> None:
-    for inner in block.sub_blocks.values():
-        if hasattr(inner, "set_progress_bar_config"):
-            inner.set_progress_bar_config(**config)
-        else:
-            _configure_progress_bars(inner, config)
+        blocks = list(self.sub_blocks.values())
+        for block in blocks:
+            if hasattr(block, "set_progress_bar_config"):
+                block.set_progress_bar_config(**kwargs)
+            else:
+                blocks.extend(block.sub_blocks.values())
 
 
 class Preset(Assembled, SequentialPipelineBlocks):

@@ -24,24 +24,20 @@ from ..core.step_plan import apply_step
 from .declare import Assembled, declared
 from .images import require_count
 from .inputs import (
-    DENOISER_INPUT_FIELDS,
+    as_outputs,
     batch_inputs,
     denoising_start_input,
     embeddings_inputs,
-    generator_input,
     image_latents_input,
     ip_adapter_inputs,
     mask_input,
     noise_coefficients_input,
-    num_images_per_prompt_input,
     param,
+    shared_input,
     step_plan_input,
 )
 from .set_timesteps import PeRFlowImg2ImgSetTimestepsStep, PeRFlowInpaintSetTimestepsStep, PeRFlowSetTimestepsStep
 from .specs import guider_spec, unet_spec
-
-_TEXT_EMBEDDINGS = tuple(entry.name for entry in embeddings_inputs())
-_IMAGE_EMBEDDINGS = tuple(entry.name for entry in ip_adapter_inputs())
 
 
 class PeRFlowInputStep(ModularPipelineBlocks):
@@ -57,14 +53,12 @@ class PeRFlowInputStep(ModularPipelineBlocks):
     model_name = "stable-diffusion-xl"
     description = "Repeats the embeddings of texts and IP-Adapter images for the images of each prompt."
     expected_components = declared(guider_spec())  # unused: the first block that names the guider decides its default
-    inputs = declared(num_images_per_prompt_input(), *embeddings_inputs(), *ip_adapter_inputs())
+    inputs = declared(shared_input("num_images_per_prompt"), *embeddings_inputs(), *ip_adapter_inputs())
     intermediate_outputs = declared(
         OutputParam("batch_size", int, "Number of prompts."),
         OutputParam("dtype", torch.dtype, "Type of the embeddings, and so of the latents."),
-        *(
-            OutputParam(entry.name, entry.type_hint, entry.description, kwargs_type=DENOISER_INPUT_FIELDS)
-            for entry in (*embeddings_inputs(), *ip_adapter_inputs())
-        ),
+        *as_outputs(embeddings_inputs()),
+        *as_outputs(ip_adapter_inputs()),
     )
 
     @torch.no_grad()
@@ -72,14 +66,12 @@ class PeRFlowInputStep(ModularPipelineBlocks):
         block_state = self.get_block_state(state)
         prompts, images = block_state.prompt_embeds.shape[0], block_state.num_images_per_prompt
         block_state.batch_size, block_state.dtype = prompts, block_state.prompt_embeds.dtype
-        for name in _TEXT_EMBEDDINGS:
-            tensor = getattr(block_state, name)
-            if tensor is not None:
-                setattr(block_state, name, one_for_each_image(name, tensor, prompts, images))
-        for name in _IMAGE_EMBEDDINGS:
-            tensors = getattr(block_state, name)
-            if tensors is not None:
-                setattr(block_state, name, [one_for_each_image(name, tensor, prompts, images) for tensor in tensors])
+        for name in (entry.name for entry in self.inputs if entry.kwargs_type):
+            given = getattr(block_state, name)
+            if isinstance(given, Tensor):
+                setattr(block_state, name, one_for_each_image(name, given, prompts, images))
+            elif given is not None:  # one tensor for each IP-Adapter
+                setattr(block_state, name, [one_for_each_image(name, tensor, prompts, images) for tensor in given])
         self.set_block_state(state, block_state)
         return components, state
 
@@ -89,18 +81,18 @@ def one_for_each_image(name: str, tensor: Tensor, prompts: int, images_per_promp
 
     Args:
         name: of the input, for the error.
-        tensor: one row for all images, one for each prompt, or one for each image.
+        tensor: one row for all images, one for each prompt, or one for each image; others raise a ValueError.
         prompts: number of prompts.
         images_per_prompt: number of images for each prompt.
-
-    Raises:
-        ValueError: another number of rows.
     """
     rows, images = tensor.shape[0], prompts * images_per_prompt
     if rows == images:
         return tensor
     require_count(name, rows, prompts, images)
     return tensor.repeat_interleave(images // rows, dim=0)
+
+
+_LATENTS = OutputParam("latents", Tensor, "Starting latents (images, channels, height/f, width/f).")
 
 
 class PeRFlowImg2ImgPrepareLatentsStep(ModularPipelineBlocks):
@@ -113,12 +105,10 @@ class PeRFlowImg2ImgPrepareLatentsStep(ModularPipelineBlocks):
         image_latents_input(),
         noise_coefficients_input(),
         denoising_start_input(),
-        generator_input(),
+        shared_input("generator"),
         *batch_inputs(),
     )
-    intermediate_outputs = declared(
-        OutputParam("latents", Tensor, "Starting latents (images, channels, height/f, width/f).")
-    )
+    intermediate_outputs = declared(_LATENTS)
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
@@ -157,17 +147,15 @@ class PeRFlowInpaintPrepareLatentsStep(ModularPipelineBlocks):
         noise_coefficients_input(),
         step_plan_input(),
         denoising_start_input(),
-        generator_input(),
+        shared_input("generator"),
         *batch_inputs(),
     )
     intermediate_outputs = declared(
-        OutputParam("latents", Tensor, "Starting latents (images, channels, height/f, width/f)."),
+        _LATENTS,
         OutputParam("noise", Tensor, "The noise of the known part (images, channels, height/f, width/f)."),
         OutputParam("image_latents", Tensor, "The given image's clean latents (images, channels, height/f, width/f)."),
         OutputParam("mask", Tensor, "What to repaint (images, 1, height/f, width/f): 1 is painted, 0 kept."),
-        OutputParam(
-            "inpaint_conditioning", Tensor, "Mask and masked-image latents for a 9-channel UNet, None for others."
-        ),
+        OutputParam("inpaint_conditioning", Tensor, "Mask and masked image for a 9-channel UNet, None for others."),
     )
 
     @torch.no_grad()
@@ -213,14 +201,9 @@ def _conditioning(unet: Any, block_state: Any, device: torch.device) -> Tensor |
     if taken == channels:
         return None
     if taken != 2 * channels + 1:
-        raise ValueError(
-            f"the UNet takes {taken} channels; inpainting needs one with {channels}, or {2 * channels + 1} "
-            "for mask and masked image."
-        )
+        raise ValueError(f"the UNet takes {taken} channels; inpainting needs one of {channels} or {2 * channels + 1}.")
     if block_state.masked_image_latents is None:
-        raise ValueError(
-            f"a UNet of {taken} channels needs masked_image_latents; pass image and mask_image, or these."
-        )
+        raise ValueError(f"masked_image_latents is missing for a UNet of {taken} channels; pass it, or mask_image.")
     return torch.cat([block_state.mask, _one_for_each(block_state, "masked_image_latents", device)], dim=1)
 
 

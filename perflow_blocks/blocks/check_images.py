@@ -14,23 +14,28 @@ from torch import Tensor, nn
 from .images import count_images, image_size, require_count
 
 CONTROL_RANGE = ("control_guidance_start", "control_guidance_end")
-CONTROLNET_SETTINGS = ("control_mode", "controlnet_conditioning_scale", *CONTROL_RANGE, "guess_mode")
+IP_ADAPTER_INPUTS = ("ip_adapter_image", "ip_adapter_embeds", "negative_ip_adapter_embeds")
+
+
+def require_shape(name: str, tensor: Any, wanted: tuple[int | str, ...]) -> None:
+    """Refuses all but tensors of this shape, in which words stand for any number."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} is {_describe(tensor)}; it must be a tensor.")
+    shape = tuple(tensor.shape)
+    if len(shape) != len(wanted) or any(not isinstance(w, str) and w != s for s, w in zip(shape, wanted, strict=True)):
+        raise ValueError(f"{name} has shape {shape}; it must be ({', '.join(map(str, wanted))}).")
 
 
 def check_images(request: Any, prompts: int, images: int, channels: int, unet_channels: int) -> None:
-    """Checks the images and masks to start from, as pixels or as latents.
+    """Checks the kind, number and size of the images and masks to start from, as pixels or as latents.
 
-    Args:
-        request: the block state of `PeRFlowCheckInputsStep`.
-        prompts: number of prompts.
-        images: number of images to make.
-        channels: of the latents.
-        unet_channels: what the UNet takes: `channels`, or `2 channels + 1` for one made for inpainting.
-
-    Raises:
-        ValueError: images that do not match in kind, number or size, or an argument without the one it needs.
+    Latents have `channels`. A UNet takes as many, or `2 channels + 1` if it is made for inpainting.
     """
-    _check_combination(request, unet_channels if unet_channels != channels else None)
+    masked = request.mask_image is not None or request.mask is not None
+    if request.denoising_start is not None and masked and request.latents is None:
+        raise ValueError("denoising_start with a mask is given without the latents of an earlier run; pass latents.")
+    if unet_channels != channels and not masked:
+        raise ValueError(f"mask_image and image are missing: the UNet of {unet_channels} channels is for inpainting.")
     if request.image is not None:
         if isinstance(request.image, Tensor) and request.image.ndim == 4 and request.image.shape[1] == channels:
             raise ValueError(f"image has {channels} channels, as latents have; pass latents as image_latents.")
@@ -41,11 +46,9 @@ def check_images(request: Any, prompts: int, images: int, channels: int, unet_ch
         require_count("mask_image", count_images(request.mask_image, mask=True), prompts, images)
     for name, wanted in (("image_latents", channels), ("mask", 1), ("masked_image_latents", channels)):
         tensor = getattr(request, name)
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor) or tensor.ndim != 4 or tensor.shape[1] != wanted:
-            raise ValueError(f"{name} is {_describe(tensor)}; it must be a tensor (n, {wanted}, height/f, width/f).")
-        require_count(name, int(tensor.shape[0]), prompts, images)
+        if tensor is not None:
+            require_shape(name, tensor, ("n", wanted, "height/f", "width/f"))
+            require_count(name, len(tensor), prompts, images)
     if request.padding_mask_crop is not None:
         _check_crop(request)
     _check_mask_size("mask_image", request.mask_image, "image", request.image)
@@ -55,13 +58,7 @@ def check_images(request: Any, prompts: int, images: int, channels: int, unet_ch
 def check_kind(name: str, image: Any, *, any_mode: bool = False) -> None:
     """Checks images: PIL, arrays (height, width, 3), tensors (3, height, width), batches of them, or a list.
 
-    Args:
-        name: of the input, for messages.
-        image: what was given.
-        any_mode: whether PIL images may be other than RGB.
-
-    Raises:
-        ValueError: not an image, integers, or not three channels.
+    With `any_mode`, PIL images may be other than RGB.
     """
     for entry in _entries(name, image):
         if isinstance(entry, Image.Image):
@@ -73,20 +70,8 @@ def check_kind(name: str, image: Any, *, any_mode: bool = False) -> None:
 
 
 def check_controlnet(controlnet: Any, request: Any, prompts: int) -> None:
-    """
-    Args:
-        controlnet: the component, None where there is none.
-        request: the block state of `PeRFlowCheckInputsStep`.
-        prompts: number of prompts.
-
-    Raises:
-        ValueError: settings without a control image, control images that do not match the ControlNets or their control
-            types, or values out of range.
-    """
+    """Checks control images and the ControlNet's settings: one ControlNet, several, a ControlNet-Union, or None."""
     if request.control_image is None:
-        given = [name for name in CONTROLNET_SETTINGS if getattr(request, name) is not None]
-        if given:
-            raise ValueError(f"{given[0]} is given without control_image; pass control_image, or leave it out.")
         return
     controlnet = unwrap_module(controlnet)  # compiled or not
     images = _listed(request.control_image)
@@ -102,7 +87,7 @@ def check_controlnet(controlnet: Any, request: Any, prompts: int) -> None:
         scales = ranges = len(controlnet.nets)
         if not isinstance(request.control_image, list) or len(images) != scales:
             raise ValueError(
-                f"control_image holds {len(images)} image(s); pass a list with one for each of {scales} ControlNets."
+                f"control_image holds {len(images)} image(s) for {scales} ControlNets; pass one for each."
             )
     else:
         images = [request.control_image]
@@ -118,72 +103,35 @@ def check_controlnet(controlnet: Any, request: Any, prompts: int) -> None:
 
 
 def check_ip_adapters(layers: list[nn.Module], guider: Any, request: Any, encodes: bool) -> None:
-    """
-    Args:
-        layers: the image projections of the loaded IP-Adapters, one each.
-        guider: the component.
-        request: the block state of `PeRFlowCheckInputsStep`.
-        encodes: whether the pipeline has a block that encodes images for IP-Adapters.
+    """Checks that images or embeddings match the loaded IP-Adapters.
 
-    Raises:
-        ValueError: images or embeddings for another number of IP-Adapters than are loaded, or of another width.
+    `layers` holds the image projection of each adapter; `encodes` tells whether a block encodes images.
     """
-    image, embeds = request.ip_adapter_image, request.ip_adapter_embeds
-    if image is not None and embeds is not None:
-        raise ValueError("both ip_adapter_image and ip_adapter_embeds are given; leave one out.")
-    name, given = ("ip_adapter_embeds", embeds) if image is None else ("ip_adapter_image", image)
-    if given is None and layers:
-        wanted = "ip_adapter_image" if encodes else "ip_adapter_embeds"
-        raise ValueError(
-            f"{wanted} is missing for the {len(layers)} loaded IP-Adapters; pass it, or call pipe.unload_ip_adapter()."
-        )
-    if given is None:
-        return
-    if not layers:
-        raise ValueError(f"{name} is given, but no IP-Adapter is loaded; call pipe.load_ip_adapter(...) first.")
-    if len(_listed(given)) != len(layers):
-        raise ValueError(
-            f"{name} holds {len(_listed(given))} entries for {len(layers)} IP-Adapters; pass a list with one for each."
-        )
-    if embeds is None:
-        return
-    if request.negative_ip_adapter_embeds is None and guider.num_conditions > 1:
+    image, embeds, negative = (getattr(request, name) for name in IP_ADAPTER_INPUTS)
+    count = len(layers)
+    if layers and image is None and embeds is None:
+        name = "ip_adapter_image" if encodes else "ip_adapter_embeds"
+        raise ValueError(f"{name} is missing for {count} loaded IP-Adapters; pass it or call unload_ip_adapter().")
+    if embeds is not None and negative is None and layers and guider.num_conditions > 1:
         raise ValueError("negative_ip_adapter_embeds is missing, which guidance needs; pass it, usually zeros.")
-    for name in ("ip_adapter_embeds", "negative_ip_adapter_embeds"):
-        if getattr(request, name) is not None:
-            _check_image_embeddings(name, getattr(request, name), layers)
+    for name, given in zip(IP_ADAPTER_INPUTS, (image, embeds, negative), strict=True):
+        if given is None:
+            continue
+        if not layers:
+            raise ValueError(f"{name} is given, but no IP-Adapter is loaded; call pipe.load_ip_adapter(...) first.")
+        entries, encoded = _listed(given), name != "ip_adapter_image"
+        if len(entries) != count or (encoded and not isinstance(given, list)):
+            raise ValueError(f"{name} holds {len(entries)} entries for {count} IP-Adapters; pass a list of {count}.")
+        if encoded:
+            for entry, layer in zip(entries, layers, strict=True):
+                _check_image_embeddings(name, entry, layer)
 
 
-def _check_image_embeddings(name: str, embeds: Any, layers: list[nn.Module]) -> None:
-    """One tensor (images, ..., width) for each IP-Adapter, of the width that its first layer takes."""
-    if not isinstance(embeds, list) or len(embeds) != len(layers):
-        given = f"a list of {len(embeds)}" if isinstance(embeds, list) else f"of type {type(embeds).__name__}"
-        raise ValueError(f"{name} is {given}; it must be a list of {len(layers)} tensors, one for each IP-Adapter.")
-    for tensor, layer in zip(embeds, layers, strict=True):
-        width = next(part.in_features for part in layer.modules() if isinstance(part, nn.Linear))
-        if not isinstance(tensor, Tensor) or tensor.ndim < 3 or tensor.shape[-1] != width:
-            raise ValueError(f"{name} holds an entry {_describe(tensor)}; it must be a tensor (images, 1, {width}).")
-
-
-def _check_combination(request: Any, inpainting_channels: int | None) -> None:
-    """Raises the ValueError for an argument without the one it needs, or beside one that it replaces."""
-    image = request.image is not None or request.image_latents is not None
-    masked = request.mask_image is not None or request.mask is not None
-    if request.image is not None and request.image_latents is not None:
-        raise ValueError("both image and image_latents are given; leave one out.")
-    if request.mask_image is not None and request.image is None:
-        raise ValueError("mask_image is given without image; pass image, or mask beside image_latents.")
-    if request.mask is not None and request.image_latents is None:
-        raise ValueError("mask is given without image_latents; pass image_latents, or mask_image beside image.")
-    if request.denoising_start is not None and not image:
-        raise ValueError("denoising_start is given without the latents of an earlier run; pass image_latents.")
-    if request.denoising_start is not None and masked and request.latents is None:
-        raise ValueError("denoising_start with a mask is given without the latents of an earlier run; pass latents.")
-    if inpainting_channels is not None and not masked:
-        raise ValueError(
-            f"image and mask_image are missing: the UNet takes {inpainting_channels} channels and is made for "
-            "inpainting; pass both, or load another UNet."
-        )
+def _check_image_embeddings(name: str, embeds: Any, layer: nn.Module) -> None:
+    """Embeddings are (images, ..., width), of the width that the first layer of the IP-Adapter takes."""
+    width = next(part.in_features for part in layer.modules() if isinstance(part, nn.Linear))
+    if not isinstance(embeds, Tensor) or embeds.ndim < 3 or embeds.shape[-1] != width:
+        raise ValueError(f"{name} holds an entry {_describe(embeds)}; it must be a tensor (images, 1, {width}).")
 
 
 def _check_crop(request: Any) -> None:
@@ -196,6 +144,7 @@ def _check_crop(request: Any) -> None:
 
 
 def _check_mask_kind(mask: Any) -> None:
+    """One mask as (height, width) with one channel or none, a batch (n, height, width), or a list of single masks."""
     listed = isinstance(mask, list)
     for entry in _entries("mask_image", mask):
         if isinstance(entry, Image.Image) or entry.ndim == 2:
@@ -203,10 +152,7 @@ def _check_mask_kind(mask: Any) -> None:
         colours = isinstance(entry, np.ndarray) and entry.shape[-1:] in ((3,), (4,))
         right = not colours if entry.ndim == 3 and not listed else entry.ndim in (3, 4) and _channels(entry) == 1
         if not right or (listed and _holds_several(entry)):
-            raise ValueError(
-                f"mask_image is {_describe(entry)}; it must be one channel (height, width), a batch "
-                "(n, height, width), or a list of single masks."
-            )
+            raise ValueError(f"mask_image is {_describe(entry)}; it must have one channel, such as (height, width).")
 
 
 def _check_mask_size(mask_name: str, mask: Any, image_name: str, image: Any) -> None:
@@ -215,20 +161,13 @@ def _check_mask_size(mask_name: str, mask: Any, image_name: str, image: Any) -> 
     sizes = {image_size(entry) for entry in _listed(image)}
     mask_sizes = {image_size(entry, mask=not isinstance(mask, list)) for entry in _listed(mask)}
     if sizes != mask_sizes and len(mask_sizes) == len(sizes) == 1:
-        (height, width), (mask_height, mask_width) = sizes.pop(), mask_sizes.pop()
-        raise ValueError(
-            f"{mask_name} is {mask_width}x{mask_height}, {image_name} {width}x{height}; resize the mask to "
-            f"{width}x{height}."
-        )
+        given, wanted = (f"{width}x{height}" for height, width in (*mask_sizes, *sizes))
+        raise ValueError(f"{mask_name} is {given}, {image_name} {wanted}; resize the mask to {wanted}.")
 
 
 def _entries(name: str, image: Any) -> list[Any]:
-    """The images of a list, or what is given as a list of one.
-
-    Raises:
-        ValueError: a tuple, an empty list, not images, integers, or entries of several kinds or shapes.
-    """
-    entries = image if isinstance(image, list) else [image]
+    """The images of a list, or what is given as a list of one: images of floats, all of one kind and shape."""
+    entries = _listed(image)
     if not entries:
         raise ValueError(f"{name} is an empty list; pass at least one image.")
     for entry in entries:
@@ -252,10 +191,7 @@ def _holds_several(image: np.ndarray | Tensor) -> bool:
 
 def _check_control_types(kinds: int, images: int, given: Any) -> None:
     if given is None:
-        raise ValueError(
-            f"control_mode is missing, which a ControlNet-Union needs; pass a number from 0 to {kinds - 1} for each "
-            "control image."
-        )
+        raise ValueError(f"control_mode is missing for a ControlNet-Union; pass 0 to {kinds - 1} for each image.")
     modes = _listed(given)
     if len(modes) != images:
         raise ValueError(f"control_mode holds {len(modes)} numbers, but there are {images} control images.")

@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
 from diffusers.utils import logging
-from torch import Tensor
 
 from ..core.noising import NOISINGS
-from .check_images import CONTROLNET_SETTINGS, check_controlnet, check_images, check_ip_adapters
+from .check_images import CONTROL_RANGE, check_controlnet, check_images, check_ip_adapters, require_shape
 from .declare import declared
 from .guiders import check_guider
-from .inputs import NONFINITE_POLICIES, OUTPUT_TYPES, request_inputs
+from .inputs import NONFINITE_POLICIES, OUTPUT_TYPES, Size, request_inputs, task_inputs
 from .set_timesteps import check_denoising_range, check_strength
 from .specs import guider_spec, unet_spec, vae_spec
 
 logger = logging.get_logger(__name__)
 
+REQUEST = tuple(entry.name for entry in request_inputs())
 PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
-SIZES = (
-    "original_size",
-    "target_size",
-    "crops_coords_top_left",
-    "negative_original_size",
-    "negative_target_size",
-    "negative_crops_coords_top_left",
-)
+SIZES = tuple(entry.name for entry in request_inputs() if entry.type_hint == Size)
+TASK_INPUTS = tuple(entry.name for entry in task_inputs() if entry.default is None)
 
 OPTIONS = {"output_type": OUTPUT_TYPES, "noising": NOISINGS, "on_nonfinite": NONFINITE_POLICIES}
 
-INTEGERS = {
+LEAST = {
     "num_inference_steps": 1,
     "num_images_per_prompt": 1,
     "height": 1,
@@ -42,9 +36,25 @@ INTEGERS = {
     "clip_skip": 0,
     "padding_mask_crop": 0,
 }
-"""Integers and the least value of each."""
+"""The least value of each integer."""
 
-REQUEST = tuple(entry.name for entry in request_inputs())
+EXCLUSIVE = ((PROMPTS, EMBEDDINGS), (("image",), ("image_latents",)), (("ip_adapter_image",), ("ip_adapter_embeds",)))
+"""Inputs on one side replace those on the other."""
+
+NEEDS = {
+    "negative_prompt_2": ("negative_prompt",),
+    "prompt_embeds": ("pooled_prompt_embeds",),
+    "negative_prompt_embeds": ("negative_pooled_prompt_embeds",),
+    "negative_pooled_prompt_embeds": ("negative_prompt_embeds",),
+    "negative_original_size": ("negative_target_size",),
+    "negative_target_size": ("negative_original_size",),
+    "mask_image": ("image",),
+    "mask": ("image_latents",),
+    "denoising_start": ("image_latents", "image"),
+    **dict.fromkeys(("control_mode", "controlnet_conditioning_scale", "guess_mode"), ("control_image",)),
+    **dict.fromkeys(CONTROL_RANGE, ("control_image",)),
+}
+"""Inputs that work only together with one of the others."""
 
 STAGES = {
     "text_encoder": ("prompt_embeds", PROMPTS),
@@ -52,23 +62,6 @@ STAGES = {
     "vae_encoder": ("image_latents", ("image", "mask_image", "padding_mask_crop")),
 }
 """The blocks of a preset that encode: what each makes, and of what."""
-
-TASK_INPUTS = (
-    "image",
-    "mask_image",
-    "control_image",
-    "ip_adapter_image",
-    "image_latents",
-    "mask",
-    "masked_image_latents",
-    "padding_mask_crop",
-    "ip_adapter_embeds",
-    "negative_ip_adapter_embeds",
-    "strength",
-    "denoising_start",
-    *CONTROLNET_SETTINGS,
-)
-"""Inputs that a plain text-to-image call does not have."""
 
 
 class PeRFlowCheckInputsStep(ModularPipelineBlocks):
@@ -93,20 +86,22 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
         unet, guider = loaded["unet"], loaded["guider"]
         _forget_done_stages(request, blocks.sub_blocks)
         _check_loaded(loaded, request, blocks)
+        given = {name for name in REQUEST if getattr(request, name) is not None}
+        for_task = [name for name in TASK_INPUTS if name in given]
+        _check_combination(given)
         check_guider(guider, unet)
         _check_settings(request)
         prompts = _check_prompts(request, components)
         images = prompts * request.num_images_per_prompt
         channels, factor = components.num_channels_latents, components.vae_scale_factor
         _check_sizes(request, factor)
-        given = [name for name in TASK_INPUTS if getattr(request, name) is not None]
-        if given:
-            _check_task(given, [block for block in blocks.sub_blocks.values() if block is not self])
-        if given or unet.config.in_channels != channels:
+        if for_task:
+            _check_task(for_task, [block for block in blocks.sub_blocks.values() if block is not self])
+        if for_task or unet.config.in_channels != channels:
             check_images(request, prompts, images, channels, unet.config.in_channels)
             check_controlnet(loaded.get("controlnet"), request, prompts)
         adapted = unet.config.encoder_hid_dim_type == "ip_image_proj"
-        if given or adapted:
+        if for_task or adapted:
             adapters = list(unet.encoder_hid_proj.image_projection_layers) if adapted else []
             check_ip_adapters(adapters, guider, request, "ip_adapter" in blocks.sub_blocks)
         _check_generator(request, images)
@@ -116,21 +111,15 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
 
 
 def _use_python_numbers(request: Any, state: PipelineState) -> None:
-    """Converts numbers of other types than int and float, such as NumPy's, in the request and for later blocks."""
+    """Converts NumPy's numbers to Python's, in the request and for later blocks."""
     for name in REQUEST:
         value = getattr(request, name)
         entries = value if isinstance(value, (list, tuple)) else [value]
-        if any(isinstance(entry, Real) and type(entry) not in (int, float, bool) for entry in entries):
-            numbers = [_python_number(entry) for entry in entries]
+        if any(isinstance(entry, np.generic) for entry in entries):
+            numbers = [entry.item() if isinstance(entry, np.generic) else entry for entry in entries]
             value = type(value)(numbers) if entries is value else numbers[0]
             setattr(request, name, value)
             state.set(name, value)
-
-
-def _python_number(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return value
-    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _forget_done_stages(request: Any, blocks: Container[str]) -> None:
@@ -148,10 +137,14 @@ def _check_loaded(loaded: Mapping[str, Any], request: Any, blocks: Any) -> None:
         if name in required and getattr(request, name) is None:
             raise ValueError(f"{name} is missing, and this workflow needs it; pass {name}=.")
     text, decodes = request.prompt is not None, "decode" in blocks.sub_blocks and request.output_type != "latent"
+    unet: Any = loaded["unet"]
+    second: Any = loaded.get("text_encoder_2")
+    # SDXL's refiner has the second text encoder alone, and its UNet is as wide as that.
+    refiner = None not in (unet, second) and unet.config.cross_attention_dim == second.config.hidden_size
     needed = {
         "unet": True,
-        "text_encoder": text and not _is_refiner(**loaded),
-        "tokenizer": text and not _is_refiner(**loaded),
+        "text_encoder": text and not refiner,
+        "tokenizer": text and not refiner,
         "text_encoder_2": text,
         "tokenizer_2": text,
         "vae": decodes or ("vae_encoder" in blocks.sub_blocks and request.image is not None),
@@ -165,13 +158,16 @@ def _check_loaded(loaded: Mapping[str, Any], request: Any, blocks: Any) -> None:
         raise ValueError(f"{names} not loaded; call pipe.load_components() and read its warnings, or set {names}.")
 
 
-def _is_refiner(
-    unet: Any = None, text_encoder: Any = None, tokenizer: Any = None, text_encoder_2: Any = None, **others: Any
-) -> bool:
-    """SDXL's refiner has the second text encoder alone, and its UNet is as wide as that."""
-    if unet is None or text_encoder_2 is None or text_encoder is not None or tokenizer is not None:
-        return False
-    return bool(unet.config.cross_attention_dim == text_encoder_2.config.hidden_size)
+def _check_combination(given: set[str]) -> None:
+    """Refuses inputs beside those that replace them, or without those that they need."""
+    for these, those in EXCLUSIVE:
+        one, other = (next((name for name in names if name in given), None) for names in (these, those))
+        if one and other:
+            raise ValueError(f"{one} and {other} are both given; leave one out.")
+    for name, needed in NEEDS.items():
+        if name in given and given.isdisjoint(needed):
+            wanted = " or ".join(needed)
+            raise ValueError(f"{name} is given without {wanted}; pass {wanted}, or leave {name} out.")
 
 
 def _check_settings(request: Any) -> None:
@@ -179,12 +175,12 @@ def _check_settings(request: Any) -> None:
     for name, options in OPTIONS.items():
         if getattr(request, name) not in options:
             raise ValueError(f"{name}={getattr(request, name)!r} must be one of {', '.join(options)}.")
-    for name, least in INTEGERS.items():
+    for name, least in LEAST.items():
         value = getattr(request, name)
         if value is not None and (type(value) is not int or value < least):
             raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
-    if not isinstance(request.cross_attention_kwargs, (dict, type(None))):
-        value = request.cross_attention_kwargs
+    value = request.cross_attention_kwargs
+    if not isinstance(value, (dict, type(None))):
         raise ValueError(f'cross_attention_kwargs={value!r} must be a dictionary, such as {{"scale": 0.5}}.')
     if request.strength is not None:
         check_strength(request.strength)
@@ -193,57 +189,36 @@ def _check_settings(request: Any) -> None:
 
 
 def _check_prompts(request: Any, components: Any) -> int:
-    """The number of prompts. Refuses missing prompts, a prompt beside its embeddings, and texts that do not match."""
+    """The number of prompts. Refuses missing prompts, and texts that do not match in number."""
     if request.prompt is None:
         if request.prompt_embeds is None:
             raise ValueError("prompt is missing; pass a text or a list of texts.")
         return _check_embeddings(request, components)
-    both = [name for name in EMBEDDINGS if getattr(request, name) is not None]
-    if both:
-        raise ValueError(f"both prompt and {both[0]} are given; pass texts alone or embeddings alone.")
-    texts = {name: getattr(request, name) for name in PROMPTS if getattr(request, name) is not None}
-    for name, text in texts.items():
-        listed = isinstance(text, list) and len(text) > 0 and all(isinstance(entry, str) for entry in text)
-        if not isinstance(text, str) and not listed:
+    count = len(request.prompt) if isinstance(request.prompt, list) else 1
+    for name in PROMPTS:
+        text = getattr(request, name)
+        if text is None:
+            continue
+        texts = text if isinstance(text, list) else [text]
+        if not texts or not all(isinstance(entry, str) for entry in texts):
             raise ValueError(f"{name}={text!r} must be a text or a list of at least one text.")
-    if request.negative_prompt_2 is not None and request.negative_prompt is None:
-        raise ValueError("negative_prompt_2 is given without negative_prompt and would have no effect; pass both.")
-    count = 1 if isinstance(request.prompt, str) else len(request.prompt)
-    for name, text in texts.items():
-        number = 1 if isinstance(text, str) else len(text)
-        if number != count and (isinstance(text, list) or name == "prompt_2"):
-            raise ValueError(f"{name} holds {number} texts, but there are {count} prompts.")
+        if len(texts) != count and (isinstance(text, list) or name == "prompt_2"):
+            raise ValueError(f"{name} holds {len(texts)} texts, but there are {count} prompts.")
     return count
 
 
 def _check_embeddings(request: Any, components: Any) -> int:
-    """The number of prompts. Refuses embeddings of another shape than the UNet takes, or without their pooled ones."""
+    """The number of prompts. Refuses embeddings of another shape than the UNet takes."""
     width, pooled_width = _embedding_widths(components)
     rows: Any = "prompts"
     tokens: Any = "tokens"
     for name in ("prompt_embeds", "negative_prompt_embeds"):
-        pooled = name.replace("prompt", "pooled_prompt")
-        given = [one for one in (name, pooled) if getattr(request, one) is not None]
-        if len(given) == 1:
-            raise ValueError(f"only {given[0]} is given; pass {name} and {pooled}, from the same text encoders.")
-        if given:
-            embeds = _require_shape(name, getattr(request, name), (rows, tokens, width))
+        embeds, pooled = getattr(request, name), name.replace("prompt", "pooled_prompt")
+        if embeds is not None:
+            require_shape(name, embeds, (rows, tokens, width))
             rows, tokens = embeds.shape[:2]
-            _require_shape(pooled, getattr(request, pooled), (rows, pooled_width))
-    texts = [name for name in PROMPTS if getattr(request, name) is not None]
-    if texts:
-        raise ValueError(f"{texts[0]} is given beside prompt_embeds; pass its embeddings, negative_prompt_embeds.")
-    return int(request.prompt_embeds.shape[0])
-
-
-def _require_shape(name: str, tensor: Any, wanted: tuple[int | str, ...]) -> Tensor:
-    """The tensor, if it has this shape; words stand for any number."""
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} is of type {type(tensor).__name__}; it must be a tensor.")
-    shape = tuple(tensor.shape)
-    if len(shape) != len(wanted) or any(not isinstance(w, str) and w != s for s, w in zip(shape, wanted, strict=True)):
-        raise ValueError(f"{name} has shape {shape}; it must be ({', '.join(map(str, wanted))}).")
-    return tensor
+            require_shape(pooled, getattr(request, pooled), (rows, pooled_width))
+    return int(rows)
 
 
 def _embedding_widths(components: Any) -> tuple[Any, Any]:
@@ -268,8 +243,6 @@ def _check_sizes(request: Any, factor: int) -> None:
         pair = isinstance(value, tuple) and len(value) == 2 and all(type(entry) in (int, float) for entry in value)
         if value is not None and not pair:
             raise ValueError(f"{name}={value!r} must be a tuple of two numbers, such as (1024, 1024).")
-    if (request.negative_original_size is None) != (request.negative_target_size is None):
-        raise ValueError("only one of negative_original_size and negative_target_size is given; pass both or neither.")
 
 
 def _check_task(given: list[str], others: list[ModularPipelineBlocks]) -> None:
@@ -289,17 +262,14 @@ def _check_generator(request: Any, images: int) -> None:
         if not isinstance(entry, (torch.Generator, type(None))):
             raise ValueError(f"generator is of type {type(entry).__name__}; pass a torch.Generator or a list of them.")
     if isinstance(generator, list) and len(generator) != images:
-        raise ValueError(
-            f"generator holds {len(generator)} entries; use one generator, or {images}, one for each image."
-        )
+        raise ValueError(f"generator holds {len(generator)} entries; pass one, or {images}, one for each image.")
 
 
 def _check_latents(request: Any, images: int, channels: int, factor: int) -> None:
     """Refuses latents of another shape, or of another size than `height` and `width`."""
-    latents = request.latents
-    if latents is not None:
-        _require_shape("latents", latents, (images, channels, f"height/{factor}", f"width/{factor}"))
-    for tensor in (given for given in (latents, request.image_latents) if given is not None):
+    if request.latents is not None:
+        require_shape("latents", request.latents, (images, channels, f"height/{factor}", f"width/{factor}"))
+    for tensor in (entry for entry in (request.latents, request.image_latents) if entry is not None):
         for name, axis in (("height", -2), ("width", -1)):
             size, pixels = getattr(request, name), tensor.shape[axis] * factor
             if size not in (None, pixels):
@@ -312,13 +282,10 @@ def _check_dtypes(loaded: Mapping[str, Any], request: Any) -> None:
     if weight.device.type != "meta" and torch.is_autocast_enabled(weight.device.type):  # "meta": offloaded by layer
         return
     dtype = _dtype(loaded["unet"])
-    meets = {"text_encoder_2": request.prompt, "controlnet": request.control_image}
-    for name in (name for name, given in meets.items() if given is not None and loaded.get(name) is not None):
-        if _dtype(loaded[name]) != dtype:
-            raise ValueError(
-                f"{name} is {_dtype(loaded[name])}, the UNet {dtype}; load both with one type: "
-                f"pipe.load_components(dtype={dtype})."
-            )
+    for name, given in (("text_encoder_2", request.prompt), ("controlnet", request.control_image)):
+        model = None if given is None else loaded.get(name)
+        if model is not None and _dtype(model) != dtype:
+            raise ValueError(f"{name} is {_dtype(model)}, the UNet {dtype}; call load_components(dtype={dtype}).")
     for name in (*EMBEDDINGS, "latents"):
         tensor = getattr(request, name)
         if tensor is not None and tensor.dtype != dtype:

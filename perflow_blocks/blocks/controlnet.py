@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, PipelineState
-from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, OutputParam
+from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import (
     StableDiffusionXLControlNetInputStep,
     StableDiffusionXLControlNetUnionInputStep,
 )
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .declare import Assembled, declared
 from .denoiser import PeRFlowLoopDenoiser, network_inputs
@@ -27,17 +28,12 @@ UNCONDITIONAL = "pred_uncond"
 class PeRFlowControlNetUnionInputStep(StableDiffusionXLControlNetUnionInputStep):
     """diffusers' step, which puts its tensors into the list `control_image`, on a list of its own."""
 
-    @property
-    def expected_components(self) -> list[ComponentSpec]:
-        return [*super().expected_components, vae_spec()]
-
-    @property
-    def intermediate_outputs(self) -> list[OutputParam]:
-        return [
-            *super().intermediate_outputs,
-            OutputParam("control_image", list[Tensor], "The control images, as the ControlNet takes them."),
-            OutputParam("control_mode", list[int], "The kind of each control image."),
-        ]
+    expected_components = declared(*StableDiffusionXLControlNetUnionInputStep().expected_components, vae_spec())
+    intermediate_outputs = declared(
+        *StableDiffusionXLControlNetUnionInputStep().intermediate_outputs,
+        OutputParam("control_image", list[Tensor], "The control images, as the ControlNet takes them."),
+        OutputParam("control_mode", list[int], "The kind of each control image."),
+    )
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
@@ -58,10 +54,8 @@ class PeRFlowAutoControlNetInputStep(Assembled, AutoPipelineBlocks):
 class PeRFlowControlNetLoopDenoiser(PeRFlowLoopDenoiser):
     """The denoiser with a ControlNet, several of them or a ControlNet-Union: one call of it a step.
 
-    A ControlNet-Union is called once for each image, since its attention would mix the images of a batch.
-
-    A ControlNet whose scale is 0 at a step (`control_guidance_start`, `control_guidance_end`) is not called. In
-    `guess_mode` it sees the conditional batches only.
+    A ControlNet-Union is called once for each image, since its attention would mix the images of a batch. A ControlNet
+    whose scale is 0 at a step is not called. In `guess_mode` it sees the conditional batches only.
     """
 
     description = "Loop step that runs ControlNet and UNet once each on all batches of the guider and combines them."
@@ -79,7 +73,8 @@ class PeRFlowControlNetLoopDenoiser(PeRFlowLoopDenoiser):
         conditions: dict[str, Any],
     ) -> dict[str, Any]:
         scale = _scale_at(block_state, i)
-        controlled = [not (block_state.guess_mode and _is_unconditional(batch)) for batch in batches]
+        kinds = [batch[BaseGuidance._identifier_key] for batch in batches]
+        controlled = [not (block_state.guess_mode and kind == UNCONDITIONAL) for kind in kinds]
         if not any(controlled) or not any(scale if isinstance(scale, list) else [scale]):
             return {}
         inputs, copies, latents = network_inputs(block_state), sum(controlled), block_state.latents
@@ -99,15 +94,11 @@ class PeRFlowControlNetLoopDenoiser(PeRFlowLoopDenoiser):
             calls = len(latents)
         outputs = []
         for k in range(calls):
-            rows = _every(tensors, k, calls)
+            rows = tree_map(lambda tensor, k=k: tensor[k::calls], tensors)
             outputs.append(components.controlnet(rows.pop("sample"), t, **rows, **settings, return_dict=False))
         down = [_spread(_interleave(parts), controlled) for parts in zip(*(down for down, _ in outputs), strict=True)]
         mid = _spread(_interleave([mid for _, mid in outputs]), controlled)
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-
-
-def _is_unconditional(batch: Any) -> bool:
-    return batch[BaseGuidance._identifier_key] == UNCONDITIONAL
 
 
 def _scale_at(block_state: Any, i: int) -> float | list[float]:
@@ -119,13 +110,6 @@ def _scale_at(block_state: Any, i: int) -> float | list[float]:
     if isinstance(scale, list):
         return [float(s * keep) for s in scale] if block_state.control_type is not None else float(scale[0] * keep)
     return float(scale * keep)
-
-
-def _every(value: Any, first: int, step: int) -> Any:
-    """Rows `first`, `first + step`, ... of each tensor, also in lists and dictionaries."""
-    if isinstance(value, Mapping):
-        return {name: _every(entry, first, step) for name, entry in value.items()}
-    return value[first::step] if isinstance(value, Tensor) else [_every(entry, first, step) for entry in value]
 
 
 def _interleave(parts: Sequence[Tensor]) -> Tensor:

@@ -23,27 +23,24 @@ from PIL import Image
 from torch import Tensor
 
 from .declare import Assembled, declared
-from .images import repeat_images
-from .inputs import output_type_input, param
+from .images import image_size, repeat_images
+from .inputs import Images, param, shared_input
 
-Images = list[Image.Image] | np.ndarray | Tensor
-GivenImage = Image.Image | np.ndarray | Tensor | list[Image.Image] | list[np.ndarray] | list[Tensor]
+Decoded = list[Image.Image] | np.ndarray | Tensor
 
 
 def images_output() -> OutputParam:
     """The one output of every preset."""
-    return OutputParam("images", Images, "The images, as `output_type` says; for `latent` the latents as they are.")
+    return OutputParam("images", Decoded, "The images, as `output_type` says; for `latent` the latents as they are.")
 
 
-def _processor(name: str, description: str, **config: Any) -> ComponentSpec:
+_MASK_SETTINGS = {"do_normalize": False, "do_binarize": True, "do_convert_grayscale": True}
+
+
+def _processor(name: str, description: str, **settings: bool) -> ComponentSpec:
     """As diffusers' own blocks declare it, so that the pipeline has one of the name."""
-    return ComponentSpec(
-        name,
-        VaeImageProcessor,
-        description=description,
-        config=FrozenDict({"vae_scale_factor": 8, **config}),
-        default_creation_method="from_config",
-    )
+    config = FrozenDict({"vae_scale_factor": 8, **settings})
+    return ComponentSpec(name, VaeImageProcessor, description, config, default_creation_method="from_config")
 
 
 class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
@@ -53,24 +50,16 @@ class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
     description = "Puts the known pixels of an inpainted image back as they were; `keep_known_pixels=False` leaves it."
     expected_components = declared(
         _processor("image_processor", "Resizes the given image."),
-        _processor(
-            "mask_processor",
-            "Resizes the mask and makes it 0 or 1.",
-            do_normalize=False,
-            do_binarize=True,
-            do_convert_grayscale=True,
-        ),
+        _processor("mask_processor", "Resizes the mask and makes it 0 or 1.", **_MASK_SETTINGS),
     )
     inputs = declared(
-        param("images", Images, "The decoded images.", required=True),
-        param("image", GivenImage, "The image that was given, or one for each prompt.", required=True),
-        param("mask_image", GivenImage, "The mask that was given: white is painted, black kept.", required=True),
+        param("images", Decoded, "The decoded images.", required=True),
+        param("image", Images, "The image that was given, or one for each prompt.", required=True),
+        param("mask_image", Images, "The mask that was given: white is painted, black kept.", required=True),
         param("keep_known_pixels", bool, "Whether pixels outside the mask are put back exactly.", default=True),
-        output_type_input(),
+        shared_input("output_type"),
     )
-    intermediate_outputs = declared(
-        OutputParam("images", Images, "The images, with the known pixels exactly as given.")
-    )
+    intermediate_outputs = declared(OutputParam("images", Decoded, "The images, with the known pixels as given."))
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
@@ -81,9 +70,9 @@ class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
         return components, state
 
 
-def _compose(components: Any, block_state: Any) -> Images:
+def _compose(components: Any, block_state: Any) -> Decoded:
     painted, kind = block_state.images, block_state.output_type
-    height, width = _size(painted, kind)
+    height, width = image_size(painted[0])
     given = components.image_processor.preprocess(block_state.image, height=height, width=width)
     hole = components.mask_processor.preprocess(block_state.mask_image, height=height, width=width)
     given, hole = repeat_images(given, len(painted)), repeat_images(hole, len(painted))
@@ -95,13 +84,6 @@ def _compose(components: Any, block_state: Any) -> Images:
         mask = hole.permute(0, 2, 3, 1).float().cpu().numpy()
         return mask * painted + (1.0 - mask) * known
     return torch.lerp(known.to(painted), painted, hole.to(painted))
-
-
-def _size(images: Any, output_type: str) -> tuple[int, int]:
-    """Height and width of decoded images."""
-    if output_type == "pil":
-        return images[0].height, images[0].width
-    return tuple(images.shape[1:3] if output_type == "np" else images.shape[2:4])
 
 
 class PeRFlowDecodeStep(StableDiffusionXLDecodeStep):
@@ -137,7 +119,4 @@ class PeRFlowAutoDecodeStep(Assembled, AutoPipelineBlocks):
     block_classes = [PeRFlowInpaintCropDecodeStep, PeRFlowInpaintDecodeStep, PeRFlowDecodeStep]
     block_names = ["inpaint_crop", "inpaint", "non-inpaint"]
     block_trigger_inputs = ["padding_mask_crop", "mask_image", None]
-    description = (
-        "Decodes the latents. With `padding_mask_crop` the painted crop is laid over the given image, with "
-        "`mask_image` alone the known pixels are put back."
-    )
+    description = "Decodes the latents; for inpainting, puts the known pixels back or lays the crop over the image."

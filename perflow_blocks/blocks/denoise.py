@@ -32,19 +32,11 @@ from .declare import Assembled, declared
 from .denoiser import PeRFlowLoopDenoiser
 from .finite_guard import ControlNetFiniteGuardStep, FiniteGuardStep
 from .guiders import warn_about_few_steps
-from .inputs import (
-    image_latents_input,
-    inpaint_conditioning_input,
-    latents_input,
-    mask_input,
-    noise_coefficients_input,
-    noise_input,
-    noise_pred_input,
-    schedule_inputs,
-    step_coefficients_input,
-)
+from .inputs import latents_input, noise_pred_input, schedule_inputs, shared_input, step_coefficients_input
 from .loop_block import LOOP_PROVIDES, LoopBlock, Repeat
 from .specs import guider_spec, unet_spec
+
+_LATENTS = OutputParam("latents", Tensor, "Latents (batch, channels, height/f, width/f) after this step.")
 
 
 class PeRFlowLoopSolverStep(ModularPipelineBlocks):
@@ -53,9 +45,7 @@ class PeRFlowLoopSolverStep(ModularPipelineBlocks):
     model_name = "stable-diffusion-xl"
     description = "Loop step that moves the latents to the next time: one multiply-add with the step's coefficients."
     inputs = declared(latents_input(), noise_pred_input(), step_coefficients_input())
-    intermediate_outputs = declared(
-        OutputParam("latents", Tensor, "Denoised latents (batch, channels, height/f, width/f).")
-    )
+    intermediate_outputs = declared(_LATENTS)
 
     @torch.no_grad()
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
@@ -73,15 +63,10 @@ class PeRFlowLoopKeepKnownStep(LoopBlock):
     description = "Loop step for inpainting: outside the mask the latents become the known image, noised on the path."
     inputs = declared(
         latents_input(),
-        image_latents_input(),
-        mask_input(),
-        noise_input(),
-        noise_coefficients_input(),
-        inpaint_conditioning_input(),
+        *(shared_input(name, required=True) for name in ("image_latents", "mask", "noise", "noise_coefficients")),
+        shared_input("inpaint_conditioning"),
     )
-    intermediate_outputs = declared(
-        OutputParam("latents", Tensor, "Latents (batch, channels, height/f, width/f) with the known part kept.")
-    )
+    intermediate_outputs = declared(_LATENTS)
 
     @torch.no_grad()
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
@@ -107,15 +92,15 @@ class PeRFlowDenoiseStep(Assembled, LoopSequentialPipelineBlocks):
     loop_expected_components = declared(guider_spec(), unet_spec())
     loop_inputs = declared(latents_input(), *schedule_inputs())
     loop_intermediate_outputs = declared(
-        OutputParam("latents", Tensor, "Denoised latents (batch, channels, height/f, width/f)."),
+        _LATENTS,
         OutputParam("stop_requested", bool, "Whether a block in the loop ended the run before its last step."),
     )
 
     @property
     def description(self) -> str:
+        names = ", ".join(f"`{name}`" for name in self.sub_blocks)
         return (
-            "Denoises the latents: for each step of the plan the blocks "
-            f"{', '.join(f'`{name}`' for name in self.sub_blocks)}, and those you insert between them."
+            f"Denoises the latents: for each step of the plan the blocks {names}, and those you insert between them."
         )
 
     @property
@@ -164,11 +149,7 @@ class PeRFlowDenoiseStep(Assembled, LoopSequentialPipelineBlocks):
 class PeRFlowControlNetDenoiseStep(PeRFlowDenoiseStep):
     """The loop with a ControlNet."""
 
-    block_classes = [
-        ControlNetFiniteGuardStep,
-        PeRFlowControlNetLoopDenoiser,
-        PeRFlowLoopSolverStep,
-    ]
+    block_classes = [ControlNetFiniteGuardStep, PeRFlowControlNetLoopDenoiser, PeRFlowLoopSolverStep]
 
 
 class PeRFlowInpaintDenoiseStep(PeRFlowDenoiseStep):
@@ -193,9 +174,9 @@ def _predicted_clean(block_state: Any, i: int) -> Tensor:
 
 def _require_one_dtype(unet: Any, latents: Tensor) -> None:
     """Latents take the text encoders' type, and transformers loads what a file holds where diffusers loads float32."""
-    if latents.dtype == next(unet.parameters()).dtype:  # `unet.dtype` would walk all modules
+    if latents.dtype == next(unet.parameters()).dtype or torch.is_autocast_enabled(latents.device.type):
         return
-    if latents.dtype != unet.dtype and not torch.is_autocast_enabled(latents.device.type):
+    if latents.dtype != unet.dtype:  # which walks all modules
         raise ValueError(
             f"the latents are {latents.dtype}, the UNet is {unet.dtype}; load all components with one type, "
             f"pipe.load_components(dtype={unet.dtype}), and pass latents, if any, in that type."

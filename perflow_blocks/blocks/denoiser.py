@@ -7,24 +7,20 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
-from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
+from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from torch import Tensor
 
 from .declare import declared
 from .guiders import is_batchable
-from .inputs import conditioning_inputs, inpaint_conditioning_input, latents_input, num_inference_steps_input
+from .inputs import conditioning_inputs, inpaint_conditioning_input, latents_input, param, shared_input
 from .specs import guider_spec, unet_spec
 
-GUIDER_FIELDS = {
+GUIDER_FIELDS = {  # what the UNet takes: the tensors' names for the guider's conditional and unconditional batches
     "encoder_hidden_states": ("prompt_embeds", "negative_prompt_embeds"),
     "text_embeds": ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
     "time_ids": ("add_time_ids", "negative_add_time_ids"),
     "image_embeds": ("ip_adapter_embeds", "negative_ip_adapter_embeds"),
 }
-"""What the UNet takes: the names of the tensors for the guider's conditional and unconditional batches."""
-
-_NETWORK_INPUTS = "_network_inputs"
-"""Where the block state of a run keeps its `NetworkInputs`."""
 
 T = TypeVar("T")
 
@@ -41,18 +37,10 @@ class PeRFlowLoopDenoiser(ModularPipelineBlocks):
     expected_components = declared(guider_spec(), unet_spec())
     inputs = declared(
         latents_input(),
-        num_inference_steps_input(),
+        shared_input("num_inference_steps", required=True),
         *conditioning_inputs(),
-        InputParam(
-            "timestep_cond",
-            type_hint=Tensor,
-            description="Guidance embedding (batch, width) for UNets that were distilled with one.",
-        ),
-        InputParam(
-            "cross_attention_kwargs",
-            type_hint=dict[str, Any],
-            description="Arguments for attention processors, such as a LoRA scale.",
-        ),
+        param("timestep_cond", Tensor, "Guidance embedding (batch, width) for UNets that were distilled with one."),
+        shared_input("cross_attention_kwargs"),
         inpaint_conditioning_input(),
     )
     intermediate_outputs = declared(
@@ -100,16 +88,7 @@ class PeRFlowLoopDenoiser(ModularPipelineBlocks):
             **residuals,
         )[0]
 
-    def _residuals(
-        self,
-        components: Any,
-        block_state: Any,
-        batches: list[Any],
-        i: int,
-        t: Tensor,
-        sample: Tensor,
-        conditions: dict[str, Any],
-    ) -> dict[str, Any]:
+    def _residuals(self, *arguments: Any, **named: Any) -> dict[str, Any]:
         """Further arguments of the UNet, from a ControlNet that may use its `sample` and `conditions`; none here."""
         return {}
 
@@ -155,21 +134,13 @@ class NetworkInputs:
 
     def repeat(self, name: str, value: Any, copies: int) -> Any:
         """A tensor, or each tensor of a list, `copies` times along the batch; None as it is."""
-        if value is None or copies == 1:
-            return value
-        return self._keep(f"{name} x{copies}", value, lambda: _repeat(value, copies))
+        return None if value is None else self.join(name, [value] * copies)
 
     def samples(self, latents: Tensor, copies: int, also: Tensor | None = None) -> Tensor:
         """The latents `copies` times along the batch, with the channels of `also` behind theirs.
 
-        Args:
-            latents: (batch, channels, height, width).
-            copies: at least 1.
-            also: (batch, further channels, height, width), for UNets made for inpainting.
-
-        Returns:
-            (copies * batch, channels + further channels, height, width): the buffer, valid until the next call; the
-            latents themselves where there is nothing to add.
+        With latents (batch, channels, height, width) and `also` (batch, further, height, width) this is (copies *
+        batch, channels + further, height, width): the buffer, valid until the next call, or the latents themselves.
         """
         if also is None and copies == 1:
             return latents
@@ -198,10 +169,9 @@ class NetworkInputs:
 
 def network_inputs(block_state: Any) -> NetworkInputs:
     """The `NetworkInputs` of this run, made at the first step."""
-    kept = block_state[_NETWORK_INPUTS]
-    if kept is None:
-        kept = block_state[_NETWORK_INPUTS] = NetworkInputs()
-    return kept
+    if block_state["_network_inputs"] is None:
+        block_state["_network_inputs"] = NetworkInputs()
+    return block_state["_network_inputs"]
 
 
 def _state(value: Any) -> Any:
@@ -216,7 +186,3 @@ def _concatenate(values: Sequence[Any]) -> Any:
     if isinstance(values[0], Tensor):
         return torch.cat(list(values))
     return [torch.cat(parts) for parts in zip(*values, strict=True)]
-
-
-def _repeat(value: Any, copies: int) -> Any:
-    return torch.cat([value] * copies) if isinstance(value, Tensor) else [_repeat(entry, copies) for entry in value]

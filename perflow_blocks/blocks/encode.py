@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, ModularPipelineBlocks, PipelineState
-from diffusers.modular_pipelines.modular_pipeline_utils import ConfigSpec, OutputParam
+from diffusers.modular_pipelines.modular_pipeline_utils import ConfigSpec
 from diffusers.modular_pipelines.stable_diffusion_xl.encoders import (
     StableDiffusionXLInpaintVaeEncoderStep,
     StableDiffusionXLIPAdapterStep,
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .declare import Assembled, declared
 from .images import count_images, first_image, image_size, repeat_images
-from .inputs import DENOISER_INPUT_FIELDS, embeddings_inputs
+from .inputs import as_outputs, embeddings_inputs
 from .specs import guider_spec, unet_spec
 
 
@@ -47,12 +47,7 @@ class PeRFlowEmbeddingsStep(ModularPipelineBlocks):
         ConfigSpec("force_zeros_for_empty_prompt", True, "Whether an empty negative prompt is all zeros.")
     )
     inputs = declared(*embeddings_inputs())
-    intermediate_outputs = declared(
-        *(
-            OutputParam(entry.name, entry.type_hint, entry.description, kwargs_type=DENOISER_INPUT_FIELDS)
-            for entry in embeddings_inputs()
-        )
-    )
+    intermediate_outputs = declared(*as_outputs(embeddings_inputs()))
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
@@ -66,7 +61,7 @@ class PeRFlowEmbeddingsStep(ModularPipelineBlocks):
                     raise ValueError(f"negative_{name} is missing; pass it beside {name}, or a guider of scale 1.")
                 negative = torch.zeros_like(given)
             setattr(block_state, name, given)
-            setattr(block_state, f"negative_{name}", negative if negative is None else negative.to(device))
+            setattr(block_state, f"negative_{name}", None if negative is None else negative.to(device))
         self.set_block_state(state, block_state)
         return components, state
 
@@ -126,9 +121,8 @@ class PeRFlowInpaintVaeEncoderStep(StableDiffusionXLInpaintVaeEncoderStep):
             given = image_size(first_image(state.get("image")))
             wanted = (state.get("height") or given[0], state.get("width") or given[1])
             # With both given, the processor only rounds them down to its factor.
-            height, width = components.image_processor.get_default_height_width(state.get("image"), *wanted)
-            inner.set("height", height)
-            inner.set("width", width)
+            size = components.image_processor.get_default_height_width(state.get("image"), *wanted)
+            inner.values.update(zip(("height", "width"), size, strict=True))
         super().__call__(components, inner)
         return components, _take_outputs(self, state, inner)
 

@@ -13,6 +13,7 @@ from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from diffusers.utils import logging
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .declare import declared
 from .inputs import NONFINITE_POLICIES, latents_input, on_nonfinite_input
@@ -23,8 +24,7 @@ logger = logging.get_logger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
 
-_BEGINNING = "_finite_guard_beginning"
-"""Where the block state keeps the latents, and for the fallback the guider's state, that the run starts with."""
+_REMEDY = "check the delta, the LoRAs and the latents that you passed (the VAE is not the cause)"
 
 
 class FiniteGuardStep(LoopBlock):
@@ -37,9 +37,7 @@ class FiniteGuardStep(LoopBlock):
         ValueError: the policy is unknown; latents are not finite, with `"fallback"` also after the run in float32.
     """
 
-    models: tuple[str, ...] = ("unet",)
-    """The components that the fallback runs in float32."""
-
+    models: tuple[str, ...] = ("unet",)  # the components that the fallback runs in float32
     description = "Checks after the loop that the latents are finite; if not, raises or runs all steps in float32."
     expected_components = declared(guider_spec(), unet_spec())
     inputs = declared(latents_input(), on_nonfinite_input())
@@ -53,41 +51,37 @@ class FiniteGuardStep(LoopBlock):
             raise ValueError(f"on_nonfinite={policy!r} must be one of {', '.join(NONFINITE_POLICIES)}.")
         if policy == "fallback":  # copies, since blocks may write into the latents, and a guider into its momentum
             latents, guider = latents.clone(), copy.deepcopy(vars(components.guider))
-        block_state[_BEGINNING] = (latents, guider)
+        block_state["_run_starts_with"] = (latents, guider)
 
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
         return components, block_state
 
     @torch.no_grad()
     def finish(self, components: Any, block_state: Any, repeat: Repeat) -> None:
-        latents, (beginning, guider) = block_state.latents, vars(block_state).pop(_BEGINNING)
+        latents, (beginning, guider) = block_state.latents, vars(block_state).pop("_run_starts_with")
         problem = _problem(latents)
         if problem is None:
             return
         if _problem(beginning) is not None:
+            raise ValueError(f"{problem}, as were those that the run starts with; check the given latents or image.")
+        if _precision(latents) == torch.float32:
+            raise ValueError(f"{problem}; {_REMEDY}.")
+        advice = _advice(latents)
+        if block_state.on_nonfinite == "raise":
             raise ValueError(
-                f"{problem}, as were those that the run starts with; check the latents that you passed, or the VAE "
-                "that encoded the given image."
+                f'{problem}; {advice}, or pass on_nonfinite="fallback"; if that does not help, {_REMEDY}.'
             )
         models = [getattr(components, name) for name in self.models]
-        remedy = "check the delta, the LoRAs and the latents that you passed (the VAE is not the cause)"
-        if _is_float32(models, latents):
-            raise ValueError(f"{problem}; {remedy}.")
-        wider, fallback = _wider(latents), ', or pass on_nonfinite="fallback"'
-        if block_state.on_nonfinite == "fallback":
-            obstacle = _why_not_float32(models)
-            if obstacle is None:
-                block_state.latents = beginning
-                vars(components.guider).clear()
-                vars(components.guider).update(guider)
-                with _in_float32(models, vars(block_state)):
-                    repeat(0)
-                if _problem(block_state.latents) is not None:
-                    raise ValueError(f"{problem}, nor are they in torch.float32; {remedy}.")
-                logger.warning(f"{problem}; all steps were run again in float32. To avoid the second run, {wider}.")
-                return
-            problem, fallback = f"{problem}, and {obstacle}", ""
-        raise ValueError(f"{problem}; {wider}{fallback}; if that does not help, {remedy}.")
+        if not _can_be_float32(models):
+            raise ValueError(f"{problem}, and offloaded or quantized weights cannot be made float32; {advice}.")
+        block_state.latents = beginning
+        vars(components.guider).clear()
+        vars(components.guider).update(guider)
+        with _in_float32(models, vars(block_state)):
+            repeat(0)
+        if _problem(block_state.latents) is not None:
+            raise ValueError(f"{problem}, nor are they in torch.float32; {_REMEDY}.")
+        logger.warning(f"{problem}; all steps were run again in float32. To avoid the second run, {advice}.")
 
 
 class ControlNetFiniteGuardStep(FiniteGuardStep):
@@ -100,11 +94,8 @@ class ControlNetFiniteGuardStep(FiniteGuardStep):
 def _problem(latents: Tensor) -> str | None:
     """Names the images whose latents are not finite; None where there are none. One read of the device."""
     finite = torch.isfinite(latents).flatten(1).all(dim=1).tolist()
-    if all(finite):
-        return None
-    bad = [f"images[{index}]" for index, is_finite in enumerate(finite) if not is_finite]
-    names = f"{', '.join(bad[:8])}{' and more' if len(bad) > 8 else ''}"
-    return f"the latents are not finite in {_precision(latents)} for {names} of {len(finite)}"
+    bad = ", ".join(f"images[{index}]" for index, is_finite in enumerate(finite) if not is_finite)
+    return f"the latents are not finite in {_precision(latents)} for {bad} of {len(finite)}" if bad else None
 
 
 def _precision(latents: Tensor) -> torch.dtype:
@@ -113,7 +104,7 @@ def _precision(latents: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else latents.dtype
 
 
-def _wider(latents: Tensor) -> str:
+def _advice(latents: Tensor) -> str:
     """How to compute in a type of more range."""
     if _precision(latents) != latents.dtype:
         return "run the pipeline outside torch.autocast"
@@ -121,59 +112,35 @@ def _wider(latents: Tensor) -> str:
     return f"load the pipeline with dtype={' or '.join(types)}"
 
 
-def _tensors(models: Sequence[nn.Module]) -> list[Tensor]:
-    """The floating-point weights and buffers, each once."""
-    found = {id(t): t for model in models for t in itertools.chain(model.parameters(), model.buffers())}
-    return [tensor for tensor in found.values() if tensor.is_floating_point()]
-
-
-def _is_float32(models: Sequence[nn.Module], latents: Tensor) -> bool:
-    return _precision(latents) == torch.float32 and not any(tensor.dtype in HALF for tensor in _tensors(models))
-
-
-def _why_not_float32(models: Sequence[nn.Module]) -> str | None:
-    """What keeps these models from computing in float32 for one run; None where nothing does."""
-    if any(_is_group_offload_enabled(model) for model in models) or any(t.is_meta for t in _tensors(models)):
-        return "weights that are offloaded layer by layer cannot be made float32"
+def _can_be_float32(models: Sequence[nn.Module]) -> bool:
+    """Whether all weights are here and plain numbers: neither offloaded layer by layer nor quantized."""
     weights = [weight for model in models for weight in model.parameters()]
-    kinds = {str(w.dtype) if type(w.data) is Tensor else type(w.data).__name__ for w in weights}
-    others = kinds - {str(dtype) for dtype in (*HALF, torch.float32)}
-    return f"weights of {', '.join(sorted(others))} cannot be made float32" if others else None
+    plain = all(type(w.data) is Tensor and w.dtype in (*HALF, torch.float32) and not w.is_meta for w in weights)
+    return plain and not any(_is_group_offload_enabled(model) for model in models)
 
 
 @contextmanager
 def _in_float32(models: Sequence[nn.Module], values: dict[str, Any]) -> Iterator[None]:
-    """Inside, half-precision weights of the models and half-precision tensors among `values` are float32.
+    """Inside, the models' half-precision weights and those tensors among `values` are float32, and autocast is off.
 
-    Afterwards the weights are as they were, bit for bit, since float32 holds every half-precision number. Values that
-    did not change inside are the objects they were; a tensor that did is cast to the type it had. Autocast is off
-    inside. Weights are replaced, so that no second copy is held.
+    Afterwards the weights are as they were, bit for bit, since float32 holds every half-precision number; no second
+    copy is held. Values that were not replaced inside are the objects they were; a new tensor has the old one's type.
     """
-    weights = [(tensor, tensor.dtype) for tensor in _tensors(models) if tensor.dtype in HALF]
+    tensors = itertools.chain.from_iterable((*model.parameters(), *model.buffers()) for model in models)
+    halves = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in HALF]
     given = dict(values)
-    lifted = {name: _to_float32(value) for name, value in given.items()}
+    lifted = tree_map_only(Tensor, lambda tensor: tensor.float() if tensor.dtype in HALF else tensor, given)
     values.update(lifted)
     try:
-        for tensor, _ in weights:
+        for tensor, _ in halves:
             tensor.data = tensor.data.float()
         with torch.autocast(values["latents"].device.type, enabled=False):
             yield
     finally:
-        for tensor, dtype in weights:
+        for tensor, dtype in halves:
             tensor.data = tensor.data.to(dtype)
         for name, value in given.items():
             if values[name] is lifted[name]:
                 values[name] = value
             elif isinstance(value, Tensor) and isinstance(values[name], Tensor):
                 values[name] = values[name].to(value.dtype)
-
-
-def _to_float32(value: Any) -> Any:
-    """The value with half-precision tensors cast, also in lists, tuples and dictionaries."""
-    if isinstance(value, Tensor):
-        return value.float() if value.dtype in HALF else value
-    if type(value) is dict:
-        return {name: _to_float32(entry) for name, entry in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_to_float32(entry) for entry in value)
-    return value

@@ -23,7 +23,7 @@ from torch.nn import Module, ModuleList
 
 logger = logging.get_logger(__name__)
 
-_MIDDLE = "mid_block.attentions.0.transformer_blocks"
+_EXAMPLE = 'LayerSkipConfig(indices=[0], fqn="mid_block.attentions.0.transformer_blocks")'
 """Layers that every UNet of Stable Diffusion has."""
 
 
@@ -37,48 +37,48 @@ def check_guider(guider: Any, unet: Module) -> None:
     """Checks that a guider works on this UNet, without running a model.
 
     Raises:
-        ValueError: no guider; a setting that is not a finite number; a guider that diffusers does not get right on a
-            UNet; layers to skip that this UNet does not have or that diffusers cannot hook.
+        ValueError: no guider, a setting that is not a finite number, a guider that does not work on a UNet, or layers
+            to skip that this UNet does not have or that diffusers cannot hook.
     """
     if not isinstance(guider, BaseGuidance):
         given = f"the class {guider.__name__}" if isinstance(guider, type) else f"of type {type(guider).__name__}"
         raise ValueError(f"guider is {given}; use, for example, ClassifierFreeGuidance(guidance_scale=2.0).")
     if _count_predictions(guider) == 1:  # no guidance: turned off, or at a scale without effect
         return
-    problem = _find_fault(guider)
-    if problem is not None:
-        raise ValueError(f"guider: {type(guider).__name__} does not work on a UNet: {problem}.")
-    configs = [entry for value in vars(guider).values() if isinstance(value, list) for entry in value]
-    configs = [entry for entry in configs if isinstance(entry, LayerSkipConfig)]
+    fault = _find_fault(guider)
+    if fault is not None:
+        raise ValueError(f"guider: {type(guider).__name__} does not work on a UNet: {fault}.")
+    lists = [value for value in vars(guider).values() if isinstance(value, list)]
+    configs = [entry for entries in lists for entry in entries if isinstance(entry, LayerSkipConfig)]
     if configs:
         _check_layers(guider, configs, unet)
 
 
 def warn_about_few_steps(guider: BaseGuidance, num_inference_steps: int) -> None:
     """Logs a warning for each setting of the guider that suits 30 steps or more but not this few."""
-    wanted, found = _count_predictions(guider), 0
-    for step in range(num_inference_steps):
-        guider.set_state(step=step, num_inference_steps=num_inference_steps, timestep=None)
+    steps, wanted, found = num_inference_steps, _count_predictions(guider), 0
+    for step in range(steps):
+        guider.set_state(step=step, num_inference_steps=steps, timestep=None)
         found = max(found, guider.num_conditions)
     _forget_step(guider)
-    name, steps = type(guider).__name__, num_inference_steps
+    problems = []
     if found < wanted:
-        logger.warning(
-            f"{name} makes at most {found} of its {wanted} predictions: its start and stop settings are fractions of "
-            f"the {steps} steps and leave no step for the rest; widen them."
+        problems.append(
+            f"makes at most {found} of its {wanted} predictions in {steps} steps; widen its start and stop"
         )
     if isinstance(guider, ClassifierFreeZeroStarGuidance) and guider.zero_init_steps > 0 and guider._enabled:
-        logger.warning(
-            f"{name} zeroes the prediction of {guider.zero_init_steps} of the {steps} steps, which ruins the image "
-            "when steps are few; set zero_init_steps=0."
+        problems.append(
+            f"zeroes the prediction of {guider.zero_init_steps} of the {steps} steps, which ruins the image; "
+            "set zero_init_steps=0"
         )
     if isinstance(guider, AdaptiveProjectedMixGuidance) and wanted > 1:
-        first = guider.adaptive_projected_guidance_start_step
+        setting, first = "adaptive_projected_guidance_start_step", guider.adaptive_projected_guidance_start_step
         if first >= steps - 1:
-            logger.warning(
-                f"{name} never projects within {steps} steps, because adaptive_projected_guidance_start_step={first}; "
-                f"set at most {max(0, steps - 2)}."
+            problems.append(
+                f"never projects within {steps} steps, because {setting}={first}; set at most {max(0, steps - 2)}"
             )
+    for problem in problems:
+        logger.warning(f"{type(guider).__name__} {problem}.")
 
 
 def _count_predictions(guider: BaseGuidance) -> int:
@@ -92,9 +92,8 @@ def _count_predictions(guider: BaseGuidance) -> int:
     try:
         return guider.num_conditions
     except TypeError as error:
-        raise ValueError(
-            f"guider: a scale of {type(guider).__name__} is not a number ({error}); set one, such as 2.0."
-        ) from error
+        name = type(guider).__name__
+        raise ValueError(f"guider: a scale of {name} is not a number ({error}); set one, such as 2.0.") from error
 
 
 def _forget_step(guider: BaseGuidance) -> None:
@@ -115,20 +114,14 @@ def _find_fault(guider: Any) -> str | None:
     if inherits(MagnitudeAwareGuidance, "forward"):
         return "its norm fails on predictions of four dimensions; use AdaptiveProjectedGuidance"
     if inherits(LTX2Guidance, "active_predictions") and (guider.is_stg_enabled() or guider.is_modality_enabled()):
-        return (
-            "its further predictions need the LTX-2 transformer; set stg_scale=0 and modality_scale=1, or use "
-            "ClassifierFreeGuidance"
-        )
+        return "its further predictions need the LTX-2 transformer; set stg_scale=0 and modality_scale=1"
     if inherits(FrequencyDecoupledGuidance, "forward") and _guides_some_levels(guider):
-        return (
-            "it mixes its frequency levels up if it guides only some of them; give all levels a scale with effect, "
-            "and the same start and stop"
-        )
+        return "it mixes up levels that are guided differently; give all a scale with effect and one start and stop"
     skips = inherits(SkipLayerGuidance, "is_conditional") or inherits(PerturbedAttentionGuidance, "is_conditional")
     if skips and _skips_outside_guidance(guider):
         return (
-            "it guides by the wrong prediction in steps that skip layers without classifier-free guidance; set a "
-            "guidance_scale with effect, and let start and stop enclose the start and stop of the layers"
+            "it guides by the wrong prediction where it skips layers without classifier-free guidance; set a "
+            "guidance_scale with effect, and a start and stop that enclose those of the layers"
         )
     return None
 
@@ -149,26 +142,24 @@ def _skips_outside_guidance(guider: Any) -> bool:
 
 
 def _check_layers(guider: BaseGuidance, configs: list[LayerSkipConfig], unet: Module) -> None:
-    """Raises the ValueError for layers that the UNet does not have, or that the loop could not hook."""
+    """Refuses layers that the UNet does not have, or that the loop could not hook."""
     name = type(guider).__name__
     stacks = {path: module for path, module in unet.named_modules() if isinstance(module, ModuleList)}
-    example = f'LayerSkipConfig(indices=[0], fqn="{_MIDDLE}")'
     for config in configs:
-        if config.fqn not in stacks:
-            raise ValueError(f"{name}: fqn={config.fqn!r} must be the path of a list of layers, such as {example}.")
-        count = len(stacks[config.fqn])
-        listed = isinstance(config.indices, list | tuple) and len(config.indices) > 0
-        if not listed or not all(index in range(count) for index in config.indices):
-            raise ValueError(
-                f"{name}: indices={config.indices} must be a list of numbers from 0 to {count - 1} for {config.fqn!r}."
-            )
+        fqn, indices = config.fqn, config.indices
+        if fqn not in stacks:
+            raise ValueError(f"{name}: fqn={fqn!r} must be the path of a list of layers, such as {_EXAMPLE}.")
+        count = len(stacks[fqn])
+        listed = isinstance(indices, list | tuple) and len(indices) > 0
+        if not listed or not all(index in range(count) for index in indices):
+            raise ValueError(f"{name}: indices={indices} must be a list of numbers from 0 to {count - 1} for {fqn!r}.")
     for _ in range(guider.num_conditions):
         try:
             guider.prepare_models(unet)
         except ValueError as error:
             raise ValueError(
-                f"{name} cannot hook these layers: {error} Name transformer blocks, such as {example}, whose "
-                "attention processors are diffusers' AttnProcessor2_0."
+                f"{name} cannot hook these layers: {error} Name transformer blocks with diffusers' AttnProcessor2_0, "
+                f"such as {_EXAMPLE}."
             ) from error
         finally:
             guider.cleanup_models(unet)

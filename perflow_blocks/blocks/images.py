@@ -11,10 +11,7 @@ from torch import Tensor
 
 
 def require_count(name: str, count: int, prompts: int, images: int) -> None:
-    """
-    Raises:
-        ValueError: `count` is not 1, the number of prompts, or the number of images.
-    """
+    """Refuses a `count` other than 1, the number of prompts, or the number of images."""
     if count not in (1, prompts, images):
         allowed = " or ".join(str(number) for number in sorted({1, prompts, images}))
         raise ValueError(f"{name} has {count} entries for {prompts} prompts and {images} images; pass {allowed}.")
@@ -23,9 +20,7 @@ def require_count(name: str, count: int, prompts: int, images: int) -> None:
 def count_images(image: Any, mask: bool = False) -> int:
     """How many images an `image` argument holds: a list, a batched array or tensor, or one image.
 
-    Args:
-        image: what was given.
-        mask: whether it is a mask; an array or tensor (n, height, width) is then a batch, as in diffusers.
+    With `mask`, an array or tensor (n, height, width) is a batch, as in diffusers.
     """
     if isinstance(image, list):
         return len(image)

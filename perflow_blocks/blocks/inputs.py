@@ -6,13 +6,14 @@ the VAE's factor between pixels and latents, 8 for SDXL.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
+from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from PIL import Image
 from torch import Tensor
 
@@ -23,11 +24,7 @@ from ..delta.recipe import DeltaRecipe
 DENOISER_INPUT_FIELDS = "denoiser_input_fields"
 """The name under which diffusers collects the tensors that the guider splits."""
 
-CONTROLNET_KWARGS = "controlnet_kwargs"
-"""The name under which diffusers collects what only some ControlNets take."""
-
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
 NONFINITE_POLICIES = ("raise", "fallback")
 
 Text = str | list[str]
@@ -38,24 +35,15 @@ OneImage = Image.Image | np.ndarray | Tensor
 Images = OneImage | list[OneImage]
 
 
-def param(
-    name: str,
-    type_hint: Any,
-    description: str,
-    *,
-    required: bool = False,
-    default: Any = None,
-    kind: str | None = None,
-) -> InputParam:
-    return InputParam(
-        name, type_hint=type_hint, description=description, required=required, default=default, kwargs_type=kind
-    )
+def param(name: str, type_hint: Any, description: str, **options: Any) -> InputParam:
+    """An input; `options` are `required`, `default` and `kwargs_type` of `InputParam`."""
+    return InputParam(name, type_hint=type_hint, description=description, **options)
 
 
-_guided = partial(param, kind=DENOISER_INPUT_FIELDS)
-_control = partial(param, kind=CONTROLNET_KWARGS)
+_guided = partial(param, kwargs_type=DENOISER_INPUT_FIELDS)
+_control = partial(param, kwargs_type="controlnet_kwargs")
 
-_REQUEST = (
+_TEXT_TO_IMAGE = (
     param("prompt", Text, "What to draw: a text, or a list with one text for each image."),
     param("prompt_2", Text, "The text for the second text encoder, if not `prompt`; unused if it is the only one."),
     param("negative_prompt", Text, "What not to draw; has no effect while the guidance scale is 1."),
@@ -70,23 +58,17 @@ _REQUEST = (
     param(
         "timesteps",
         list[int] | Tensor,
-        "Timesteps (num_steps,) in place of a number: descending, with every window start.",
+        "Timesteps (num_steps,) in place of a number, descending, with every window start.",
     ),
+    param("denoising_end", float, "Fraction of the denoising, in (0, 1], to stop at, snapped to a window boundary."),
     param("num_images_per_prompt", int, "Images for each prompt, at least 1.", default=1),
     param("generator", torch.Generator | list[torch.Generator], "Source of the noise: one, or one for each image."),
-    param(
-        "latents",
-        Tensor,
-        "Latents (images, channels, height/f, width/f): at the call the starting noise, for image-to-image the noised "
-        "image; in the loop those of the current step.",
-    ),
+    param("latents", Tensor, "Latents (images, channels, height/f, width/f): starting noise, or those of this step."),
     param("output_type", str, f"What images are returned as: {', '.join(OUTPUT_TYPES)}.", default="pil"),
-    param(
-        "on_nonfinite",
-        str,
-        "If latents are not finite: raise, or fallback (run again in float32).",
-        default=NONFINITE_POLICIES[0],
-    ),
+    param("on_nonfinite", str, "If latents are not finite: raise, or fallback (again in float32).", default="raise"),
+)
+
+_TASKS = (
     param("image", Images, "The image to start from: one for all prompts, or one for each."),
     param("mask_image", Images, "For inpainting, of the image's size: white is painted, black kept."),
     param("padding_mask_crop", int, "Paint at full size only the mask with this margin in pixels; PIL images only."),
@@ -100,10 +82,7 @@ _REQUEST = (
         "there, then come the steps below it. None: 0.3 for image-to-image, 1.0 for inpainting.",
     ),
     param(
-        "noising",
-        str,
-        f"How an image is noised inside a window: {' or '.join(NOISINGS)}. Training used the first.",
-        default=NOISINGS[0],
+        "noising", str, f"How images are noised: {' or '.join(NOISINGS)}; trained with the first.", default=NOISINGS[0]
     ),
     param(
         "denoising_start",
@@ -111,7 +90,6 @@ _REQUEST = (
         "Fraction of the denoising, in (0, 1), that an earlier run did, snapped to a window boundary: no noise is "
         "added, and the steps before it are skipped. With a mask pass the earlier run's `noise` too.",
     ),
-    param("denoising_end", float, "Fraction of the denoising, in (0, 1], to stop at, snapped to a window boundary."),
     param("control_image", Images, "For a ControlNet: the control image, or a list for several of them."),
     param("control_mode", int | list[int], "For a ControlNet-Union: the control type of each control image."),
     param("controlnet_conditioning_scale", Numbers, "Weight of the ControlNet, or of each. None: 1."),
@@ -121,6 +99,10 @@ _REQUEST = (
     param("ip_adapter_image", Images, "For IP-Adapters: an image, or a list with one entry for each of them."),
     _guided("ip_adapter_embeds", list[Tensor], "Image embeddings, one tensor for each loaded IP-Adapter."),
     _guided("negative_ip_adapter_embeds", list[Tensor], "Embeddings of the empty image, likewise."),
+)
+"""What only image-to-image, inpainting, ControlNets and IP-Adapters take."""
+
+_SIZES = (
     param("height", int, "Height in pixels, a multiple of f. None: the given image's, else the UNet's own."),
     param("width", int, "Width in pixels, a multiple of f. None: the given image's, else the UNet's own."),
     param("original_size", Size, "Size before cropping that SDXL is told, (height, width). None: the image's."),
@@ -132,6 +114,8 @@ _REQUEST = (
     param("negative_target_size", Size, "`target_size` of the negative prompt; needs `negative_original_size`."),
     param("negative_crops_coords_top_left", Size, "`crops_coords_top_left` of the negative prompt.", default=(0, 0)),
 )
+
+_REQUEST = (*_TEXT_TO_IMAGE, *_TASKS, *_SIZES)
 """What a call may be given, in the order in which a preset's documentation lists it."""
 
 _HANDED_ON = (
@@ -143,9 +127,7 @@ _HANDED_ON = (
     param("noise_coefficients", Tensor, "(P, Q) of `P x0 + Q noise` at each step and the end (num_steps + 1, 2)."),
     param("noise_pred", Tensor, "Guided prediction of this step, shaped like the latents."),
     param("noise", Tensor, "The noise of the known part, shaped like the latents."),
-    param(
-        "inpaint_conditioning", Tensor, "Mask and masked image (images, 5, height/f, width/f) for a 9-channel UNet."
-    ),
+    param("inpaint_conditioning", Tensor, "Mask and masked image (images, 5, height/f, width/f), for 9 channels."),
     _guided("add_time_ids", Tensor, "Sizes and crop (images, 6) that SDXL is told."),
     _guided("negative_add_time_ids", Tensor, "Sizes and crop of the negative prompt."),
     param("controlnet_cond", Tensors, "Control images (images, 3, height, width) in [0, 1]; a list for several."),
@@ -170,28 +152,25 @@ def shared_input(name: str, *, required: bool = False, default: Any = None) -> I
 
 
 latents_input = partial(shared_input, "latents", required=True)
-delta_recipe_input = partial(shared_input, "delta_recipe")
-num_inference_steps_input = partial(shared_input, "num_inference_steps", required=True)
 step_plan_input = partial(shared_input, "step_plan", required=True)
 step_coefficients_input = partial(shared_input, "step_coefficients", required=True)
 noise_coefficients_input = partial(shared_input, "noise_coefficients", required=True)
 noise_pred_input = partial(shared_input, "noise_pred", required=True)
 image_latents_input = partial(shared_input, "image_latents", required=True)
 mask_input = partial(shared_input, "mask", required=True)
-noise_input = partial(shared_input, "noise", required=True)
 inpaint_conditioning_input = partial(shared_input, "inpaint_conditioning")
-num_images_per_prompt_input = partial(shared_input, "num_images_per_prompt")
-generator_input = partial(shared_input, "generator")
-output_type_input = partial(shared_input, "output_type")
-noising_input = partial(shared_input, "noising")
 on_nonfinite_input = partial(shared_input, "on_nonfinite")
 denoising_start_input = partial(shared_input, "denoising_start")
-denoising_end_input = partial(shared_input, "denoising_end")
 
 
 def request_inputs() -> list[InputParam]:
     """What a call may be given for its task; blocks such as `merge_delta` add their own."""
     return [replace(entry) for entry in _REQUEST]
+
+
+def task_inputs() -> list[InputParam]:
+    """Those of the request that a plain text-to-image call does not have."""
+    return [replace(entry) for entry in _TASKS]
 
 
 def schedule_inputs() -> list[InputParam]:
@@ -202,43 +181,34 @@ def schedule_inputs() -> list[InputParam]:
 
 def batch_inputs() -> list[InputParam]:
     """How many images there are, and the type of their latents."""
-    return [
-        shared_input("batch_size", required=True),
-        num_images_per_prompt_input(),
-        shared_input("dtype", required=True),
-    ]
+    shared = {"batch_size": True, "num_images_per_prompt": False, "dtype": True}
+    return [shared_input(name, required=required) for name, required in shared.items()]
 
 
 def controlnet_inputs() -> list[InputParam]:
     """What the ControlNet input steps of diffusers hand to the loop."""
     required = ("controlnet_cond", "conditioning_scale", "controlnet_keep", "guess_mode")
-    return [
-        *(shared_input(name, required=True) for name in required),
-        shared_input("control_type"),
-        shared_input("control_type_idx"),
-    ]
+    optional = ("control_type", "control_type_idx")
+    return [*(shared_input(name, required=True) for name in required), *map(shared_input, optional)]
 
 
 def embeddings_inputs() -> list[InputParam]:
     """An encoded prompt; each `negative_` input is what the guider's unconditional batch gets."""
-    return [
-        shared_input("prompt_embeds", required=True),
-        shared_input("negative_prompt_embeds"),
-        shared_input("pooled_prompt_embeds", required=True),
-        shared_input("negative_pooled_prompt_embeds"),
-    ]
-
-
-def conditioning_inputs() -> list[InputParam]:
-    """What the UNet is conditioned on."""
-    return [
-        *embeddings_inputs(),
-        shared_input("add_time_ids", required=True),
-        shared_input("negative_add_time_ids"),
-        *ip_adapter_inputs(),
-    ]
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return [shared_input(name, required=not name.startswith("negative")) for name in names]
 
 
 def ip_adapter_inputs() -> list[InputParam]:
     """Encoded images for IP-Adapters."""
     return [shared_input("ip_adapter_embeds"), shared_input("negative_ip_adapter_embeds")]
+
+
+def conditioning_inputs() -> list[InputParam]:
+    """What the UNet is conditioned on."""
+    sizes = [shared_input("add_time_ids", required=True), shared_input("negative_add_time_ids")]
+    return [*embeddings_inputs(), *sizes, *ip_adapter_inputs()]
+
+
+def as_outputs(entries: Iterable[InputParam]) -> list[OutputParam]:
+    """Outputs of the same names, for blocks that hand on what they take."""
+    return [OutputParam(one.name, one.type_hint, one.description, kwargs_type=one.kwargs_type) for one in entries]

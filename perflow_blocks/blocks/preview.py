@@ -33,17 +33,17 @@ PreviewCallback = Callable[[int, list[Image.Image]], Any]
 
 
 class LatentToRGB(ConfigMixin):
-    """One pixel for each latent position, `colour = latent @ factors + bias`: costs next to nothing.
+    """One pixel for each latent position, `colour = latent @ factors + bias`, at next to no cost.
 
-    Takes a decoder's place, as `decode(latents).sample`. For a VAE other than SDXL's use `fit`.
+    Stands in for a decoder: `decode(latents).sample`. For a VAE other than SDXL's use `fit`.
 
     Args:
-        factors: (channels, 3), what each latent channel adds to red, green and blue.
-        bias: the colour of latents that are zero; colours run from -1 to 1.
+        factors: (channels, 3), what each latent channel adds to red, green and blue, which run from -1 to 1.
+        bias: the colour of latents that are zero.
         scaling_factor: what latents are divided by before they are decoded. 1: the map takes them as the UNet does.
 
     Raises:
-        ValueError: factors or bias are not for three colours.
+        ValueError: factors or bias are not for three colours, or latents have another number of channels than factors.
     """
 
     config_name = "latent_to_rgb.json"
@@ -54,78 +54,60 @@ class LatentToRGB(ConfigMixin):
         self, factors: Rows = SDXL_FACTORS, bias: Sequence[float] = SDXL_BIAS, scaling_factor: float = 1.0
     ) -> None:
         if not factors or any(len(row) != 3 for row in factors) or len(bias) != 3:
-            raise ValueError(
-                f"factors hold rows of {sorted({len(row) for row in factors})} numbers, the bias {len(bias)}; pass "
-                "three numbers (red, green, blue) for each latent channel, and three for the bias."
-            )
+            raise ValueError(f"each row of {factors=} and {bias=} must hold three numbers: red, green, blue.")
 
     @classmethod
     @torch.no_grad()
     def fit(cls, vae: AutoencoderKL, images: Sequence[Image.Image]) -> LatentToRGB:
-        """The map that comes nearest to how a VAE decodes these images, by least squares.
-
-        Args:
-            vae: encodes the images; its scaling is part of the map.
-            images: a few images with many colours; sizes may differ.
+        """The map that comes nearest to how a VAE, with its scaling, decodes these images, by least squares.
 
         Raises:
             ValueError: there are no images, or too few different colours to tell the latent channels apart.
         """
+        if not images:
+            raise ValueError("images is empty; pass a few images with many colours.")
         processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
         shift, scale = _decoder_scaling(vae.config)
         latents, colours = [], []
         for image in images:
             pixels = processor.preprocess(image).to(device=vae.device, dtype=vae.dtype)
-            encoded = vae.encode(pixels).latent_dist.mode()
-            average = torch.nn.functional.adaptive_avg_pool2d(pixels.float(), encoded.shape[-2:])
-            latents.append(((encoded.double().cpu() - shift) / scale)[0].flatten(1).T)  # (positions, channels)
-            colours.append(average.double().cpu()[0].flatten(1).T)  # (positions, 3)
-        if not latents:
-            raise ValueError("images is empty; pass a few images with many colours.")
+            encoded = ((vae.encode(pixels).latent_dist.mode().double().cpu() - shift) / scale)[0]
+            average = torch.nn.functional.adaptive_avg_pool2d(pixels.double().cpu()[0], encoded.shape[-2:])
+            encoded = torch.cat([encoded, torch.ones_like(encoded[:1])])  # the last one is the bias's
+            latents.append(encoded.flatten(1).T)  # (positions, channels + 1)
+            colours.append(average.flatten(1).T)  # (positions, 3)
         known = torch.cat(latents)
-        known = torch.cat([known, torch.ones_like(known[:, :1])], dim=1)
-        rank = int(torch.linalg.matrix_rank(known))
-        if rank < known.shape[1]:
-            raise ValueError(
-                f"the latents of the images vary in {rank - 1} directions, the VAE has {known.shape[1] - 1} channels; "
-                "pass more images, with many colours."
-            )
+        rank, channels = int(torch.linalg.matrix_rank(known)) - 1, known.shape[1] - 1
+        if rank < channels:
+            raise ValueError(f"the images' latents vary in {rank} of {channels} channels; pass more, of many colours.")
         solution = torch.linalg.lstsq(known, torch.cat(colours)).solution
         return cls(factors=solution[:-1].tolist(), bias=solution[-1].tolist())
 
     def decode(self, latents: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Latents (batch, channels, height, width) as colours in [-1, 1], float32 of shape (batch, 3, height, width).
-
-        Raises:
-            ValueError: the latents have another number of channels than the map.
-        """
+        """Latents (batch, channels, height, width) as colours (batch, 3, height, width), float32 in [-1, 1]."""
         factors = torch.tensor(self.config.factors, dtype=torch.float32, device=latents.device)
         bias = torch.tensor(self.config.bias, dtype=torch.float32, device=latents.device)
         if latents.shape[1] != factors.shape[0]:
-            raise ValueError(
-                f"the latents have {latents.shape[1]} channels, this preview takes {factors.shape[0]}; "
-                "make one for the VAE with LatentToRGB.fit(vae, images)."
-            )
-        colours = torch.einsum("bchw,cr->brhw", latents.float(), factors) + bias[:, None, None]
-        sample = colours.clamp(-1.0, 1.0)
+            channels = f"the latents have {latents.shape[1]} channels, this preview takes {factors.shape[0]}"
+            raise ValueError(f"{channels}; make one for the VAE with LatentToRGB.fit(vae, images).")
+        sample = (torch.einsum("bchw,cr->brhw", latents.float(), factors) + bias[:, None, None]).clamp(-1.0, 1.0)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
 
 class PreviewStep(LoopBlock):
     """Decodes the clean latents that a step predicts and hands the images to `preview_callback(i, images)`.
 
-    Belongs between the denoiser and the solver, where latents and prediction are of one step:
-    `insert_loop_block(blocks, "preview", PreviewStep, before="solver")`. Without a callback it does nothing. It shows
-    the first step and then every `preview_every`-th. Each preview waits for the device, since the image is copied to
-    the host.
+    Insert it between denoiser and solver: `insert_loop_block(blocks, "preview", PreviewStep, before="solver")`. It
+    shows the first step and then every `preview_every`-th; without a callback it does nothing. Each preview waits for
+    the device, since the images are copied to the host.
 
-    The decoder is the component `preview_decoder`: by default a linear map with SDXL's colours, which costs next to
-    nothing and gives one pixel for each latent position. A tiny VAE shows more, at full size:
+    The component `preview_decoder` makes the images: by default a linear map with SDXL's colours, one pixel for each
+    latent position. A tiny VAE shows more, at full size:
     `pipe.update_components(preview_decoder=AutoModel.from_pretrained("madebyollin/taesdxl"))`.
 
     Raises:
-        ValueError: `preview_callback` cannot be called, `preview_every` is below 1, or the decoder is a VAE that
-            overflows in its type.
+        ValueError: `preview_callback` cannot be called, `preview_every` is not a positive integer, or the decoder is a
+            VAE that overflows in float16.
     """
 
     description = "Loop step that hands images of the predicted result to a callback; goes before the solver."
@@ -142,25 +124,18 @@ class PreviewStep(LoopBlock):
         latents_input(),
         noise_pred_input(),
         step_coefficients_input(),
-        param(
-            "preview_callback",
-            PreviewCallback,
-            "Called as `preview_callback(i, images)` with the step's number, from 0, and a list of PIL images.",
-        ),
+        param("preview_callback", PreviewCallback, "Called with the step's number, from 0, and a list of PIL images."),
         param("preview_every", int, "Steps from one preview to the next, at least 1.", default=1),
     )
 
     def start(self, components: Any, block_state: Any) -> None:
         callback, decoder = block_state.preview_callback, components.preview_decoder
         require_positive_int("preview_every", block_state.preview_every)
-        if callback is None:
-            return
-        if not callable(callback):
+        if callback is not None and not callable(callback):
             raise ValueError(f"preview_callback={callback!r} cannot be called; pass a function of (i, images).")
-        if decoder.dtype == torch.float16 and decoder.config.get("force_upcast"):
+        if callback is not None and decoder.dtype == torch.float16 and decoder.config.get("force_upcast"):
             raise ValueError(
-                "the preview_decoder overflows in torch.float16 (its force_upcast is set); pass a tiny VAE, "
-                "such as madebyollin/taesdxl, or one in torch.float32."
+                "preview_decoder overflows in torch.float16; use a tiny VAE, such as madebyollin/taesdxl, or float32."
             )
 
     @torch.no_grad()
@@ -182,8 +157,6 @@ def decode_preview(decoder: Any, latents: Tensor) -> list[Image.Image]:
 
 def _decoder_scaling(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """(shift, scale), each (channels or 1, 1, 1): a decoder takes `scale latents + shift` of what the UNet sees."""
-    mean, deviation = config.get("latents_mean"), config.get("latents_std")
-    if mean is None or deviation is None:
-        mean, deviation = [0.0], [1.0]
-    shift, scale = (torch.tensor(row, dtype=torch.float64)[:, None, None] for row in (mean, deviation))
+    rows = (config.get("latents_mean") or [0.0], config.get("latents_std") or [1.0])
+    shift, scale = (torch.tensor(row, dtype=torch.float64)[:, None, None] for row in rows)
     return shift, scale / config["scaling_factor"]

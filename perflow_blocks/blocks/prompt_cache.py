@@ -17,21 +17,16 @@ from ..core.windows import require_positive_int
 from .encode import PeRFlowAutoTextEncoderStep, PeRFlowEmbeddingsStep, PeRFlowTextEncoderStep
 
 DEFAULT_MAX_ENTRIES = 64
-"""About 41 MB of SDXL's embeddings in half precision with guidance, less than one percent of its UNet."""
+"""About 41 MB of SDXL's embeddings in half precision with guidance."""
 
 Embeddings = dict[str, Tensor | None]
 
 
 class EmbeddingCache:
-    """Embeddings of the last requests. Threads may share it.
+    """Embeddings of the last `max_entries` requests. Threads may share it.
 
     A deep copy is the same cache: `init_pipeline` and `pipe.blocks` copy blocks, and what a user holds must be what
     the pipeline uses. Pickled it becomes an empty one.
-
-    Attributes:
-        max_entries: how many requests are kept at most; the one that was not used for longest goes first.
-        hits: how many requests were answered from here.
-        misses: how many were not, so that the encoders ran.
     """
 
     def __init__(self, max_entries: int = DEFAULT_MAX_ENTRIES) -> None:
@@ -40,13 +35,12 @@ class EmbeddingCache:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets all embeddings and counts from zero."""
         with self._lock:
             self._entries: OrderedDict[Hashable, Embeddings] = OrderedDict()
             self.hits = self.misses = 0
 
-    def get(self, request: Hashable | None) -> Embeddings | None:
-        """Copies of what is kept for a request, or None."""
+    def get(self, request: Hashable) -> Embeddings | None:
+        """Copies of what is kept for a request, or None. Counts a hit or a miss."""
         with self._lock:
             found = self._entries.get(request)
             if found is None:
@@ -56,10 +50,8 @@ class EmbeddingCache:
             self._entries.move_to_end(request)
             return _copies(found)
 
-    def put(self, request: Hashable | None, embeddings: Embeddings) -> None:
-        """Keeps copies for a request; None stands for a request that has no key and is not kept."""
-        if request is None:
-            return
+    def put(self, request: Hashable, embeddings: Embeddings) -> None:
+        """Keeps copies for a request, in place of those that were not used for longest."""
         with self._lock:
             self._entries[request] = _copies(embeddings)
             while len(self._entries) > self.max_entries:
@@ -80,25 +72,14 @@ def _copies(embeddings: Embeddings) -> Embeddings:
 
 
 class PeRFlowCachedTextEncoderStep(PeRFlowTextEncoderStep):
-    """diffusers' text encoder, run once for each request: what `PromptCacheStep` runs where there is a prompt.
+    """diffusers' text encoder, run once for each request: what `PromptCacheStep` runs where there is a prompt."""
 
-    Args:
-        max_entries: how many requests to keep, at least 1.
-    """
-
-    description = (
-        "Text Encoder step that generates text embeddings to guide the image generation, and keeps them: the same "
-        "prompts with the same encoders are encoded once."
-    )
+    description = f"{PeRFlowAutoTextEncoderStep.description} The same prompts with the same encoders are encoded once."
 
     def __init__(self, max_entries: int = DEFAULT_MAX_ENTRIES) -> None:
         super().__init__()
+        self.max_entries = max_entries  # where an export reads the argument
         self.cache = EmbeddingCache(max_entries)
-
-    @property
-    def max_entries(self) -> int:
-        """How many requests are kept at most."""
-        return self.cache.max_entries
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
@@ -107,9 +88,9 @@ class PeRFlowCachedTextEncoderStep(PeRFlowTextEncoderStep):
         found = self.cache.get(request)
         if found is None:
             super().__call__(components, state)
-            # Worked out again: the stock step resets the scale of a LoRA after a call with scale 0.
-            request = self._request(components, block_state)
-            self.cache.put(request, {name: state.get(name) for name in self.intermediate_output_names})
+            request = self._request(components, block_state)  # the stock step resets a LoRA's scale after scale 0
+            if request is not None:
+                self.cache.put(request, {name: state.get(name) for name in self.intermediate_output_names})
             return components, state
         scale = _lora_scale(block_state)
         if scale is not None and isinstance(components, StableDiffusionXLLoraLoaderMixin):
@@ -120,15 +101,15 @@ class PeRFlowCachedTextEncoderStep(PeRFlowTextEncoderStep):
         return components, state
 
     def _request(self, components: Any, block_state: Any) -> Hashable | None:
-        """All that the embeddings depend on, or None where that has no key."""
+        """All that the embeddings depend on, or None if an input cannot be a key."""
         device = components._execution_device
+        names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
         inputs = {name: getattr(block_state, name) for name in self.input_names}
         inputs["cross_attention_kwargs"] = _lora_scale(block_state)  # the rest is the UNet's
         try:
             return (
                 tuple(_key(value) for value in inputs.values()),
-                tuple(_identity(getattr(components, name)) for name in ("text_encoder", "text_encoder_2")),
-                tuple(_identity(getattr(components, name)) for name in ("tokenizer", "tokenizer_2")),
+                tuple(_identity(getattr(components, name)) for name in names),
                 components.guider.num_conditions > 1,
                 components.config.force_zeros_for_empty_prompt,
                 device,
@@ -139,18 +120,17 @@ class PeRFlowCachedTextEncoderStep(PeRFlowTextEncoderStep):
 
 
 class PromptCacheStep(PeRFlowAutoTextEncoderStep):
-    """Stands where the text encoder block stands; the same prompts with the same encoders are encoded once.
+    """Takes the place of the text encoder block; the same prompts with the same encoders are encoded once.
 
-    The embeddings are bit for bit those of `PeRFlowAutoTextEncoderStep`. They are copies, so that writing into them
-    does no harm. Prompt and negative prompt are one request: a new prompt beside a known negative one encodes both.
-    Calls with `prompt_embeds` do not use the cache.
+    The embeddings are bit for bit those of `PeRFlowAutoTextEncoderStep`, and copies, so they may be written into.
+    Prompt and negative prompt are one request. Calls with `prompt_embeds` do not use the cache.
 
     Embeddings are kept by the request, the encoders and tokenizers themselves, their types, and the LoRAs in the
     encoders: which are active, at what scale. Call `clear()` after changing an encoder in place in another way, such
     as writing into its weights or unloading a LoRA that was fused into them.
 
-    The entries lie on the encoders' device. One prompt of SDXL takes (77 * 2048 + 1280) numbers: 0.32 MB in half
-    precision, twice that with guidance.
+    The entries lie on the encoders' device: 0.32 MB for one prompt of SDXL in half precision, twice that with
+    guidance. `hits` and `misses` count the calls; `cache` holds the entries, also for a pipeline's copy of this block.
 
     Example:
         >>> cache = PromptCacheStep()
@@ -164,37 +144,27 @@ class PromptCacheStep(PeRFlowAutoTextEncoderStep):
         (3, 1)
 
     Args:
-        max_entries: how many requests to keep, at least 1; the one that was not used for longest goes first.
-
-    Raises:
-        ValueError: `max_entries` is not a positive integer.
+        max_entries: how many requests to keep, a positive integer; the one that was not used for longest goes first.
     """
 
     block_classes = [PeRFlowCachedTextEncoderStep, PeRFlowEmbeddingsStep]
-    description = f"{PeRFlowAutoTextEncoderStep.description} The same prompts with the same encoders are encoded once."
+    description = PeRFlowCachedTextEncoderStep.description
 
     def __init__(self, max_entries: int = DEFAULT_MAX_ENTRIES) -> None:
         super().__init__()
+        self.max_entries = max_entries
         self.sub_blocks["prompt"] = PeRFlowCachedTextEncoderStep(max_entries)
 
     @property
     def cache(self) -> EmbeddingCache:
-        """What is kept, shared with the copies of this block that pipelines make."""
         return self.sub_blocks["prompt"].cache
 
     @property
-    def max_entries(self) -> int:
-        """How many requests are kept at most."""
-        return self.cache.max_entries
-
-    @property
     def hits(self) -> int:
-        """How many calls took embeddings from the cache."""
         return self.cache.hits
 
     @property
     def misses(self) -> int:
-        """How many calls ran the encoders."""
         return self.cache.misses
 
     def clear(self) -> None:
@@ -208,7 +178,7 @@ def _identity(part: Any) -> Hashable:
         return None
     if not isinstance(part, nn.Module):  # textual inversion adds tokens
         return weakref.ref(part), tuple(part.added_tokens_encoder), part.model_max_length
-    lora: Any = None
+    lora = None
     if getattr(part, "peft_config", None):
         # One layer stands for all: pipelines switch, scale and replace the LoRA of an encoder as a whole.
         layer: Any = next(module for module in part.modules() if hasattr(module, "lora_A"))

@@ -28,16 +28,16 @@ def insert_loop_block(
     Args:
         blocks: assembled blocks, or one loop.
         name: what the block is called in the loops.
-        block: called as `block(components, block_state, i=i, t=t)`. Of a class, each loop gets an instance of its own;
-            an instance is shared by all loops.
+        block: called as `block(components, block_state, i=i, t=t)`. Each loop gets an instance of a class; all loops
+            share an instance.
         before, after: the block of the loop that it stands next to. Pass one of the two.
 
     Returns:
         The number of loops.
 
     Raises:
-        ValueError: there is no loop; both or neither of `before` and `after` are given; a loop has no block of that
-            name, or has one called `name` already; `block` is not a block, or is assembled. Nothing is inserted then.
+        ValueError: there is no loop, a loop has no such neighbour or has a block called `name`, or `block` cannot be
+            put into a loop. Nothing is inserted then.
     """
     neighbour = after if before is None else before
     if neighbour is None or (before is not None and after is not None):
@@ -72,9 +72,8 @@ def find_loops(blocks: ModularPipelineBlocks) -> Iterator[LoopSequentialPipeline
 def compile_loops(pipe: Any, *, full: bool = False, vae: bool = True, **options: Any) -> list[str]:
     """Compiles UNet, ControlNets and the VAE's decoder in place, at their first call. Do so after loading.
 
-    By default only the transformer blocks of UNet and ControlNets are compiled, once for all blocks of a kind, which
-    takes seconds where a whole SDXL UNet takes minutes
-    (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html).
+    By default only the transformer blocks of UNet and ControlNets are compiled, each kind once: seconds where a whole
+    SDXL UNet takes minutes (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html).
 
     Example:
         >>> pipe.load_components(dtype=torch.float16)
@@ -83,11 +82,9 @@ def compile_loops(pipe: Any, *, full: bool = False, vae: bool = True, **options:
 
     Args:
         pipe: a pipeline whose `unet` is loaded.
-        full: whether UNet and ControlNets are compiled as one graph each, for the last bit of speed, and for
-            `mode="reduce-overhead"`.
+        full: whether UNet and ControlNets are compiled whole, for the last bit of speed and `mode="reduce-overhead"`.
         vae: whether the VAE's decoder is compiled.
-        options: arguments of `torch.compile`, such as `mode`, `dynamic` or `backend`. For UNet and ControlNets
-            `fullgraph` is True unless given.
+        options: arguments of `torch.compile`; `fullgraph` is True for UNet and ControlNets unless given.
 
     Returns:
         The names of what is compiled.
@@ -98,12 +95,9 @@ def compile_loops(pipe: Any, *, full: bool = False, vae: bool = True, **options:
     components = pipe.components
     if components.get("unet") is None:
         raise ValueError("unet=None cannot be compiled; call pipe.load_components() first.")
-    compiled = []
-    for name in ("unet", "controlnet"):
-        model = components.get(name)
-        if model is not None:
-            _compile(model, full, {"fullgraph": True, **options})
-            compiled.append(name)
+    compiled = [name for name in ("unet", "controlnet") if components.get(name) is not None]
+    for name in compiled:
+        _compile(components[name], full, {"fullgraph": True, **options})
     decoder = getattr(components.get("vae"), "decoder", None)
     if vae and decoder is not None:
         decoder.compile(**options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -9,19 +10,20 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
 from diffusers.utils import logging
+from torch import Tensor
 
 from ..core.step_plan import StepPlan
 from ..core.windows import TimeWindows, tile_windows
 from ..delta.recipe import DeltaRecipe
 from ..schedulers.scheduling_perflow import PeRFlowScheduler, is_perflow_scheduler
 from .declare import declared
-from .inputs import delta_recipe_input, denoising_end_input, denoising_start_input, noising_input
+from .inputs import shared_input
 from .specs import DEFAULT_NUM_INFERENCE_STEPS, guider_spec, schedule_config_specs, scheduler_spec, unet_spec
 
 logger = logging.get_logger(__name__)
 
 OWN_ATTRIBUTE = "_perflow_made_in_set_up"
-"""On a scheduler that this block made, to tell it from one that a user set: the configuration it was made from."""
+"""On a scheduler that this block made: the configuration (`source`) and the place (`spec`) of the one it replaced."""
 
 
 class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
@@ -29,12 +31,11 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
 
     An argument of the call wins over the configuration, which wins over the merged delta's recipe, which wins over the
     defaults (`ddim_eps`, 4 windows, 6 steps). The noise schedule is the delta's where it names one, else that of the
-    scheduler that is replaced. A PeRFlowScheduler that you set stays as it is. One that this block made follows
+    scheduler that is replaced. A PeRFlowScheduler that you set stays as it is; one that this block made follows
     configuration and delta from call to call.
 
     Raises:
-        ValueError: a number of steps below 1, timesteps that make no schedule, `denoising_end` outside (0, 1], or a
-            scheduler without betas.
+        ValueError: steps, timesteps or `denoising_end` make no schedule, or the scheduler has no betas.
     """
 
     model_name = "stable-diffusion-xl"
@@ -45,25 +46,12 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
     # The guider is unused here: the first block that names it decides its default.
     expected_components = declared(guider_spec(), scheduler_spec(), unet_spec())
     expected_configs = declared(*schedule_config_specs())
-    inputs = declared(
-        InputParam(
-            "num_inference_steps",
-            type_hint=int,
-            description="Denoising steps, at least 1; fewer than the windows are raised to one per window.",
-        ),
-        InputParam(
-            "timesteps",
-            type_hint=list[int],
-            description="Descending timesteps that hold every window start; they win over `num_inference_steps`.",
-        ),
-        denoising_end_input(),
-        delta_recipe_input(),
-    )
+    inputs = declared(*map(shared_input, ("num_inference_steps", "timesteps", "denoising_end", "delta_recipe")))
     intermediate_outputs = declared(
-        OutputParam("timesteps", torch.Tensor, "Timesteps (num_steps,), integers on the device."),
+        OutputParam("timesteps", Tensor, "Timesteps (num_steps,), integers on the device."),
         OutputParam("num_inference_steps", int, "Number of denoising steps that are run."),
         OutputParam("step_plan", StepPlan, "The steps on the host: times, windows, coefficients."),
-        OutputParam("step_coefficients", torch.Tensor, "The plan's table (num_steps, 4) on the device, float32."),
+        OutputParam("step_coefficients", Tensor, "The plan's table (num_steps, 4) on the device, float32."),
     )
 
     @torch.no_grad()
@@ -78,13 +66,12 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
         recipe = block_state.delta_recipe
         _place_scheduler(components, recipe)
         scheduler = components.scheduler
-        if block_state.timesteps is not None:
-            scheduler.set_timesteps(timesteps=block_state.timesteps, device=device)
-        else:
+        steps = None
+        if block_state.timesteps is None:
             recommended = None if recipe is None else recipe.num_inference_steps
             configured = components.config.default_num_inference_steps
             steps = _first(block_state.num_inference_steps, configured, recommended, DEFAULT_NUM_INFERENCE_STEPS)
-            scheduler.set_timesteps(steps, device=device)
+        scheduler.set_timesteps(steps, device=device, timesteps=block_state.timesteps)
         plan = self.section(scheduler, scheduler.plan, block_state)
         block_state.timesteps = torch.tensor(plan.timesteps).to(device)
         block_state.num_inference_steps = len(plan)
@@ -93,48 +80,35 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
 
     def section(self, scheduler: PeRFlowScheduler, whole: StepPlan, block_state: Any) -> StepPlan:
         """The part of the scheduler's plan that is run: here all of it, or the part before `denoising_end`."""
+        check_denoising_range(None, block_state.denoising_end)
         return _before(whole, _end_time(scheduler.windows, block_state.denoising_end))
 
 
-def _entry_inputs(*, strength: float) -> list[InputParam]:
+def _entry_inputs(strength: float) -> list[InputParam]:
     """Where a given image enters the path, with the default strength of a task."""
-    return [
-        InputParam(
-            "strength",
-            type_hint=float,
-            default=strength,
-            description="Time in (0, 1] at which the image enters: 1 redraws everything, small values little.",
-        ),
-        denoising_start_input(),
-        noising_input(),
-    ]
+    return [shared_input("strength", default=strength), shared_input("denoising_start"), shared_input("noising")]
 
 
 class PeRFlowImg2ImgSetTimestepsStep(PeRFlowSetTimestepsStep):
     """Sets up the time windows of a run that starts from an image (arXiv 2405.07510).
 
-    The run starts at the time `strength`: the steps of the whole schedule below it, after a first step from `strength`
-    itself where the schedule has none. At 4 steps strength 0.3 makes two steps (from 0.3 and 0.25), 0.5 two, 0.8 four
-    and 0.1 one; there is always at least one. With `denoising_start` the run starts at the window boundary nearest to
-    where the earlier run ended, and `strength` is ignored.
+    The run takes a first step from the time `strength` and then the steps of the whole schedule below it: of 4 steps,
+    strength 0.3 leaves two (from 0.3 and 0.25), 0.8 four and 0.1 one. With `denoising_start` the run starts at the
+    window boundary nearest to where the earlier run ended, and `strength` is ignored.
 
     Raises:
-        ValueError: `strength` outside (0, 1], `denoising_start` outside (0, 1), `denoising_end` outside (0, 1] or not
-            above the start once both are at window boundaries, an unknown `noising`, or what the parent raises.
+        ValueError: `strength`, `denoising_start` or `denoising_end` is outside its range, nothing is left to run,
+            `noising` is unknown, or what the parent raises.
     """
 
     description = (
-        "The window set-up for a run that starts from an image: enters the path at `strength`, or at the window "
-        "boundary where an earlier run left off, and says how to noise an image at each step."
+        "The window set-up for a run that starts from an image, at `strength` or where an earlier run left off; says "
+        "how to noise an image at each step."
     )
-    inputs = declared(*PeRFlowSetTimestepsStep.inputs, *_entry_inputs(strength=0.3))
+    inputs = declared(*PeRFlowSetTimestepsStep.inputs, *_entry_inputs(0.3))
     intermediate_outputs = declared(
         *PeRFlowSetTimestepsStep.intermediate_outputs,
-        OutputParam(
-            "noise_coefficients",
-            torch.Tensor,
-            "(P, Q) of `P x0 + Q noise` at the start of each step and at the end, (num_steps + 1, 2), float32.",
-        ),
+        OutputParam("noise_coefficients", Tensor, "(P, Q) of `P x0 + Q noise` at each step and the end, float32."),
     )
 
     def prepare(self, components: Any, block_state: Any, device: torch.device) -> None:
@@ -164,35 +138,31 @@ class PeRFlowImg2ImgSetTimestepsStep(PeRFlowSetTimestepsStep):
 class PeRFlowInpaintSetTimestepsStep(PeRFlowImg2ImgSetTimestepsStep):
     """The same for inpainting, where the hole is painted anew unless `strength` says otherwise."""
 
-    inputs = declared(*PeRFlowSetTimestepsStep.inputs, *_entry_inputs(strength=1.0))
+    inputs = declared(*PeRFlowSetTimestepsStep.inputs, *_entry_inputs(1.0))
 
 
 def check_strength(strength: Any) -> None:
     """Raises a ValueError for a strength that is not a number in (0, 1]."""
-    if isinstance(strength, bool) or not isinstance(strength, Real) or not 0.0 < float(strength) <= 1.0:
-        raise ValueError(
-            f"strength={strength!r} is outside (0, 1]; pass for example 0.5 (1 redraws everything, 0.1 little)."
-        )
+    if not _is_share(strength):
+        raise ValueError(f"strength={strength!r} must be above 0 (keep the image) and at most 1 (redraw everything).")
 
 
 def check_denoising_range(start: Any, end: Any) -> None:
     """Raises a ValueError unless `denoising_start` in (0, 1) and `denoising_end` in (0, 1] leave a part to run."""
-    for name, value, closed in (("denoising_start", start, False), ("denoising_end", end, True)):
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        if value is not None and not (number and (0.0 < value < 1.0 or (closed and value == 1.0))):
-            raise ValueError(
-                f"{name}={value!r} is outside (0, 1{']' if closed else ')'}; pass a share, or leave it out."
-            )
+    if start is not None and (not _is_share(start) or start == 1.0):
+        raise ValueError(f"denoising_start={start!r} must be above 0 and below 1; leave it out to start at the noise.")
+    if end is not None and not _is_share(end):
+        raise ValueError(f"denoising_end={end!r} must be above 0 and at most 1; leave it out to run to the end.")
     if start is not None and end is not None and end <= start:
-        raise ValueError(
-            f"denoising_end={end} is not above denoising_start={start}, so nothing is left to run; raise the one or "
-            "lower the other."
-        )
+        raise ValueError(f"denoising_end={end} must be above denoising_start={start}.")
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0.0 < float(value) <= 1.0
 
 
 def _end_time(windows: TimeWindows, denoising_end: float | None) -> float:
     """The time at which a run ends: the end of the last window, or the boundary nearest to `denoising_end`."""
-    check_denoising_range(None, denoising_end)
     if denoising_end is None or denoising_end == 1.0:
         return windows.boundaries[-1]
     return _snap(windows, "denoising_end", denoising_end)
@@ -208,9 +178,7 @@ def _snap(windows: TimeWindows, name: str, share: float) -> float:
     """The inner boundary nearest to time 1 - share. A velocity is that of its whole window, so cuts are made there."""
     inner = windows.boundaries[1:-1]
     if not inner:
-        raise ValueError(
-            f"{name}={share} asks to cut a schedule of one window, which has no inner boundary; leave it out."
-        )
+        raise ValueError(f"{name}={share} cannot cut a schedule of one window; leave it out.")
     nearest = min(inner, key=lambda boundary: abs(boundary - (1.0 - share)))
     used = 1.0 - nearest
     if abs(used - share) * windows.num_train_timesteps >= 0.5:
@@ -218,22 +186,51 @@ def _snap(windows: TimeWindows, name: str, share: float) -> float:
     return nearest
 
 
-def window_settings(config: Any, recipe: DeltaRecipe | None) -> dict[str, Any]:
+def _place_scheduler(components: Any, recipe: DeltaRecipe | None) -> None:
+    """Puts a PeRFlowScheduler in place that follows configuration and recipe, unless the user set one."""
+    config, current = components.config, components.scheduler
+    made_from = (recipe, config.prediction_type, config.num_time_windows, config.window_boundaries)
+    own = None if current is None else vars(current).get(OWN_ATTRIBUTE)
+    if own is not None and own["made_from"] == made_from:
+        return
+    recipe = recipe or DeltaRecipe()
+    noise_schedule = recipe.noise_schedule()
+    settings = {**_window_settings(config, recipe), **noise_schedule}
+    if own is None and is_perflow_scheduler(current):
+        for name, kept, value in _differences(current.config, settings):
+            logger.warning(
+                f"The scheduler in place has {name}={kept}, where configuration and delta say {value}; the scheduler "
+                "is kept. Call update_components(scheduler=None) to have it made anew."
+            )
+        return
+    source = own["source"] if own is not None else current and dict(current.config)
+    wanted = PeRFlowScheduler.from_scheduler(source, **settings)
+    for name, replaced, value in _differences(source or {}, noise_schedule):
+        logger.warning(
+            f"The merged delta was distilled with {name}={value}, which is used instead of the scheduler's {replaced}."
+        )
+    setattr(wanted, OWN_ATTRIBUTE, {"source": source, "spec": scheduler_source(components), "made_from": made_from})
+    components.update_components(scheduler=wanted)
+
+
+def _window_settings(config: Any, recipe: DeltaRecipe) -> dict[str, Any]:
     """The settings of a PeRFlowScheduler that configuration or recipe name; the configuration wins.
 
     Number and boundaries of the windows belong together, so both come from one of the two.
     """
-    configures_windows = config.num_time_windows is not None or config.window_boundaries is not None
-    source = config if configures_windows or recipe is None else recipe
-    prediction_type = None if recipe is None else recipe.prediction_type
-    settings: dict[str, Any] = {
-        "prediction_type": _first(config.prediction_type, prediction_type),
-        "num_time_windows": source.num_time_windows,
-        "window_boundaries": source.window_boundaries,
+    configured, distilled = _boundaries(config), _boundaries(recipe)
+    windows = recipe if configured is None else config
+    settings = {
+        "prediction_type": _first(config.prediction_type, recipe.prediction_type),
+        "num_time_windows": windows.num_time_windows,
+        "window_boundaries": windows.window_boundaries,
     }
-    _warn_of_a_clash("prediction_type", config.prediction_type, prediction_type)
-    if configures_windows and recipe is not None:
-        _warn_of_a_clash("windows", _boundaries(config), _boundaries(recipe))
+    pairs = {"prediction_type": (config.prediction_type, recipe.prediction_type), "windows": (configured, distilled)}
+    for name, (used, other) in pairs.items():
+        if None not in (used, other) and used != other:
+            logger.warning(
+                f"The configuration's {name}={used} is used, but the merged delta was distilled with {other}."
+            )
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -241,57 +238,17 @@ def _boundaries(source: Any) -> tuple[float, ...] | None:
     """The windows that a configuration or a recipe describes; None where it describes none."""
     if source.num_time_windows is None and source.window_boundaries is None:
         return None
-    return tile_windows(num_windows=source.num_time_windows, boundaries=source.window_boundaries).boundaries
+    count, boundaries = source.num_time_windows, source.window_boundaries
+    # To be compared only: the scheduler that is made checks that each window holds one of its timesteps.
+    return tile_windows(num_windows=count, boundaries=boundaries, num_train_timesteps=10**6).boundaries
 
 
-def _warn_of_a_clash(name: str, configured: Any, distilled: Any) -> None:
-    if None not in (configured, distilled) and configured != distilled:
-        logger.warning(
-            "The configuration's %s=%s is used, but the merged delta was distilled with %s.",
-            name,
-            configured,
-            distilled,
-        )
-
-
-def _place_scheduler(components: Any, recipe: DeltaRecipe | None) -> None:
-    """Puts a PeRFlowScheduler in place that follows configuration and recipe, unless the user set one."""
-    settings = window_settings(components.config, recipe)
-    noise_schedule = {} if recipe is None else recipe.noise_schedule()
-    current = components.scheduler
-    own = vars(current).get(OWN_ATTRIBUTE) if current is not None else None
-    asked = {**settings, **noise_schedule}
-    if own is not None and own["asked"] == asked:
-        return
-    if is_perflow_scheduler(current) and own is None:
-        _warn_of_other_windows(current, asked)
-        return
-    source = own["source"] if own is not None else current and dict(current.config)
-    wanted = PeRFlowScheduler.from_scheduler(source, **asked)
-    for name, value in noise_schedule.items():
-        if source and source.get(name, value) != value:
-            logger.warning(
-                "The merged delta was distilled with %s=%s, which is used instead of the scheduler's %s.",
-                name,
-                value,
-                source[name],
-            )
-    setattr(wanted, OWN_ATTRIBUTE, {"source": source, "asked": asked})
-    remember_source(wanted, components)
-    components.update_components(scheduler=wanted)
-
-
-def _warn_of_other_windows(scheduler: PeRFlowScheduler, settings: dict[str, Any]) -> None:
-    for name, value in settings.items():
-        kept = scheduler.config[name]
-        if kept != (list(value) if isinstance(value, (list, tuple)) else value):
-            logger.warning(
-                "The scheduler in place has %s=%s, where configuration and delta say %s; the scheduler is kept. "
-                "Call update_components(scheduler=None) to have it made anew.",
-                name,
-                kept,
-                value,
-            )
+def _differences(config: Mapping[str, Any], settings: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(name, the configuration's value, the setting) for each setting of which the configuration has another value."""
+    as_saved = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    return [
+        (name, config[name], settings[name]) for name, value in as_saved.items() if config.get(name, value) != value
+    ]
 
 
 def _first(*values: Any) -> Any:
@@ -299,18 +256,8 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-SOURCE_ATTRIBUTE = "_perflow_source"
-"""On a scheduler that the window set-up made: the ComponentSpec of the one that it was made from."""
-
-
-def remember_source(made: Any, pipe: Any) -> None:
-    """Notes on a scheduler, which is about to replace the pipeline's, where the pipeline's came from."""
-    setattr(made, SOURCE_ATTRIBUTE, scheduler_source(pipe))
-
-
 def scheduler_source(pipe: Any) -> ComponentSpec | None:
     """Where the scheduler was loaded from, or will be, before the window set-up converted it; None for nowhere."""
-    current = pipe.scheduler
-    converted = current is not None and SOURCE_ATTRIBUTE in vars(current)
-    spec = vars(current)[SOURCE_ATTRIBUTE] if converted else pipe.get_component_spec("scheduler")
+    own = None if pipe.scheduler is None else vars(pipe.scheduler).get(OWN_ATTRIBUTE)
+    spec = pipe.get_component_spec("scheduler") if own is None else own["spec"]
     return spec if spec is not None and spec.pretrained_model_name_or_path else None

@@ -31,9 +31,7 @@ def controlnet_spec() -> ComponentSpec:
 
 
 def vae_spec() -> ComponentSpec:
-    return ComponentSpec(
-        "vae", AutoencoderKL, description="Encodes and decodes images; gives the latents' size and channels."
-    )
+    return ComponentSpec("vae", AutoencoderKL, description="Encodes and decodes images.")
 
 
 def scheduler_spec() -> ComponentSpec:
@@ -68,65 +66,33 @@ def attention_spec() -> ComponentSpec:
 
 def attention_config_specs() -> list[ConfigSpec]:
     """The attention plan of an index: a list, because JSON need not keep the order of a mapping's entries."""
-    return [
-        ConfigSpec(
-            "attention_plan",
-            None,
-            'Attention strategies: a name for all modules, or a list such as ["self=sage", "mid_block.*=native"]. '
-            "None: the models stay as they are. Holds the plan of an AttentionConfig that you set.",
-        )
-    ]
+    plan = (
+        'Attention strategies: a name for all modules, or a list such as ["self=sage", "mid_block.*=native"]. '
+        "None: the models stay as they are. Holds the plan of an AttentionConfig that you set."
+    )
+    return [ConfigSpec("attention_plan", None, plan)]
 
 
 def schedule_config_specs() -> list[ConfigSpec]:
-    """How the student was distilled, for the window set-up."""
-    return [
-        ConfigSpec(
-            "prediction_type",
-            None,
-            "What the UNet predicts: ddim_eps, diff_eps or velocity. None: the merged delta's recipe, else ddim_eps.",
-        ),
-        ConfigSpec(
-            "num_time_windows",
-            None,
-            "Number of equal time windows, at least 1. None: the merged delta's recipe, else 4.",
-        ),
-        ConfigSpec(
-            "window_boundaries",
-            None,
-            "Descending times from 1 (noise) to 0 (data), for unequal windows. None: the recipe's, else equal ones.",
-        ),
-        ConfigSpec(
-            "default_num_inference_steps",
-            None,
-            "Steps of a call that gives no number, at least 1. None: the merged delta's recipe, else "
-            f"{DEFAULT_NUM_INFERENCE_STEPS}.",
-        ),
-    ]
+    """How the student was distilled, for the window set-up. None: the merged delta's recipe, else the default."""
+    steps = DEFAULT_NUM_INFERENCE_STEPS
+    descriptions = {
+        "prediction_type": "What the UNet predicts: ddim_eps, diff_eps, velocity. None: the recipe's, else ddim_eps.",
+        "num_time_windows": "Number of equal time windows, at least 1. None: the recipe's, else 4.",
+        "window_boundaries": "Descending times from 1 (noise) to 0 (data). None: the recipe's, else equal windows.",
+        "default_num_inference_steps": f"Steps of a call that gives no number. None: the recipe's, else {steps}.",
+    }
+    return [ConfigSpec(name, None, description) for name, description in descriptions.items()]
 
 
 def delta_config_specs() -> list[ConfigSpec]:
     """The delta of an index, and the guidance it was distilled for."""
+    guidance = f"Scale of the default guider, at least 0. None: the delta's recipe, else {DEFAULT_GUIDANCE_SCALE}."
     return [
+        ConfigSpec("delta", None, "A file of delta weights that every call merges, relative to what was loaded."),
         ConfigSpec(
-            "delta",
-            None,
-            "A file of delta weights that every call merges, relative to the directory or repository that was loaded.",
+            "delta_variant", None, 'Which files of a `delta` folder to take, such as "fp16". None: no variant.'
         ),
-        ConfigSpec(
-            "delta_variant",
-            None,
-            'Which files of a `delta` folder to take, such as "fp16". None: those without a variant.',
-        ),
-        ConfigSpec(
-            "delta_scale",
-            1.0,
-            "Factor of the delta in calls that give none; 1 as it was distilled, 0 without it.",
-        ),
-        ConfigSpec(
-            "guidance_scale",
-            None,
-            "Scale of the default guider, at least 0. None: the merged delta's recipe, else "
-            f"{DEFAULT_GUIDANCE_SCALE}.",
-        ),
+        ConfigSpec("delta_scale", 1.0, "Factor of the delta in calls that give none: 1 as distilled, 0 without it."),
+        ConfigSpec("guidance_scale", None, guidance),
     ]

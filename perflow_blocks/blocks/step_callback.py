@@ -51,7 +51,7 @@ StepCallback = Callable[[StepInfo], bool | None]
 class StepCallbackStep(LoopBlock):
     """Calls `step_callback(info)` at each step. If it returns True, the run ends with this step.
 
-    The latents are then the clean ones that the step predicts, so they can be decoded. After the solver
+    A run that ends early has the clean latents that its last step predicts. After the solver
     (`insert_loop_block(blocks, "callback", StepCallbackStep, after="solver")`) the callback sees each step's result.
     Nothing is read from the device, unless the callback does so.
 
@@ -63,11 +63,7 @@ class StepCallbackStep(LoopBlock):
     inputs = declared(
         latents_input(),
         step_plan_input(),
-        param(
-            "step_callback",
-            StepCallback,
-            "Called with a StepInfo at each step; may return True to end the run with this step's prediction.",
-        ),
+        param("step_callback", StepCallback, "Called with a StepInfo at each step; may return True to end the run."),
     )
     intermediate_outputs = declared(
         OutputParam("stop_requested", bool, "Whether a block in the loop ended the run before its last step.")
@@ -81,12 +77,14 @@ class StepCallbackStep(LoopBlock):
     @torch.no_grad()
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
         if block_state.step_callback is not None:
-            answer = block_state.step_callback(_step_info(block_state, i))
+            plan = block_state.step_plan
+            of_plan = ("window_index", "window_start", "window_end", "alpha_start", "alpha_end")
+            numbers = {"timestep": plan.timesteps[i], **{name: getattr(plan, name)[i] for name in of_plan}}
+            info = StepInfo(step=i, num_steps=len(plan), latents=block_state.latents, **numbers)
+            answer = block_state.step_callback(info)
             if answer is not None and not isinstance(answer, (bool, np.bool_)):
-                raise ValueError(
-                    f"step_callback returned a value of type {type(answer).__name__}; return True to end the run, "
-                    "False or None to go on."
-                )
+                returned = f"step_callback returned a value of type {type(answer).__name__}"
+                raise ValueError(f"{returned}; return True to end the run, False or None to go on.")
             block_state.stop_requested = block_state.stop_requested or bool(answer)
         return components, block_state
 
@@ -95,8 +93,7 @@ class WindowLogStep(ModularPipelineBlocks):
     """Logs number, times and abar of each time window at its first step. Nothing is read from the device.
 
     Args:
-        level: of Python's logging. The default, INFO, shows once logging is set to it, for example with
-            `logging.basicConfig(level=logging.INFO)`.
+        level: of Python's logging. INFO shows after, for example, `logging.basicConfig(level=logging.INFO)`.
     """
 
     model_name = "stable-diffusion-xl"
@@ -111,21 +108,7 @@ class WindowLogStep(ModularPipelineBlocks):
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
         plan = block_state.step_plan
         if plan.begins_window(i):
-            times = f"time {plan.window_start[i]:g} to {plan.window_end[i]:g}"
+            window = f"window {plan.window_index[i]}: time {plan.window_start[i]:g} to {plan.window_end[i]:g}"
             alphas = f"abar {plan.alpha_start[i]:.4g} to {plan.alpha_end[i]:.4g}"
-            logger.log(
-                self.level, f"Step {i + 1} of {len(plan)} begins window {plan.window_index[i]}: {times}, {alphas}."
-            )
+            logger.log(self.level, f"Step {i + 1} of {len(plan)} begins {window}, {alphas}.")
         return components, block_state
-
-
-def _step_info(block_state: Any, i: int) -> StepInfo:
-    plan = block_state.step_plan
-    of_plan = ("window_index", "window_start", "window_end", "alpha_start", "alpha_end")
-    return StepInfo(
-        step=i,
-        num_steps=len(plan),
-        timestep=plan.timesteps[i],
-        latents=block_state.latents,
-        **{name: getattr(plan, name)[i] for name in of_plan},
-    )

@@ -10,6 +10,7 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline import BlockState
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ..core.tiles import Tiling, cut_plane
 from ..core.windows import require_positive_int
@@ -23,19 +24,18 @@ from .specs import vae_spec
 class PeRFlowTiledLoopDenoiser(PeRFlowLoopDenoiser, LoopBlock):
     """The denoiser for images larger than the UNet was made for: one UNet call a step for each of the tiles.
 
-    At every step the raw predictions of overlapping tiles are blended into one for the whole image, and the guider
-    combines those, so its norms, projections and momentum are those of the image, not of a tile. A step of the solver
-    is linear in the prediction, so blended predictions are blended latents: seams are closed at every step.
+    At each step the raw predictions of overlapping tiles are blended into one for the whole image, which the guider
+    combines: its norms and momentum are those of the image. The solver's step is linear in the prediction, so blended
+    predictions are blended latents, and no seams appear.
 
     Tensors with four dimensions whose size is a whole multiple of the latents' are cut with them: control images, the
     conditioning of a 9-channel UNet, masks of IP-Adapters. Prompts and IP-Adapter images are the same for each tile.
 
-    Each tile is told to be an image of its own: where SDXL's size conditioning names the image's size, it names the
-    tile's, and the crop offset stays the caller's, since SDXL was not trained with offsets of thousands of pixels
-    (arXiv 2307.01952). Sizes that the caller chose stay, too.
+    Where SDXL's size conditioning names the image's size, a tile is told its own. Other sizes that the caller chose
+    stay, and so does the crop offset, since SDXL was not trained with large ones (arXiv 2307.01952).
 
-    An image no larger than a tile takes the parent's path, to the bit. For a denoiser of your own:
-    `class MyTiledDenoiser(PeRFlowTiledLoopDenoiser, MyDenoiser)`, if that is a `PeRFlowLoopDenoiser`.
+    An image no larger than a tile takes the parent's path, to the bit. For a denoiser of your own, derived from
+    `PeRFlowLoopDenoiser`: `class MyTiledDenoiser(PeRFlowTiledLoopDenoiser, MyDenoiser)`.
 
     Example:
         >>> blocks = PeRFlowSDXLAutoBlocks().get_workflow("image2image")
@@ -43,8 +43,7 @@ class PeRFlowTiledLoopDenoiser(PeRFlowLoopDenoiser, LoopBlock):
         >>> pipe = blocks.init_pipeline("stabilityai/stable-diffusion-xl-base-1.0")
 
     Raises:
-        ValueError: before the first step, for a tile or an overlap of a size that does not work, or control images
-            and the like whose size does not match the latents'.
+        ValueError: `tile_size` or `tile_overlap` does not fit, or the size of a tensor that is cut does not match.
     """
 
     description = "Loop step that predicts with guidance, an image larger than `tile_size` in overlapping tiles."
@@ -58,16 +57,12 @@ class PeRFlowTiledLoopDenoiser(PeRFlowLoopDenoiser, LoopBlock):
         return [
             *super().inputs,
             param(
-                "tile_size",
-                int,
-                "Height and width of a tile in pixels, a multiple of the VAE's factor times the UNet's (32 for SDXL). "
-                "None: the UNet's own size, 1024 for SDXL.",
+                "tile_size", int, "Height and width of a tile in pixels, for SDXL a multiple of 32. None: the UNet's."
             ),
             param(
                 "tile_overlap",
                 int,
-                "How many pixels neighbouring tiles share and are blended over, a multiple of the VAE's factor, at "
-                "most half a tile; 0 leaves seams. None: an eighth of a tile.",
+                "Pixels that tiles share, a multiple of f, at most half of one. None: an eighth; 0 leaves seams.",
             ),
         ]
 
@@ -90,7 +85,7 @@ class PeRFlowTiledLoopDenoiser(PeRFlowLoopDenoiser, LoopBlock):
             return
         for name in self._spatial_names():
             _map_planes(getattr(block_state, name), partial(_require_whole_multiple, name, tiling, factor))
-        lengths = [[tiling.rows.length, tiling.columns.length], [tiling.rows.size, tiling.columns.size]]
+        lengths = [[height, width], [tiling.rows.size, tiling.columns.size]]
         block_state.tile_sizes = factor * torch.tensor(lengths).to(latents.device)
 
     def _predict(self, components: Any, block_state: Any, batches: list[Any], i: int, t: Tensor) -> Tensor:
@@ -99,13 +94,10 @@ class PeRFlowTiledLoopDenoiser(PeRFlowLoopDenoiser, LoopBlock):
             return predict(components, block_state, batches, i, t)
         network_inputs(block_state)  # made here, so that all tiles and steps share them
         whole = {name: getattr(block_state, name) for name in self._spatial_names()}
-        told = [_as_image_of_its_own(batch, *block_state.tile_sizes.unbind()) for batch in batches]
+        told = [_as_image_of_its_own(batch, *block_state.tile_sizes) for batch in batches]
 
         def predict_tile(top: int, left: int) -> Tensor:
-            def cut(plane: Tensor) -> Tensor:
-                return tiling.cut(plane, top, left)
-
-            parts = {name: _map_planes(value, cut) for name, value in whole.items()}
+            parts = _map_planes(whole, lambda plane: tiling.cut(plane, top, left))
             return predict(components, BlockState(**{**block_state.as_dict(), **parts}), told, i, t)
 
         return tiling.blend(predict_tile)
@@ -115,33 +107,23 @@ class PeRFlowTiledLoopDenoiser(PeRFlowLoopDenoiser, LoopBlock):
         return [entry.name for entry in self.inputs if entry.kwargs_type != DENOISER_INPUT_FIELDS]
 
 
-class PeRFlowTiledControlNetLoopDenoiser(  # type: ignore[override]
-    PeRFlowTiledLoopDenoiser, PeRFlowControlNetLoopDenoiser
-):
+class PeRFlowTiledControlNetLoopDenoiser(PeRFlowTiledLoopDenoiser, PeRFlowControlNetLoopDenoiser):  # type: ignore[override]
     """The tiled denoiser with ControlNets or a ControlNet-Union, which are shown the tile's part of their images."""
 
 
 def _tile_settings(components: Any, block_state: Any) -> tuple[int, int]:
-    """Size and overlap of the tiles in pixels.
-
-    Raises:
-        ValueError: the size does not fit VAE and UNet, or the overlap does not fit the VAE or the tile.
-    """
-    factor, levels = components.vae_scale_factor, len(components.unet.config.block_out_channels)
-    size, overlap = block_state.tile_size, block_state.tile_overlap
+    """Size and overlap of the tiles in pixels, checked."""
+    size, overlap, factor = block_state.tile_size, block_state.tile_overlap, components.vae_scale_factor
     size = components.default_height if size is None else require_positive_int("tile_size", size)
-    unit = factor * 2 ** (levels - 1)
+    unit = factor * 2 ** (len(components.unet.config.block_out_channels) - 1)
     if size % unit:
-        nearest = max(unit, round(size / unit) * unit)
-        raise ValueError(f"tile_size={size} must be a multiple of {unit}, for VAE and UNet; the nearest is {nearest}.")
+        raise ValueError(f"tile_size={size} must be a multiple of {unit}, for VAE and UNet.")
     if overlap is None:
         return size, max(factor, size // 8 // factor * factor)
-    most = size // 2 // factor * factor
-    valid = isinstance(overlap, int) and not isinstance(overlap, bool) and 0 <= overlap <= most
-    if not valid or overlap % factor:
-        raise ValueError(
-            f"tile_overlap={overlap!r} must be a multiple of {factor} from 0 to {most}, half of tile_size={size}."
-        )
+    allowed = range(0, size // 2 + 1, factor)
+    if not isinstance(overlap, int) or isinstance(overlap, bool) or overlap not in allowed:
+        rule = f"must be a multiple of {factor} from 0 to {allowed[-1]}, half of tile_size={size}"
+        raise ValueError(f"tile_overlap={overlap!r} {rule}.")
     return size, overlap
 
 
@@ -157,30 +139,20 @@ def _require_whole_multiple(name: str, tiling: Tiling, factor: int, plane: Tenso
 
 def _map_planes(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The value with each tensor of four dimensions changed, also in lists, tuples and dictionaries."""
-    if isinstance(value, Tensor) and value.ndim == 4:
-        return change(value)
-    if isinstance(value, (list, tuple)):
-        return [_map_planes(entry, change) for entry in value]
-    if isinstance(value, dict):
-        return {name: _map_planes(entry, change) for name, entry in value.items()}
-    return value
+    return tree_map_only(Tensor, lambda tensor: change(tensor) if tensor.ndim == 4 else tensor, value)
 
 
 def _as_image_of_its_own(batch: Any, image: Tensor, tile: Tensor) -> Any:
-    """The guider's batch with the tile's size where its time ids name the image's.
+    """The guider's batch with the tile's size where its time ids name the image's, as their type rounds it.
 
     The ids are (batch, 6), original size, crop offset and target size; SDXL's refiner has (batch, 5), with a score in
     place of the target size.
     """
     if batch.time_ids is None:  # the parent says what is missing
         return batch
-    original, crop, last = batch.time_ids.split(2, dim=1)
-    original = _replace_rows(original, image, tile)
-    if last.shape[1] == 2:
-        last = _replace_rows(last, image, tile)
-    return BlockState(**{**batch.as_dict(), "time_ids": torch.cat([original, crop, last], dim=1)})
-
-
-def _replace_rows(rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    """`rows` (batch, 2) with the integers `new` for each row that equals `old`, as the rows' type rounds it."""
-    return torch.where((rows == old).all(dim=1, keepdim=True), new, rows)
+    original, crop, target = batch.time_ids.split(2, dim=1)
+    sizes = [
+        torch.where((rows == image).all(dim=1, keepdim=True), tile, rows) if rows.shape[1] == 2 else rows
+        for rows in (original, target)
+    ]
+    return BlockState(**{**batch.as_dict(), "time_ids": torch.cat([sizes[0], crop, sizes[1]], dim=1)})

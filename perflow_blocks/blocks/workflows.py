@@ -23,23 +23,13 @@ from .denoise import (
     PeRFlowInpaintDenoiseStep,
     PeRFlowLoopSolverStep,
 )
-from .encode import (
-    PeRFlowInpaintVaeEncoderStep,
-    PeRFlowIPAdapterStep,
-    PeRFlowTextEncoderStep,
-    PeRFlowVaeEncoderStep,
-)
+from .encode import PeRFlowInpaintVaeEncoderStep, PeRFlowIPAdapterStep, PeRFlowTextEncoderStep, PeRFlowVaeEncoderStep
 from .finite_guard import ControlNetFiniteGuardStep
 from .merge_delta import PeRFlowMergeDeltaStep
 from .tiled_denoise import PeRFlowTiledControlNetLoopDenoiser
 
 _PREPARE = [PeRFlowCheckInputsStep, PeRFlowApplyAttentionStep, PeRFlowMergeDeltaStep, PeRFlowTextEncoderStep]
-_PREPARE_CONTROL = [
-    PeRFlowCheckInputsStep,
-    PeRFlowControlNetApplyAttentionStep,
-    PeRFlowMergeDeltaStep,
-    PeRFlowTextEncoderStep,
-]
+_PREPARE_CONTROL = [_PREPARE[0], PeRFlowControlNetApplyAttentionStep, *_PREPARE[2:]]
 _PREPARE_NAMES = ["check_inputs", "apply_attention", "merge_delta", "text_encoder"]
 _STAGES = ["input", "before_denoise", "denoise"]
 _CONTROL_STAGES = ["input", "before_denoise", "controlnet_input", "denoise"]
@@ -81,11 +71,7 @@ class PeRFlowSDXLControlNetText2ImageDenoiseStep(PeRFlowSDXLCoreDenoiseStep):
 class PeRFlowTiledControlNetDenoiseStep(PeRFlowControlNetDenoiseStep):
     """The loop with a ControlNet that predicts large images tile by tile."""
 
-    block_classes = [
-        ControlNetFiniteGuardStep,
-        PeRFlowTiledControlNetLoopDenoiser,
-        PeRFlowLoopSolverStep,
-    ]
+    block_classes = [ControlNetFiniteGuardStep, PeRFlowTiledControlNetLoopDenoiser, PeRFlowLoopSolverStep]
 
 
 class PeRFlowSDXLTileUpscalerDenoiseStep(PeRFlowSDXLCoreDenoiseStep):
@@ -103,89 +89,46 @@ class PeRFlowSDXLTileUpscalerDenoiseStep(PeRFlowSDXLCoreDenoiseStep):
 class PeRFlowSDXLText2ImageBlocks(Preset):
     """Text-to-image with Stable Diffusion XL in 4 to 8 steps."""
 
-    block_classes = [
-        *_PREPARE,
-        PeRFlowSDXLText2ImageDenoiseStep,
-        PeRFlowDecodeStep,
-    ]
+    block_classes = [*_PREPARE, PeRFlowSDXLText2ImageDenoiseStep, PeRFlowDecodeStep]
     block_names = [*_PREPARE_NAMES, "denoise", "decode"]
-
     description = "Draws images from prompts with Stable Diffusion XL, in 4 to 8 PeRFlow steps."
 
 
 class PeRFlowSDXLImage2ImageBlocks(Preset):
     """Image-to-image with Stable Diffusion XL in 4 to 8 steps."""
 
-    block_classes = [
-        *_PREPARE,
-        PeRFlowVaeEncoderStep,
-        PeRFlowSDXLImage2ImageDenoiseStep,
-        PeRFlowDecodeStep,
-    ]
+    block_classes = [*_PREPARE, PeRFlowVaeEncoderStep, PeRFlowSDXLImage2ImageDenoiseStep, PeRFlowDecodeStep]
     block_names = [*_PREPARE_NAMES, "vae_encoder", "denoise", "decode"]
-
-    description = (
-        "Draws an image again with Stable Diffusion XL, as much of it as `strength` says, in few PeRFlow steps.\n"
-        "It is noised on the path that the student was trained on."
-    )
+    description = "Draws an image again with Stable Diffusion XL, as far as `strength` says, in few PeRFlow steps."
 
 
 class PeRFlowSDXLInpaintBlocks(Preset):
     """Inpainting with Stable Diffusion XL in 4 to 8 steps."""
 
-    block_classes = [
-        *_PREPARE,
-        PeRFlowInpaintVaeEncoderStep,
-        PeRFlowSDXLInpaintDenoiseStep,
-        PeRFlowAutoDecodeStep,
-    ]
+    block_classes = [*_PREPARE, PeRFlowInpaintVaeEncoderStep, PeRFlowSDXLInpaintDenoiseStep, PeRFlowAutoDecodeStep]
     block_names = [*_PREPARE_NAMES, "vae_encoder", "denoise", "decode"]
-
-    description = (
-        "Paints the masked part of an image anew with Stable Diffusion XL, in 4 to 8 PeRFlow steps. Every pixel "
-        "outside the mask stays as it was."
-    )
+    description = "Paints the masked part of an image anew, in 4 to 8 PeRFlow steps. Other pixels stay as they were."
 
 
 class PeRFlowSDXLControlNetBlocks(Preset):
     """Text-to-image along a control image with Stable Diffusion XL in 4 to 8 steps."""
 
-    block_classes = [
-        *_PREPARE_CONTROL,
-        PeRFlowSDXLControlNetText2ImageDenoiseStep,
-        PeRFlowDecodeStep,
-    ]
+    block_classes = [*_PREPARE_CONTROL, PeRFlowSDXLControlNetText2ImageDenoiseStep, PeRFlowDecodeStep]
     block_names = [*_PREPARE_NAMES, "denoise", "decode"]
-
     description = "Draws images from prompts along a control image, with a ControlNet, in 4 to 8 PeRFlow steps."
 
 
 class PeRFlowSDXLTileUpscalerBlocks(Preset):
     """Upscaling of images of any size with Stable Diffusion XL and a ControlNet for tiles, in a few steps."""
 
-    block_classes = [
-        *_PREPARE_CONTROL,
-        PeRFlowVaeEncoderStep,
-        PeRFlowSDXLTileUpscalerDenoiseStep,
-        PeRFlowDecodeStep,
-    ]
+    block_classes = [*_PREPARE_CONTROL, PeRFlowVaeEncoderStep, PeRFlowSDXLTileUpscalerDenoiseStep, PeRFlowDecodeStep]
     block_names = [*_PREPARE_NAMES, "vae_encoder", "denoise", "decode"]
-
-    description = (
-        "Gives an enlarged image new detail, tile by tile and without seams, in a few PeRFlow steps.\n"
-        "A ControlNet for tiles holds each tile to what it shows."
-    )
+    description = "Gives an enlarged image new detail, tile by tile, without seams, in few PeRFlow steps."
 
 
 class PeRFlowSDXLIPAdapterBlocks(Preset):
     """Text-to-image with an image as part of the prompt, with Stable Diffusion XL in 4 to 8 steps."""
 
-    block_classes = [
-        *_PREPARE,
-        PeRFlowIPAdapterStep,
-        PeRFlowSDXLText2ImageDenoiseStep,
-        PeRFlowDecodeStep,
-    ]
+    block_classes = [*_PREPARE, PeRFlowIPAdapterStep, PeRFlowSDXLText2ImageDenoiseStep, PeRFlowDecodeStep]
     block_names = [*_PREPARE_NAMES, "ip_adapter", "denoise", "decode"]
-
     description = "Draws images from a prompt and an image, by an IP-Adapter, in 4 to 8 PeRFlow steps."

@@ -45,7 +45,7 @@ def tiny() -> tuple[Any, dict[str, Any]]:
 EXPECTED = {
     "loop": [BARE, LOOP, STAGE, STOCK_LOOP, STOCK_STAGE, STOCK_PIPELINE],
     "stages": ["teacher DDIM 2 steps | 3 | 4", "student PeRFlow 4 steps | 1 | 4"],
-    "attention": ["native", "native_math", "flex (compiled)", "sliced", "auto (here native)", "native_flash takes"],
+    "attention": ["native", "native_math", "flex (compiled)", "sliced", "auto (here native)", "takes float16"],
     "merge": [
         "reading the file | ",
         *(f"{what} | " for what in ("merge", "rescale", "unmerge", "merge, base from disk", "merge without a base")),

@@ -193,7 +193,7 @@ def test_fit_finds_the_colours_of_a_vae_that_is_linear() -> None:
 def test_fit_needs_images_of_several_colours() -> None:
     with pytest.raises(ValueError, match="images is empty"):
         LatentToRGB.fit(tiny_vae(), [])
-    with pytest.raises(ValueError, match="vary in 0 directions, the VAE has 4 channels"):
+    with pytest.raises(ValueError, match="vary in 0 of 4 channels"):
         LatentToRGB.fit(LinearVAE(), [Image.new("RGB", (32, 32), (200, 10, 10))])
 
 
@@ -204,7 +204,7 @@ def test_latent_to_rgb_is_a_linear_map_within_its_range() -> None:
     assert colours.decode(8 * latents).sample.flatten().tolist() == [1.0, 1.0, -0.5]
     with pytest.raises(ValueError, match=r"16 channels, this preview takes 4; make one .*LatentToRGB.fit"):
         LatentToRGB().decode(torch.zeros(1, 16, 2, 2))
-    with pytest.raises(ValueError, match="pass three numbers"):
+    with pytest.raises(ValueError, match=r"factors=\[\[1.0, 2.0\]\]"):
         LatentToRGB(factors=[[1.0, 2.0]])
 
 

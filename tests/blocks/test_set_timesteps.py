@@ -150,6 +150,9 @@ def test_unequal_windows_of_a_recipe_are_not_dropped_silently(caplog: pytest.Log
     pipe.update_components(num_time_windows=2)
     set_up(pipe, delta_recipe=DeltaRecipe(window_boundaries=(1.0, 0.4, 0.0)))
     assert "windows=(1.0, 0.5, 0.0) is used, but the merged delta was distilled with (1.0, 0.4, 0.0)" in caplog.text
+    caplog.clear()
+    set_up(pipe, delta_recipe=DeltaRecipe(window_boundaries=(1.0, 0.4, 0.0)))
+    assert not caplog.records  # the scheduler in place was made from the same
 
 
 def test_a_delta_brings_the_noise_schedule_it_was_distilled_on(caplog: pytest.LogCaptureFixture) -> None:
@@ -177,3 +180,10 @@ def test_without_the_delta_the_schedule_is_the_repositorys_again() -> None:
     kept = pipe.scheduler
     set_up(pipe)
     assert pipe.scheduler is kept
+
+
+def test_windows_of_a_delta_may_be_as_narrow_as_its_own_timesteps() -> None:
+    narrow = DeltaRecipe(window_boundaries=(1.0, 0.9995, 0.0), scheduler_config={"num_train_timesteps": 4000})
+    pipe = make_pipeline()
+    set_up(pipe, delta_recipe=narrow, num_inference_steps=2)
+    assert pipe.scheduler.config.window_boundaries == [1.0, 0.9995, 0.0]

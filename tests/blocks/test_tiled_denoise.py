@@ -318,8 +318,8 @@ def test_nothing_is_read_from_the_device_in_the_loop() -> None:
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"tile_size": 0}, "tile_size=0 "),
     ({"tile_size": 16.5}, "tile_size=16.5 "),
-    ({"tile_size": 18}, "tile_size=18 must be a multiple of 4, .* 16"),
-    ({"tile_size": 2}, "tile_size=2 must be a multiple of 4, .* 4"),
+    ({"tile_size": 18}, "tile_size=18 must be a multiple of 4,"),
+    ({"tile_size": 2}, "tile_size=2 must be a multiple of 4,"),
     ({"tile_size": 16, "tile_overlap": 10}, "tile_overlap=10 must be a multiple of 2 from 0 to 8, .*tile_size=16"),
     ({"tile_size": 16, "tile_overlap": 3}, "tile_overlap=3 must be a multiple of 2 "),
     ({"tile_overlap": -2}, "tile_overlap=-2 must be .* from 0 to 16"),
