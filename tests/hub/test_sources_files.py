@@ -112,7 +112,7 @@ def test_all_but_the_imports_is_as_it_was(preset: WorkflowSources) -> None:
         source = (PACKAGE.parent / (found[1].replace(".", "/") + ".py")).read_text()
         assert without_relative_imports(rest) == without_relative_imports(source)
         checked += 1
-    assert checked == len(preset.files) - 1 > 40
+    assert checked == len(preset.files) - 1 > 20
 
 
 def without_relative_imports(text: str) -> str:
