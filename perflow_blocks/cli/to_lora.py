@@ -65,7 +65,7 @@ def to_lora(
         config=None if unet is None else unet.config,
     )
     save_lora(converted, out, layout)  # type: ignore[arg-type]
-    typer.echo(f"{out}: {converted.report.summary()}")
+    typer.echo(f"{out}: {converted.report}")
     typer.echo(_write_residual(converted, residual))
 
 

@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 
 from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
 from ..delta.extract import read_delta_recipe
-from ..delta.lora import DeltaLora, LoraReport, delta_to_lora, save_lora, save_residual
+from ..delta.lora import DeltaLora, delta_to_lora, save_lora, save_residual
 from ..hub.entries import Entry, is_stock
 from ..hub.export import export_workflow
 from ..hub.index import make_index
@@ -76,7 +76,7 @@ def write_outputs(config: DistillConfig, result: TrainingResult, device: torch.d
         lora=result.directory / LORA,
         lora_kohya=result.directory / LORA_KOHYA,
         lora_residual=residual if converted.residual else None,
-        lora_summary="The student is this LoRA." if result.lora is not None else converted.report.summary(),
+        lora_summary="The student is this LoRA." if result.lora is not None else str(converted.report),
         workflow=workflow,
     )
 
@@ -89,7 +89,7 @@ def _convert(config: DistillConfig, result: TrainingResult, device: torch.device
 def _read_lora(result: TrainingResult) -> DeltaLora:
     assert result.lora is not None
     factors, recipe = load_file(result.lora), read_delta_recipe(result.delta)
-    return DeltaLora(lora=factors, residual={}, report=LoraReport(), recipe=recipe)
+    return DeltaLora(lora=factors, recipe=recipe)
 
 
 def _export(config: DistillConfig, result: TrainingResult, source: TeacherSource) -> Path:

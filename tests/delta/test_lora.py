@@ -153,14 +153,9 @@ def test_the_report_is_of_the_factors_as_they_are_stored(delta: dict[str, Tensor
     assert report.delta_parameters == sum(tensor.numel() for tensor in delta.values())
 
 
-def test_the_report_prints_every_layer_and_sorts_the_worst(delta: dict[str, Tensor]) -> None:
+def test_the_report_is_one_line_of_text(delta: dict[str, Tensor]) -> None:
     report = delta_to_lora(delta, rank=6).report
-    table, _, summary = str(report).rpartition("\n\n")
-    assert table.count("\n") == 1 + len(report.layers)
-    assert "| conv_out | 4 x 16 x 3 x 3 | 4 of 4 | 100.00 | 0.000" in table and "clipped from 6" in table
-    assert summary == report.summary() and "rank 4 to 6" in summary and "1 layers of another rank" in summary
-    worst = report.worst(3)
-    assert [layer.energy for layer in worst] == sorted(layer.energy for layer in report.layers)[:3]
+    assert "rank 4 to 6" in str(report) and "1 layers of another rank" in str(report) and "\n" not in str(report)
     assert [layer.name for layer in report.layers if layer.note] == ["conv_out"]
 
 

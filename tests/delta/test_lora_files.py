@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from perflow_blocks import delta_to_lora, extract_delta
-from perflow_blocks.delta.lora import DeltaLora, LoraReport, kohya_state_dict, peft_settings, save_lora, save_residual
+from perflow_blocks.delta.lora import DeltaLora, kohya_state_dict, peft_settings, save_lora, save_residual
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.testing.tiny import (
     TEXT_WIDTH,
@@ -239,14 +239,18 @@ def lora_of(*ranks: int, size: float = 1.0, dtype: torch.dtype = torch.float16) 
         name = f"unet.down_blocks.{number}.attentions.0.proj_in.lora_"
         lora |= {f"{name}A.weight": torch.full((rank, 8), size, dtype=dtype)}
         lora |= {f"{name}B.weight": torch.full((8, rank), size, dtype=dtype)}
-    return DeltaLora(lora=lora, residual={}, report=LoraReport(), recipe=RECIPE)
+    return DeltaLora(lora=lora, recipe=RECIPE)
 
 
 @pytest.mark.parametrize(
     ("converted", "save", "message"),
     [
         (lora_of(2), partial(save_lora, layout=WRONG), "layout='lycoris' must be one of peft, kohya"),
-        (lora_of(2, 2, 8, size=4e4), partial(save_lora, layout="kohya"), "alpha=2, 2 factors .*float32"),
+        (
+            lora_of(2, 2, 8, size=4e4),
+            partial(save_lora, layout="kohya"),
+            r"lora_A\.weight is too large .*float32",
+        ),
         (lora_of(2), save_residual, "no residual"),
     ],
 )
