@@ -57,12 +57,14 @@ _WEIGHTS = re.compile(re.escape(_STEM) + r"(?:\.(.+?))?\.safetensors(?:\.index(?
 Stamp = tuple[tuple[str, tuple[int, int], tuple[int, int]], ...]
 """Of each file: path; device and inode, which tell a file that was replaced; size and time of change (ns)."""
 
+Shapes = Mapping[str, tuple[int, ...]]
+
 
 class Weights(ABC):
     """Floating-point tensors by name, one of them in memory at a time. A deep copy is the same object.
 
     Attributes:
-        label: what messages call them, for example a path.
+        label: their name in messages, for example a path.
         shapes: of the tensors, by name.
         metadata: text by key, as in a safetensors header.
         sources: the weights that these are derived from.
@@ -70,7 +72,7 @@ class Weights(ABC):
     """
 
     label: str
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Shapes
     metadata: Mapping[str, str]
     sources: tuple[Weights, ...] = ()
     place: tuple[str, str | None] | None = None
@@ -90,7 +92,7 @@ class Weights(ABC):
             source.require_unchanged()
 
     def stamp(self) -> Stamp | None:
-        """Identifies the files behind these weights without reading them; None where there are others than files."""
+        """Identifies the files behind these weights without reading them; None if any weights are not from a file."""
         stamps = [source.stamp() for source in self.sources]
         return None if not stamps or None in stamps else tuple(entry for stamp in stamps for entry in stamp or ())
 
@@ -111,7 +113,7 @@ class MappingWeights(Weights):
         self._tensors = dict(weights) if isinstance(weights, dict) else weights
         self.shapes = {name: tuple(t.shape) for name, t in self._tensors.items() if t.is_floating_point()}
         if not self.shapes:
-            raise ValueError(f"{label} holds no floating-point tensors; pass what extract_delta returned.")
+            raise ValueError(f"{label} holds no floating-point tensors.")
 
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name].detach()
@@ -124,8 +126,7 @@ class FileWeights(Weights):
     """
 
     def __init__(self, paths: Sequence[Path], label: Path, variant: str | None = None) -> None:
-        self.label = str(label)
-        self.place = (os.path.realpath(label), variant)
+        self.label, self.place = str(label), (os.path.realpath(label), variant)
         self._open([str(path) for path in paths])
 
     def _open(self, paths: Sequence[str]) -> None:
@@ -133,8 +134,7 @@ class FileWeights(Weights):
         self.shapes, self.metadata = {}, {}
         for path in paths:
             file, shapes, metadata = _map(path)
-            twice = [name for name in shapes if name in self.shapes]
-            if twice:
+            if twice := [name for name in shapes if name in self.shapes]:
                 raise ValueError(f"{self.label} holds {listed(twice)} in two shards; download it again.")
             self.shapes |= shapes
             self.metadata |= metadata
@@ -212,14 +212,11 @@ def _map(path: str) -> tuple[Any, dict[str, tuple[int, ...]], dict[str, str]]:
         file: Any = safe_open(path, framework="pt", device="cpu")
         slices = {name: file.get_slice(name) for name in file.keys()}
         shapes = {n: tuple(part.get_shape()) for n, part in slices.items() if part.get_dtype() in FLOAT_TYPES}
-        metadata = dict(file.metadata() or {})
+        return file, shapes, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"{path} is not a complete safetensors file that can be read ({error}); download or extract it again."
         ) from error
-    if slices and not shapes:
-        raise ValueError(f"{path} holds no floating-point weights; pass a file of weights.")
-    return file, shapes, metadata
 
 
 # Opening
@@ -259,12 +256,8 @@ def loaded_weights(model: Any) -> Weights | None:
     configuration. This does not check whether the weights are still those of the files.
     """
     load_id = getattr(model, "_diffusers_load_id", "null")
-    config: Mapping[str, Any] = getattr(model, "config", {})
-    place: Mapping[str, Any] = {}
-    if load_id != "null":
-        place = ComponentSpec.decode_load_id(load_id)
-    elif isinstance(config, Mapping):
-        place = {"pretrained_model_name_or_path": config.get("_name_or_path")}
+    named = {"pretrained_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None)}
+    place: Mapping[str, Any] = named if load_id == "null" else ComponentSpec.decode_load_id(load_id)
     source = place.get("pretrained_model_name_or_path")
     if not source:
         return None
@@ -277,8 +270,13 @@ def loaded_weights(model: Any) -> Weights | None:
         return None
 
 
-def read_recipe(weights: Weights) -> DeltaRecipe:
-    """The sampling settings in a delta's metadata."""
+def read_recipe(delta: str | os.PathLike[str] | Weights) -> DeltaRecipe:
+    """The sampling settings that a delta names; fields it does not name are None.
+
+    Raises:
+        ValueError: the file cannot be read, or its settings make no sense.
+    """
+    weights = opened(delta)
     try:
         return DeltaRecipe.from_metadata(weights.metadata)
     except ValueError as error:
@@ -306,22 +304,21 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
     A variant that is the only one need not be named.
     """
     for place in (folder, folder / "unet"):
-        files = [file for file in place.glob(f"{_STEM}*") if not _SHARD.search(file.name)]
-        files.sort(key=lambda file: (file.suffix == ".json", file.name))  # an index replaces a file, as in diffusers
-        variants = {own: place / name for name, own in variants_of(file.name for file in files).items()}
+        names = [file.name for file in place.glob(f"{_STEM}*") if not _SHARD.search(file.name)]
+        names.sort(key=lambda name: (name.endswith(".json"), name))  # an index replaces a file, as in diffusers
+        variants = {own: place / name for name, own in variants_of(names).items()}
+        if len(variants) == 1 and variant is None:
+            variant = next(iter(variants))
         if variant in variants:
             return variants[variant]
-        if variant is None and len(variants) == 1:
-            return next(iter(variants.values()))
         if variants:
-            names = ", ".join("the one without a name" if name is None else repr(name) for name in variants)
+            held = ", ".join("the one without a name" if own is None else repr(own) for own in variants)
             asked = "no variant was named" if variant is None else f"not {variant!r}"
-            example = next(iter(variants.values()))
             raise ValueError(
-                f"{place} holds the variants {names} and {asked}; name one as the variant, or pass its file, for "
-                f"example {example}."
+                f"{place} holds the variants {held} and {asked}; name one as the variant, or pass its file, for "
+                f"example {next(iter(variants.values()))}."
             )
-        if pickles := [file.name for file in files if file.suffix == ".bin"]:
+        if pickles := [name for name in names if name.endswith(".bin")]:
             raise ValueError(f"{place} holds pickles only ({listed(pickles)}); pass the file.")
     raise ValueError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}; it is a directory: pass a UNet's, or a file.")
 
@@ -354,9 +351,8 @@ def is_lora(names: Iterable[str]) -> bool:
 def named_as_model(weights: Weights, model_names: Iterable[str], config: Mapping[str, Any]) -> Weights:
     """The weights under the names of a diffusers UNet, with that UNet's configuration.
 
-    Prefixes of wrappers are taken away, and original Latent Diffusion names, as single-file checkpoints have, are
-    translated by diffusers' own converter; what else such a checkpoint holds (text encoders, VAE) is left out. Other
-    names stay, for the caller to refuse.
+    Prefixes of wrappers are removed. Original Latent Diffusion names, as in single-file checkpoints, are translated by
+    diffusers' converter; the checkpoint's other models are left out. Other names stay, for the caller to refuse.
     """
     names, known, label = list(weights.shapes), set(model_names), weights.label
     if not known.isdisjoint(names):
@@ -463,23 +459,18 @@ def floating_entries(weights: nn.Module | Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def describe_mismatch(
-    given_shapes: Mapping[str, tuple[int, ...]],
-    expected_shapes: Mapping[str, tuple[int, ...]],
-    *,
-    given: str,
-    expected: str,
-    partial: bool = False,
+    given_shapes: Shapes, own_shapes: Shapes, *, given: str, expected: str, partial: bool = False
 ) -> str:
-    """In which keys and shapes `given` differs from `expected`, as one line; empty where it does not.
+    """How `given` differs from `expected` in keys and shapes, in one line; "" if it does not.
 
     With `partial` given may leave keys out.
     """
-    missing = [] if partial else [name for name in expected_shapes if name not in given_shapes]
-    unexpected = [name for name in given_shapes if name not in expected_shapes]
+    missing = [] if partial else [name for name in own_shapes if name not in given_shapes]
+    unexpected = [name for name in given_shapes if name not in own_shapes]
     misshapen = [
-        f"{name} is {list(shape)} instead of {list(expected_shapes[name])}"
+        f"{name} is {list(shape)} instead of {list(own_shapes[name])}"
         for name, shape in given_shapes.items()
-        if name in expected_shapes and shape != expected_shapes[name]
+        if name in own_shapes and shape != own_shapes[name]
     ]
     kinds = {
         f"missing from {given}": missing,
