@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,16 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ..delta.files import Weights, open_weights, read_recipe
-from ..delta.merge import find_merged, is_merged, merge_delta, merge_lock, merge_record, merge_records, unmerge_delta
+from ..delta.merge import (
+    NO_RECIPE,
+    find_merged,
+    merge_delta,
+    merge_lock,
+    merge_record,
+    merge_records,
+    require_factor,
+    unmerge_delta,
+)
 from ..delta.recipe import DeltaRecipe, require_guidance
 from .declare import declared
 from .specs import DEFAULT_GUIDANCE_SCALE, delta_config_specs, guider_spec, unet_spec
@@ -75,7 +82,7 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
             else:
                 given = block_state.delta_scale
                 scale = config.delta_scale if given is None else given
-                require_delta_scale(scale)
+                require_factor("delta_scale", scale)
                 path = delta_path(block_state.delta, components)
                 configured = block_state.delta is None
                 if path is not None and not (configured and _was_saved_with(unet, path, scale)):
@@ -90,16 +97,10 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
         return components, state
 
 
-def require_delta_scale(value: object) -> None:
-    """Raises ValueError unless a factor of a delta is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"delta_scale={value!r} must be a finite number; 1.0 is the delta as it was distilled.")
-
-
 def require_no_rival(unet: Any, weights: Weights) -> None:
     """Raises ValueError where another delta is merged and both say how to sample: there can be one at a time."""
     other = merge_record(unet)
-    if other is not None and DeltaRecipe() not in (other.recipe, read_recipe(weights)):
+    if other is not None and NO_RECIPE not in (other.recipe, read_recipe(weights)):
         if find_merged(unet, weights) is None:
             raise ValueError(
                 f"{other.source} is merged into the UNet already, at scale {other.scale:g}; call unmerge_delta(unet), "
@@ -118,12 +119,11 @@ def _was_saved_with(unet: Any, path: Path, scale: float) -> bool:
 
 
 def _merge(unet: Any, path: Path, scale: float, variant: str | None) -> None:
-    if not is_merged(unet, path, scale, variant):
+    known = find_merged(unet, path, variant)
+    if known is None or (known.scale, known.scales) != (scale, ()):
         weights = open_weights(path, variant)
         require_no_rival(unet, weights)
-        known = find_merged(unet, weights)
-        if known is None or (known.scale, known.scales) != (scale, ()):
-            merge_delta(unet, weights, scale)
+        merge_delta(unet, weights, scale)
 
 
 def require_configured_delta(value: object) -> None:

@@ -219,21 +219,21 @@ class Applied:
 
     Attributes:
         base: the weights without any delta, as far as they can be read again.
-        types: of each weight that was changed: the type at that time, and those it was converted to later.
+        dtypes: of weights that were changed: the type at that time, which the model may have been converted from.
         writing: (name, first row, last row + 1, whether base plus sum) of all rows that an unfinished change may have
             written; empty when the weights are what they should be.
     """
 
     base: Weights | None = None
-    types: dict[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     writing: list[tuple[str, int, int, bool]] = field(default_factory=list)
 
 
 def sum_of_terms(terms: Sequence[Part], weight: Tensor) -> Tensor:
-    """sum_i factor_i * tensor_i, in the order given, to be added to `weight`, whose shape they have; to be read only.
+    """sum_i factor_i * tensor_i of at least one term, to be added to `weight`, whose shape they have; read only.
 
-    `terms` holds at least one. The sum is in float32, or in float64 for such weights, but for a single tensor of the
-    weight's own type with the factor 1, which is its own sum.
+    In the order given, in float32, or in float64 for such weights. A single tensor of the weight's own type with the
+    factor 1 is its own sum.
     """
     first, factor = terms[0]
     if len(terms) == 1 and factor == 1.0 and first.dtype == weight.dtype:
@@ -263,18 +263,20 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Some rows of a weight, and what is known of them.
+    """Some rows of a weight.
 
     Attributes:
         piece: name, first row, last row + 1.
         live: the rows in the model.
-        base: without any delta, in the type that the weight had at its last change; None where it cannot be read.
+        base: without any delta, as stored; None where it cannot be read.
+        dtype: the type that the weight had when it was last changed.
         before, after: what the deltas have for them, with the factors.
     """
 
     piece: tuple[str, int, int]
     live: Tensor
     base: Tensor | None
+    dtype: torch.dtype
     before: list[Part]
     after: list[Part]
 
@@ -282,20 +284,19 @@ class _Rows:
         """What the live rows are if they are base plus `before`, perhaps converted to another type since."""
         if self.base is None:
             return None
-        held = add(self.base, sum_of_terms(self.before, self.base)) if self.before else self.base
-        return held.to(self.live.dtype)
+        base = self.base.to(self.dtype)
+        return (add(base, sum_of_terms(self.before, base)) if self.before else base).to(self.live.dtype)
 
     def planned(self) -> tuple[bool, Tensor, Tensor | None]:
         """Whether the live rows are base plus `before`; what they become: the first tensor plus the second."""
         held = self.held()
-        exact = held is not None and same_bits(held, self.live)
-        after = sum_of_terms(self.after, self.live) if self.after else None
-        if exact and self.before and self.base is not None:
-            return exact, self.base.to(self.live.dtype), after
-        if not self.before:
-            return exact, self.live, after
-        before = sum_of_terms(self.before, self.live).to(torch.promote_types(self.live.dtype, torch.float32))
-        return exact, self.live, -before if after is None else after.to(before.dtype) - before
+        change = sum_of_terms(self.after, self.live) if self.after else None
+        if self.base is not None and held is not None and same_bits(held, self.live):
+            return True, self.base.to(self.live.dtype), change
+        if self.before:
+            before = sum_of_terms(self.before, self.live).to(torch.promote_types(self.live.dtype, torch.float32))
+            change = -before if change is None else change.to(before.dtype) - before
+        return False, self.live, change
 
     def write(self, value: Tensor, change: Tensor | None = None) -> None:
         with torch.inference_mode() if self.live.is_inference() else nullcontext():
@@ -306,28 +307,24 @@ def _rows(
     state: Applied, name: str, target: Tensor, before: Sequence[Term], after: Sequence[Term] = ()
 ) -> Iterator[_Rows]:
     target = target.detach()
-    read = {id(t.weights): t.weights.tensor(name) for t in (*before, *after) if t.factor(name)}
-    parts = [[(read[id(t.weights)], factor) for t in ts if (factor := t.factor(name))] for ts in (before, after)]
+    read = {id(term.weights): term.weights.tensor(name) for term in (*before, *after) if term.factor(name)}
     stored = state.base.tensor(name) if state.base is not None and name in state.base.shapes else None
     for start, stop in row_chunks(target.shape, 1 if target.device.type == "cpu" else GPU_CHUNKS):
         live, base = rows_of(target, start, stop), None
-        if stored is not None:
+        if stored is not None:  # of more input channels where the target is a part of the weight
             base = rows_of(stored, start, stop)[tuple(map(slice, live.shape))].to(live.device)
-            for dtype in state.types.get(name, (live.dtype,)):
-                base = base.to(dtype)
-        chunks = [[(rows_of(tensor, start, stop), factor) for tensor, factor in part] for part in parts]
-        yield _Rows((name, start, stop), live, base, *chunks)
-
-
-class NotFiniteError(ArithmeticError):
-    """A weight would not be finite."""
+        parts = (
+            [(rows_of(read[id(t.weights)], start, stop), factor) for t in terms if (factor := t.factor(name))]
+            for terms in (before, after)
+        )
+        yield _Rows((name, start, stop), live, base, state.dtypes.get(name, live.dtype), *parts)
 
 
 def change(state: Applied, targets: Mapping[str, Tensor], before: Sequence[Term], after: Sequence[Term]) -> list[str]:
     """Writes all rows, each noted in the state first; returns the names of weights that were not base plus `before`.
 
     Raises:
-        NotFiniteError: a weight would not be finite; it and others are written.
+        FloatingPointError: a weight is not finite; it and others are written, and can be restored.
     """
     inexact: list[str] = []
     for name, target in targets.items():
@@ -340,7 +337,7 @@ def change(state: Applied, targets: Mapping[str, Tensor], before: Sequence[Term]
             state.writing.append((*rows.piece, exact))
             rows.write(value, change)
             if not is_finite(rows.live):
-                raise NotFiniteError(name)
+                raise FloatingPointError(name)
     return inexact
 
 
@@ -377,7 +374,3 @@ def require_finite(
             f"with {labels} added, {len(bad)} weights would not be finite ({listed(bad)}): the delta's values are not "
             "finite, or too large for the weights' type; extract it again, lower the scale, or load a wider dtype."
         )
-
-
-def factors(name: str, terms: Sequence[Term]) -> list[tuple[int, float]]:
-    return [(id(term.weights), factor) for term in terms if (factor := term.factor(name))]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from perflow_blocks import extract_delta, merge_delta, rescale_delta, unmerge_delta
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.files import MappingWeights
-from perflow_blocks.delta.merge import is_merged, merge_record, merge_records
+from perflow_blocks.delta.merge import find_merged, merge_record, merge_records
 from perflow_blocks.demo import weights_directory
 from perflow_blocks.demo.models import build_unet
 from perflow_blocks.testing.tiny import tiny_inpainting_unet, tiny_sdxl_unet
@@ -640,12 +640,16 @@ def test_a_delta_file_may_be_deleted_and_is_not_opened_to_know_it(
         patch.setattr("perflow_blocks.delta.files.safe_open", lambda *_, **__: pytest.fail("opened"))
         patch.setattr("perflow_blocks.delta.merge.opened", lambda *_: pytest.fail("opened"))
         monkeypatch.chdir(tmp_path)
-        assert is_merged(model, path, 1.0) and is_merged(model, "delta.safetensors", 1.0)
-        assert not is_merged(model, path, 0.5)
-        path.touch()
-        assert not is_merged(model, path, 1.0)
+        record = merge_record(model)
+        assert record is not None and record.scale == 1.0
+        assert find_merged(model, path) is find_merged(model, "delta.safetensors") is record
+    path.touch()
+    assert find_merged(model, path) is record  # read again
+    save_delta(difference(2), path, dtype=torch.float32)
+    assert find_merged(model, path) is None
     path.unlink()
-    assert not is_merged(model, path, 1.0)
+    with pytest.raises(ValueError, match="does not exist"):
+        find_merged(model, path)
     other = copy.deepcopy(model)
     unmerge_delta(model)
     rescale_delta(other, 0.5)
