@@ -94,14 +94,9 @@ class MergeRecord:
 
     def to_config(self) -> dict[str, Any]:
         """For the model's configuration, in JSON's types. Of the path only the name, as the rest is this machine's."""
-        return {
-            "source": Path(self.source).name,
-            "digest": self.digest,
-            "sampled": True,
-            "scale": self.scale,
-            "scales": [list(pair) for pair in self.scales],
-            "recipe": self.recipe.to_metadata(),
-        }
+        source, recipe = Path(self.source).name, self.recipe.to_metadata()
+        known = {"source": source, "digest": self.digest, "sampled": True, "scale": self.scale}
+        return {**known, "scales": [list(pair) for pair in self.scales], "recipe": recipe}
 
     @classmethod
     def from_config(cls, entry: Mapping[str, Any]) -> MergeRecord:
@@ -114,9 +109,9 @@ class MergeRecord:
             ValueError: the entry lacks something.
         """
         try:
+            digest = str(entry["digest"]) if entry.get("sampled") else entry["digest"] and ""
             scales = tuple((str(pattern), float(factor)) for pattern, factor in entry["scales"])
             recipe = DeltaRecipe.from_metadata(entry["recipe"])
-            digest = str(entry["digest"]) if entry.get("sampled") else entry["digest"] and ""
             return cls(entry["source"], digest, float(entry["scale"]), scales, recipe, reloaded=True)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -236,8 +231,8 @@ def merge_delta(
             return record
         require_difference(fitted, targets)
         old = [known.source for known in state.records if not known.digest]
-        state = replace(state, weights={**state.weights, record.digest: fitted}, seen={**state.seen})
-        _note_seen(state, weights, record.digest)
+        seen = state.seen | _seen(weights, record.digest)
+        state = replace(state, weights={**state.weights, record.digest: fitted}, seen=seen)
         _exchange(module, state, (*state.records, record))
         if old:
             logger.warning(
@@ -335,13 +330,15 @@ def find_merged(module: nn.Module, delta: Delta, variant: str | None = None) -> 
     A file, or a folder and its variant, that was read before and has not changed since is not opened.
     """
     with _locked(module) as (module, state):
-        if isinstance(delta, (str, os.PathLike)) and state.records:
+        if not state.records:
+            return None
+        if isinstance(delta, (str, os.PathLike)):
             stamp, digest = state.seen.get((os.path.realpath(Path(delta).expanduser()), variant), ((), ""))
             with suppress(OSError):  # a file that is gone, which opening it names
                 if stamp and stamp_of([path for path, _, _ in stamp]) == stamp:
-                    return next(record for record in state.records if record.digest == digest)
+                    return next((record for record in state.records if record.digest == digest), None)
             delta = open_weights(delta, variant)
-        return _find(module, state, opened(delta)) if state.records else None
+        return _find(module, state, opened(delta))
 
 
 def require_factor(name: str, value: object) -> None:
@@ -365,10 +362,9 @@ def _require_matches(pairs: Sequence[tuple[str, float]], weights: Weights) -> No
         raise ValueError(f"scales names {listed(idle)}, which match no weight of {weights.label}, such as {example}.")
 
 
-def _note_seen(state: MergeState, weights: Weights, digest: str) -> None:
+def _seen(weights: Weights, digest: str) -> dict[tuple[str, str | None], tuple[Stamp, str]]:
     stamp = weights.stamp()
-    if weights.place is not None and stamp:
-        state.seen[weights.place] = (stamp, digest)
+    return {weights.place: (stamp, digest)} if weights.place and stamp else {}
 
 
 def _find(module: nn.Module, state: MergeState, weights: Weights) -> MergeRecord | None:
@@ -380,7 +376,7 @@ def _find(module: nn.Module, state: MergeState, weights: Weights) -> MergeRecord
             old, record = record, replace(record, digest=digest)  # saved by version 0.1.0
             state.records = tuple(record if entry is old else entry for entry in state.records)
         if record.digest == digest:
-            _note_seen(state, weights, digest)
+            state.seen |= _seen(weights, digest)
             return record
     return None
 
@@ -492,7 +488,7 @@ def _remember(module: nn.Module, state: MergeState) -> None:
 
     In this order: where it is interrupted the module still has a state that names rows to restore.
     """
-    state.witness = _witness(module, state) if state.terms() else state.loaded
+    state.witness = _witness(module, terms) if (terms := state.terms()) else state.loaded
     state.signature = _signature(module, state.witness)
     digests = {record.digest for record in state.records}
     state.weights = {digest: weights for digest, weights in state.weights.items() if digest in digests}
@@ -511,11 +507,10 @@ def _remember(module: nn.Module, state: MergeState) -> None:
         vars(module).pop(STATE_ATTRIBUTE, None)
 
 
-def _witness(module: nn.Module, state: MergeState) -> dict[str, dict[str, list[float]]]:
+def _witness(module: nn.Module, terms: Sequence[Term]) -> dict[str, dict[str, list[float]]]:
     """Some values of weights as they now are, "with" the deltas, and where it is known as they would be "without"."""
     weights = {name: w for name, w in floating_entries(own_weights(module)).items() if w.dim() > 1}
-    terms = state.terms()
-    changed = [name for name in weights if any(term.factor(name) for term in terms)] or list(weights)
+    changed = [name for name in weights if _factors(name, terms)] or list(weights)
     found = {}
     for name in changed[:: max(1, len(changed) // WITNESSES)][:WITNESSES]:
         values = _values(weights[name])
@@ -535,18 +530,18 @@ def _holds(module: nn.Module, witness: Mapping[str, Mapping[str, list[float]]]) 
 
     Training further, another type or a fused LoRA change weights too, and a delta stays in them.
     """
-    weights = floating_entries(own_weights(module))
-    known = {name: weights[name] for name in witness if name in weights and not weights[name].is_meta}
+    own = own_weights(module)
+    known = [name for name in witness if name in own and not own[name].is_meta]
     if not known:
         return True
-    found = torch.cat([_values(weight) for weight in known.values()])
-    merged = torch.tensor([value for name in known for value in witness[name]["with"]])
-    base = torch.tensor([value for name in known for value in witness[name].get("without", ())])
+    found = torch.cat([_values(own[name]) for name in known])
+    merged, base = (
+        torch.tensor([value for name in known for value in witness[name].get(kind, ())])
+        for kind in ("with", "without")
+    )
     if found.shape != merged.shape or torch.cosine_similarity(found, merged, dim=0) < RELATED:
         return False
-    if base.shape != found.shape:
-        return True
-    return bool(torch.linalg.vector_norm(found - merged) <= torch.linalg.vector_norm(found - base))
+    return base.shape != found.shape or bool(torch.dist(found, merged) <= torch.dist(found, base))
 
 
 def _signature(module: nn.Module, names: Iterable[str]) -> tuple[Any, ...]:
