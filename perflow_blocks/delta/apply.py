@@ -31,8 +31,8 @@ INPUT_WEIGHT = "conv_in.weight"
 """The one UNet weight, (output channels, input channels, k, k), whose shape depends on what the UNet is fed."""
 
 LATENT_CHANNELS = 4
-"""Input channels of a UNet that is fed noisy latents only. A UNet that is fed more takes the noisy latents first: for
-inpainting 9 channels, the last 5 being the mask and the latents of the masked image."""
+"""Input channels of a UNet that is fed noisy latents only. An inpainting UNet has 9: these, then the mask and the
+latents of the masked image."""
 
 BESIDE = (".processor.", ".encoder_hid_proj.", ".to_qkv.", ".to_kv.", ".lora_")
 """Parts of the names of weights that stand beside a model's own: of IP-Adapters, fused projections, LoRA."""
@@ -85,7 +85,9 @@ def fit_delta(weights: Weights, module: nn.Module) -> tuple[Weights, dict[str, T
         it that has the tensor's shape (tied weights are there once); how many input channels the delta leaves alone.
     """
     weights = named_as_model(weights, own_weights(module), getattr(module, "config", {}))
-    targets = _mergeable_weights(module, weights.label, set(weights.shapes))
+    own = own_weights(module, set(weights.shapes))
+    _require_mergeable(module, weights.label, {name: own[name] for name in weights.shapes if name in own})
+    targets = floating_entries(own)
     extra = _require_shapes(weights, module, targets)
     if extra:
         targets[INPUT_WEIGHT] = targets[INPUT_WEIGHT][:, :LATENT_CHANNELS]  # a view: no copy, and writable in place
@@ -136,35 +138,19 @@ def own_weights(module: nn.Module, named: Container[str] = ()) -> dict[str, Tens
     }
 
 
-def _mergeable_weights(module: nn.Module, label: str, named: set[str]) -> dict[str, Tensor]:
+def _require_mergeable(module: nn.Module, label: str, targets: Mapping[str, Tensor]) -> None:
     attentions = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, Attention))
     fused = [name for name, layer in attentions if "Fused" in type(layer.processor).__name__]
-    if fused:
-        raise ValueError(
-            f"cannot merge {label} into fused projections ({listed(fused)}), which are copies of the weights; call "
-            "unet.unfuse_qkv_projections(), and merge before fusing projections."
-        )
-    own = own_weights(module, named)
-    weights = floating_entries(own)
     # Quantized and sharded weights are integers, or tensor subclasses whose arithmetic is their own.
-    quantized = [
-        name
-        for name, tensor in own.items()
-        if name in named
-        and (name not in weights or type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype not in TYPES)
-    ]
-    if quantized:
-        raise ValueError(
-            f"cannot merge {label} into quantized or sharded weights ({listed(quantized)}); "
-            "merge first, then quantize or shard."
-        )
-    offloaded = [name for name, tensor in weights.items() if name in named and tensor.is_meta]
-    if offloaded:
-        raise ValueError(
-            f"cannot merge {label} into weights that are offloaded (device 'meta': {listed(offloaded)}); "
-            "merge before enabling offload."
-        )
-    return weights
+    quantized = [name for name, t in targets.items() if type(t) not in (Tensor, nn.Parameter) or t.dtype not in TYPES]
+    offloaded = [name for name, tensor in targets.items() if tensor.is_meta]
+    for names, kind, remedy in (
+        (fused, "fused projections, which are copies of the weights", "call unet.unfuse_qkv_projections() before"),
+        (quantized, "quantized or sharded weights", "merge first, then quantize or shard"),
+        (offloaded, "offloaded weights (device 'meta')", "merge before enabling offload"),
+    ):
+        if names:
+            raise ValueError(f"cannot merge {label} into {kind} ({listed(names)}); {remedy}.")
 
 
 def _require_shapes(delta: Weights, module: nn.Module, weights: Mapping[str, Tensor]) -> int:
@@ -197,13 +183,12 @@ def require_difference(delta: Weights, targets: Mapping[str, Tensor]) -> None:
     Fine-tunes of one base have a cosine above 0.99, differences one near 0.
     """
     matrices = [name for name, shape in delta.shapes.items() if name in targets and len(shape) > 1 and shape[0] > 1]
-    looked_at = matrices[:: max(1, len(matrices) // 8)]
-    for name in looked_at:
+    for name in matrices[:: max(1, len(matrices) // 8)]:
         rows = min(8, delta.shapes[name][0])
         own, given = (rows_of(t, 0, rows).detach().reshape(-1) for t in (targets[name], delta.tensor(name)))
         if not torch.cosine_similarity(own.double().cpu(), given.double().cpu(), dim=0) > 0.9:
             return
-    if looked_at:
+    if matrices:
         raise ValueError(
             f"{delta.label} holds whole weights, not their difference from a base (they resemble this model's); pass "
             "open_difference(it, base)."

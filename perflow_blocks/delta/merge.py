@@ -217,9 +217,8 @@ def merge_delta(
     with _locked(module, base) as (module, state):
         known = _find(module, state, weights)
         if known is not None:
-            _require_matches(pairs, state.weights.get(known.digest, weights))
             if (known.scale, known.scales) != (scale, pairs):
-                return _rescaled(module, state, known, scale, pairs, delta, base)
+                return rescale_delta(module, scale, weights, scales=scales, base=base)
             logger.warning(f"{known.source} is merged into this {type(module).__name__} already; nothing was changed.")
             return known
         fitted, targets, extra = fit_delta(weights, module)
@@ -269,9 +268,14 @@ def rescale_delta(
     pairs = _pairs(scale, scales)
     with _locked(module, base) as (module, state):
         record = _chosen(module, state, delta)
-        if record.digest in state.weights:
-            _require_matches(pairs, state.weights[record.digest])
-        return _rescaled(module, state, record, scale, pairs, delta, base)
+        position = state.records.index(record)
+        if record.reloaded:
+            state = _adopted(module, state, record, delta, base)
+        records = list(state.records)
+        records[position] = record = replace(records[position], scale=float(scale), scales=pairs)
+        _require_matches(pairs, state.weights[record.digest])
+        _exchange(module, state, tuple(entry for entry in records if entry.scale))
+        return record
 
 
 def unmerge_delta(
@@ -396,24 +400,6 @@ def _chosen(module: nn.Module, state: MergeState, delta: Delta | MergeRecord | N
     return found
 
 
-def _rescaled(
-    module: nn.Module,
-    state: MergeState,
-    record: MergeRecord,
-    scale: float,
-    pairs: tuple[tuple[str, float], ...],
-    delta: Delta | MergeRecord | None,
-    base: Delta | None,
-) -> MergeRecord:
-    position = state.records.index(record)
-    if record.reloaded:
-        state = _adopted(module, state, record, delta, base)
-    records = list(state.records)
-    records[position] = replace(records[position], scale=float(scale), scales=pairs)
-    _exchange(module, state, tuple(entry for entry in records if entry.scale))
-    return records[position]
-
-
 def _adopted(
     module: nn.Module,
     state: MergeState,
@@ -423,16 +409,11 @@ def _adopted(
     exact: bool = True,
 ) -> MergeState:
     """The state with a reloaded delta as one of its own, whose values are known."""
-    if exact and base is None:
+    if delta is None or isinstance(delta, MergeRecord) or (exact and base is None):
         raise ValueError(
             f"this {type(module).__name__} was loaded with {record.source} in its weights at scale {record.scale:g}: "
-            "pass the delta and base=, the base's files; take it out with unmerge_delta(module, delta, exact=False); "
-            "or load the base."
-        )
-    if delta is None or isinstance(delta, MergeRecord):
-        raise ValueError(
-            f"{record.source} was in the weights when they were loaded: base= or exact=False wants the delta itself, "
-            "as a file or mapping."
+            "pass the delta (a file or mapping) and base=, the base's files; unmerge_delta with exact=False wants the "
+            "delta alone; or load the base."
         )
     weights, _, _ = fit_delta(opened(delta), module)
     own = replace(record, digest=identity_of(weights), reloaded=False)
