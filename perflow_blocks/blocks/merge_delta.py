@@ -185,7 +185,7 @@ def guidance_in_effect(guider: Any, configured: float | None, recipe: DeltaRecip
     """
     if guider is not None and not is_default_guider(guider):
         return float(vars(guider).get("guidance_scale", 1.0))
-    scales = (configured, recipe and recipe.guidance_scale, DEFAULT_GUIDANCE_SCALE)
+    scales = (configured, None if recipe is None else recipe.guidance_scale, DEFAULT_GUIDANCE_SCALE)
     return float(next(scale for scale in scales if scale is not None))
 
 

@@ -43,20 +43,18 @@ WRAPPED = ".base_layer."
 PARTIAL_KEY = "perflow.partial"
 """In a file's metadata, with the value "true": the model may have weights that the file does not name."""
 
-TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""The types of weights that a delta can be merged into."""
+_INTEGERS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+"""The types of weights that a delta can be merged into, and integers of their size."""
 
 GPU_CHUNKS = 8
 """How many chunks at a time on a GPU, where every one costs some waiting."""
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 Part = tuple[Tensor, float]
-
-
-def uncompiled(module: nn.Module) -> nn.Module:
-    """The module that `torch.compile` wrapped, whose weights and names are the model's own; else the module."""
-    return getattr(module, "_orig_mod", module)
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def _require_mergeable(module: nn.Module, label: str, targets: Mapping[str, Tens
     attentions = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, Attention))
     fused = [name for name, layer in attentions if "Fused" in type(layer.processor).__name__]
     # Quantized and sharded weights are integers, or tensor subclasses whose arithmetic is their own.
-    quantized = [name for name, t in targets.items() if type(t) not in (Tensor, nn.Parameter) or t.dtype not in TYPES]
+    quantized = [n for n, t in targets.items() if type(t) not in (Tensor, nn.Parameter) or t.dtype not in _INTEGERS]
     offloaded = [name for name, tensor in targets.items() if tensor.is_meta]
     for names, kind, remedy in (
         (fused, "fused projections, which are copies of the weights", "call unet.unfuse_qkv_projections() before"),
@@ -240,7 +238,7 @@ def add(weight: Tensor, change: Tensor, out: Tensor | None = None) -> Tensor:
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape, type and device are equal bit for bit; waits for the device."""
-    pair = [tensor.view(_INTEGERS[tensor.element_size()]) for tensor in (one, other)]
+    pair = [tensor.view(_INTEGERS[tensor.dtype]) for tensor in (one, other)]
     if one.nbytes % 8 == 0 and all(tensor.is_contiguous() and tensor.data_ptr() % 8 == 0 for tensor in pair):
         pair = [tensor.view(-1).view(torch.int64) for tensor in pair]  # in a quarter of the time
     return torch.equal(*pair)
@@ -276,7 +274,7 @@ class _Rows:
         """Whether the live rows are base plus `before`; what they become: the first tensor plus the second."""
         held = self.held()
         change = sum_of_terms(self.after, self.live) if self.after else None
-        if self.base is not None and held is not None and same_bits(held, self.live):
+        if held is not None and self.base is not None and same_bits(held, self.live):
             return True, self.base.to(self.live.dtype), change
         if self.before:
             before = sum_of_terms(self.before, self.live).to(torch.promote_types(self.live.dtype, torch.float32))

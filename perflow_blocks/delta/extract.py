@@ -19,7 +19,6 @@ from .apply import (
     fit_delta,
     require_difference,
     require_finite,
-    uncompiled,
 )
 from .atomic import atomic_path
 from .files import (
@@ -37,6 +36,7 @@ from .files import (
     read_recipe,
     subtract,
 )
+from .merge import uncompiled
 from .recipe import ARCHITECTURE_KEY, DeltaRecipe
 from .summary import DIFFERENCE_NORM, mean_norm_scale
 

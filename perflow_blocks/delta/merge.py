@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import reduce
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,6 @@ from .apply import (
     require_finite,
     restore,
     sum_of_terms,
-    uncompiled,
 )
 from .files import (
     Delta,
@@ -89,7 +87,7 @@ class MergeRecord:
     digest: str
     scale: float
     scales: tuple[tuple[str, float], ...] = ()
-    recipe: DeltaRecipe = field(default_factory=DeltaRecipe)
+    recipe: DeltaRecipe = NO_RECIPE
     reloaded: bool = False
 
     def to_config(self) -> dict[str, Any]:
@@ -159,6 +157,11 @@ class MergeLock:
 
     def __reduce__(self) -> tuple[type[MergeLock], tuple[()]]:
         return MergeLock, ()
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wrapped, whose weights and names are the model's own; else the module."""
+    return getattr(module, "_orig_mod", module)
 
 
 def merge_lock(module: nn.Module) -> MergeLock:
@@ -437,9 +440,8 @@ def _state(module: nn.Module, base: Delta | None = None) -> MergeState:
         _repair(module, state, base_given=base is not None)
     if state.records and _signature(module, state.witness) != state.signature:
         if not _holds(module, state.witness):
-            # Weights as the model was loaded with them still have the deltas that it was saved with.
-            kept = bool(state.terms()) and _holds(module, state.loaded)
-            left = tuple(record for record in state.records if record.reloaded and kept)
+            # Other weights were loaded: those that the model was saved with still have the deltas that it had then.
+            left = tuple(r for r in state.records if r.reloaded and _holds(module, state.loaded))
             gone = [record.source for record in state.records if record not in left]
             logger.warning(
                 f"{listed(gone)} is not in the weights of this {type(module).__name__} any more: other weights were "
@@ -458,8 +460,8 @@ def _loaded_state(module: nn.Module) -> MergeState:
     witness = config[CONFIG_KEY].get("witness", {}) if records else {}
     if not records or not _holds(module, witness):
         return MergeState()
-    state = MergeState(records=records, witness=witness, loaded=witness)
-    state.signature = _signature(module, witness)
+    signature = _signature(module, witness)
+    state = MergeState(records=records, witness=witness, loaded=witness, signature=signature)
     setattr(module, STATE_ATTRIBUTE, state)
     return state
 
@@ -527,8 +529,14 @@ def _holds(module: nn.Module, witness: Mapping[str, Mapping[str, list[float]]]) 
 
 def _signature(module: nn.Module, names: Iterable[str]) -> tuple[Any, ...]:
     """Identity and version of weights: differs once one was replaced or written to. Nothing is read of a device."""
-    found = [reduce(lambda owner, part: getattr(owner, part, None), name.split("."), module) for name in names]
-    return tuple((id(t), t._version if isinstance(t, Tensor) and not t.is_inference() else None) for t in found)
+    found: list[tuple[int, int | None]] = []
+    for name in names:
+        weight: Any = module
+        for part in name.split("."):
+            weight = getattr(weight, part, None)  # which peft's layers pass on from the layer that they wrap
+        known = isinstance(weight, Tensor) and not weight.is_inference()
+        found.append((id(weight), weight._version if known else None))
+    return tuple(found)
 
 
 @torch.no_grad()
