@@ -143,7 +143,7 @@ def _require_mergeable(module: nn.Module, label: str, targets: Mapping[str, Tens
     quantized = [n for n, t in targets.items() if type(t) not in (Tensor, nn.Parameter) or t.dtype not in _INTEGERS]
     offloaded = [name for name, tensor in targets.items() if tensor.is_meta]
     for names, kind, remedy in (
-        (fused, "fused projections, which are copies of the weights", "call unet.unfuse_qkv_projections() before"),
+        (fused, "fused projections, which are copies of the weights", "call unet.unfuse_qkv_projections() first"),
         (quantized, "quantized or sharded weights", "merge first, then quantize or shard"),
         (offloaded, "offloaded weights (device 'meta')", "merge before enabling offload"),
     ):

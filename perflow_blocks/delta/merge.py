@@ -127,7 +127,7 @@ class MergeState(Applied):
         weights: the deltas by digest, under the model's names.
         seen: by path and variant, the stamp and digest of files that were read, which need not be opened again.
         witness: values of a few weights, "with" the deltas and "without".
-        loaded: the witness that the model was saved with.
+        loaded: the witness that the model was saved with; empty where a delta that it was saved with was taken out.
         signature: of the witness's weights when they were last compared.
     """
 
@@ -423,7 +423,7 @@ def _adopted(
     records = tuple(own if entry is record else entry for entry in state.records)
     # Without a base of the user's: the files that the model was loaded from hold the delta too.
     known = None if base is None else state.base
-    return replace(state, records=records, weights={**state.weights, own.digest: weights}, base=known)
+    return replace(state, records=records, weights={**state.weights, own.digest: weights}, base=known, loaded={})
 
 
 # What is merged, kept on the model and in its configuration
@@ -471,7 +471,9 @@ def _remember(module: nn.Module, state: MergeState) -> None:
 
     In this order: where it is interrupted the module still has a state that names rows to restore.
     """
-    state.witness = _witness(module, terms) if (terms := state.terms()) else state.loaded
+    terms = state.terms()
+    state.witness = state.loaded if state.loaded and not terms else _witness(module, terms)
+    state.loaded = state.loaded if terms else state.witness
     state.signature = _signature(module, state.witness)
     digests = {record.digest for record in state.records}
     state.weights = {digest: weights for digest, weights in state.weights.items() if digest in digests}
