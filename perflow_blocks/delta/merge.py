@@ -559,8 +559,8 @@ def _exchange(module: nn.Module, state: MergeState, records: tuple[MergeRecord, 
     try:
         setattr(module, STATE_ATTRIBUTE, state)
         inexact = change(state, targets, before, after)
-        others = len(inexact) == len(targets) > 0 and not before  # the files of another model
-        new.base = None if others else state.base
+        another = not before and bool(targets) and len(inexact) == len(targets)  # the files are another model's
+        new.base = None if another else state.base
         new.dtypes = {**state.dtypes, **{name: target.dtype for name, target in targets.items()}}
         _remember(module, new)
     except BaseException as error:
