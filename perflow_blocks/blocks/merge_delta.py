@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,16 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ..delta.files import Weights, open_weights, read_recipe
-from ..delta.merge import find_merged, is_merged, merge_delta, merge_lock, merge_record, merge_records, unmerge_delta
+from ..delta.merge import (
+    NO_RECIPE,
+    find_merged,
+    merge_delta,
+    merge_lock,
+    merge_record,
+    merge_records,
+    require_factor,
+    unmerge_delta,
+)
 from ..delta.recipe import DeltaRecipe, require_guidance
 from .declare import declared
 from .specs import DEFAULT_GUIDANCE_SCALE, delta_config_specs, guider_spec, unet_spec
@@ -73,38 +80,32 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
                 if merge_records(unet):
                     unmerge_delta(unet)
             else:
-                given = block_state.delta_scale
-                scale = config.delta_scale if given is None else given
-                require_delta_scale(scale)
+                scale = config.delta_scale if block_state.delta_scale is None else block_state.delta_scale
+                require_factor("delta_scale", scale)
                 path = delta_path(block_state.delta, components)
-                configured = block_state.delta is None
-                if path is not None and not (configured and _was_saved_with(unet, path, scale)):
-                    _merge(unet, path, scale, config.delta_variant if configured else None)
+                if path is not None and block_state.delta is not None:
+                    _merge(unet, path, scale, None)
+                elif path is not None and not _was_saved_with(unet, path, scale):
+                    _merge(unet, path, scale, config.delta_variant)
             record = merge_record(unet)
-        block_state.delta_recipe = None if record is None else record.recipe
-        if is_default_guider(components.guider):  # one that a user made or changed is left alone
-            guider, recipe = components.guider, block_state.delta_recipe
+        recipe = block_state.delta_recipe = None if record is None else record.recipe
+        guider = components.guider
+        if is_default_guider(guider):
             guider.guidance_scale = guidance_in_effect(guider, config.guidance_scale, recipe)
             setattr(guider, RECIPE_SCALE_ATTRIBUTE, guider.guidance_scale)
         self.set_block_state(state, block_state)
         return components, state
 
 
-def require_delta_scale(value: object) -> None:
-    """Raises ValueError unless a factor of a delta is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"delta_scale={value!r} must be a finite number; 1.0 is the delta as it was distilled.")
-
-
 def require_no_rival(unet: Any, weights: Weights) -> None:
     """Raises ValueError where another delta is merged and both say how to sample: there can be one at a time."""
     other = merge_record(unet)
-    if other is not None and DeltaRecipe() not in (other.recipe, read_recipe(weights)):
-        if find_merged(unet, weights) is None:
-            raise ValueError(
-                f"{other.source} is merged into the UNet already, at scale {other.scale:g}; call unmerge_delta(unet), "
-                f"or pass it with delta_scale=0.0, before merging {weights.label}."
-            )
+    if other is None or NO_RECIPE in (other.recipe, read_recipe(weights)) or find_merged(unet, weights) is not None:
+        return
+    raise ValueError(
+        f"{other.source} is merged into the UNet already, at scale {other.scale:g}; call unmerge_delta(unet), or pass "
+        f"it with delta_scale=0.0, before merging {weights.label}."
+    )
 
 
 def _was_saved_with(unet: Any, path: Path, scale: float) -> bool:
@@ -118,12 +119,11 @@ def _was_saved_with(unet: Any, path: Path, scale: float) -> bool:
 
 
 def _merge(unet: Any, path: Path, scale: float, variant: str | None) -> None:
-    if not is_merged(unet, path, scale, variant):
+    known = find_merged(unet, path, variant)
+    if known is None or (known.scale, known.scales) != (scale, ()):
         weights = open_weights(path, variant)
         require_no_rival(unet, weights)
-        known = find_merged(unet, weights)
-        if known is None or (known.scale, known.scales) != (scale, ()):
-            merge_delta(unet, weights, scale)
+        merge_delta(unet, weights, scale)
 
 
 def require_configured_delta(value: object) -> None:
@@ -138,13 +138,12 @@ def delta_path(given: Any, components: Any) -> Path | None:
         if isinstance(given, bool) or not isinstance(given, (str, os.PathLike)):
             raise ValueError(f"delta={given!r} must be the path of a delta, or False for none.")
         return Path(given).expanduser()
-    named = components.config.delta
+    named, origin = components.config.delta, components._pretrained_model_name_or_path
     if named is None:
         return None
     require_configured_delta(named)
     if Path(named).is_absolute():
         return Path(named)
-    origin = components._pretrained_model_name_or_path
     if origin is None:
         raise ValueError(
             f"the configuration names delta={named!r}, but this pipeline was not loaded from a directory; "
@@ -163,11 +162,8 @@ def delta_path(given: Any, components: Any) -> Path | None:
 def _loaded_commit(pipe: Any, repository: str) -> str | None:
     """The commit of a repository of the Hub that the pipeline's blocks came from; None where that cannot be told.
 
-    diffusers loads a repository's code as modules that have the commit in their names, and keeps the revision nowhere
-    else. Where the repository's code only imports its blocks from a package, the process's modules are looked through.
-
-    Raises:
-        ValueError: they come from several commits, and the blocks' own module does not say which one counts.
+    diffusers has it only in the names of the modules of a repository's code. Code that only imports its blocks from a
+    package is found among the process's modules; if these are of several commits, that is a ValueError.
     """
     prefix = f"{DIFFUSERS_DYNAMIC_MODULE_NAME}.local.{'--'.join(repository.split('/'))}."
     own = type(pipe._blocks).__module__
@@ -189,10 +185,8 @@ def guidance_in_effect(guider: Any, configured: float | None, recipe: DeltaRecip
     """
     if guider is not None and not is_default_guider(guider):
         return float(vars(guider).get("guidance_scale", 1.0))
-    recommended = configured
-    if recommended is None and recipe is not None:
-        recommended = recipe.guidance_scale
-    return float(DEFAULT_GUIDANCE_SCALE if recommended is None else recommended)
+    scales = (configured, None if recipe is None else recipe.guidance_scale, DEFAULT_GUIDANCE_SCALE)
+    return float(next(scale for scale in scales if scale is not None))
 
 
 def is_default_guider(guider: Any) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, VaeImageProcessor
+from diffusers import ConfigMixin, VaeImageProcessor
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
@@ -35,7 +35,7 @@ PreviewCallback = Callable[[int, list[Image.Image]], Any]
 class LatentToRGB(ConfigMixin):
     """One pixel for each latent position, `colour = latent @ factors + bias`, at next to no cost.
 
-    Stands in for a decoder: `decode(latents).sample`. For a VAE other than SDXL's use `fit`.
+    Stands in for a decoder: `decode(latents).sample`. The defaults are the colours of SDXL's VAE.
 
     Args:
         factors: (channels, 3), what each latent channel adds to red, green and blue, which run from -1 to 1.
@@ -56,40 +56,15 @@ class LatentToRGB(ConfigMixin):
         if not factors or any(len(row) != 3 for row in factors) or len(bias) != 3:
             raise ValueError(f"each row of {factors=} and {bias=} must hold three numbers: red, green, blue.")
 
-    @classmethod
-    @torch.no_grad()
-    def fit(cls, vae: AutoencoderKL, images: Sequence[Image.Image]) -> LatentToRGB:
-        """The map that comes nearest to how a VAE, with its scaling, decodes these images, by least squares.
-
-        Raises:
-            ValueError: there are no images, or too few different colours to tell the latent channels apart.
-        """
-        if not images:
-            raise ValueError("images is empty; pass a few images with many colours.")
-        processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
-        shift, scale = _decoder_scaling(vae.config)
-        latents, colours = [], []
-        for image in images:
-            pixels = processor.preprocess(image).to(device=vae.device, dtype=vae.dtype)
-            encoded = ((vae.encode(pixels).latent_dist.mode().double().cpu() - shift) / scale)[0]
-            average = torch.nn.functional.adaptive_avg_pool2d(pixels.double().cpu()[0], encoded.shape[-2:])
-            encoded = torch.cat([encoded, torch.ones_like(encoded[:1])])  # the last one is the bias's
-            latents.append(encoded.flatten(1).T)  # (positions, channels + 1)
-            colours.append(average.flatten(1).T)  # (positions, 3)
-        known = torch.cat(latents)
-        rank, channels = int(torch.linalg.matrix_rank(known)) - 1, known.shape[1] - 1
-        if rank < channels:
-            raise ValueError(f"the images' latents vary in {rank} of {channels} channels; pass more, of many colours.")
-        solution = torch.linalg.lstsq(known, torch.cat(colours)).solution
-        return cls(factors=solution[:-1].tolist(), bias=solution[-1].tolist())
-
     def decode(self, latents: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Latents (batch, channels, height, width) as colours (batch, 3, height, width), float32 in [-1, 1]."""
         factors = torch.tensor(self.config.factors, dtype=torch.float32, device=latents.device)
         bias = torch.tensor(self.config.bias, dtype=torch.float32, device=latents.device)
         if latents.shape[1] != factors.shape[0]:
-            channels = f"the latents have {latents.shape[1]} channels, this preview takes {factors.shape[0]}"
-            raise ValueError(f"{channels}; make one for the VAE with LatentToRGB.fit(vae, images).")
+            raise ValueError(
+                f"the latents have {latents.shape[1]} channels, the preview's factors {factors.shape[0]}; set a "
+                "preview_decoder for this VAE, such as LatentToRGB(factors, bias)."
+            )
         sample = (torch.einsum("bchw,cr->brhw", latents.float(), factors) + bias[:, None, None]).clamp(-1.0, 1.0)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 

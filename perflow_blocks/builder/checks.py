@@ -13,9 +13,10 @@ from torch import nn
 
 from ..attention.config import AttentionConfig
 from ..blocks.guiders import check_guider
-from ..blocks.merge_delta import require_delta_scale, require_no_rival
+from ..blocks.merge_delta import require_no_rival
 from ..delta.apply import require_architecture
 from ..delta.files import open_weights, read_recipe
+from ..delta.merge import require_factor
 from ..delta.recipe import DeltaRecipe, require_guidance
 from .problems import Problems
 from .settings import BuilderSettings
@@ -110,7 +111,7 @@ def check_delta(config: Mapping[str, Any], unet: nn.Module | None, given_unet: A
     if path is None:
         return
     with problems.noted(about="with_delta: "):
-        require_delta_scale(config.get("delta_scale", 1.0))
+        require_factor("delta_scale", config.get("delta_scale", 1.0))
     if not Path(path).is_absolute():
         return
     with problems.noted(TypeError):

@@ -31,8 +31,8 @@ INPUT_WEIGHT = "conv_in.weight"
 """The one UNet weight, (output channels, input channels, k, k), whose shape depends on what the UNet is fed."""
 
 LATENT_CHANNELS = 4
-"""Input channels of a UNet that is fed noisy latents only. A UNet that is fed more takes the noisy latents first: for
-inpainting 9 channels, the last 5 being the mask and the latents of the masked image."""
+"""Input channels of a UNet that is fed noisy latents only. An inpainting UNet has 9: these, then the mask and the
+latents of the masked image."""
 
 BESIDE = (".processor.", ".encoder_hid_proj.", ".to_qkv.", ".to_kv.", ".lora_")
 """Parts of the names of weights that stand beside a model's own: of IP-Adapters, fused projections, LoRA."""
@@ -43,20 +43,18 @@ WRAPPED = ".base_layer."
 PARTIAL_KEY = "perflow.partial"
 """In a file's metadata, with the value "true": the model may have weights that the file does not name."""
 
-TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""The types of weights that a delta can be merged into."""
+_INTEGERS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+"""The types of weights that a delta can be merged into, and integers of their size."""
 
 GPU_CHUNKS = 8
 """How many chunks at a time on a GPU, where every one costs some waiting."""
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 Part = tuple[Tensor, float]
-
-
-def uncompiled(module: nn.Module) -> nn.Module:
-    """The module that `torch.compile` wrapped, whose weights and names are the model's own; else the module."""
-    return getattr(module, "_orig_mod", module)
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,9 @@ def fit_delta(weights: Weights, module: nn.Module) -> tuple[Weights, dict[str, T
         it that has the tensor's shape (tied weights are there once); how many input channels the delta leaves alone.
     """
     weights = named_as_model(weights, own_weights(module), getattr(module, "config", {}))
-    targets = _mergeable_weights(module, weights.label, set(weights.shapes))
+    own = own_weights(module, set(weights.shapes))
+    _require_mergeable(module, weights.label, {name: own[name] for name in weights.shapes if name in own})
+    targets = floating_entries(own)
     extra = _require_shapes(weights, module, targets)
     if extra:
         targets[INPUT_WEIGHT] = targets[INPUT_WEIGHT][:, :LATENT_CHANNELS]  # a view: no copy, and writable in place
@@ -136,35 +136,19 @@ def own_weights(module: nn.Module, named: Container[str] = ()) -> dict[str, Tens
     }
 
 
-def _mergeable_weights(module: nn.Module, label: str, named: set[str]) -> dict[str, Tensor]:
+def _require_mergeable(module: nn.Module, label: str, targets: Mapping[str, Tensor]) -> None:
     attentions = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, Attention))
     fused = [name for name, layer in attentions if "Fused" in type(layer.processor).__name__]
-    if fused:
-        raise ValueError(
-            f"cannot merge {label} into fused projections ({listed(fused)}), which are copies of the weights; call "
-            "unet.unfuse_qkv_projections(), and merge before fusing projections."
-        )
-    own = own_weights(module, named)
-    weights = floating_entries(own)
     # Quantized and sharded weights are integers, or tensor subclasses whose arithmetic is their own.
-    quantized = [
-        name
-        for name, tensor in own.items()
-        if name in named
-        and (name not in weights or type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype not in TYPES)
-    ]
-    if quantized:
-        raise ValueError(
-            f"cannot merge {label} into quantized or sharded weights ({listed(quantized)}); "
-            "merge first, then quantize or shard."
-        )
-    offloaded = [name for name, tensor in weights.items() if name in named and tensor.is_meta]
-    if offloaded:
-        raise ValueError(
-            f"cannot merge {label} into weights that are offloaded (device 'meta': {listed(offloaded)}); "
-            "merge before enabling offload."
-        )
-    return weights
+    quantized = [n for n, t in targets.items() if type(t) not in (Tensor, nn.Parameter) or t.dtype not in _INTEGERS]
+    offloaded = [name for name, tensor in targets.items() if tensor.is_meta]
+    for names, kind, remedy in (
+        (fused, "fused projections, which are copies of the weights", "call unet.unfuse_qkv_projections() first"),
+        (quantized, "quantized or sharded weights", "merge first, then quantize or shard"),
+        (offloaded, "offloaded weights (device 'meta')", "merge before enabling offload"),
+    ):
+        if names:
+            raise ValueError(f"cannot merge {label} into {kind} ({listed(names)}); {remedy}.")
 
 
 def _require_shapes(delta: Weights, module: nn.Module, weights: Mapping[str, Tensor]) -> int:
@@ -197,13 +181,12 @@ def require_difference(delta: Weights, targets: Mapping[str, Tensor]) -> None:
     Fine-tunes of one base have a cosine above 0.99, differences one near 0.
     """
     matrices = [name for name, shape in delta.shapes.items() if name in targets and len(shape) > 1 and shape[0] > 1]
-    looked_at = matrices[:: max(1, len(matrices) // 8)]
-    for name in looked_at:
+    for name in matrices[:: max(1, len(matrices) // 8)]:
         rows = min(8, delta.shapes[name][0])
         own, given = (rows_of(t, 0, rows).detach().reshape(-1) for t in (targets[name], delta.tensor(name)))
         if not torch.cosine_similarity(own.double().cpu(), given.double().cpu(), dim=0) > 0.9:
             return
-    if looked_at:
+    if matrices:
         raise ValueError(
             f"{delta.label} holds whole weights, not their difference from a base (they resemble this model's); pass "
             "open_difference(it, base)."
@@ -219,21 +202,21 @@ class Applied:
 
     Attributes:
         base: the weights without any delta, as far as they can be read again.
-        types: of each weight that was changed: the type at that time, and those it was converted to later.
+        dtypes: of weights that were changed: the type at that time, which the model may have been converted from.
         writing: (name, first row, last row + 1, whether base plus sum) of all rows that an unfinished change may have
             written; empty when the weights are what they should be.
     """
 
     base: Weights | None = None
-    types: dict[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     writing: list[tuple[str, int, int, bool]] = field(default_factory=list)
 
 
 def sum_of_terms(terms: Sequence[Part], weight: Tensor) -> Tensor:
-    """sum_i factor_i * tensor_i, in the order given, to be added to `weight`, whose shape they have; to be read only.
+    """sum_i factor_i * tensor_i of at least one term, to be added to `weight`, whose shape they have; read only.
 
-    `terms` holds at least one. The sum is in float32, or in float64 for such weights, but for a single tensor of the
-    weight's own type with the factor 1, which is its own sum.
+    In the order given, in float32, or in float64 for such weights. A single tensor of the weight's own type with the
+    factor 1 is its own sum.
     """
     first, factor = terms[0]
     if len(terms) == 1 and factor == 1.0 and first.dtype == weight.dtype:
@@ -255,7 +238,7 @@ def add(weight: Tensor, change: Tensor, out: Tensor | None = None) -> Tensor:
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape, type and device are equal bit for bit; waits for the device."""
-    pair = [tensor.view(_INTEGERS[tensor.element_size()]) for tensor in (one, other)]
+    pair = [tensor.view(_INTEGERS[tensor.dtype]) for tensor in (one, other)]
     if one.nbytes % 8 == 0 and all(tensor.is_contiguous() and tensor.data_ptr() % 8 == 0 for tensor in pair):
         pair = [tensor.view(-1).view(torch.int64) for tensor in pair]  # in a quarter of the time
     return torch.equal(*pair)
@@ -263,18 +246,20 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Some rows of a weight, and what is known of them.
+    """Some rows of a weight.
 
     Attributes:
         piece: name, first row, last row + 1.
         live: the rows in the model.
-        base: without any delta, in the type that the weight had at its last change; None where it cannot be read.
+        base: without any delta, as stored; None where it cannot be read.
+        dtype: the type that the weight had when it was last changed.
         before, after: what the deltas have for them, with the factors.
     """
 
     piece: tuple[str, int, int]
     live: Tensor
     base: Tensor | None
+    dtype: torch.dtype
     before: list[Part]
     after: list[Part]
 
@@ -282,20 +267,19 @@ class _Rows:
         """What the live rows are if they are base plus `before`, perhaps converted to another type since."""
         if self.base is None:
             return None
-        held = add(self.base, sum_of_terms(self.before, self.base)) if self.before else self.base
-        return held.to(self.live.dtype)
+        base = self.base.to(self.dtype)
+        return (add(base, sum_of_terms(self.before, base)) if self.before else base).to(self.live.dtype)
 
     def planned(self) -> tuple[bool, Tensor, Tensor | None]:
         """Whether the live rows are base plus `before`; what they become: the first tensor plus the second."""
         held = self.held()
-        exact = held is not None and same_bits(held, self.live)
-        after = sum_of_terms(self.after, self.live) if self.after else None
-        if exact and self.before and self.base is not None:
-            return exact, self.base.to(self.live.dtype), after
-        if not self.before:
-            return exact, self.live, after
-        before = sum_of_terms(self.before, self.live).to(torch.promote_types(self.live.dtype, torch.float32))
-        return exact, self.live, -before if after is None else after.to(before.dtype) - before
+        change = sum_of_terms(self.after, self.live) if self.after else None
+        if held is not None and self.base is not None and same_bits(held, self.live):
+            return True, self.base.to(self.live.dtype), change
+        if self.before:
+            before = sum_of_terms(self.before, self.live).to(torch.promote_types(self.live.dtype, torch.float32))
+            change = -before if change is None else change.to(before.dtype) - before
+        return False, self.live, change
 
     def write(self, value: Tensor, change: Tensor | None = None) -> None:
         with torch.inference_mode() if self.live.is_inference() else nullcontext():
@@ -306,28 +290,24 @@ def _rows(
     state: Applied, name: str, target: Tensor, before: Sequence[Term], after: Sequence[Term] = ()
 ) -> Iterator[_Rows]:
     target = target.detach()
-    read = {id(t.weights): t.weights.tensor(name) for t in (*before, *after) if t.factor(name)}
-    parts = [[(read[id(t.weights)], factor) for t in ts if (factor := t.factor(name))] for ts in (before, after)]
+    read = {id(term.weights): term.weights.tensor(name) for term in (*before, *after) if term.factor(name)}
     stored = state.base.tensor(name) if state.base is not None and name in state.base.shapes else None
     for start, stop in row_chunks(target.shape, 1 if target.device.type == "cpu" else GPU_CHUNKS):
         live, base = rows_of(target, start, stop), None
-        if stored is not None:
+        if stored is not None:  # of more input channels where the target is a part of the weight
             base = rows_of(stored, start, stop)[tuple(map(slice, live.shape))].to(live.device)
-            for dtype in state.types.get(name, (live.dtype,)):
-                base = base.to(dtype)
-        chunks = [[(rows_of(tensor, start, stop), factor) for tensor, factor in part] for part in parts]
-        yield _Rows((name, start, stop), live, base, *chunks)
-
-
-class NotFiniteError(ArithmeticError):
-    """A weight would not be finite."""
+        parts = (
+            [(rows_of(read[id(t.weights)], start, stop), factor) for t in terms if (factor := t.factor(name))]
+            for terms in (before, after)
+        )
+        yield _Rows((name, start, stop), live, base, state.dtypes.get(name, live.dtype), *parts)
 
 
 def change(state: Applied, targets: Mapping[str, Tensor], before: Sequence[Term], after: Sequence[Term]) -> list[str]:
     """Writes all rows, each noted in the state first; returns the names of weights that were not base plus `before`.
 
     Raises:
-        NotFiniteError: a weight would not be finite; it and others are written.
+        FloatingPointError: a weight is not finite; it and others are written, and can be restored.
     """
     inexact: list[str] = []
     for name, target in targets.items():
@@ -340,7 +320,7 @@ def change(state: Applied, targets: Mapping[str, Tensor], before: Sequence[Term]
             state.writing.append((*rows.piece, exact))
             rows.write(value, change)
             if not is_finite(rows.live):
-                raise NotFiniteError(name)
+                raise FloatingPointError(name)
     return inexact
 
 
@@ -377,7 +357,3 @@ def require_finite(
             f"with {labels} added, {len(bad)} weights would not be finite ({listed(bad)}): the delta's values are not "
             "finite, or too large for the weights' type; extract it again, lower the scale, or load a wider dtype."
         )
-
-
-def factors(name: str, terms: Sequence[Term]) -> list[tuple[int, float]]:
-    return [(id(term.weights), factor) for term in terms if (factor := term.factor(name))]

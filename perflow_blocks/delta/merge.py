@@ -12,8 +12,8 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from numbers import Real
@@ -28,10 +28,8 @@ from torch import Tensor, nn
 from .apply import (
     LATENT_CHANNELS,
     Applied,
-    NotFiniteError,
     Term,
     change,
-    factors,
     fit_base,
     fit_delta,
     own_weights,
@@ -39,7 +37,6 @@ from .apply import (
     require_finite,
     restore,
     sum_of_terms,
-    uncompiled,
 )
 from .files import (
     Delta,
@@ -50,6 +47,7 @@ from .files import (
     listed,
     loaded_weights,
     named_as_model,
+    open_weights,
     opened,
     read_recipe,
     rows_of,
@@ -66,6 +64,9 @@ CONFIG_KEY = "_perflow_merges"
 WITNESSES, WITNESS_VALUES, RELATED = 8, 32, 0.5
 """How many weights are noted to recognise a merged model, how many values of each, and the cosine above which values
 are still those of the model that was noted, perhaps trained further; of other models it is near 0."""
+
+NO_RECIPE = DeltaRecipe()
+"""Of a delta that does not say how to sample."""
 
 
 @dataclass(frozen=True)
@@ -86,19 +87,14 @@ class MergeRecord:
     digest: str
     scale: float
     scales: tuple[tuple[str, float], ...] = ()
-    recipe: DeltaRecipe = field(default_factory=DeltaRecipe)
+    recipe: DeltaRecipe = NO_RECIPE
     reloaded: bool = False
 
     def to_config(self) -> dict[str, Any]:
         """For the model's configuration, in JSON's types. Of the path only the name, as the rest is this machine's."""
-        return {
-            "source": Path(self.source).name,
-            "digest": self.digest,
-            "sampled": True,
-            "scale": self.scale,
-            "scales": [list(pair) for pair in self.scales],
-            "recipe": self.recipe.to_metadata(),
-        }
+        source, recipe = Path(self.source).name, self.recipe.to_metadata()
+        known = {"source": source, "digest": self.digest, "sampled": True, "scale": self.scale}
+        return {**known, "scales": [list(pair) for pair in self.scales], "recipe": recipe}
 
     @classmethod
     def from_config(cls, entry: Mapping[str, Any]) -> MergeRecord:
@@ -111,9 +107,9 @@ class MergeRecord:
             ValueError: the entry lacks something.
         """
         try:
+            digest = str(entry["digest"]) if entry.get("sampled") else entry["digest"] and ""
             scales = tuple((str(pattern), float(factor)) for pattern, factor in entry["scales"])
             recipe = DeltaRecipe.from_metadata(entry["recipe"])
-            digest = str(entry["digest"]) if entry.get("sampled") else entry["digest"] and ""
             return cls(entry["source"], digest, float(entry["scale"]), scales, recipe, reloaded=True)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -129,29 +125,22 @@ class MergeState(Applied):
     Attributes:
         records: in the order of merging, which is the order of the sum.
         weights: the deltas by digest, under the model's names.
-        seen: by place, the stamp and digest of files that were read, which need not be opened again.
+        seen: by path and variant, the stamp and digest of files that were read, which need not be opened again.
         witness: values of a few weights, "with" the deltas and "without".
-        watched: the modules that own these weights, and the names there.
-        signature: of the watched tensors when the witness was last compared.
+        loaded: the witness that the model was saved with; empty where a delta that it was saved with was taken out.
+        signature: of the witness's weights when they were last compared.
     """
 
     records: tuple[MergeRecord, ...] = ()
     weights: dict[str, Weights] = field(default_factory=dict)
-    seen: dict[Any, tuple[Stamp, str]] = field(default_factory=dict)
+    seen: dict[tuple[str, str | None], tuple[Stamp, str]] = field(default_factory=dict)
     witness: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    watched: list[tuple[nn.Module, str]] = field(default_factory=list)
+    loaded: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     signature: tuple[Any, ...] = ()
 
     def terms(self) -> list[Term]:
         """Those deltas that are not part of the base; reloaded ones are."""
         return [Term(self.weights[r.digest], r.scale, r.scales) for r in self.records if not r.reloaded]
-
-    def forget_others(self) -> None:
-        """Leaves what the records need, once the weights are what they say."""
-        digests = {record.digest for record in self.records}
-        self.weights = {digest: weights for digest, weights in self.weights.items() if digest in digests}
-        self.seen = {place: known for place, known in self.seen.items() if known[1] in digests}
-        self.writing = []
 
 
 class MergeLock:
@@ -170,9 +159,22 @@ class MergeLock:
         return MergeLock, ()
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wrapped, whose weights and names are the model's own; else the module."""
+    return getattr(module, "_orig_mod", module)
+
+
 def merge_lock(module: nn.Module) -> MergeLock:
     """The lock that is held around every merge into this model; hold it to ask and merge in one step."""
     return vars(uncompiled(module)).setdefault(LOCK_ATTRIBUTE, MergeLock())
+
+
+@contextmanager
+def _locked(module: nn.Module, base: Delta | None = None) -> Iterator[tuple[nn.Module, MergeState]]:
+    """The module without its compiled wrapper, and its state, while the lock is held."""
+    with merge_lock(module):
+        module = uncompiled(module)
+        yield module, _state(module, base)
 
 
 # Merging
@@ -213,27 +215,25 @@ def merge_delta(
         ValueError: a factor or file is unusable, the delta does not fit, the weights cannot be changed, or an
             interrupted merge left weights that only the base can restore.
     """
-    module = uncompiled(module)
-    with merge_lock(module):
-        pairs = _pairs(scale, scales)
-        weights = opened(delta)
-        state = _state(module, base)
+    pairs = _pairs(scale, scales)
+    weights = opened(delta)
+    with _locked(module, base) as (module, state):
         known = _find(module, state, weights)
         if known is not None:
-            _require_matches(pairs, state.weights.get(known.digest, weights))
             if (known.scale, known.scales) != (scale, pairs):
-                return _rescaled(module, state, known, scale, pairs, delta, base)
+                return rescale_delta(module, scale, weights, scales=scales, base=base)
             logger.warning(f"{known.source} is merged into this {type(module).__name__} already; nothing was changed.")
             return known
         fitted, targets, extra = fit_delta(weights, module)
         _require_matches(pairs, fitted)
-        source = str(Path(delta).expanduser().resolve()) if isinstance(delta, (str, os.PathLike)) else weights.label
+        # Not resolved: in the Hub's cache a link has the file's name, and what it leads to has not.
+        source = os.path.abspath(weights.label) if weights.place else weights.label
         record = MergeRecord(source, identity_of(fitted), float(scale), pairs, read_recipe(weights))
         if not scale:
             return record
         require_difference(fitted, targets)
         old = [known.source for known in state.records if not known.digest]
-        seen = _seen(state, weights, record.digest)
+        seen = state.seen | _seen(weights, record.digest)
         state = replace(state, weights={**state.weights, record.digest: fitted}, seen=seen)
         _exchange(module, state, (*state.records, record))
         if old:
@@ -268,14 +268,17 @@ def rescale_delta(
     Raises:
         ValueError: nothing is merged, `delta` is not, or it is not clear which one is meant.
     """
-    module = uncompiled(module)
-    with merge_lock(module):
-        pairs = _pairs(scale, scales)
-        state = _state(module, base)
+    pairs = _pairs(scale, scales)
+    with _locked(module, base) as (module, state):
         record = _chosen(module, state, delta)
-        if record.digest in state.weights:
-            _require_matches(pairs, state.weights[record.digest])
-        return _rescaled(module, state, record, scale, pairs, delta, base)
+        position = state.records.index(record)
+        if record.reloaded:
+            state = _adopted(module, state, record, delta, base)
+        records = list(state.records)
+        records[position] = record = replace(records[position], scale=float(scale), scales=pairs)
+        _require_matches(pairs, state.weights[record.digest])
+        _exchange(module, state, tuple(entry for entry in records if entry.scale))
+        return record
 
 
 def unmerge_delta(
@@ -294,21 +297,14 @@ def unmerge_delta(
         ValueError: nothing is merged, delta or base files were written to meanwhile, or the model was loaded with the
             delta in it and there is no base.
     """
-    module = uncompiled(module)
-    with merge_lock(module):
-        state = _state(module, base)
+    with _locked(module, base) as (module, state):
         if not state.records:
             raise ValueError(f"no delta is merged into this {type(module).__name__}; there is nothing to take out.")
         gone = state.records if delta is None else (_chosen(module, state, delta),)
-        reloaded = [record for record in gone if record.reloaded]
-        if reloaded and exact and base is None:
-            raise ValueError(
-                f"this {type(module).__name__} was loaded with {listed([r.source for r in reloaded])} in its weights: "
-                "pass the delta and base=, the base's files, or the delta and exact=False; or load the base."
-            )
         left = tuple(record for record in state.records if record not in gone)
-        for record in reloaded:
-            state = _adopted(module, state, record, delta, base)
+        for record in gone:
+            if record.reloaded:
+                state = _adopted(module, state, record, delta, base, exact)
         _exchange(module, state, left, warn=exact)
         return gone
 
@@ -319,14 +315,14 @@ def merge_records(module: nn.Module) -> tuple[MergeRecord, ...]:
     An interrupted merge is undone first, and records are dropped if other weights were loaded since. Costs
     microseconds otherwise.
     """
-    with merge_lock(module):
-        return _state(uncompiled(module)).records
+    with _locked(module) as (_, state):
+        return state.records
 
 
 def merge_record(module: nn.Module) -> MergeRecord | None:
     """The delta that says how to sample, else the first one; None where nothing is merged."""
     records = merge_records(module)
-    return next((record for record in records if record.recipe != DeltaRecipe()), records[0] if records else None)
+    return next((record for record in records if record.recipe != NO_RECIPE), records[0] if records else None)
 
 
 def saved_records(config: Mapping[str, Any]) -> tuple[MergeRecord, ...]:
@@ -335,30 +331,34 @@ def saved_records(config: Mapping[str, Any]) -> tuple[MergeRecord, ...]:
     return tuple(MergeRecord.from_config(entry) for entry in saved.get("deltas", ())) if saved else ()
 
 
-def find_merged(module: nn.Module, delta: Delta) -> MergeRecord | None:
-    """The record of a delta that is merged, from this file or another with the same values; else None."""
-    with merge_lock(module):
-        return _find(uncompiled(module), _state(uncompiled(module)), opened(delta))
+def find_merged(module: nn.Module, delta: Delta, variant: str | None = None) -> MergeRecord | None:
+    """The record of a delta that is merged, from this file or another with the same values; else None.
+
+    A file, or a folder and its variant, that was read before and has not changed since is not opened.
+    """
+    with _locked(module) as (module, state):
+        if not state.records:
+            return None
+        if isinstance(delta, (str, os.PathLike)):
+            stamp, digest = state.seen.get((os.path.realpath(Path(delta).expanduser()), variant), ((), ""))
+            with suppress(OSError):  # a file that is gone, which opening it names
+                if stamp and stamp_of([path for path, _, _ in stamp]) == stamp:
+                    return next((record for record in state.records if record.digest == digest), None)
+            delta = open_weights(delta, variant)
+        return _find(module, state, opened(delta))
 
 
-def is_merged(module: nn.Module, path: str | os.PathLike[str], scale: float, variant: str | None = None) -> bool:
-    """Whether this file or folder is known to be merged at this scale, without opening it."""
-    with merge_lock(module):
-        state = _state(uncompiled(module))
-    stamp, digest = state.seen.get((os.path.realpath(path), variant), ((), None))
-    try:
-        unchanged = stamp_of([file for file, _, _ in stamp]) == stamp
-    except OSError:
-        return False
-    return unchanged and any((r.digest, r.scale, r.scales) == (digest, scale, ()) for r in state.records)
+def require_factor(name: str, value: object) -> None:
+    """Raises ValueError unless a factor of a delta is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be a finite number; 1.0 is the delta as it was extracted.")
 
 
 def _pairs(scale: float, scales: Mapping[str, float] | None) -> tuple[tuple[str, float], ...]:
     if scales is not None and not isinstance(scales, Mapping):
         raise ValueError(f"scales={scales!r} must be factors by pattern, as in {{'up_blocks.*': 0.5}}.")
     for name, factor in {"scale": scale, **(scales or {})}.items():
-        if isinstance(factor, bool) or not isinstance(factor, Real) or not math.isfinite(factor):
-            raise ValueError(f"{name}={factor!r} must be a finite number, 1.0 for the delta as it was extracted.")
+        require_factor(name, factor)
     return tuple((scales or {}).items())
 
 
@@ -369,24 +369,21 @@ def _require_matches(pairs: Sequence[tuple[str, float]], weights: Weights) -> No
         raise ValueError(f"scales names {listed(idle)}, which match no weight of {weights.label}, such as {example}.")
 
 
-def _seen(state: MergeState, weights: Weights, digest: str) -> dict[Any, tuple[Stamp, str]]:
+def _seen(weights: Weights, digest: str) -> dict[tuple[str, str | None], tuple[Stamp, str]]:
     stamp = weights.stamp()
-    return state.seen if stamp is None else {**state.seen, weights.place or stamp: (stamp, digest)}
+    return {weights.place: (stamp, digest)} if weights.place and stamp else {}
 
 
 def _find(module: nn.Module, state: MergeState, weights: Weights) -> MergeRecord | None:
     if not state.records:
         return None
-    stamp = weights.stamp()
-    digest = next((digest for known, digest in state.seen.values() if known == stamp), None)
-    if digest is None:
-        digest = identity_of(named_as_model(weights, own_weights(module), getattr(module, "config", {})))
+    digest = identity_of(named_as_model(weights, own_weights(module), getattr(module, "config", {})))
     for record in state.records:
         if not record.digest and record.source == Path(weights.label).name and record.recipe == read_recipe(weights):
             old, record = record, replace(record, digest=digest)  # saved by version 0.1.0
             state.records = tuple(record if entry is old else entry for entry in state.records)
         if record.digest == digest:
-            state.seen = _seen(state, weights, digest)
+            state.seen |= _seen(weights, digest)
             return record
     return None
 
@@ -406,49 +403,27 @@ def _chosen(module: nn.Module, state: MergeState, delta: Delta | MergeRecord | N
     return found
 
 
-def _rescaled(
-    module: nn.Module,
-    state: MergeState,
-    record: MergeRecord,
-    scale: float,
-    pairs: tuple[tuple[str, float], ...],
-    delta: Delta | MergeRecord | None,
-    base: Delta | None,
-) -> MergeRecord:
-    if record.reloaded and base is None:
-        raise ValueError(
-            f"this {type(module).__name__} was loaded with {record.source} in its weights at scale {record.scale:g}, "
-            f"which cannot become {scale:g}; pass base=, the base's files, load the base, or take the delta out with "
-            "unmerge_delta(..., exact=False) first."
-        )
-    position = state.records.index(record)
-    if record.reloaded:
-        state = _adopted(module, state, record, delta, base)
-    changed = replace(state.records[position], scale=float(scale), scales=pairs)
-    records = [*state.records[:position], changed, *state.records[position + 1 :]]
-    _exchange(module, state, tuple(entry for entry in records if entry.scale))
-    return changed
-
-
 def _adopted(
     module: nn.Module,
     state: MergeState,
     record: MergeRecord,
     delta: Delta | MergeRecord | None,
     base: Delta | None,
+    exact: bool = True,
 ) -> MergeState:
     """The state with a reloaded delta as one of its own, whose values are known."""
-    if delta is None or isinstance(delta, MergeRecord):
+    if delta is None or isinstance(delta, MergeRecord) or (exact and base is None):
         raise ValueError(
-            f"{record.source} was in the weights when they were loaded: base= or exact=False wants the delta itself, "
-            "as a file or mapping."
+            f"this {type(module).__name__} was loaded with {record.source} in its weights at scale {record.scale:g}: "
+            "pass the delta (a file or mapping) and base=, the base's files; unmerge_delta with exact=False wants the "
+            "delta alone; or load the base."
         )
     weights, _, _ = fit_delta(opened(delta), module)
     own = replace(record, digest=identity_of(weights), reloaded=False)
     records = tuple(own if entry is record else entry for entry in state.records)
     # Without a base of the user's: the files that the model was loaded from hold the delta too.
     known = None if base is None else state.base
-    return replace(state, records=records, weights={**state.weights, own.digest: weights}, base=known)
+    return replace(state, records=records, weights={**state.weights, own.digest: weights}, base=known, loaded={})
 
 
 # What is merged, kept on the model and in its configuration
@@ -462,18 +437,19 @@ def _state(module: nn.Module, base: Delta | None = None) -> MergeState:
     if base is not None:
         state.base = fit_base(opened(base, "base"), module)
     if state.writing:
-        _undo_interrupted(module, state, base_given=base is not None)
-    if state.watched and _signature(state.watched) != state.signature:
+        _repair(module, state, base_given=base is not None)
+    if state.records and _signature(module, state.witness) != state.signature:
         if not _holds(module, state.witness):
-            gone = [record for record in state.records if not record.reloaded] or list(state.records)
+            # Other weights were loaded: those that the model was saved with still have the deltas that it had then.
+            left = tuple(r for r in state.records if r.reloaded and _holds(module, state.loaded))
+            gone = [record.source for record in state.records if record not in left]
             logger.warning(
-                f"{listed([record.source for record in gone])} is not in the weights of this {type(module).__name__} "
-                "any more: other weights were loaded since it was merged."
+                f"{listed(gone)} is not in the weights of this {type(module).__name__} any more: other weights were "
+                "loaded since it was merged."
             )
-            left = tuple(record for record in state.records if record not in gone)
-            state = MergeState(base=state.base, records=left)
+            state = MergeState(base=state.base, records=left, loaded=state.loaded)
             _remember(module, state)
-        state.signature = _signature(state.watched)
+        state.signature = _signature(module, state.witness)
     return state
 
 
@@ -484,20 +460,24 @@ def _loaded_state(module: nn.Module) -> MergeState:
     witness = config[CONFIG_KEY].get("witness", {}) if records else {}
     if not records or not _holds(module, witness):
         return MergeState()
-    state = MergeState(records=records, witness=witness)
-    _watch(module, state)
+    signature = _signature(module, witness)
+    state = MergeState(records=records, witness=witness, loaded=witness, signature=signature)
     setattr(module, STATE_ATTRIBUTE, state)
     return state
 
 
 def _remember(module: nn.Module, state: MergeState) -> None:
-    """Puts the state on the module and its records in its configuration; an empty one leaves no trace."""
-    if state.records:
-        state.witness = _witness(module, state)
-        _watch(module, state)
-        setattr(module, STATE_ATTRIBUTE, state)
-    else:
-        vars(module).pop(STATE_ATTRIBUTE, None)
+    """Puts the state on the module, without what its records do not need, and these in the module's configuration.
+
+    In this order: where it is interrupted the module still has a state that names rows to restore.
+    """
+    terms = state.terms()
+    state.witness = state.loaded if state.loaded and not terms else _witness(module, terms)
+    state.loaded = state.loaded if terms else state.witness
+    state.signature = _signature(module, state.witness)
+    digests = {record.digest for record in state.records}
+    state.weights = {digest: weights for digest, weights in state.weights.items() if digest in digests}
+    state.seen = {place: known for place, known in state.seen.items() if known[1] in digests}
     if isinstance(module, ConfigMixin):
         # In place, past the freezing: a new FrozenDict would lose what diffusers set as attributes of this one, such
         # as the kind of projection when an IP-Adapter was loaded.
@@ -505,13 +485,17 @@ def _remember(module: nn.Module, state: MergeState) -> None:
         if state.records:
             saved = {"deltas": [record.to_config() for record in state.records], "witness": state.witness}
             OrderedDict.__setitem__(module._internal_dict, CONFIG_KEY, saved)
+    state.writing = []
+    if state.records:
+        setattr(module, STATE_ATTRIBUTE, state)
+    else:  # no trace
+        vars(module).pop(STATE_ATTRIBUTE, None)
 
 
-def _witness(module: nn.Module, state: MergeState) -> dict[str, dict[str, list[float]]]:
+def _witness(module: nn.Module, terms: Sequence[Term]) -> dict[str, dict[str, list[float]]]:
     """Some values of weights as they now are, "with" the deltas, and where it is known as they would be "without"."""
     weights = {name: w for name, w in floating_entries(own_weights(module)).items() if w.dim() > 1}
-    terms = state.terms()
-    changed = [name for name in weights if any(term.factor(name) for term in terms)] or list(weights)
+    changed = [name for name in weights if _factors(name, terms)] or list(weights)
     found = {}
     for name in changed[:: max(1, len(changed) // WITNESSES)][:WITNESSES]:
         values = _values(weights[name])
@@ -531,36 +515,30 @@ def _holds(module: nn.Module, witness: Mapping[str, Mapping[str, list[float]]]) 
 
     Training further, another type or a fused LoRA change weights too, and a delta stays in them.
     """
-    weights = floating_entries(own_weights(module))
-    known = {name: weights[name] for name in witness if name in weights and not weights[name].is_meta}
+    own = own_weights(module)
+    known = [name for name in witness if name in own and not own[name].is_meta]
     if not known:
         return True
-    found = torch.cat([_values(weight) for weight in known.values()])
-    merged = torch.tensor([value for name in known for value in witness[name]["with"]])
-    base = torch.tensor([value for name in known for value in witness[name].get("without", ())])
+    found = torch.cat([_values(own[name]) for name in known])
+    merged, base = (
+        torch.tensor([value for name in known for value in witness[name].get(kind, ())])
+        for kind in ("with", "without")
+    )
     if found.shape != merged.shape or torch.cosine_similarity(found, merged, dim=0) < RELATED:
         return False
-    if base.shape != found.shape:
-        return True
-    return bool(torch.linalg.vector_norm(found - merged) <= torch.linalg.vector_norm(found - base))
+    return base.shape != found.shape or bool(torch.dist(found, merged) <= torch.dist(found, base))
 
 
-def _watch(module: nn.Module, state: MergeState) -> None:
-    own = own_weights(module)
-    wanted = {id(own[name]) for name in state.witness if name in own}
-    state.watched = [
-        (owner, name)
-        for owner in module.modules()
-        for name, tensor in (*owner._parameters.items(), *owner._buffers.items())
-        if id(tensor) in wanted
-    ]
-    state.signature = _signature(state.watched)
-
-
-def _signature(watched: Iterable[tuple[nn.Module, str]]) -> tuple[Any, ...]:
-    """Identity and version of tensors: differs once one was replaced or written to. Nothing is read of a device."""
-    tensors = [owner._parameters.get(name, owner._buffers.get(name)) for owner, name in watched]
-    return tuple((id(t), None if t is None or t.is_inference() else t._version) for t in tensors)
+def _signature(module: nn.Module, names: Iterable[str]) -> tuple[Any, ...]:
+    """Identity and version of weights: differs once one was replaced or written to. Nothing is read of a device."""
+    found: list[tuple[int, int | None]] = []
+    for name in names:
+        weight: Any = module
+        for part in name.split("."):
+            weight = getattr(weight, part, None)  # which peft's layers pass on from the layer that they wrap
+        known = isinstance(weight, Tensor) and not weight.is_inference()
+        found.append((id(weight), weight._version if known else None))
+    return tuple(found)
 
 
 @torch.no_grad()
@@ -571,7 +549,7 @@ def _exchange(module: nn.Module, state: MergeState, records: tuple[MergeRecord, 
     targets = {
         name: target
         for name, target in _targets(module, state.weights).items()
-        if factors(name, before) != factors(name, after)
+        if _factors(name, before) != _factors(name, after)
     }
     if state.base is None and not before:
         with suppress(ValueError):  # files of another model: this one only has their configuration
@@ -581,33 +559,29 @@ def _exchange(module: nn.Module, state: MergeState, records: tuple[MergeRecord, 
     try:
         setattr(module, STATE_ATTRIBUTE, state)
         inexact = change(state, targets, before, after)
-        if targets and len(inexact) == len(targets) and not before:
-            new.base = None  # the files of another model
-        else:
-            new.base = state.base
-        new.types = dict(state.types)
-        for name, target in targets.items():
-            known = new.types.get(name, ())
-            new.types[name] = known if known[-1:] == (target.dtype,) else (*known, target.dtype)
-        new.forget_others()
+        another = not before and bool(targets) and len(inexact) == len(targets)  # the files are another model's
+        new.base = None if another else state.base
+        new.dtypes = {**state.dtypes, **{name: target.dtype for name, target in targets.items()}}
         _remember(module, new)
     except BaseException as error:
-        if vars(module).get(STATE_ATTRIBUTE) is state and not restore(state, targets, before):
-            state.forget_others()
-            if not state.records:
-                del vars(module)[STATE_ATTRIBUTE]
-        if isinstance(error, NotFiniteError):
+        if vars(module).get(STATE_ATTRIBUTE) is state:
+            with suppress(ValueError):  # what cannot be restored, which the next call names
+                _repair(module, state)
+        if isinstance(error, FloatingPointError):
             require_finite(state, targets, before, after)
         raise
     if inexact and warn:
-        reason = "are not base plus deltas, as after training or fusing a LoRA"
-        if state.base is None or not before:
-            reason = "have no base that can be read" if state.base is None else f"differ from {state.base.label}"
+        known = state.base
+        reason = f"differ from {known.label} plus what is merged" if known else "have no base that can be read"
         logger.warning(
             f"{len(inexact)} weights ({listed(inexact)}) {reason}: taking deltas out of them is exact to one "
             "rounding. For exact results pass base=, the files that the model was loaded from, to the first "
-            "merge_delta, and merge before fusing a LoRA."
+            "merge_delta, and merge before training or fusing a LoRA."
         )
+
+
+def _factors(name: str, terms: Sequence[Term]) -> list[tuple[int, float]]:
+    return [(id(term.weights), factor) for term in terms if (factor := term.factor(name))]
 
 
 def _targets(module: nn.Module, weights: Mapping[str, Weights]) -> dict[str, Tensor]:
@@ -623,8 +597,8 @@ def _targets(module: nn.Module, weights: Mapping[str, Weights]) -> dict[str, Ten
     return targets
 
 
-def _undo_interrupted(module: nn.Module, state: MergeState, base_given: bool) -> None:
-    """Restores the weights that an interrupted change left; with a base that the user gave, all of them."""
+def _repair(module: nn.Module, state: MergeState, base_given: bool = False) -> None:
+    """Restores the weights that an interrupted change wrote; with a base that the user gave, all of them."""
     if base_given:
         state.writing = [(name, start, stop, True) for name, start, stop, _ in state.writing]
     lost = restore(state, _targets(module, state.weights), state.terms())
@@ -633,4 +607,4 @@ def _undo_interrupted(module: nn.Module, state: MergeState, base_given: bool) ->
             f"changing the deltas of this {type(module).__name__} was interrupted and left weights half merged "
             f"({listed(lost)}); load the model again, or pass base=, the files that it was loaded from."
         )
-    state.forget_others()
+    _remember(module, state)

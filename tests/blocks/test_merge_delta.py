@@ -56,10 +56,13 @@ def test_merging_gives_the_student_and_its_recipe(delta: Path) -> None:
     assert pipe.scheduler.config.num_time_windows == 2
 
 
-def test_repeated_calls_merge_once(delta: Path) -> None:
+def test_repeated_calls_merge_once(delta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = make_pipeline()
     first, merged = run(pipe, delta=str(delta)), weights(pipe)
-    assert torch.equal(run(pipe, delta=str(delta)), first)
+    with monkeypatch.context() as patch:  # no file is opened, no recipe made
+        patch.setattr("perflow_blocks.delta.files.safe_open", lambda *_, **__: pytest.fail("opened"))
+        patch.setattr(DeltaRecipe, "__post_init__", lambda _: pytest.fail("made"))
+        assert torch.equal(run(pipe, delta=str(delta)), first)
     assert torch.equal(run(pipe), first)  # the merge is remembered, and so is its recipe
     assert equal(weights(pipe), merged)
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel
+from diffusers import AutoencoderTiny, AutoModel
 from PIL import Image
 from torch import Tensor
 
 from perflow_blocks import LatentToRGB, PreviewStep, insert_loop_block
 from perflow_blocks.blocks.preview import SDXL_BIAS, SDXL_FACTORS, decode_preview
 from perflow_blocks.testing import check_block
-from perflow_blocks.testing.tiny import tiny_picture, tiny_vae
+from perflow_blocks.testing.tiny import tiny_vae
 from tests.blocks.conftest import Spy, blocks_with, guard_against_reads, predicted_clean
 from tests.conftest import generator, make_pipeline, run
 
@@ -156,53 +155,12 @@ def test_the_map_is_made_again_for_a_saved_pipeline(tmp_path: Path) -> None:
     assert type(PreviewStep().init_pipeline(str(tmp_path)).preview_decoder) is LatentToRGB
 
 
-class LinearVAE:
-    """Encodes images to three mixtures of their averaged colours and one channel that is none."""
-
-    mean, deviation = [0.5, -1.0, 0.25, 2.0], [2.0, 1.0, 0.5, 4.0]
-    config = AutoencoderKL(
-        block_out_channels=(4, 4),
-        norm_num_groups=2,
-        scaling_factor=0.25,
-        latents_mean=mean,
-        latents_std=deviation,
-    ).config
-    device, dtype = torch.device("cpu"), torch.float32
-    mixing = torch.tensor([[1.0, 0.5, 0.0], [0.0, -2.0, 1.0], [0.3, 0.0, 0.7]])
-
-    def encode(self, sample: Tensor) -> Any:
-        colours = torch.nn.functional.avg_pool2d(sample, 2)
-        mixed = torch.einsum("bchw,mc->bmhw", colours, self.mixing) + 0.4
-        latents = torch.cat([mixed, (colours**2).sum(dim=1, keepdim=True)], dim=1)
-        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents))
-
-
-def test_fit_finds_the_colours_of_a_vae_that_is_linear() -> None:
-    fitted = LatentToRGB.fit(LinearVAE(), [tiny_picture(1), tiny_picture(2, (48, 16))])
-    image = tiny_picture(3)
-    sample = torch.from_numpy(pixels(image)).permute(2, 0, 1)[None].float() / 127.5 - 1.0
-    encoded = LinearVAE().encode(sample).latent_dist.mode()
-    mean, deviation = (torch.tensor(row)[:, None, None] for row in (LinearVAE.mean, LinearVAE.deviation))
-    latents = 0.25 * (encoded - mean) / deviation  # what the UNet would see
-    colours = torch.nn.functional.avg_pool2d(sample, 2)
-    torch.testing.assert_close(fitted.decode(latents).sample, colours, rtol=0, atol=1e-3)
-    again = LatentToRGB.from_config(dict(fitted.config))
-    assert torch.equal(again.decode(latents).sample, fitted.decode(latents, return_dict=False)[0])
-
-
-def test_fit_needs_images_of_several_colours() -> None:
-    with pytest.raises(ValueError, match="images is empty"):
-        LatentToRGB.fit(tiny_vae(), [])
-    with pytest.raises(ValueError, match="vary in 0 of 4 channels"):
-        LatentToRGB.fit(LinearVAE(), [Image.new("RGB", (32, 32), (200, 10, 10))])
-
-
 def test_latent_to_rgb_is_a_linear_map_within_its_range() -> None:
     colours = LatentToRGB(factors=[[1, 0, 0], [0, 2, 0]], bias=[0.0, 0.0, -0.5])
     latents = torch.tensor([0.25, 0.125]).reshape(1, 2, 1, 1).half()
     assert colours.decode(latents).sample.flatten().tolist() == [0.25, 0.25, -0.5]
     assert colours.decode(8 * latents).sample.flatten().tolist() == [1.0, 1.0, -0.5]
-    with pytest.raises(ValueError, match=r"16 channels, this preview takes 4; make one .*LatentToRGB.fit"):
+    with pytest.raises(ValueError, match="16 channels"):
         LatentToRGB().decode(torch.zeros(1, 16, 2, 2))
     with pytest.raises(ValueError, match=r"factors=\[\[1.0, 2.0\]\]"):
         LatentToRGB(factors=[[1.0, 2.0]])

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from perflow_blocks import extract_delta, merge_delta, rescale_delta, unmerge_delta
 from perflow_blocks.delta.extract import save_delta
-from perflow_blocks.delta.files import MappingWeights
-from perflow_blocks.delta.merge import is_merged, merge_record, merge_records
+from perflow_blocks.delta.files import MappingWeights, open_weights
+from perflow_blocks.delta.merge import find_merged, merge_record, merge_records
 from perflow_blocks.demo import weights_directory
 from perflow_blocks.demo.models import build_unet
 from perflow_blocks.testing.tiny import tiny_inpainting_unet, tiny_sdxl_unet
@@ -640,12 +640,16 @@ def test_a_delta_file_may_be_deleted_and_is_not_opened_to_know_it(
         patch.setattr("perflow_blocks.delta.files.safe_open", lambda *_, **__: pytest.fail("opened"))
         patch.setattr("perflow_blocks.delta.merge.opened", lambda *_: pytest.fail("opened"))
         monkeypatch.chdir(tmp_path)
-        assert is_merged(model, path, 1.0) and is_merged(model, "delta.safetensors", 1.0)
-        assert not is_merged(model, path, 0.5)
-        path.touch()
-        assert not is_merged(model, path, 1.0)
+        record = merge_record(model)
+        assert record is not None and record.scale == 1.0
+        assert find_merged(model, path) is find_merged(model, "delta.safetensors") is record
+    path.touch()
+    assert find_merged(model, path) is record  # read again
+    save_delta(difference(2), path, dtype=torch.float32)
+    assert find_merged(model, path) is None
     path.unlink()
-    assert not is_merged(model, path, 1.0)
+    with pytest.raises(ValueError, match="does not exist"):
+        find_merged(model, path)
     other = copy.deepcopy(model)
     unmerge_delta(model)
     rescale_delta(other, 0.5)
@@ -672,3 +676,75 @@ def test_weights_that_are_loaded_over_a_merge_are_noticed(caplog: pytest.LogCapt
         assert any("not in the weights" in warning for warning in warnings(caplog))
         merge_delta(unet, delta)
         assert_bits(unet, merged)
+
+
+def test_the_source_is_the_path_that_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Absolute, and not resolved: in the Hub's cache the file behind a link is named by its hash."""
+    save_delta(difference(1), tmp_path / "0a1b2c", dtype=torch.float32)
+    (tmp_path / "delta.safetensors").symlink_to(tmp_path / "0a1b2c")
+    monkeypatch.chdir(tmp_path)
+    for delta in ("delta.safetensors", open_weights("delta.safetensors")):
+        model = Small(0, torch.float32)
+        assert merge_delta(model, delta).source == str(tmp_path / "delta.safetensors")
+
+
+@pytest.mark.parametrize("types", [(torch.float16, torch.bfloat16), (torch.float16, torch.float32)])
+def test_a_model_in_another_type_than_its_files_may_be_converted(
+    types: tuple[torch.dtype, torch.dtype], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the base's float32 values are in the new type, also with another delta merged in between."""
+    files, one, two = state(Small(0, torch.float32)), difference(1), difference(2)
+    model = Small(0, types[0])
+    merge_delta(model, one, base=files)
+    model.to(types[1])
+    converted = {name: tensor.to(types[1]) if name != "count" else tensor for name, tensor in files.items()}
+    merge_delta(model, two, 0.5)
+    assert_bits(model, summed(converted, [(one, 1.0), (two, 0.5)]))
+    unmerge_delta(model)
+    assert_bits(model, converted)
+    assert warnings(caplog) == []
+
+
+@pytest.mark.parametrize("place", ["_witness", "setattr"])
+def test_an_interrupt_while_the_record_is_written_leaves_weights_and_configuration_alike(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from perflow_blocks.delta import merge
+
+    unet, delta = tiny_sdxl_unet(0), unet_delta()
+    before, config = state(unet), dict(unet.config)
+
+    def failing(*args: Any) -> None:
+        if place == "_witness" or args[2].records:
+            raise KeyboardInterrupt
+        setattr(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, place, failing, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            merge_delta(unet, delta, base=before)
+    assert merge_records(unet) == () and dict(unet.config) == config
+    assert_bits(unet, before)
+
+
+def test_base_weights_that_are_loaded_over_two_deltas_are_noticed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that the model was saved with, and one merged since: which of them are gone depends on the weights."""
+    unet = unet_folder(tmp_path / "base")
+    before = state(unet)
+    merge_delta(unet, unet_delta())
+    unet.save_pretrained(tmp_path / "merged")
+    second = extract_delta(tiny_sdxl_unet(2), tiny_sdxl_unet(0))
+    for values, left in ((before, 0), (state(unet), 1)):
+        again = UNet2DConditionModel.from_pretrained(tmp_path / "merged")
+        merge_delta(again, second)
+        again.load_state_dict(values)
+        assert len(merge_records(again)) == left
+        assert len(warnings(caplog)) == 1
+        again = UNet2DConditionModel.from_pretrained(tmp_path / "merged")
+        merge_delta(again, second)
+        unmerge_delta(again, second)
+        again.load_state_dict(values)
+        assert len(merge_records(again)) == left
+        assert len(warnings(caplog)) == 1 - left
