@@ -100,7 +100,7 @@ def _check(
 ) -> None:
     from ..atomic_files import require_writable_directory
     from ..core.windows import require_positive_int
-    from ..delta.extract import read_delta_recipe
+    from ..delta.files import read_recipe
     from ..delta.recipe import require_guidance
 
     require_positive_int("steps", steps)
@@ -110,7 +110,7 @@ def _check(
     if model is not None and delta is None:
         raise ValueError("--model without --delta leaves no teacher to compare with; pass a base and its delta.")
     if delta is not None:
-        read_delta_recipe(delta)
+        read_recipe(delta)
     if out.is_dir():
         raise ValueError(f"--out {out} is a directory; name a PNG file.")
     require_writable_directory(out.parent)

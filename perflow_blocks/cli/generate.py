@@ -143,7 +143,7 @@ def slug(text: str) -> str:
 def _check(*, steps: int | None, guidance: float | None, num_images: int, delta: Path | None, out: Path) -> None:
     from ..atomic_files import require_writable_directory
     from ..core.windows import require_positive_int
-    from ..delta.extract import read_delta_recipe
+    from ..delta.files import read_recipe
     from ..delta.recipe import require_guidance
 
     if steps is not None:
@@ -152,5 +152,5 @@ def _check(*, steps: int | None, guidance: float | None, num_images: int, delta:
         require_guidance(guidance)
     require_positive_int("num-images", num_images)
     if delta is not None:
-        read_delta_recipe(delta)
+        read_recipe(delta)
     require_writable_directory(out)

@@ -18,16 +18,12 @@ from .files import (
     DifferenceWeights,
     MappingWeights,
     Weights,
-    describe_mismatch,
     floating_entries,
     is_finite,
     listed,
     mean_norm_scale,
     named_alike,
-    open_weights,
     opened,
-    read_recipe,
-    subtract,
 )
 from .recipe import ARCHITECTURE_KEY, DeltaRecipe
 
@@ -46,15 +42,12 @@ def extract_delta(
     Raises:
         ValueError: the two differ in keys or shapes, or hold weights without values ("meta" device).
     """
-    entries = floating_entries(student), floating_entries(base)
-    shapes = [{name: tuple(tensor.shape) for name, tensor in part.items()} for part in entries]
-    mismatch = describe_mismatch(*shapes, given="the student", expected="the base")
-    if mismatch:
-        raise ValueError(f"student and base do not match: {mismatch}. Pass two models of the same architecture.")
-    empty = [name for part in entries for name, tensor in part.items() if tensor.is_meta]
-    if empty:
+    difference = DifferenceWeights(
+        MappingWeights(floating_entries(student), "the student"), MappingWeights(floating_entries(base), "the base")
+    )
+    if empty := [n for n in difference.shapes if any(part.tensor(n).is_meta for part in difference.sources)]:
         raise ValueError(f"{listed(empty)} hold no values (device 'meta'); load both models before extracting.")
-    return {name: subtract(tensor, entries[1][name]) for name, tensor in entries[0].items()}
+    return {name: difference.tensor(name) for name in difference.shapes}
 
 
 def open_difference(
@@ -105,15 +98,12 @@ def save_delta(
         progress: shows diffusers' progress bar.
 
     Raises:
-        ValueError: nothing to save, a `dtype` that is not a floating-point type, values that are not finite in it, a
-            difference of equal models, or a path that cannot be written.
+        ValueError: nothing to save, a type that cannot be stored, values that are not finite in it, a difference of
+            equal models, or a path that cannot be written.
     """
     if dtype not in _NAMES:
-        known = ", ".join(str(known).removeprefix("torch.") for known in _NAMES)
-        raise ValueError(f"dtype={dtype} must be one of {known}.")
-    if not isinstance(delta, Weights) and not delta:
-        raise ValueError("the delta holds no tensors; pass what extract_delta returned.")
-    weights = delta if isinstance(delta, Weights) else MappingWeights(delta, "the delta")
+        raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, _NAMES))}.")
+    weights = opened(delta)
     metadata = {"format": "pt", **(recipe or DeltaRecipe()).to_metadata()}
     if partial:
         metadata[PARTIAL_KEY] = "true"
@@ -127,7 +117,6 @@ def save_delta(
         start = stop
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # readers map the values, which must be aligned
-    bad: list[str] = []
     changed = not isinstance(weights, DifferenceWeights)
     names = logging.tqdm(weights.shapes, desc="write weights", unit="tensor") if progress else weights.shapes
     with atomic_path(path) as temporary:
@@ -137,23 +126,12 @@ def save_delta(
                 stored = weights.tensor(name).detach().to("cpu", dtype).contiguous()
                 file.write(stored.reshape(-1).view(torch.uint8).numpy().data)
                 if not is_finite(stored):
-                    bad.append(name)
+                    raise ValueError(
+                        f"{weights.label} is not finite as {dtype} ({name}); check the weights, or pass "
+                        "dtype=torch.float32."
+                    )
                 changed = changed or bool(stored.any())
                 del stored  # so that one tensor at a time is in memory
-        if bad:
-            raise ValueError(
-                f"{len(bad)} tensors of {weights.label} are not finite as {dtype} ({listed(bad)}); check the weights, "
-                "or pass dtype=torch.float32."
-            )
         if not changed:
             raise ValueError(f"{weights.label} is zero in every weight; pass two models that differ.")
         weights.require_unchanged()
-
-
-def read_delta_recipe(path: str | os.PathLike[str]) -> DeltaRecipe:
-    """The sampling settings a delta file names; fields it does not name are None.
-
-    Raises:
-        ValueError: the file cannot be read, or its settings make no sense.
-    """
-    return read_recipe(open_weights(path))

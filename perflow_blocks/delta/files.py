@@ -68,7 +68,8 @@ class Weights(ABC):
         shapes: of the tensors, by name.
         metadata: text by key, as in a safetensors header.
         sources: the weights that these are derived from.
-        place: the file or folder and the variant they were opened by; None for others.
+        place: the file or folder and the variant they were opened by; None for weights that are not files.
+        stamp: identifies the files without reading them; empty for weights that are not files.
     """
 
     label: str
@@ -76,6 +77,7 @@ class Weights(ABC):
     metadata: Mapping[str, str]
     sources: tuple[Weights, ...] = ()
     place: tuple[str, str | None] | None = None
+    stamp: Stamp = ()
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
@@ -90,11 +92,6 @@ class Weights(ABC):
         """Raises ValueError if a file was written to since it was opened."""
         for source in self.sources:
             source.require_unchanged()
-
-    def stamp(self) -> Stamp | None:
-        """Identifies the files behind these weights without reading them; None if any weights are not from a file."""
-        stamps = [source.stamp() for source in self.sources]
-        return None if not stamps or None in stamps else tuple(entry for stamp in stamps for entry in stamp or ())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Weights:
         return self
@@ -125,43 +122,40 @@ class FileWeights(Weights):
     The files may be renamed, replaced or deleted meanwhile, but not written to.
     """
 
-    def __init__(self, paths: Sequence[Path], label: Path, variant: str | None = None) -> None:
+    def __init__(self, paths: Sequence[Path], label: Path, variant: str | None = None, stamp: Stamp = ()) -> None:
         self.label, self.place = str(label), (os.path.realpath(label), variant)
-        self._open([str(path) for path in paths])
-
-    def _open(self, paths: Sequence[str]) -> None:
         self._files: dict[str, Any] = {}
         self.shapes, self.metadata = {}, {}
-        for path in paths:
-            file, shapes, metadata = _map(path)
+        for path in map(str, paths):
+            try:
+                file: Any = safe_open(path, framework="pt", device="cpu")
+                slices = {name: file.get_slice(name) for name in file.keys()}
+                shapes = {n: tuple(part.get_shape()) for n, part in slices.items() if part.get_dtype() in FLOAT_TYPES}
+                self.metadata |= file.metadata() or {}
+            except (SafetensorError, OSError, ValueError) as error:
+                raise ValueError(
+                    f"{path} is not a complete safetensors file that can be read ({error}); download it or extract it again."
+                ) from error
             if twice := [name for name in shapes if name in self.shapes]:
                 raise ValueError(f"{self.label} holds {listed(twice)} in two shards; download it again.")
             self.shapes |= shapes
-            self.metadata |= metadata
             self._files |= dict.fromkeys(shapes, file)
-        self._stamp = stamp_of([os.path.realpath(path) for path in paths])
+        now = stamp_of([os.path.realpath(path) for path in paths])
+        # A pickled copy keeps the old sizes and times, so that `require_unchanged` notices a file that changed since.
+        self.stamp = tuple((*new[:2], old[2]) for new, old in zip(now, stamp or now, strict=True))
 
     def tensor(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name)
 
-    def stamp(self) -> Stamp:
-        return self._stamp
-
     def require_unchanged(self) -> None:
-        for path, inode, state in self._stamp:
+        for path, inode, state in self.stamp:
             # A file that was replaced or deleted is still mapped with its old contents.
             if os.path.exists(path) and (now := stamp_of([path])[0])[1] == inode and now[2] != state:
                 raise ValueError(f"{self.label} was written to since it was opened; load the model again.")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"label": self.label, "place": self.place, "stamp": self._stamp}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.label, self.place = state["label"], state["place"]
-        self._open([path for path, _, _ in state["stamp"]])
-        # With the old size and time, so that `require_unchanged` notices a file that changed since.
-        pairs = zip(self._stamp, state["stamp"], strict=True)
-        self._stamp = tuple((path, inode, old) for (path, inode, _), (_, _, old) in pairs)
+    def __reduce__(self) -> tuple[Any, ...]:
+        variant = self.place[1] if self.place else None
+        return FileWeights, ([Path(path) for path, *_ in self.stamp], Path(self.label), variant, self.stamp)
 
 
 class RenamedWeights(Weights):
@@ -203,22 +197,6 @@ def stamp_of(paths: Sequence[str]) -> Stamp:
     return tuple((path, (s.st_dev, s.st_ino), (s.st_size, s.st_mtime_ns)) for path, s in states)
 
 
-def _map(path: str) -> tuple[Any, dict[str, tuple[int, ...]], dict[str, str]]:
-    """The open file, and the shapes of its floating-point tensors and its metadata."""
-    if not os.path.isfile(path):
-        kind = "is a directory, not a file" if os.path.isdir(path) else "does not exist"
-        raise ValueError(f"{path} {kind}; pass the path of a .safetensors file.")
-    try:
-        file: Any = safe_open(path, framework="pt", device="cpu")
-        slices = {name: file.get_slice(name) for name in file.keys()}
-        shapes = {n: tuple(part.get_shape()) for n, part in slices.items() if part.get_dtype() in FLOAT_TYPES}
-        return file, shapes, dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not a complete safetensors file that can be read ({error}); download or extract it again."
-        ) from error
-
-
 # Opening
 
 
@@ -233,6 +211,8 @@ def open_weights(path: str | os.PathLike[str], variant: str | None = None, *, al
     """
     path = Path(path).expanduser()
     found = find_weights(path, variant) if path.is_dir() else path
+    if not found.is_file():
+        raise ValueError(f"{path} does not exist; pass the path of a .safetensors file.")
     if found.suffix == ".json":
         return FileWeights(_shards_of(found), path, variant)
     if found.suffix in (".bin", ".pt", ".pth", ".ckpt"):
@@ -301,7 +281,7 @@ def _pickled(path: Path, allow_pickle: bool) -> Weights:
 def find_weights(folder: Path, variant: str | None = None) -> Path:
     """The file of a folder's weights, or the index of their shards; a pipeline's UNet where the folder has none.
 
-    A variant that is the only one need not be named.
+    A single variant need not be named.
     """
     for place in (folder, folder / "unet"):
         names = [file.name for file in place.glob(f"{_STEM}*") if not _SHARD.search(file.name)]
@@ -371,7 +351,7 @@ def named_as_model(weights: Weights, model_names: Iterable[str], config: Mapping
 
 
 def named_alike(one: Weights, other: Weights, config: Mapping[str, Any]) -> tuple[Weights, Weights]:
-    """Two UNets' weights under the same names, diffusers' where they differ; `config` as in `named_as_model`."""
+    """Two UNets' weights under the same names, those of diffusers if they differ; `config` as in `named_as_model`."""
     if one.shapes.keys() == other.shapes.keys():
         return one, other
     known = unet_names((*one.shapes, *other.shapes))
@@ -470,7 +450,7 @@ def describe_mismatch(
     misshapen = [
         f"{name} is {list(shape)} instead of {list(own_shapes[name])}"
         for name, shape in given_shapes.items()
-        if name in own_shapes and shape != own_shapes[name]
+        if shape != own_shapes.get(name, shape)
     ]
     kinds = {
         f"missing from {given}": missing,

@@ -24,15 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..atomic_files import atomic_path
-from ..core.low_rank import (
-    Factors,
-    as_matrix,
-    balanced_factors,
-    kept_energy,
-    leading_spectrum,
-    rank_for_energy,
-    squared_error,
-)
+from ..core import low_rank
 from ..core.windows import require_positive_int
 from .extract import save_delta
 from .files import (
@@ -68,7 +60,7 @@ class LoraLayer:
         rank: of the factors; 0 for a layer that the delta does not change, which the LoRA leaves out.
         energy: share of dW's squared Frobenius norm in the singular values that were kept, in [0, 1].
         squared_norm: dW's squared Frobenius norm.
-        squared_error: that of dW less the product of the factors as they are stored, including their rounding.
+        relative_error: norm of dW less the product of the factors as they are stored, over norm of dW; at least 0.
         note: why the rank is not the one asked for; empty where it is.
     """
 
@@ -77,18 +69,13 @@ class LoraLayer:
     rank: int
     energy: float
     squared_norm: float
-    squared_error: float
+    relative_error: float
     note: str = ""
 
     @property
     def full_rank(self) -> int:
         """The largest rank that the shape allows, min(out, in * k * k)."""
         return min(self.shape[0], math.prod(self.shape[1:]))
-
-    @property
-    def relative_error(self) -> float:
-        """Norm of the error over norm of dW, at least 0; 0 for a layer that the delta does not change."""
-        return math.sqrt(self.squared_error / self.squared_norm) if self.squared_norm else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +98,7 @@ class LoraReport:
     @property
     def relative_error(self) -> float:
         """Norm of the error over that of the whole delta, including the residual, which has no error."""
-        error = sum(layer.squared_error for layer in self.layers)
+        error = sum(layer.relative_error**2 * layer.squared_norm for layer in self.layers)
         whole = sum(layer.squared_norm for layer in self.layers) + self.residual_squared_norm
         return math.sqrt(error / whole) if whole else 0.0
 
@@ -250,12 +237,12 @@ def _factorize(
 ) -> tuple[LoraLayer, dict[str, Tensor]]:
     """A module's line of the report and its pair of tensors, at the rank `bound`, or up to it for a given energy."""
     shape = tuple(tensor.shape)
-    matrix = as_matrix(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
+    matrix = low_rank.as_matrix(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
     most = min(bound, *matrix.shape)
-    spectrum = leading_spectrum(matrix, most)
+    spectrum = low_rank.leading_spectrum(matrix, most)
     norm = spectrum.squared_norm
-    rank = 0 if not norm else most if energy is None else rank_for_energy(spectrum, energy)
-    kept = kept_energy(spectrum, rank)
+    rank = 0 if not norm else most if energy is None else low_rank.rank_for_energy(spectrum, energy)
+    kept = low_rank.kept_energy(spectrum, rank)
     note = ""
     if not rank:
         note = "not changed"
@@ -266,17 +253,18 @@ def _factorize(
     pair: dict[str, Tensor] = {}
     error = 0.0
     if rank:
-        factors = balanced_factors(spectrum, rank)
+        factors = low_rank.balanced_factors(spectrum, rank)
         name = f"{PREFIX}{module}.lora_"
         down = _stored(factors.down, dtype, f"{name}A.weight")
         up = _stored(factors.up, dtype, f"{name}B.weight")
-        error = squared_error(matrix, Factors(up=up.to(matrix.device), down=down.to(matrix.device)))
+        stored = low_rank.Factors(up=up.to(matrix.device), down=down.to(matrix.device))
+        error = math.sqrt(low_rank.squared_error(matrix, stored) / norm)
         pair = {
             f"{name}A.weight": down.reshape(rank, *shape[1:]),
             f"{name}B.weight": up.reshape(shape[0], rank, *(1 for _ in shape[2:])),
         }
     layer = LoraLayer(
-        name=module, shape=shape, rank=rank, energy=kept, squared_norm=norm, squared_error=error, note=note
+        name=module, shape=shape, rank=rank, energy=kept, squared_norm=norm, relative_error=error, note=note
     )
     return layer, pair
 

@@ -370,7 +370,7 @@ def _require_matches(pairs: Sequence[tuple[str, float]], weights: Weights) -> No
 
 
 def _seen(weights: Weights, digest: str) -> dict[tuple[str, str | None], tuple[Stamp, str]]:
-    stamp = weights.stamp()
+    stamp = weights.stamp
     return {weights.place: (stamp, digest)} if weights.place and stamp else {}
 
 

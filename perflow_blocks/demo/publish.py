@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..atomic_files import atomic_directory
-from ..delta.extract import extract_delta, read_delta_recipe, save_delta
-from ..delta.files import listed
+from ..delta.extract import extract_delta, save_delta
+from ..delta.files import listed, read_recipe
 from ..training.layout import DELTA as RUN_DELTA
 from ..training.layout import STUDENT
 from .blocks import DELTA
@@ -54,7 +54,7 @@ def publish(run: Path, weights: Path, base: Path | None = None) -> None:
         raise ValueError(f"no base in {base or weights}; name the directory of the demo model.")
     unet = UNet2DConditionModel.from_pretrained(base or weights, subfolder="unet", dtype=torch.float32)
     delta, partial = read_matching_delta(run, unet)
-    recipe = replace(read_delta_recipe(run / RUN_DELTA), base_model=BASE_NAME)
+    recipe = replace(read_recipe(run / RUN_DELTA), base_model=BASE_NAME)
     if base is not None:
         shutil.copytree(base, weights, dirs_exist_ok=True)
     save_delta(delta, weights / DELTA, recipe, partial=partial, base=unet)

@@ -14,7 +14,7 @@ from diffusers import ClassifierFreeGuidance, ModularPipeline
 from torch import Tensor
 
 from ..blocks.merge_delta import delta_path
-from ..delta.extract import read_delta_recipe
+from ..delta.files import read_recipe
 from ..delta.lora import DeltaLora, Layout, LoraLayer, delta_to_lora, save_lora, save_residual
 from ..demo import perflow_pipeline
 from .classifier import ShapeClassifier
@@ -70,7 +70,7 @@ def evaluate_lora_ranks(
     source = perflow_pipeline()
     delta = delta_path(None, source)
     assert delta is not None  # the embedded model's index names one
-    guidance = read_delta_recipe(delta).guidance_scale or 1.0
+    guidance = read_recipe(delta).guidance_scale or 1.0
     conversions = {rank: delta_to_lora(delta, rank=rank) for rank in ranks}
     with tempfile.TemporaryDirectory() as folder:
         forms: dict[str, tuple[Path | None, Path | None]] = {FULL: (delta, None)}

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, ModularPipelin
 from torch import Tensor
 
 from ..blocks.merge_delta import delta_path, guidance_in_effect
-from ..delta.extract import read_delta_recipe
+from ..delta.files import read_recipe
 from ..delta.recipe import DeltaRecipe
 from ..demo import perflow_pipeline, teacher_pipeline
 from ..demo.models import GUIDANCE_SCALE
@@ -87,7 +87,7 @@ def perflow_sampler(pipe: ModularPipeline, steps: int, *, delta: Path | None = N
         ValueError: fewer steps than windows.
     """
     path = delta_path(delta, pipe)
-    recipe = DeltaRecipe() if path is None else read_delta_recipe(path)
+    recipe = DeltaRecipe() if path is None else read_recipe(path)
     windows = recipe.num_time_windows or pipe.config.num_time_windows or 4
     if steps < windows:
         raise ValueError(f"steps={steps} is below the model's {windows} time windows; pass at least {windows}.")

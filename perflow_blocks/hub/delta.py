@@ -65,7 +65,7 @@ def recipe_of(pipe: Any, path: Path | None) -> DeltaRecipe:
     if path is None and os.path.isabs(pipe.config.get("delta") or ""):
         path = delta_path(None, pipe)
     if path is not None:
-        return read_recipe(open_weights(path))
+        return read_recipe(path)
     unet = getattr(pipe, "unet", None)
     record = None if unet is None else merge_record(unet)
     return DeltaRecipe() if record is None else record.recipe

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
-from ..delta.extract import read_delta_recipe
+from ..delta.files import read_recipe
 from ..delta.lora import DeltaLora, delta_to_lora, save_lora, save_residual
 from ..hub.entries import Entry, is_stock
 from ..hub.export import export_workflow
@@ -88,7 +88,7 @@ def _convert(config: DistillConfig, result: TrainingResult, device: torch.device
 
 def _read_lora(result: TrainingResult) -> DeltaLora:
     assert result.lora is not None
-    factors, recipe = load_file(result.lora), read_delta_recipe(result.delta)
+    factors, recipe = load_file(result.lora), read_recipe(result.delta)
     return DeltaLora(lora=factors, recipe=recipe)
 
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from perflow_blocks import delta_to_lora, extract_delta, merge_delta
-from perflow_blocks.delta.extract import read_delta_recipe, save_delta
+from perflow_blocks.delta.extract import save_delta
+from perflow_blocks.delta.files import read_recipe
 from perflow_blocks.delta.merge import merge_records
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.testing.tiny import tiny_sdxl_components, tiny_sdxl_unet
@@ -119,7 +120,7 @@ def test_the_bases_noise_schedule_travels_with_the_delta(run: Run, models: Path,
         (models / "base", [], None),
     ):
         done(run, "extract", models / "student", base, "-o", out, "--force", *options)
-        schedule = read_delta_recipe(out).scheduler_config
+        schedule = read_recipe(out).scheduler_config
         assert (schedule and schedule["beta_end"]) == end
         assert schedule is None or "timestep_spacing" not in schedule
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from perflow_blocks import merge_delta
 from perflow_blocks.cli.distill import FirstOfItsKind, parse_overrides
 from perflow_blocks.core.distillation import window_endpoint
-from perflow_blocks.delta.extract import read_delta_recipe
+from perflow_blocks.delta.files import read_recipe
 from perflow_blocks.demo import weights_directory
 from perflow_blocks.training.conditioning import PromptEncoder
 from perflow_blocks.training.config import ModelConfig, TeacherConfig, WindowConfig
@@ -159,7 +159,7 @@ def test_full_weights_learn_in_one_process(
     merged = base()
     merge_delta(merged, tmp_path / "full" / "delta.safetensors")
     assert judge(merged) == pytest.approx(judge(student), rel=0.02)
-    recipe = read_delta_recipe(tmp_path / "full" / "delta.safetensors")
+    recipe = read_recipe(tmp_path / "full" / "delta.safetensors")
     assert (recipe.num_time_windows, recipe.num_inference_steps, recipe.guidance_scale) == (2, 2, 1.0)
     assert recipe.base_model == "demo"
 

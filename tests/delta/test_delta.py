@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from perflow_blocks.delta.apply import add, sum_of_terms
-from perflow_blocks.delta.extract import extract_delta, read_delta_recipe, save_delta
+from perflow_blocks.delta.extract import extract_delta, save_delta
+from perflow_blocks.delta.files import read_recipe
 from perflow_blocks.delta.merge import merge_delta, merge_record, merge_records, unmerge_delta
 from perflow_blocks.delta.recipe import DeltaRecipe
 
@@ -209,13 +210,13 @@ def test_a_truncated_file_is_refused_wherever_it_ends(delta_file: Path) -> None:
 
 def test_what_is_no_delta_file_is_refused(tmp_path: Path) -> None:
     for path, message in ((tmp_path, "is a directory"), (tmp_path / "nowhere.safetensors", "does not exist")):
-        for use in (read_delta_recipe, lambda path: merge_delta(network(0), path)):
+        for use in (read_recipe, lambda path: merge_delta(network(0), path)):
             with pytest.raises(ValueError, match=message):
                 use(path)
     picture = tmp_path / "picture.png"
     picture.write_bytes(b"\x89PNG" + bytes(1000))
     with pytest.raises(ValueError, match="complete safetensors file"):
-        read_delta_recipe(picture)
+        read_recipe(picture)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -11,7 +11,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from safetensors import safe_open
 
-from perflow_blocks.delta.extract import read_delta_recipe
+from perflow_blocks.delta.files import read_recipe
 from perflow_blocks.delta.merge import merge_record
 from perflow_blocks.demo import perflow_pipeline, teacher_pipeline, weights_directory
 from perflow_blocks.evaluation.classifier import WEIGHTS as CLASSIFIER
@@ -57,7 +57,7 @@ def test_it_is_of_sdxl_architecture() -> None:
 
 
 def test_the_delta_brings_its_recipe() -> None:
-    recipe = read_delta_recipe(weights_directory() / "perflow_delta.safetensors")
+    recipe = read_recipe(weights_directory() / "perflow_delta.safetensors")
     assert (recipe.prediction_type, recipe.num_time_windows, recipe.guidance_scale) == ("ddim_eps", 4, 1.0)
     assert recipe.num_inference_steps == 4
 

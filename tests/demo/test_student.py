@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from perflow_blocks import merge_delta
-from perflow_blocks.delta.extract import read_delta_recipe
+from perflow_blocks.delta.files import read_recipe
 from perflow_blocks.demo import publish, train
 from perflow_blocks.demo.conditioning import CaptionEncoder
 from perflow_blocks.demo.models import (
@@ -98,7 +98,7 @@ def unet(path: Path) -> UNet2DConditionModel:
 def assert_same_delta(actual: Path, expected: Path) -> None:
     tensors, others = load_file(actual), load_file(expected)
     assert tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in others)
-    assert read_delta_recipe(actual) == read_delta_recipe(expected)
+    assert read_recipe(actual) == read_recipe(expected)
 
 
 def test_the_published_base_and_delta_give_the_student(made: Path) -> None:
@@ -121,7 +121,7 @@ def test_the_published_base_and_delta_give_the_student(made: Path) -> None:
 def test_what_is_published_is_half_precision_with_the_recipe(made: Path) -> None:
     for path in (made / "weights").rglob("*.safetensors"):
         assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}, path
-    recipe = read_delta_recipe(made / "weights" / DELTA)
+    recipe = read_recipe(made / "weights" / DELTA)
     assert (recipe.prediction_type, recipe.num_time_windows, recipe.num_inference_steps) == ("ddim_eps", 4, 4)
     assert recipe.guidance_scale == 1.0  # the teacher's is baked in
     assert recipe.base_model == "perflow_blocks demo teacher" and recipe.scheduler_config == SCHEDULE

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from perflow_blocks import PeRFlowScheduler, extract_delta, merge_delta
-from perflow_blocks.delta.extract import read_delta_recipe
+from perflow_blocks.delta.files import read_recipe
 from perflow_blocks.testing.tiny import BETAS, tiny_sd_components, tiny_sdxl_components
 from perflow_blocks.training.checkpoints import list_checkpoints
 from perflow_blocks.training.guard import DivergenceError
@@ -104,7 +104,7 @@ def test_full_students_of_every_kind_of_teacher(
     merge_delta(base, result.delta)
     for name, tensor in base.state_dict().items():
         torch.testing.assert_close(tensor, student.state_dict()[name], rtol=1e-2, atol=1e-3)
-    recipe = read_delta_recipe(result.delta)
+    recipe = read_recipe(result.delta)
     scheduler = PeRFlowScheduler.from_pretrained(result.scheduler)
     assert recipe.prediction_type == scheduler.config.prediction_type == config.windows.prediction_type
     assert recipe.num_time_windows == scheduler.config.num_time_windows == config.windows.tile().num_windows

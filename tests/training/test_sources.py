@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
-from perflow_blocks.delta.extract import read_delta_recipe
+from perflow_blocks.delta.files import read_recipe
 from perflow_blocks.testing.tiny import BETAS, tiny_picture
 from perflow_blocks.training.config import ModelConfig
 from perflow_blocks.training.loop import Observer, train
@@ -50,7 +50,7 @@ def test_a_teacher_in_a_single_file_is_that_in_folders(tmp_path: Path) -> None:
     for name, teacher, extra in (("a", folder, {}), ("b", file, {"model__config": folder})):
         runs.append(train(tiny_config(tmp_path, teacher, name, optimizer__max_steps=2, **extra)))
     assert losses(runs[0].directory) == pytest.approx(losses(runs[1].directory), rel=1e-5)
-    assert read_delta_recipe(runs[1].delta).base_model == "single"
+    assert read_recipe(runs[1].delta).base_model == "single"
 
 
 def test_pictures_of_several_shapes_with_workers_go_on_exactly(tmp_path: Path) -> None:
