@@ -12,22 +12,11 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..atomic_files import atomic_path
+from . import files
 from .apply import PARTIAL_KEY, architecture_of
-from .files import (
-    FLOAT_TYPES,
-    DifferenceWeights,
-    MappingWeights,
-    Weights,
-    floating_entries,
-    is_finite,
-    listed,
-    mean_norm_scale,
-    named_alike,
-    opened,
-)
 from .recipe import ARCHITECTURE_KEY, DeltaRecipe
 
-_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
+_TYPES = ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64")
 
 
 def extract_delta(
@@ -42,38 +31,34 @@ def extract_delta(
     Raises:
         ValueError: the two differ in keys or shapes, or hold weights without values ("meta" device).
     """
-    difference = DifferenceWeights(
-        MappingWeights(floating_entries(student), "the student"), MappingWeights(floating_entries(base), "the base")
+    difference = files.DifferenceWeights(
+        files.MappingWeights(files.floating_entries(student), "the student"),
+        files.MappingWeights(files.floating_entries(base), "the base"),
     )
     if empty := [n for n in difference.shapes if any(part.tensor(n).is_meta for part in difference.sources)]:
-        raise ValueError(f"{listed(empty)} hold no values (device 'meta'); load both models before extracting.")
+        raise ValueError(f"{files.listed(empty)} hold no values (device 'meta'); load both models before extracting.")
     return {name: difference.tensor(name) for name in difference.shapes}
 
 
-def open_difference(
-    student: str | os.PathLike[str] | Weights,
-    base: str | os.PathLike[str] | Weights,
-    config: Mapping[str, Any] | None = None,
-) -> Weights:
+def open_difference(student: files.Delta, base: files.Delta, config: Mapping[str, Any] | None = None) -> files.Weights:
     """The delta `student - base` of two checkpoints, for a student that was published merged.
 
-    It is formed tensor by tensor as it is read; both checkpoints stay memory-mapped. Original Latent Diffusion names
-    need `config`, the configuration of the UNet.
+    It is formed tensor by tensor as it is read. Original Latent Diffusion names need the UNet's `config`.
 
     Raises:
         ValueError: a checkpoint cannot be read or is a delta itself, or the two do not match.
     """
-    first, second = named_alike(opened(student), opened(base), config or {})
-    difference = DifferenceWeights(first, second)
+    first, second = files.named_alike(files.opened(student), files.opened(base), config or {})
+    difference = files.DifferenceWeights(first, second)
     for name, weights in (("student", first), ("base", second)):
-        mean = mean_norm_scale(weights)
+        mean = files.mean_norm_scale(weights)
         if mean is not None and abs(mean) < 0.1:  # about 1 in a trained model
             raise ValueError(f"the {name} {weights.label} holds differences, as a delta does; pass a model's weights.")
     return difference
 
 
 def save_delta(
-    delta: Mapping[str, Tensor] | Weights,
+    delta: files.Delta,
     path: str | os.PathLike[str],
     recipe: DeltaRecipe | None = None,
     dtype: torch.dtype = torch.float16,
@@ -84,9 +69,8 @@ def save_delta(
 ) -> None:
     """Writes a delta file, one tensor at a time; it appears complete or not at all.
 
-    The library's own writer needs all tensors in memory. The format
-    (https://huggingface.co/docs/safetensors/index#format): the header's length in 8 bytes, little endian, the header
-    in JSON, and the values of all tensors one after another.
+    The library's own writer needs all tensors in memory. The format (https://huggingface.co/docs/safetensors): the
+    header's length in 8 bytes, little endian, the header in JSON, the values of all tensors one after another.
 
     Args:
         delta: what `extract_delta` or `open_difference` gave.
@@ -101,9 +85,11 @@ def save_delta(
         ValueError: nothing to save, a type that cannot be stored, values that are not finite in it, a difference of
             equal models, or a path that cannot be written.
     """
-    if dtype not in _NAMES:
-        raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, _NAMES))}.")
-    weights = opened(delta)
+    name = str(dtype).removeprefix("torch.")
+    if name not in _TYPES:
+        raise ValueError(f"dtype={dtype} must be one of {', '.join(_TYPES)}.")
+    code = name.replace("float", "F").upper().removesuffix("FN")  # as safetensors calls it: F8_E4M3, F16, BF16
+    weights = files.opened(delta)
     metadata = {"format": "pt", **(recipe or DeltaRecipe()).to_metadata()}
     if partial:
         metadata[PARTIAL_KEY] = "true"
@@ -113,11 +99,11 @@ def save_delta(
     start = 0
     for name, shape in weights.shapes.items():
         stop = start + torch.Size(shape).numel() * dtype.itemsize
-        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, stop]}
         start = stop
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # readers map the values, which must be aligned
-    changed = not isinstance(weights, DifferenceWeights)
+    changed = not isinstance(weights, files.DifferenceWeights)
     names = logging.tqdm(weights.shapes, desc="write weights", unit="tensor") if progress else weights.shapes
     with atomic_path(path) as temporary:
         with temporary.open("wb") as file:
@@ -125,7 +111,7 @@ def save_delta(
             for name in names:
                 stored = weights.tensor(name).detach().to("cpu", dtype).contiguous()
                 file.write(stored.reshape(-1).view(torch.uint8).numpy().data)
-                if not is_finite(stored):
+                if not files.is_finite(stored):
                     raise ValueError(
                         f"{weights.label} is not finite as {dtype} ({name}); check the weights, or pass "
                         "dtype=torch.float32."

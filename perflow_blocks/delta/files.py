@@ -27,22 +27,11 @@ CHUNK = 1 << 20
 SAMPLE = 32
 """How many values at either end of a tensor identify it."""
 
-FLOAT_TYPES = {
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-"""The floating-point types by their names in safetensors files."""
-
 WHOLE_NORM = 0.5
-"""Mean scale of the normalization layers above which weights are whole: a trained model's is about 1, that of the
-difference of two models about 0."""
+"""Mean scale of the normalization layers above which weights are whole; about 1 in models, 0 in differences."""
 
-# What distributed training, compilation and pipelines put before the names of all weights.
-_PREFIXES = re.compile(r"^(module\.|_orig_mod\.|unet\.|_fsdp_wrapped_module\.)+")
+# What distributed training, compilation, pipelines and checkpoints put before the names of all weights.
+_PREFIXES = re.compile(r"^(module\.|_orig_mod\.|unet\.|_fsdp_wrapped_module\.|model\.diffusion_model\.)+")
 # The modules of a UNet2DConditionModel.
 _UNET = re.compile(r"(conv_(in|norm_out|out)|(time|add|class)_embedding|(down|up)_blocks|mid_block)\.")
 _LDM_PREFIX = "model.diffusion_model."
@@ -98,7 +87,7 @@ class Weights(ABC):
 
 
 Delta = str | os.PathLike[str] | Mapping[str, Tensor] | Weights
-"""A delta: a file or folder that `open_weights` reads, a mapping as `extract_delta` gives, or what these opened."""
+"""Weights: a file or folder that `open_weights` reads, a mapping as `extract_delta` gives, or what is open already."""
 
 
 class MappingWeights(Weights):
@@ -117,10 +106,7 @@ class MappingWeights(Weights):
 
 
 class FileWeights(Weights):
-    """One safetensors file or the shards of one checkpoint, memory-mapped as long as this object lives.
-
-    The files may be renamed, replaced or deleted meanwhile, but not written to.
-    """
+    """A memory-mapped safetensors file, or a checkpoint's shards. They may be replaced or deleted, but not written to."""
 
     def __init__(self, paths: Sequence[Path], label: Path, variant: str | None = None, stamp: Stamp = ()) -> None:
         self.label, self.place = str(label), (os.path.realpath(label), variant)
@@ -130,11 +116,11 @@ class FileWeights(Weights):
             try:
                 file: Any = safe_open(path, framework="pt", device="cpu")
                 slices = {name: file.get_slice(name) for name in file.keys()}
-                shapes = {n: tuple(part.get_shape()) for n, part in slices.items() if part.get_dtype() in FLOAT_TYPES}
+                shapes = {n: tuple(part.get_shape()) for n, part in slices.items() if "F" in part.get_dtype()}
                 self.metadata |= file.metadata() or {}
             except (SafetensorError, OSError, ValueError) as error:
                 raise ValueError(
-                    f"{path} is not a complete safetensors file that can be read ({error}); download it or extract it again."
+                    f"{path} is not a complete safetensors file ({error}); download or extract it again."
                 ) from error
             if twice := [name for name in shapes if name in self.shapes]:
                 raise ValueError(f"{self.label} holds {listed(twice)} in two shards; download it again.")
@@ -174,7 +160,7 @@ class RenamedWeights(Weights):
 
 
 class DifferenceWeights(Weights):
-    """`student - base` in float32, formed when it is read: a delta from two checkpoints, without a file of its own."""
+    """`student - base` in float32 on the student's device, formed when it is read."""
 
     def __init__(self, student: Weights, base: Weights) -> None:
         mismatch = describe_mismatch(student.shapes, base.shapes, given="the student", expected="the base")
@@ -185,19 +171,21 @@ class DifferenceWeights(Weights):
         self.shapes, self.metadata = student.shapes, student.metadata
 
     def tensor(self, name: str) -> Tensor:
-        return subtract(*(source.tensor(name) for source in self.sources))
+        return _subtract(*(source.tensor(name) for source in self.sources))
 
     def sample(self, name: str) -> Tensor:
-        return subtract(*(source.sample(name) for source in self.sources))
+        return _subtract(*(source.sample(name) for source in self.sources))
+
+
+def _subtract(student: Tensor, base: Tensor) -> Tensor:
+    # In half precision the small difference would be rounded to the spacing of the large weights.
+    return student.detach().float() - base.detach().to(student.device).float()
 
 
 def stamp_of(paths: Sequence[str]) -> Stamp:
     """The stamp of files as they are now; they are not opened."""
     states = [(path, os.stat(path)) for path in paths]
     return tuple((path, (s.st_dev, s.st_ino), (s.st_size, s.st_mtime_ns)) for path, s in states)
-
-
-# Opening
 
 
 def open_weights(path: str | os.PathLike[str], variant: str | None = None, *, allow_pickle: bool = False) -> Weights:
@@ -232,8 +220,8 @@ def opened(delta: Delta, what: str = "delta") -> Weights:
 def loaded_weights(model: Any) -> Weights | None:
     """The safetensors files on this machine that a model was loaded from; None where they are not known.
 
-    They are found by the load id that modular pipelines set, else by the folder or repository in the model's
-    configuration. This does not check whether the weights are still those of the files.
+    They are found by the load id that modular pipelines set, else by the model's configuration. This does not check
+    whether the weights are still those of the files.
     """
     load_id = getattr(model, "_diffusers_load_id", "null")
     named = {"pretrained_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None)}
@@ -250,12 +238,8 @@ def loaded_weights(model: Any) -> Weights | None:
         return None
 
 
-def read_recipe(delta: str | os.PathLike[str] | Weights) -> DeltaRecipe:
-    """The sampling settings that a delta names; fields it does not name are None.
-
-    Raises:
-        ValueError: the file cannot be read, or its settings make no sense.
-    """
+def read_recipe(delta: Delta) -> DeltaRecipe:
+    """The sampling settings that a delta names, else None; ValueError for files or settings that cannot be used."""
     weights = opened(delta)
     try:
         return DeltaRecipe.from_metadata(weights.metadata)
@@ -273,9 +257,6 @@ def _pickled(path: Path, allow_pickle: bool) -> Weights:
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     return MappingWeights(tensors, label=str(path))
-
-
-# Finding variants and shards
 
 
 def find_weights(folder: Path, variant: str | None = None) -> Path:
@@ -320,9 +301,6 @@ def _shards_of(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-# Names of other programs
-
-
 def is_lora(names: Iterable[str]) -> bool:
     """Whether tensors of these names are a LoRA's or those of a similar adapter (LoHa, LoKr)."""
     return any(_LORA.search(name) for name in names)
@@ -342,11 +320,7 @@ def named_as_model(weights: Weights, model_names: Iterable[str], config: Mapping
     short = {_PREFIXES.sub("", name): name for name in names}
     if not known.isdisjoint(short):
         return RenamedWeights(weights, short)
-    unet = {
-        name if name.startswith(_LDM_PREFIX) else _LDM_PREFIX + name: original
-        for name, original in short.items()
-        if name.startswith((_LDM_PREFIX, *_LDM_UNET))
-    }
+    unet = {_LDM_PREFIX + name: own for name, own in short.items() if name.startswith(_LDM_UNET) or _LDM_PREFIX in own}
     return RenamedWeights(weights, _from_latent_diffusion(unet, config, label)) if unet else weights
 
 
@@ -361,8 +335,8 @@ def named_alike(one: Weights, other: Weights, config: Mapping[str, Any]) -> tupl
 def _from_latent_diffusion(unet: dict[str, str], config: Mapping[str, Any], label: str) -> dict[str, str]:
     if "block_out_channels" not in config or "layers_per_block" not in config:
         raise ValueError(
-            f"{label} has original Latent Diffusion names, which only the UNet's configuration can translate; pass "
-            "config= with the UNet's configuration (on the command line --config with its folder)."
+            f"{label} has original Latent Diffusion names; to translate them pass config= with the UNet's "
+            "configuration (on the command line --config with its folder)."
         )
     # The converter counts the blocks, which a partial delta may leave out: give it a name in every block.
     count = len(config["block_out_channels"]) * (config["layers_per_block"] + 1)
@@ -376,8 +350,7 @@ def _from_latent_diffusion(unet: dict[str, str], config: Mapping[str, Any], labe
         translated, lost = {}, [f"{error} is missing"]
     if lost:
         raise ValueError(
-            f"{label} has Latent Diffusion names that are not this UNet's ({listed(lost)}); pass a delta that was "
-            "extracted from the same architecture."
+            f"{label} has Latent Diffusion names that are not this UNet's ({listed(lost)}); pass one of its family."
         )
     return {new: old for new, old in translated.items() if old}
 
@@ -385,9 +358,6 @@ def _from_latent_diffusion(unet: dict[str, str], config: Mapping[str, Any], labe
 def unet_names(names: Iterable[str]) -> set[str]:
     """Those names that a diffusers UNet may have, without prefixes."""
     return {short for name in names if _UNET.match(short := _PREFIXES.sub("", name))}
-
-
-# Tensors by name
 
 
 def identity_of(weights: Weights) -> str:
@@ -411,25 +381,14 @@ def mean_norm_scale(weights: Weights) -> float | None:
 
 def row_chunks(shape: Sequence[int], multiple: int = 1) -> list[tuple[int, int]]:
     """Ranges of rows, the first dimension, of about `multiple * CHUNK` values; without dimensions there is one row."""
-    if 0 in shape:
-        return []
-    if not shape:
-        return [(0, 1)]
-    step = multiple * max(1, CHUNK // torch.Size(shape[1:]).numel())
-    return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+    rows = shape[0] if shape else 1
+    step = multiple * max(1, CHUNK // max(1, torch.Size(shape[1:]).numel()))
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
     """A view of some rows; a tensor without dimensions is one row."""
     return tensor[start:stop] if tensor.dim() else tensor.view(1)
-
-
-def subtract(student: Tensor, base: Tensor) -> Tensor:
-    """`student - base` in float32, a new tensor of their common shape on the student's device.
-
-    Half precision would round the small difference to the spacing of the large weights.
-    """
-    return student.detach().float() - base.detach().to(student.device).float()
 
 
 def floating_entries(weights: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -441,10 +400,7 @@ def floating_entries(weights: nn.Module | Mapping[str, Tensor]) -> dict[str, Ten
 def describe_mismatch(
     given_shapes: Shapes, own_shapes: Shapes, *, given: str, expected: str, partial: bool = False
 ) -> str:
-    """How `given` differs from `expected` in keys and shapes, in one line; "" if it does not.
-
-    With `partial` given may leave keys out.
-    """
+    """How `given` differs from `expected` in keys and shapes, "" if it does not; `partial` may leave keys out."""
     missing = [] if partial else [name for name in own_shapes if name not in given_shapes]
     unexpected = [name for name in given_shapes if name not in own_shapes]
     misshapen = [

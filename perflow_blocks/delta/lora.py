@@ -26,19 +26,8 @@ from torch import Tensor
 from ..atomic_files import atomic_path
 from ..core import low_rank
 from ..core.windows import require_positive_int
+from . import files
 from .extract import save_delta
-from .files import (
-    WHOLE_NORM,
-    Delta,
-    Weights,
-    is_finite,
-    listed,
-    mean_norm_scale,
-    named_as_model,
-    opened,
-    read_recipe,
-    unet_names,
-)
 from .recipe import DeltaRecipe
 
 PREFIX = "unet."
@@ -80,10 +69,7 @@ class LoraLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraReport:
-    """The layers of a LoRA in the delta's order, and the size and squared norm of the residual.
-
-    A LoRA that was trained, not made from a delta, has no layers here. `str` gives one line of text.
-    """
+    """The layers of a LoRA made from a delta, in its order, and the residual's size and squared norm. Prints one line."""
 
     layers: tuple[LoraLayer, ...] = ()
     residual_parameters: int = 0
@@ -141,7 +127,7 @@ class DeltaLora:
 
 
 def delta_to_lora(
-    delta: Delta,
+    delta: files.Delta,
     *,
     rank: int | None = None,
     energy: float | None = None,
@@ -185,8 +171,8 @@ def delta_to_lora(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device!r} cannot be used here; pass 'cpu' or leave it out.") from error
-    given = opened(delta)
-    weights = named_as_model(given, unet_names(given.shapes), config or {})
+    given = files.opened(delta)
+    weights = files.named_as_model(given, files.unet_names(given.shapes), config or {})
     modules = _factorized_modules(weights, keep)
     lora: dict[str, Tensor] = {}
     residual: dict[str, Tensor] = {}
@@ -194,7 +180,7 @@ def delta_to_lora(
     residual_norm = 0.0
     for name in logging.tqdm(weights.shapes, desc="delta to LoRA", unit="tensor"):
         tensor = weights.tensor(name)
-        if not is_finite(tensor):
+        if not files.is_finite(tensor):
             raise ValueError(f"the delta is not finite ({name}); extract it again.")
         if name in modules:
             bound = max_rank if rank is None else rank
@@ -208,22 +194,24 @@ def delta_to_lora(
         raise ValueError("the delta changes no linear or convolution layer; merge it as it is.")
     numbers = sum(tensor.numel() for tensor in residual.values())
     report = LoraReport(layers=tuple(layers), residual_parameters=numbers, residual_squared_norm=residual_norm)
-    return DeltaLora(lora=lora, residual=residual, report=report, recipe=recipe or read_recipe(given))
+    return DeltaLora(lora=lora, residual=residual, report=report, recipe=recipe or files.read_recipe(given))
 
 
-def _factorized_modules(weights: Weights, keep: Sequence[str]) -> dict[str, str]:
+def _factorized_modules(weights: files.Weights, keep: Sequence[str]) -> dict[str, str]:
     """The modules to factorize by the key of their weight: the linear and convolution layers that are not kept."""
-    foreign = [name for name in weights.shapes if name not in unet_names([name])]
+    foreign = [name for name in weights.shapes if name not in files.unet_names([name])]
     if foreign:
-        raise ValueError(f"{len(foreign)} tensors are not weights of a UNet ({listed(foreign)}); pass a UNet's delta.")
+        raise ValueError(
+            f"{len(foreign)} tensors are not weights of a UNet ({files.listed(foreign)}); pass a UNet's delta."
+        )
     if isinstance(keep, str):
         raise ValueError(f"keep={keep!r} must be a list of patterns: keep=[{keep!r}].")
     shapes = {name: shape for name, shape in weights.shapes.items() if name.endswith(".weight") and 0 not in shape}
     modules = {name: name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) in (2, 4)}
     unmatched = [pattern for pattern in keep if not any(fnmatchcase(m, pattern) for m in modules.values())]
     if unmatched:
-        raise ValueError(f"keep={list(keep)}: {listed(unmatched)} matches no linear or convolution layer.")
-    if (mean_norm_scale(weights) or 0.0) > WHOLE_NORM:
+        raise ValueError(f"keep={list(keep)}: {files.listed(unmatched)} matches no linear or convolution layer.")
+    if (files.mean_norm_scale(weights) or 0.0) > files.WHOLE_NORM:
         raise ValueError(
             "these are a model's whole weights, not their difference from a base; pass a delta, such as what "
             "open_difference(it, base) or perflow extract gives."
@@ -271,7 +259,7 @@ def _factorize(
 
 def _stored(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     stored = tensor.detach().to("cpu", dtype, copy=True).contiguous()
-    if not is_finite(stored):
+    if not files.is_finite(stored):
         raise ValueError(f"{name} is too large for {dtype}; pass dtype=torch.float32.")
     return stored
 

@@ -17,6 +17,8 @@ from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS
 
 PREFIX = "perflow."
 
+_TEXT = ("prediction_type", "base_model", "base_sha256")
+
 ARCHITECTURE_KEY = PREFIX + "architecture"
 """In a file's metadata: `architecture_of` the model that the delta was extracted from."""
 
@@ -67,7 +69,11 @@ class DeltaRecipe:
             require_guidance(self.guidance_scale)
         if self.base_sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.base_sha256):
             raise ValueError(f"base_sha256={self.base_sha256!r} must be 64 hexadecimal digits, or None.")
-        timesteps = self._training_timesteps()
+        try:
+            schedule = self.noise_schedule()
+            timesteps = len(make_alphas_cumprod(**schedule)) if schedule else 1000
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"scheduler_config={self.scheduler_config!r} is not a noise schedule: {error}") from error
         for name in ("num_time_windows", "num_inference_steps"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= timesteps):
@@ -82,24 +88,14 @@ class DeltaRecipe:
                 f"window_boundaries={list(windows.boundaries)}; give one of the two."
             )
 
-    def _training_timesteps(self) -> int:
-        try:
-            schedule = self.noise_schedule()
-            return len(make_alphas_cumprod(**schedule)) if schedule else 1000
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"scheduler_config={self.scheduler_config!r} is not a noise schedule: {error}") from error
-
     def noise_schedule(self) -> dict[str, Any]:
         """What `scheduler_config` says about betas and training timesteps, as settings of a `PeRFlowScheduler`."""
         return noise_schedule_of(self.scheduler_config or {})
 
     def to_metadata(self) -> dict[str, str]:
         """The settings that are not None, as strings under "perflow." keys: text as it is, the others in JSON."""
-        return {
-            PREFIX + name: value if isinstance(value, str) else json.dumps(value)
-            for name, value in asdict(self).items()
-            if value is not None
-        }
+        given = {PREFIX + name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> DeltaRecipe:
@@ -108,18 +104,14 @@ class DeltaRecipe:
         Raises:
             ValueError: a value that cannot be read or is out of range.
         """
-        text = ("prediction_type", "base_model", "base_sha256")
         values: dict[str, Any] = {}
         for name in (field.name for field in fields(cls)):
             if (value := metadata.get(PREFIX + name)) is not None:
-                values[name] = value if name in text else _parsed(name, value)
-        return cls(**values)
-
-
-def _parsed(name: str, value: str) -> Any:
-    """The value of some JSON; whether it makes sense is checked with the recipe's other fields."""
-    try:
-        parsed = json.loads(value)
-        return tuple(float(entry) for entry in parsed) if name == "window_boundaries" else parsed
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{PREFIX}{name}={value!r} cannot be read ({error}); save the delta again.") from error
+                try:
+                    values[name] = value if name in _TEXT else json.loads(value)
+                except ValueError as error:
+                    raise ValueError(f"{name}={value!r} is not JSON ({error}); save the delta again.") from error
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"{values} holds a value of the wrong type ({error}); save the delta again.") from error
