@@ -85,10 +85,10 @@ def save_delta(
         ValueError: nothing to save, a type that cannot be stored, values that are not finite in it, a difference of
             equal models, or a path that cannot be written.
     """
-    name = str(dtype).removeprefix("torch.")
-    if name not in _TYPES:
+    kind = str(dtype).removeprefix("torch.")
+    if kind not in _TYPES:
         raise ValueError(f"dtype={dtype} must be one of {', '.join(_TYPES)}.")
-    code = name.replace("float", "F").upper().removesuffix("FN")  # as safetensors calls it: F8_E4M3, F16, BF16
+    code = kind.replace("float", "F").upper().removesuffix("FN")  # as safetensors calls it: F8_E4M3, F16, BF16
     weights = files.opened(delta)
     metadata = {"format": "pt", **(recipe or DeltaRecipe()).to_metadata()}
     if partial:

@@ -106,7 +106,7 @@ class MappingWeights(Weights):
 
 
 class FileWeights(Weights):
-    """A memory-mapped safetensors file, or a checkpoint's shards. They may be replaced or deleted, but not written to."""
+    """A memory-mapped safetensors file, or a checkpoint's shards, which may be replaced or deleted, not written to."""
 
     def __init__(self, paths: Sequence[Path], label: Path, variant: str | None = None, stamp: Stamp = ()) -> None:
         self.label, self.place = str(label), (os.path.realpath(label), variant)

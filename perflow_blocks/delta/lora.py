@@ -69,7 +69,7 @@ class LoraLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraReport:
-    """The layers of a LoRA made from a delta, in its order, and the residual's size and squared norm. Prints one line."""
+    """The layers of a LoRA of a delta, in its order, and the residual's size and squared norm; prints as text."""
 
     layers: tuple[LoraLayer, ...] = ()
     residual_parameters: int = 0
