@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -13,8 +13,7 @@ from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, KarrasD
 from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
-from ..core.noise_schedule import make_alphas_cumprod
-from ..core.noising import noise_coefficients
+from ..core.noise_schedule import alpha_at, make_alphas_cumprod
 from ..core.parameterization import (
     PREDICTION_TYPES,
     Scalar,
@@ -31,15 +30,13 @@ logger = logging.get_logger(__name__)
 NOISE_SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 """The settings that a PeRFlow student shares with the scheduler of the model it was distilled from."""
 
+NOISINGS = ("chord", "marginal")
+"""How `noise_coefficients` noises an image."""
+
 
 @dataclass
 class PeRFlowSchedulerOutput(BaseOutput):
-    """One step's result, both of the sample's shape and type.
-
-    Attributes:
-        prev_sample: (batch, channels, height, width), the sample at the end of the step, the next model input.
-        pred_original_sample: (batch, channels, height, width), the predicted clean sample, for previews.
-    """
+    """The sample at the end of a step, and the clean sample predicted there; both (batch, channels, height, width)."""
 
     prev_sample: Tensor
     pred_original_sample: Tensor
@@ -101,20 +98,21 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
                 f'for example PeRFlowScheduler.from_config(config, prediction_type="{PREDICTION_TYPES[0]}").'
             )
         boundaries = None if window_boundaries is None else tuple(map(float, window_boundaries))
-        self._settings: dict[str, Any] = {
-            "num_train_timesteps": num_train_timesteps,
-            "beta_start": beta_start,
-            "beta_end": beta_end,
-            "beta_schedule": beta_schedule,
-            "trained_betas": None if trained_betas is None else tuple(map(float, trained_betas)),
-            "set_alpha_to_one": set_alpha_to_one,
-            "num_time_windows": num_time_windows,
-            "window_boundaries": boundaries,
-            "t_noise": t_noise,
-            "t_clean": t_clean,
-        }
-        self._tables = _make_tables(**self._settings)
-        self.windows: TimeWindows = self._tables.windows
+        self.windows: TimeWindows = tile_windows(
+            num_windows=num_time_windows,
+            boundaries=boundaries,
+            t_noise=t_noise,
+            t_clean=t_clean,
+            num_train_timesteps=num_train_timesteps,
+        )
+        self._tables = _make_tables(
+            self.windows,
+            set_alpha_to_one,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            beta_schedule=beta_schedule,
+            trained_betas=None if trained_betas is None else tuple(map(float, trained_betas)),
+        )
         if boundaries is not None:  # a list and a matching count, so that the saved JSON reads back as it is
             self.register_to_config(window_boundaries=list(boundaries), num_time_windows=len(boundaries) - 1)
         self.alphas_cumprod: Tensor = self._tables.alphas_cumprod.float()
@@ -135,7 +133,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             scheduler: any diffusers scheduler with betas, its config, or None for the defaults of this class.
-            overrides: settings of this class that replace or add to those taken over.
+            overrides: settings of this class, which go before those taken over.
 
         Raises:
             ValueError: the source has no betas (a flow-matching scheduler), or the settings are invalid.
@@ -164,8 +162,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         """Makes the schedule: `timesteps` on the device, and `plan` with the coefficients of every step.
 
         Args:
-            num_inference_steps: number of steps, at least 1. Fewer than the windows are raised to one per window,
-                with a warning.
+            num_inference_steps: at least 1. Fewer than the windows are raised to one per window, with a warning.
             device: where `timesteps` shall lie.
             timesteps: instead of a number: descending integers in [1, num_train_timesteps] that include the start of
                 every window below the first of them.
@@ -178,8 +175,8 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         if not isinstance(num_inference_steps, int | None):  # NumPy's integers; anything else is refused
             num_inference_steps = require_positive_int("num_inference_steps", num_inference_steps)
         given = None if timesteps is None else _integers(timesteps)
-        plan = _make_plan(self.config["prediction_type"], num_inference_steps, given, **self._settings)
-        num_windows = len(self._tables.rows)
+        plan = _make_plan(self._tables, self.config["prediction_type"], num_inference_steps, given)
+        num_windows = self.windows.num_windows
         if num_inference_steps is not None and num_inference_steps < num_windows:
             logger.warning(
                 "num_inference_steps=%d is below num_time_windows=%d; %d steps are taken, one per window.",
@@ -196,17 +193,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         """The sample itself: the UNet of a PeRFlow model takes it unscaled."""
         return sample
 
-    @overload
-    def step(
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: Literal[True] = True
-    ) -> PeRFlowSchedulerOutput: ...
-    @overload
-    def step(
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: Literal[False]
-    ) -> tuple[Tensor, Tensor]: ...
-    def step(
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
-    ) -> PeRFlowSchedulerOutput | tuple[Tensor, Tensor]:
+    def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
         """One Euler step along the window's straight line, from `timestep` to the next one of the schedule.
 
         Args:
@@ -214,7 +201,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
             timestep: one of `timesteps`, as a number or a tensor of one element. A tensor on an accelerator is
                 compared there, without reading it back; if the schedule does not hold it, the result is nan.
             sample: the sample at `timestep`, of the prediction's shape and any floating type.
-            return_dict: return a `PeRFlowSchedulerOutput` rather than the tuple of its two fields.
+            return_dict: return a `PeRFlowSchedulerOutput`, else the tuple of its two fields.
 
         Raises:
             ValueError: no schedule yet, or a timestep (readable on the host) that is not in it.
@@ -248,11 +235,25 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         return apply_step(original_samples, noise, *chord_marginal_coefficients(self.get_window_alpha(t), t))
 
     def noise_coefficients(self, plan: StepPlan, noising: str = "chord") -> Tensor:
-        """(P, Q) of `P x0 + Q noise` at each step of a plan of this scheduler and at its end: (len(plan) + 1, 2).
+        """(P, Q) of `P x0 + Q noise` where each step of a plan starts and where the last one ends.
 
-        float64 on the host; (1, 0) where the plan ends at the end of the last window. See `core.noising`.
+        `chord` is the student's path, the straight line between the marginals at a window's ends; `marginal` is the
+        diffusion marginal at the time itself. At the end of the last window the image stays as it is: (1, 0).
+        The result is (len(plan) + 1, 2), float64 on the host.
         """
-        return noise_coefficients(plan, self._tables.rows, self._tables.alphas_cumprod, noising=noising)
+        if noising not in NOISINGS:
+            raise ValueError(f"noising={noising!r} must be one of {', '.join(NOISINGS)}.")
+        rows, pairs = self._tables.rows, list[Sequence[Scalar]]()
+        times = (*plan.times, plan.next_times[-1])
+        for t, k in zip(times, (*plan.window_index, plan.window_index[-1]), strict=True):
+            if t <= rows[-1].end:
+                pairs.append((1.0, 0.0))
+            elif noising == "chord":
+                pairs.append(chord_marginal_coefficients(rows[k], t))
+            else:
+                alpha = alpha_at(self._tables.alphas_cumprod, t)
+                pairs.append((alpha**0.5, (1.0 - alpha) ** 0.5))
+        return torch.tensor(pairs, dtype=torch.float64)
 
     def plan_from(self, t: float, plan: StepPlan) -> StepPlan:
         """The plan of a run that begins at time t in (0, 1]: a first step from t, then the steps of `plan` below it.
@@ -266,11 +267,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         return self.plan
 
     def get_window_alpha(self, t: Scalar) -> WindowAlpha:
-        """`(start, end, gamma, alpha_start, alpha_end)` of the window of each continuous time in [0, 1].
-
-        Numbers for a number, tensors of t's shape and device for a floating tensor. `gamma` is
-        sqrt(alpha_start / alpha_end).
-        """
+        """The window of each continuous time in [0, 1]: numbers for a number, tensors like t for a floating tensor."""
         return window_alpha(self.windows, self._tables.rows, t)
 
     def _step_coefficients(self, timestep: float | Tensor) -> Sequence[Scalar]:
@@ -281,13 +278,9 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
             table, timesteps = self._coefficients.to(timestep.device), self.timesteps.to(timestep.device)
             return select_row(table, timesteps, timestep).unbind()
-        value = timestep
-        if isinstance(timestep, Tensor):
-            if timestep.numel() != 1:
-                raise ValueError(
-                    f"timestep of shape {tuple(timestep.shape)} must be one timestep for the whole batch."
-                )
-            value = timestep.reshape(1).tolist()[0]
+        if isinstance(timestep, Tensor) and timestep.numel() != 1:
+            raise ValueError(f"timestep of shape {tuple(timestep.shape)} must be one timestep for the whole batch.")
+        value = timestep.reshape(1).tolist()[0] if isinstance(timestep, Tensor) else timestep
         if value not in plan.timesteps:
             raise ValueError(
                 f"timestep={value} must be in the schedule {list(plan.timesteps)}; call set_timesteps for another one."
@@ -296,8 +289,9 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         return plan.sample_coeff[i], plan.output_coeff[i], plan.x0_sample_coeff[i], plan.x0_output_coeff[i]
 
 
-class _Tables(NamedTuple):
-    """What plans are made from: the windows, abar in float64 of shape (T,), and the numbers of each window."""
+@dataclass(frozen=True, eq=False)
+class _Tables:
+    """What plans are made from: the windows, abar (T,) in float64, and the numbers of each window."""
 
     windows: TimeWindows
     alphas_cumprod: Tensor
@@ -307,24 +301,9 @@ class _Tables(NamedTuple):
 
 # Both are cached, since pipelines set the same schedule again at every call. The tensor is never written to.
 @functools.lru_cache(maxsize=32, typed=True)
-def _make_tables(
-    *,
-    num_time_windows: int,
-    window_boundaries: tuple[float, ...] | None,
-    t_noise: float,
-    t_clean: float,
-    set_alpha_to_one: bool,
-    **noise_schedule: Any,
-) -> _Tables:
+def _make_tables(windows: TimeWindows, set_alpha_to_one: bool, **noise_schedule: Any) -> _Tables:
     with torch.device("cpu"):
-        alphas_cumprod = make_alphas_cumprod(**noise_schedule)
-    windows = tile_windows(
-        num_windows=num_time_windows,
-        boundaries=window_boundaries,
-        t_noise=t_noise,
-        t_clean=t_clean,
-        num_train_timesteps=len(alphas_cumprod),
-    )
+        alphas_cumprod = make_alphas_cumprod(num_train_timesteps=windows.num_train_timesteps, **noise_schedule)
     final_alpha_cumprod = 1.0 if set_alpha_to_one else float(alphas_cumprod[0])
     rows = window_table(windows, alphas_cumprod, final_alpha_cumprod=final_alpha_cumprod)
     return _Tables(windows, alphas_cumprod, final_alpha_cumprod, rows)
@@ -332,16 +311,16 @@ def _make_tables(
 
 @functools.lru_cache(maxsize=128, typed=True)
 def _make_plan(
-    prediction_type: str, num_steps: int | None, timesteps: tuple[int, ...] | None, **settings: Any
+    tables: _Tables, prediction_type: str, num_steps: int | None, timesteps: tuple[int, ...] | None
 ) -> StepPlan:
     """The plan for the given timesteps, or for a number of steps (at least one per window)."""
-    windows, _, _, rows = _make_tables(**settings)
+    windows = tables.windows
     if timesteps is not None:
         times = tuple(timestep / windows.num_train_timesteps for timestep in timesteps)
     else:
         wanted = require_positive_int("num_inference_steps", num_steps)
         times = windows.distribute_steps(max(wanted, windows.num_windows))
-    return build_step_plan(windows, rows, prediction_type, times)
+    return build_step_plan(windows, tables.rows, prediction_type, times)
 
 
 def _integers(timesteps: Sequence[int] | Tensor) -> tuple[int, ...]:
