@@ -21,32 +21,20 @@ from .strategies import AttentionStrategy, get_attention_strategy
 KINDS = ("self", "cross")
 """What an attention module sees: the image itself, or the prompt."""
 
-COMPONENTS = ("unet", "controlnet")
-"""The components of a pipeline whose attention a plan is about."""
-
 PlanLike = str | Mapping[str, str] | Sequence[str]
 """A strategy's name, for all modules; or kinds and patterns with a name each, as a mapping or "key=name" strings."""
 
 
 class AttentionPlace(NamedTuple):
-    """An attention module, and where it is.
+    """An attention module `attn` of a `model`, and where it is."""
 
-    Attributes:
-        component: the pipeline's name for the component, such as "controlnet".
-        label: the same, with the number of the model where there are several: "controlnet.nets.0".
-        name: the module's name in the model, such as "mid_block.attentions.0.transformer_blocks.0.attn1".
-        kind: "self" or "cross".
-        attn, model: the module, and the model that it is part of.
-        compiled: whether `torch.compile` wrapped the model.
-    """
-
-    component: str
-    label: str
-    name: str
+    component: str  # the pipeline's name for the model, such as "controlnet"
+    label: str  # the same, with the number of the model where there are several: "controlnet.nets.0"
+    name: str  # in the model, such as "mid_block.attentions.0.transformer_blocks.0.attn1"
     kind: str
     attn: Any = None
     model: Any = None
-    compiled: bool = False
+    compiled: bool = False  # whether `torch.compile` wrapped the model
 
     @property
     def full_name(self) -> str:
@@ -77,7 +65,7 @@ class AttentionPlan:
 
     def check(self, places: Sequence[AttentionPlace], components: Iterable[str]) -> None:
         """Raises a ValueError for a pattern that matches no module, unless it is about a component not in use now."""
-        absent = tuple(name for name in COMPONENTS if name not in set(components))
+        absent = tuple({"unet", "controlnet"} - set(components))
         for pattern in self.entries:
             known = pattern in KINDS or pattern.startswith(absent)
             if not known and not any(place.matches(pattern) for place in places):
@@ -87,12 +75,6 @@ class AttentionPlan:
 
 def parse_plan(plan: PlanLike | None) -> AttentionPlan | None:
     """The plan; None if nothing is asked for.
-
-    Example:
-        >>> parse_plan({"mid_block.*": "native", "self": "sliced"}).as_list()
-        ['self=sliced', 'mid_block.*=native']
-        >>> parse_plan("sliced").as_list()
-        ['self=sliced', 'cross=sliced']
 
     Raises:
         ValueError: another type; a key that is neither a kind nor a pattern of module names; an unknown strategy.
@@ -124,8 +106,7 @@ def parse_plan(plan: PlanLike | None) -> AttentionPlan | None:
 class AttentionReport:
     """What each attention module was asked to run and ran; `str()` gives a table, one line for modules that are alike.
 
-    Attributes:
-        rows: one for each module, in the models' order.
+    `rows` has an entry for each module, in the models' order.
     """
 
     rows: tuple[AttentionRecord, ...]
@@ -150,8 +131,8 @@ class AttentionConfig(ConfigMixin):
     """Which attention strategy each attention module of UNet and ControlNets uses.
 
     A plan is a strategy's name, for all modules (`"sliced"`); or a mapping of kinds (`"self"`, `"cross"`) and patterns
-    of module names to strategies' names; or the same as a list of "key=name" strings. Kinds say the default, patterns
-    overrule them, and the last pattern wins. A pattern is a glob such as "up_blocks.*.attn1", with or without the
+    of module names to strategies' names; or the same as a list of "key=name" strings. None is no plan. Patterns
+    overrule kinds, and the last pattern wins. A pattern is a glob such as "up_blocks.*.attn1", with or without the
     component in front ("unet.mid_block.*", "controlnet.*"). Modules that a plan says nothing of stay as they are, and
     so do those whose processor is not diffusers' plain one, such as an IP-Adapter's.
 
@@ -163,9 +144,6 @@ class AttentionConfig(ConfigMixin):
         >>> pipe.update_components(attention=AttentionConfig({"self": "sliced", "cross": "native"}))
         >>> images = pipe(prompt="a red star", output="images")
         >>> print(pipe.attention.report())
-
-    Args:
-        plan: the plan; None for none.
 
     Raises:
         ValueError: a plan of another form; a key that is neither kind nor pattern; an unknown strategy.
@@ -245,11 +223,13 @@ class AttentionConfig(ConfigMixin):
 
     def report(self) -> AttentionReport:
         """What each attention module was asked to run and ran, since the last `reset`; `print` shows a table."""
-        compiled = {part for model, whole in self._models.items() for part in _compiled_parts(model, whole)}
-        rows = [
-            replace(record, counts=record.counts.copy(), compiled=attn in compiled)
-            for attn, record in self._records.items()
-        ]
+        compiled = set[nn.Module]()
+        for model, whole in self._models.items():
+            for module in model.modules():
+                if whole or is_compiled_module(module) or module._compiled_call_impl is not None:  # module.compile()
+                    compiled.update(module.modules())
+        records = self._records.items()
+        rows = (replace(record, counts=record.counts.copy(), compiled=attn in compiled) for attn, record in records)
         return AttentionReport(tuple(rows))
 
     def reset(self) -> None:
@@ -305,13 +285,6 @@ def _places(models: Mapping[str, nn.Module]) -> Iterator[AttentionPlace]:
                     seen.add(attn)
                     kind = "cross" if attn.is_cross_attention else "self"
                     yield AttentionPlace(component, label, name, kind, attn, model, compiled)
-
-
-def _compiled_parts(model: nn.Module, whole: bool) -> Iterator[nn.Module]:
-    """The modules that run inside compiled code."""
-    for module in model.modules():
-        if whole or is_compiled_module(module) or module._compiled_call_impl is not None:  # set by module.compile()
-            yield from module.modules()
 
 
 def _plain(processor: Any) -> Any:

@@ -18,15 +18,11 @@ from .step_plan import apply_step
 
 
 class StudentExample(NamedTuple):
-    """One batch for the student.
+    """One batch for the student."""
 
-    `sample` is z_t on the chord, (batch, channels, height, width); `timestep` is what the UNet is given, t * T,
-    (batch,) float32; `target` is the output that leads from z_s to z_e, of the sample's shape.
-    """
-
-    sample: Tensor
-    timestep: Tensor
-    target: Tensor
+    sample: Tensor  # z_t on the chord, (batch, channels, height, width)
+    timestep: Tensor  # what the UNet is given, t * T, (batch,) float32
+    target: Tensor  # the output that leads from z_s to z_e, of the sample's shape
 
 
 def make_student_example(
