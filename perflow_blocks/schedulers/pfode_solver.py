@@ -147,16 +147,16 @@ class PFODESolver:
                 With None each row's own t_start and t_end decide, for windows of unequal lengths.
         """
         _check_conditions(len(latents), positive, negative, guidance_scale)
-        start, end = _times(t_start, t_end, latents)
+        _check_times(t_start, t_end)
+        start, end = _rows("t_start", t_start, latents), _rows("t_end", t_end, latents)
         stride = self._stride(num_steps, num_windows)
         guider = None
         if guidance_scale > 1.0 and negative is not None:
             positive, guider = positive.join(negative), _guider(guidance_scale=guidance_scale)
         alphas = self._alphas.to(latents.device)
         for k in range(num_steps):
-            index = self._index(start + (end - start) * (k / num_steps))
-            own = start + (end - start) * ((k + 1) / num_steps)
-            following = self._index(own) if stride is None else index - stride
+            index, own = (self._index(start + (end - start) * (step / num_steps)) for step in (k, k + 1))
+            following = own if stride is None else index - stride
             index = index.clamp(0, self.num_train_timesteps - 1)
             output = _predict(unet, latents, index, positive, guider)
             alpha, alpha_next = alphas[index + 1], alphas[following.clamp(min=-1) + 1]
@@ -260,17 +260,18 @@ def _check_conditions(
         )
 
 
-def _times(t_start: float | Tensor, t_end: float | Tensor, latents: Tensor) -> list[Tensor]:
-    """Start and end of each row, (batch,) float32 on the latents' device."""
-    rows = [torch.as_tensor(t, dtype=torch.float32, device=latents.device) for t in (t_start, t_end)]
-    for name, t in zip(("t_start", "t_end"), rows, strict=True):
-        if t.ndim > 1 or t.numel() not in (1, len(latents)):
-            raise ValueError(f"{name} of shape {tuple(t.shape)} must be one time, or one for each row of the latents.")
+def _rows(name: str, t: float | Tensor, latents: Tensor) -> Tensor:
+    """The time of each row, float32 of shape (batch,) on the latents' device."""
+    rows = torch.as_tensor(t, dtype=torch.float32, device=latents.device)
+    if rows.ndim > 1 or rows.numel() not in (1, len(latents)):
+        raise ValueError(f"{name} of shape {tuple(rows.shape)} must be one time, or one for each of the latents.")
+    return rows.expand(len(latents))
+
+
+def _check_times(t_start: float | Tensor, t_end: float | Tensor) -> None:
+    """Checks times that lie on the host; reading a tensor back from a device would stall it."""
     if any(isinstance(t, Tensor) and t.device.type != "cpu" for t in (t_start, t_end)):
-        return [t.expand(len(latents)) for t in rows]  # reading times back from a device would stall it
+        return
     start, end = torch.as_tensor(t_start), torch.as_tensor(t_end)
     if not bool(((0.0 <= end) & (end < start) & (start <= 1.0)).all()):
-        raise ValueError(
-            f"{t_start=} and {t_end=} must be continuous times with 0 <= t_end < t_start <= 1 in every row."
-        )
-    return [t.expand(len(latents)) for t in rows]
+        raise ValueError(f"{t_start=} and {t_end=} must be times with 0 <= t_end < t_start <= 1 in every row.")
