@@ -30,6 +30,10 @@ logger = logging.get_logger(__name__)
 NOISE_SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 """The settings that a PeRFlow student shares with the scheduler of the model it was distilled from."""
 
+# Cached, since pipelines set the same schedule again at every call. The tensors are never written to.
+_cached_alphas = functools.lru_cache(maxsize=32, typed=True)(make_alphas_cumprod)
+_cached_plan = functools.lru_cache(maxsize=128)(build_step_plan)
+
 NOISINGS = ("chord", "marginal")
 """How `noise_coefficients` noises an image."""
 
@@ -105,18 +109,19 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
             t_clean=t_clean,
             num_train_timesteps=num_train_timesteps,
         )
-        self._tables = _make_tables(
-            self.windows,
-            set_alpha_to_one,
-            beta_start=beta_start,
-            beta_end=beta_end,
-            beta_schedule=beta_schedule,
-            trained_betas=None if trained_betas is None else tuple(map(float, trained_betas)),
-        )
+        with torch.device("cpu"):
+            self._alphas = _cached_alphas(
+                num_train_timesteps=num_train_timesteps,
+                beta_start=beta_start,
+                beta_end=beta_end,
+                beta_schedule=beta_schedule,
+                trained_betas=None if trained_betas is None else tuple(map(float, trained_betas)),
+            )
+        self.alphas_cumprod: Tensor = self._alphas.float()
+        self.final_alpha_cumprod: float = 1.0 if set_alpha_to_one else float(self._alphas[0])
+        self._rows = window_table(self.windows, self._alphas, final_alpha_cumprod=self.final_alpha_cumprod)
         if boundaries is not None:  # a list and a matching count, so that the saved JSON reads back as it is
             self.register_to_config(window_boundaries=list(boundaries), num_time_windows=len(boundaries) - 1)
-        self.alphas_cumprod: Tensor = self._tables.alphas_cumprod.float()
-        self.final_alpha_cumprod: float = self._tables.final_alpha_cumprod
         self.plan: StepPlan | None = None
         self.num_inference_steps: int | None = None
         self.timesteps: Tensor = torch.arange(num_train_timesteps, 0, -1)
@@ -172,18 +177,18 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError(f"pass exactly one of {num_inference_steps=} and {timesteps=}.")
-        if not isinstance(num_inference_steps, int | None):  # NumPy's integers; anything else is refused
-            num_inference_steps = require_positive_int("num_inference_steps", num_inference_steps)
-        given = None if timesteps is None else _integers(timesteps)
-        plan = _make_plan(self._tables, self.config["prediction_type"], num_inference_steps, given)
-        num_windows = self.windows.num_windows
-        if num_inference_steps is not None and num_inference_steps < num_windows:
-            logger.warning(
-                "num_inference_steps=%d is below num_time_windows=%d; %d steps are taken, one per window.",
-                num_inference_steps,
-                num_windows,
-                num_windows,
-            )
+        windows = self.windows
+        if timesteps is not None:
+            times = tuple(timestep / windows.num_train_timesteps for timestep in _integers(timesteps))
+        else:
+            wanted = require_positive_int("num_inference_steps", num_inference_steps)
+            if wanted < windows.num_windows:
+                raised = f"{windows.num_windows} steps are taken, one per window"
+                logger.warning(
+                    f"num_inference_steps={wanted} is below num_time_windows={windows.num_windows}; {raised}."
+                )
+            times = windows.distribute_steps(max(wanted, windows.num_windows))
+        plan = _cached_plan(windows, self._rows, self.config["prediction_type"], times)
         self.plan = plan
         self.num_inference_steps = len(plan)
         self.timesteps = torch.tensor(plan.timesteps, dtype=torch.long).to(device)
@@ -243,7 +248,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         """
         if noising not in NOISINGS:
             raise ValueError(f"noising={noising!r} must be one of {', '.join(NOISINGS)}.")
-        rows, pairs = self._tables.rows, list[Sequence[Scalar]]()
+        rows, pairs = self._rows, list[Sequence[Scalar]]()
         times = (*plan.times, plan.next_times[-1])
         for t, k in zip(times, (*plan.window_index, plan.window_index[-1]), strict=True):
             if t <= rows[-1].end:
@@ -251,7 +256,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
             elif noising == "chord":
                 pairs.append(chord_marginal_coefficients(rows[k], t))
             else:
-                alpha = alpha_at(self._tables.alphas_cumprod, t)
+                alpha = alpha_at(self._alphas, t)
                 pairs.append((alpha**0.5, (1.0 - alpha) ** 0.5))
         return torch.tensor(pairs, dtype=torch.float64)
 
@@ -268,7 +273,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
 
     def get_window_alpha(self, t: Scalar) -> WindowAlpha:
         """The window of each continuous time in [0, 1]: numbers for a number, tensors like t for a floating tensor."""
-        return window_alpha(self.windows, self._tables.rows, t)
+        return window_alpha(self.windows, self._rows, t)
 
     def _step_coefficients(self, timestep: float | Tensor) -> Sequence[Scalar]:
         """A, B, C, D of a timestep: numbers if it lies on the host, else elements of the table on the device."""
@@ -287,40 +292,6 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
             )
         i = plan.timesteps.index(value)
         return plan.sample_coeff[i], plan.output_coeff[i], plan.x0_sample_coeff[i], plan.x0_output_coeff[i]
-
-
-@dataclass(frozen=True, eq=False)
-class _Tables:
-    """What plans are made from: the windows, abar (T,) in float64, and the numbers of each window."""
-
-    windows: TimeWindows
-    alphas_cumprod: Tensor
-    final_alpha_cumprod: float
-    rows: tuple[WindowAlpha, ...]
-
-
-# Both are cached, since pipelines set the same schedule again at every call. The tensor is never written to.
-@functools.lru_cache(maxsize=32, typed=True)
-def _make_tables(windows: TimeWindows, set_alpha_to_one: bool, **noise_schedule: Any) -> _Tables:
-    with torch.device("cpu"):
-        alphas_cumprod = make_alphas_cumprod(num_train_timesteps=windows.num_train_timesteps, **noise_schedule)
-    final_alpha_cumprod = 1.0 if set_alpha_to_one else float(alphas_cumprod[0])
-    rows = window_table(windows, alphas_cumprod, final_alpha_cumprod=final_alpha_cumprod)
-    return _Tables(windows, alphas_cumprod, final_alpha_cumprod, rows)
-
-
-@functools.lru_cache(maxsize=128, typed=True)
-def _make_plan(
-    tables: _Tables, prediction_type: str, num_steps: int | None, timesteps: tuple[int, ...] | None
-) -> StepPlan:
-    """The plan for the given timesteps, or for a number of steps (at least one per window)."""
-    windows = tables.windows
-    if timesteps is not None:
-        times = tuple(timestep / windows.num_train_timesteps for timestep in timesteps)
-    else:
-        wanted = require_positive_int("num_inference_steps", num_steps)
-        times = windows.distribute_steps(max(wanted, windows.num_windows))
-    return build_step_plan(windows, tables.rows, prediction_type, times)
 
 
 def _integers(timesteps: Sequence[int] | Tensor) -> tuple[int, ...]:
