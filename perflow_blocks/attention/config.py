@@ -24,6 +24,9 @@ KINDS = ("self", "cross")
 PlanLike = str | Mapping[str, str] | Sequence[str]
 """A strategy's name, for all modules; or kinds and patterns with a name each, as a mapping or "key=name" strings."""
 
+Device = Callable[[], torch.device]
+"""Gives the device where models will run. Called as rarely as can be: pipelines look through all modules for it."""
+
 
 class AttentionPlace(NamedTuple):
     """An attention module `attn` of a `model`, and where it is."""
@@ -88,15 +91,12 @@ def parse_plan(plan: PlanLike | None) -> AttentionPlan | None:
             entries.pop(key.strip(), None)  # a key that comes again counts at its last place
             entries[key.strip()] = name.strip()
     if not isinstance(entries, Mapping):
-        raise ValueError(
-            f"attention plan={plan!r} must be a strategy's name, a mapping such as "
-            '{"self": "sliced", "mid_block.*": "native"}, or a list such as ["self=sliced", "mid_block.*=native"].'
-        )
+        forms = 'a mapping such as {"self": "sliced", "mid_block.*": "native"}, or a list such as ["self=sliced"]'
+        raise ValueError(f"attention plan={plan!r} must be a strategy's name, {forms}.")
     for key, name in entries.items():
         if key not in KINDS and not any(character in str(key) for character in ".*?["):
-            raise ValueError(
-                f"attention plan: the key {key!r} must be 'self', 'cross' or a pattern such as 'mid_block.*'."
-            )
+            allowed = "'self', 'cross' or a pattern such as 'mid_block.*'"
+            raise ValueError(f"attention plan: the key {key!r} must be {allowed}.")
         get_attention_strategy(name)
     ordered = sorted(entries.items(), key=lambda entry: entry[0] not in KINDS)
     return AttentionPlan(dict(ordered)) if entries else None
@@ -123,10 +123,6 @@ class AttentionReport:
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-_LOAD_ID = "_diffusers_load_id"
-"""Where `ComponentSpec.create` marks what a pipeline made by itself."""
-
-
 class AttentionConfig(ConfigMixin):
     """Which attention strategy each attention module of UNet and ControlNets uses.
 
@@ -150,7 +146,8 @@ class AttentionConfig(ConfigMixin):
     """
 
     config_name = "attention_config.json"
-    # There are no weights to load: without this mark on those that users make, update_components warns.
+    # There are no weights to load: without this mark on those that users make, update_components warns. On those that
+    # a pipeline makes by itself, ComponentSpec.create sets it.
     _diffusers_load_id: str = "null"
 
     def __init__(self, plan: PlanLike | None = None) -> None:
@@ -164,8 +161,8 @@ class AttentionConfig(ConfigMixin):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy has the plan, and has attached and counted nothing."""
-        made_by_pipeline = {_LOAD_ID: vars(self)[_LOAD_ID]} if _LOAD_ID in vars(self) else None
-        return type(self), (self.config.plan,), made_by_pipeline
+        made_by_pipeline = {key: value for key, value in vars(self).items() if key == "_diffusers_load_id"}
+        return type(self), (self.config.plan,), made_by_pipeline or None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config.plan})"
@@ -186,18 +183,9 @@ class AttentionConfig(ConfigMixin):
         self.establish(self._plan, models, device=None if device is None else lambda: torch.device(device))
 
     def establish(
-        self,
-        plan: AttentionPlan | None,
-        models: Mapping[str, nn.Module],
-        *,
-        device: Callable[[], torch.device] | None = None,
+        self, plan: AttentionPlan | None, models: Mapping[str, nn.Module], *, device: Device | None = None
     ) -> None:
-        """Puts any plan into effect, as `attach` does with this one's. None takes out what is attached.
-
-        Args:
-            device: gives the device where the models will run. Called only for a strategy that was not checked yet,
-                since pipelines and models look through all their modules for it.
-        """
+        """Puts any plan into effect, as `attach` does with this one's. None takes out what is attached."""
         places = list(_places(models))
         if plan is not None:
             plan.check(places, models)
@@ -211,10 +199,9 @@ class AttentionConfig(ConfigMixin):
             _restore_spares(model)
 
     def detach(self) -> None:
-        """Gives all modules of the models that this component has seen the processors back that they had.
+        """Gives all modules that this component has changed the processors back that they had.
 
-        A pipeline whose configuration names a plan attaches again at its next call; `update_components(
-        attention_plan=None)` ends that.
+        A pipeline attaches again at its next call, unless `update_components(attention_plan=None)` ends that.
         """
         for attn in self._records:
             _set_processor(attn, None)
@@ -242,16 +229,15 @@ class AttentionConfig(ConfigMixin):
 
         A component that a pipeline made by itself, without a plan, brings none.
         """
-        made_by_pipeline = _LOAD_ID in vars(self)  # set by ComponentSpec.create
         is_taken = self._taken.get(pipeline) is pipeline._component_specs["attention"]
-        return not is_taken and not (made_by_pipeline and self._plan is None)
+        return not is_taken and not ("_diffusers_load_id" in vars(self) and self._plan is None)
 
     def remember(self, pipeline: Any) -> None:
         """Notes that the pipeline has taken the plan into its own configuration, which says what runs from now on."""
         self._taken[pipeline] = pipeline._component_specs["attention"]  # update_components makes a new one each time
 
     def _change(
-        self, plan: AttentionPlan | None, place: AttentionPlace, device: Callable[[], torch.device] | None
+        self, plan: AttentionPlan | None, place: AttentionPlace, device: Device | None
     ) -> tuple[str | None, str | None, AttentionStrategy | None]:
         """What the plan asks for at a module, why that is not done, and the strategy to use."""
         attn, model = place.attn, place.model

@@ -58,10 +58,8 @@ def make_alphas_cumprod(
             case _:
                 raise ValueError(f"beta_schedule={beta_schedule!r} must be one of {', '.join(BETA_SCHEDULES)}.")
     if not bool(((betas > 0) & (betas < 1)).all()):
-        raise ValueError(
-            f"betas must lie strictly between 0 and 1, but run from {betas.min():.3g} to {betas.max():.3g}; "
-            "check beta_start, beta_end and trained_betas."
-        )
+        given = f"betas from {betas.min():.3g} to {betas.max():.3g}"
+        raise ValueError(f"{given} must be within (0, 1); check beta_start, beta_end and trained_betas.")
     return torch.cumprod(1.0 - betas, dim=0)
 
 

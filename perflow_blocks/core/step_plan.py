@@ -145,10 +145,8 @@ def _check_timesteps(timesteps: Sequence[int], windows: TimeWindows) -> None:
         raise ValueError("timesteps=[] must hold at least one timestep per time window.")
     for current, following in itertools.pairwise(timesteps):
         if following >= current:
-            raise ValueError(
-                f"timesteps must be strictly descending, but {current} is followed by {following}; "
-                f"list each timestep once, or ask for fewer than {len(timesteps)} steps."
-            )
+            fault = f"{current} is followed by {following}; ask for fewer than {len(timesteps)} steps"
+            raise ValueError(f"timesteps must be strictly descending, but {fault}, or list each timestep once.")
     total = windows.num_train_timesteps
     highest = truncated_timestep(windows.boundaries[0], total)
     lowest = truncated_timestep(windows.boundaries[-1], total) + 1
@@ -158,7 +156,5 @@ def _check_timesteps(timesteps: Sequence[int], windows: TimeWindows) -> None:
     needed = [truncated_timestep(start, total) for start in windows.starts]
     missing = [start for start in needed if start < timesteps[0] and start not in timesteps]
     if missing:
-        raise ValueError(
-            f"timesteps must include the window starts below {timesteps[0]}, since no step may leave its window; "
-            f"insert {', '.join(map(str, missing))}."
-        )
+        needed_too = ", ".join(map(str, missing))
+        raise ValueError(f"timesteps must include the window starts below {timesteps[0]}; insert {needed_too}.")

@@ -1,7 +1,6 @@
 """A large plane cut into overlapping tiles of one size, and put together again without seams.
 
-Each piece is faded in over the pieces before it. So every point of the result is a weighted mean of the pieces that
-cover it, with weights of at least 0 that sum to 1: where all pieces agree, the result is exactly what they agree on.
+Every point of the result is a weighted mean of the pieces that cover it: where they agree, it is exactly that value.
 """
 
 from __future__ import annotations
@@ -50,10 +49,7 @@ class Tiling:
         return tensor.narrow(-2, k * top, k * self.rows.size).narrow(-1, k * left, k * self.columns.size)
 
     def blend(self, piece_at: Callable[[int, int], Tensor]) -> Tensor:
-        """The plane (..., rows, columns) made of the pieces (..., size, size) that `piece_at(top, left)` gives.
-
-        It is called once for each tile, row by row. Nothing crosses between host and device.
-        """
+        """The plane (..., rows, columns) made of the pieces (..., size, size) of `piece_at(top, left)`, row by row."""
         bands = (
             _lay((piece_at(top, left) for left in self.columns.starts), self.columns, -1) for top in self.rows.starts
         )

@@ -41,10 +41,8 @@ class TimeWindows:
             raise ValueError(f"window_boundaries={self.boundaries} must be times in [0, 1].")
         narrowest = min(start - end for start, end in zip(self.starts, self.ends, strict=True))
         if narrowest * self.num_train_timesteps < 1.0 - 1e-6:
-            raise ValueError(
-                f"window_boundaries={self.boundaries} must be strictly descending, by at least one of "
-                f"{self.num_train_timesteps} timesteps; sort them from 1 to 0 and drop repeated ones."
-            )
+            rule = f"strictly descending, by at least one of {self.num_train_timesteps} timesteps"
+            raise ValueError(f"window_boundaries={self.boundaries} must be {rule}.")
 
     @classmethod
     def equal(
@@ -103,10 +101,7 @@ def tile_windows(
     t_clean: float = 0.0,
     num_train_timesteps: int = 1000,
 ) -> TimeWindows:
-    """Windows from settings: `boundaries` if given (they decide the number), else `num_windows` equal ones.
-
-    Boundaries that do not run from `t_noise` to `t_clean`, or do not describe windows, are a ValueError.
-    """
+    """Windows by `boundaries` from `t_noise` to `t_clean` (a ValueError if not), else `num_windows` equal ones."""
     if boundaries is None:
         return TimeWindows.equal(
             num_windows, t_noise=t_noise, t_clean=t_clean, num_train_timesteps=num_train_timesteps

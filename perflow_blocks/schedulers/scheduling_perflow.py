@@ -59,8 +59,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         num_train_timesteps: training timesteps T; the timestep T is pure noise.
-        beta_start: the first beta, in (0, 1).
-        beta_end: the last beta, in (0, 1).
+        beta_start, beta_end: the first and the last beta, in (0, 1).
         beta_schedule: `linear`, `scaled_linear` or `squaredcos_cap_v2`.
         trained_betas: T betas that replace the schedule above.
         set_alpha_to_one: end the last window at abar = 1 instead of `alphas_cumprod[0]`, which published models use.
@@ -68,12 +67,10 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         num_time_windows: number of equal windows the model was distilled with.
         window_boundaries: descending times from `t_noise` to `t_clean` for unequal windows. They decide the number of
             windows, and `config.num_time_windows` follows them.
-        t_noise: continuous time where sampling starts, in (0, 1].
-        t_clean: continuous time where sampling ends, in [0, 1).
+        t_noise, t_clean: continuous times in [0, 1] where sampling starts and ends.
 
     Raises:
-        ValueError: an unknown `prediction_type` or `beta_schedule`, betas outside (0, 1), or windows that do not tile
-            (t_clean, t_noise].
+        ValueError: unknown types or schedules, betas outside (0, 1), or windows that do not tile (t_clean, t_noise].
     """
 
     config_name = SCHEDULER_CONFIG_NAME
@@ -147,10 +144,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         taken = {key: config[key] for key in NOISE_SCHEDULE_KEYS if key in config}
         if scheduler is not None and not {"beta_schedule", "trained_betas"} & {*taken, *overrides}:
             name = config.get("_class_name", type(scheduler).__name__)
-            raise ValueError(
-                f"scheduler={name} has no betas to take over; add beta_schedule= (and beta_start=, beta_end=), "
-                "or use scheduler=None for Stable Diffusion's schedule."
-            )
+            raise ValueError(f"scheduler={name} has no betas to take over; add beta_schedule=, or use scheduler=None.")
         if config.get("rescale_betas_zero_snr"):
             logger.warning("rescale_betas_zero_snr is not supported by PeRFlow and is left out of the new scheduler.")
         return cls(**{**taken, **overrides})
@@ -182,12 +176,10 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
             times = tuple(timestep / windows.num_train_timesteps for timestep in _integers(timesteps))
         else:
             wanted = require_positive_int("num_inference_steps", num_inference_steps)
-            if wanted < windows.num_windows:
-                raised = f"{windows.num_windows} steps are taken, one per window"
-                logger.warning(
-                    f"num_inference_steps={wanted} is below num_time_windows={windows.num_windows}; {raised}."
-                )
-            times = windows.distribute_steps(max(wanted, windows.num_windows))
+            count = max(wanted, windows.num_windows)
+            if wanted < count:
+                logger.warning(f"num_inference_steps={wanted} is below num_time_windows={count}; taking {count} steps.")
+            times = windows.distribute_steps(count)
         plan = _cached_plan(windows, self._rows, self.config["prediction_type"], times)
         self.plan = plan
         self.num_inference_steps = len(plan)
@@ -222,10 +214,8 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         """The diffusion marginal sqrt(abar) x0 + sqrt(1 - abar) noise: right at window starts, off the path inside.
 
         Args:
-            original_samples: (batch, channels, height, width).
-            noise: of the same shape, device and type.
-            timesteps: integers in [1, num_train_timesteps], one per row or one for all, on any device; 0 counts as 1
-                (the cleanest level).
+            original_samples, noise: (batch, channels, height, width).
+            timesteps: integers in [1, num_train_timesteps], one per row or one for all, on any device; 0 counts as 1.
         """
         index = (torch.as_tensor(timesteps).long() - 1).clamp(0, len(self) - 1)
         alpha = self.alphas_cumprod.to(index.device)[index].to(original_samples.device)
@@ -287,9 +277,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"timestep of shape {tuple(timestep.shape)} must be one timestep for the whole batch.")
         value = timestep.reshape(1).tolist()[0] if isinstance(timestep, Tensor) else timestep
         if value not in plan.timesteps:
-            raise ValueError(
-                f"timestep={value} must be in the schedule {list(plan.timesteps)}; call set_timesteps for another one."
-            )
+            raise ValueError(f"timestep={value} must be in {list(plan.timesteps)}; call set_timesteps for others.")
         i = plan.timesteps.index(value)
         return plan.sample_coeff[i], plan.output_coeff[i], plan.x0_sample_coeff[i], plan.x0_output_coeff[i]
 
