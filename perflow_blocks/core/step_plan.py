@@ -156,5 +156,5 @@ def _check_timesteps(timesteps: Sequence[int], windows: TimeWindows) -> None:
     needed = [truncated_timestep(start, total) for start in windows.starts]
     missing = [start for start in needed if start < timesteps[0] and start not in timesteps]
     if missing:
-        needed_too = ", ".join(map(str, missing))
-        raise ValueError(f"timesteps must include the window starts below {timesteps[0]}; insert {needed_too}.")
+        inserted = ", ".join(map(str, missing))
+        raise ValueError(f"timesteps must include the window starts below {timesteps[0]}; insert {inserted}.")

@@ -26,7 +26,8 @@ class TimeWindows:
     the last.
 
     `boundaries` are strictly descending times in [0, 1], from noise to data, at least one training timestep apart;
-    `num_train_timesteps` is the number of training timesteps that the time 1 stands for. Else a ValueError.
+    `num_train_timesteps` is the number of training timesteps that the time 1 stands for. Other
+    boundaries are a ValueError.
     """
 
     boundaries: tuple[float, ...]
@@ -68,7 +69,7 @@ class TimeWindows:
         """Where each window ends, noisiest first; `ends[k] == starts[k + 1]`."""
         return self.boundaries[1:]
 
-    def index(self, t: Any) -> Any:
+    def index(self, t: float | Tensor) -> Any:
         """The window of a time: an int for a number, a LongTensor of the same shape for a tensor (on its device)."""
         slack = BOUNDARY_TOLERANCE / self.num_train_timesteps
         # Comparisons with host numbers: nothing is copied to the device and nothing is read back.

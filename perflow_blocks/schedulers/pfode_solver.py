@@ -155,8 +155,9 @@ class PFODESolver:
             positive, guider = positive.join(negative), _guider(guidance_scale=guidance_scale)
         alphas = self._alphas.to(latents.device)
         for k in range(num_steps):
-            index, own = (self._index(start + (end - start) * (step / num_steps)) for step in (k, k + 1))
-            following = own if stride is None else index - stride
+            index, following = (self._index(start + (end - start) * (step / num_steps)) for step in (k, k + 1))
+            if stride is not None:
+                following = index - stride
             index = index.clamp(0, self.num_train_timesteps - 1)
             output = _predict(unet, latents, index, positive, guider)
             alpha, alpha_next = alphas[index + 1], alphas[following.clamp(min=-1) + 1]

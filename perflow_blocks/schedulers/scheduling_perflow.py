@@ -67,7 +67,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         num_time_windows: number of equal windows the model was distilled with.
         window_boundaries: descending times from `t_noise` to `t_clean` for unequal windows. They decide the number of
             windows, and `config.num_time_windows` follows them.
-        t_noise, t_clean: continuous times in [0, 1] where sampling starts and ends.
+        t_noise, t_clean: continuous times where sampling starts, in (0, 1], and ends, in [0, 1).
 
     Raises:
         ValueError: unknown types or schedules, betas outside (0, 1), or windows that do not tile (t_clean, t_noise].
@@ -135,7 +135,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             scheduler: any diffusers scheduler with betas, its config, or None for the defaults of this class.
-            overrides: settings of this class, which go before those taken over.
+            overrides: settings of this class; they replace those taken over.
 
         Raises:
             ValueError: the source has no betas (a flow-matching scheduler), or the settings are invalid.
@@ -178,7 +178,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
             wanted = require_positive_int("num_inference_steps", num_inference_steps)
             count = max(wanted, windows.num_windows)
             if wanted < count:
-                logger.warning(f"num_inference_steps={wanted} is below num_time_windows={count}; taking {count} steps.")
+                logger.warning(f"num_inference_steps={wanted} is below num_time_windows={count}; {count} steps run.")
             times = windows.distribute_steps(count)
         plan = _cached_plan(windows, self._rows, self.config["prediction_type"], times)
         self.plan = plan
