@@ -28,7 +28,6 @@ from torch import Tensor
 from ..atomic_files import atomic_path
 from ..core.low_rank import (
     Factors,
-    as_matrix,
     balanced_factors,
     kept_energy,
     leading_spectrum,
@@ -294,7 +293,7 @@ def _factorise(
 ) -> tuple[LoraLayer, dict[str, Tensor]]:
     """The module's line of the report and its pair of tensors; none for a dW of zeros."""
     shape = tuple(tensor.shape)
-    matrix = as_matrix(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
+    matrix = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).flatten(1)
     full_rank = min(matrix.shape)
     spectrum = leading_spectrum(matrix, min(rank or max_rank, full_rank))
     note = ""
