@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +25,6 @@ UNet = Callable[..., Any]
 
 
 # Kept, since diffusers logs a notice at every construction.
-_guider = functools.cache(ClassifierFreeGuidance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +91,7 @@ class PFODESolver:
         final = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", alphas_cumprod[0])).reshape(1)
         # Shifted by one, so that the index -1 (below the first timestep) has an entry as well.
         self._alphas = torch.cat([final.float(), alphas_cumprod.float().to(final.device)])
+        self._guiders: dict[float, ClassifierFreeGuidance] = {}  # kept: diffusers logs a notice for each new one
         self._uneven_logged: set[int] = set()
 
     def solve(
@@ -152,7 +151,9 @@ class PFODESolver:
         stride = self._stride(num_steps, num_windows)
         guider = None
         if guidance_scale > 1.0 and negative is not None:
-            positive, guider = positive.join(negative), _guider(guidance_scale=guidance_scale)
+            positive, guider = positive.join(negative), self._guiders.get(guidance_scale)
+            if guider is None:
+                guider = self._guiders[guidance_scale] = ClassifierFreeGuidance(guidance_scale=guidance_scale)
         alphas = self._alphas.to(latents.device)
         for k in range(num_steps):
             index, following = (self._index(start + (end - start) * (step / num_steps)) for step in (k, k + 1))
