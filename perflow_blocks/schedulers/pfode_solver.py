@@ -24,9 +24,6 @@ UNet = Callable[..., Any]
 """Called as `unet(latents, timesteps, encoder_hidden_states=..., [added_cond_kwargs=...], return_dict=False)[0]`."""
 
 
-# Kept, since diffusers logs a notice at every construction.
-
-
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
     """One batch of prompts as the UNet takes it: embeddings (batch, tokens, width), and SDXL's added conditions.
