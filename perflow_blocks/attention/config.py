@@ -21,32 +21,23 @@ from .strategies import AttentionStrategy, get_attention_strategy
 KINDS = ("self", "cross")
 """What an attention module sees: the image itself, or the prompt."""
 
-COMPONENTS = ("unet", "controlnet")
-"""The components of a pipeline whose attention a plan is about."""
-
 PlanLike = str | Mapping[str, str] | Sequence[str]
 """A strategy's name, for all modules; or kinds and patterns with a name each, as a mapping or "key=name" strings."""
 
+Device = Callable[[], torch.device]
+"""Gives the device where models will run. Called as rarely as can be: pipelines look through all modules for it."""
+
 
 class AttentionPlace(NamedTuple):
-    """An attention module, and where it is.
+    """An attention module `attn` of a `model`, and where it is."""
 
-    Attributes:
-        component: the pipeline's name for the component, such as "controlnet".
-        label: the same, with the number of the model where there are several: "controlnet.nets.0".
-        name: the module's name in the model, such as "mid_block.attentions.0.transformer_blocks.0.attn1".
-        kind: "self" or "cross".
-        attn, model: the module, and the model that it is part of.
-        compiled: whether `torch.compile` wrapped the model.
-    """
-
-    component: str
-    label: str
-    name: str
+    component: str  # the pipeline's name for the model, such as "controlnet"
+    label: str  # the same, with the number of the model where there are several: "controlnet.nets.0"
+    name: str  # in the model, such as "mid_block.attentions.0.transformer_blocks.0.attn1"
     kind: str
     attn: Any = None
     model: Any = None
-    compiled: bool = False
+    compiled: bool = False  # whether `torch.compile` wrapped the model
 
     @property
     def full_name(self) -> str:
@@ -77,7 +68,7 @@ class AttentionPlan:
 
     def check(self, places: Sequence[AttentionPlace], components: Iterable[str]) -> None:
         """Raises a ValueError for a pattern that matches no module, unless it is about a component not in use now."""
-        absent = tuple(name for name in COMPONENTS if name not in set(components))
+        absent = tuple({"unet", "controlnet"} - set(components))
         for pattern in self.entries:
             known = pattern in KINDS or pattern.startswith(absent)
             if not known and not any(place.matches(pattern) for place in places):
@@ -87,12 +78,6 @@ class AttentionPlan:
 
 def parse_plan(plan: PlanLike | None) -> AttentionPlan | None:
     """The plan; None if nothing is asked for.
-
-    Example:
-        >>> parse_plan({"mid_block.*": "native", "self": "sliced"}).as_list()
-        ['self=sliced', 'mid_block.*=native']
-        >>> parse_plan("sliced").as_list()
-        ['self=sliced', 'cross=sliced']
 
     Raises:
         ValueError: another type; a key that is neither a kind nor a pattern of module names; an unknown strategy.
@@ -106,15 +91,12 @@ def parse_plan(plan: PlanLike | None) -> AttentionPlan | None:
             entries.pop(key.strip(), None)  # a key that comes again counts at its last place
             entries[key.strip()] = name.strip()
     if not isinstance(entries, Mapping):
-        raise ValueError(
-            f"attention plan={plan!r} must be a strategy's name, a mapping such as "
-            '{"self": "sliced", "mid_block.*": "native"}, or a list such as ["self=sliced", "mid_block.*=native"].'
-        )
+        forms = 'a mapping such as {"self": "sliced", "mid_block.*": "native"}, or a list such as ["self=sliced"]'
+        raise ValueError(f"attention plan={plan!r} must be a strategy's name, {forms}.")
     for key, name in entries.items():
         if key not in KINDS and not any(character in str(key) for character in ".*?["):
-            raise ValueError(
-                f"attention plan: the key {key!r} must be 'self', 'cross' or a pattern such as 'mid_block.*'."
-            )
+            allowed = "'self', 'cross' or a pattern such as 'mid_block.*'"
+            raise ValueError(f"attention plan: the key {key!r} must be {allowed}.")
         get_attention_strategy(name)
     ordered = sorted(entries.items(), key=lambda entry: entry[0] not in KINDS)
     return AttentionPlan(dict(ordered)) if entries else None
@@ -124,8 +106,7 @@ def parse_plan(plan: PlanLike | None) -> AttentionPlan | None:
 class AttentionReport:
     """What each attention module was asked to run and ran; `str()` gives a table, one line for modules that are alike.
 
-    Attributes:
-        rows: one for each module, in the models' order.
+    `rows` has an entry for each module, in the models' order.
     """
 
     rows: tuple[AttentionRecord, ...]
@@ -142,16 +123,12 @@ class AttentionReport:
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-_LOAD_ID = "_diffusers_load_id"
-"""Where `ComponentSpec.create` marks what a pipeline made by itself."""
-
-
 class AttentionConfig(ConfigMixin):
     """Which attention strategy each attention module of UNet and ControlNets uses.
 
     A plan is a strategy's name, for all modules (`"sliced"`); or a mapping of kinds (`"self"`, `"cross"`) and patterns
-    of module names to strategies' names; or the same as a list of "key=name" strings. Kinds say the default, patterns
-    overrule them, and the last pattern wins. A pattern is a glob such as "up_blocks.*.attn1", with or without the
+    of module names to strategies' names; or the same as a list of "key=name" strings. None is no plan. Patterns
+    overrule kinds, and the last pattern wins. A pattern is a glob such as "up_blocks.*.attn1", with or without the
     component in front ("unet.mid_block.*", "controlnet.*"). Modules that a plan says nothing of stay as they are, and
     so do those whose processor is not diffusers' plain one, such as an IP-Adapter's.
 
@@ -164,15 +141,13 @@ class AttentionConfig(ConfigMixin):
         >>> images = pipe(prompt="a red star", output="images")
         >>> print(pipe.attention.report())
 
-    Args:
-        plan: the plan; None for none.
-
     Raises:
         ValueError: a plan of another form; a key that is neither kind nor pattern; an unknown strategy.
     """
 
     config_name = "attention_config.json"
-    # There are no weights to load: without this mark on those that users make, update_components warns.
+    # There are no weights to load: without this mark on those that users make, update_components warns. On those that
+    # a pipeline makes by itself, ComponentSpec.create sets it.
     _diffusers_load_id: str = "null"
 
     def __init__(self, plan: PlanLike | None = None) -> None:
@@ -186,8 +161,8 @@ class AttentionConfig(ConfigMixin):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy has the plan, and has attached and counted nothing."""
-        made_by_pipeline = {_LOAD_ID: vars(self)[_LOAD_ID]} if _LOAD_ID in vars(self) else None
-        return type(self), (self.config.plan,), made_by_pipeline
+        made_by_pipeline = {key: value for key, value in vars(self).items() if key == "_diffusers_load_id"}
+        return type(self), (self.config.plan,), made_by_pipeline or None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config.plan})"
@@ -208,18 +183,9 @@ class AttentionConfig(ConfigMixin):
         self.establish(self._plan, models, device=None if device is None else lambda: torch.device(device))
 
     def establish(
-        self,
-        plan: AttentionPlan | None,
-        models: Mapping[str, nn.Module],
-        *,
-        device: Callable[[], torch.device] | None = None,
+        self, plan: AttentionPlan | None, models: Mapping[str, nn.Module], *, device: Device | None = None
     ) -> None:
-        """Puts any plan into effect, as `attach` does with this one's. None takes out what is attached.
-
-        Args:
-            device: gives the device where the models will run. Called only for a strategy that was not checked yet,
-                since pipelines and models look through all their modules for it.
-        """
+        """Puts any plan into effect, as `attach` does with this one's. None takes out what is attached."""
         places = list(_places(models))
         if plan is not None:
             plan.check(places, models)
@@ -233,10 +199,9 @@ class AttentionConfig(ConfigMixin):
             _restore_spares(model)
 
     def detach(self) -> None:
-        """Gives all modules of the models that this component has seen the processors back that they had.
+        """Gives all modules that this component has changed the processors back that they had.
 
-        A pipeline whose configuration names a plan attaches again at its next call; `update_components(
-        attention_plan=None)` ends that.
+        A pipeline attaches again at its next call, unless `update_components(attention_plan=None)` ends that.
         """
         for attn in self._records:
             _set_processor(attn, None)
@@ -245,11 +210,13 @@ class AttentionConfig(ConfigMixin):
 
     def report(self) -> AttentionReport:
         """What each attention module was asked to run and ran, since the last `reset`; `print` shows a table."""
-        compiled = {part for model, whole in self._models.items() for part in _compiled_parts(model, whole)}
-        rows = [
-            replace(record, counts=record.counts.copy(), compiled=attn in compiled)
-            for attn, record in self._records.items()
-        ]
+        compiled = set[nn.Module]()
+        for model, whole in self._models.items():
+            for module in model.modules():
+                if whole or is_compiled_module(module) or module._compiled_call_impl is not None:  # module.compile()
+                    compiled.update(module.modules())
+        records = self._records.items()
+        rows = (replace(record, counts=record.counts.copy(), compiled=attn in compiled) for attn, record in records)
         return AttentionReport(tuple(rows))
 
     def reset(self) -> None:
@@ -262,16 +229,15 @@ class AttentionConfig(ConfigMixin):
 
         A component that a pipeline made by itself, without a plan, brings none.
         """
-        made_by_pipeline = _LOAD_ID in vars(self)  # set by ComponentSpec.create
         is_taken = self._taken.get(pipeline) is pipeline._component_specs["attention"]
-        return not is_taken and not (made_by_pipeline and self._plan is None)
+        return not is_taken and not ("_diffusers_load_id" in vars(self) and self._plan is None)
 
     def remember(self, pipeline: Any) -> None:
         """Notes that the pipeline has taken the plan into its own configuration, which says what runs from now on."""
         self._taken[pipeline] = pipeline._component_specs["attention"]  # update_components makes a new one each time
 
     def _change(
-        self, plan: AttentionPlan | None, place: AttentionPlace, device: Callable[[], torch.device] | None
+        self, plan: AttentionPlan | None, place: AttentionPlace, device: Device | None
     ) -> tuple[str | None, str | None, AttentionStrategy | None]:
         """What the plan asks for at a module, why that is not done, and the strategy to use."""
         attn, model = place.attn, place.model
@@ -305,13 +271,6 @@ def _places(models: Mapping[str, nn.Module]) -> Iterator[AttentionPlace]:
                     seen.add(attn)
                     kind = "cross" if attn.is_cross_attention else "self"
                     yield AttentionPlace(component, label, name, kind, attn, model, compiled)
-
-
-def _compiled_parts(model: nn.Module, whole: bool) -> Iterator[nn.Module]:
-    """The modules that run inside compiled code."""
-    for module in model.modules():
-        if whole or is_compiled_module(module) or module._compiled_call_impl is not None:  # set by module.compile()
-            yield from module.modules()
 
 
 def _plain(processor: Any) -> Any:

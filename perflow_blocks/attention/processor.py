@@ -24,21 +24,15 @@ NATIVE = get_attention_strategy("native")
 class AttentionRecord:
     """What one attention module was asked to run, and ran.
 
-    Attributes:
-        module: the module's name, with the model's in front.
-        kind: "self" or "cross".
-        asked: the strategy that the plan asks for; None if it says nothing of this module.
-        kept: why the module keeps a processor of its own; None if it does not.
-        compiled: whether the module is inside compiled code, where calls are not counted; set in a report.
-        counts: calls by (strategy that ran, why it was not the one asked for).
-        told: the (strategy, reason) pairs warned of so far, shared by all modules of an `AttentionConfig`.
+    `counts` holds calls by (strategy that ran, why it was not the one asked for). `told` are the (strategy, reason)
+    pairs warned of so far, shared by all modules of an `AttentionConfig`.
     """
 
-    module: str = "an attention module"
+    module: str = "an attention module"  # its name, with the model's in front
     kind: str = "self"
-    asked: str | None = None
-    kept: str | None = None
-    compiled: bool = False
+    asked: str | None = None  # the strategy of the plan; None if the plan says nothing of this module
+    kept: str | None = None  # why the module keeps a processor of its own
+    compiled: bool = False  # whether it is inside compiled code, where calls are not counted; set in a report
     counts: Counter[tuple[str, str | None]] = field(default_factory=Counter)
     told: set[tuple[str, str]] = field(default_factory=set, repr=False)
 
@@ -78,16 +72,10 @@ class StrategyAttnProcessor:
     """Attention of a transformer block by a strategy; with `native` bit for bit what `AttnProcessor2_0` computes.
 
     Where the strategy does not take a call, `native` does. Without arguments, as diffusers makes processors when
-    IP-Adapters come and go, it is `native`.
-
-    Attributes:
-        stands_for: the class of diffusers that it replaces.
-        strategy: what it calls.
-        replaced: the processor to give back when the plan is taken out.
-        record: where it counts.
+    IP-Adapters come and go, it is `native`. `replaced` is the processor to give back when the plan is taken out.
     """
 
-    stands_for: type = AttnProcessor2_0
+    stands_for: type = AttnProcessor2_0  # the class of diffusers that it replaces
 
     def __init__(
         self, strategy: AttentionStrategy = NATIVE, replaced: Any = None, record: AttentionRecord | None = None
@@ -103,13 +91,10 @@ class StrategyAttnProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Attention of a module that `why_kept` lets through.
+        """Attention (batch, queries, channels) of a module that `why_kept` lets through.
 
-        Args:
-            attn: the module.
-            hidden_states: (batch, queries, channels), as the result.
-            encoder_hidden_states: (batch, keys, channels of the prompt); None for self-attention.
-            attention_mask: (batch or batch * heads, 1 or queries, keys), added to the scores.
+        `hidden_states` are (batch, queries, channels), `encoder_hidden_states` (batch, keys, channels of the prompt).
+        The mask (batch or batch * heads, 1 or queries, keys) is added to the scores.
         """
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         batch, keys, _ = context.shape

@@ -61,15 +61,12 @@ class AttentionStrategy:
         return get_attention_strategy, (self.name,)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """softmax(q k^T / sqrt(head_dim) + mask) v. The inputs must not be changed.
+        """softmax(q k^T / sqrt(head_dim) + mask) v, of the query's shape and type. The inputs must not be changed.
 
         Args:
             query: (batch, queries, heads, head_dim).
             key, value: (batch, keys, heads, head_dim).
             mask: (batch or 1, heads or 1, queries or 1, keys), added to the scores.
-
-        Returns:
-            (batch, queries, heads, head_dim), in the type of the query.
         """
         if self.kernel is None:
             raise NotImplementedError(f"{type(self).__name__} defines no __call__")
@@ -114,10 +111,8 @@ class AttentionStrategy:
             ValueError: it does not run on this device, or a small call fails or gives a wrong result.
         """
         if self.devices is not None and device.type not in self.devices:
-            raise ValueError(
-                f"attention strategy {self.name!r} runs on {' or '.join(self.devices)}, and the model is on "
-                f"{device.type}; move the model, or choose another strategy such as 'native'."
-            )
+            runs_on = f"{self.name!r} runs on {' or '.join(self.devices)}, and the model is on {device.type}"
+            raise ValueError(f"attention strategy {runs_on}; move the model, or choose another such as 'native'.")
         try:
             if self.load is not None:
                 self.load()
@@ -158,7 +153,7 @@ _STRATEGIES: dict[str, AttentionStrategy] = {}
 
 
 def register_attention_strategy(name: str, strategy: Registered, **fields: Any) -> Registered:
-    """Makes an attention kernel known under a name, for attention plans and `AttentionConfig`.
+    """Makes an attention kernel known under a name, for attention plans. Returns `strategy`.
 
     Example:
         >>> def my_function(query, key, value, mask=None): ...  # tensors (batch, sequence, heads, head_dim)
@@ -168,9 +163,6 @@ def register_attention_strategy(name: str, strategy: Registered, **fields: Any) 
         name: a Python identifier that is not taken.
         strategy: a function; or a subclass of `AttentionStrategy`; or an instance, which can have one name only.
         **fields: attributes of `AttentionStrategy`, for a function or a class.
-
-    Returns:
-        What was passed as `strategy`.
 
     Raises:
         ValueError: a name that is taken or is no identifier; a strategy of another kind, or with another name.
@@ -192,16 +184,10 @@ def register_attention_strategy(name: str, strategy: Registered, **fields: Any) 
 
 
 def get_attention_strategy(name: str) -> AttentionStrategy:
-    """The strategy of this name.
-
-    Raises:
-        ValueError: an unknown name; the error lists the known ones.
-    """
+    """The strategy of this name. An unknown name is a ValueError that lists the known ones."""
     if name not in _STRATEGIES:
-        raise ValueError(
-            f"attention strategy {name!r} is unknown; choose one of {', '.join(_STRATEGIES)}, or register your own "
-            "with register_attention_strategy."
-        )
+        known = ", ".join(_STRATEGIES)
+        raise ValueError(f"attention strategy {name!r} is unknown; choose one of {known}, or register your own.")
     return _STRATEGIES[name]
 
 
@@ -225,9 +211,8 @@ def sliced_attention(
 ) -> Tensor:
     """`native` for `slice_size` queries at a time; exact.
 
-    Where torch has no fused kernel for a call, the scores (batch, heads, queries, keys) are the largest tensor there
-    is: in float32 1.25 GiB for SDXL's largest self-attention (4096 queries and keys, 10 heads, batch 2), 160 MiB for
-    512 queries of it. Where torch has one, slices only cost time.
+    It saves memory where torch has no fused kernel: in float32 the scores of SDXL's largest self-attention (4096
+    queries and keys, 10 heads, batch 2) take 1.25 GiB, those of 512 queries 160 MiB. Elsewhere it only costs time.
     """
     if query.shape[1] <= slice_size:
         return dispatch_attention_fn(query, key, value, mask, backend=AttentionBackendName.NATIVE)

@@ -10,7 +10,7 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
 from diffusers.utils import logging
 
-from ..core.noising import NOISINGS
+from ..schedulers.scheduling_perflow import NOISINGS
 from .check_images import CONTROL_RANGE, check_controlnet, check_images, check_ip_adapters, require_shape
 from .declare import declared
 from .guiders import check_guider

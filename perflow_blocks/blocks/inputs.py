@@ -17,9 +17,9 @@ from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, Outpu
 from PIL import Image
 from torch import Tensor
 
-from ..core.noising import NOISINGS
 from ..core.step_plan import StepPlan
 from ..delta.recipe import DeltaRecipe
+from ..schedulers.scheduling_perflow import NOISINGS
 
 DENOISER_INPUT_FIELDS = "denoiser_input_fields"
 """The name under which diffusers collects the tensors that the guider splits."""

@@ -1,9 +1,7 @@
 """What the student is trained towards: a point on a window's chord, the output wanted there, and what errors weigh.
 
-Piecewise rectified flow (arXiv 2405.07510): the teacher's solve from z_s to z_e is replaced by the straight line
-between them, and the student learns, at every time of the window, the output that leads along that line.
-
-Numbers of windows and times may be tensors of shape (batch,): one for each row of the latents (batch, ...).
+Piecewise rectified flow (arXiv 2405.07510) replaces the teacher's solve from z_s to z_e by the straight line between
+them. Windows' numbers and times may be tensors (batch,): one for each row of the latents (batch, ...).
 """
 
 from __future__ import annotations
@@ -18,15 +16,11 @@ from .step_plan import apply_step
 
 
 class StudentExample(NamedTuple):
-    """One batch for the student.
+    """One batch for the student."""
 
-    `sample` is z_t on the chord, (batch, channels, height, width); `timestep` is what the UNet is given, t * T,
-    (batch,) float32; `target` is the output that leads from z_s to z_e, of the sample's shape.
-    """
-
-    sample: Tensor
-    timestep: Tensor
-    target: Tensor
+    sample: Tensor  # z_t on the chord, (batch, channels, height, width)
+    timestep: Tensor  # what the UNet is given, t * T, (batch,) float32
+    target: Tensor  # the output that leads from z_s to z_e, of the sample's shape
 
 
 def make_student_example(

@@ -12,11 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_SKETCH_SEED = 0
-_POWER_ITERATIONS = 4
-_EXACT_BELOW = 4
-"""A matrix whose smaller side is at most this many times the sketch is decomposed exactly, without a sketch."""
-
 
 class Spectrum(NamedTuple):
     """The largest singular triples of a matrix (rows, columns), and the norm of the whole.
@@ -38,11 +33,6 @@ class Factors(NamedTuple):
     down: Tensor
 
 
-def as_matrix(weight: Tensor) -> Tensor:
-    """A linear weight (out, in) as it is, a kernel (out, in, k, k) as (out, in * k * k); a view where possible."""
-    return weight.flatten(1)
-
-
 def squared_norm(matrix: Tensor) -> float:
     """The squared Frobenius norm, row by row in the matrix's type and then in float64, without a copy."""
     return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
@@ -54,24 +44,21 @@ def leading_spectrum(matrix: Tensor, count: int) -> Spectrum:
     Exact for small matrices. For large ones a randomised range finder with power iterations (Halko, Martinsson and
     Tropp, arXiv 0909.4061, by `torch.svd_lowrank`), with fixed seed: the caller's random state is left alone.
     """
-    smaller = min(matrix.shape)
     sketch = count + max(16, count // 2)
-    if smaller <= _EXACT_BELOW * sketch:
+    if min(matrix.shape) <= 4 * sketch:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     else:
         with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
-            torch.manual_seed(_SKETCH_SEED)
-            left, values, transposed = torch.svd_lowrank(matrix, q=sketch, niter=_POWER_ITERATIONS)
+            torch.manual_seed(0)
+            left, values, transposed = torch.svd_lowrank(matrix, q=sketch, niter=4)
         right = transposed.mT
     return Spectrum(left[:, :count], values[:count].double(), right[:count], squared_norm(matrix))
 
 
 def numerical_rank(spectrum: Spectrum) -> int:
     """The number of values above the rounding error of the type they were computed in; 0 for a zero matrix."""
-    if not len(spectrum.values):
-        return 0
-    rows, columns = len(spectrum.left), spectrum.right.shape[1]
-    floor = float(spectrum.values[0]) * max(rows, columns) * torch.finfo(spectrum.left.dtype).eps
+    longer = max(len(spectrum.left), spectrum.right.shape[1])
+    floor = spectrum.values[:1] * longer * torch.finfo(spectrum.left.dtype).eps
     return int((spectrum.values > floor).sum())
 
 

@@ -42,34 +42,25 @@ def make_alphas_cumprod(
     if trained_betas is not None:
         betas = torch.as_tensor(trained_betas, dtype=torch.float64).flatten()
         if len(betas) != num_train_timesteps:
-            raise ValueError(
-                f"trained_betas must hold one beta for each of num_train_timesteps={num_train_timesteps}; "
-                f"it holds {len(betas)}."
-            )
+            raise ValueError(f"trained_betas must have {num_train_timesteps=} values, but has {len(betas)}.")
     else:
-        betas = _betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
+        match beta_schedule:
+            case "linear":
+                betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
+            case "scaled_linear":
+                # A negative beta makes a nan here, which the range check below refuses.
+                first, last = torch.tensor([beta_start, beta_end], dtype=torch.float64).sqrt().tolist()
+                betas = torch.linspace(first, last, num_train_timesteps, dtype=torch.float64) ** 2
+            case "squaredcos_cap_v2":
+                phase = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+                level = torch.cos((phase + 0.008) / 1.008 * (math.pi / 2)) ** 2
+                betas = (1.0 - level[1:] / level[:-1]).clamp(max=0.999)
+            case _:
+                raise ValueError(f"beta_schedule={beta_schedule!r} must be one of {', '.join(BETA_SCHEDULES)}.")
     if not bool(((betas > 0) & (betas < 1)).all()):
-        raise ValueError(
-            f"betas must lie strictly between 0 and 1, but run from {betas.min():.3g} to {betas.max():.3g}; "
-            "check beta_start, beta_end and trained_betas."
-        )
+        given = f"betas from {betas.min():.3g} to {betas.max():.3g}"
+        raise ValueError(f"{given} must be within (0, 1); check beta_start, beta_end and trained_betas.")
     return torch.cumprod(1.0 - betas, dim=0)
-
-
-def _betas(schedule: str, count: int, beta_start: float, beta_end: float) -> Tensor:
-    match schedule:
-        case "linear":
-            return torch.linspace(beta_start, beta_end, count, dtype=torch.float64)
-        case "scaled_linear":
-            # A negative beta makes a nan here, which the caller's range check refuses.
-            roots = torch.tensor([beta_start, beta_end], dtype=torch.float64).sqrt()
-            return torch.linspace(float(roots[0]), float(roots[1]), count, dtype=torch.float64) ** 2
-        case "squaredcos_cap_v2":
-            phase = (torch.arange(count + 1, dtype=torch.float64) / count + 0.008) / 1.008
-            level = torch.cos(phase * (math.pi / 2)) ** 2
-            return (1.0 - level[1:] / level[:-1]).clamp(max=0.999)
-        case _:
-            raise ValueError(f"beta_schedule={schedule!r} must be one of {', '.join(BETA_SCHEDULES)}.")
 
 
 def alpha_at(alphas_cumprod: Tensor, t: float) -> float:

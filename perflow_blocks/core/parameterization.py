@@ -33,16 +33,12 @@ Scalar = float | Tensor
 
 
 class WindowAlpha(NamedTuple):
-    """A window as the formulas need it: numbers, or tensors of one shape with one entry per time asked for.
+    """A window as the formulas need it: numbers, or tensors of one shape with one entry per time asked for."""
 
-    `start` and `end` are continuous times in [0, 1]; `alpha_start` and `alpha_end` are abar there; `gamma` is
-    sqrt(alpha_start / alpha_end), in (0, 1).
-    """
-
-    start: Scalar
+    start: Scalar  # continuous time in [0, 1]
     end: Scalar
-    gamma: Scalar
-    alpha_start: Scalar
+    gamma: Scalar  # sqrt(alpha_start / alpha_end), in (0, 1)
+    alpha_start: Scalar  # abar at the start
     alpha_end: Scalar
 
 

@@ -21,15 +21,10 @@ _ROUNDING = 1e-6
 class StepPlan:
     """The steps of one schedule; every field but the first holds one Python number per step, in float64.
 
-    Attributes:
-        prediction_type: what the network predicts.
-        timesteps: what the UNet is given, descending, in [1, num_train_timesteps].
-        times: `timesteps / num_train_timesteps`, where each step starts.
-        next_times: where each step ends; the last one at the end of the last window.
-        window_index, window_start, window_end: the window that a step lies in.
-        alpha_start, alpha_end: abar at the two ends of that window.
-        sample_coeff, output_coeff: (A, B) of the Euler step `z' = A z + B output`.
-        x0_sample_coeff, x0_output_coeff: (C, D) of the prediction `x0 = C z + D output`.
+    `timesteps`, in [1, num_train_timesteps], are what the UNet is given. A step starts at `times`, which is
+    `timesteps / num_train_timesteps`, and ends at `next_times`; the windows' fields are those of the window it lies
+    in. The Euler step is `z' = A z + B output` with A, B = `sample_coeff`, `output_coeff`; the predicted clean sample
+    is `x0 = C z + D output` with C, D = `x0_sample_coeff`, `x0_output_coeff`.
     """
 
     prediction_type: str
@@ -61,9 +56,8 @@ class StepPlan:
     def coefficients(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """The table (num_steps, 4) with the columns A, B, C, D, as a new tensor on the device."""
         columns = (self.sample_coeff, self.output_coeff, self.x0_sample_coeff, self.x0_output_coeff)
-        return (
-            torch.tensor(columns, dtype=torch.float64, device="cpu").T.to(dtype=dtype).contiguous().to(device=device)
-        )
+        table = torch.tensor(columns, dtype=torch.float64, device="cpu").T
+        return table.to(dtype=dtype).contiguous().to(device=device)
 
 
 def build_step_plan(
@@ -71,9 +65,9 @@ def build_step_plan(
 ) -> StepPlan:
     """The plan for steps that start at the given continuous times and end at the end of the last window.
 
-    Each time is first truncated to its timestep, `int(t * T)`, since that is what the network sees. A schedule may
-    begin inside any window (image-to-image does), but every window start below that must be one of its timesteps: the
-    velocity is constant inside a window only. `rows` are the windows' numbers, from `window_table`.
+    Each time is first truncated to its timestep, which is what the network sees. A schedule may begin inside any
+    window (image-to-image does), but must hold every window start below: the velocity is constant inside a window
+    only. `rows` are the windows' numbers, from `window_table`.
 
     Raises:
         ValueError: no times, repeated or ascending timesteps, one outside the windows, or a missing window start.
@@ -85,15 +79,14 @@ def build_step_plan(
     stops = (*starts[1:], windows.boundaries[-1])
     indices = tuple(windows.index(t) for t in starts)
     members = [rows[k] for k in indices]
-    step_maps: list[tuple[float, float]] = []
-    x0_maps: list[tuple[float, float]] = []
+    maps: list[tuple[float, ...]] = []
     for t, stop, window in zip(starts, stops, members, strict=True):
         lam, eta = chord_coefficients(window, t, prediction_type)
         # Euler on the chord, z' = z + (t' - t) (z_e - z)/(e - t) with z_e = lam z + eta output.
         fraction = (stop - t) / (window.end - t)
-        step_maps.append((float(1.0 + fraction * (lam - 1.0)), float(fraction * eta)))
-        c, d = x0_coefficients(window, t, prediction_type)
-        x0_maps.append((float(c), float(d)))
+        x0_map = x0_coefficients(window, t, prediction_type)
+        maps.append(tuple(map(float, (1.0 + fraction * (lam - 1.0), fraction * eta, *x0_map))))
+    a, b, c, d = zip(*maps, strict=True)
     return StepPlan(
         prediction_type=prediction_type,
         timesteps=timesteps,
@@ -104,19 +97,18 @@ def build_step_plan(
         window_end=tuple(float(window.end) for window in members),
         alpha_start=tuple(float(window.alpha_start) for window in members),
         alpha_end=tuple(float(window.alpha_end) for window in members),
-        sample_coeff=tuple(a for a, _ in step_maps),
-        output_coeff=tuple(b for _, b in step_maps),
-        x0_sample_coeff=tuple(c for c, _ in x0_maps),
-        x0_output_coeff=tuple(d for _, d in x0_maps),
+        sample_coeff=a,
+        output_coeff=b,
+        x0_sample_coeff=c,
+        x0_output_coeff=d,
     )
 
 
 def apply_step(sample: Tensor, output: Tensor, a: Scalar, b: Scalar) -> Tensor:
     """`a sample + b output` in float32 or better, returned in the sample's type: one step, in two kernels.
 
-    Of a plan's row, (A, B) gives the next sample and (C, D) the predicted clean one. A coefficient is a number, a
-    0-dimensional tensor on the sample's device, or a tensor (batch,) with one value per row of the sample. Nothing
-    crosses between host and device.
+    A coefficient is a number, a 0-dimensional tensor on the sample's device, or a tensor (batch,) with one value per
+    row of the sample. Nothing crosses between host and device.
     """
     dtype = torch.promote_types(sample.dtype, torch.float32)
     sample, output = torch.broadcast_tensors(sample, output)
@@ -153,10 +145,8 @@ def _check_timesteps(timesteps: Sequence[int], windows: TimeWindows) -> None:
         raise ValueError("timesteps=[] must hold at least one timestep per time window.")
     for current, following in itertools.pairwise(timesteps):
         if following >= current:
-            raise ValueError(
-                f"timesteps must be strictly descending, but {current} is followed by {following}; "
-                f"list each timestep once, or ask for fewer than {len(timesteps)} steps."
-            )
+            fault = f"{current} is followed by {following}; ask for fewer than {len(timesteps)} steps"
+            raise ValueError(f"timesteps must be strictly descending, but {fault}, or list each timestep once.")
     total = windows.num_train_timesteps
     highest = truncated_timestep(windows.boundaries[0], total)
     lowest = truncated_timestep(windows.boundaries[-1], total) + 1
@@ -166,7 +156,5 @@ def _check_timesteps(timesteps: Sequence[int], windows: TimeWindows) -> None:
     needed = [truncated_timestep(start, total) for start in windows.starts]
     missing = [start for start in needed if start < timesteps[0] and start not in timesteps]
     if missing:
-        raise ValueError(
-            f"timesteps must include the window starts below {timesteps[0]}, since no step may leave its window; "
-            f"insert {', '.join(map(str, missing))}."
-        )
+        inserted = ", ".join(map(str, missing))
+        raise ValueError(f"timesteps must include the window starts below {timesteps[0]}; insert {inserted}.")

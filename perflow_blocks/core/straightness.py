@@ -1,12 +1,10 @@
-"""How far a path is from a straight line: the quantity that rectified flow makes small.
+"""How far a path is from a straight line, in each window of piecewise rectified flow (arXiv 2405.07510).
 
-Rectified flow (arXiv 2209.03003, section 2) calls S(Z) = int_0^1 E ||(Z_1 - Z_0) - dZ_t/dt||^2 dt the straightness of
-a flow; 0 means that it moves along straight lines at constant speed, so that one Euler step solves it exactly.
-Piecewise rectified flow (arXiv 2405.07510) wants this in each window from s (start) to e (end):
+The straightness of rectified flow (arXiv 2209.03003, section 2) over a window from s (start) to e (end),
 
     S = 1/|e - s| int E ||(z_e - z_s)/(e - s) - dz_t/dt||^2 dt,
 
-here divided by E ||(z_e - z_s)/(e - s)||^2, the squared speed along the chord, so that it has no unit.
+is divided here by E ||(z_e - z_s)/(e - s)||^2, so that it has no unit. At 0 one Euler step solves the window exactly.
 """
 
 from __future__ import annotations

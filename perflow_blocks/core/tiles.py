@@ -1,11 +1,11 @@
 """A large plane cut into overlapping tiles of one size, and put together again without seams.
 
-Each piece is faded in over the pieces before it. So every point of the result is a weighted mean of the pieces that
-cover it, with weights of at least 0 that sum to 1: where all pieces agree, the result is exactly what they agree on.
+Every point of the result is a weighted mean of the pieces that cover it: where they agree, it is exactly that value.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,10 +16,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TileAxis:
-    """How one axis of `length` is cut into tiles of `size`.
+    """How one axis of `length` is cut into tiles of `size` that begin at `starts`, from 0 to `length - size`.
 
-    `starts` are where the tiles begin, ascending from 0 to `length - size`; `fade` (len(starts), size), in [0, 1], is
-    how far each tile replaces the ones before it.
+    `fade` (len(starts), size), in [0, 1], is how far each tile replaces the ones before it.
     """
 
     length: int
@@ -50,10 +49,7 @@ class Tiling:
         return tensor.narrow(-2, k * top, k * self.rows.size).narrow(-1, k * left, k * self.columns.size)
 
     def blend(self, piece_at: Callable[[int, int], Tensor]) -> Tensor:
-        """The plane (..., rows, columns) made of the pieces (..., size, size) that `piece_at(top, left)` gives.
-
-        It is called once for each tile, row by row. Nothing crosses between host and device.
-        """
+        """The plane (..., rows, columns) made of the pieces (..., size, size) of `piece_at(top, left)`, row by row."""
         bands = (
             _lay((piece_at(top, left) for left in self.columns.starts), self.columns, -1) for top in self.rows.starts
         )
@@ -74,27 +70,21 @@ def cut_plane(
 
 
 def _cut_axis(length: int, size: int, overlap: int, device: torch.device | str | None) -> TileAxis:
-    if length <= size:
-        return TileAxis(length=length, size=length, starts=(0,), fade=torch.ones(1, length).to(device=device))
-    slack = length - size
-    gaps = math.ceil(slack / (size - overlap))
-    starts = tuple(k * slack // gaps for k in range(gaps + 1))
-    return TileAxis(length=length, size=size, starts=starts, fade=_fade(starts, size, overlap).to(device=device))
-
-
-def _fade(starts: tuple[int, ...], size: int, overlap: int) -> Tensor:
-    """(len(starts), size): half a cosine wave of length `overlap` in the middle of where two tiles overlap.
+    """Fades each tile in by half a cosine wave of length `overlap`, in the middle of where it overlaps the one before.
 
     The rest of a longer overlap is not used: it lies at a tile's border, where the network saw the least context.
     """
+    size = min(size, length)
+    slack = length - size
+    gaps = math.ceil(slack / max(size - overlap, 1))
+    starts = tuple(k * slack // gaps for k in range(1, gaps + 1))
     phase = (torch.arange(overlap, dtype=torch.float64) + 0.5) / max(overlap, 1)
-    ramp = 0.5 - 0.5 * torch.cos(math.pi * phase)
-    fade = torch.ones(len(starts), size, dtype=torch.float64)
-    for k in range(1, len(starts)):
-        begin = (starts[k - 1] + size - starts[k] - overlap) // 2
+    fade = torch.ones(gaps + 1, size, dtype=torch.float64)
+    for k, (before, start) in enumerate(itertools.pairwise((0, *starts)), 1):
+        begin = (before + size - start - overlap) // 2
         fade[k, :begin] = 0.0
-        fade[k, begin : begin + overlap] = ramp
-    return fade.float()
+        fade[k, begin : begin + overlap] = 0.5 - 0.5 * torch.cos(math.pi * phase)
+    return TileAxis(length=length, size=size, starts=(0, *starts), fade=fade.float().to(device=device))
 
 
 def _lay(pieces: Iterable[Tensor], axis: TileAxis, dim: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +25,9 @@ class TimeWindows:
     end, so that rounding cannot put a boundary in the wrong window. Times outside the windows belong to the first or
     the last.
 
-    Attributes:
-        boundaries: K + 1 strictly descending times in [0, 1], from noise to data; neighbours differ by at least one
-            training timestep.
-        num_train_timesteps: T, the number of training timesteps that the time 1 stands for.
-
-    Raises:
-        ValueError: the boundaries do not describe such windows.
+    `boundaries` are strictly descending times in [0, 1], from noise to data, at least one training timestep apart;
+    `num_train_timesteps` is the number of training timesteps that the time 1 stands for. Other
+    boundaries are a ValueError.
     """
 
     boundaries: tuple[float, ...]
@@ -46,10 +42,8 @@ class TimeWindows:
             raise ValueError(f"window_boundaries={self.boundaries} must be times in [0, 1].")
         narrowest = min(start - end for start, end in zip(self.starts, self.ends, strict=True))
         if narrowest * self.num_train_timesteps < 1.0 - 1e-6:
-            raise ValueError(
-                f"window_boundaries={self.boundaries} must be strictly descending, by at least one of "
-                f"{self.num_train_timesteps} timesteps; sort them from 1 to 0 and drop repeated ones."
-            )
+            rule = f"strictly descending, by at least one of {self.num_train_timesteps} timesteps"
+            raise ValueError(f"window_boundaries={self.boundaries} must be {rule}.")
 
     @classmethod
     def equal(
@@ -75,11 +69,7 @@ class TimeWindows:
         """Where each window ends, noisiest first; `ends[k] == starts[k + 1]`."""
         return self.boundaries[1:]
 
-    @overload
-    def index(self, t: float) -> int: ...
-    @overload
-    def index(self, t: Tensor) -> Tensor: ...
-    def index(self, t: float | Tensor) -> int | Tensor:
+    def index(self, t: float | Tensor) -> Any:
         """The window of a time: an int for a number, a LongTensor of the same shape for a tensor (on its device)."""
         slack = BOUNDARY_TOLERANCE / self.num_train_timesteps
         # Comparisons with host numbers: nothing is copied to the device and nothing is read back.
@@ -90,10 +80,8 @@ class TimeWindows:
         """The continuous start times of `num_steps` steps, descending.
 
         Every window gets `num_steps // num_windows` steps and the first `num_steps % num_windows` windows one more.
-        Inside a window they are equally spaced from its start, its end excluded.
-
-        Raises:
-            ValueError: `num_steps` is not an integer, or below the number of windows.
+        Inside a window they are equally spaced from its start, its end excluded. Fewer steps than windows are a
+        ValueError.
         """
         require_positive_int("num_steps", num_steps)
         if num_steps < self.num_windows:
@@ -114,10 +102,7 @@ def tile_windows(
     t_clean: float = 0.0,
     num_train_timesteps: int = 1000,
 ) -> TimeWindows:
-    """Windows from settings: `boundaries` if given (they decide the number), else `num_windows` equal ones.
-
-    Boundaries that do not run from `t_noise` to `t_clean`, or do not describe windows, are a ValueError.
-    """
+    """Windows by `boundaries` from `t_noise` to `t_clean` (a ValueError if not), else `num_windows` equal ones."""
     if boundaries is None:
         return TimeWindows.equal(
             num_windows, t_noise=t_noise, t_clean=t_clean, num_train_timesteps=num_train_timesteps

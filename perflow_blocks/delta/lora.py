@@ -225,7 +225,7 @@ def _factorize(
 ) -> tuple[LoraLayer, dict[str, Tensor]]:
     """A module's line of the report and its pair of tensors, at the rank `bound`, or up to it for a given energy."""
     shape = tuple(tensor.shape)
-    matrix = low_rank.as_matrix(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
+    matrix = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).flatten(1)
     most = min(bound, *matrix.shape)
     spectrum = low_rank.leading_spectrum(matrix, most)
     norm = spectrum.squared_norm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import torch
 from diffusers.guiders import ClassifierFreeGuidance
@@ -26,11 +26,9 @@ UNet = Callable[..., Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """One batch of prompts as the UNet takes it, for Stable Diffusion and SDXL alike.
+    """One batch of prompts as the UNet takes it: embeddings (batch, tokens, width), and SDXL's added conditions.
 
-    Attributes:
-        prompt_embeds: (batch, tokens, width).
-        added: SDXL's added conditions by the UNet's names for them, (batch, ...) each; empty for Stable Diffusion.
+    `added` has the UNet's names for them, with tensors (batch, ...); it is empty for Stable Diffusion.
     """
 
     prompt_embeds: Tensor
@@ -66,18 +64,6 @@ def teacher_coefficients(alpha: Scalar, alpha_next: Scalar, prediction_type: str
     return signal_next * signal + sigma_next * sigma, sigma_next * signal - signal_next * sigma
 
 
-class SolveSettings(TypedDict, total=False):
-    """How the teacher solves: `guidance_scale` at least 1 (1, the default, is none), `num_steps` DDIM steps (2).
-
-    `num_windows` (1) is the number K of equal windows: each step goes down `T // (K num_steps)` timesteps, as
-    published. With None each row's own t_start and t_end decide, for windows of unequal lengths.
-    """
-
-    guidance_scale: float
-    num_steps: int
-    num_windows: int | None
-
-
 class PFODESolver:
     """Solves the teacher's probability-flow ODE from the start of a time window to its end (arXiv 2405.07510, sec. 3).
 
@@ -91,22 +77,18 @@ class PFODESolver:
 
     def __init__(self, scheduler: Any) -> None:
         name = type(scheduler).__name__
-        alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
-        if alphas_cumprod is None:
-            raise ValueError(
-                f"scheduler={name} must be a diffusion scheduler with alphas_cumprod, such as DDIMScheduler."
-            )
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise ValueError(f"scheduler={name} must have alphas_cumprod, as DDIMScheduler has.")
         self.prediction_type: str = scheduler.config.prediction_type
         if self.prediction_type not in TEACHER_PREDICTION_TYPES:
-            raise ValueError(
-                f"prediction_type={self.prediction_type!r} of {name} must be one of "
-                f"{', '.join(TEACHER_PREDICTION_TYPES)} for a teacher."
-            )
+            allowed = ", ".join(TEACHER_PREDICTION_TYPES)
+            raise ValueError(f"prediction_type={self.prediction_type!r} of {name} must be one of {allowed}.")
+        alphas_cumprod = scheduler.alphas_cumprod
         self.num_train_timesteps = len(alphas_cumprod)
         final = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", alphas_cumprod[0])).reshape(1)
         # Shifted by one, so that the index -1 (below the first timestep) has an entry as well.
         self._alphas = torch.cat([final.float(), alphas_cumprod.float().to(final.device)])
-        self._guiders: dict[float, ClassifierFreeGuidance] = {}  # kept: diffusers logs a notice at every construction
+        self._guiders: dict[float, ClassifierFreeGuidance] = {}  # kept: diffusers logs a notice for each new one
         self._uneven_logged: set[int] = set()
 
     def solve(
@@ -118,22 +100,18 @@ class PFODESolver:
         *,
         prompt_embeds: Tensor,
         negative_prompt_embeds: Tensor | None = None,
-        **settings: Unpack[SolveSettings],
+        **settings: Any,
     ) -> Tensor:
-        """The latents at `t_end` that `num_steps` DDIM steps (eta = 0) reach from `latents` at `t_start`.
+        """The latents (batch, channels, height, width) at `t_end`, by DDIM steps (eta = 0), in the latents' type.
 
         Args:
             latents: (batch, channels, height, width) at t_start; float32 is advised whatever the UNet's type.
             unet: the frozen teacher. It gets latents in the type of `prompt_embeds` and is called once per step, with
                 conditional and unconditional rows in one batch under guidance.
-            t_start: continuous time in (0, 1] where the rows start: one for all, or (batch,).
-            t_end: continuous time in [0, 1), below t_start: one for all, or (batch,).
+            t_start, t_end: continuous times, 0 <= t_end < t_start <= 1: one for all rows, or (batch,) each.
             prompt_embeds: (batch, tokens, width).
             negative_prompt_embeds: (batch, tokens, width), needed when `guidance_scale` is above 1.
-            settings: as in `SolveSettings`.
-
-        Returns:
-            (batch, channels, height, width), of the latents' type.
+            settings: `guidance_scale`, `num_steps` and `num_windows` of `solve_conditioned`.
 
         Raises:
             ValueError: inputs that do not fit together, or steps shorter than one timestep.
@@ -156,31 +134,33 @@ class PFODESolver:
         num_steps: int = 2,
         num_windows: int | None = 1,
     ) -> Tensor:
-        """As `solve`, for the conditions of any family: those of the prompts, and of the empty one for guidance."""
+        """As `solve`, for the conditions of any family: those of the prompts, and of the empty one for guidance.
+
+        Args:
+            guidance_scale: at least 1, which is no guidance.
+            num_steps: DDIM steps.
+            num_windows: number K of equal windows: each step goes down `T // (K num_steps)` timesteps, as published.
+                With None each row's own t_start and t_end decide, for windows of unequal lengths.
+        """
         _check_conditions(len(latents), positive, negative, guidance_scale)
-        start, end = _rows("t_start", t_start, latents), _rows("t_end", t_end, latents)
         _check_times(t_start, t_end)
+        start, end = _rows("t_start", t_start, latents), _rows("t_end", t_end, latents)
         stride = self._stride(num_steps, num_windows)
         guider = None
         if guidance_scale > 1.0 and negative is not None:
-            positive, guider = positive.join(negative), self._guider(guidance_scale)
+            positive, guider = positive.join(negative), self._guiders.get(guidance_scale)
+            if guider is None:
+                guider = self._guiders[guidance_scale] = ClassifierFreeGuidance(guidance_scale=guidance_scale)
         alphas = self._alphas.to(latents.device)
         for k in range(num_steps):
-            index = self._index(start + (end - start) * (k / num_steps))
-            if stride is None:
-                following = self._index(start + (end - start) * ((k + 1) / num_steps))
-            else:
+            index, following = (self._index(start + (end - start) * (step / num_steps)) for step in (k, k + 1))
+            if stride is not None:
                 following = index - stride
             index = index.clamp(0, self.num_train_timesteps - 1)
             output = _predict(unet, latents, index, positive, guider)
             alpha, alpha_next = alphas[index + 1], alphas[following.clamp(min=-1) + 1]
             latents = apply_step(latents, output, *teacher_coefficients(alpha, alpha_next, self.prediction_type))
         return latents
-
-    def _guider(self, guidance_scale: float) -> ClassifierFreeGuidance:
-        if guidance_scale not in self._guiders:
-            self._guiders[guidance_scale] = ClassifierFreeGuidance(guidance_scale=guidance_scale)
-        return self._guiders[guidance_scale]
 
     def _index(self, t: Tensor) -> Tensor:
         """The teacher's timestep of a continuous time: t = 1 is T - 1, and t = 0 is -1, below the first."""
@@ -201,11 +181,8 @@ class PFODESolver:
         if rest and count not in self._uneven_logged:
             self._uneven_logged.add(count)
             logger.warning(
-                "num_windows * num_steps = %d does not divide the %d training timesteps, so that steps of %d "
-                "timesteps miss t_end; choose numbers that divide it, or num_windows=None.",
-                count,
-                total,
-                stride,
+                f"num_windows * num_steps = {count} does not divide the {total} training timesteps, so that steps of "
+                f"{stride} timesteps miss t_end; choose numbers that divide it, or num_windows=None."
             )
         return stride
 
@@ -226,7 +203,7 @@ class PFODESolverSDXL(PFODESolver):
         negative_pooled_prompt_embeds: Tensor | None = None,
         resolution: int = 1024,
         add_time_ids: Tensor | None = None,
-        **settings: Unpack[SolveSettings],
+        **settings: Any,
     ) -> Tensor:
         """As `PFODESolver.solve`, with SDXL's conditions.
 
@@ -269,10 +246,8 @@ def _check_conditions(
     if not math.isfinite(guidance_scale) or guidance_scale < 1.0:
         raise ValueError(f"guidance_scale={guidance_scale} must be a finite number of at least 1 (1.0: no guidance).")
     if guidance_scale > 1.0 and negative is None:
-        raise ValueError(
-            f"guidance_scale={guidance_scale} needs negative_prompt_embeds (for SDXL negative_pooled_prompt_embeds "
-            "too); without them use guidance_scale=1.0."
-        )
+        needed = "negative_prompt_embeds (for SDXL negative_pooled_prompt_embeds too)"
+        raise ValueError(f"guidance_scale={guidance_scale} needs {needed}; without them use guidance_scale=1.0.")
     for prefix, given in {"": positive, "negative_": negative or positive}.items():
         for name, value in {"prompt_embeds": given.prompt_embeds, **given.added}.items():
             if len(value) != batch:
@@ -287,10 +262,8 @@ def _check_conditions(
 def _rows(name: str, t: float | Tensor, latents: Tensor) -> Tensor:
     """The time of each row, float32 of shape (batch,) on the latents' device."""
     rows = torch.as_tensor(t, dtype=torch.float32, device=latents.device)
-    if rows.ndim > 1 or (rows.ndim == 1 and len(rows) not in (1, len(latents))):
-        raise ValueError(
-            f"{name} of shape {tuple(rows.shape)} must be one time, or one for each of {len(latents)} rows."
-        )
+    if rows.ndim > 1 or rows.numel() not in (1, len(latents)):
+        raise ValueError(f"{name} of shape {tuple(rows.shape)} must be one time, or one for each of the latents.")
     return rows.expand(len(latents))
 
 
@@ -300,7 +273,4 @@ def _check_times(t_start: float | Tensor, t_end: float | Tensor) -> None:
         return
     start, end = torch.as_tensor(t_start), torch.as_tensor(t_end)
     if not bool(((0.0 <= end) & (end < start) & (start <= 1.0)).all()):
-        raise ValueError(
-            f"t_start={t_start} and t_end={t_end} must be continuous times with 0 <= t_end < t_start <= 1 in every "
-            "row (1 is noise, 0 is data)."
-        )
+        raise ValueError(f"{t_start=} and {t_end=} must be times with 0 <= t_end < t_start <= 1 in every row.")

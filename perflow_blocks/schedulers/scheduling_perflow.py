@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -13,8 +13,7 @@ from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, KarrasD
 from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
-from ..core.noise_schedule import make_alphas_cumprod
-from ..core.noising import noise_coefficients
+from ..core.noise_schedule import alpha_at, make_alphas_cumprod
 from ..core.parameterization import (
     PREDICTION_TYPES,
     Scalar,
@@ -31,15 +30,17 @@ logger = logging.get_logger(__name__)
 NOISE_SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 """The settings that a PeRFlow student shares with the scheduler of the model it was distilled from."""
 
+# Cached, since pipelines set the same schedule again at every call. The tensors are never written to.
+_cached_alphas = functools.lru_cache(maxsize=32, typed=True)(make_alphas_cumprod)
+_cached_plan = functools.lru_cache(maxsize=128)(build_step_plan)
+
+NOISINGS = ("chord", "marginal")
+"""How `noise_coefficients` noises an image."""
+
 
 @dataclass
 class PeRFlowSchedulerOutput(BaseOutput):
-    """One step's result, both of the sample's shape and type.
-
-    Attributes:
-        prev_sample: (batch, channels, height, width), the sample at the end of the step, the next model input.
-        pred_original_sample: (batch, channels, height, width), the predicted clean sample, for previews.
-    """
+    """The sample at the end of a step, and the clean sample predicted there; both (batch, channels, height, width)."""
 
     prev_sample: Tensor
     pred_original_sample: Tensor
@@ -58,8 +59,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         num_train_timesteps: training timesteps T; the timestep T is pure noise.
-        beta_start: the first beta, in (0, 1).
-        beta_end: the last beta, in (0, 1).
+        beta_start, beta_end: the first and the last beta, in (0, 1).
         beta_schedule: `linear`, `scaled_linear` or `squaredcos_cap_v2`.
         trained_betas: T betas that replace the schedule above.
         set_alpha_to_one: end the last window at abar = 1 instead of `alphas_cumprod[0]`, which published models use.
@@ -67,12 +67,10 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         num_time_windows: number of equal windows the model was distilled with.
         window_boundaries: descending times from `t_noise` to `t_clean` for unequal windows. They decide the number of
             windows, and `config.num_time_windows` follows them.
-        t_noise: continuous time where sampling starts, in (0, 1].
-        t_clean: continuous time where sampling ends, in [0, 1).
+        t_noise, t_clean: continuous times where sampling starts, in (0, 1], and ends, in [0, 1).
 
     Raises:
-        ValueError: an unknown `prediction_type` or `beta_schedule`, betas outside (0, 1), or windows that do not tile
-            (t_clean, t_noise].
+        ValueError: unknown types or schedules, betas outside (0, 1), or windows that do not tile (t_clean, t_noise].
     """
 
     config_name = SCHEDULER_CONFIG_NAME
@@ -101,24 +99,26 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
                 f'for example PeRFlowScheduler.from_config(config, prediction_type="{PREDICTION_TYPES[0]}").'
             )
         boundaries = None if window_boundaries is None else tuple(map(float, window_boundaries))
-        self._settings: dict[str, Any] = {
-            "num_train_timesteps": num_train_timesteps,
-            "beta_start": beta_start,
-            "beta_end": beta_end,
-            "beta_schedule": beta_schedule,
-            "trained_betas": None if trained_betas is None else tuple(map(float, trained_betas)),
-            "set_alpha_to_one": set_alpha_to_one,
-            "num_time_windows": num_time_windows,
-            "window_boundaries": boundaries,
-            "t_noise": t_noise,
-            "t_clean": t_clean,
-        }
-        self._tables = _make_tables(**self._settings)
-        self.windows: TimeWindows = self._tables.windows
+        self.windows: TimeWindows = tile_windows(
+            num_windows=num_time_windows,
+            boundaries=boundaries,
+            t_noise=t_noise,
+            t_clean=t_clean,
+            num_train_timesteps=num_train_timesteps,
+        )
+        with torch.device("cpu"):
+            self._alphas = _cached_alphas(
+                num_train_timesteps=num_train_timesteps,
+                beta_start=beta_start,
+                beta_end=beta_end,
+                beta_schedule=beta_schedule,
+                trained_betas=None if trained_betas is None else tuple(map(float, trained_betas)),
+            )
+        self.alphas_cumprod: Tensor = self._alphas.float()
+        self.final_alpha_cumprod: float = 1.0 if set_alpha_to_one else float(self._alphas[0])
+        self._rows = window_table(self.windows, self._alphas, final_alpha_cumprod=self.final_alpha_cumprod)
         if boundaries is not None:  # a list and a matching count, so that the saved JSON reads back as it is
             self.register_to_config(window_boundaries=list(boundaries), num_time_windows=len(boundaries) - 1)
-        self.alphas_cumprod: Tensor = self._tables.alphas_cumprod.float()
-        self.final_alpha_cumprod: float = self._tables.final_alpha_cumprod
         self.plan: StepPlan | None = None
         self.num_inference_steps: int | None = None
         self.timesteps: Tensor = torch.arange(num_train_timesteps, 0, -1)
@@ -135,7 +135,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             scheduler: any diffusers scheduler with betas, its config, or None for the defaults of this class.
-            overrides: settings of this class that replace or add to those taken over.
+            overrides: settings of this class; they replace those taken over.
 
         Raises:
             ValueError: the source has no betas (a flow-matching scheduler), or the settings are invalid.
@@ -144,10 +144,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         taken = {key: config[key] for key in NOISE_SCHEDULE_KEYS if key in config}
         if scheduler is not None and not {"beta_schedule", "trained_betas"} & {*taken, *overrides}:
             name = config.get("_class_name", type(scheduler).__name__)
-            raise ValueError(
-                f"scheduler={name} has no betas to take over; add beta_schedule= (and beta_start=, beta_end=), "
-                "or use scheduler=None for Stable Diffusion's schedule."
-            )
+            raise ValueError(f"scheduler={name} has no betas to take over; add beta_schedule=, or use scheduler=None.")
         if config.get("rescale_betas_zero_snr"):
             logger.warning("rescale_betas_zero_snr is not supported by PeRFlow and is left out of the new scheduler.")
         return cls(**{**taken, **overrides})
@@ -164,8 +161,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         """Makes the schedule: `timesteps` on the device, and `plan` with the coefficients of every step.
 
         Args:
-            num_inference_steps: number of steps, at least 1. Fewer than the windows are raised to one per window,
-                with a warning.
+            num_inference_steps: at least 1. Fewer than the windows are raised to one per window, with a warning.
             device: where `timesteps` shall lie.
             timesteps: instead of a number: descending integers in [1, num_train_timesteps] that include the start of
                 every window below the first of them.
@@ -175,18 +171,16 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError(f"pass exactly one of {num_inference_steps=} and {timesteps=}.")
-        if not isinstance(num_inference_steps, int | None):  # NumPy's integers; anything else is refused
-            num_inference_steps = require_positive_int("num_inference_steps", num_inference_steps)
-        given = None if timesteps is None else _integers(timesteps)
-        plan = _make_plan(self.config["prediction_type"], num_inference_steps, given, **self._settings)
-        num_windows = len(self._tables.rows)
-        if num_inference_steps is not None and num_inference_steps < num_windows:
-            logger.warning(
-                "num_inference_steps=%d is below num_time_windows=%d; %d steps are taken, one per window.",
-                num_inference_steps,
-                num_windows,
-                num_windows,
-            )
+        windows = self.windows
+        if timesteps is not None:
+            times = tuple(timestep / windows.num_train_timesteps for timestep in _integers(timesteps))
+        else:
+            wanted = require_positive_int("num_inference_steps", num_inference_steps)
+            count = max(wanted, windows.num_windows)
+            if wanted < count:
+                logger.warning(f"num_inference_steps={wanted} is below num_time_windows={count}; {count} steps run.")
+            times = windows.distribute_steps(count)
+        plan = _cached_plan(windows, self._rows, self.config["prediction_type"], times)
         self.plan = plan
         self.num_inference_steps = len(plan)
         self.timesteps = torch.tensor(plan.timesteps, dtype=torch.long).to(device)
@@ -196,17 +190,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         """The sample itself: the UNet of a PeRFlow model takes it unscaled."""
         return sample
 
-    @overload
-    def step(
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: Literal[True] = True
-    ) -> PeRFlowSchedulerOutput: ...
-    @overload
-    def step(
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: Literal[False]
-    ) -> tuple[Tensor, Tensor]: ...
-    def step(
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
-    ) -> PeRFlowSchedulerOutput | tuple[Tensor, Tensor]:
+    def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
         """One Euler step along the window's straight line, from `timestep` to the next one of the schedule.
 
         Args:
@@ -214,7 +198,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
             timestep: one of `timesteps`, as a number or a tensor of one element. A tensor on an accelerator is
                 compared there, without reading it back; if the schedule does not hold it, the result is nan.
             sample: the sample at `timestep`, of the prediction's shape and any floating type.
-            return_dict: return a `PeRFlowSchedulerOutput` rather than the tuple of its two fields.
+            return_dict: return a `PeRFlowSchedulerOutput`, else the tuple of its two fields.
 
         Raises:
             ValueError: no schedule yet, or a timestep (readable on the host) that is not in it.
@@ -230,10 +214,8 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         """The diffusion marginal sqrt(abar) x0 + sqrt(1 - abar) noise: right at window starts, off the path inside.
 
         Args:
-            original_samples: (batch, channels, height, width).
-            noise: of the same shape, device and type.
-            timesteps: integers in [1, num_train_timesteps], one per row or one for all, on any device; 0 counts as 1
-                (the cleanest level).
+            original_samples, noise: (batch, channels, height, width).
+            timesteps: integers in [1, num_train_timesteps], one per row or one for all, on any device; 0 counts as 1.
         """
         index = (torch.as_tensor(timesteps).long() - 1).clamp(0, len(self) - 1)
         alpha = self.alphas_cumprod.to(index.device)[index].to(original_samples.device)
@@ -248,11 +230,25 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         return apply_step(original_samples, noise, *chord_marginal_coefficients(self.get_window_alpha(t), t))
 
     def noise_coefficients(self, plan: StepPlan, noising: str = "chord") -> Tensor:
-        """(P, Q) of `P x0 + Q noise` at each step of a plan of this scheduler and at its end: (len(plan) + 1, 2).
+        """(P, Q) of `P x0 + Q noise` where each step of a plan starts and where the last one ends.
 
-        float64 on the host; (1, 0) where the plan ends at the end of the last window. See `core.noising`.
+        `chord` is the student's path, the straight line between the marginals at a window's ends; `marginal` is the
+        diffusion marginal at the time itself. At the end of the last window the image stays as it is: (1, 0).
+        The result is (len(plan) + 1, 2), float64 on the host.
         """
-        return noise_coefficients(plan, self._tables.rows, self._tables.alphas_cumprod, noising=noising)
+        if noising not in NOISINGS:
+            raise ValueError(f"noising={noising!r} must be one of {', '.join(NOISINGS)}.")
+        rows, pairs = self._rows, list[Sequence[Scalar]]()
+        times = (*plan.times, plan.next_times[-1])
+        for t, k in zip(times, (*plan.window_index, plan.window_index[-1]), strict=True):
+            if t <= rows[-1].end:
+                pairs.append((1.0, 0.0))
+            elif noising == "chord":
+                pairs.append(chord_marginal_coefficients(rows[k], t))
+            else:
+                alpha = alpha_at(self._alphas, t)
+                pairs.append((alpha**0.5, (1.0 - alpha) ** 0.5))
+        return torch.tensor(pairs, dtype=torch.float64)
 
     def plan_from(self, t: float, plan: StepPlan) -> StepPlan:
         """The plan of a run that begins at time t in (0, 1]: a first step from t, then the steps of `plan` below it.
@@ -266,12 +262,8 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         return self.plan
 
     def get_window_alpha(self, t: Scalar) -> WindowAlpha:
-        """`(start, end, gamma, alpha_start, alpha_end)` of the window of each continuous time in [0, 1].
-
-        Numbers for a number, tensors of t's shape and device for a floating tensor. `gamma` is
-        sqrt(alpha_start / alpha_end).
-        """
-        return window_alpha(self.windows, self._tables.rows, t)
+        """The window of each continuous time in [0, 1]: numbers for a number, tensors like t for a floating tensor."""
+        return window_alpha(self.windows, self._rows, t)
 
     def _step_coefficients(self, timestep: float | Tensor) -> Sequence[Scalar]:
         """A, B, C, D of a timestep: numbers if it lies on the host, else elements of the table on the device."""
@@ -281,67 +273,13 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
             table, timesteps = self._coefficients.to(timestep.device), self.timesteps.to(timestep.device)
             return select_row(table, timesteps, timestep).unbind()
-        value = timestep
-        if isinstance(timestep, Tensor):
-            if timestep.numel() != 1:
-                raise ValueError(
-                    f"timestep of shape {tuple(timestep.shape)} must be one timestep for the whole batch."
-                )
-            value = timestep.reshape(1).tolist()[0]
+        if isinstance(timestep, Tensor) and timestep.numel() != 1:
+            raise ValueError(f"timestep of shape {tuple(timestep.shape)} must be one timestep for the whole batch.")
+        value = timestep.reshape(1).tolist()[0] if isinstance(timestep, Tensor) else timestep
         if value not in plan.timesteps:
-            raise ValueError(
-                f"timestep={value} must be in the schedule {list(plan.timesteps)}; call set_timesteps for another one."
-            )
+            raise ValueError(f"timestep={value} must be in {list(plan.timesteps)}; call set_timesteps for others.")
         i = plan.timesteps.index(value)
         return plan.sample_coeff[i], plan.output_coeff[i], plan.x0_sample_coeff[i], plan.x0_output_coeff[i]
-
-
-class _Tables(NamedTuple):
-    """What plans are made from: the windows, abar in float64 of shape (T,), and the numbers of each window."""
-
-    windows: TimeWindows
-    alphas_cumprod: Tensor
-    final_alpha_cumprod: float
-    rows: tuple[WindowAlpha, ...]
-
-
-# Both are cached, since pipelines set the same schedule again at every call. The tensor is never written to.
-@functools.lru_cache(maxsize=32, typed=True)
-def _make_tables(
-    *,
-    num_time_windows: int,
-    window_boundaries: tuple[float, ...] | None,
-    t_noise: float,
-    t_clean: float,
-    set_alpha_to_one: bool,
-    **noise_schedule: Any,
-) -> _Tables:
-    with torch.device("cpu"):
-        alphas_cumprod = make_alphas_cumprod(**noise_schedule)
-    windows = tile_windows(
-        num_windows=num_time_windows,
-        boundaries=window_boundaries,
-        t_noise=t_noise,
-        t_clean=t_clean,
-        num_train_timesteps=len(alphas_cumprod),
-    )
-    final_alpha_cumprod = 1.0 if set_alpha_to_one else float(alphas_cumprod[0])
-    rows = window_table(windows, alphas_cumprod, final_alpha_cumprod=final_alpha_cumprod)
-    return _Tables(windows, alphas_cumprod, final_alpha_cumprod, rows)
-
-
-@functools.lru_cache(maxsize=128, typed=True)
-def _make_plan(
-    prediction_type: str, num_steps: int | None, timesteps: tuple[int, ...] | None, **settings: Any
-) -> StepPlan:
-    """The plan for the given timesteps, or for a number of steps (at least one per window)."""
-    windows, _, _, rows = _make_tables(**settings)
-    if timesteps is not None:
-        times = tuple(timestep / windows.num_train_timesteps for timestep in timesteps)
-    else:
-        wanted = require_positive_int("num_inference_steps", num_steps)
-        times = windows.distribute_steps(max(wanted, windows.num_windows))
-    return build_step_plan(windows, rows, prediction_type, times)
 
 
 def _integers(timesteps: Sequence[int] | Tensor) -> tuple[int, ...]:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from perflow_blocks.core.low_rank import (
     Spectrum,
-    as_matrix,
     balanced_factors,
     kept_energy,
     leading_spectrum,
@@ -98,10 +97,3 @@ def test_energy_counts_what_the_spectrum_leaves_out() -> None:
     assert kept_energy(spectrum, 2) == pytest.approx(5 / 8)
     assert rank_for_energy(spectrum, 0.45) == 1 and rank_for_energy(spectrum, 0.55) == 2
     assert rank_for_energy(spectrum, 0.9) == 2  # no more than there are values
-
-
-def test_a_kernel_is_the_matrix_of_its_channels() -> None:
-    kernel = torch.arange(2.0 * 3 * 2 * 2).reshape(2, 3, 2, 2)
-    assert as_matrix(kernel).shape == (2, 12)
-    assert torch.equal(as_matrix(kernel)[1], kernel[1].reshape(-1))
-    assert torch.equal(as_matrix(kernel[:, :, 0, 0]), kernel[:, :, 0, 0])
