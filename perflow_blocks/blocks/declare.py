@@ -17,12 +17,6 @@ class declared:
 
     Each read returns a new list of copies, because diffusers writes into what a block returns.
 
-    Example:
-        >>> class MyStep(ModularPipelineBlocks):
-        ...     description = "Scales the latents."
-        ...     inputs = declared(InputParam("latents", required=True))
-        ...     intermediate_outputs = declared(OutputParam("latents"))
-
     Args:
         entries: `InputParam`, `OutputParam`, `ComponentSpec` or `ConfigSpec` objects.
     """

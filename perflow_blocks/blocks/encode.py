@@ -16,7 +16,7 @@ from diffusers.modular_pipelines.stable_diffusion_xl.encoders import (
 from torch import Tensor
 
 from .declare import Assembled, declared
-from .images import count_images, first_image, image_size, repeat_images
+from .images import count_images, image_size, repeat_images
 from .inputs import as_outputs, embeddings_inputs
 from .specs import guider_spec, unet_spec
 
@@ -118,7 +118,8 @@ class PeRFlowInpaintVaeEncoderStep(StableDiffusionXLInpaintVaeEncoderStep):
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         inner = _match_images(state)
         if state.get("padding_mask_crop") is None:
-            given = image_size(first_image(state.get("image")))
+            image = state.get("image")
+            given = image_size(image[0] if isinstance(image, list) else image)
             wanted = (state.get("height") or given[0], state.get("width") or given[1])
             # With both given, the processor only rounds them down to its factor.
             size = components.image_processor.get_default_height_width(state.get("image"), *wanted)

@@ -12,7 +12,6 @@ from diffusers.guiders import (
     BaseGuidance,
     ClassifierFreeZeroStarGuidance,
     FrequencyDecoupledGuidance,
-    LTX2Guidance,
     MagnitudeAwareGuidance,
     PerturbedAttentionGuidance,
     SkipLayerGuidance,
@@ -113,8 +112,6 @@ def _find_fault(guider: Any) -> str | None:
         return "its third prediction smooths nothing; use PerturbedAttentionGuidance"
     if inherits(MagnitudeAwareGuidance, "forward"):
         return "its norm fails on predictions of four dimensions; use AdaptiveProjectedGuidance"
-    if inherits(LTX2Guidance, "active_predictions") and (guider.is_stg_enabled() or guider.is_modality_enabled()):
-        return "its further predictions need the LTX-2 transformer; set stg_scale=0 and modality_scale=1"
     if inherits(FrequencyDecoupledGuidance, "forward") and _guides_some_levels(guider):
         return "it mixes up levels that are guided differently; give all a scale with effect and one start and stop"
     skips = inherits(SkipLayerGuidance, "is_conditional") or inherits(PerturbedAttentionGuidance, "is_conditional")

@@ -27,11 +27,6 @@ def count_images(image: Any, mask: bool = False) -> int:
     return int(image.shape[0]) if _is_batch(image, mask) else 1
 
 
-def first_image(image: Any) -> Any:
-    """The first entry of a list, else what is given."""
-    return image[0] if isinstance(image, list) else image
-
-
 def repeat_images(image: Any, count: int, mask: bool = False) -> Any:
     """`image` with `count` images, copies of one side by side; `count` is a multiple of how many it holds."""
     times = count // count_images(image, mask)

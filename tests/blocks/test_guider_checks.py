@@ -15,7 +15,6 @@ from diffusers.guiders import (
     ClassifierFreeGuidance,
     ClassifierFreeZeroStarGuidance,
     FrequencyDecoupledGuidance,
-    LTX2Guidance,
     MagnitudeAwareGuidance,
     SkipLayerGuidance,
 )
@@ -36,8 +35,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "scale_infinite": (lambda: ClassifierFreeGuidance(float("inf")), "guider.*guidance_scale=inf"),
     "smoothed": (smoothed, "SmoothedEnergyGuidance.*PerturbedAttentionGuidance"),
     "magnitude": (lambda: MagnitudeAwareGuidance(3.0), "MagnitudeAwareGuidance.*AdaptiveProjectedGuidance"),
-    "ltx2_stg": (lambda: LTX2Guidance(3.0, stg_scale=1.0), "LTX2Guidance.*stg_scale=0"),
-    "ltx2_modality": (lambda: LTX2Guidance(3.0, modality_scale=2.0), "LTX2Guidance.*modality_scale=1"),
     "skip_without_cfg": (lambda: skip_layer(1.0), "SkipLayerGuidance.*guidance_scale"),
     "perturbed_without_cfg": (lambda: perturbed(1.0), "PerturbedAttentionGuidance.*guidance_scale"),
     "skip_before_cfg": (lambda: skip_layer(start=0.5), "SkipLayerGuidance.*start and stop"),
@@ -138,8 +135,6 @@ def test_what_is_refused_is_broken_in_the_stock_denoiser() -> None:
 
     with pytest.raises(RuntimeError, match="must be a 2-tuple"):
         stock(MagnitudeAwareGuidance(3.0))
-    with pytest.raises(IndexError):
-        stock(LTX2Guidance(3.0, stg_scale=1.0))
     assert torch.equal(stock(smoothed(seg_guidance_scale=5.0)), stock(smoothed(seg_guidance_scale=0.0)))
     wrong = ClassifierFreeGuidance(2.8, start=0.25)  # by the negative prompt, with the scale that the layers have
     assert torch.equal(stock(skip_layer(1.0)), stock(wrong))

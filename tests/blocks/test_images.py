@@ -13,7 +13,6 @@ from PIL import Image
 from perflow_blocks.blocks.before_denoise import one_for_each_image
 from perflow_blocks.blocks.images import (
     count_images,
-    first_image,
     image_size,
     repeat_images,
 )
@@ -37,7 +36,7 @@ TWO_PIL = [PIL_IMAGE, Image.new("RGB", (6, 4), "white")]
 )
 def test_count_and_size(image: Any, count: int, size: tuple[int, int]) -> None:
     assert count_images(image) == count
-    assert image_size(first_image(image)) == size
+    assert image_size(image[0] if isinstance(image, list) else image) == size
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,15 @@ from torch import Tensor
 from perflow_blocks.core.distillation import student_output
 from perflow_blocks.core.noise_schedule import make_alphas_cumprod
 from perflow_blocks.core.parameterization import PREDICTION_TYPES, WindowAlpha, window_table
-from perflow_blocks.core.straightness import path_straightness, student_path, window_times
 from perflow_blocks.core.windows import TimeWindows
 from perflow_blocks.training.config import WindowConfig
-from perflow_blocks.training.straightness import FixedInputs, StraightnessProbe
+from perflow_blocks.training.straightness import (
+    FixedInputs,
+    StraightnessProbe,
+    path_straightness,
+    student_path,
+    window_times,
+)
 from tests.training.conftest import SCHEDULE, PlainEncoder, PointTeacher, toy_teacher
 
 SHAPE = (3, 4, 2, 2)
