@@ -16,7 +16,6 @@ from ..core.windows import tile_windows
 from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS
 
 PREFIX = "perflow."
-
 _TEXT = ("prediction_type", "base_model", "base_sha256")
 
 ARCHITECTURE_KEY = PREFIX + "architecture"
