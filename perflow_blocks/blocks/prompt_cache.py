@@ -137,11 +137,6 @@ class PromptCacheStep(PeRFlowAutoTextEncoderStep):
         >>> blocks = PeRFlowSDXLAutoBlocks()
         >>> blocks.sub_blocks["text_encoder"] = cache
         >>> pipe = blocks.init_pipeline("stabilityai/stable-diffusion-xl-base-1.0")
-        >>> pipe.load_components(dtype=torch.float16)
-        >>> for seed in range(4):
-        ...     images = pipe(prompt="a red star", generator=torch.Generator().manual_seed(seed), output="images")
-        >>> cache.hits, cache.misses
-        (3, 1)
 
     Args:
         max_entries: how many requests to keep, a positive integer; the one that was not used for longest goes first.

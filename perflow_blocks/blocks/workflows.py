@@ -17,12 +17,7 @@ from .before_denoise import (
 )
 from .check_inputs import PeRFlowCheckInputsStep
 from .decode import PeRFlowAutoDecodeStep, PeRFlowDecodeStep
-from .denoise import (
-    PeRFlowControlNetDenoiseStep,
-    PeRFlowDenoiseStep,
-    PeRFlowInpaintDenoiseStep,
-    PeRFlowLoopSolverStep,
-)
+from .denoise import PeRFlowControlNetDenoiseStep, PeRFlowDenoiseStep, PeRFlowInpaintDenoiseStep, PeRFlowLoopSolverStep
 from .encode import PeRFlowInpaintVaeEncoderStep, PeRFlowIPAdapterStep, PeRFlowTextEncoderStep, PeRFlowVaeEncoderStep
 from .finite_guard import ControlNetFiniteGuardStep
 from .merge_delta import PeRFlowMergeDeltaStep

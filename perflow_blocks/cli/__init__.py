@@ -36,6 +36,8 @@ def _request_error(error: Exception) -> str | None:
         return f"{' '.join(format_message().split()).rstrip('.')}; see perflow --help."
     if getattr(error, "problems", None):
         return str(error)
-    if isinstance(error, (ValueError, OSError)):
+    from safetensors import SafetensorError  # as when the disk is full
+
+    if isinstance(error, (ValueError, OSError, SafetensorError)):
         return " ".join(str(error).split()) or type(error).__name__
     return None

@@ -72,9 +72,6 @@ class Term:
         return self.scale * next((factor for pattern, factor in self.scales if fnmatchcase(name, pattern)), 1.0)
 
 
-# Whether a delta fits
-
-
 def fit_delta(weights: Weights, module: nn.Module) -> tuple[Weights, dict[str, Tensor], int]:
     """Where a delta can be added. Looks at names, shapes and types, not at values.
 
@@ -191,9 +188,6 @@ def require_difference(delta: Weights, targets: Mapping[str, Tensor]) -> None:
             f"{delta.label} holds whole weights, not their difference from a base (they resemble this model's); pass "
             "open_difference(it, base)."
         )
-
-
-# Changing the weights
 
 
 @dataclass

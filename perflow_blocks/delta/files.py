@@ -126,6 +126,8 @@ class FileWeights(Weights):
                 raise ValueError(f"{self.label} holds {listed(twice)} in two shards; download it again.")
             self.shapes |= shapes
             self._files |= dict.fromkeys(shapes, file)
+        if not self.shapes:
+            raise ValueError(f"{self.label} holds no floating-point tensors; pass a file of weights.")
         now = stamp_of([os.path.realpath(path) for path in paths])
         # A pickled copy keeps the old sizes and times, so that `require_unchanged` notices a file that changed since.
         self.stamp = tuple((*new[:2], old[2]) for new, old in zip(now, stamp or now, strict=True))

@@ -177,9 +177,6 @@ def _locked(module: nn.Module, base: Delta | None = None) -> Iterator[tuple[nn.M
         yield module, _state(module, base)
 
 
-# Merging
-
-
 def merge_delta(
     module: nn.Module,
     delta: Delta,
@@ -282,11 +279,7 @@ def rescale_delta(
 
 
 def unmerge_delta(
-    module: nn.Module,
-    delta: Delta | MergeRecord | None = None,
-    *,
-    base: Delta | None = None,
-    exact: bool = True,
+    module: nn.Module, delta: Delta | MergeRecord | None = None, *, base: Delta | None = None, exact: bool = True
 ) -> tuple[MergeRecord, ...]:
     """Takes one delta, or all, out of the model and returns their records; the rest stays merged.
 
@@ -424,9 +417,6 @@ def _adopted(
     # Without a base of the user's: the files that the model was loaded from hold the delta too.
     known = None if base is None else state.base
     return replace(state, records=records, weights={**state.weights, own.digest: weights}, base=known, loaded={})
-
-
-# What is merged, kept on the model and in its configuration
 
 
 def _state(module: nn.Module, base: Delta | None = None) -> MergeState:
