@@ -124,7 +124,7 @@ def test_fused_projections_refuse_a_delta(delta: dict[bool, Path], partial: bool
     pipe = make_pipeline()
     pipe.unet.fuse_qkv_projections()
     fused = run(pipe)
-    with pytest.raises(ValueError, match=r"merge .* before .*fusing projections"):
+    with pytest.raises(ValueError, match="fused projections"):
         run(pipe, delta=delta[partial])
     assert merge_record(pipe.unet) is None
     assert torch.equal(run(pipe), fused)
@@ -140,7 +140,7 @@ def test_fused_projections_refuse_another_scale(delta: dict[bool, Path]) -> None
     run(pipe, delta=delta[True])
     pipe.unet.fuse_qkv_projections()
     merged = run(pipe)
-    with pytest.raises(ValueError, match=r"before .*fusing projections"):
+    with pytest.raises(ValueError, match="fused projections"):
         run(pipe, delta=delta[True], delta_scale=0.0)
     assert torch.equal(run(pipe), merged)
 
