@@ -93,7 +93,7 @@ class PeRFlowDecodeStep(StableDiffusionXLDecodeStep):
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         latents = state.get("latents")
         if state.get("output_type") != "latent":
-            state.set("latents", latents.to(next(components.vae.parameters()).dtype))
+            state.set("latents", latents.to(components.vae.dtype))
         super().__call__(components, state)
         state.set("latents", latents)
         return components, state

@@ -173,14 +173,14 @@ def _identity(part: Any) -> Hashable:
         return None
     if not isinstance(part, nn.Module):  # textual inversion adds tokens
         return weakref.ref(part), tuple(part.added_tokens_encoder), part.model_max_length
-    lora = None
-    if getattr(part, "peft_config", None):
-        # One layer stands for all: pipelines switch, scale and replace the LoRA of an encoder as a whole.
-        layer: Any = next(module for module in part.modules() if hasattr(module, "lora_A"))
-        adapters = tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters)
-        scales = tuple((name, float(scale)) for name, scale in layer.scaling.items())
-        lora = weakref.ref(layer), adapters, scales
-    return weakref.ref(part), next(part.parameters()).dtype, lora
+    layers = [module for module in part.modules() if hasattr(module, "lora_A")] if hasattr(part, "peft_config") else []
+    return weakref.ref(part), next(part.parameters()).dtype, tuple(map(_lora_identity, layers))
+
+
+def _lora_identity(layer: Any) -> Hashable:
+    """A LoRA layer, held weakly, and which adapters count in it, how much."""
+    adapters = tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters)
+    return weakref.ref(layer), adapters, tuple((name, float(scale)) for name, scale in layer.scaling.items())
 
 
 def _lora_scale(block_state: Any) -> Any:

@@ -12,7 +12,7 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, In
 from diffusers.utils import logging
 from torch import Tensor
 
-from ..core.step_plan import StepPlan
+from ..core.step_plan import StepPlan, truncated_timestep
 from ..core.windows import TimeWindows, tile_windows
 from ..delta.recipe import DeltaRecipe
 from ..schedulers.scheduling_perflow import PeRFlowScheduler, is_perflow_scheduler
@@ -125,7 +125,8 @@ class PeRFlowImg2ImgSetTimestepsStep(PeRFlowSetTimestepsStep):
         else:
             start = _snap(scheduler.windows, "denoising_start", block_state.denoising_start)
         end = _end_time(scheduler.windows, block_state.denoising_end)
-        if start <= end:
+        last, first = (truncated_timestep(t, scheduler.windows.num_train_timesteps) for t in (end, start))
+        if max(1, first) <= last:
             raise ValueError(
                 f"nothing is left to run from time {start:.4g} to time {end:.4g} (1 is noise, 0 the image); lower "
                 "denoising_start, or raise denoising_end or strength."

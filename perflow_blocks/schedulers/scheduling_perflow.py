@@ -283,7 +283,10 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
 
 
 def _integers(timesteps: Sequence[int] | Tensor) -> tuple[int, ...]:
-    values = torch.as_tensor(timesteps).tolist()
+    try:
+        values = torch.as_tensor(timesteps).tolist()
+    except (RuntimeError, TypeError, ValueError):
+        values = None
     if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
         raise ValueError(f"timesteps={timesteps!r} must be a list of integers, such as [1000, 750, 500, 250].")
     return tuple(values)

@@ -205,6 +205,7 @@ def test_the_middle_of_a_run_can_be_run_alone() -> None:
     [
         ({"denoising_start": 0.74, "denoising_end": 0.76}, "nothing is left to run from time 0.25 to time 0.25"),
         ({"strength": 0.3, "denoising_end": 0.5}, "nothing is left to run from time 0.3 to time 0.5"),
+        ({"strength": 0.2505, "denoising_end": 0.75}, "nothing is left to run from time 0.2505 to time 0.25"),
     ],
 )
 def test_a_run_of_no_steps_is_refused_before_the_unet(inputs: dict[str, Any], message: str) -> None:

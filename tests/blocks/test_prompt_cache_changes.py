@@ -101,6 +101,11 @@ def turn(pipe: Any, method: str) -> None:
         getattr(getattr(pipe, encoder), method)()
 
 
+def scale_second_layer(pipe: Any) -> None:
+    layers = [module for module in pipe.text_encoder.modules() if hasattr(module, "lora_A")]
+    layers[1].set_scale("one", 0.25)
+
+
 def fuse(pipe: Any, scale: float = 1.0) -> None:
     pipe.fuse_lora(components=BOTH, lora_scale=scale)
 
@@ -130,6 +135,7 @@ CHANGES: dict[str, tuple[list[Change], Change]] = {
         [add_lora, lambda pipe: scale_lora(pipe, np.float32(0.25))],
         lambda pipe: scale_lora(pipe, np.float32(0.5)),
     ),
+    "LoRA scaled in one layer": ([add_lora], scale_second_layer),
     "LoRA switched": ([add_lora, lambda pipe: add_lora(pipe, "three")], lambda pipe: use_lora(pipe, "one")),
     "LoRA replaced": ([add_lora], replace_lora),
     "LoRA off": ([add_lora], lambda pipe: turn(pipe, "disable_adapters")),

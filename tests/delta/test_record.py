@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from perflow_blocks import extract_delta, merge_delta, unmerge_delta
 from perflow_blocks.delta.extract import save_delta
@@ -109,6 +110,16 @@ def test_training_further_does_not_make_the_model_forget(tmp_path: Path, delta: 
     before = {name: tensor.clone() for name, tensor in again.state_dict().items()}
     merge_delta(again, delta)
     assert all(torch.equal(tensor, before[name]) for name, tensor in again.state_dict().items())
+
+
+def test_quantizing_does_not_make_the_model_forget(delta: Path) -> None:
+    unet = tiny_sdxl_unet(0)
+    merge_delta(unet, delta)
+    for layer in unet.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            packed = torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8)  # as four-bit weights are kept
+            layer.weight = nn.Parameter(packed, requires_grad=False)
+    assert merge_records(unet)
 
 
 def test_the_base_is_not_taken_for_merged_when_few_weights_are_in_the_delta(tmp_path: Path) -> None:
