@@ -80,8 +80,7 @@ class TimeWindows:
         """The continuous start times of `num_steps` steps, descending.
 
         Every window gets `num_steps // num_windows` steps and the first `num_steps % num_windows` windows one more.
-        Inside a window they are equally spaced from its start, its end excluded. Fewer steps than windows are a
-        ValueError.
+        Inside a window they are equally spaced from its start, its end excluded. ValueError for fewer than windows.
         """
         require_positive_int("num_steps", num_steps)
         if num_steps < self.num_windows:

@@ -505,8 +505,9 @@ def _holds(module: nn.Module, witness: Mapping[str, Mapping[str, list[float]]]) 
 
     Training further, another type or a fused LoRA change weights too, and a delta stays in them.
     """
-    own = own_weights(module)
-    known = [name for name in witness if name in own and _is_not_quantized(own[name])]
+    own = floating_entries(own_weights(module))
+    plain = (Tensor, nn.Parameter)  # not quantized
+    known = [name for name in witness if name in own and type(own[name]) in plain and not own[name].is_meta]
     if not known:
         return True
     found = torch.cat([_values(own[name]) for name in known])
@@ -517,10 +518,6 @@ def _holds(module: nn.Module, witness: Mapping[str, Mapping[str, list[float]]]) 
     if found.shape != merged.shape or torch.cosine_similarity(found, merged, dim=0) < RELATED:
         return False
     return base.shape != found.shape or bool(torch.dist(found, merged) <= torch.dist(found, base))
-
-
-def _is_not_quantized(weight: Tensor) -> bool:
-    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not weight.is_meta
 
 
 def _signature(module: nn.Module, names: Iterable[str]) -> tuple[Any, ...]:

@@ -175,11 +175,11 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         if timesteps is not None:
             times = tuple(timestep / windows.num_train_timesteps for timestep in _integers(timesteps))
         else:
-            wanted = require_positive_int("num_inference_steps", num_inference_steps)
-            count = max(wanted, windows.num_windows)
-            if wanted < count:
-                logger.warning(f"num_inference_steps={wanted} is below num_time_windows={count}; {count} steps run.")
-            times = windows.distribute_steps(count)
+            if type(num_inference_steps) is not int:  # which can be looked up
+                num_inference_steps = require_positive_int("num_inference_steps", num_inference_steps)
+            times = _even_times(windows, num_inference_steps)
+            if num_inference_steps < (count := len(times)):
+                logger.warning(f"{num_inference_steps=} is below num_time_windows={count}; {count} steps run.")
         plan = _cached_plan(windows, self._rows, self.config["prediction_type"], times)
         self.plan = plan
         self.num_inference_steps = len(plan)
@@ -280,6 +280,11 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"timestep={value} must be in {list(plan.timesteps)}; call set_timesteps for others.")
         i = plan.timesteps.index(value)
         return plan.sample_coeff[i], plan.output_coeff[i], plan.x0_sample_coeff[i], plan.x0_output_coeff[i]
+
+
+@functools.lru_cache(maxsize=128)
+def _even_times(windows: TimeWindows, wanted: int) -> tuple[float, ...]:
+    return windows.distribute_steps(max(require_positive_int("num_inference_steps", wanted), windows.num_windows))
 
 
 def _integers(timesteps: Sequence[int] | Tensor) -> tuple[int, ...]:
