@@ -127,7 +127,7 @@ class AttentionConfig(ConfigMixin):
     """Which attention strategy each attention module of UNet and ControlNets uses.
 
     A plan is a strategy's name, for all modules (`"sliced"`); or a mapping of kinds (`"self"`, `"cross"`) and patterns
-    of module names to strategies' names; or the same as a list of "key=name" strings. None is no plan. Patterns
+    of module names to strategies' names; or the same as a list of "key=name" strings; or None. Patterns
     overrule kinds, and the last pattern wins. A pattern is a glob such as "up_blocks.*.attn1", with or without the
     component in front ("unet.mid_block.*", "controlnet.*"). Modules that a plan says nothing of stay as they are, and
     so do those whose processor is not diffusers' plain one, such as an IP-Adapter's.
@@ -266,7 +266,7 @@ def _places(models: Mapping[str, nn.Module]) -> Iterator[AttentionPlace]:
             model, compiled = unwrap_module(part), is_compiled_module(part) or is_compiled_module(given)
             for path, attn in model.named_modules():
                 name = path.replace("_orig_mod.", "")  # of a part that was compiled
-                # What projects an IP-Adapter's images is no attention of the denoiser.
+                # An IP-Adapter's image projection has attention too, which a plan leaves alone.
                 if isinstance(attn, Attention) and attn not in seen and not name.startswith("encoder_hid_proj"):
                     seen.add(attn)
                     kind = "cross" if attn.is_cross_attention else "self"

@@ -165,7 +165,7 @@ def register_attention_strategy(name: str, strategy: Registered, **fields: Any) 
         **fields: attributes of `AttentionStrategy`, for a function or a class.
 
     Raises:
-        ValueError: a name that is taken or is no identifier; a strategy of another kind, or with another name.
+        ValueError: the name is taken or not an identifier, or the strategy has another type or name.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name={name!r} must be a Python identifier, such as 'mine'.")

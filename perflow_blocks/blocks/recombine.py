@@ -36,8 +36,8 @@ def insert_loop_block(
         The number of loops.
 
     Raises:
-        ValueError: there is no loop, a loop has no such neighbour or has a block called `name`, or `block` cannot be
-            put into a loop. Nothing is inserted then.
+        ValueError: no loop is found, a loop lacks the neighbour or already has a block called `name`, or `block`
+            cannot run in a loop. Nothing is inserted then.
     """
     neighbour = after if before is None else before
     if neighbour is None or (before is not None and after is not None):

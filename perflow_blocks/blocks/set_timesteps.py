@@ -245,7 +245,7 @@ def _boundaries(source: Any) -> tuple[float, ...] | None:
 
 
 def _differences(config: Mapping[str, Any], settings: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(name, the configuration's value, the setting) for each setting of which the configuration has another value."""
+    """(name, the configuration's value, the setting) for each setting that differs from the configuration."""
     as_saved = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
     return [
         (name, config[name], settings[name]) for name, value in as_saved.items() if config.get(name, value) != value
