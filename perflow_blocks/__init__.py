@@ -23,6 +23,7 @@ _PUBLIC = {
     "PeRFlowLoopDenoiser": "blocks.denoiser",
     "PeRFlowLoopSolverStep": "blocks.denoise",
     "PeRFlowMergeDeltaStep": "blocks.merge_delta",
+    "PeRFlowModularPipeline": "blocks.pipeline",
     "PeRFlowPipelineBuilder": "builder.pipeline_builder",
     "PeRFlowSDXLAutoBlocks": "blocks.auto_blocks",
     "PeRFlowScheduler": "schedulers.scheduling_perflow",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from copy import deepcopy
 from typing import Any
 
-from diffusers import StableDiffusionXLAutoBlocks
+from diffusers import ComponentsManager, StableDiffusionXLAutoBlocks
 from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, SequentialPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 
@@ -22,6 +24,7 @@ from .denoise import (
 )
 from .encode import PeRFlowAutoIPAdapterStep, PeRFlowAutoTextEncoderStep, PeRFlowAutoVaeEncoderStep
 from .merge_delta import PeRFlowMergeDeltaStep
+from .pipeline import PeRFlowModularPipeline
 from .specs import DEFAULT_GUIDANCE_SCALE
 
 
@@ -82,6 +85,20 @@ class Preset(Assembled, SequentialPipelineBlocks):
     @property
     def outputs(self) -> list[OutputParam]:
         return [images_output()]
+
+    def init_pipeline(
+        self,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None = None,
+        components_manager: ComponentsManager | None = None,
+        collection: str | None = None,
+    ) -> PeRFlowModularPipeline:
+        """A `PeRFlowModularPipeline` of a copy of these blocks, with nothing loaded yet."""
+        return PeRFlowModularPipeline(
+            blocks=deepcopy(self),
+            pretrained_model_name_or_path=pretrained_model_name_or_path,
+            components_manager=components_manager,
+            collection=collection,
+        )
 
 
 class PeRFlowSDXLAutoBlocks(Preset):

@@ -11,6 +11,7 @@ from pathlib import Path
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
 
 from ..atomic_files import atomic_directory
+from ..blocks.pipeline import stock_class_name
 from .address import CARD, OWNER, require_repo_id
 from .card import CardFacts, make_card
 from .card_example import CardExample, require_example
@@ -118,7 +119,7 @@ def _texts(plan: ExportPlan, facts: CardFacts, repo_id: str | None) -> dict[str,
     return {
         **plan.sources.files,
         BLOCKS_CONFIG: to_json(make_blocks_config(plan.class_name, plan.sources.requirements)),
-        INDEX: to_json(make_index(type(plan.pipe).__name__, plan.entries, plan.config, repo_id)),
+        INDEX: to_json(make_index(stock_class_name(plan.pipe), plan.entries, plan.config, repo_id)),
         MELLON: make_mellon_config(plan.blocks, facts.title, repo_id).to_json_string(),
         CARD: make_card(facts),
     }

@@ -13,6 +13,7 @@ import diffusers
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
 
 from ..blocks.merge_delta import guidance_in_effect
+from ..blocks.pipeline import PeRFlowModularPipeline
 from ..blocks.specs import DEFAULT_NUM_INFERENCE_STEPS
 from ..builder.problems import Problems
 from ..delta.recipe import DeltaRecipe
@@ -69,7 +70,7 @@ def make_plan(
     problems = Problems()
     if weights == "include" and pipe is not given:
         problems.add("blocks have no weights to include; pass a pipeline, or weights='reference'.")
-    if not hasattr(diffusers, type(pipe).__name__):
+    if type(pipe).__name__ not in (PeRFlowModularPipeline.__name__, *dir(diffusers)):
         problems.add(
             f"the pipeline is a {type(pipe).__qualname__}, which no index can name; use blocks.init_pipeline."
         )

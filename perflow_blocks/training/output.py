@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
+from ..blocks.pipeline import stock_class_name
 from ..delta.files import read_recipe
 from ..delta.lora import DeltaLora, delta_to_lora, save_lora, save_residual
 from ..hub.entries import Entry, is_stock
@@ -146,7 +147,7 @@ def _referring(source: TeacherSource) -> Any:
         for name, kind in kinds.items()
     ]
     with tempfile.TemporaryDirectory() as folder:
-        index = make_index(type(blocks.init_pipeline()).__name__, entries, _settings(source))
+        index = make_index(stock_class_name(blocks.init_pipeline()), entries, _settings(source))
         (Path(folder) / INDEX).write_text(json.dumps(index), encoding="utf-8")
         return blocks.init_pipeline(folder)
 

@@ -33,7 +33,7 @@ def test_stock_names_and_defaults() -> None:
     pipe = blocks.init_pipeline()
     assert type(pipe.guider) is ClassifierFreeGuidance
     assert pipe.guider.guidance_scale == 2.0
-    assert type(pipe).__name__ == "StableDiffusionXLModularPipeline"
+    assert type(pipe).__name__ == "PeRFlowModularPipeline"
     assert {param.name: param.default for param in blocks.inputs}["num_inference_steps"] is None
 
 

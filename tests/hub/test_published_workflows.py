@@ -61,7 +61,7 @@ def test_the_files_of_the_root_are_what_the_export_writes(tmp_path: Path) -> Non
 def test_a_workflow_loads_offline_with_the_blocks_it_names(name: str) -> None:
     pipe = load_workflow(WORKFLOWS / name, trust_remote_code=True, load_components=False)
     assert type(pipe.blocks) is PUBLISHED[name].blocks
-    assert type(pipe).__name__ == "StableDiffusionXLModularPipeline"
+    assert type(pipe).__name__ == "PeRFlowModularPipeline"
     for key, value in PUBLISHED[name].config.items():
         assert pipe.config[key] == value
     assert pipe.doc and all(param.description for param in [*pipe.blocks.inputs, *pipe.blocks.outputs])
