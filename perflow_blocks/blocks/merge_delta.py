@@ -15,7 +15,8 @@ from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ..delta.files import Weights, open_weights, read_recipe
+from ..delta.apply import own_weights
+from ..delta.files import Weights, identity_of, named_as_model, open_weights, read_recipe
 from ..delta.merge import (
     NO_RECIPE,
     find_merged,
@@ -32,6 +33,10 @@ from .specs import DEFAULT_GUIDANCE_SCALE, delta_config_specs, guider_spec, unet
 
 RECIPE_SCALE_ATTRIBUTE = "_perflow_recipe_scale"
 """On the default guider: the scale that this block gave it, to tell it from one that a user set."""
+
+
+DELTA_OF_LORA = "perflow_delta"
+"""`identity_of` the delta that a LoRA was made from: a key of its file's header, an attribute of its configuration."""
 
 
 class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
@@ -123,7 +128,22 @@ def _merge(unet: Any, path: Path, scale: float, variant: str | None) -> None:
     if known is None or (known.scale, known.scales) != (scale, ()):
         weights = open_weights(path, variant)
         require_no_rival(unet, weights)
+        if scale:
+            _require_no_lora_of(unet, weights)
         merge_delta(unet, weights, scale)
+
+
+def _require_no_lora_of(unet: Any, weights: Weights) -> None:
+    """Raises ValueError where a LoRA that was made from this delta is loaded: the delta would be applied twice."""
+    loras = {vars(config).get(DELTA_OF_LORA): name for name, config in getattr(unet, "peft_config", {}).items()}
+    if any(loras):
+        fitted = named_as_model(weights, own_weights(unet), unet.config)
+        name = loras.get(identity_of(fitted))
+        if name is not None:
+            raise ValueError(
+                f"the LoRA {name!r} was made from {weights.label}, which is to be merged; pass delta=False, or the "
+                f"LoRA's residual as delta=, or call pipe.delete_adapters({name!r})."
+            )
 
 
 def require_configured_delta(value: object) -> None:

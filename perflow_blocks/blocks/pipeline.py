@@ -2,21 +2,348 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable, Mapping, Set
+from copy import deepcopy
+from difflib import get_close_matches
+from functools import cached_property
 from typing import Any
 
-from diffusers import StableDiffusionXLModularPipeline
+import torch
+from diffusers import ConfigMixin, ModelMixin, StableDiffusionXLModularPipeline
+from diffusers.hooks import apply_group_offloading
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, _best_guess_weight_name
+from diffusers.modular_pipelines.components_manager import custom_offload_with_hook
+from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
+from diffusers.utils import _get_model_file
+from diffusers.utils.torch_utils import get_device
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ..delta.merge import merge_records
+from .merge_delta import DELTA_OF_LORA
+
+CPU = torch.device("cpu")
+
+IN_PLACE_OF = {
+    "adapter_conditioning_factor": "there are no T2I-Adapters here; a ControlNet takes control_image",
+    "adapter_conditioning_scale": "there are no T2I-Adapters here; a ControlNet takes control_image",
+    "callback": "pass callback_on_step_end=function, called as function(pipe, step, timestep, {'latents': latents})",
+    "callback_on_step_end": "these blocks do not take it; insert a StepCallbackStep into their loop",
+    "callback_on_step_end_tensor_inputs": "leave it out; the callback gets the latents",
+    "callback_steps": "leave it out, and pass callback_on_step_end=, which is called after every step",
+    "eta": "leave it out; the solver adds no noise",
+    "guidance_rescale": "call pipe.update_components(guider=ClassifierFreeGuidance(guidance_rescale=...))",
+    "guidance_scale": "call pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=...))",
+    "image_guidance_scale": "there is no InstructPix2Pix here; pass image and strength",
+    "ip_adapter_image_embeds": (
+        "pass the second half of each tensor in the list as ip_adapter_embeds=, the first half as "
+        "negative_ip_adapter_embeds="
+    ),
+    "pag_adaptive_scale": "leave it out; set pipe.update_components(guider=PerturbedAttentionGuidance(...))",
+    "pag_scale": "call pipe.update_components(guider=PerturbedAttentionGuidance(perturbed_guidance_scale=...))",
+    "sigmas": "pass num_inference_steps=, or timesteps=; the time windows give the noise levels",
+}
+"""What to write in place of the arguments of diffusers' classic SDXL pipelines that a modular one does not take."""
 
 
 class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
     """A modular SDXL pipeline that refuses unknown inputs and comes back from `save_pretrained` as it was.
 
     `init_pipeline` of this package's presets, the builder and the demo return it. For blocks that you composed, pass
-    them: `PeRFlowModularPipeline(blocks=blocks, pretrained_model_name_or_path=...)`.
+    them: `PeRFlowModularPipeline(blocks=blocks, pretrained_model_name_or_path=...)`; for the models of a classic
+    pipeline, `PeRFlowModularPipeline.from_pipe(classic)`. `docs/from-classic.md` lists what to write for each habit of
+    `StableDiffusionXLPipeline`.
     """
 
     default_blocks_name = None
+    _offload_hooks: tuple[Any, ...] = ()
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, blocks: ModularPipelineBlocks | None = None) -> PeRFlowModularPipeline:
+        """A pipeline with the components of one in memory, for example a `StableDiffusionXLControlNetPipeline`.
+
+        Models are shared, with the LoRAs and deltas in them; the scheduler is a copy. Components that the blocks do
+        not take are left out.
+
+        Args:
+            pipeline: any SDXL pipeline of diffusers.
+            blocks: what to run, of which a copy is made; by default `PeRFlowSDXLAutoBlocks()`.
+
+        Raises:
+            ValueError: `pipeline` is not a pipeline.
+        """
+        from .auto_blocks import PeRFlowSDXLAutoBlocks
+
+        components = getattr(pipeline, "components", None)
+        if not isinstance(components, Mapping):
+            raise ValueError(
+                f"from_pipe takes a pipeline in memory, not {pipeline!r}; for a repository call "
+                "PeRFlowSDXLAutoBlocks().init_pipeline(repository) and load_components()."
+            )
+        pipe = cls(blocks=PeRFlowSDXLAutoBlocks() if blocks is None else deepcopy(blocks))
+        specs = pipe._component_specs
+        taken = {name: value for name, value in components.items() if name in specs and value is not None}
+        if "scheduler" in taken:
+            taken["scheduler"] = deepcopy(taken["scheduler"])
+        put_components(pipe, taken)
+        pipe.update_components(
+            **{name: value for name, value in pipeline.config.items() if name in pipe._config_specs}
+        )
+        return pipe
+
+    def __call__(
+        self,
+        state: PipelineState | str | list[str] | None = None,
+        output: str | list[str] | None = None,
+        *,
+        return_dict: bool = True,
+        **inputs: Any,
+    ) -> Any:
+        """Runs the blocks; `print(pipe.doc)` describes their inputs.
+
+        Args:
+            state: a prompt or a list of prompts, or a state to go on from.
+            output: the name of what to return, or a list of names for a dictionary; by default the whole state, whose
+                `images` are an attribute.
+            return_dict: False returns the tuple `(images,)`.
+            inputs: those of the blocks, and dictionaries of a `kwargs_type`, such as `denoiser_input_fields`.
+
+        Raises:
+            ValueError: an input or output that the blocks do not know, or what the blocks raise.
+        """
+        if state is not None and not isinstance(state, PipelineState):
+            if "prompt" in inputs:
+                raise ValueError("prompt is given twice, by position and by name; leave one out.")
+            inputs["prompt"], state = state, None
+        unknown = inputs.keys() - self._input_names
+        if unknown:
+            raise ValueError(" ".join(_instead(name, self._input_names) for name in sorted(unknown)))
+        if not return_dict:
+            if output is not None:
+                raise ValueError(f"return_dict=False and output={output!r} are both given; leave one out.")
+            output = ["images"]
+        if output is not None:
+            self._require_outputs(output, inputs.keys() if state is None else inputs.keys() | state.values.keys())
+        if self._offload_hooks:
+            result = self._run_offloaded(state, output, inputs)
+        else:
+            result = super().__call__(state, output, **inputs)
+        return result if return_dict else (result["images"],)
+
+    @cached_property
+    def _input_names(self) -> frozenset[str]:
+        """Of the blocks, which a pipeline keeps for good: `pipe.blocks` is a copy."""
+        inputs = self._blocks.inputs
+        return frozenset({entry.name for entry in inputs} | {entry.kwargs_type for entry in inputs} - {None})
+
+    @cached_property
+    def _output_names(self) -> frozenset[str]:
+        return frozenset(entry.name for entry in (*self._blocks.intermediate_outputs, *self._blocks.outputs))
+
+    def _require_outputs(self, output: Any, given: Set[str]) -> None:
+        """Raises ValueError for names of which a state would only say None."""
+        for name in output if isinstance(output, (list, tuple)) else [output]:
+            if name not in self._output_names and name not in given:
+                raise ValueError(
+                    f"output={name!r} is not an output of this pipeline{_nearest(name, self._output_names)}"
+                )
+
+    # Where models are
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Keeps each model on the CPU and brings it to a device while it runs; UNet and ControlNet stay together.
+
+        Calls from several threads run one after another. Call it again after setting another model.
+        `remove_all_hooks()` ends it and leaves the models on the CPU.
+
+        Args:
+            gpu_id: index of the accelerator, by default 0.
+            device: where models run, by default this machine's accelerator.
+
+        Raises:
+            ValueError: there is no accelerator and no `device`, the index is given twice, or models are offloaded in
+                groups.
+        """
+        target = torch.device(get_device() if device is None else device)
+        if device is None and target == CPU:
+            raise ValueError(
+                "enable_model_cpu_offload found no accelerator; pass device=, or leave models on the CPU."
+            )
+        if gpu_id is not None and target.index is not None:
+            raise ValueError(f"gpu_id={gpu_id} and device={device} both give an index; leave one out.")
+        if target.type != "cpu" and target.index is None:
+            target = torch.device(target.type, gpu_id or 0)
+        self._maybe_raise_error_if_group_offload_active(raise_error=True)
+        self.remove_all_hooks()
+        self.to(CPU, silence_dtype_warnings=True)
+        models = {name: model for name, model in self.components.items() if isinstance(model, nn.Module)}
+        hooks = [custom_offload_with_hook(name, model, target, _to_offload) for name, model in models.items()]
+        for hook in hooks:
+            for other in hooks:
+                if other is not hook:
+                    hook.add_other_hook(other)
+        self._offload_hooks, self._offload_lock = tuple(hooks), threading.RLock()
+
+    def _run_offloaded(self, state: PipelineState | None, output: Any, inputs: dict[str, Any]) -> Any:
+        with self._offload_lock:  # a call would take the models of another one off the device
+            try:
+                return super().__call__(state, output, **inputs)
+            finally:
+                self.maybe_free_model_hooks()
+
+    def maybe_free_model_hooks(self) -> None:
+        """Takes all models back to the CPU under `enable_model_cpu_offload`; each call ends with it."""
+        for hook in self._offload_hooks:
+            hook.offload()
+
+    def remove_all_hooks(self) -> None:
+        """Ends `enable_model_cpu_offload`; call `pipe.to(device)` for models that stay on a device."""
+        self.maybe_free_model_hooks()
+        for hook in self._offload_hooks:
+            hook.remove()
+        self._offload_hooks = ()
+
+    def enable_group_offload(
+        self,
+        onload_device: torch.device | str,
+        offload_device: torch.device | str = CPU,
+        offload_type: str = "block_level",
+        exclude_modules: str | list[str] | None = None,
+        **settings: Any,
+    ) -> None:
+        """Keeps the layers of all models on one device and brings some at a time to another while they run.
+
+        Args:
+            onload_device: where layers run.
+            offload_device: where they wait.
+            offload_type: "leaf_level" for single layers, or "block_level" with `num_blocks_per_group=`.
+            exclude_modules: names of models that go to `onload_device` whole.
+            settings: further ones of `diffusers.hooks.apply_group_offloading`, for example `use_stream=True`.
+
+        Raises:
+            ValueError: `exclude_modules` names no component, or what diffusers raises.
+        """
+        excluded = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
+        for name in excluded:
+            if name not in self.components:
+                raise ValueError(
+                    f"exclude_modules names {name!r}, which is no component{_nearest(name, self.components)}."
+                )
+        places = {"onload_device": torch.device(onload_device), "offload_device": torch.device(offload_device)}
+        for name, model in self.components.items():
+            if not isinstance(model, nn.Module):
+                continue
+            if name in excluded:
+                model.to(onload_device)
+            else:
+                offload_in_groups(model, offload_type=offload_type, **places, **settings)
+
+    # The VAE
+
+    def enable_vae_slicing(self) -> None:
+        """Decodes the images of a batch one at a time, to save memory."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Decodes the images of a batch together."""
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decodes and encodes large images in overlapping tiles, to save memory."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Decodes and encodes images whole."""
+        self.vae.disable_tiling()
+
+    # LoRA
+
+    def load_lora_weights(
+        self, pretrained_model_name_or_path_or_dict: Any, adapter_name: str | None = None, **settings: Any
+    ) -> None:
+        """Loads a LoRA as `StableDiffusionXLPipeline.load_lora_weights` does, unless its delta is merged already.
+
+        The file of a LoRA that `save_lora` made from a delta names that delta. Merging it while the LoRA is loaded
+        raises an error too, at the call.
+
+        Raises:
+            ValueError: the delta that the LoRA was made from is merged into the UNet, or what diffusers raises.
+        """
+        source, digest = pretrained_model_name_or_path_or_dict, ""
+        if not isinstance(source, dict) and settings.get("use_safetensors") is not False:
+            digest, settings = _delta_of_lora(source, settings)
+        for record in merge_records(self.unet) if digest else ():
+            if record.digest == digest and record.scale:
+                raise ValueError(
+                    f"the LoRA {source} was made from {record.source}, which is merged into the UNet already; call "
+                    "unmerge_delta(pipe.unet) and pass delta=False, or the LoRA's residual as delta=, from then on."
+                )
+        before = set(getattr(self.unet, "peft_config", ()))
+        super().load_lora_weights(source, adapter_name, **settings)
+        adapters = getattr(self.unet, "peft_config", {})
+        for name in adapters.keys() - before | adapters.keys() & {adapter_name}:
+            setattr(adapters[name], DELTA_OF_LORA, digest)
 
 
 def stock_class_name(pipe: Any) -> str:
     """The name of the pipeline's nearest class in diffusers, which an index can name."""
     return next(kind.__name__ for kind in type(pipe).__mro__ if kind.__module__.split(".")[0] == "diffusers")
+
+
+def put_components(pipe: Any, components: Mapping[str, Any]) -> None:
+    """Gives a pipeline components of any kind, those too that `update_components` refuses."""
+    bare = {name: component for name, component in components.items() if _has_no_record(pipe, name, component)}
+    pipe.register_components(**bare)
+    pipe.update_components(**{name: component for name, component in components.items() if name not in bare})
+
+
+def offload_in_groups(model: nn.Module, **settings: Any) -> None:
+    """diffusers' group offloading with its settings, for models of transformers too."""
+    if isinstance(model, ModelMixin):
+        model.enable_group_offload(**settings)
+    else:
+        apply_group_offloading(model, **settings)
+
+
+def _has_no_record(pipe: Any, name: str, component: Any) -> bool:
+    """Whether it has neither a configuration nor a place that it was loaded from: update_components refuses such."""
+    if isinstance(component, (ConfigMixin, nn.Module)):
+        return False
+    load_id = getattr(component, "_diffusers_load_id", None)
+    return load_id == "null" or (load_id is None and name in pipe.config_component_names)
+
+
+def _instead(name: str, known: Set[str]) -> str:
+    advice = f"; {IN_PLACE_OF[name]}." if name in IN_PLACE_OF else _nearest(name, known)
+    return f"{name} is not an input of this pipeline{advice}"
+
+
+def _nearest(name: Any, known: Iterable[str]) -> str:
+    """The end of an error's sentence about an unknown name."""
+    nearest = get_close_matches(str(name), sorted(known), n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else "; print(pipe.doc) lists what there is."
+
+
+def _to_offload(hooks: list[Any], model_id: str, **_: Any) -> list[Any]:
+    """Which models on the device make room for one that is to run: all, but not its partner in the steps."""
+    return [hook for hook in hooks if {hook.model_id, model_id} != {"unet", "controlnet"}]
+
+
+def _delta_of_lora(source: Any, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The digest of the delta that a LoRA's file names, else "", and the settings with the file's name for diffusers.
+
+    A file that cannot be found or read is left to diffusers, which says so.
+    """
+    places = ("subfolder", "cache_dir", "proxies", "local_files_only", "token", "revision")
+    where = {name: settings[name] for name in places if settings.get(name) is not None}
+    try:
+        name = settings.get("weight_name") or _best_guess_weight_name(
+            source, local_files_only=where.get("local_files_only", False)
+        )
+        path = _get_model_file(source, weights_name=name or LORA_WEIGHT_NAME_SAFE, **where)
+        with safe_open(path, "pt") as file:
+            digest = (file.metadata() or {}).get(DELTA_OF_LORA, "")
+    except (OSError, ValueError, IndexError, SafetensorError):
+        return "", settings
+    return digest, {**settings, "weight_name": name}
