@@ -227,9 +227,7 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
         excluded = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
         for name in excluded:
             if name not in self.components:
-                raise ValueError(
-                    f"exclude_modules names {name!r}, which is no component{_nearest(name, self.components)}."
-                )
+                raise ValueError(f"exclude_modules: {name!r} is not a component{_nearest(name, self.components)}")
         places = {"onload_device": torch.device(onload_device), "offload_device": torch.device(offload_device)}
         for name, model in self.components.items():
             if not isinstance(model, nn.Module):
