@@ -29,7 +29,7 @@ IN_PLACE_OF = {
     "adapter_conditioning_factor": "there are no T2I-Adapters here; a ControlNet takes control_image",
     "adapter_conditioning_scale": "there are no T2I-Adapters here; a ControlNet takes control_image",
     "callback": "pass callback_on_step_end=function, called as function(pipe, step, timestep, {'latents': latents})",
-    "callback_on_step_end": "these blocks do not take it; insert a StepCallbackStep into their loop",
+    "callback_on_step_end": "insert a StepCallbackStep into the loop",
     "callback_on_step_end_tensor_inputs": "leave it out; the callback gets the latents",
     "callback_steps": "leave it out, and pass callback_on_step_end=, which is called after every step",
     "eta": "leave it out; the solver adds no noise",
