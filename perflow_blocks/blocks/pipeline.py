@@ -135,7 +135,7 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
     def _input_names(self) -> frozenset[str]:
         """Of the blocks, which a pipeline keeps for good: `pipe.blocks` is a copy."""
         inputs = self._blocks.inputs
-        return frozenset({entry.name for entry in inputs} | {entry.kwargs_type for entry in inputs} - {None})
+        return frozenset(name for entry in inputs for name in (entry.name, entry.kwargs_type) if name)
 
     @cached_property
     def _output_names(self) -> frozenset[str]:
