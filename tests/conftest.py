@@ -112,8 +112,8 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def run(pipe: Any, **inputs: Any) -> torch.Tensor:
     """Final latents (pictures, 4, 16, 16) of a seeded run."""
-    inputs = {"prompt": "a red star", "generator": generator(), "output_type": "latent", **inputs}
-    return pipe(output="images", **inputs)
+    inputs = {"prompt": "a red star", "generator": generator(), "output_type": "latent", "output": "images", **inputs}
+    return pipe(**inputs)
 
 
 def count_unet_calls(pipe: Any) -> list[int]:

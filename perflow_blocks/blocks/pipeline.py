@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers import StableDiffusionXLModularPipeline
+from torch import nn
 
 
 class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
@@ -15,6 +17,27 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
     """
 
     default_blocks_name = None
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """Where the models run. diffusers walks all their modules to find this out; 24 ms a call for SDXL."""
+        models = [model for model in self.components.values() if isinstance(model, nn.Module)]
+        if any(_is_offloaded(model) for model in models):
+            return super()._execution_device
+        return next((weight.device for model in models for weight in model.parameters()), torch.device("cpu"))
+
+
+def _is_offloaded(model: nn.Module) -> bool:
+    """Whether a hook moves the model, or the layers with its first weights, to another device when it runs.
+
+    Offloading in groups hooks each weight's own layer or one that holds it.
+    """
+    for module in model.modules():
+        if hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook"):
+            return True
+        if module._parameters:
+            return False
+    return False
 
 
 def stock_class_name(pipe: Any) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -53,11 +52,12 @@ from .files import (
     rows_of,
     stamp_of,
 )
+from .model_lock import model_lock
 from .recipe import DeltaRecipe
 
 logger = logging.get_logger(__name__)
 
-STATE_ATTRIBUTE, LOCK_ATTRIBUTE = "_perflow_merges", "_perflow_merge_lock"
+STATE_ATTRIBUTE = "_perflow_merges"
 CONFIG_KEY = "_perflow_merges"
 """In the model's configuration. diffusers saves and reads keys with an underscore and gives them to no constructor."""
 
@@ -143,36 +143,23 @@ class MergeState(Applied):
         return [Term(self.weights[r.digest], r.scale, r.scales) for r in self.records if not r.reloaded]
 
 
-class MergeLock:
-    """A reentrant lock whose copy, also a pickled one, is a new lock."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *exception: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type[MergeLock], tuple[()]]:
-        return MergeLock, ()
-
-
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module that `torch.compile` wrapped, whose weights and names are the model's own; else the module."""
     return getattr(module, "_orig_mod", module)
 
 
-def merge_lock(module: nn.Module) -> MergeLock:
-    """The lock that is held around every merge into this model; hold it to ask and merge in one step."""
-    return vars(uncompiled(module)).setdefault(LOCK_ATTRIBUTE, MergeLock())
+@contextmanager
+def _locked(module: nn.Module) -> Iterator[tuple[nn.Module, MergeState]]:
+    """The module without its compiled wrapper, and its state, while the lock is held."""
+    with model_lock(module):
+        module = uncompiled(module)
+        yield module, _state(module)
 
 
 @contextmanager
-def _locked(module: nn.Module, base: Delta | None = None) -> Iterator[tuple[nn.Module, MergeState]]:
-    """The module without its compiled wrapper, and its state, while the lock is held."""
-    with merge_lock(module):
+def _changing(module: nn.Module, base: Delta | None) -> Iterator[tuple[nn.Module, MergeState]]:
+    """The same, to change the weights, once no thread runs the model."""
+    with model_lock(module).changing(), model_lock(module):
         module = uncompiled(module)
         yield module, _state(module, base)
 
@@ -214,7 +201,7 @@ def merge_delta(
     """
     pairs = _pairs(scale, scales)
     weights = opened(delta)
-    with _locked(module, base) as (module, state):
+    with _changing(module, base) as (module, state):
         known = _find(module, state, weights)
         if known is not None:
             if (known.scale, known.scales) != (scale, pairs):
@@ -266,7 +253,7 @@ def rescale_delta(
         ValueError: nothing is merged, `delta` is not, or it is not clear which one is meant.
     """
     pairs = _pairs(scale, scales)
-    with _locked(module, base) as (module, state):
+    with _changing(module, base) as (module, state):
         record = _chosen(module, state, delta)
         position = state.records.index(record)
         if record.reloaded:
@@ -290,7 +277,7 @@ def unmerge_delta(
         ValueError: nothing is merged, delta or base files were written to meanwhile, or the model was loaded with the
             delta in it and there is no base.
     """
-    with _locked(module, base) as (module, state):
+    with _changing(module, base) as (module, state):
         if not state.records:
             raise ValueError(f"no delta is merged into this {type(module).__name__}; there is nothing to take out.")
         gone = state.records if delta is None else (_chosen(module, state, delta),)
