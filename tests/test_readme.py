@@ -1,56 +1,149 @@
-"""The Python of the README's section on recombining runs as it stands, with tiny weights in place of the Hub's."""
+"""README and docs: every block of Python runs, with the embedded model in place of the Hub's, and every link leads on."""
 
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import ControlNetModel, ControlNetUnionModel
+from PIL import Image
+from safetensors.torch import save_file
 
+import perflow_blocks
 from perflow_blocks.attention import strategies
-from perflow_blocks.testing import tiny_controlnet, tiny_controlnet_union, tiny_picture
-from tests.conftest import make_pipeline
-from tests.hub.conftest import save_ip_adapter
+from perflow_blocks.demo import perflow_pipeline, teacher_pipeline, weights_directory
+from perflow_blocks.hub.publish import push_workflow
+from perflow_blocks.testing import tiny_mask, tiny_picture
+from tests.builder.conftest import MODELS, save_checkpoint
+from tests.conftest import run
+from tests.hub.conftest import save_ip_adapter, use_own_modules
+from tests.hub.loopback.server import LoopbackHub
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (README, *sorted((ROOT / "docs").glob("*.md")))}
+BLOCK = re.compile(r"^```python\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+ON_THIS_MACHINE = {
+    '"cuda"': '"cpu"',
+    "torch.float16": "torch.float32",
+    "enable_model_cpu_offload()": 'enable_model_cpu_offload(device="cpu")',
+    '"path/to/this/checkout"': repr(str(weights_directory())),
+    "your-name/": "someone/",
+}
 
 
-def snippets(heading: str) -> list[str]:
-    """The Python under a heading of the second level, in order."""
-    sections = re.split(r"^## ", README.read_text(), flags=re.MULTILINE)
-    (section,) = (text for text in sections if text.startswith(f"{heading}\n"))
-    return re.findall(r"^```python\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
-
-
-def test_the_section_on_recombining_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(strategies, "_STRATEGIES", dict(strategies._STRATEGIES))
-    repositories = {
-        "diffusers/controlnet-canny-sdxl-1.0": tmp_path / "controlnet",
-        "xinsir/controlnet-union-sdxl-1.0": tmp_path / "union",
-        "h94/IP-Adapter": tmp_path / "adapter",
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What the pages load from the Hub, made for the embedded model."""
+    classic, folder = teacher_pipeline(), tmp_path_factory.mktemp("hub")
+    names = {
+        "stabilityai/stable-diffusion-xl-base-1.0": "base",
+        "hansyan/perflow-sdxl-dreamshaper": "merged",
+        "diffusers/controlnet-canny-sdxl-1.0": "controlnet",
+        "xinsir/controlnet-union-sdxl-1.0": "union",
+        "h94/IP-Adapter": "adapter",
     }
-    tiny_controlnet().save_pretrained(tmp_path / "controlnet")
-    tiny_controlnet_union().save_pretrained(tmp_path / "union")
-    save_ip_adapter(tmp_path / "adapter")
-    for name in ("edges", "depth", "photo"):
-        tiny_picture(len(name)).save(f"{name}.png")
-    tiny, defined = make_pipeline(), dict[str, Any]()
-    for snippet in snippets("Recombine"):
-        names = [name for name in repositories if name in snippet]
-        for name in names:
-            snippet = snippet.replace(name, str(repositories[name]))
-        pipe = defined.get("pipe")
-        if names:
-            defined["pipe"] = tiny
-        with torch.compiler.set_stance("force_eager"):  # compiling for a CPU takes minutes
-            exec(compile(snippet, "README.md", "exec"), defined)
-        if names:
-            defined["pipe"] = pipe
-    assert (tmp_path / "star-3.png").is_file()
-    assert (tmp_path / "preview-2.png").is_file() and not (tmp_path / "preview-3.png").is_file()
+    classic.save_pretrained(folder / "base")
+    classic.save_pretrained(folder / "merged", variant="v0-fix")
+    ControlNetModel.from_unet(classic.unet).save_pretrained(folder / "controlnet")
+    ControlNetUnionModel.from_unet(classic.unet).save_pretrained(folder / "union")
+    save_ip_adapter(folder / "adapter", classic.unet)
+    return {name: folder / place for name, place in names.items()}
+
+
+@pytest.fixture
+def folder(
+    hub: dict[str, Path], loopback_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The current directory, with the files that the pages read; what they push is laid out in it to be loaded."""
+
+    def push(directory: str, repo_id: str) -> None:
+        push_workflow(directory, repo_id, endpoint=loopback_hub.endpoint, token=loopback_hub.token)
+        for path, content in loopback_hub.files(repo_id).items():
+            (tmp_path / repo_id / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / repo_id / path).write_bytes(content)
+
+    use_own_modules(tmp_path / "modules", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(perflow_blocks, "push_workflow", push)
+    monkeypatch.setattr(strategies, "_STRATEGIES", dict(strategies._STRATEGIES))
+    for name in ("photo", "edges", "depth", "style"):
+        tiny_picture(len(name), 64).save(f"{name}.png")
+    tiny_mask(64).save("mask.png")
+    shutil.copy(weights_directory() / "perflow_delta.safetensors", tmp_path)
+    components = teacher_pipeline().components
+    save_checkpoint(tmp_path / "dreamshaperXL.safetensors", {name: components[name] for name in MODELS})
+    layer = "unet.mid_block.attentions.0.proj_in"
+    width = components["unet"].mid_block.attentions[0].proj_in.in_features
+    shapes = {f"{layer}.lora_A.weight": (4, width), f"{layer}.lora_B.weight": (width, 4)}
+    save_file({name: torch.full(shape, 0.01) for name, shape in shapes.items()}, "style.safetensors")
+    return tmp_path
+
+
+def after_recombine(defined: dict[str, Any], folder: Path) -> None:
+    assert (folder / "star-3.png").is_file() and defined["image"].size == (64, 64)
+    assert defined["pipe"].controlnet.config.num_control_type
+
+
+def after_blocks(defined: dict[str, Any], folder: Path) -> None:
+    assert (folder / "preview-2.png").is_file() and not (folder / "preview-3.png").is_file()
     assert (defined["hits"], defined["misses"]) == (3, 1)
-    assert tiny.controlnet.config.num_control_type
-    assert defined["image"].size == (64, 64)
+    assert defined["image"].size == (256, 192)
+
+
+def after_share(defined: dict[str, Any], folder: Path) -> None:
+    assert {"picture.png", "unet"} <= {path.name for path in (folder / "someone" / "my-workflow").iterdir()}
+    torch.testing.assert_close(run(defined["pipe"]), run(perflow_pipeline()), atol=1e-4, rtol=1e-4)
+
+
+AFTERWARDS: dict[str, Callable[[dict[str, Any], Path], None]] = {
+    "docs/recombine.md": after_recombine,
+    "docs/blocks.md": after_blocks,
+    "docs/share.md": after_share,
+}
+
+
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if BLOCK.search(text)])
+def test_the_python_of_a_page_runs(page: str, hub: dict[str, Path], folder: Path) -> None:
+    text, defined = PAGES[page], dict[str, Any]()
+    for found in BLOCK.finditer(text):
+        code = found[1]
+        for name, place in {**ON_THIS_MACHINE, **{f'"{name}"': repr(str(path)) for name, path in hub.items()}}.items():
+            code = code.replace(name, place)
+        lines_above = "\n" * text.count("\n", 0, found.start(1))  # tracebacks name the page's line
+        with torch.compiler.set_stance("force_eager"):  # compiling for a CPU takes minutes
+            exec(compile(lines_above + code, ROOT / page, "exec"), defined)
+    if page in AFTERWARDS:
+        AFTERWARDS[page](defined, folder)
+
+
+def links(text: str) -> list[str]:
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+
+
+def anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_of_a_page_lead_on(page: str) -> None:
+    for link in links(PAGES[page]):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def test_a_link_leads_to_every_page() -> None:
+    linked = {((ROOT / page).parent / link.partition("#")[0]).resolve() for page in PAGES for link in links(PAGES[page])}
+    assert [page for page in PAGES if (ROOT / page).resolve() not in linked] == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= 150
