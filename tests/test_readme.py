@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ControlNetModel, ControlNetUnionModel
-from PIL import Image
 from safetensors.torch import save_file
 
 import perflow_blocks
 from perflow_blocks.attention import strategies
+from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.demo import perflow_pipeline, teacher_pipeline, weights_directory
 from perflow_blocks.hub.publish import push_workflow
-from perflow_blocks.testing import tiny_mask, tiny_picture
-from tests.builder.conftest import MODELS, save_checkpoint
-from tests.conftest import run
+from perflow_blocks.testing import tiny_picture
+from tests.builder.conftest import checkpoint_components, save_checkpoint
+from tests.conftest import run, save_repository
 from tests.hub.conftest import save_ip_adapter, use_own_modules
 from tests.hub.loopback.server import LoopbackHub
 
@@ -32,34 +32,46 @@ ON_THIS_MACHINE = {
     '"cuda"': '"cpu"',
     "torch.float16": "torch.float32",
     "enable_model_cpu_offload()": 'enable_model_cpu_offload(device="cpu")',
-    '"path/to/this/checkout"': repr(str(weights_directory())),
     "your-name/": "someone/",
+    '"path/to/this/checkout"': repr(str(weights_directory())),
 }
+IN_PLACE_OF = {
+    'config="stabilityai/stable-diffusion-xl-base-1.0"': "config",
+    '"dreamshaperXL.safetensors"': "checkpoint.safetensors",
+    'with_delta("perflow_delta.safetensors"': "delta.safetensors",
+    '"stabilityai/stable-diffusion-xl-base-1.0"': "base",
+    '"hansyan/perflow-sdxl-dreamshaper"': "few-step",
+    '"diffusers/controlnet-canny-sdxl-1.0"': "controlnet",
+    '"xinsir/controlnet-union-sdxl-1.0"': "union",
+    '"h94/IP-Adapter"': "adapter",
+}
+"""What `hub` holds under which name; only the string in quotation marks is replaced."""
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What the pages load from the Hub, made for the embedded model."""
-    classic, folder = teacher_pipeline(), tmp_path_factory.mktemp("hub")
-    names = {
-        "stabilityai/stable-diffusion-xl-base-1.0": "base",
-        "hansyan/perflow-sdxl-dreamshaper": "merged",
-        "diffusers/controlnet-canny-sdxl-1.0": "controlnet",
-        "xinsir/controlnet-union-sdxl-1.0": "union",
-        "h94/IP-Adapter": "adapter",
-    }
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages load from elsewhere, made for the embedded model and named as in `IN_PLACE_OF`.
+
+    diffusers tells the text encoders in a single file apart by their widths, which are equal in the embedded model: that
+    checkpoint and its delta are of the tiny components.
+    """
+    folder, classic, tiny = tmp_path_factory.mktemp("hub"), teacher_pipeline(), checkpoint_components()
     classic.save_pretrained(folder / "base")
-    classic.save_pretrained(folder / "merged", variant="v0-fix")
-    ControlNetModel.from_unet(classic.unet).save_pretrained(folder / "controlnet")
-    ControlNetUnionModel.from_unet(classic.unet).save_pretrained(folder / "union")
+    classic.save_pretrained(folder / "few-step", variant="v0-fix")
+    channels = (16, 32, 32)  # two levels, as the embedded VAE has
+    controlnet = ControlNetModel.from_unet(classic.unet, conditioning_embedding_out_channels=channels)
+    controlnet.save_pretrained(folder / "controlnet")
+    widths = {"num_trans_channel": 32, "num_trans_head": 4, "num_proj_channel": 32}
+    ControlNetUnionModel.from_config({**controlnet.config, **widths}).save_pretrained(folder / "union")
     save_ip_adapter(folder / "adapter", classic.unet)
-    return {name: folder / place for name, place in names.items()}
+    save_repository(folder / "config", **tiny)
+    save_checkpoint(folder / "checkpoint.safetensors", tiny)
+    save_delta({name: torch.zeros_like(w) for name, w in tiny["unet"].named_parameters()}, folder / "delta.safetensors")
+    return folder
 
 
 @pytest.fixture
-def folder(
-    hub: dict[str, Path], loopback_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def folder(loopback_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory, with the files that the pages read; what they push is laid out in it to be loaded."""
 
     def push(directory: str, repo_id: str) -> None:
@@ -72,16 +84,12 @@ def folder(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(perflow_blocks, "push_workflow", push)
     monkeypatch.setattr(strategies, "_STRATEGIES", dict(strategies._STRATEGIES))
-    for name in ("photo", "edges", "depth", "style"):
+    for name in ("photo", "edges", "depth", "mask"):
         tiny_picture(len(name), 64).save(f"{name}.png")
-    tiny_mask(64).save("mask.png")
     shutil.copy(weights_directory() / "perflow_delta.safetensors", tmp_path)
-    components = teacher_pipeline().components
-    save_checkpoint(tmp_path / "dreamshaperXL.safetensors", {name: components[name] for name in MODELS})
-    layer = "unet.mid_block.attentions.0.proj_in"
-    width = components["unet"].mid_block.attentions[0].proj_in.in_features
-    shapes = {f"{layer}.lora_A.weight": (4, width), f"{layer}.lora_B.weight": (width, 4)}
-    save_file({name: torch.full(shape, 0.01) for name, shape in shapes.items()}, "style.safetensors")
+    layer = "unet.mid_block.attentions.0.proj_in.lora_{}.weight"  # of 128 channels
+    lora = {layer.format("A"): torch.full((4, 128), 0.01), layer.format("B"): torch.full((128, 4), 0.01)}
+    save_file(lora, "style.safetensors")
     return tmp_path
 
 
@@ -109,12 +117,13 @@ AFTERWARDS: dict[str, Callable[[dict[str, Any], Path], None]] = {
 
 
 @pytest.mark.parametrize("page", [name for name, text in PAGES.items() if BLOCK.search(text)])
-def test_the_python_of_a_page_runs(page: str, hub: dict[str, Path], folder: Path) -> None:
+def test_the_python_of_a_page_runs(page: str, hub: Path, folder: Path) -> None:
     text, defined = PAGES[page], dict[str, Any]()
+    here = {name: re.sub('".*"', repr(str(hub / place)), name) for name, place in IN_PLACE_OF.items()}
     for found in BLOCK.finditer(text):
         code = found[1]
-        for name, place in {**ON_THIS_MACHINE, **{f'"{name}"': repr(str(path)) for name, path in hub.items()}}.items():
-            code = code.replace(name, place)
+        for name, replacement in {**here, **ON_THIS_MACHINE}.items():
+            code = code.replace(name, replacement)
         lines_above = "\n" * text.count("\n", 0, found.start(1))  # tracebacks name the page's line
         with torch.compiler.set_stance("force_eager"):  # compiling for a CPU takes minutes
             exec(compile(lines_above + code, ROOT / page, "exec"), defined)
