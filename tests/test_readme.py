@@ -1,4 +1,4 @@
-"""README and docs: every block of Python runs, with the embedded model in place of the Hub's, and every link leads on."""
+"""README and docs: every block of Python runs, with the embedded model in place of the Hub's, and every link works."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ IN_PLACE_OF = {
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages load from elsewhere, made for the embedded model and named as in `IN_PLACE_OF`.
 
-    diffusers tells the text encoders in a single file apart by their widths, which are equal in the embedded model: that
-    checkpoint and its delta are of the tiny components.
+    diffusers tells the text encoders in a single file apart by their widths, which are equal in the embedded model.
+    So the single file and its delta are of the tiny components.
     """
     folder, classic, tiny = tmp_path_factory.mktemp("hub"), teacher_pipeline(), checkpoint_components()
     classic.save_pretrained(folder / "base")
@@ -66,7 +66,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_ip_adapter(folder / "adapter", classic.unet)
     save_repository(folder / "config", **tiny)
     save_checkpoint(folder / "checkpoint.safetensors", tiny)
-    save_delta({name: torch.zeros_like(w) for name, w in tiny["unet"].named_parameters()}, folder / "delta.safetensors")
+    difference = {name: torch.zeros_like(weight) for name, weight in tiny["unet"].named_parameters()}
+    save_delta(difference, folder / "delta.safetensors")
     return folder
 
 
@@ -131,8 +132,10 @@ def test_the_python_of_a_page_runs(page: str, hub: Path, folder: Path) -> None:
         AFTERWARDS[page](defined, folder)
 
 
-def links(text: str) -> list[str]:
-    return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+def links(page: str) -> list[tuple[Path, str]]:
+    """Target and anchor of each link and image, those to other places left out."""
+    found = [link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]) if "://" not in link]
+    return [((ROOT / page).parent / path if path else ROOT / page, anchor) for path, _, anchor in found]
 
 
 def anchors(text: str) -> set[str]:
@@ -141,16 +144,14 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_links_of_a_page_lead_on(page: str) -> None:
-    for link in links(PAGES[page]):
-        path, _, anchor = link.partition("#")
-        target = (ROOT / page).parent / path if path else ROOT / page
-        assert target.exists(), link
-        assert not anchor or anchor in anchors(target.read_text()), link
+def test_the_links_of_a_page_work(page: str) -> None:
+    missing = [(target, anchor) for target, anchor in links(page) if not target.exists()]
+    assert missing == []
+    assert all(anchor in anchors(target.read_text()) for target, anchor in links(page) if anchor)
 
 
 def test_a_link_leads_to_every_page() -> None:
-    linked = {((ROOT / page).parent / link.partition("#")[0]).resolve() for page in PAGES for link in links(PAGES[page])}
+    linked = {target.resolve() for page in PAGES for target, _ in links(page)}
     assert [page for page in PAGES if (ROOT / page).resolve() not in linked] == []
 
 
