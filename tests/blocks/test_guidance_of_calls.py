@@ -47,7 +47,7 @@ def test_a_guider_without_a_scale_refuses_one() -> None:
     class Fixed(ClassifierFreeGuidance):
         def __init__(self) -> None:
             super().__init__()
-            self.strength = vars(self).pop("guidance_scale")
+            del self.guidance_scale
 
     with pytest.raises(ValueError, match=r"guidance_scale=2.0 .* Fixed has no such scale"):
         run(make_pipeline(guider=Fixed()), guidance_scale=2.0)
