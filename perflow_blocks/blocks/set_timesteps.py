@@ -216,24 +216,24 @@ def _place_scheduler(components: Any, recipe: DeltaRecipe | None) -> PeRFlowSche
         source = own["source"] if own is not None else current and dict(current.config)
         wanted = PeRFlowScheduler.from_scheduler(source, **settings)
         _warn_of_replacing(current, _differences(source or {}, noise_schedule))
-        setattr(wanted, OWN_ATTRIBUTE, {"source": source, "spec": scheduler_source(components), "made_from": made_from})
+        spec = scheduler_source(components)
+        setattr(wanted, OWN_ATTRIBUTE, {"source": source, "spec": spec, "made_from": made_from})
         components.update_components(scheduler=wanted)
         return wanted
 
 
 def _warn_of_replacing(scheduler: Any, differences: list[tuple[str, Any, Any]]) -> None:
-    """Names a scheduler that a user set and that is replaced, and what a delta changes of the noise schedule."""
-    # diffusers notes on components where it loaded them from; one that a user made has no such note.
+    """Warns that a scheduler which a user set is replaced, and that a delta's noise schedule differs from its own."""
+    # diffusers marks the components that it loaded or made for a pipeline; one that a user made has no mark.
     if scheduler is not None and not {OWN_ATTRIBUTE, "_diffusers_load_id"} & vars(scheduler).keys():
         logger.warning(
-            f"{type(scheduler).__name__}, the scheduler that was set, is replaced by a PeRFlowScheduler, which the "
-            "distilled weights need. To use another sampler, run it in a pipeline of diffusers, such as "
-            "StableDiffusionXLPipeline."
+            f"{type(scheduler).__name__}, the scheduler that was set, is replaced by a PeRFlowScheduler, the only one "
+            "that these blocks run; other samplers run in diffusers' own pipelines, such as StableDiffusionXLPipeline."
         )
     if differences:
         used = ", ".join(f"{name}={value}" for name, _, value in differences)
         replaced = ", ".join(str(value) for _, value, _ in differences)
-        logger.warning(f"The merged delta was distilled with {used}, used instead of the scheduler's {replaced}.")
+        logger.warning(f"The merged delta was distilled with {used}; this replaces the scheduler's {replaced}.")
 
 
 def _window_settings(config: Any, recipe: DeltaRecipe) -> dict[str, Any]:

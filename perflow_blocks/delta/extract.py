@@ -58,10 +58,10 @@ def open_difference(student: files.Delta, base: files.Delta, config: Mapping[str
 
 
 def header_bytes(entries: Mapping[str, Any]) -> bytes:
-    """What a safetensors file (https://huggingface.co/docs/safetensors) has before the values, in the order given.
+    """The start of a safetensors file (https://huggingface.co/docs/safetensors), before the values.
 
-    The length of the header in 8 bytes, little endian, and the header in JSON. The library writes metadata in an order
-    of chance.
+    That is the header's length in 8 bytes, little endian, and the header in JSON, its keys in the order given. The
+    library writes the metadata in random order.
     """
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # readers map the values, which must be aligned

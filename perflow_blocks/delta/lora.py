@@ -273,8 +273,10 @@ def _stored(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 def save_lora(converted: DeltaLora, path: str | os.PathLike[str], layout: Layout = "peft") -> None:
     """Writes the LoRA for `pipe.load_lora_weights(path)`, with the recipe; the file appears complete or not at all.
 
-    The metadata also name the delta (`perflow_delta`), so that a UNet with it merged can be told from one without. The
-    same LoRA gives the same bytes. `layout` "peft" is what diffusers writes itself, with each layer's rank and alpha in the metadata. "kohya" is what
+    The metadata name the delta, in `perflow_delta`: a UNet that has it merged already must not get the LoRA too. The
+    same LoRA gives the same bytes.
+
+    `layout` "peft" is what diffusers writes itself, with each layer's rank and alpha in the metadata. "kohya" is what
     other programs read (`lora_unet_...`, with alphas).
 
     Raises:

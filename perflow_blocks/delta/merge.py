@@ -62,7 +62,7 @@ CONFIG_KEY = "_perflow_merges"
 """In the model's configuration. diffusers saves and reads keys with an underscore and gives them to no constructor."""
 
 WITNESSES, WITNESS_VALUES, SAVED_VALUES, RELATED = 8, 1024, 32, 0.5
-"""How many weights are noted to recognise a merged model, how many values of each, how many of these are saved, and the
+"""How many weights are noted to recognise a merged model, how many values of each, how many of them are saved, and the
 cosine above which values are still those of the model that was noted, perhaps trained further; of other models it is
 near 0."""
 

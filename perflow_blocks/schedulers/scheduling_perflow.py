@@ -38,8 +38,8 @@ NOISINGS = ("chord", "marginal")
 """How `noise_coefficients` noises an image."""
 
 OWN_TYPE, BASE_TYPE = "_perflow_prediction_type", "_base_prediction_type"
-"""In the configuration: the `prediction_type` for a way back from another class, which keeps keys with an underscore;
-and what the base model predicts where that is not `epsilon`."""
+"""Keys of the configuration: the scheduler's own `prediction_type`, and that of the base model if it is not `epsilon`.
+Other classes keep keys with an underscore, so that `from_config` leads there and back."""
 
 
 @dataclass
@@ -58,14 +58,15 @@ def is_perflow_scheduler(scheduler: object) -> bool:
 class _ConfigOfOtherBase(FrozenDict):
     """The configuration of a scheduler whose base model does not predict `epsilon`.
 
-    `from_config` of any class reads `items`, which name what the base predicts. All else is PeRFlow's own.
+    `from_config` of other classes reads `items`, which give the base's `prediction_type`. Indexing, attributes, copies
+    and `dict(config)` give PeRFlow's.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__({**config, "_use_default_values": []})
         object.__setattr__(self, "prediction_type", self["prediction_type"])  # FrozenDict takes it from `items`
 
-    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
+    def items(self) -> ItemsView[str, Any]:
         return {**self, "prediction_type": self[BASE_TYPE]}.items()
 
     __repr__ = dict.__repr__
@@ -80,8 +81,8 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
     `step` is a pure function of its arguments and of the plan that `set_timesteps` made. It moves no counter, so a
     run may start at any timestep. `make_plan` and `plan_from` change nothing, so threads may share a scheduler.
 
-    Other schedulers' `from_config(scheduler.config)` take over the noise schedule and, for `prediction_type`, what the
-    base model predicts: `epsilon`, or what the scheduler given to `from_scheduler` said, such as `v_prediction`.
+    `from_config(scheduler.config)` of another class takes over the noise schedule and gets the base model's
+    `prediction_type`: that of the scheduler which this one was made from, such as `v_prediction`, else `epsilon`.
 
     Args:
         num_train_timesteps: training timesteps T; the timestep T is pure noise.
@@ -145,7 +146,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         self._rows = window_table(self.windows, self._alphas, final_alpha_cumprod=self.final_alpha_cumprod)
         if boundaries is not None:  # a list and a matching count, so that the saved JSON reads back as it is
             self.register_to_config(window_boundaries=list(boundaries), num_time_windows=len(boundaries) - 1)
-        # Another class leaves out what is listed here, and takes the rest over though it may be a default of this one.
+        # `from_config` of another class skips the keys listed here, and so gets `epsilon`, its own default.
         self.register_to_config(**{"_use_default_values": ["prediction_type"], OWN_TYPE: prediction_type})
         self.plan: StepPlan | None = None
         self.num_inference_steps: int | None = None
@@ -153,19 +154,20 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         self._coefficients: Tensor = torch.empty(0, 4)
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Any:
         """The settings, also as attributes; `config.prediction_type` is what the distilled UNet predicts."""
         own = self._internal_dict
         return _ConfigOfOtherBase(own) if BASE_TYPE in own else own
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in diffusers. A configuration that another class took over from a PeRFlowScheduler gives that one again."""
+        """As in diffusers; `prediction_type` is restored if another class took the configuration over from this one."""
         if isinstance(config, Mapping):
             known = [kind for kind in map(config.get, ("prediction_type", OWN_TYPE)) if kind in PREDICTION_TYPES]
             if known:
                 kwargs.setdefault("prediction_type", known[0])
-            config = {key: config[key] for key in config if key != OWN_TYPE}
+            kept = {key: config[key] for key in config if key not in (OWN_TYPE, BASE_TYPE)}
+            config = {**kept, **_base_type(config)}
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @classmethod
@@ -193,9 +195,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         if config.get("rescale_betas_zero_snr"):
             logger.warning("rescale_betas_zero_snr is not supported by PeRFlow and is left out of the new scheduler.")
         made = cls(**{**taken, **overrides})
-        base = config.get(BASE_TYPE) or config.get("prediction_type")
-        if base not in (None, "epsilon", *PREDICTION_TYPES):
-            made.register_to_config(**{BASE_TYPE: base})
+        made.register_to_config(**_base_type(config))
         return made
 
     def __len__(self) -> int:
@@ -304,7 +304,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         return torch.tensor(pairs, dtype=torch.float64)
 
     def plan_from(self, t: float, plan: StepPlan) -> StepPlan:
-        """The plan of a run that begins at time t in (0, 1]: a first step from t, then the steps of `plan` below it."""
+        """The plan of a run that begins at time t in (0, 1]: a step from t, then the steps of `plan` below it."""
         first = max(1, truncated_timestep(t, len(self)))
         below = (timestep for timestep in plan.timesteps if timestep < first)
         return self.make_plan(timesteps=[first, *below])
@@ -333,6 +333,13 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
 @functools.lru_cache(maxsize=128)
 def _even_times(windows: TimeWindows, wanted: int) -> tuple[float, ...]:
     return windows.distribute_steps(max(require_positive_int("num_inference_steps", wanted), windows.num_windows))
+
+
+def _base_type(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the base model predicts, as an entry for the configuration, where that is not `epsilon`."""
+    kind = config.get("prediction_type")
+    base = config.get(BASE_TYPE) if kind in PREDICTION_TYPES else kind
+    return {} if base in (None, "epsilon") else {BASE_TYPE: base}
 
 
 def _integers(timesteps: Sequence[int] | Tensor) -> tuple[int, ...]:

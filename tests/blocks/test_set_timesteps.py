@@ -78,9 +78,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in records.values()]
 
 
-def test_a_sampler_that_was_set_is_replaced_with_one_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_sampler_that_was_set_is_replaced_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_pipeline().save_pretrained(str(tmp_path), overwrite_modular_index=True)
     pipe = PeRFlowSDXLAutoBlocks().init_pipeline(str(tmp_path))
     pipe.load_components(names=["scheduler", "unet"])
@@ -91,7 +89,7 @@ def test_a_sampler_that_was_set_is_replaced_with_one_warning(
     for _ in range(2):
         set_up(pipe, delta_recipe=DeltaRecipe(prediction_type="ddim_eps"))
     (message,) = messages(caplog)
-    for part in ("DPMSolverMultistepScheduler", "PeRFlowScheduler", "pipeline of diffusers"):
+    for part in ("DPMSolverMultistepScheduler", "PeRFlowScheduler", "diffusers' own pipelines"):
         assert part in message
     pipe.update_components(scheduler=None)
     set_up(pipe)
@@ -215,7 +213,7 @@ def test_a_delta_brings_the_noise_schedule_it_was_distilled_on(caplog: pytest.Lo
         config = pipe.scheduler.config
         assert (config.beta_start, config.beta_end, config.beta_schedule) == (0.001, 0.02, "linear")
     (message,) = (text for text in messages(caplog) if "was distilled" in text)
-    assert "beta_start=0.001, beta_end=0.02, used instead of the scheduler's 0.0001, 0.012" in message
+    assert "beta_start=0.001, beta_end=0.02; this replaces the scheduler's 0.0001, 0.012" in message
 
 
 def test_without_the_delta_the_schedule_is_the_repositorys_again() -> None:

@@ -351,6 +351,7 @@ def test_another_class_gets_what_the_base_predicts_and_gives_perflows_type_back(
     made.save_pretrained(tmp_path)
     again = (
         PeRFlowScheduler.from_config(made.config),
+        PeRFlowScheduler.from_config(base.config, prediction_type="diff_eps", num_time_windows=2),
         PeRFlowScheduler.from_pretrained(tmp_path),
         PeRFlowScheduler.from_scheduler(made, prediction_type="diff_eps", num_time_windows=2),
         copy.deepcopy(made),
