@@ -161,7 +161,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in diffusers; `prediction_type` is restored if another class took the configuration over from this one."""
+        """As in diffusers; `prediction_type` comes back from what another class took over of this one's settings."""
         if isinstance(config, Mapping):
             known = [kind for kind in map(config.get, ("prediction_type", OWN_TYPE)) if kind in PREDICTION_TYPES]
             if known:
