@@ -61,9 +61,10 @@ STATE_ATTRIBUTE = "_perflow_merges"
 CONFIG_KEY = "_perflow_merges"
 """In the model's configuration. diffusers saves and reads keys with an underscore and gives them to no constructor."""
 
-WITNESSES, WITNESS_VALUES, RELATED = 8, 32, 0.5
-"""How many weights are noted to recognise a merged model, how many values of each, and the cosine above which values
-are still those of the model that was noted, perhaps trained further; of other models it is near 0."""
+WITNESSES, WITNESS_VALUES, SAVED_VALUES, RELATED = 8, 1024, 32, 0.5
+"""How many weights are noted to recognise a merged model, how many values of each, how many of them are saved, and the
+cosine above which values are still those of the model that was noted, perhaps trained further; of other models it is
+near 0."""
 
 NO_RECIPE = DeltaRecipe()
 """Of a delta that does not say how to sample."""
@@ -460,7 +461,8 @@ def _remember(module: nn.Module, state: MergeState) -> None:
         # as the kind of projection when an IP-Adapter was loaded.
         OrderedDict.pop(module._internal_dict, CONFIG_KEY, None)
         if state.records:
-            saved = {"deltas": [record.to_config() for record in state.records], "witness": state.witness}
+            witness = {n: {k: values[:SAVED_VALUES] for k, values in w.items()} for n, w in state.witness.items()}
+            saved = {"deltas": [record.to_config() for record in state.records], "witness": witness}
             OrderedDict.__setitem__(module._internal_dict, CONFIG_KEY, saved)
     state.writing = []
     if state.records:
@@ -472,19 +474,21 @@ def _remember(module: nn.Module, state: MergeState) -> None:
 def _witness(module: nn.Module, terms: Sequence[Term]) -> dict[str, dict[str, list[float]]]:
     """Some values of weights as they now are, "with" the deltas, and where it is known as they would be "without"."""
     weights = {name: w for name, w in floating_entries(own_weights(module)).items() if w.dim() > 1}
-    changed = [name for name in weights if _factors(name, terms)] or list(weights)
+    whole = [n for n, w in weights.items() if all(term.weights.shapes.get(n, w.shape) == w.shape for term in terms)]
+    changed = [name for name in whole if _factors(name, terms)] or whole
     found = {}
     for name in changed[:: max(1, len(changed) // WITNESSES)][:WITNESSES]:
         values = _values(weights[name])
         found[name] = {"with": values.tolist()}
         parts = [(_values(term.weights.tensor(name)), factor) for term in terms if (factor := term.factor(name))]
-        if parts and all(part.shape == values.shape for part, _ in parts):
+        if parts:
             found[name]["without"] = (values - sum_of_terms(parts, values)).tolist()
     return found
 
 
-def _values(weight: Tensor) -> Tensor:
-    return rows_of(weight.detach(), 0, 1).flatten()[:WITNESS_VALUES].float().cpu()
+def _values(weight: Tensor, count: int = WITNESS_VALUES) -> Tensor:
+    rows = math.ceil(count / max(1, weight.shape[1:].numel()))
+    return rows_of(weight.detach(), 0, rows).flatten()[:count].float().cpu()
 
 
 def _holds(module: nn.Module, witness: Mapping[str, Mapping[str, list[float]]]) -> bool:
@@ -497,7 +501,7 @@ def _holds(module: nn.Module, witness: Mapping[str, Mapping[str, list[float]]]) 
     known = [name for name in witness if name in own and type(own[name]) in plain and not own[name].is_meta]
     if not known:
         return True
-    found = torch.cat([_values(own[name]) for name in known])
+    found = torch.cat([_values(own[name], len(witness[name]["with"])) for name in known])
     merged, base = (
         torch.tensor([value for name in known for value in witness[name].get(kind, ())])
         for kind in ("with", "without")
