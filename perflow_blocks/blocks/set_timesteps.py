@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.step_plan import StepPlan, truncated_timestep
 from ..core.windows import TimeWindows, tile_windows
-from ..delta.merge import MergeLock
+from ..delta.model_lock import model_lock
 from ..delta.recipe import DeltaRecipe
 from ..schedulers.scheduling_perflow import PeRFlowScheduler, is_perflow_scheduler
 from .declare import declared
@@ -25,9 +25,6 @@ logger = logging.get_logger(__name__)
 
 OWN_ATTRIBUTE = "_perflow_made_in_set_up"
 """On a scheduler that this block made: the configuration (`source`) and the place (`spec`) of the one it replaced."""
-
-LOCK_ATTRIBUTE = "_perflow_scheduler_lock"
-"""On a pipeline: the lock that is held while its scheduler is replaced."""
 
 
 class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
@@ -198,7 +195,7 @@ def _place_scheduler(components: Any, recipe: DeltaRecipe | None) -> PeRFlowSche
     """Puts a PeRFlowScheduler in place that follows configuration and recipe, unless the user set one; returns it."""
     config = components.config
     made_from = (recipe, config.prediction_type, config.num_time_windows, config.window_boundaries)
-    with vars(components).setdefault(LOCK_ATTRIBUTE, MergeLock()):  # threads that make the first call convert once
+    with model_lock(components):  # threads that make the first call convert once
         current = components.scheduler
         own = None if current is None else vars(current).get(OWN_ATTRIBUTE)
         if own is not None and own["made_from"] == made_from:
