@@ -102,7 +102,7 @@ def check_controlnet(controlnet: Any, request: Any, prompts: int) -> None:
             raise ValueError(f"control_guidance_start={first} must be below control_guidance_end={last}, in [0, 1].")
 
 
-def check_ip_adapters(layers: list[nn.Module], guider: Any, request: Any, encodes: bool) -> None:
+def check_ip_adapters(layers: list[nn.Module], request: Any, encodes: bool) -> None:
     """Checks that images or embeddings match the loaded IP-Adapters.
 
     `layers` holds the image projection of each adapter; `encodes` tells whether a block encodes images.
@@ -112,8 +112,6 @@ def check_ip_adapters(layers: list[nn.Module], guider: Any, request: Any, encode
     if layers and image is None and embeds is None:
         name = "ip_adapter_image" if encodes else "ip_adapter_embeds"
         raise ValueError(f"{name} is missing for {count} loaded IP-Adapters; pass it or call unload_ip_adapter().")
-    if embeds is not None and negative is None and layers and guider.num_conditions > 1:
-        raise ValueError("negative_ip_adapter_embeds is missing, which guidance needs; pass it, usually zeros.")
     for name, given in zip(IP_ADAPTER_INPUTS, (image, embeds, negative), strict=True):
         if given is None:
             continue

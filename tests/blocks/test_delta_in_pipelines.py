@@ -150,6 +150,17 @@ def test_a_pipelines_base_is_where_its_unet_was_loaded_from(
     assert same(state(pipe), before) and not one_rounding(caplog)
 
 
+def test_a_pipeline_may_change_its_type_between_merge_and_way_back(
+    delta: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = loaded(tmp_path / "saved")
+    before = {name: weight.bfloat16() for name, weight in state(pipe).items()}
+    run(pipe, delta=delta)
+    pipe.to(torch.bfloat16)
+    run(pipe, delta=False)
+    assert same(state(pipe), before) and not one_rounding(caplog)
+
+
 def test_weights_that_were_changed_after_loading_are_named(
     delta: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -167,8 +167,8 @@ class Fading(ClassifierFreeGuidance):
 def test_the_second_run_starts_with_the_guiders_first_state() -> None:
     pipe = loop_pipeline("text2image", dtype=torch.bfloat16, guider=Fading(guidance_scale=4.0))
     poison(pipe.unet, 500, dtypes=HALF)
-    run(pipe, num_inference_steps=5, on_nonfinite="fallback")
-    assert pipe.guider.guidance_scale == 4.0 * 0.5**5
+    guider = run(pipe, num_inference_steps=5, on_nonfinite="fallback", output="guider")
+    assert (guider.guidance_scale, pipe.guider.guidance_scale) == (4.0 * 0.5**5, 4.0)
 
 
 @pytest.mark.behaviour

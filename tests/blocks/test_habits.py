@@ -13,15 +13,12 @@ import pytest
 import torch
 from diffusers.hooks import HookRegistry
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from perflow_blocks import PeRFlowModularPipeline, PeRFlowSDXLAutoBlocks, delta_to_lora, merge_delta
-from perflow_blocks.blocks.merge_delta import DELTA_OF_LORA
 from perflow_blocks.blocks.pipeline import IN_PLACE_OF
-from perflow_blocks.delta.files import identity_of, open_weights
 from perflow_blocks.delta.lora import save_lora, save_residual
 from perflow_blocks.delta.merge import merge_records
 from perflow_blocks.schedulers import PeRFlowScheduler
@@ -299,9 +296,6 @@ def lora(tmp_path: Path, delta: Path) -> Path:
     path = tmp_path / "lora" / "fast.safetensors"
     save_lora(converted, path)
     save_residual(converted, tmp_path / "residual.safetensors")
-    with safe_open(path, "pt") as file:
-        header = file.metadata() | {DELTA_OF_LORA: identity_of(open_weights(delta))}
-    save_file(load_file(path), path, header)
     return path.parent
 
 
