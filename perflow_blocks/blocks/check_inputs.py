@@ -15,6 +15,7 @@ from .check_images import CONTROL_RANGE, check_controlnet, check_images, check_i
 from .declare import declared
 from .guiders import check_guider
 from .inputs import NONFINITE_POLICIES, OUTPUT_TYPES, Size, request_inputs, task_inputs
+from .pipeline import PeRFlowModularPipeline
 from .set_timesteps import check_denoising_range, check_strength
 from .specs import guider_spec, unet_spec, vae_spec
 
@@ -81,6 +82,8 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         request = self.get_block_state(state)
+        if not isinstance(components, PeRFlowModularPipeline) and components.config.get("_blocks_class_name"):
+            components.register_to_config(_blocks_class_name=None)  # saved, it would load as stock blocks in silence
         _use_python_numbers(request, state)
         loaded, blocks = components.components, components._blocks
         unet, guider = loaded["unet"], loaded["guider"]

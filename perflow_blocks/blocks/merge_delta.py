@@ -165,6 +165,9 @@ def _loaded_commit(pipe: Any, repository: str) -> str | None:
     diffusers has it only in the names of the modules of a repository's code. Code that only imports its blocks from a
     package is found among the process's modules; if these are of several commits, that is a ValueError.
     """
+    place = pipe._component_specs["unet"]
+    if place.pretrained_model_name_or_path == repository and place.revision is not None:
+        return place.revision
     prefix = f"{DIFFUSERS_DYNAMIC_MODULE_NAME}.local.{'--'.join(repository.split('/'))}."
     own = type(pipe._blocks).__module__
     modules = [own] if own.startswith(prefix) else [name for name in sys.modules if name.startswith(prefix)]
