@@ -21,8 +21,6 @@ from diffusers.modular_pipelines.modular_pipeline_utils import InsertableDict
 from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME
 from huggingface_hub.errors import EntryNotFoundError
 
-from .. import __version__
-
 PRESET_KEY = "perflow_preset"
 """In `modular_config.json`: the preset that `PeRFlowModularPipeline.from_pretrained` makes without remote code."""
 
@@ -96,11 +94,12 @@ def block_files(blocks: ModularPipelineBlocks) -> dict[str, str]:
             '    """Makes the saved blocks, which are of their own classes."""\n\n'
             f"    def __new__(cls):\n        return {made}\n"
         )
+    version = vars(sys.modules[PACKAGE])["__version__"]
     config = {
         "_class_name": name,
         "_diffusers_version": diffusers.__version__,
         "auto_map": {"ModularPipelineBlocks": f"{CODE.removesuffix('.py')}.{name}"},
-        "requirements": {"perflow-blocks": f">={'.'.join(__version__.split('.')[:2])}"},
+        "requirements": {"perflow-blocks": f">={'.'.join(version.split('.')[:2])}"},
         **({} if preset is None else {PRESET_KEY: preset}),
     }
     docstring = f'"""The blocks of a saved pipeline; needs the package {PACKAGE}."""\n\n'

@@ -109,10 +109,7 @@ def require_no_rival(unet: Any, weights: Weights) -> None:
 
 
 def _was_saved_with(unet: Any, path: Path, scale: float) -> bool:
-    """Whether a delta is missing where the index names it because it is in the UNet, which was saved beside the index.
-
-    Saving a pipeline writes its weights as they are and its configuration, but no delta.
-    """
+    """Whether a delta whose file is missing is in the UNet, which was saved with it merged."""
     if path.exists():
         return False
     return any(r.reloaded and (r.source, r.scale) == (path.name, scale) for r in merge_records(unet))

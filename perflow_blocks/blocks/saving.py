@@ -144,7 +144,8 @@ def _delta(pipe: Any, problems: list[str]) -> tuple[dict[str, Any], Weights | No
     """
     if "delta" not in pipe._config_specs:
         return {}, None
-    config, records = pipe.config, merge_records(pipe.unet) if pipe.unet is not None else ()
+    config, unet = pipe.config, pipe.components.get("unet")
+    records = () if unet is None else merge_records(unet)
     values = {name: config[name] for name in DELTA_VALUES if config.get(name) is not None}
     named = values.pop("delta", None)
     declared = {spec.name: spec.default for spec in pipe._blocks.expected_configs}["delta"]
@@ -157,17 +158,22 @@ def _delta(pipe: Any, problems: list[str]) -> tuple[dict[str, Any], Weights | No
         path = Path(records[0].source) if named is None else delta_path(None, pipe)
         assert path is not None
         weights = open_weights(path, values.get("delta_variant"))
-        is_merged = bool(records) and find_merged(pipe.unet, weights) is not None
+        is_merged = unet is not None and find_merged(unet, weights) is not None
     except ValueError as error:
-        if named is not None and Path(named).name not in {Path(record.source).name for record in records}:
+        if named is None:
+            return {**values, **absent}, None
+        if Path(named).name not in {Path(record.source).name for record in records}:
             problems.append(str(error))
-        return {**values, **absent}, None
+        return {**values, "delta": _target(named)}, None  # the merged weights are what it names
     if named is None and not is_merged:
         return absent, None
     single = path.is_file() and path.suffix == ".safetensors"
-    target = Path(DELTA_FILE).with_name(path.name).as_posix() if single else DELTA_FILE
     values.pop("delta_variant", None)  # that of a folder
-    return {**values, "delta": target}, weights
+    return {**values, "delta": _target(path) if single else DELTA_FILE}, weights
+
+
+def _target(path: str | Path) -> str:
+    return Path(DELTA_FILE).with_name(Path(path).name).as_posix()
 
 
 def save_delta_file(weights: Weights, path: Path) -> None:
