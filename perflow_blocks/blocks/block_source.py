@@ -46,9 +46,8 @@ def make_preset(name: str) -> ModularPipelineBlocks:
         ValueError: no preset of this package.
     """
     module, _, kind = str(name).rpartition(".")
-    found = getattr(import_module(module), kind, None) if module in PRESET_MODULES else None
-    is_preset = isinstance(found, type) and issubclass(found, ModularPipelineBlocks) and found.__module__ == module
-    if not is_preset:
+    found: Any = getattr(import_module(module), kind, None) if module in PRESET_MODULES else None
+    if getattr(found, "__module__", None) != module or not issubclass(found, ModularPipelineBlocks):
         raise ValueError(
             f"{PRESET_KEY}={name!r} in modular_config.json must be a preset of {', '.join(PRESET_MODULES)}; install "
             f"the version of {PACKAGE} that saved it, or pass blocks to the class."

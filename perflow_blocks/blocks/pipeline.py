@@ -51,8 +51,10 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
         blocks = load_blocks(place, trust_remote_code, **kwargs)
         pipe = cls(blocks, place, components_manager, collection, workflow, **kwargs)
         for spec in pipe._component_specs.values():
-            if spec.pretrained_model_name_or_path == place and spec.revision is None:
-                spec.revision = kwargs.get("revision")
+            if spec.pretrained_model_name_or_path == place:
+                spec.revision = spec.revision or kwargs.get("revision")
+                if spec.type_hint is None:  # model_index.json says that the model has no such component
+                    spec.pretrained_model_name_or_path = None
         return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:

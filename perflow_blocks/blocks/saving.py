@@ -62,7 +62,7 @@ def prepare(pipe: Any) -> tuple[Any, Weights | None]:
         if spec.default_creation_method == "from_pretrained":
             if component is not None:
                 problems += component_problems(name, component)
-            if component is not None or spec.pretrained_model_name_or_path:
+            if component is not None or (spec.pretrained_model_name_or_path and spec.type_hint is not None):
                 index[name] = _index_entry(saver, spec, component)
         elif name not in ("guider", "attention") and not _is_as_declared(component, declared[name]):
             problems.append(

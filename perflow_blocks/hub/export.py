@@ -118,7 +118,7 @@ def _texts(plan: ExportPlan, facts: CardFacts, repo_id: str | None) -> dict[str,
     """The text files of the repository by their names."""
     return {
         **plan.sources.files,
-        BLOCKS_CONFIG: to_json(make_blocks_config(plan.class_name, plan.sources.requirements)),
+        BLOCKS_CONFIG: to_json(make_blocks_config(plan.class_name, plan.sources.requirements, plan.preset)),
         INDEX: to_json(make_index(stock_class_name(plan.pipe), plan.entries, plan.config, repo_id)),
         MELLON: make_mellon_config(plan.blocks, facts.title, repo_id).to_json_string(),
         CARD: make_card(facts),

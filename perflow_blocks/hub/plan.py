@@ -12,6 +12,7 @@ from typing import Any, get_args
 import diffusers
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
 
+from ..blocks.block_source import preset_of
 from ..blocks.merge_delta import guidance_in_effect
 from ..blocks.pipeline import PeRFlowModularPipeline
 from ..blocks.settings import complaint, config_values, kept_guider
@@ -32,6 +33,7 @@ class ExportPlan:
         blocks: a copy of its blocks.
         class_name: their class in the repository.
         sources: the code.
+        preset: the name of the preset of this package that the class is, unchanged.
         entries: components of the index.
         config: configuration values of the index.
         delta: the file to copy, if any.
@@ -41,6 +43,7 @@ class ExportPlan:
     blocks: Any
     class_name: str
     sources: WorkflowSources
+    preset: str | None
     entries: list[Entry]
     config: dict[str, Any]
     delta: Path | None
@@ -96,11 +99,13 @@ def make_plan(
             sources = workflow_sources(blocks, class_name, mode, description=description)
     if problems or sources is None:
         raise ValueError(complaint("exported", list(problems)))
+    is_preset = mode == "thin" and description is None and class_name == type(blocks).__name__
     return ExportPlan(
         pipe=pipe,
         blocks=blocks,
         class_name=class_name,
         sources=sources,
+        preset=preset_of(blocks) if is_preset else None,
         entries=entries,
         config=config,
         delta=source,

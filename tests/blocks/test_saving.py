@@ -25,6 +25,7 @@ from perflow_blocks import (
     PeRFlowScheduler,
     PromptCacheStep,
     WindowLogStep,
+    export_workflow,
     insert_loop_block,
     merge_delta,
 )
@@ -318,9 +319,11 @@ def test_a_directory_can_name_nothing_but_presets(name: Any, tmp_path: Path) -> 
 def test_a_plain_model_gets_the_blocks_for_every_task(repository: Path) -> None:
     pipe: Any = PeRFlowModularPipeline.from_pretrained(repository)
     assert (type(pipe), type(pipe.blocks)) == (PeRFlowModularPipeline, PeRFlowSDXLAutoBlocks)
+    assert pipe.get_component_spec("image_encoder").pretrained_model_name_or_path is None
     pipe.load_components()
     assert torch.equal(latents(pipe), latents(make_pipeline()))
-    assert PeRFlowModularPipeline.from_pretrained(repository, workflow="text2image").blocks.sub_blocks.keys() != set()
+    one = PeRFlowModularPipeline.from_pretrained(repository, workflow="text2image")
+    assert list(one.blocks.sub_blocks) == list(PeRFlowSDXLAutoBlocks().get_workflow("text2image").sub_blocks)
 
 
 @pytest.mark.parametrize("given", ["call", "folder", "mapping", "configuration"])
@@ -382,3 +385,14 @@ def test_what_plain_diffusers_saves_after_a_call_does_not_load_as_other_blocks(t
     pipe.save_pretrained(str(tmp_path), overwrite_modular_index=True)
     with pytest.raises(ValueError, match="No pipeline blocks could be resolved"):
         ModularPipeline.from_pretrained(str(tmp_path), trust_remote_code=True)
+
+
+@pytest.mark.parametrize("mode", ["thin", "self-contained"])
+def test_a_thin_export_of_a_preset_needs_no_trust(mode: Any, tmp_path: Path) -> None:
+    export_workflow(PeRFlowSDXLText2ImageBlocks(), tmp_path / "workflow", mode=mode)
+    if mode == "thin":
+        pipe = PeRFlowModularPipeline.from_pretrained(tmp_path / "workflow")
+        assert type(pipe.blocks) is PeRFlowSDXLText2ImageBlocks
+        return
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        PeRFlowModularPipeline.from_pretrained(tmp_path / "workflow")
