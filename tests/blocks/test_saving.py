@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -396,3 +397,14 @@ def test_a_thin_export_of_a_preset_needs_no_trust(mode: Any, tmp_path: Path) -> 
         return
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         PeRFlowModularPipeline.from_pretrained(tmp_path / "workflow")
+
+
+def test_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    kinds = []
+    text = (ROOT / "docs" / "saving.md").read_text(encoding="utf-8")
+    for code in re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        exec(compile(code, "saving.md", "exec"), names)
+        kinds.append(type(names["pipe"]).__name__)
+    assert kinds == [OURS, OURS, DIFFUSERS]
