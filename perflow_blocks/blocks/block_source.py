@@ -135,17 +135,30 @@ def _expression(block: ModularPipelineBlocks, place: str, modules: set[str]) -> 
     values = _arguments(block, place)
     call = f"{kind.__module__}.{kind.__qualname__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
     usual = kind(**values)
-    attributes = {
-        name: value
-        for name, value in vars(block).items()
-        if not name.startswith("_") and name not in STRUCTURE and _is_plain(value) and vars(usual).get(name) != value
-    }
+    attributes = _changed_attributes(block, usual, place)
     inside, made = _inside(block, place, modules), _inside(usual, place, modules)
     if inside == made and not attributes:
         return call
     pairs = ", ".join(f"{name!r}: {code}" for name, code in inside)
     given = "".join(f", {name}={value!r}" for name, value in attributes.items())
     return f"{__name__}.arranged({call}, {{{pairs}}}{given})"
+
+
+def _changed_attributes(block: ModularPipelineBlocks, usual: ModularPipelineBlocks, place: str) -> dict[str, Any]:
+    """The public attributes that were set after the block was made. An object that the constructor makes is none."""
+    changed: dict[str, Any] = {}
+    for name, value in vars(block).items():
+        made = vars(usual).get(name, _ABSENT)
+        if name.startswith("_") or name in STRUCTURE or (type(value) is type(made) and not _is_plain(value)):
+            continue
+        if not _is_plain(value):
+            raise ValueError(
+                f"{_label(block, place)} cannot be saved: its attribute {name!r} was set to {value!r}, which no file can "
+                "hold; take it back, or make it part of the class."
+            )
+        if made is _ABSENT or value != made:
+            changed[name] = value
+    return changed
 
 
 def _inside(block: ModularPipelineBlocks, place: str, modules: set[str]) -> list[tuple[str, str]]:
@@ -175,7 +188,7 @@ def _is_plain(value: Any) -> bool:
     """Whether Python's literals give the value again."""
     try:
         return ast.literal_eval(repr(value)) == value
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError):
         return False
 
 

@@ -229,7 +229,7 @@ def test_saving_changes_nothing_of_the_pipeline(tmp_path: Path) -> None:
     assert json.dumps(dict(pipe.config), default=str) == config
 
 
-class KeptInTheBlock(LoopBlock):
+class Forgetful(LoopBlock):
     def __init__(self, strength: float) -> None:
         super().__init__()
 
@@ -263,6 +263,12 @@ def with_own_class() -> Any:
     return with_block(Local())
 
 
+def with_attribute(value: Any) -> Any:
+    logged = WindowLogStep()
+    vars(logged)["own"] = value
+    return with_block(logged)
+
+
 MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "lora": (lambda: with_lora(make_pipeline()), "unet has the LoRA style, which is not saved; unload it with"),
     "ip-adapter": (lambda: with_ip_adapter(make_pipeline()), "unet has an IP-Adapter, which is not saved"),
@@ -276,7 +282,8 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
         "the scheduler has t_noise=0.9, which no configuration value keeps",
     ),
     "local class": (with_own_class, r"\(Local\) cannot be saved: .* define it at the top of a \.py file"),
-    "argument": (lambda: with_block(KeptInTheBlock(0.5)), "constructor argument 'strength' is not kept on the block"),
+    "argument": (lambda: with_block(Forgetful(0.5)), "constructor argument 'strength' is not kept on the block"),
+    "attribute": (lambda: with_attribute(torch.zeros(1)), r"its attribute 'own' was set to tensor\(\[0.\]\)"),
     "delta": (
         lambda: make_pipeline_naming("/nowhere/delta.safetensors"),
         r"/nowhere/delta.safetensors does not exist",
@@ -304,8 +311,15 @@ def test_blocks_of_others_run_only_where_they_are_trusted(tmp_path: Path) -> Non
         PeRFlowModularPipeline.from_pretrained(tmp_path)
 
 
+def test_what_a_revision_holds_is_read_at_that_revision() -> None:
+    place = str(weights_directory())
+    pipe: Any = PeRFlowModularPipeline.from_pretrained(place, revision="v1")
+    assert pipe.get_component_spec("vae").revision == "v1"
+    assert block._loaded_commit(pipe, place) == "v1"
+
+
 @pytest.mark.parametrize(
-    "name", ["perflow_blocks.cli.__main__.main", "os.system", "perflow_blocks.blocks.workflows.deepcopy", 3]
+    "name", ["perflow_blocks.cli.__main__.main", "os.system", "perflow_blocks.blocks.auto_blocks.deepcopy", 3]
 )
 def test_a_directory_can_name_nothing_but_presets(name: Any, tmp_path: Path) -> None:
     make_pipeline().save_config(tmp_path)
