@@ -153,8 +153,8 @@ def _changed_attributes(block: ModularPipelineBlocks, usual: ModularPipelineBloc
             continue
         if not _is_plain(value):
             raise ValueError(
-                f"{_label(block, place)} cannot be saved: its attribute {name!r} was set to {value!r}, which no file can "
-                "hold; take it back, or make it part of the class."
+                f"{_label(block, place)} cannot be saved: its attribute {name!r} was set to {value!r}, which no file "
+                "can hold; take it back, or make it part of the class."
             )
         if made is _ABSENT or value != made:
             changed[name] = value
