@@ -86,6 +86,8 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         request = self.get_block_state(state)
+        if components.config.get("_blocks_class_name"):  # saved, it would load as stock blocks in silence
+            components.register_to_config(_blocks_class_name=None)
         _use_python_numbers(request, state)
         loaded, blocks = components.components, components._blocks
         unet, guider = loaded["unet"], guider_for_call(loaded["guider"], request.guidance_scale)

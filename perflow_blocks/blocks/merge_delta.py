@@ -121,10 +121,7 @@ def require_no_rival(unet: Any, weights: Weights) -> None:
 
 
 def _was_saved_with(unet: Any, path: Path, scale: float) -> bool:
-    """Whether a delta is missing where the index names it because it is in the UNet, which was saved beside the index.
-
-    Saving a pipeline writes its weights as they are and its configuration, but no delta.
-    """
+    """Whether a delta whose file is missing is in the UNet, which was saved with it merged."""
     if path.exists():
         return False
     return any(r.reloaded and (r.source, r.scale) == (path.name, scale) for r in merge_records(unet))
@@ -207,6 +204,9 @@ def _loaded_commit(pipe: Any, repository: str) -> str | None:
     diffusers has it only in the names of the modules of a repository's code. Code that only imports its blocks from a
     package is found among the process's modules; if these are of several commits, that is a ValueError.
     """
+    place = pipe._component_specs["unet"]
+    if place.pretrained_model_name_or_path == repository and place.revision is not None:
+        return place.revision
     prefix = f"{DIFFUSERS_DYNAMIC_MODULE_NAME}.local.{'--'.join(repository.split('/'))}."
     own = type(pipe._blocks).__module__
     modules = [own] if own.startswith(prefix) else [name for name in sys.modules if name.startswith(prefix)]

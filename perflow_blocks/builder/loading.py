@@ -4,28 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from diffusers import ComponentsManager
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
-from diffusers.utils import logging
 from torch import nn
 
 from ..attention.config import AttentionConfig
 from ..blocks.merge_delta import PeRFlowMergeDeltaStep
 from ..blocks.pipeline import offload_in_groups, put_components
 from ..blocks.recombine import compile_loops
+from ..blocks.settings import complaint
 from . import single_file
 from .adapter_loading import add_adapters, no_adapters_where_it_fails
 from .checks import make_guider
 from .parts import Part
 from .placement import CPU
 from .plan import BuildPlan
-from .problems import complaint
 from .sharing import mark
-
-logger = logging.get_logger(__name__)
 
 
 def build_pipeline(plan: BuildPlan, manager: ComponentsManager, collection: str | None) -> Any:
@@ -59,7 +55,6 @@ def build_pipeline(plan: BuildPlan, manager: ComponentsManager, collection: str 
     _hand_over(pipe, manager, collection)
     if settings.offload == "auto" and manager.model_hooks is None:
         manager.enable_auto_cpu_offload(device=plan.device)
-    _warn_of_local_delta(plan)
     return pipe
 
 
@@ -84,7 +79,7 @@ def _load(plan: BuildPlan) -> dict[str, Any]:
             failures.append(f"{name}: {error}")
             cause = cause or error
     if failures:
-        raise ValueError(complaint(failures)) from cause
+        raise ValueError(complaint("built", failures)) from cause
     return loaded
 
 
@@ -134,16 +129,6 @@ def _hand_over(pipe: Any, manager: ComponentsManager, collection: str | None) ->
     for name, component in pipe.components.items():
         if component is not None and pipe.get_component_spec(name).default_creation_method == "from_pretrained":
             manager.add(name, component, collection)
-
-
-def _warn_of_local_delta(plan: BuildPlan) -> None:
-    """What a saved pipeline needs and is not saved with it."""
-    named = plan.settings.config_values.get("delta")
-    if named is not None and Path(named).is_absolute():
-        logger.warning(
-            f"the configuration of this pipeline names {named}: after save_pretrained it can be loaded only where "
-            "that file is; export it with weights='delta-only', which copies the delta beside the index."
-        )
 
 
 def _place(pipe: Any, plan: BuildPlan, manager: ComponentsManager) -> None:

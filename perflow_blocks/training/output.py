@@ -17,9 +17,10 @@ from transformers import CLIPTokenizer
 
 from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
 from ..blocks.pipeline import stock_class_name
+from ..blocks.settings import is_stock
 from ..delta.files import identity_of, open_weights, read_recipe
 from ..delta.lora import DeltaLora, delta_to_lora, save_lora, save_residual
-from ..hub.entries import Entry, is_stock
+from ..hub.entries import Entry
 from ..hub.export import export_workflow
 from ..hub.index import make_index
 from ..hub.json_files import INDEX
