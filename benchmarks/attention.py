@@ -15,7 +15,7 @@ from perflow_blocks.attention.strategies import (
     get_attention_strategy,
 )
 
-from .measure import Setting, clock, peak_bytes, time_in_turns
+from .measure import Setting, peak_bytes, rounds_within, time_in_turns
 from .report import Report, megabytes, table
 
 BASE = "native"
@@ -63,7 +63,7 @@ LAYERS = (
 TINY_LAYERS = (Layer(kind="self", queries=64, keys=64, heads=2), Layer(kind="cross", queries=48, keys=77, heads=2))
 
 
-def run(setting: Setting) -> Report:
+def run(setting: Setting) -> Iterator[Report]:
     batch = 2 if setting.device.type == "cuda" else 1
     layers = TINY_LAYERS if setting.quick else LAYERS
     text = TEXT.format(
@@ -93,7 +93,7 @@ def run(setting: Setting) -> Report:
         parts += [f"## {name}", table(header, rows)]
     if missing:
         parts += ["## Not run here", "\n".join(f"- `{name}`: {reason}" for name, reason in missing.items())]
-    return Report(title="Attention strategies", parts=tuple(parts))
+    yield Report(title="Attention strategies", parts=tuple(parts))
 
 
 def available(device: torch.device, dtype: torch.dtype) -> tuple[list[AttentionStrategy], dict[str, str]]:
@@ -128,8 +128,7 @@ def measure(
             labels[strategy.name], attend, output = prepare(strategy, (query, key, value), setting)
             errors[strategy.name] = (output.double() - exact) / exact.square().mean().sqrt()
             runs[strategy.name] = partial(attend, query, key, value)
-        a_round = sum(clock(call, setting.device) for call in runs.values())
-        rounds = min(max(FEWEST_ROUNDS, int(SECONDS_A_SIZE / a_round)), MOST_ROUNDS)
+        rounds = rounds_within(SECONDS_A_SIZE, runs, setting.device, fewest=FEWEST_ROUNDS, most=MOST_ROUNDS)
         timings = time_in_turns(runs, setting, rounds=rounds, label=f"attention {layer}", warm_up=0)
         for name, call in runs.items():
             yield (

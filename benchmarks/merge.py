@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,12 +165,12 @@ def why_not(setting: Setting) -> str | None:
     return None
 
 
-def run(setting: Setting) -> Report:
+def run(setting: Setting) -> Iterator[Report]:
     size = _size(setting)
     found = measure(size, setting.rounds(5))
     read = found.times[READING].median
     kind = str(size.dtype).removeprefix("torch.")
-    return Report(
+    yield Report(
         title="Merging a delta",
         parts=(
             f"{megabytes(found.model_bytes)} MB of {kind} weights on the CPU in SDXL's shapes (SDXL's UNet has "
