@@ -58,15 +58,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if reason is not None:
             left_out.append(f"{name} was left out: {reason}")
             continue
-        for report in PARTS[name].run(setting):
-            text = report.markdown(setting)
-            if directory is not None:
-                write(
-                    text, directory / f"{name}{'' if setting.device.type == 'cpu' else '-' + setting.device.type}.md"
-                )
-        sys.stdout.write(f"{text}\n")
+        path = None if directory is None else directory / f"{name}{_suffix(setting.device)}.md"
+        sys.stdout.write(f"{run_part(PARTS[name], setting, path)}\n")
         sys.stdout.flush()
     sys.stdout.write("".join(f"{line}\n" for line in left_out))
+
+
+def run_part(part: Part, setting: Setting, path: Path | None) -> str:
+    """Runs a part and returns its report, which the file holds as far as it has come. A dry run compiles nothing."""
+    text = ""
+    with torch.compiler.set_stance("force_eager" if setting.quick else "default"):
+        for report in part.run(setting):
+            text = report.markdown(setting)
+            if path is not None:
+                write(text, path)
+    return text
+
+
+def _suffix(device: torch.device) -> str:
+    return "" if device.type == "cpu" else f"-{device.type}"
 
 
 def _parser() -> argparse.ArgumentParser:

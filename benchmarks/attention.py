@@ -125,7 +125,7 @@ def measure(
             if reason is not None:
                 declined.append((layer, strategy.name, "-", reason, "-", "-", "-", "-"))
                 continue
-            labels[strategy.name], attend, output = prepare(strategy, (query, key, value), setting)
+            labels[strategy.name], attend, output = prepare(strategy, (query, key, value))
             errors[strategy.name] = (output.double() - exact) / exact.square().mean().sqrt()
             runs[strategy.name] = partial(attend, query, key, value)
         rounds = rounds_within(SECONDS_A_SIZE, runs, setting.device, fewest=FEWEST_ROUNDS, most=MOST_ROUNDS)
@@ -145,19 +145,14 @@ def measure(
 
 
 def prepare(
-    strategy: AttentionStrategy, inputs: tuple[Tensor, Tensor, Tensor], setting: Setting
+    strategy: AttentionStrategy, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[str, Callable[..., Tensor], Tensor]:
     """What to call it in the table, the function to time, and what its first call returned."""
     label, strategy = strategy.name, strategy.resolve(inputs[0].device, inputs[0].dtype, HEAD_DIM)
     if strategy.name != label:
         label += f" (here {strategy.name})"
     if strategy.name in COMPILED:
-        compiled = torch.compile(
-            lambda query, key, value: strategy(query, key, value),
-            fullgraph=True,
-            dynamic=False,
-            backend="eager" if setting.quick else "inductor",
-        )
+        compiled = torch.compile(lambda query, key, value: strategy(query, key, value), fullgraph=True, dynamic=False)
         try:
             return f"{label} (compiled)", compiled, compiled(*inputs)
         except RuntimeError as error:  # such as a machine without a C++ compiler

@@ -65,7 +65,7 @@ def make_request(
     """A call's arguments for all pipelines: the prompt or else random embeddings, and random latents."""
     return {
         **(random_embeddings(size, device, dtype) if prompt is None else {"prompt": prompt}),
-        "latents": random_latents(size, 1, device, dtype),
+        "latents": random_latents(size, device, dtype),
         "height": size.pixels,
         "width": size.pixels,
         "num_inference_steps": steps,

@@ -24,9 +24,9 @@ STEPS, ROUNDS = 4, 25
 PROMPT = "a red star on a white background"
 CLASSIC, STOCK, OURS = "`StableDiffusionXLPipeline`", "`StableDiffusionXLAutoBlocks`", "`PeRFlowSDXLAutoBlocks`"
 
-TEXT = """Processor time on one thread of a call of {steps} steps with guidance {guidance:g}: one image, nothing decoded,
-and a UNet that returns its input. All models have as many modules as SDXL's ({modules:,} in the UNet) and a few
-channels each, since what a call does on the host grows with the number of modules. All pipelines use
+TEXT = """Processor time on one thread of a call of {steps} steps with guidance {guidance:g}: one image, nothing
+decoded, and a UNet that returns its input. All models have as many modules as SDXL's ({modules:,} in the UNet) and a
+few channels each, since what a call does on the host grows with the number of modules. All pipelines use
 `PeRFlowScheduler`, and their latents agree. From embeddings, the stock blocks run without their text encoder, which
 accepts no embeddings. {rounds} rounds in turns. Other work on the machine only adds to the least time, which the ratio
 compares."""

@@ -185,7 +185,7 @@ def quality_tables(rows: Sequence[Row]) -> list[str]:
 
 def run(options: argparse.Namespace) -> str:
     """Trains, unless it was done before, and returns the table, which goes into `options.out` too."""
-    device, directory = torch.device(options.device), options.teacher or weights_directory()
+    device, directory = torch.device(options.device), weights_directory()
     if not options.trained:
         train(options, directory, device)
     settings = json.loads((options.out / SETTINGS).read_text())
@@ -228,7 +228,6 @@ def _parser() -> argparse.ArgumentParser:
     budget.add_argument("--trained", action="store_true", help="judge the student that is in --out from before")
     parser.add_argument("--out", type=Path, required=True, help="directory of student, settings and report")
     parser.add_argument("--delta", type=Path, help="PeRFlow's delta (default: that of the embedded model)")
-    parser.add_argument("--teacher", type=Path, help="directory of the teacher (default: the embedded model)")
     parser.add_argument("--prompts", type=int, default=512, help="of the evaluation (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="with --budget (default: %(default)s)")
     parser.add_argument(

@@ -157,10 +157,10 @@ def random_embeddings(size: Size, device: torch.device | str, dtype: torch.dtype
     }
 
 
-def random_latents(size: Size, batch: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Starting noise (batch, 4, latents, latents)."""
+def random_latents(size: Size, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Starting noise (1, 4, latents, latents)."""
     generator = torch.Generator().manual_seed(2)
-    return torch.randn(batch, 4, size.latents, size.latents, generator=generator).to(device, dtype)
+    return torch.randn(1, 4, size.latents, size.latents, generator=generator).to(device, dtype)
 
 
 def make_pipeline(blocks: ModularPipelineBlocks, components: dict[str, Any]) -> Any:
