@@ -106,7 +106,7 @@ def rounds_within(
 ) -> int:
     """How many rounds of all contenders fit into the time, judged by one call of each."""
     a_round = sum(clock(run, device) for run in contenders.values())
-    return min(max(fewest, int(seconds / a_round)), most)
+    return min(max(fewest, int(seconds / max(a_round, 1e-9))), most)
 
 
 def clock(run: Run, device: torch.device, now: Callable[[], float] = time.perf_counter) -> float:

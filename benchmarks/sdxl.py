@@ -30,8 +30,8 @@ ATTENTION = ("native", "native_cudnn", "sage")
 TEXT = """SDXL's text encoders, UNet and VAE with random weights in bfloat16, one image of {pixels} x {pixels} pixels,
 {steps} steps, guidance {guidance:g}: {steps} UNet calls of two rows. Classic is `StableDiffusionXLPipeline`, ours
 `PeRFlowSDXLAutoBlocks`, both with `PeRFlowScheduler`. Where no attention strategy is named, diffusers' own attention
-processors are used. The goal is 250 ms from a prompt to the image, and for ours from embeddings to latents at most
-1.05 times the bare calls.
+processors are used; calls that a strategy does not take go to `native`. The goal is 250 ms from a prompt to the image,
+and for ours from embeddings to latents at most 1.05 times the bare calls.
 
 All rows of a table take turns; medians and quartiles. A ratio compares with the first row of the same task in the same
 table. The first call includes compiling, and downloading or checking a kernel. The compiled VAE of both tables is the
@@ -122,7 +122,7 @@ class Subjects:
         }
 
     def compiled(self, full: bool) -> Makers:
-        """The VAE's decoder is compiled with the transformer blocks, and its compiled form used again later on."""
+        """The VAE's decoder is compiled once, in the table of the transformer blocks, to save time."""
         plain = self._ours()
         pipe = self._ours(unet=with_same_weights(self._components["unet"]), vae=self._compiled_vae)
         options: dict[str, Any] = {"mode": "reduce-overhead"} if full else {}

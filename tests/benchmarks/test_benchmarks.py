@@ -256,6 +256,7 @@ def test_rows_that_fail_are_lines_and_ratios_are_to_the_first_of_a_task(monkeypa
     made: sdxl.Makers = {task: lambda: lambda: None for task in seconds}
     broken: sdxl.Makers = {sdxl.Task("a", "broken"): fails, sdxl.Task("a", "fails when called"): lambda: fails}
     rows = [line.strip("| ").split(" | ") for line in sdxl.measure(broken | made, QUICK, "rows").splitlines()[2:]]
+    assert sdxl.measure(broken, QUICK, "no row runs").count("no kernel / here") == 2
     assert rows == [
         ["a", "broken", "does not run: RuntimeError: no kernel / here", "-", "-"],
         ["a", "fails when called", "does not run: RuntimeError: no kernel / here", "-", "-"],
