@@ -65,7 +65,8 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
     def prepare(self, components: Any, block_state: Any, device: torch.device) -> PeRFlowScheduler:
         """Puts the scheduler in place, which it returns, and what the loop needs of a plan on `block_state`.
 
-        The scheduler itself is not written to: other threads may use it at other steps.
+        The scheduler gets the plan too, for loops that call its `step`. This package's loops do not read it there,
+        since other threads may use the scheduler at other steps.
         """
         recipe = block_state.delta_recipe
         scheduler = _place_scheduler(components, recipe)
@@ -79,6 +80,7 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
         block_state.num_inference_steps = len(plan)
         block_state.step_plan = plan
         block_state.step_coefficients = plan.coefficients(device)
+        scheduler.keep_plan(plan, device)
         return scheduler
 
     def section(self, scheduler: PeRFlowScheduler, whole: StepPlan, block_state: Any) -> StepPlan:

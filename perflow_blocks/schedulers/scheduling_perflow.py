@@ -234,7 +234,11 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         timesteps: Sequence[int] | Tensor | None = None,
     ) -> None:
         """Keeps the plan that `make_plan` gives for `step`, with its `timesteps` on the device."""
-        self.plan = plan = self.make_plan(num_inference_steps, timesteps)
+        self.keep_plan(self.make_plan(num_inference_steps, timesteps), device)
+
+    def keep_plan(self, plan: StepPlan, device: str | torch.device | None = None) -> None:
+        """Has `step` follow a plan: `timesteps` become the plan's, on the device."""
+        self.plan = plan
         self.num_inference_steps = len(plan)
         self.timesteps = torch.tensor(plan.timesteps, dtype=torch.long).to(device)
         self._coefficients = plan.coefficients(device)
