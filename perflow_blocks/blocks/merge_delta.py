@@ -17,8 +17,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ..delta.apply import own_weights
-from ..delta.files import Weights, identity_of, named_as_model, open_weights, read_recipe
-from ..delta.lora import DIGEST_KEY
+from ..delta.files import DIGEST_KEY, Weights, identity_of, named_as_model, open_weights, read_recipe
 from ..delta.merge import (
     NO_RECIPE,
     MergeRecord,

@@ -23,7 +23,7 @@ from diffusers.utils.torch_utils import get_device
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..delta.lora import DIGEST_KEY
+from ..delta.files import DIGEST_KEY
 from ..delta.merge import merge_records
 from .block_source import block_files, load_blocks
 from .saving import prepare, save_delta_file

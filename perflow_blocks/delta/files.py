@@ -27,6 +27,9 @@ CHUNK = 1 << 20
 SAMPLE = 32
 """How many values at either end of a tensor identify it."""
 
+DIGEST_KEY = "perflow_delta"
+"""In a LoRA file's metadata: the `identity_of` the delta that it was made from."""
+
 WHOLE_NORM = 0.5
 """Mean scale of the normalization layers above which weights are whole; about 1 in models, 0 in differences."""
 

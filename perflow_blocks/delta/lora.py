@@ -33,9 +33,6 @@ from .recipe import DeltaRecipe
 PREFIX = "unet."
 """What LoRA files put before the names of the UNet's modules."""
 
-DIGEST_KEY = "perflow_delta"
-"""In a LoRA file's metadata: the identity of the delta that it was made from, a `MergeRecord`'s `digest`."""
-
 KEPT_IN_FULL = ("time_embedding*", "add_embedding*", "class_embedding*")
 """Patterns of the modules that the residual always holds; diffusers cannot read the kohya names of some of them."""
 
