@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor
 
 from ..core.step_plan import StepPlan
-from ..delta.merge import MergeRecord
 from ..delta.recipe import DeltaRecipe
 from ..schedulers.scheduling_perflow import NOISINGS
 
@@ -130,7 +129,7 @@ _HANDED_ON = (
     param("guider", BaseGuidance, "This call's guider, from `check_inputs`. None: a copy of the component."),
     param("batch_size", int, "Number of prompts."),
     param("dtype", torch.dtype, "Type of the latents, from the `input` step."),
-    param("merged_deltas", tuple[MergeRecord, ...], "What `merge_delta` found or put in the UNet for this call."),
+    param("merged_deltas", tuple[Any, ...], "What `merge_delta` found or put in the UNet for this call."),
     param("delta_recipe", DeltaRecipe, "How the merged delta was distilled, from `merge_delta`; None without one."),
     param("step_plan", StepPlan, "The steps on the host: times, windows, coefficients."),
     param("step_coefficients", Tensor, "The plan's table (num_steps, 4) on the device, float32."),

@@ -281,7 +281,7 @@ def save_lora(converted: DeltaLora, path: str | os.PathLike[str], layout: Layout
     """
     metadata = {"format": "pt", **converted.recipe.to_metadata()}
     if converted.digest:
-        metadata[DIGEST_KEY] = converted.digest
+        metadata[files.DIGEST_KEY] = converted.digest
     if layout not in get_args(Layout):
         raise ValueError(f"layout={layout!r} must be one of {', '.join(get_args(Layout))}.")
     if layout == "peft":
