@@ -153,7 +153,6 @@ LOADABLE = (
     CLIPTokenizer,
     EulerDiscreteScheduler,
 )
-ALIGNMENT = 64
 """In bytes: that of torch's own memory on the CPU."""
 
 WHOLE = sorted([*(kind.__name__ for kind in LOADABLE if kind is not ControlNetModel), "CLIPTokenizer"])
@@ -172,14 +171,7 @@ def builder(repository: Path, **settings: Any) -> PeRFlowPipelineBuilder:
 
 
 def latents(pipe: Any, **inputs: Any) -> torch.Tensor:
-    """Those of a run, the same to the bit for the same weights, wherever those came from.
-
-    Weights of a mapped file lie at any address, and matrix products round by the alignment of what they multiply.
-    """
-    for model in pipe.components.values():
-        for weight in model.parameters() if isinstance(model, torch.nn.Module) else ():
-            if weight.data_ptr() % ALIGNMENT:
-                weight.data = weight.data.clone(memory_format=torch.preserve_format)
+    """Those of a run of four steps without a progress bar."""
     pipe.set_progress_bar_config(disable=True)
     return run(pipe, **{"num_inference_steps": 4, **inputs})
 

@@ -11,12 +11,14 @@ from diffusers.guiders import BaseGuidance
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from diffusers.utils import logging
+from torch import nn
 
 from ..schedulers.scheduling_perflow import NOISINGS
 from .check_images import CONTROL_RANGE, check_controlnet, check_images, check_ip_adapters, require_shape
 from .declare import declared
 from .guiders import check_guider, guider_for_call
 from .inputs import NONFINITE_POLICIES, OUTPUT_TYPES, Size, request_inputs, task_inputs
+from .placement import align_weights
 from .set_timesteps import check_denoising_range, check_strength
 from .specs import guider_spec, unet_spec, vae_spec
 
@@ -114,6 +116,9 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
         _check_generator(request, images)
         _check_latents(request, images, channels, factor)
         _check_dtypes(loaded, request)
+        for model in loaded.values():
+            if isinstance(model, nn.Module):
+                align_weights(model)
         state.set("guider", guider)
         return components, state
 

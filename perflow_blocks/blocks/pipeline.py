@@ -26,6 +26,7 @@ from torch import nn
 from ..delta.files import DIGEST_KEY
 from ..delta.merge import merge_records
 from .block_source import block_files, load_blocks
+from .placement import is_offloaded
 from .saving import prepare, save_delta_file
 
 CPU = torch.device("cpu")
@@ -375,22 +376,9 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
     def _execution_device(self) -> torch.device:
         """Where the models run. diffusers walks all their modules to find this out; 24 ms a call for SDXL."""
         models = [model for model in self.components.values() if isinstance(model, nn.Module)]
-        if any(_is_offloaded(model) for model in models):
+        if any(map(is_offloaded, models)):
             return super()._execution_device
         return next((weight.device for model in models for weight in model.parameters()), CPU)
-
-
-def _is_offloaded(model: nn.Module) -> bool:
-    """Whether a hook moves the model, or the layers with its first weights, to another device when it runs.
-
-    Offloading in groups hooks each weight's own layer or one that holds it.
-    """
-    for module in model.modules():
-        if hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook"):
-            return True
-        if module._parameters:
-            return False
-    return False
 
 
 def stock_class_name(pipe: Any) -> str:
