@@ -1,4 +1,4 @@
-"""How images are counted, sized and matched to prompts, whatever they are given as."""
+"""How images are read, counted, sized and matched to prompts, whatever they are given as."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 import torch
 from diffusers import VaeImageProcessor
 from PIL import Image
+from torch import Tensor
 
 from perflow_blocks.blocks.before_denoise import one_for_each_image
-from perflow_blocks.blocks.images import (
-    count_images,
-    image_size,
-    repeat_images,
-)
+from perflow_blocks.blocks.images import count_images, image_size, repeat_images
+from perflow_blocks.testing.tiny import load_tiny_ip_adapter, tiny_controlnet, tiny_mask, tiny_picture
+from tests.blocks.conftest import as_a_camera_stores
+from tests.conftest import generator, make_pipeline
 
 PIL_IMAGE = Image.new("RGB", (6, 4))
 TWO_PIL = [PIL_IMAGE, Image.new("RGB", (6, 4), "white")]
@@ -93,3 +93,82 @@ def test_rows_are_matched_to_prompts_in_order() -> None:
     assert one_for_each_image("rows", rows, 1, 2) is rows
     with pytest.raises(ValueError, match="rows has 2 entries for 3 prompts"):
         one_for_each_image("rows", rows, 3, 1)
+
+
+GIVEN = tiny_picture(2, (40, 24))
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    """With a ControlNet and an IP-Adapter."""
+    pipe = make_pipeline(controlnet=tiny_controlnet())
+    load_tiny_ip_adapter(pipe)
+    return pipe
+
+
+def taken(pipe: Any, name: str, image: Any) -> Tensor:
+    """What the networks get of an image: latents of an inpainted image, a control image, or an embedding."""
+    inputs = {"ip_adapter_image": GIVEN, "height": 24, "width": 40, name: image}
+    if name == "image":
+        inputs |= {"mask_image": tiny_mask((40, 24))}
+    state = pipe(prompt="a", **inputs, num_inference_steps=1, output_type="latent", generator=generator())
+    seen = state.get({"image": "image_latents", "control_image": "controlnet_cond"}.get(name, "ip_adapter_embeds"))
+    return seen[0] if name == "ip_adapter_image" else seen
+
+
+@pytest.mark.behaviour
+@pytest.mark.parametrize("name", ["image", "control_image", "ip_adapter_image"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV", "LA", "PA", "RGBA"])
+def test_opaque_images_of_any_mode_are_taken_in_colour(pipe: Any, name: str, mode: str) -> None:
+    source = GIVEN.convert("RGBA") if mode == "PA" else GIVEN
+    image = source.convert("P").convert("PA") if mode == "PA" else source.convert(mode)
+    assert torch.equal(taken(pipe, name, image), taken(pipe, name, image.convert("RGB")))
+
+
+@pytest.mark.behaviour
+@pytest.mark.parametrize("name", ["image", "control_image", "ip_adapter_image"])
+def test_images_are_turned_as_their_exif_says(pipe: Any, name: str) -> None:
+    stored = as_a_camera_stores(GIVEN)
+    assert stored.size == (24, 40)
+    assert torch.equal(taken(pipe, name, stored), taken(pipe, name, GIVEN))
+    assert stored.size == (24, 40)  # the caller's own image stays as it is
+
+
+@pytest.mark.behaviour
+@pytest.mark.parametrize("name", ["image", "control_image", "ip_adapter_image"])
+def test_every_form_of_an_image_is_taken_alike(pipe: Any, name: str) -> None:
+    array = np.asarray(GIVEN) / 255.0
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    expected = taken(pipe, name, GIVEN)
+    for image in (array, array[None], tensor, tensor[None], [GIVEN], [array], [tensor.float()]):
+        torch.testing.assert_close(taken(pipe, name, image), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.behaviour
+def test_adapters_take_several_images_in_any_form(pipe: Any) -> None:
+    other = tiny_picture(3, (16, 32))
+    arrays = [np.asarray(image) / 255.0 for image in (GIVEN, other)]
+    expected = [taken(pipe, "ip_adapter_image", image) for image in (GIVEN, other)]
+    for images in ([[GIVEN, other]], [arrays], [[GIVEN, torch.from_numpy(arrays[1]).permute(2, 0, 1)]]):
+        embeds = taken(pipe, "ip_adapter_image", images)
+        torch.testing.assert_close(embeds.flatten(0, -2), torch.cat(expected).flatten(0, -2))
+
+
+@pytest.mark.behaviour
+@pytest.mark.parametrize("mode", ["<u2", ">u2"])
+def test_a_control_image_of_16_bits_is_scaled(pipe: Any, mode: str) -> None:
+    ramp = np.linspace(0, 65535, 40 * 24).round().reshape(24, 40)
+    control = taken(pipe, "control_image", Image.fromarray(ramp.astype(mode)))
+    expected = torch.from_numpy(ramp / 65535.0).expand_as(control).float()
+    torch.testing.assert_close(control, expected, rtol=0.0, atol=0.51 / 255)
+
+
+@pytest.mark.behaviour
+def test_values_that_rounding_put_outside_the_range_are_clipped(pipe: Any) -> None:
+    """A value below 0 would tell diffusers that all are in [-1, 1]."""
+    array = np.asarray(GIVEN) / 255.0
+    array[0, 0, 0] = 0.0
+    outside = array.copy()
+    outside[0, 0, 0] = -1e-7
+    assert torch.equal(taken(pipe, "image", outside), taken(pipe, "image", array))
+    assert outside.min() < 0.0  # the caller's own array stays as it is
