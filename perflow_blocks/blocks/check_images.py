@@ -6,6 +6,7 @@ A plain text-to-image call needs none of this.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,7 @@ def require_shape(name: str, tensor: Any, wanted: tuple[int | str, ...]) -> None
 def check_images(request: Any, prompts: int, images: int, channels: int, unet_channels: int) -> None:
     """Checks kind, number, size and values of the images and masks to start from, as pixels or latents.
 
-    In the request they become what `standard_images` and `standard_masks` return.
-
-    Latents have `channels`. A UNet takes as many, or `2 channels + 1` if it is made for inpainting.
+    In the request they become what `standard_images` and `standard_masks` return. Latents have `channels`. A UNet takes as many, or `2 channels + 1` if it is made for inpainting.
     """
     masked = request.mask_image is not None or request.mask is not None
     if request.denoising_start is not None and masked and request.latents is None:
@@ -85,7 +84,7 @@ def standard_images(name: str, image: Any, *, alike: bool = True) -> Any:
     Raises:
         ValueError: an image is of another kind, shape or range.
     """
-    entries = [upright_rgb(name, one) if isinstance(one, Image.Image) else one for one in _entries(name, image)]
+    entries = _entries(name, image, upright_rgb)
     for entry in entries:
         if isinstance(entry, Image.Image):
             continue
@@ -103,7 +102,7 @@ def standard_masks(mask: Any) -> Any:
     They may be (height, width) with one channel or none, a batch (n, height, width), or a list of single masks.
     """
     name, listed = "mask_image", isinstance(mask, list)
-    entries = [upright_mask(name, one) if isinstance(one, Image.Image) else one for one in _entries(name, mask)]
+    entries = _entries(name, mask, upright_mask)
     for entry in entries:
         if isinstance(entry, Image.Image) or entry.ndim == 2:
             continue
@@ -218,7 +217,7 @@ def _single_masks(mask: Any) -> Any:
 
 
 def _highest(mask: Any) -> float:
-    return mask.getextrema()[1] / 255 if isinstance(mask, Image.Image) else float(mask.max())
+    return np.asarray(mask).max() / 255 if isinstance(mask, Image.Image) else float(mask.max())
 
 
 def _check_mask_size(mask_name: str, mask: Any, image_name: str, image: Any) -> None:
@@ -231,12 +230,12 @@ def _check_mask_size(mask_name: str, mask: Any, image_name: str, image: Any) -> 
         raise ValueError(f"{mask_name} is {given}, {image_name} {wanted}; resize the mask to {wanted}.")
 
 
-def _entries(name: str, image: Any) -> list[Any]:
-    """The images of a list, or what is given as a list of one: PIL images, or floats in [0, 1]."""
+def _entries(name: str, image: Any, upright: Callable[[str, Image.Image], Image.Image]) -> list[Any]:
+    """The images of a list, or a list of the one image: PIL images as `upright` makes them, or floats in [0, 1]."""
     entries = _listed(image)
     if not entries:
         raise ValueError(f"{name} is an empty list; pass at least one image.")
-    return [entry if isinstance(entry, Image.Image) else _unit_floats(name, entry) for entry in entries]
+    return [upright(name, one) if isinstance(one, Image.Image) else _unit_floats(name, one) for one in entries]
 
 
 def _unit_floats(name: str, values: Any) -> Any:

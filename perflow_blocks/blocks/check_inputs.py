@@ -266,7 +266,9 @@ def _check_generator(request: Any, images: int) -> None:
         if not isinstance(entry, (torch.Generator, type(None))):
             raise ValueError(f"generator is of type {type(entry).__name__}; pass a torch.Generator or a list of them.")
     if isinstance(generator, list) and len(generator) != images:
-        raise ValueError(f"generator holds {len(generator)} generators; pass a single one, or {images}.")
+        raise ValueError(
+            f"generator is a list of {len(generator)} generators; pass one, or {images}, one for each image."
+        )
 
 
 def _check_latents(request: Any, images: int, channels: int, factor: int) -> None:

@@ -55,8 +55,8 @@ def _upright(name: str, image: Image.Image) -> Image.Image:
 def _alpha_range(image: Image.Image) -> tuple[int, int]:
     if not image.has_transparency_data:
         return 255, 255
-    lowest, highest = image.convert("RGBA").getchannel("A").getextrema()
-    return lowest, highest
+    alpha = np.asarray(image.convert("RGBA"))[..., 3]
+    return int(alpha.min()), int(alpha.max())
 
 
 def unit_range(name: str, values: Any) -> Any:
