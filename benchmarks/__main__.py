@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers.utils import logging
 
-from . import attention, loop, merge, sdxl, stages, training
+from . import attention, host, loop, merge, sdxl, stages, training
 from .measure import Setting
 from .report import Report, write
 
@@ -20,14 +20,21 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A benchmark: what it is about, how it is run, and why it is left out where it is."""
+    """A benchmark.
+
+    Attributes:
+        about: one line for the help.
+        run: gives the report; if it takes long, also before it is complete.
+        why_not: why it is left out on this machine, None where it runs.
+    """
 
     about: str
-    run: Callable[[Setting], Report]
+    run: Callable[[Setting], Iterator[Report]]
     why_not: Callable[[Setting], str | None] = lambda setting: None
 
 
 PARTS = {
+    "host": Part(about="host time of a call beside the classic pipeline's", run=host.run),
     "loop": Part(about="the denoising loop over bare UNet calls", run=loop.run),
     "stages": Part(about="the embedded model's stages, beside its teacher's", run=stages.run),
     "attention": Part(about="attention strategies at SDXL's sizes", run=attention.run),
@@ -43,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda is wrong because torch finds no CUDA GPU; pass --device cpu")
-    setting = Setting(device=torch.device(options.device), quick=options.quick)
+    setting = Setting(device=torch.device(options.device), quick=options.quick, seconds=options.seconds)
     directory = options.out or (None if options.quick else RESULTS)
     left_out = []
     for name in options.parts or PARTS:
@@ -51,12 +58,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if reason is not None:
             left_out.append(f"{name} was left out: {reason}")
             continue
-        text = PARTS[name].run(setting).markdown(setting)
-        sys.stdout.write(f"{text}\n")
+        path = None if directory is None else directory / f"{name}{_suffix(setting.device)}.md"
+        sys.stdout.write(f"{run_part(PARTS[name], setting, path)}\n")
         sys.stdout.flush()
-        if directory is not None:
-            write(text, directory / f"{name}{'' if setting.device.type == 'cpu' else '-' + setting.device.type}.md")
     sys.stdout.write("".join(f"{line}\n" for line in left_out))
+
+
+def run_part(part: Part, setting: Setting, path: Path | None) -> str:
+    """Runs a part and returns its report, which the file holds as far as it has come. A dry run compiles nothing."""
+    text = ""
+    with torch.compiler.set_stance("force_eager" if setting.quick else "default"):
+        for report in part.run(setting):
+            text = report.markdown(setting)
+            if path is not None:
+                write(text, path)
+    return text
+
+
+def _suffix(device: torch.device) -> str:
+    return "" if device.type == "cpu" else f"-{device.type}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick", action="store_true", help="a dry run with tiny models; writes files only where --out is given"
     )
+    parser.add_argument("--seconds", type=float, default=240.0, help="the time budget of sdxl (default: %(default)s)")
     parser.add_argument(
         "--out", type=Path, help=f"directory of the tables (default: {RESULTS.name}/ beside this file)"
     )

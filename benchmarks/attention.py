@@ -15,7 +15,7 @@ from perflow_blocks.attention.strategies import (
     get_attention_strategy,
 )
 
-from .measure import Setting, clock, peak_bytes, time_in_turns
+from .measure import Setting, peak_bytes, rounds_within, time_in_turns
 from .report import Report, megabytes, table
 
 BASE = "native"
@@ -63,7 +63,7 @@ LAYERS = (
 TINY_LAYERS = (Layer(kind="self", queries=64, keys=64, heads=2), Layer(kind="cross", queries=48, keys=77, heads=2))
 
 
-def run(setting: Setting) -> Report:
+def run(setting: Setting) -> Iterator[Report]:
     batch = 2 if setting.device.type == "cuda" else 1
     layers = TINY_LAYERS if setting.quick else LAYERS
     text = TEXT.format(
@@ -93,7 +93,7 @@ def run(setting: Setting) -> Report:
         parts += [f"## {name}", table(header, rows)]
     if missing:
         parts += ["## Not run here", "\n".join(f"- `{name}`: {reason}" for name, reason in missing.items())]
-    return Report(title="Attention strategies", parts=tuple(parts))
+    yield Report(title="Attention strategies", parts=tuple(parts))
 
 
 def available(device: torch.device, dtype: torch.dtype) -> tuple[list[AttentionStrategy], dict[str, str]]:
@@ -125,11 +125,10 @@ def measure(
             if reason is not None:
                 declined.append((layer, strategy.name, "-", reason, "-", "-", "-", "-"))
                 continue
-            labels[strategy.name], attend, output = prepare(strategy, (query, key, value), setting)
+            labels[strategy.name], attend, output = prepare(strategy, (query, key, value))
             errors[strategy.name] = (output.double() - exact) / exact.square().mean().sqrt()
             runs[strategy.name] = partial(attend, query, key, value)
-        a_round = sum(clock(call, setting.device) for call in runs.values())
-        rounds = min(max(FEWEST_ROUNDS, int(SECONDS_A_SIZE / a_round)), MOST_ROUNDS)
+        rounds = rounds_within(SECONDS_A_SIZE, runs, setting.device, fewest=FEWEST_ROUNDS, most=MOST_ROUNDS)
         timings = time_in_turns(runs, setting, rounds=rounds, label=f"attention {layer}", warm_up=0)
         for name, call in runs.items():
             yield (
@@ -146,19 +145,14 @@ def measure(
 
 
 def prepare(
-    strategy: AttentionStrategy, inputs: tuple[Tensor, Tensor, Tensor], setting: Setting
+    strategy: AttentionStrategy, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[str, Callable[..., Tensor], Tensor]:
     """What to call it in the table, the function to time, and what its first call returned."""
     label, strategy = strategy.name, strategy.resolve(inputs[0].device, inputs[0].dtype, HEAD_DIM)
     if strategy.name != label:
         label += f" (here {strategy.name})"
     if strategy.name in COMPILED:
-        compiled = torch.compile(
-            lambda query, key, value: strategy(query, key, value),
-            fullgraph=True,
-            dynamic=False,
-            backend="eager" if setting.quick else "inductor",
-        )
+        compiled = torch.compile(lambda query, key, value: strategy(query, key, value), fullgraph=True, dynamic=False)
         try:
             return f"{label} (compiled)", compiled, compiled(*inputs)
         except RuntimeError as error:  # such as a machine without a C++ compiler

@@ -6,7 +6,7 @@
 
 A budget is a number of rows that go forward through a UNet, the teacher's, the student's and the target's alike, as in
 a PeRFlow distillation of a configuration (`--like`). That favours the baseline: more of its rows are trained on, and
-passes back are not counted. It sees the trainer's own pictures, captions and latents.
+passes back are not counted. It sees the trainer's own images, captions and latents.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def lcm_scheduler(teacher: StableDiffusionXLPipeline, ddim_steps: int) -> LCMSch
 def make_batches(
     teacher: StableDiffusionXLPipeline, data: DataConfig, config: ConsistencyConfig, device: torch.device
 ) -> Iterator[ConsistencyBatch]:
-    """Endless batches of pictures at random points of the grid."""
+    """Endless batches of images at random points of the grid."""
     encoder = PromptEncoder(teacher, device, added_conditions=True, cache=_CACHE)
     latents = LatentEncoder(teacher.vae, device)
     generator = torch.Generator().manual_seed(config.seed)
@@ -95,7 +95,7 @@ def make_batch(
     batch: TrainingBatch, encoder: PromptEncoder, latents: LatentEncoder, ddim_steps: int, generator: torch.Generator
 ) -> ConsistencyBatch:
     if batch.pixels is None:
-        raise ValueError("the data has no pictures, which latent consistency is trained on; pass data of pictures.")
+        raise ValueError("the data has no images, which latent consistency is trained on; pass data of images.")
     x0 = latents.encode(batch.pixels, generator)
     noise = torch.randn(x0.shape, generator=generator).to(x0.device)
     index = torch.randint(ddim_steps, (len(x0),), generator=generator).to(x0.device)
@@ -156,7 +156,7 @@ def train(options: argparse.Namespace, directory: Path, device: torch.device) ->
     baked = like.teacher.guidance_scale if like is not None and like.teacher.cfg_mode == "fixed" else None
     data = DataConfig(kind="demo", resolution=64, bucket_step=8) if like is None else like.data
     if data.kind == "prompts":
-        raise ValueError("data.kind='prompts' has no pictures, which latent consistency needs; pass --budget.")
+        raise ValueError("data.kind='prompts' has no images, which latent consistency needs; pass --budget.")
     one = ConsistencyConfig(
         updates=1,
         batch_size=options.batch_size if like is None else like.optimizer.batch_size,
@@ -185,7 +185,7 @@ def quality_tables(rows: Sequence[Row]) -> list[str]:
 
 def run(options: argparse.Namespace) -> str:
     """Trains, unless it was done before, and returns the table, which goes into `options.out` too."""
-    device, directory = torch.device(options.device), options.teacher or weights_directory()
+    device, directory = torch.device(options.device), weights_directory()
     if not options.trained:
         train(options, directory, device)
     settings = json.loads((options.out / SETTINGS).read_text())
@@ -228,7 +228,6 @@ def _parser() -> argparse.ArgumentParser:
     budget.add_argument("--trained", action="store_true", help="judge the student that is in --out from before")
     parser.add_argument("--out", type=Path, required=True, help="directory of student, settings and report")
     parser.add_argument("--delta", type=Path, help="PeRFlow's delta (default: that of the embedded model)")
-    parser.add_argument("--teacher", type=Path, help="directory of the teacher (default: the embedded model)")
     parser.add_argument("--prompts", type=int, default=512, help="of the evaluation (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="with --budget (default: %(default)s)")
     parser.add_argument(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from diffusers import UNet2DConditionModel
 
@@ -14,7 +14,7 @@ from .report import Report, table
 STEPS, ROUNDS = 4, 12
 FREE_STEPS, FREE_ROUNDS = (4, 24), 50
 
-SETTING = """SDXL's architecture with random weights ({weights:.0f} M), one picture of {latents} x {latents} latents in
+SETTING = """SDXL's architecture with random weights ({weights:.0f} M), one image of {latents} x {latents} latents in
 float32, {steps} steps, guidance {guidance:g}; embeddings given, nothing decoded. All use `PeRFlowScheduler`, and their
 latents agree. Medians and quartiles of {rounds} rounds taken in turns. The stock modular blocks call the UNet once for
 each of the guider's batches, the others once a step with both."""
@@ -26,7 +26,7 @@ FREE = """The same with a UNet that returns its input: what is left is Python an
 is the difference of their medians over {between} steps, the rest is what a call costs once."""
 
 
-def run(setting: Setting) -> Report:
+def run(setting: Setting) -> Iterator[Report]:
     size, steps = (TINY if setting.quick else MEDIUM), STEPS
     unet = build_unet(size, setting.device)
     contenders = make_contenders(unet, size, steps, setting.device)
@@ -41,7 +41,7 @@ def run(setting: Setting) -> Report:
     )
     few, many = FREE_STEPS
     free = FREE.format(few=few, many=many, rounds=setting.rounds(FREE_ROUNDS), between=many - few)
-    return Report(
+    yield Report(
         title="Denoising loop",
         parts=(
             text,

@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
 Run = Callable[[], object]
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +26,12 @@ class Setting:
     Attributes:
         device: what is measured on.
         quick: a dry run: tiny models and two rounds, whose figures say nothing.
+        seconds: the time budget of the part `sdxl`.
     """
 
     device: torch.device
     quick: bool = False
+    seconds: float = 240.0
 
     def rounds(self, full: int) -> int:
         return 2 if self.quick else full
@@ -55,8 +59,14 @@ class Timing:
 
 
 def time_in_turns(
-    contenders: Mapping[str, Run], setting: Setting, *, rounds: int, label: str, warm_up: int = 2
-) -> dict[str, Timing]:
+    contenders: Mapping[Name, Run],
+    setting: Setting,
+    *,
+    rounds: int,
+    label: str,
+    warm_up: int = 2,
+    now: Callable[[], float] = time.perf_counter,
+) -> dict[Name, Timing]:
     """Runs every contender once a round, each round beginning with another one.
 
     Args:
@@ -65,9 +75,10 @@ def time_in_turns(
         rounds: of a full run.
         label: of the progress bar.
         warm_up: untimed calls of each before the first round.
+        now: the clock that is read, in seconds.
     """
     rounds, names = setting.rounds(rounds), list(contenders)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[Name, list[float]] = {name: [] for name in names}
     for _, name in itertools.product(range(min(warm_up, rounds)), names):
         contenders[name]()
     with _few_objects_to_collect():
@@ -75,7 +86,7 @@ def time_in_turns(
             gc.collect()
             for k in range(len(names)):
                 name = names[(turn + k) % len(names)]
-                seconds[name].append(clock(contenders[name], setting.device))
+                seconds[name].append(clock(contenders[name], setting.device, now))
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
@@ -90,16 +101,24 @@ def _few_objects_to_collect() -> Iterator[None]:
         gc.unfreeze()
 
 
-def clock(run: Run, device: torch.device) -> float:
+def rounds_within(
+    seconds: float, contenders: Mapping[Any, Run], device: torch.device, *, fewest: int, most: int
+) -> int:
+    """How many rounds of all contenders fit into the time, judged by one call of each."""
+    a_round = sum(clock(run, device) for run in contenders.values())
+    return min(max(fewest, int(seconds / max(a_round, 1e-9))), most)
+
+
+def clock(run: Run, device: torch.device, now: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one call, with all that it queued on the device, and without Python's garbage collection."""
     collecting = gc.isenabled()
     gc.disable()
     try:
         _wait(device)
-        began = time.perf_counter()
+        began = now()
         run()
         _wait(device)
-        return time.perf_counter() - began
+        return now() - began
     finally:
         if collecting:
             gc.enable()

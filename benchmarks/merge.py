@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,11 +61,11 @@ def measure(size: Size, rounds: int) -> Measurement:
     """Reads the file of a random delta of SDXL's mix of shapes, merges it, rescales it and takes it out, in turns."""
     with tempfile.TemporaryDirectory() as folder:
         delta, base = Path(folder) / "delta.safetensors", Path(folder) / "base.safetensors"
-        for path, spread, seed in ((delta, size.relative, 1), (base, 1.0, 0)):
-            # In a process of its own, as memory that it gave back would hide what merging takes.
-            writer = multiprocessing.get_context("spawn").Process(target=_write, args=(size, path, spread, seed))
-            writer.start()
-            writer.join()
+        # In a process of its own, as memory that it gave back would hide what merging takes.
+        files = {delta: (size.relative, 1), base: (1.0, 0)}
+        writer = multiprocessing.get_context("spawn").Process(target=_write, args=(size, files))
+        writer.start()
+        writer.join()
         module = nn.ParameterDict(_weights(size, 1.0, seed=0)).requires_grad_(False)
         before = _fingerprint(module)
         sizes = [parameter.nbytes for parameter in module.parameters()]
@@ -107,8 +107,10 @@ def _weights(size: Size, spread: float, seed: int) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _write(size: Size, path: Path, spread: float, seed: int) -> None:
-    save_delta(_weights(size, spread, seed), path, dtype=size.dtype)
+def _write(size: Size, files: Mapping[Path, tuple[float, int]]) -> None:
+    """Writes each file with weights of the spread and the seed that stand beside it."""
+    for path, (spread, seed) in files.items():
+        save_delta(_weights(size, spread, seed), path, dtype=size.dtype)
 
 
 def _fingerprint(module: nn.Module) -> list[int]:
@@ -165,12 +167,12 @@ def why_not(setting: Setting) -> str | None:
     return None
 
 
-def run(setting: Setting) -> Report:
+def run(setting: Setting) -> Iterator[Report]:
     size = _size(setting)
     found = measure(size, setting.rounds(5))
     read = found.times[READING].median
     kind = str(size.dtype).removeprefix("torch.")
-    return Report(
+    yield Report(
         title="Merging a delta",
         parts=(
             f"{megabytes(found.model_bytes)} MB of {kind} weights on the CPU in SDXL's shapes (SDXL's UNet has "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class Size:
         time_embedding: channels of each of the six embedded time ids.
         text: hidden sizes of the two text encoders; the second is the pooled embedding's as well.
         text_layers: layers of the two text encoders.
-        vae_channels: of the autoencoder's levels; each level but the last halves height and width.
+        vae_channels: of the autoencoder's four levels; each but the last halves height and width.
         groups: of the group norms.
     """
 
@@ -45,12 +45,12 @@ class Size:
     time_embedding: int
     text: tuple[int, int]
     text_layers: tuple[int, int]
-    vae_channels: tuple[int, ...]
+    vae_channels: tuple[int, int, int, int]
     groups: int
 
     @property
     def pixels(self) -> int:
-        return self.latents * 2 ** (len(self.vae_channels) - 1)
+        return 8 * self.latents
 
 
 SDXL = Size(
@@ -67,32 +67,30 @@ SDXL = Size(
 )
 """https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0, the config.json of each part."""
 
-MEDIUM = Size(
+MEDIUM = replace(
+    SDXL,
     latents=64,
     channels=(96, 192, 384),
-    layers=2,
     transformers=(1, 1, 2),
-    head_dim=64,
     time_embedding=64,
     text=(256, 256),
     text_layers=(2, 2),
-    vae_channels=(32, 64, 64, 64),
-    groups=32,
 )
 """A call with two rows takes about half a second on two CPU cores."""
 
-TINY = Size(
-    latents=16,
-    channels=(16, 32, 32),
-    layers=1,
-    transformers=(1, 1, 1),
+DEEP = replace(
+    SDXL,
+    latents=8,
+    channels=(16, 32, 64),
     head_dim=16,
     time_embedding=8,
     text=(16, 32),
-    text_layers=(2, 2),
-    vae_channels=(8, 8),
+    vae_channels=(8, 16, 32, 32),
     groups=8,
 )
+"""As many modules as SDXL has, 1,930 in the UNet, and a few channels each: what is left is the work of the host."""
+
+TINY = replace(DEEP, latents=16, layers=1, transformers=(1, 1, 1), text_layers=(2, 2))
 """For dry runs."""
 
 
@@ -132,8 +130,10 @@ def build_unet(
     )
 
 
-def build_components(size: Size, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
-    """All models and tokenizers of a text-to-image pipeline."""
+def build_components(
+    size: Size, device: torch.device | str, dtype: torch.dtype, unet: Any = UNet2DConditionModel
+) -> dict[str, Any]:
+    """All models and tokenizers of a text-to-image pipeline; `unet` is the UNet's class."""
     tokenizer = build_tokenizer()  # its words are the demo's; texts are padded to SDXL's length all the same
     tokenizer.model_max_length = MAX_TOKENS
     return {
@@ -142,7 +142,7 @@ def build_components(size: Size, device: torch.device | str, dtype: torch.dtype)
         "text_encoder_2": _build(lambda: CLIPTextModelWithProjection(_text_config(size, 1, tokenizer)), device, dtype),
         "tokenizer": tokenizer,
         "tokenizer_2": tokenizer,
-        "unet": build_unet(size, device, dtype),
+        "unet": build_unet(size, device, dtype, unet),
     }
 
 
@@ -157,10 +157,10 @@ def random_embeddings(size: Size, device: torch.device | str, dtype: torch.dtype
     }
 
 
-def random_latents(size: Size, batch: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Starting noise (batch, 4, latents, latents)."""
+def random_latents(size: Size, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Starting noise (1, 4, latents, latents)."""
     generator = torch.Generator().manual_seed(2)
-    return torch.randn(batch, 4, size.latents, size.latents, generator=generator).to(device, dtype)
+    return torch.randn(1, 4, size.latents, size.latents, generator=generator).to(device, dtype)
 
 
 def make_pipeline(blocks: ModularPipelineBlocks, components: dict[str, Any]) -> Any:
@@ -181,12 +181,11 @@ def _build(make: Callable[[], Any], device: torch.device | str, dtype: torch.dty
 
 
 def _vae(size: Size) -> AutoencoderKL:
-    levels = len(size.vae_channels)
     return AutoencoderKL(
         sample_size=size.pixels,
         block_out_channels=size.vae_channels,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=size.layers,
         latent_channels=4,
         norm_num_groups=size.groups,

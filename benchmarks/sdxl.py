@@ -1,66 +1,64 @@
-"""Full-size SDXL with random weights on a GPU: time by stage, and its share of the device's matrix rate."""
+"""Full-size SDXL with random weights on a GPU, from bare UNet calls to the finished image, within a time budget."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import ClassifierFreeGuidance
-from torch.utils import benchmark
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm.auto import tqdm
+from torch import nn
 
-from perflow_blocks import AttentionConfig, PeRFlowScheduler, PeRFlowSDXLAutoBlocks, compile_loops
-from perflow_blocks.blocks.inputs import DENOISER_INPUT_FIELDS
-from perflow_blocks.demo.models import SCHEDULE
+from perflow_blocks import AttentionConfig, PeRFlowSDXLAutoBlocks, compile_loops
 
-from .attention import COMPILED, available
-from .measure import Run, Setting, Timing, peak_bytes, time_in_turns
-from .models import MAX_TOKENS, SDXL, TINY, Size, build_components, build_unet, make_pipeline, random_latents
+from .contenders import BARE, GUIDANCE, bare_calls, classic_pipeline, make_request, modular_pipeline
+from .measure import Run, Setting, clock, rounds_within, time_in_turns
+from .models import SDXL, TINY, build_components
 from .report import Report, table
-from .stages import split
 
-DTYPE = torch.bfloat16
-STEPS, GUIDANCE, ROUNDS = 4, 2.0, 11
+DTYPE, STEPS = torch.bfloat16, 4
 PROMPT = "a red star on a white background"
-SECONDS = 360.0
-"""After these no further case begins; one that compiles takes about two minutes."""
+SECONDS_A_TABLE, FEWEST_ROUNDS, MOST_ROUNDS = 16.0, 2, 11
 
-TEXT = """SDXL's text encoders, UNet and VAE with random weights in bfloat16, {pixels} x {pixels} pixels, {steps}
-steps, guidance {guidance:g}: a UNet call has two rows a picture. Medians and quartiles of {rounds} rounds; within a
-case the stages take turns, the cases come one after another, and the first is run again at the end. Times as fast
-compares the denoising with that of the plain case of as many pictures. A UNet call of two rows is {tflop:.3g} TFLOP
-(matrix products, convolutions and attention, by torch's counter); a product of two {matrix} x {matrix} matrices ran at
-{peak:.4g} TFLOP/s, which is the rate that shares refer to. Memory is the denoising's peak above what was live before,
-such as the weights."""
+DENOISE, DECODE, IMAGE = "embeddings to latents", "latents to pixels", "prompt to PIL image"
+CLASSIC, OURS, EAGER, COMPILED = "classic pipeline", "ours", "VAE", "VAE, compiled"
+ATTENTION = ("native", "native_cudnn", "sage")
 
-LATE = "left out: {seconds:.0f} s had passed"
+TEXT = """SDXL's text encoders, UNet and VAE with random weights in bfloat16, one image of {pixels} x {pixels} pixels,
+{steps} steps, guidance {guidance:g}: {steps} UNet calls of two rows. Classic is `StableDiffusionXLPipeline`, ours
+`PeRFlowSDXLAutoBlocks`, both with `PeRFlowScheduler`. Where no attention strategy is named, diffusers' own attention
+processors are used; calls that a strategy does not take go to `native`. The goal is 250 ms from a prompt to the image,
+and for ours from embeddings to latents at most 1.05 times the bare calls.
+
+All rows of a table take turns; medians and quartiles. A ratio compares with the first row of the same task in the same
+table. The first call includes compiling, and downloading or checking a kernel. The compiled VAE of both tables is the
+same. Making the models took {made:.0f} s of the time budget of {budget:.0f} s."""
+
+LATE = (
+    "Left out: {left:.0f} s of the time budget were left, and this takes about {needed:.0f} s. Pass more `--seconds`."
+)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A way of running the pipeline.
+class Task(NamedTuple):
+    """What is done, and by what: a row of a table."""
 
-    Attributes:
-        pictures: in one batch.
-        channels_last: the layout of UNet and VAE.
-        compiled: what `compile_loops` compiles of the UNet, beside the VAE's decoder: its transformer blocks or all of
-            it; None compiles nothing.
-        attention: a strategy for all modules, None for diffusers' own processors.
-    """
+    what: str
+    how: str
 
-    pictures: int
-    channels_last: bool = False
-    compiled: Literal["blocks", "full"] | None = None
-    attention: str | None = None
 
-    def __str__(self) -> str:
-        parts = ["channels last"] * self.channels_last
-        parts += [f"compiled ({self.compiled})"] if self.compiled else []
-        return ", ".join([*parts, *([f"attention `{self.attention}`"] if self.attention else [])]) or "plain"
+Makers = dict[Task, Callable[[], Run]]
+"""By row, what makes the function that is timed. It may raise, which is a line in the table."""
+
+
+class Section(NamedTuple):
+    """A table: its heading, the seconds that it takes on an H100, and its rows."""
+
+    title: str
+    seconds: float
+    rows: Callable[[], Makers]
 
 
 def why_not(setting: Setting) -> str | None:
@@ -69,139 +67,131 @@ def why_not(setting: Setting) -> str | None:
     return "it needs a CUDA GPU; --quick runs its code with tiny models"
 
 
-def run(setting: Setting) -> Report:
-    began, size = time.monotonic(), TINY if setting.quick else SDXL
-    matrix = 256 if setting.quick else 8192
-    peak, flop = matrix_rate(matrix, setting.device), flop_of_call(size, rows=2)
-    components = {
-        **build_components(size, setting.device, DTYPE),
-        "scheduler": PeRFlowScheduler(**SCHEDULE),
-        "guider": ClassifierFreeGuidance(guidance_scale=GUIDANCE),
-    }
-    cases = make_cases(setting)
-    rows: list[tuple[object, ...]] = []
-    plain: dict[int, float] = {}
-    for case in tqdm([*cases, cases[0]], desc="sdxl", unit="case", dynamic_ncols=True):
-        is_repeat = len(rows) == len(cases)
-        head = (f"{case}{', again' if is_repeat else ''}", case.pictures)
-        if time.monotonic() - began > SECONDS and not is_repeat:
-            rows.append((*head, LATE.format(seconds=SECONDS), *["-"] * 7))
-            continue
+def run(setting: Setting) -> Iterator[Report]:
+    """The report after each of its tables, so that what is measured is kept if a later one takes too long."""
+    began = time.monotonic()
+    subjects = Subjects(setting)
+    pixels, made = subjects.latents["height"], time.monotonic() - began
+    text = TEXT.format(pixels=pixels, steps=STEPS, guidance=GUIDANCE, made=made, budget=setting.seconds)
+    parts = [text]
+    for section in (
+        Section("Eager", 0.0, subjects.eager),
+        Section("Compiled: the transformer blocks", 75.0, partial(subjects.compiled, full=False)),
+        Section('Compiled: the whole UNet, `mode="reduce-overhead"`', 130.0, partial(subjects.compiled, full=True)),
+    ):
+        left = max(began + setting.seconds - time.monotonic(), 0.0)
+        if left < section.seconds:
+            found = LATE.format(left=left, needed=section.seconds)
+        else:
+            try:
+                found = measure(section.rows(), setting, section.title)
+            except Exception as error:  # a GPU raises errors of every kind; what was measured before stays
+                found = failure(error)
+        parts += [f"## {section.title}", found]
+        yield Report(title="Full-size SDXL", parts=tuple(parts))
+
+
+class Subjects:
+    """The models, which all pipelines share, and what is timed of them."""
+
+    def __init__(self, setting: Setting) -> None:
+        size = TINY if setting.quick else SDXL
+        self._components = build_components(size, setting.device, DTYPE)
+        request = partial(make_request, size, STEPS, setting.device, DTYPE)
+        self.latents = {**request(), "output_type": "latent"}
+        self.image = {**request(prompt=PROMPT), "output_type": "pil"}
+        self._compiled_vae = with_same_weights(self._components["vae"])
+
+    def eager(self) -> Makers:
+        unet, classic, ours = self._components["unet"], classic_pipeline(self._components), self._ours()
+        classic_call = partial(classic, guidance_scale=GUIDANCE)
+        makers: Makers = {
+            Task(DENOISE, BARE): self._bare,
+            Task(DENOISE, CLASSIC): lambda: partial(classic_call, **self.latents),
+            Task(DENOISE, OURS): lambda: self._denoise(ours),
+        }
+        for name in ATTENTION:
+            makers[Task(DENOISE, f"{OURS}, attention `{name}`")] = partial(self._with_attention, name)
+        return makers | {
+            Task(DENOISE, f"{OURS}, channels last"): lambda: self._denoise(
+                self._ours(unet=copy.deepcopy(unet).to(memory_format=torch.channels_last))
+            ),
+            Task(DECODE, EAGER): lambda: self._decode(self._components["vae"]),
+            Task(IMAGE, CLASSIC): lambda: partial(classic_call, **self.image),
+            Task(IMAGE, OURS): lambda: partial(ours, **self.image, output="images"),
+        }
+
+    def compiled(self, full: bool) -> Makers:
+        """The VAE's decoder is compiled once, in the table of the transformer blocks, to save time."""
+        plain = self._ours()
+        pipe = self._ours(unet=with_same_weights(self._components["unet"]), vae=self._compiled_vae)
+        options: dict[str, Any] = {"mode": "reduce-overhead"} if full else {}
+        compile_loops(pipe, full=full, vae=not full, dynamic=False, **options)
+        name = f"{OURS}, compiled"
+        return {
+            Task(DENOISE, BARE): self._bare,
+            Task(DENOISE, OURS): lambda: self._denoise(plain),
+            Task(DENOISE, name): lambda: self._denoise(pipe),
+            Task(DECODE, EAGER): lambda: self._decode(self._components["vae"]),
+            Task(DECODE, COMPILED): lambda: self._decode(self._compiled_vae),
+            Task(IMAGE, OURS): lambda: partial(plain, **self.image, output="images"),
+            Task(IMAGE, name): lambda: partial(pipe, **self.image, output="images"),
+        }
+
+    def _ours(self, **changes: Any) -> Any:
+        return modular_pipeline(PeRFlowSDXLAutoBlocks(), {**self._components, **changes})
+
+    def _with_attention(self, name: str) -> Run:
+        unet = with_same_weights(self._components["unet"])
+        attention = AttentionConfig(name)
+        attention.attach({"unet": unet})  # fails here if the strategy does not run on this machine
+        return self._denoise(self._ours(unet=unet, attention=attention))
+
+    def _denoise(self, pipe: Any) -> Run:
+        return partial(pipe, **self.latents, output="images")
+
+    def _bare(self) -> Run:
+        state = self._ours()(**self.latents)
+        return bare_calls(self._components["unet"], {**state.values, "latents": self.latents["latents"]})
+
+    def _decode(self, vae: Any) -> Run:
+        return torch.no_grad()(partial(vae.decode, self.latents["latents"] / vae.config.scaling_factor))
+
+
+def with_same_weights(model: nn.Module) -> Any:
+    """A copy that shares the tensors, for attention processors or compiled code of its own."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def measure(makers: Mapping[Task, Callable[[], Run]], setting: Setting, label: str) -> str:
+    """The table of those that run, in turns, and of why others do not."""
+    runs: dict[Task, Run] = {}
+    first: dict[Task, float] = {}
+    failures: dict[Task, str] = {}
+    for task, make in makers.items():
         try:
-            timings, memory = measure(case, components, size, setting)
-        except RuntimeError as error:  # out of memory, or torch.compile: the other cases may go on
-            rows.append((*head, f"failed: {type(error).__name__}", *["-"] * 7))
+            call = make()
+            first[task] = clock(call, setting.device)
+        except Exception as error:  # the other rows may go on
+            failures[task] = failure(error)
+        else:
+            runs[task] = call
+    rounds = rounds_within(SECONDS_A_TABLE, runs, setting.device, fewest=FEWEST_ROUNDS, most=MOST_ROUNDS)
+    timings = time_in_turns(runs, setting, rounds=rounds, label=label, warm_up=0)
+    base: dict[str, float] = {}
+    rows: list[tuple[object, ...]] = []
+    for task in makers:
+        if task in failures:
+            rows.append((*task, failures[task], "-", "-"))
             continue
-        rate = case.pictures * flop / timings["UNet call"].median
-        base = plain.setdefault(case.pictures, timings["denoise"].median)
-        rows.append(
-            (
-                *head,
-                *(timing.milliseconds() for timing in timings.values()),
-                f"{base / timings['denoise'].median:.3f}",
-                f"{rate / 1e12:.4g}",
-                f"{100 * rate / peak:.0f}",
-                f"{memory / 1e9:.2f}",
-            )
-        )
-    text = TEXT.format(
-        pixels=size.pixels,
-        steps=STEPS,
-        guidance=GUIDANCE,
-        rounds=setting.rounds(ROUNDS),
-        tflop=flop / 1e12,
-        matrix=matrix,
-        peak=peak / 1e12,
-    )
-    stages = ("encode ms", "denoise ms", "decode ms", "UNet call ms")
-    header = ("case", "pictures", *stages, "times as fast", "TFLOP/s", "share %", "peak GB")
-    return Report(title="Full-size SDXL", parts=(text, table(header, rows)))
+        median = timings[task].median
+        ratio = median / base.setdefault(task.what, median)
+        rows.append((*task, timings[task].milliseconds(), f"{ratio:.3f}", f"{first[task]:.1f}"))
+    return table(("task", "by", f"ms, {setting.rounds(rounds)} rounds", "ratio", "first call, s"), rows)
 
 
-def make_cases(setting: Setting) -> list[Case]:
-    """The plain cases first, those that compile last, as they take longest; in a dry run one of each kind."""
-    if setting.quick:
-        kinds: list[dict[str, Any]] = [{}, {"channels_last": True}, {"attention": "sliced"}, {"compiled": "blocks"}]
-        return [Case(pictures=1, **kind) for kind in kinds]
-    strategies, _ = available(setting.device, DTYPE)
-    names = [strategy.name for strategy in strategies]
-    return [
-        Case(pictures=1),
-        Case(pictures=4),
-        Case(pictures=1, channels_last=True),
-        Case(pictures=4, channels_last=True),
-        *(Case(pictures=1, attention=name) for name in names if name not in COMPILED),
-        Case(pictures=1, compiled="blocks"),
-        Case(pictures=4, compiled="blocks"),
-        Case(pictures=1, compiled="blocks", channels_last=True),
-        *(Case(pictures=1, compiled="blocks", attention=name) for name in names if name in COMPILED),
-        Case(pictures=1, compiled="full"),
-    ]
-
-
-def measure(case: Case, components: dict[str, Any], size: Size, setting: Setting) -> tuple[dict[str, Timing], int]:
-    """The stages' times and the denoising's peak memory; the models are as before afterwards."""
-    attention = AttentionConfig(case.attention)
-    models = [components["unet"], components["vae"]]
-    try:
-        for model in models:
-            model.to(memory_format=torch.channels_last if case.channels_last else torch.contiguous_format)
-        pipe = make_pipeline(PeRFlowSDXLAutoBlocks(), {**components, "attention": attention})
-        if case.compiled:
-            backend = "eager" if setting.quick else "inductor"
-            compile_loops(pipe, full=case.compiled == "full", dynamic=False, backend=backend)
-        with torch.no_grad():
-            runs = dict(make_runs(pipe, case, size, setting))
-            timings = time_in_turns(runs, setting, rounds=ROUNDS, label=f"sdxl {case}")
-            return timings, peak_bytes(runs["denoise"], setting.device)
-    finally:
-        attention.detach()
-        for model in models:
-            model.to(memory_format=torch.contiguous_format)
-            for module in model.modules():
-                module._compiled_call_impl = None  # torch has no call that undoes `Module.compile`
-        torch.compiler.reset()
-
-
-def make_runs(pipe: Any, case: Case, size: Size, setting: Setting) -> Iterator[tuple[str, Run]]:
-    """The stages by name, each on what the one before it returned, and one UNet call with the loop's tensors."""
-    text, denoise, decode = split(pipe)
-    latents = random_latents(size, case.pictures, setting.device, DTYPE)
-    embeddings = text(prompt=[PROMPT] * case.pictures).get_by_kwargs(DENOISER_INPUT_FIELDS)
-    request = {**embeddings, "latents": latents, "num_inference_steps": STEPS}
-    request |= {"height": size.pixels, "width": size.pixels}
-    state = denoise(**request)
-    denoised = state.get("latents")
-
-    def both(name: str) -> torch.Tensor:
-        return torch.cat([state.get(name), state.get(f"negative_{name}")])
-
-    conditions = {
-        "encoder_hidden_states": both("prompt_embeds"),
-        "added_cond_kwargs": {"text_embeds": both("pooled_prompt_embeds"), "time_ids": both("add_time_ids")},
-    }
-    twice, timestep = torch.cat([latents] * 2), state.get("timesteps")[0]
-    yield "encode", lambda: text(prompt=[PROMPT] * case.pictures)
-    yield "denoise", lambda: denoise(**request)
-    yield "decode", lambda: decode(latents=denoised, output_type="pt")
-    yield "UNet call", lambda: pipe.unet(twice, timestep, **conditions, return_dict=False)
-
-
-def flop_of_call(size: Size, rows: int) -> int:
-    """Floating-point operations of one UNet call, counted on tensors without data, so whatever kernels run later."""
-    unet = build_unet(size, "meta")
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        unet(
-            torch.empty(rows, 4, size.latents, size.latents),
-            torch.empty(()),
-            encoder_hidden_states=torch.empty(rows, MAX_TOKENS, sum(size.text)),
-            added_cond_kwargs={"text_embeds": torch.empty(rows, size.text[1]), "time_ids": torch.empty(rows, 6)},
-        )
-    return counter.get_total_flops()
-
-
-def matrix_rate(size: int, device: torch.device) -> float:
-    """Floating-point operations a second of a large matrix product: a ceiling that a model can come near to."""
-    a, b = (torch.randn(size, size, device=device, dtype=DTYPE) for _ in range(2))
-    timer = benchmark.Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
-    return 2 * size**3 / timer.blocked_autorange(min_run_time=1.0).median
+def failure(error: Exception) -> str:
+    """A line that says what went wrong."""
+    message = next(iter(str(error).splitlines()), "").replace("|", "/")
+    return f"does not run: {type(error).__name__}: {message}"[:300]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,14 +20,14 @@ from .measure import Run, Setting, peak_bytes, time_in_turns
 from .models import make_pipeline
 from .report import Report, megabytes, table
 
-PICTURES, ROUNDS = 8, 11
+IMAGES, ROUNDS = 8, 11
 TEACHER_STEPS, STUDENT_STEPS = 50, (4, 6, 8)
 STAGES = ("encode", "denoise", "decode")
 WHOLE = "end to end"
 
-TEXT = """The embedded demo model in float32, {pictures} pictures in one batch; the teacher is a
-`StableDiffusionXLPipeline` with DDIM, the student the preset. NFE counts the rows of the UNet per picture. Medians and
-quartiles of {rounds} rounds taken in turns, each stage run on what the one before it returned; the last one's pictures
+TEXT = """The embedded demo model in float32, {images} images in one batch; the teacher is a
+`StableDiffusionXLPipeline` with DDIM, the student the preset. NFE counts the rows of the UNet per image. Medians and
+quartiles of {rounds} rounds taken in turns, each stage run on what the one before it returned; the last one's images
 are those of the end-to-end run."""
 
 MEMORY = """Peak memory of tensors in MB, above what was live before (the weights), in a run apart from the timed ones;
@@ -41,7 +41,7 @@ HOW = {
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A way of drawing, whole and in stages.
+    """A way of making images, whole and in stages.
 
     Attributes:
         sampler: whole, and what to call it.
@@ -52,7 +52,7 @@ class Subject:
     stages: Mapping[str, Callable[[Any], Any]]
 
 
-def run(setting: Setting) -> Report:
+def run(setting: Setting) -> Iterator[Report]:
     rounds = setting.rounds(ROUNDS)
     runs = make_runs(subjects := make_subjects(setting), setting)
     timings = time_in_turns(runs, setting, rounds=ROUNDS, label="stages")
@@ -77,10 +77,10 @@ def run(setting: Setting) -> Report:
             for subject in subjects
         ),
     )
-    return Report(
+    yield Report(
         title="Stages of the embedded model",
         parts=(
-            TEXT.format(pictures=_pictures(setting), rounds=rounds),
+            TEXT.format(images=_images(setting), rounds=rounds),
             times,
             MEMORY.format(how=HOW[setting.device.type]),
             memory,
@@ -107,13 +107,13 @@ def make_subjects(setting: Setting) -> list[Subject]:
             output_type="latent",
         ).images
 
-    def pictures(latents: Tensor) -> Tensor:
+    def images(latents: Tensor) -> Tensor:
         return decode(latents=latents, output_type="pt", output="images")
 
     subjects = [
         Subject(
             sampler=teacher_sampler(teacher, "DDIM", steps, GUIDANCE_SCALE),
-            stages={"encode": lambda _: _encode(teacher, setting), "denoise": teacher_latents, "decode": pictures},
+            stages={"encode": lambda _: _encode(teacher, setting), "denoise": teacher_latents, "decode": images},
         )
     ]
     for steps_of_student in STUDENT_STEPS[:1] if setting.quick else STUDENT_STEPS:
@@ -127,7 +127,7 @@ def make_subjects(setting: Setting) -> list[Subject]:
                 stages={
                     "encode": lambda _: text(prompt=_prompts(setting)).get_by_kwargs(DENOISER_INPUT_FIELDS),
                     "denoise": student_latents,
-                    "decode": pictures,
+                    "decode": images,
                 },
             )
         )
@@ -138,7 +138,7 @@ def make_runs(subjects: list[Subject], setting: Setting) -> dict[str, Run]:
     """What is timed, by sampler and stage: each stage on the result of the one before.
 
     Raises:
-        AssertionError: the stages, one after the other, give other pictures than the whole.
+        AssertionError: the stages, one after the other, give other images than the whole.
     """
     runs: dict[str, Run] = {}
     for subject in subjects:
@@ -174,16 +174,16 @@ def _head(sampler: Sampler) -> tuple[str, str, int]:
     return sampler.label, f"{sampler.guidance_scale:g}", sampler.nfe
 
 
-def _pictures(setting: Setting) -> int:
-    return 1 if setting.quick else PICTURES
+def _images(setting: Setting) -> int:
+    return 1 if setting.quick else IMAGES
 
 
 def _prompts(setting: Setting) -> list[str]:
-    return ["a red star on a white background"] * _pictures(setting)
+    return ["a red star on a white background"] * _images(setting)
 
 
 def _latents(setting: Setting) -> Tensor:
     """The starting noise, the same at each call."""
     generator = torch.Generator().manual_seed(0)
-    shape = (_pictures(setting), LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
+    shape = (_images(setting), LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
     return torch.randn(shape, generator=generator).to(setting.device)

@@ -39,7 +39,7 @@ PARTS_ASSUMED = """Assumed: norms in float32 under autocast, as on CUDA; attenti
 memory-efficient), which keeps queries, keys, values, result and a logarithm a row, and never the matrix."""
 
 PEAK_TEXT = """The most of an update, in GB, by `optimizer.name` and `teacher.offload`: the largest of encoding the
-picture, the teacher's calls under guidance, the student's passes, the optimizer's step and that of the averages, with
+image, the teacher's calls under guidance, the student's passes, the optimizer's step and that of the averages, with
 all that lives beside them; the last column names it for the first offload. AdamW's step on CUDA holds one more
 float32 tensor for each trained weight, and so does averaging; the 8-bit one works in place. A LoRA's base is its
 teacher too; a full student has its teacher beside it ({teacher} GB, and {teacher_peak} GB during a call) unless that
@@ -50,7 +50,7 @@ and kept embeddings."""
 TIME_TEXT = """Operations of an update in TFLOP, by PyTorch's formulas in the same runs, and seconds by arithmetic
 alone: operations divided by {peak:.0f} TFLOP/s (the {gpu}'s dense bfloat16 peak by NVIDIA's data sheet) times an
 assumed share of it, {high:.0%} to {low:.0%}. The teacher makes {steps} calls, of two rows with guidance ("fixed") and
-of one without ("sync"). Left out: encoding ({vae_tflop} TFLOP in float32 a picture), the optimizer, elementwise work,
+of one without ("sync"). Left out: encoding ({vae_tflop} TFLOP in float32 an image), the optimizer, elementwise work,
 which memory bounds, reading data, and copies for offloading."""
 
 MEASURED = """Measured on this GPU: the trainer itself (`perflow_blocks.training`) on a teacher with random weights of
@@ -72,9 +72,9 @@ class Neighbours:
     text: int
 
 
-def run(setting: Setting) -> Report:
+def run(setting: Setting) -> Iterator[Report]:
     size = TINY if setting.quick else SDXL
-    return _measured(size, setting) if setting.device.type == "cuda" else _computed(size)
+    yield _measured(size, setting) if setting.device.type == "cuda" else _computed(size)
 
 
 def _computed(size: Size) -> Report:

@@ -203,7 +203,7 @@ def teacher_footprint(size: Size, rows: int) -> Footprint:
 
 
 def encoder_footprints(size: Size) -> tuple[Footprint, int]:
-    """Encoding a picture by the VAE in float32, as SDXL's wants it; and bytes of the text encoders in bfloat16."""
+    """Encoding an image by the VAE in float32, as SDXL's wants it; and bytes of the text encoders in bfloat16."""
     parts = build_components(size, "meta", torch.bfloat16)
     text = sum(_bytes(parts[name].parameters()) for name in ("text_encoder", "text_encoder_2"))
     vae = parts["vae"].float()

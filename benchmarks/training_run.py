@@ -27,9 +27,9 @@ from perflow_blocks.training.session import Session
 from .measure import Timing
 from .models import Size, build_components
 
-RANK, STEPS, PICTURES = 64, 10, 4
+RANK, STEPS, IMAGES = 64, 10, 4
 UPDATES, WARM_UP = 7, 3
-TEACHER, DATA, OUTPUT = "teacher", "pictures", "output"
+TEACHER, DATA, OUTPUT = "teacher", "images", "output"
 
 Kind = Literal["lora", "full"]
 
@@ -112,11 +112,11 @@ def make_cases() -> list[Case]:
 
 @contextmanager
 def teacher_directory(size: Size, device: torch.device) -> Iterator[Path]:
-    """A temporary directory with a teacher of random weights in bfloat16, and pictures with captions."""
+    """A temporary directory with a teacher of random weights in bfloat16, and images with captions."""
     with tempfile.TemporaryDirectory(prefix="training-") as name:
         directory = Path(name)
         _save_teacher(size, device, directory / TEACHER)
-        _save_pictures(size, directory / DATA)
+        _save_images(size, directory / DATA)
         _release()
         yield directory
 
@@ -127,9 +127,9 @@ def _save_teacher(size: Size, device: torch.device, directory: Path) -> None:
     StableDiffusionXLPipeline(**components, scheduler=scheduler).save_pretrained(directory)
 
 
-def _save_pictures(size: Size, directory: Path) -> None:
+def _save_images(size: Size, directory: Path) -> None:
     directory.mkdir()
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         pixels = np.random.default_rng(number).integers(0, 256, (size.pixels, size.pixels, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(directory / f"{number}.png")
         (directory / f"{number}.txt").write_text("a red star on a white background", encoding="utf-8")

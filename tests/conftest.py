@@ -110,10 +110,10 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def run(pipe: Any, **inputs: Any) -> torch.Tensor:
-    """Final latents (pictures, 4, 16, 16) of a seeded run."""
-    inputs = {"prompt": "a red star", "generator": generator(), "output_type": "latent", **inputs}
-    return pipe(output="images", **inputs)
+def run(pipe: Any, **inputs: Any) -> Any:
+    """Final latents (images, 4, 16, 16) of a seeded run, or another `output`."""
+    inputs = {"prompt": "a red star", "generator": generator(), "output_type": "latent", "output": "images", **inputs}
+    return pipe(**inputs)
 
 
 def count_unet_calls(pipe: Any) -> list[int]:

@@ -1,56 +1,159 @@
-"""The Python of the README's section on recombining runs as it stands, with tiny weights in place of the Hub's."""
+"""README and docs: every block of Python runs, with the embedded model in place of the Hub's, and every link works."""
 
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import ControlNetModel, ControlNetUnionModel
+from safetensors.torch import save_file
 
+import perflow_blocks
 from perflow_blocks.attention import strategies
-from perflow_blocks.testing import tiny_controlnet, tiny_controlnet_union, tiny_picture
-from tests.conftest import make_pipeline
-from tests.hub.conftest import save_ip_adapter
+from perflow_blocks.delta.extract import save_delta
+from perflow_blocks.demo import perflow_pipeline, teacher_pipeline, weights_directory
+from perflow_blocks.hub.publish import push_workflow
+from perflow_blocks.testing import tiny_picture
+from tests.builder.conftest import checkpoint_components, save_checkpoint
+from tests.conftest import run, save_repository
+from tests.hub.conftest import save_ip_adapter, use_own_modules
+from tests.hub.loopback.server import LoopbackHub
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (README, *sorted((ROOT / "docs").glob("*.md")))}
+BLOCK = re.compile(r"^```python\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+ON_THIS_MACHINE = {
+    '"cuda"': '"cpu"',
+    "torch.float16": "torch.float32",
+    "enable_model_cpu_offload()": 'enable_model_cpu_offload(device="cpu")',
+    "your-name/": "someone/",
+    '"path/to/this/checkout"': repr(str(weights_directory())),
+}
+IN_PLACE_OF = {
+    'config="stabilityai/stable-diffusion-xl-base-1.0"': "config",
+    '"dreamshaperXL.safetensors"': "checkpoint.safetensors",
+    'with_delta("perflow_delta.safetensors"': "delta.safetensors",
+    '"stabilityai/stable-diffusion-xl-base-1.0"': "base",
+    '"hansyan/perflow-sdxl-dreamshaper"': "few-step",
+    '"diffusers/controlnet-canny-sdxl-1.0"': "controlnet",
+    '"xinsir/controlnet-union-sdxl-1.0"': "union",
+    '"h94/IP-Adapter"': "adapter",
+}
+"""What `hub` holds under which name; only the string in quotation marks is replaced."""
 
 
-def snippets(heading: str) -> list[str]:
-    """The Python under a heading of the second level, in order."""
-    sections = re.split(r"^## ", README.read_text(), flags=re.MULTILINE)
-    (section,) = (text for text in sections if text.startswith(f"{heading}\n"))
-    return re.findall(r"^```python\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages load from elsewhere, made for the embedded model and named as in `IN_PLACE_OF`.
+
+    diffusers tells the text encoders in a single file apart by their widths, which are equal in the embedded model.
+    So the single file and its delta are of the tiny components.
+    """
+    folder, classic, tiny = tmp_path_factory.mktemp("hub"), teacher_pipeline(), checkpoint_components()
+    classic.save_pretrained(folder / "base")
+    classic.save_pretrained(folder / "few-step", variant="v0-fix")
+    channels = (16, 32, 32)  # two levels, as the embedded VAE has
+    controlnet = ControlNetModel.from_unet(classic.unet, conditioning_embedding_out_channels=channels)
+    controlnet.save_pretrained(folder / "controlnet")
+    widths = {"num_trans_channel": 32, "num_trans_head": 4, "num_proj_channel": 32}
+    ControlNetUnionModel.from_config({**controlnet.config, **widths}).save_pretrained(folder / "union")
+    save_ip_adapter(folder / "adapter", classic.unet)
+    save_repository(folder / "config", **tiny)
+    save_checkpoint(folder / "checkpoint.safetensors", tiny)
+    difference = {name: torch.zeros_like(weight) for name, weight in tiny["unet"].named_parameters()}
+    save_delta(difference, folder / "delta.safetensors")
+    return folder
 
 
-def test_the_section_on_recombining_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def folder(loopback_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with the files that the pages read; what they push is laid out in it to be loaded."""
+
+    def push(directory: str, repo_id: str) -> None:
+        push_workflow(directory, repo_id, endpoint=loopback_hub.endpoint, token=loopback_hub.token)
+        for path, content in loopback_hub.files(repo_id).items():
+            (tmp_path / repo_id / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / repo_id / path).write_bytes(content)
+
+    use_own_modules(tmp_path / "modules", monkeypatch)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(perflow_blocks, "push_workflow", push)
     monkeypatch.setattr(strategies, "_STRATEGIES", dict(strategies._STRATEGIES))
-    repositories = {
-        "diffusers/controlnet-canny-sdxl-1.0": tmp_path / "controlnet",
-        "xinsir/controlnet-union-sdxl-1.0": tmp_path / "union",
-        "h94/IP-Adapter": tmp_path / "adapter",
-    }
-    tiny_controlnet().save_pretrained(tmp_path / "controlnet")
-    tiny_controlnet_union().save_pretrained(tmp_path / "union")
-    save_ip_adapter(tmp_path / "adapter")
-    for name in ("edges", "depth", "photo"):
-        tiny_picture(len(name)).save(f"{name}.png")
-    tiny, defined = make_pipeline(), dict[str, Any]()
-    for snippet in snippets("Recombine"):
-        names = [name for name in repositories if name in snippet]
-        for name in names:
-            snippet = snippet.replace(name, str(repositories[name]))
-        pipe = defined.get("pipe")
-        if names:
-            defined["pipe"] = tiny
-        with torch.compiler.set_stance("force_eager"):  # compiling for a CPU takes minutes
-            exec(compile(snippet, "README.md", "exec"), defined)
-        if names:
-            defined["pipe"] = pipe
-    assert (tmp_path / "star-3.png").is_file()
-    assert (tmp_path / "preview-2.png").is_file() and not (tmp_path / "preview-3.png").is_file()
+    for name in ("photo", "edges", "depth", "mask"):
+        tiny_picture(len(name), 64).save(f"{name}.png")
+    shutil.copy(weights_directory() / "perflow_delta.safetensors", tmp_path)
+    layer = "unet.mid_block.attentions.0.proj_in.lora_{}.weight"  # of 128 channels
+    lora = {layer.format("A"): torch.full((4, 128), 0.01), layer.format("B"): torch.full((128, 4), 0.01)}
+    save_file(lora, "style.safetensors")
+    return tmp_path
+
+
+def after_recombine(defined: dict[str, Any], folder: Path) -> None:
+    assert (folder / "star-3.png").is_file() and defined["image"].size == (64, 64)
+    assert defined["pipe"].controlnet.config.num_control_type
+
+
+def after_blocks(defined: dict[str, Any], folder: Path) -> None:
+    assert (folder / "preview-2.png").is_file() and not (folder / "preview-3.png").is_file()
     assert (defined["hits"], defined["misses"]) == (3, 1)
-    assert tiny.controlnet.config.num_control_type
-    assert defined["image"].size == (64, 64)
+    assert defined["image"].size == (256, 192)
+
+
+def after_share(defined: dict[str, Any], folder: Path) -> None:
+    assert {"picture.png", "unet"} <= {path.name for path in (folder / "someone" / "my-workflow").iterdir()}
+    torch.testing.assert_close(run(defined["pipe"]), run(perflow_pipeline()), atol=1e-4, rtol=1e-4)
+
+
+AFTERWARDS: dict[str, Callable[[dict[str, Any], Path], None]] = {
+    "docs/recombine.md": after_recombine,
+    "docs/blocks.md": after_blocks,
+    "docs/share.md": after_share,
+}
+
+
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if BLOCK.search(text)])
+def test_the_python_of_a_page_runs(page: str, hub: Path, folder: Path) -> None:
+    text, defined = PAGES[page], dict[str, Any]()
+    here = {name: re.sub('".*"', repr(str(hub / place)), name) for name, place in IN_PLACE_OF.items()}
+    for found in BLOCK.finditer(text):
+        code = found[1]
+        for name, replacement in {**here, **ON_THIS_MACHINE}.items():
+            code = code.replace(name, replacement)
+        lines_above = "\n" * text.count("\n", 0, found.start(1))  # tracebacks name the page's line
+        with torch.compiler.set_stance("force_eager"):  # compiling for a CPU takes minutes
+            exec(compile(lines_above + code, ROOT / page, "exec"), defined)
+    if page in AFTERWARDS:
+        AFTERWARDS[page](defined, folder)
+
+
+def links(page: str) -> list[tuple[Path, str]]:
+    """Target and anchor of each link and image, those to other places left out."""
+    found = [link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]) if "://" not in link]
+    return [((ROOT / page).parent / path if path else ROOT / page, anchor) for path, _, anchor in found]
+
+
+def anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_of_a_page_work(page: str) -> None:
+    missing = [(target, anchor) for target, anchor in links(page) if not target.exists()]
+    assert missing == []
+    assert all(anchor in anchors(target.read_text()) for target, anchor in links(page) if anchor)
+
+
+def test_a_link_leads_to_every_page() -> None:
+    linked = {target.resolve() for page in PAGES for target, _ in links(page)}
+    assert [page for page in PAGES if (ROOT / page).resolve() not in linked] == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= 150

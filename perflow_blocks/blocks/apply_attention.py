@@ -8,6 +8,7 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, ModularPipelineBlocks, PipelineState
 
 from ..attention.config import AttentionConfig, parse_plan
+from ..delta.model_lock import model_lock
 from .declare import Assembled, declared
 from .specs import attention_config_specs, attention_spec, controlnet_spec, unet_spec
 
@@ -41,6 +42,11 @@ class PeRFlowApplyAttentionStep(ModularPipelineBlocks):
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        with model_lock(components.unet):
+            self._apply(components)
+        return components, state
+
+    def _apply(self, components: Any) -> None:
         attention = components.attention
         if not isinstance(attention, AttentionConfig):
             # One of the installed package, or of another self-contained workflow, brings its plan.
@@ -55,7 +61,6 @@ class PeRFlowApplyAttentionStep(ModularPipelineBlocks):
         if is_new:
             components.update_components(attention_plan=plan)
             attention.remember(components)
-        return components, state
 
 
 class PeRFlowControlNetApplyAttentionStep(PeRFlowApplyAttentionStep):

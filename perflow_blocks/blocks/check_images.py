@@ -39,7 +39,8 @@ def require_shape(name: str, tensor: Any, wanted: tuple[int | str, ...]) -> None
 def check_images(request: Any, prompts: int, images: int, channels: int, unet_channels: int) -> None:
     """Checks kind, number, size and values of the images and masks to start from, as pixels or latents.
 
-    In the request they become what `standard_images` and `standard_masks` return. Latents have `channels`. A UNet takes as many, or `2 channels + 1` if it is made for inpainting.
+    In the request they become what `standard_images` and `standard_masks` return.
+    Latents have `channels`. A UNet takes as many, or `2 channels + 1` if it is made for inpainting.
     """
     masked = request.mask_image is not None or request.mask is not None
     if request.denoising_start is not None and masked and request.latents is None:
@@ -153,7 +154,7 @@ def check_controlnet(controlnet: Any, request: Any, prompts: int) -> None:
             raise ValueError(f"control_guidance_start={first} must be below control_guidance_end={last}, in [0, 1].")
 
 
-def check_ip_adapters(layers: list[nn.Module], guider: Any, request: Any, encodes: bool) -> None:
+def check_ip_adapters(layers: list[nn.Module], request: Any, encodes: bool) -> None:
     """Checks that images or embeddings match the loaded IP-Adapters. Images become a list of PIL images for each.
 
     CLIP's image processor would scale arrays by 1/255 once more, and take tensors as preprocessed.
@@ -164,8 +165,6 @@ def check_ip_adapters(layers: list[nn.Module], guider: Any, request: Any, encode
     if layers and image is None and embeds is None:
         name = "ip_adapter_image" if encodes else "ip_adapter_embeds"
         raise ValueError(f"{name} is missing for {count} loaded IP-Adapters; pass it or call unload_ip_adapter().")
-    if embeds is not None and negative is None and layers and guider.num_conditions > 1:
-        raise ValueError("negative_ip_adapter_embeds is missing, which guidance needs; pass it, usually zeros.")
     for name, given in zip(IP_ADAPTER_INPUTS, (image, embeds, negative), strict=True):
         if given is None:
             continue

@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.guiders import BaseGuidance
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
+from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from diffusers.utils import logging
 
 from ..schedulers.scheduling_perflow import NOISINGS
 from .check_images import CONTROL_RANGE, IMAGES, check_controlnet, check_images, check_ip_adapters, require_shape
 from .declare import declared
-from .guiders import check_guider
+from .guiders import check_guider, guider_for_call
 from .inputs import NONFINITE_POLICIES, OUTPUT_TYPES, Size, request_inputs, task_inputs
 from .set_timesteps import check_denoising_range, check_strength
 from .specs import guider_spec, unet_spec, vae_spec
@@ -66,7 +68,7 @@ STAGES = {
 
 
 class PeRFlowCheckInputsStep(ModularPipelineBlocks):
-    """Checks what the caller asks for, and turns NumPy's numbers into Python's, which torch takes everywhere.
+    """Checks what the caller asks for, makes this call's guider, and turns NumPy's numbers into Python's.
 
     As the first block it also gives the pipeline its default guider and the descriptions of its inputs.
 
@@ -78,13 +80,18 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
     description = "Checks the request before anything expensive runs: one clear error for each mistake."
     expected_components = declared(guider_spec(), unet_spec(), vae_spec())
     inputs = declared(*request_inputs())
+    intermediate_outputs = declared(
+        OutputParam("guider", BaseGuidance, "This call's guider: a copy of the component, with `guidance_scale`.")
+    )
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         request = self.get_block_state(state)
+        if components.config.get("_blocks_class_name"):  # saved, it would load as stock blocks in silence
+            components.register_to_config(_blocks_class_name=None)
         _use_python_numbers(request, state)
         loaded, blocks = components.components, components._blocks
-        unet, guider = loaded["unet"], loaded["guider"]
+        unet, guider = loaded["unet"], guider_for_call(loaded["guider"], request.guidance_scale)
         _forget_done_stages(request, blocks.sub_blocks)
         _check_loaded(loaded, request, blocks)
         given = {name for name in REQUEST if getattr(request, name) is not None}
@@ -104,13 +111,14 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
         adapted = unet.config.encoder_hid_dim_type == "ip_image_proj"
         if for_task or adapted:
             adapters = list(unet.encoder_hid_proj.image_projection_layers) if adapted else []
-            check_ip_adapters(adapters, guider, request, "ip_adapter" in blocks.sub_blocks)
+            check_ip_adapters(adapters, request, "ip_adapter" in blocks.sub_blocks)
         for name in for_task:
             if name in IMAGES:  # the checks brought it to one form
                 state.set(name, getattr(request, name))
         _check_generator(request, images)
         _check_latents(request, images, channels, factor)
         _check_dtypes(loaded, request)
+        state.set("guider", guider)
         return components, state
 
 
@@ -186,6 +194,9 @@ def _check_settings(request: Any) -> None:
     value = request.cross_attention_kwargs
     if not isinstance(value, (dict, type(None))):
         raise ValueError(f'cross_attention_kwargs={value!r} must be a dictionary, such as {{"scale": 0.5}}.')
+    value = request.callback_on_step_end
+    if value is not None and not callable(value):
+        raise ValueError(f"callback_on_step_end={value!r} must be a function (pipe, step, timestep, callback_kwargs).")
     if request.strength is not None:
         check_strength(request.strength)
     if request.denoising_start is not None or request.denoising_end is not None:
@@ -266,9 +277,7 @@ def _check_generator(request: Any, images: int) -> None:
         if not isinstance(entry, (torch.Generator, type(None))):
             raise ValueError(f"generator is of type {type(entry).__name__}; pass a torch.Generator or a list of them.")
     if isinstance(generator, list) and len(generator) != images:
-        raise ValueError(
-            f"generator is a list of {len(generator)} generators; pass one, or {images}, one for each image."
-        )
+        raise ValueError(f"generator holds {len(generator)} generators; pass one, or {images}, one for each image.")
 
 
 def _check_latents(request: Any, images: int, channels: int, factor: int) -> None:

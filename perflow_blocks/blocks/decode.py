@@ -99,10 +99,9 @@ class PeRFlowDecodeStep(StableDiffusionXLDecodeStep):
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         if state.get("output_type") == "latent":
             return super().__call__(components, state)
-        latents = state.get("latents")
-        with guarded_vae(components) as view:
-            state.set("latents", latents.to(view.vae.dtype).to(view.vae.decoding_dtype))
-            super().__call__(view, state)
+        latents, view = state.get("latents"), guarded_vae(components)
+        state.set("latents", latents.to(view.vae.dtype).to(view.vae.decoding_dtype))
+        super().__call__(view, state)
         state.set("latents", latents)
         return components, state
 

@@ -7,6 +7,7 @@ int, and t its timestep, a tensor of no dimensions on the device. On `block_stat
 - `noise_pred`: the guided prediction of the last denoiser call, None before the first;
 - `window_index`: the number of the time window of step i, an int;
 - `step_plan`, `step_coefficients`, `timesteps`, `num_inference_steps`: the whole schedule;
+- `guider`: this call's guider;
 - `stop_requested`: set it to True, and the loop ends after this step with the clean latents that it predicts;
 - the conditioning tensors, such as `prompt_embeds`.
 
@@ -15,6 +16,7 @@ The loop reads nothing back from the device; an `.item()` in an inserted block w
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -27,11 +29,13 @@ from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, Outpu
 from torch import Tensor
 
 from ..core.step_plan import apply_step
+from ..delta.merge import MergeRecord, merge_records
+from ..delta.model_lock import model_lock
 from .controlnet import PeRFlowControlNetLoopDenoiser
 from .declare import Assembled, declared
 from .denoiser import PeRFlowLoopDenoiser
 from .finite_guard import ControlNetFiniteGuardStep, FiniteGuardStep
-from .guiders import warn_about_few_steps
+from .guiders import guider_of_call, is_batchable, warn_about_few_steps
 from .inputs import latents_input, noise_pred_input, schedule_inputs, shared_input, step_coefficients_input
 from .loop_block import LOOP_PROVIDES, LoopBlock, Repeat
 from .specs import guider_spec, unet_spec
@@ -90,7 +94,11 @@ class PeRFlowDenoiseStep(Assembled, LoopSequentialPipelineBlocks):
     block_classes = [FiniteGuardStep, PeRFlowLoopDenoiser, PeRFlowLoopSolverStep]
     block_names = ["finite_guard", "denoiser", "solver"]
     loop_expected_components = declared(guider_spec(), unet_spec())
-    loop_inputs = declared(latents_input(), *schedule_inputs())
+    loop_inputs = declared(
+        latents_input(),
+        *schedule_inputs(),
+        *map(shared_input, ("guider", "merged_deltas", "cross_attention_kwargs", "callback_on_step_end")),
+    )
     loop_intermediate_outputs = declared(
         _LATENTS,
         OutputParam("stop_requested", bool, "Whether a block in the loop ended the run before its last step."),
@@ -113,21 +121,26 @@ class PeRFlowDenoiseStep(Assembled, LoopSequentialPipelineBlocks):
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         block_state = self.get_block_state(state)
+        guider, lock = guider_of_call(components, block_state), model_lock(components.unet)
         _require_one_dtype(components.unet, block_state.latents)
-        warn_about_few_steps(components.guider, len(block_state.step_plan))
-        block_state.noise_pred, block_state.stop_requested = None, False
-        observers = [block for block in self.sub_blocks.values() if isinstance(block, LoopBlock)]
-        try:
-            for block in observers:
-                block.start(components, block_state)
-            stop = self._run(components, block_state, 0, len(block_state.step_plan))
-            for block in observers:
-                block.finish(components, block_state, lambda first: self._run(components, block_state, first, stop))
-        finally:
-            # A guider that remembers its last step may think itself outside its range when the next prompt is encoded.
-            components.guider.set_state(step=None, num_inference_steps=None, timestep=None)
+        warn_about_few_steps(guider, len(block_state.step_plan))
+        alone = not is_batchable(guider) or "scale" in (block_state.cross_attention_kwargs or {})
+        with lock.changing() if alone else lock.running():
+            _require_same_deltas(components.unet, block_state.merged_deltas)
+            self._run_all(components, block_state)
+        guider.set_state(step=None, num_inference_steps=None, timestep=None)  # a stage may go on from this state
         self.set_block_state(state, block_state)
         return components, state
+
+    def _run_all(self, components: Any, block_state: Any) -> None:
+        """Runs all steps, with what blocks of the loop do before the first and after the last."""
+        block_state.noise_pred, block_state.stop_requested = None, False
+        observers = [block for block in self.sub_blocks.values() if isinstance(block, LoopBlock)]
+        for block in observers:
+            block.start(components, block_state)
+        stop = self._run(components, block_state, 0, len(block_state.step_plan))
+        for block in observers:
+            block.finish(components, block_state, lambda first: self._run(components, block_state, first, stop))
 
     def _run(self, components: Any, block_state: Any, first: int, stop: int) -> int:
         """Runs the steps from `first` to `stop - 1`, or until a block asks to stop. Returns the next step's number."""
@@ -137,6 +150,10 @@ class PeRFlowDenoiseStep(Assembled, LoopSequentialPipelineBlocks):
             for i in range(first, stop):
                 block_state.window_index = window_index[i]
                 self.loop_step(components, block_state, i=i, t=timesteps[i])
+                if block_state.callback_on_step_end is not None:
+                    given = {"latents": block_state.latents}
+                    given |= block_state.callback_on_step_end(components, i, timesteps[i], dict(given)) or {}
+                    block_state.latents = given["latents"]
                 progress_bar.update()
                 if block_state.stop_requested:
                     break
@@ -170,6 +187,16 @@ def _predicted_clean(block_state: Any, i: int) -> Tensor:
     a, b, c, d = block_state.step_coefficients[i].unbind()
     start = apply_step(block_state.latents, block_state.noise_pred, 1.0 / a, -b / a)
     return apply_step(start, block_state.noise_pred, c, d)
+
+
+def _require_same_deltas(unet: Any, merged: tuple[MergeRecord, ...] | None) -> None:
+    """Refuses weights that another thread changed since this call looked at them. The lock is held."""
+    lock = model_lock(unet)
+    if merged is not None and lock.changed_by not in (None, threading.get_ident()) and merge_records(unet) != merged:
+        raise ValueError(
+            "another thread changed the deltas of this UNet during the call; use one delta and delta_scale in all "
+            "threads, or give each thread a pipeline with a UNet of its own."
+        )
 
 
 def _require_one_dtype(unet: Any, latents: Tensor) -> None:

@@ -11,8 +11,15 @@ from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from torch import Tensor
 
 from .declare import declared
-from .guiders import is_batchable
-from .inputs import conditioning_inputs, inpaint_conditioning_input, latents_input, param, shared_input
+from .guiders import guider_of_call, is_batchable
+from .inputs import (
+    conditioning_inputs,
+    guider_input,
+    inpaint_conditioning_input,
+    latents_input,
+    param,
+    shared_input,
+)
 from .specs import guider_spec, unet_spec
 
 GUIDER_FIELDS = {  # what the UNet takes: the tensors' names for the guider's conditional and unconditional batches
@@ -42,6 +49,7 @@ class PeRFlowLoopDenoiser(ModularPipelineBlocks):
         param("timestep_cond", Tensor, "Guidance embedding (batch, width) for UNets that were distilled with one."),
         shared_input("cross_attention_kwargs"),
         inpaint_conditioning_input(),
+        guider_input(),
     )
     intermediate_outputs = declared(
         OutputParam("noise_pred", Tensor, "The guided prediction of the last step, shaped like the latents.")
@@ -49,7 +57,7 @@ class PeRFlowLoopDenoiser(ModularPipelineBlocks):
 
     @torch.no_grad()
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
-        guider, unet = components.guider, components.unet
+        guider, unet = guider_of_call(components, block_state), components.unet
         guider.set_state(step=i, num_inference_steps=block_state.num_inference_steps, timestep=t)
         batches = guider.prepare_inputs_from_block_state(block_state, GUIDER_FIELDS)
         if is_batchable(guider):

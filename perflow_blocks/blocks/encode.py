@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,9 +18,11 @@ from diffusers.modular_pipelines.stable_diffusion_xl.encoders import (
 from diffusers.utils import logging
 from torch import Tensor
 
+from ..delta.model_lock import model_lock
 from .declare import Assembled, declared
+from .guiders import guider_of_call
 from .images import count_images, image_size, mask_processor, repeat_images
-from .inputs import as_outputs, embeddings_inputs, shared_input
+from .inputs import as_outputs, embeddings_inputs, guider_input, shared_input
 from .specs import guider_spec, unet_spec
 from .vae import guarded_vae
 
@@ -26,12 +30,33 @@ logger = logging.get_logger(__name__)
 
 
 class PeRFlowTextEncoderStep(StableDiffusionXLTextEncoderStep):
-    """diffusers' text encoder, with this package's default guider where it is the first block to name one."""
+    """diffusers' text encoder with this call's guider. One thread at a time uses tokenizers and encoders.
+
+    A tokenizer keeps padding and truncation on itself, and an encoder the scale of its LoRAs.
+    """
 
     expected_components = declared(
         guider_spec(),
         *(spec for spec in StableDiffusionXLTextEncoderStep().expected_components if spec.name != "guider"),
     )
+    inputs = declared(*StableDiffusionXLTextEncoderStep().inputs, guider_input())
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        names = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+        used = {id(part): part for part in (getattr(components, name) for name in names) if part is not None}
+        with ExitStack() as locks:
+            for _, part in sorted(used.items()):  # in one order, so that no two threads wait for each other
+                locks.enter_context(model_lock(part))
+            super().__call__(_with_guider(components, self.get_block_state(state)), state)
+        return components, state
+
+
+def _with_guider(components: Any, block_state: Any) -> Any:
+    """What a stock block, which reads the component, takes for the pipeline: the same with this call's guider."""
+    view = copy.copy(components)
+    view.guider = guider_of_call(components, block_state)
+    return view
 
 
 class PeRFlowEmbeddingsStep(ModularPipelineBlocks):
@@ -50,17 +75,17 @@ class PeRFlowEmbeddingsStep(ModularPipelineBlocks):
     expected_configs = declared(
         ConfigSpec("force_zeros_for_empty_prompt", True, "Whether an empty negative prompt is all zeros.")
     )
-    inputs = declared(*embeddings_inputs())
+    inputs = declared(*embeddings_inputs(), guider_input())
     intermediate_outputs = declared(*as_outputs(embeddings_inputs()))
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         block_state = self.get_block_state(state)
-        device = components._execution_device
+        device, guider = components._execution_device, guider_of_call(components, block_state)
         for name in ("prompt_embeds", "pooled_prompt_embeds"):
             given = getattr(block_state, name).to(device)
             negative = getattr(block_state, f"negative_{name}")
-            if negative is None and components.guider.num_conditions > 1:
+            if negative is None and guider.num_conditions > 1:
                 if not components.config.force_zeros_for_empty_prompt:
                     raise ValueError(f"negative_{name} is missing; pass it beside {name}, or a guider of scale 1.")
                 negative = torch.zeros_like(given)
@@ -80,7 +105,17 @@ class PeRFlowAutoTextEncoderStep(Assembled, AutoPipelineBlocks):
 
 
 class PeRFlowIPAdapterStep(StableDiffusionXLIPAdapterStep):
-    """diffusers' IP-Adapter step, which without guidance fails because the negative embeddings are missing."""
+    """diffusers' IP-Adapter step with this call's guider.
+
+    Without guidance the stock step fails because the negative embeddings are missing.
+    """
+
+    inputs = declared(*StableDiffusionXLIPAdapterStep().inputs, guider_input())
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        super().__call__(_with_guider(components, self.get_block_state(state)), state)
+        return components, state
 
     def set_block_state(self, state: PipelineState, block_state: Any) -> None:
         if "negative_ip_adapter_embeds" not in block_state.as_dict():
@@ -104,8 +139,7 @@ class PeRFlowVaeEncoderStep(StableDiffusionXLVaeEncoderStep):
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         inner = _match_images(state)
         inner.values.update(_target_size(components, state))
-        with guarded_vae(components) as view:
-            super().__call__(view, inner)
+        super().__call__(guarded_vae(components), inner)
         return components, _take_outputs(self, state, inner)
 
 
@@ -127,9 +161,9 @@ class PeRFlowInpaintVaeEncoderStep(StableDiffusionXLInpaintVaeEncoderStep):
         inner = _match_images(state)
         if state.get("padding_mask_crop") is None:
             inner.values.update(_target_size(components, state))
-        with guarded_vae(components) as view:
-            view.mask_processor = mask_processor(components, self.get_block_state(state))
-            super().__call__(view, inner)
+        view = guarded_vae(components)
+        view.mask_processor = mask_processor(components, self.get_block_state(state))
+        super().__call__(view, inner)
         return components, _take_outputs(self, state, inner)
 
     def prepare_mask_latents(

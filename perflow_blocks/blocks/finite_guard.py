@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from diffusers.utils import logging
 from torch import Tensor
 
+from ..delta.model_lock import model_lock
 from .declare import declared
-from .inputs import NONFINITE_POLICIES, latents_input, on_nonfinite_input
+from .guiders import guider_of_call
+from .inputs import NONFINITE_POLICIES, guider_input, latents_input, on_nonfinite_input
 from .loop_block import LoopBlock, Repeat
 from .precision import can_be_float32, in_float32, not_finite, precision
 from .specs import controlnet_spec, guider_spec, unet_spec
@@ -34,7 +37,7 @@ class FiniteGuardStep(LoopBlock):
     models: tuple[str, ...] = ("unet",)  # the components that the fallback runs in float32
     description = "Checks after the loop that the latents are finite; if not, raises or runs all steps in float32."
     expected_components = declared(guider_spec(), unet_spec())
-    inputs = declared(latents_input(), on_nonfinite_input())
+    inputs = declared(latents_input(), on_nonfinite_input(), guider_input())
     intermediate_outputs = declared(
         OutputParam("latents", Tensor, "Latents (batch, channels, height/f, width/f), all of them finite.")
     )
@@ -44,7 +47,7 @@ class FiniteGuardStep(LoopBlock):
         if policy not in NONFINITE_POLICIES:
             raise ValueError(f"on_nonfinite={policy!r} must be one of {', '.join(NONFINITE_POLICIES)}.")
         if policy == "fallback":  # copies, since blocks may write into the latents, and a guider into its momentum
-            latents, guider = latents.clone(), copy.deepcopy(vars(components.guider))
+            latents, guider = latents.clone(), copy.deepcopy(vars(guider_of_call(components, block_state)))
         block_state["_run_starts_with"] = (latents, guider)
 
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
@@ -69,9 +72,11 @@ class FiniteGuardStep(LoopBlock):
         if not can_be_float32(models):
             raise ValueError(f"{problem}, and offloaded or quantized weights cannot be made float32; {advice}.")
         block_state.latents = beginning
-        vars(components.guider).clear()
-        vars(components.guider).update(guider)
-        with in_float32(models, vars(block_state), beginning.device):
+        vars(guider_of_call(components, block_state)).update(guider)
+        with ExitStack() as locks:
+            for model in models:
+                locks.enter_context(model_lock(model).changing())
+            locks.enter_context(in_float32(models, vars(block_state), beginning.device))
             repeat(0)
         if not_finite("the latents", block_state.latents) is not None:
             raise ValueError(f"{problem}, nor are they in torch.float32; {_REMEDY}.")

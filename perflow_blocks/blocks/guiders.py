@@ -1,7 +1,8 @@
-"""What diffusers' guiders need to work on a UNet in a few steps, checked before a model runs."""
+"""The guider of one call, and what diffusers' guiders need to work on a UNet in a few steps."""
 
 from __future__ import annotations
 
+import copy
 import math
 from numbers import Real
 from typing import Any
@@ -20,10 +21,53 @@ from diffusers.guiders import (
 from diffusers.utils import logging
 from torch.nn import Module, ModuleList
 
+from ..delta.model_lock import model_lock
+from ..delta.recipe import require_guidance
+
 logger = logging.get_logger(__name__)
 
 _EXAMPLE = 'LayerSkipConfig(indices=[0], fqn="mid_block.attentions.0.transformer_blocks")'
 """Layers that every UNet of Stable Diffusion has."""
+
+
+def guider_for_call(guider: Any, guidance_scale: float | None = None) -> Any:
+    """A copy of a guider for one call, since guiders keep the step on themselves and threads share the component.
+
+    Args:
+        guider: the pipeline's.
+        guidance_scale: of this call, at least 0; None for the guider's own.
+
+    Raises:
+        ValueError: the scale is not a number of at least 0, or the guider has none.
+    """
+    own = copy.copy(guider)
+    if guidance_scale is None:
+        guidance_scale = vars(own).get("guidance_scale") if isinstance(own, BaseGuidance) else None
+    else:
+        require_guidance(guidance_scale)
+        if isinstance(own, BaseGuidance) and "guidance_scale" not in vars(own):
+            raise ValueError(
+                f"guidance_scale={guidance_scale} is given, but {type(own).__name__} has no such scale; leave it out, "
+                "or set another guider, such as ClassifierFreeGuidance()."
+            )
+    if guidance_scale is not None:
+        set_guidance(own, guidance_scale)
+    return own
+
+
+def set_guidance(guider: Any, scale: float) -> None:
+    """Sets a guider's scale. From 0 to 1 it is none, as in diffusers' classic pipelines: else 0 drops the prompt."""
+    is_none = isinstance(scale, Real) and 0 <= scale <= 1 and not vars(guider).get("use_original_formulation", True)
+    guider.guidance_scale = 1.0 if is_none else scale
+
+
+def guider_of_call(components: Any, block_state: Any) -> Any:
+    """The guider that an earlier block made for this call; where there was none, a copy of the component."""
+    if block_state.guider is not None:
+        return block_state.guider
+    if block_state["_guider"] is None:
+        block_state["_guider"] = guider_for_call(components.guider)
+    return block_state["_guider"]
 
 
 def is_batchable(guider: BaseGuidance) -> bool:
@@ -150,14 +194,15 @@ def _check_layers(guider: BaseGuidance, configs: list[LayerSkipConfig], unet: Mo
         listed = isinstance(indices, list | tuple) and len(indices) > 0
         if not listed or not all(index in range(count) for index in indices):
             raise ValueError(f"{name}: indices={indices} must be a list of numbers from 0 to {count - 1} for {fqn!r}.")
-    for _ in range(guider.num_conditions):
-        try:
-            guider.prepare_models(unet)
-        except ValueError as error:
-            raise ValueError(
-                f"{name} cannot hook these layers: {error} Name transformer blocks with diffusers' AttnProcessor2_0, "
-                f"such as {_EXAMPLE}."
-            ) from error
-        finally:
-            guider.cleanup_models(unet)
+    with model_lock(unet).changing():
+        for _ in range(guider.num_conditions):
+            try:
+                guider.prepare_models(unet)
+            except ValueError as error:
+                raise ValueError(
+                    f"{name} cannot hook these layers: {error} Name transformer blocks with diffusers' "
+                    f"AttnProcessor2_0, such as {_EXAMPLE}."
+                ) from error
+            finally:
+                guider.cleanup_models(unet)
     _forget_step(guider)

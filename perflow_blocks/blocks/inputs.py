@@ -6,18 +6,20 @@ the VAE's factor between pixels and latents, 8 for SDXL.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers.guiders import BaseGuidance
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from PIL import Image
 from torch import Tensor
 
 from ..core.step_plan import StepPlan
+from ..delta.merge import MergeRecord
 from ..delta.recipe import DeltaRecipe
 from ..schedulers.scheduling_perflow import NOISINGS
 
@@ -54,6 +56,7 @@ _TEXT_TO_IMAGE = (
     _guided("negative_pooled_prompt_embeds", Tensor, "Pooled embeddings of `negative_prompt_embeds`."),
     param("clip_skip", int, "Last layers of the text encoders to skip, at least 0. None: SDXL's default."),
     param("cross_attention_kwargs", dict[str, Any], "Arguments for attention processors, such as a LoRA scale."),
+    param("guidance_scale", float, "Guidance scale of this call, at least 0; 0 to 1 is none. None: the guider's own."),
     param("num_inference_steps", int, "Denoising steps, usually 4 to 8. None: as the weights recommend, else 6."),
     param(
         "timesteps",
@@ -64,6 +67,11 @@ _TEXT_TO_IMAGE = (
     param("num_images_per_prompt", int, "Images for each prompt, at least 1.", default=1),
     param("generator", torch.Generator | list[torch.Generator], "Source of the noise: one, or one for each image."),
     param("latents", Tensor, "Latents (images, channels, height/f, width/f): starting noise, or those of this step."),
+    param(
+        "callback_on_step_end",
+        Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None],
+        'Called as `callback(pipe, step, timestep, {"latents": latents})` after each step; may return other latents.',
+    ),
     param("output_type", str, f"What images are returned as: {', '.join(OUTPUT_TYPES)}.", default="pil"),
     param("on_nonfinite", str, "If latents are not finite: raise, or fallback (again in float32).", default="raise"),
 )
@@ -125,8 +133,10 @@ _REQUEST = (*_TEXT_TO_IMAGE, *_TASKS, *_SIZES)
 """What a call may be given, in the order in which a preset's documentation lists it."""
 
 _HANDED_ON = (
+    param("guider", BaseGuidance, "This call's guider, from `check_inputs`. None: a copy of the component."),
     param("batch_size", int, "Number of prompts."),
     param("dtype", torch.dtype, "Type of the latents, from the `input` step."),
+    param("merged_deltas", tuple[MergeRecord, ...], "What `merge_delta` found or put in the UNet for this call."),
     param("delta_recipe", DeltaRecipe, "How the merged delta was distilled, from `merge_delta`; None without one."),
     param("step_plan", StepPlan, "The steps on the host: times, windows, coefficients."),
     param("step_coefficients", Tensor, "The plan's table (num_steps, 4) on the device, float32."),
@@ -165,6 +175,7 @@ noise_pred_input = partial(shared_input, "noise_pred", required=True)
 image_latents_input = partial(shared_input, "image_latents", required=True)
 mask_input = partial(shared_input, "mask", required=True)
 inpaint_conditioning_input = partial(shared_input, "inpaint_conditioning")
+guider_input = partial(shared_input, "guider")
 on_nonfinite_input = partial(shared_input, "on_nonfinite")
 denoising_start_input = partial(shared_input, "denoising_start")
 

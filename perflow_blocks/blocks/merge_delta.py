@@ -9,25 +9,31 @@ from typing import Any
 
 import torch
 from diffusers import ClassifierFreeGuidance
+from diffusers.guiders import BaseGuidance
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ..delta.files import Weights, open_weights, read_recipe
+from ..delta.apply import own_weights
+from ..delta.files import Weights, identity_of, named_as_model, open_weights, read_recipe
+from ..delta.lora import DIGEST_KEY
 from ..delta.merge import (
     NO_RECIPE,
+    MergeRecord,
     find_merged,
     merge_delta,
-    merge_lock,
     merge_record,
     merge_records,
     require_factor,
     unmerge_delta,
 )
+from ..delta.model_lock import model_lock
 from ..delta.recipe import DeltaRecipe, require_guidance
 from .declare import declared
+from .guiders import guider_of_call, set_guidance
+from .inputs import guider_input, shared_input
 from .specs import DEFAULT_GUIDANCE_SCALE, delta_config_specs, guider_spec, unet_spec
 
 RECIPE_SCALE_ATTRIBUTE = "_perflow_recipe_scale"
@@ -64,9 +70,13 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
             type_hint=float,
             description="Factor of the delta; 0 takes a merged one out again. None: the configuration's.",
         ),
+        shared_input("guidance_scale"),
+        guider_input(),
     )
     intermediate_outputs = declared(
-        OutputParam("delta_recipe", DeltaRecipe, "How the merged delta was distilled; None without a delta.")
+        OutputParam("delta_recipe", DeltaRecipe, "How the merged delta was distilled; None without a delta."),
+        OutputParam("merged_deltas", tuple[MergeRecord, ...], "The deltas in the UNet's weights, for this call."),
+        OutputParam("guider", BaseGuidance, "This call's guider, with the scale that the delta recommends."),
     )
 
     @torch.no_grad()
@@ -75,24 +85,26 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
         config, unet = components.config, components.unet
         if config.guidance_scale is not None:
             require_guidance(config.guidance_scale)
-        with merge_lock(unet):  # threads that share the pipeline merge once
-            if block_state.delta is False:
-                if merge_records(unet):
-                    unmerge_delta(unet)
-            else:
-                scale = config.delta_scale if block_state.delta_scale is None else block_state.delta_scale
-                require_factor("delta_scale", scale)
-                path = delta_path(block_state.delta, components)
-                if path is not None and block_state.delta is not None:
-                    _merge(unet, path, scale, None)
-                elif path is not None and not _was_saved_with(unet, path, scale):
-                    _merge(unet, path, scale, config.delta_variant)
-            record = merge_record(unet)
-        recipe = block_state.delta_recipe = None if record is None else record.recipe
-        guider = components.guider
-        if is_default_guider(guider):
-            guider.guidance_scale = guidance_in_effect(guider, config.guidance_scale, recipe)
-            setattr(guider, RECIPE_SCALE_ATTRIBUTE, guider.guidance_scale)
+        scale = config.delta_scale if block_state.delta_scale is None else block_state.delta_scale
+        require_factor("delta_scale", scale)
+        path = None if block_state.delta is False else delta_path(block_state.delta, components)
+        variant = config.delta_variant if block_state.delta is None else None
+        lock = model_lock(unet)
+        with lock:
+            settled = _is_settled(unet, block_state.delta, path, scale, variant)
+        if not settled:
+            with lock.changing(), lock:  # of threads that share the pipeline, the first one merges
+                _settle(unet, block_state.delta, path, scale, variant)
+        with lock:
+            record, block_state.merged_deltas = merge_record(unet), merge_records(unet)
+            recipe = block_state.delta_recipe = None if record is None else record.recipe
+            guider = block_state.guider = guider_of_call(components, block_state)
+            shared = components.guider
+            if is_default_guider(shared):
+                shared.guidance_scale = guidance_in_effect(shared, config.guidance_scale, recipe)
+                setattr(shared, RECIPE_SCALE_ATTRIBUTE, shared.guidance_scale)
+                if block_state.guidance_scale is None:
+                    set_guidance(guider, shared.guidance_scale)
         self.set_block_state(state, block_state)
         return components, state
 
@@ -109,21 +121,48 @@ def require_no_rival(unet: Any, weights: Weights) -> None:
 
 
 def _was_saved_with(unet: Any, path: Path, scale: float) -> bool:
-    """Whether a delta is missing where the index names it because it is in the UNet, which was saved beside the index.
-
-    Saving a pipeline writes its weights as they are and its configuration, but no delta.
-    """
+    """Whether a delta whose file is missing is in the UNet, which was saved with it merged."""
     if path.exists():
         return False
     return any(r.reloaded and (r.source, r.scale) == (path.name, scale) for r in merge_records(unet))
 
 
-def _merge(unet: Any, path: Path, scale: float, variant: str | None) -> None:
+def _is_settled(unet: Any, delta: Any, path: Path | None, scale: float, variant: str | None) -> bool:
+    """Whether the weights are as the call asks for."""
+    if delta is False:
+        return not merge_records(unet)
+    if path is None:
+        return True
+    if delta is None and _was_saved_with(unet, path, scale):
+        return True
     known = find_merged(unet, path, variant)
-    if known is None or (known.scale, known.scales) != (scale, ()):
+    return known is not None and (known.scale, known.scales) == (scale, ())
+
+
+def _settle(unet: Any, delta: Any, path: Path | None, scale: float, variant: str | None) -> None:
+    if _is_settled(unet, delta, path, scale, variant):  # by another thread
+        return
+    if path is None:
+        unmerge_delta(unet)
+    else:
         weights = open_weights(path, variant)
         require_no_rival(unet, weights)
+        if scale:
+            _require_no_lora_of(unet, weights)
         merge_delta(unet, weights, scale)
+
+
+def _require_no_lora_of(unet: Any, weights: Weights) -> None:
+    """Raises ValueError where a LoRA that was made from this delta is loaded: the delta would be applied twice."""
+    loras = {vars(config).get(DIGEST_KEY): name for name, config in getattr(unet, "peft_config", {}).items()}
+    if any(loras):
+        fitted = named_as_model(weights, own_weights(unet), unet.config)
+        name = loras.get(identity_of(fitted))
+        if name is not None:
+            raise ValueError(
+                f"the LoRA {name!r} was made from {weights.label}, which is to be merged; pass delta=False, or the "
+                f"LoRA's residual as delta=, or call pipe.delete_adapters({name!r})."
+            )
 
 
 def require_configured_delta(value: object) -> None:
@@ -165,6 +204,9 @@ def _loaded_commit(pipe: Any, repository: str) -> str | None:
     diffusers has it only in the names of the modules of a repository's code. Code that only imports its blocks from a
     package is found among the process's modules; if these are of several commits, that is a ValueError.
     """
+    place = pipe._component_specs["unet"]
+    if place.pretrained_model_name_or_path == repository and place.revision is not None:
+        return place.revision
     prefix = f"{DIFFUSERS_DYNAMIC_MODULE_NAME}.local.{'--'.join(repository.split('/'))}."
     own = type(pipe._blocks).__module__
     modules = [own] if own.startswith(prefix) else [name for name in sys.modules if name.startswith(prefix)]

@@ -2,21 +2,455 @@
 
 from __future__ import annotations
 
+import json
+import os
+import threading
+from collections.abc import Iterable, Mapping, Set
+from copy import deepcopy
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from diffusers import StableDiffusionXLModularPipeline
+import torch
+from diffusers import ComponentsManager, ConfigMixin, ModelMixin, StableDiffusionXLModularPipeline
+from diffusers.hooks import apply_group_offloading
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, _best_guess_weight_name
+from diffusers.modular_pipelines.components_manager import custom_offload_with_hook
+from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
+from diffusers.utils import _get_model_file
+from diffusers.utils.torch_utils import get_device
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ..delta.lora import DIGEST_KEY
+from ..delta.merge import merge_records
+from .block_source import block_files, load_blocks
+from .saving import prepare, save_delta_file
+
+CPU = torch.device("cpu")
+
+IN_PLACE_OF = {
+    "adapter_conditioning_factor": "there are no T2I-Adapters here; a ControlNet takes control_image",
+    "adapter_conditioning_scale": "there are no T2I-Adapters here; a ControlNet takes control_image",
+    "callback": "pass callback_on_step_end=function, called as function(pipe, step, timestep, {'latents': latents})",
+    "callback_on_step_end": "insert a StepCallbackStep into the loop",
+    "callback_on_step_end_tensor_inputs": "leave it out; the callback gets the latents",
+    "callback_steps": "leave it out, and pass callback_on_step_end=, which is called after every step",
+    "eta": "leave it out; the solver adds no noise",
+    "guidance_rescale": "call pipe.update_components(guider=ClassifierFreeGuidance(guidance_rescale=...))",
+    "guidance_scale": "call pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=...))",
+    "image_guidance_scale": "there is no InstructPix2Pix here; pass image and strength",
+    "ip_adapter_image_embeds": (
+        "pass the second half of each tensor in the list as ip_adapter_embeds=, the first half as "
+        "negative_ip_adapter_embeds="
+    ),
+    "pag_adaptive_scale": "leave it out; set pipe.update_components(guider=PerturbedAttentionGuidance(...))",
+    "pag_scale": "call pipe.update_components(guider=PerturbedAttentionGuidance(perturbed_guidance_scale=...))",
+    "sigmas": "pass num_inference_steps=, or timesteps=; the time windows give the noise levels",
+}
+"""What to write in place of the arguments of diffusers' classic SDXL pipelines that a modular one does not take."""
 
 
 class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
     """A modular SDXL pipeline that refuses unknown inputs and comes back from `save_pretrained` as it was.
 
     `init_pipeline` of this package's presets, the builder and the demo return it. For blocks that you composed, pass
-    them: `PeRFlowModularPipeline(blocks=blocks, pretrained_model_name_or_path=...)`.
+    them: `PeRFlowModularPipeline(blocks=blocks, pretrained_model_name_or_path=...)`; for the models of a classic
+    pipeline, `PeRFlowModularPipeline.from_pipe(classic)`. `docs/from-classic.md` lists what to write for each habit of
+    `StableDiffusionXLPipeline`.
     """
 
     default_blocks_name = None
+    _offload_hooks: tuple[Any, ...] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # diffusers takes its own blocks, in silence, for a class of blocks that it does not know.
+        self.register_to_config(_blocks_class_name=None)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        trust_remote_code: bool | None = None,
+        components_manager: ComponentsManager | None = None,
+        collection: str | None = None,
+        workflow: str | None = None,
+        **kwargs: Any,
+    ) -> PeRFlowModularPipeline:
+        """The pipeline of a directory or repository; call `load_components()` on it.
+
+        Presets of this package come back by name. A repository without blocks, such as a plain SDXL model, gets
+        `PeRFlowSDXLAutoBlocks`.
+
+        Args:
+            pretrained_model_name_or_path: a directory or the id of a repository of the Hub.
+            trust_remote_code: whether the repository's own blocks may run, which other blocks than presets need.
+            components_manager, collection: as in diffusers.
+            workflow: keep only the blocks of one of the preset's workflows, such as "text2image".
+            kwargs: `revision`, `token`, `cache_dir` and the other options of downloads.
+
+        Raises:
+            ValueError: the repository has code of its own, and `trust_remote_code` is not set.
+        """
+        place = str(pretrained_model_name_or_path)
+        blocks = load_blocks(place, trust_remote_code, **kwargs)
+        pipe = cls(blocks, place, components_manager, collection, workflow, **kwargs)
+        for spec in pipe._component_specs.values():
+            if spec.pretrained_model_name_or_path == place:
+                spec.revision = spec.revision or kwargs.get("revision")
+                if spec.type_hint is None:  # model_index.json says that the model has no such component
+                    spec.pretrained_model_name_or_path = None
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, blocks: ModularPipelineBlocks | None = None) -> PeRFlowModularPipeline:
+        """A pipeline with the components of one in memory, for example a `StableDiffusionXLControlNetPipeline`.
+
+        Models are shared, with the LoRAs and deltas in them; the scheduler is a copy. Components that the blocks do
+        not take are left out.
+
+        Args:
+            pipeline: any SDXL pipeline of diffusers.
+            blocks: what to run, of which a copy is made; by default `PeRFlowSDXLAutoBlocks()`.
+
+        Raises:
+            ValueError: `pipeline` is not a pipeline.
+        """
+        from .auto_blocks import PeRFlowSDXLAutoBlocks
+
+        components = getattr(pipeline, "components", None)
+        if not isinstance(components, Mapping):
+            raise ValueError(
+                f"from_pipe takes a pipeline in memory, not {pipeline!r}; for a repository call "
+                "PeRFlowSDXLAutoBlocks().init_pipeline(repository) and load_components()."
+            )
+        pipe = cls(blocks=PeRFlowSDXLAutoBlocks() if blocks is None else deepcopy(blocks))
+        specs = pipe._component_specs
+        taken = {name: value for name, value in components.items() if name in specs and value is not None}
+        if "scheduler" in taken:
+            taken["scheduler"] = deepcopy(taken["scheduler"])
+        put_components(pipe, taken)
+        pipe.update_components(
+            **{name: value for name, value in pipeline.config.items() if name in pipe._config_specs}
+        )
+        return pipe
+
+    def __call__(
+        self,
+        state: PipelineState | str | list[str] | None = None,
+        output: str | list[str] | None = None,
+        *,
+        return_dict: bool = True,
+        **inputs: Any,
+    ) -> Any:
+        """Runs the blocks; `print(pipe.doc)` describes their inputs.
+
+        Args:
+            state: a prompt or a list of prompts, or a state to go on from.
+            output: the name of what to return, or a list of names for a dictionary; by default the whole state, whose
+                `images` are an attribute.
+            return_dict: False returns the tuple `(images,)`.
+            inputs: those of the blocks, and dictionaries of a `kwargs_type`, such as `denoiser_input_fields`.
+
+        Raises:
+            ValueError: an input or output that the blocks do not know, or what the blocks raise.
+        """
+        if state is not None and not isinstance(state, PipelineState):
+            if "prompt" in inputs:
+                raise ValueError("prompt is given twice, by position and by name; leave one out.")
+            inputs["prompt"], state = state, None
+        unknown = inputs.keys() - self._input_names
+        if unknown:
+            raise ValueError(" ".join(_instead(name, self._input_names) for name in sorted(unknown)))
+        if not return_dict:
+            if output is not None:
+                raise ValueError(f"return_dict=False and output={output!r} are both given; leave one out.")
+            output = ["images"]
+        if output is not None:
+            self._require_outputs(output, inputs.keys() if state is None else inputs.keys() | state.values.keys())
+        if self._offload_hooks:
+            result = self._run_offloaded(state, output, inputs)
+        else:
+            result = super().__call__(state, output, **inputs)
+        return result if return_dict else (result["images"],)
+
+    @cached_property
+    def _input_names(self) -> frozenset[str]:
+        """Of the blocks, which a pipeline keeps for good: `pipe.blocks` is a copy."""
+        inputs = self._blocks.inputs
+        return frozenset(name for entry in inputs for name in (entry.name, entry.kwargs_type) if name)
+
+    @cached_property
+    def _output_names(self) -> frozenset[str]:
+        return frozenset(entry.name for entry in (*self._blocks.intermediate_outputs, *self._blocks.outputs))
+
+    def _require_outputs(self, output: Any, given: Set[str]) -> None:
+        """Raises ValueError for names of which a state would only say None."""
+        for name in output if isinstance(output, (list, tuple)) else [output]:
+            if name not in self._output_names and name not in given:
+                raise ValueError(
+                    f"output={name!r} is not an output of this pipeline{_nearest(name, self._output_names)}"
+                )
+
+    # Saving
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Writes a directory that comes back with the same blocks, components, settings and image.
+
+        Load it with `PeRFlowModularPipeline.from_pretrained(directory)`, or with diffusers'
+        `ModularPipeline.from_pretrained(directory, trust_remote_code=True)`, and `load_components()`. A merged delta
+        stays merged, and its file is copied. The pipeline itself does not change.
+
+        Args:
+            save_directory: where to.
+            args, kwargs: as in diffusers: `safe_serialization`, `variant`, `max_shard_size`, and `push_to_hub` with
+                `repo_id`, `token`, `private`, `commit_message`, `create_pr`.
+
+        Raises:
+            ValueError: names all that would not come back, such as a LoRA, before anything is written.
+        """
+        saver, delta = prepare(self)
+        directory = Path(save_directory)
+        if delta is not None:
+            save_delta_file(delta, directory / saver.config.delta)
+        options = {"overwrite_modular_index": True, **kwargs}
+        super(PeRFlowModularPipeline, saver).save_pretrained(str(directory), *args, **options)
+
+    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Writes the index and the blocks, without components; `save_pretrained` writes both.
+
+        Raises:
+            ValueError: a block whose class or arguments no file can name.
+        """
+        files = block_files(self.blocks)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (Path(save_directory) / name).write_text(text, encoding="utf-8", newline="\n")
+        super().save_config(str(save_directory), push_to_hub, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The index, with a class that diffusers has and without unset values."""
+        index = json.loads(super().to_json_string())
+        defaults = {spec.name: spec.default for spec in self._blocks.expected_configs}
+        index = {name: value for name, value in index.items() if value is not None or defaults.get(name) is not None}
+        return json.dumps({**index, "_class_name": stock_class_name(self)}, indent=2) + "\n"
+
+    # Where models are
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Keeps each model on the CPU and brings it to a device while it runs; UNet and ControlNet stay together.
+
+        Calls from several threads run one after another. Call it again after setting another model.
+        `remove_all_hooks()` ends it and leaves the models on the CPU.
+
+        Args:
+            gpu_id: index of the accelerator, by default 0.
+            device: where models run, by default this machine's accelerator.
+
+        Raises:
+            ValueError: there is no accelerator and no `device`, the index is given twice, or models are offloaded in
+                groups.
+        """
+        target = torch.device(get_device() if device is None else device)
+        if device is None and target == CPU:
+            raise ValueError(
+                "enable_model_cpu_offload found no accelerator; pass device=, or leave models on the CPU."
+            )
+        if gpu_id is not None and target.index is not None:
+            raise ValueError(f"gpu_id={gpu_id} and device={device} both give an index; leave one out.")
+        if target.type != "cpu" and target.index is None:
+            target = torch.device(target.type, gpu_id or 0)
+        self._maybe_raise_error_if_group_offload_active(raise_error=True)
+        self.remove_all_hooks()
+        self.to(CPU, silence_dtype_warnings=True)
+        models = {name: model for name, model in self.components.items() if isinstance(model, nn.Module)}
+        hooks = [custom_offload_with_hook(name, model, target, _to_offload) for name, model in models.items()]
+        for hook in hooks:
+            for other in hooks:
+                if other is not hook:
+                    hook.add_other_hook(other)
+        self._offload_hooks, self._offload_lock = tuple(hooks), threading.RLock()
+
+    def _run_offloaded(self, state: PipelineState | None, output: Any, inputs: dict[str, Any]) -> Any:
+        with self._offload_lock:  # a call would take the models of another one off the device
+            try:
+                return super().__call__(state, output, **inputs)
+            finally:
+                self.maybe_free_model_hooks()
+
+    def maybe_free_model_hooks(self) -> None:
+        """Takes all models back to the CPU under `enable_model_cpu_offload`; each call ends with it."""
+        for hook in self._offload_hooks:
+            hook.offload()
+
+    def remove_all_hooks(self) -> None:
+        """Ends `enable_model_cpu_offload`; call `pipe.to(device)` for models that stay on a device."""
+        self.maybe_free_model_hooks()
+        for hook in self._offload_hooks:
+            hook.remove()
+        self._offload_hooks = ()
+
+    def enable_group_offload(
+        self,
+        onload_device: torch.device | str,
+        offload_device: torch.device | str = CPU,
+        offload_type: str = "block_level",
+        exclude_modules: str | list[str] | None = None,
+        **settings: Any,
+    ) -> None:
+        """Keeps the layers of all models on one device and brings some at a time to another while they run.
+
+        Args:
+            onload_device: where layers run.
+            offload_device: where they wait.
+            offload_type: "leaf_level" for single layers, or "block_level" with `num_blocks_per_group=`.
+            exclude_modules: names of models that go to `onload_device` whole.
+            settings: further ones of `diffusers.hooks.apply_group_offloading`, for example `use_stream=True`.
+
+        Raises:
+            ValueError: `exclude_modules` names no component, or what diffusers raises.
+        """
+        excluded = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
+        for name in excluded:
+            if name not in self.components:
+                raise ValueError(f"exclude_modules: {name!r} is not a component{_nearest(name, self.components)}")
+        places = {"onload_device": torch.device(onload_device), "offload_device": torch.device(offload_device)}
+        for name, model in self.components.items():
+            if not isinstance(model, nn.Module):
+                continue
+            if name in excluded:
+                model.to(onload_device)
+            else:
+                offload_in_groups(model, offload_type=offload_type, **places, **settings)
+
+    # The VAE
+
+    def enable_vae_slicing(self) -> None:
+        """Decodes the images of a batch one at a time, to save memory."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Decodes the images of a batch together."""
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decodes and encodes large images in overlapping tiles, to save memory."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Decodes and encodes images whole."""
+        self.vae.disable_tiling()
+
+    # LoRA
+
+    def load_lora_weights(
+        self, pretrained_model_name_or_path_or_dict: Any, adapter_name: str | None = None, **settings: Any
+    ) -> None:
+        """Loads a LoRA as `StableDiffusionXLPipeline.load_lora_weights` does, unless its delta is merged already.
+
+        The file of a LoRA that `save_lora` made from a delta names that delta. Merging it while the LoRA is loaded
+        raises an error too, at the call.
+
+        Raises:
+            ValueError: the delta that the LoRA was made from is merged into the UNet, or what diffusers raises.
+        """
+        source, digest = pretrained_model_name_or_path_or_dict, ""
+        if not isinstance(source, dict) and settings.get("use_safetensors") is not False:
+            digest, settings = _delta_of_lora(source, settings)
+        for record in merge_records(self.unet) if digest else ():
+            if record.digest == digest and record.scale:
+                raise ValueError(
+                    f"the LoRA {source} was made from {record.source}, which is merged into the UNet already; call "
+                    "unmerge_delta(pipe.unet) and pass delta=False, or the LoRA's residual as delta=, from then on."
+                )
+        before = set(getattr(self.unet, "peft_config", ()))
+        super().load_lora_weights(source, adapter_name, **settings)
+        adapters = getattr(self.unet, "peft_config", {})
+        for name in adapters.keys() - before | adapters.keys() & {adapter_name}:
+            setattr(adapters[name], DIGEST_KEY, digest)
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """Where the models run. diffusers walks all their modules to find this out; 24 ms a call for SDXL."""
+        models = [model for model in self.components.values() if isinstance(model, nn.Module)]
+        if any(_is_offloaded(model) for model in models):
+            return super()._execution_device
+        return next((weight.device for model in models for weight in model.parameters()), CPU)
+
+
+def _is_offloaded(model: nn.Module) -> bool:
+    """Whether a hook moves the model, or the layers with its first weights, to another device when it runs.
+
+    Offloading in groups hooks each weight's own layer or one that holds it.
+    """
+    for module in model.modules():
+        if hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook"):
+            return True
+        if module._parameters:
+            return False
+    return False
 
 
 def stock_class_name(pipe: Any) -> str:
     """The name of the pipeline's nearest class in diffusers, which an index can name."""
     return next(kind.__name__ for kind in type(pipe).__mro__ if kind.__module__.split(".")[0] == "diffusers")
+
+
+def put_components(pipe: Any, components: Mapping[str, Any]) -> None:
+    """Gives a pipeline components of any kind, those too that `update_components` refuses."""
+    bare = {name: component for name, component in components.items() if _has_no_record(pipe, name, component)}
+    pipe.register_components(**bare)
+    pipe.update_components(**{name: component for name, component in components.items() if name not in bare})
+
+
+def offload_in_groups(model: nn.Module, **settings: Any) -> None:
+    """diffusers' group offloading with its settings, for models of transformers too."""
+    if isinstance(model, ModelMixin):
+        model.enable_group_offload(**settings)
+    else:
+        apply_group_offloading(model, **settings)
+
+
+def _has_no_record(pipe: Any, name: str, component: Any) -> bool:
+    """Whether it has neither a configuration nor a place that it was loaded from: update_components refuses such."""
+    if isinstance(component, (ConfigMixin, nn.Module)):
+        return False
+    load_id = getattr(component, "_diffusers_load_id", None)
+    return load_id == "null" or (load_id is None and name in pipe.config_component_names)
+
+
+def _instead(name: str, known: Set[str]) -> str:
+    advice = f"; {IN_PLACE_OF[name]}." if name in IN_PLACE_OF else _nearest(name, known)
+    return f"{name} is not an input of this pipeline{advice}"
+
+
+def _nearest(name: Any, known: Iterable[str]) -> str:
+    """The end of an error's sentence about an unknown name."""
+    nearest = get_close_matches(str(name), sorted(known), n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else "; print(pipe.doc) lists what there is."
+
+
+def _to_offload(hooks: list[Any], model_id: str, **_: Any) -> list[Any]:
+    """Which models on the device make room for one that is to run: all, but not its partner in the steps."""
+    return [hook for hook in hooks if {hook.model_id, model_id} != {"unet", "controlnet"}]
+
+
+def _delta_of_lora(source: Any, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The digest of the delta that a LoRA's file names, else "", and the settings with the file's name for diffusers.
+
+    A file that cannot be found or read is left to diffusers, which says so.
+    """
+    places = ("subfolder", "cache_dir", "proxies", "local_files_only", "token", "revision")
+    where = {name: settings[name] for name in places if settings.get(name) is not None}
+    try:
+        name = settings.get("weight_name") or _best_guess_weight_name(
+            source, local_files_only=where.get("local_files_only", False)
+        )
+        path = _get_model_file(source, weights_name=name or LORA_WEIGHT_NAME_SAFE, **where)
+        with safe_open(path, "pt") as file:
+            digest = (file.metadata() or {}).get(DIGEST_KEY, "")
+    except (OSError, ValueError, IndexError, SafetensorError):
+        return "", settings
+    return digest, {**settings, "weight_name": name}

@@ -9,12 +9,12 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from torch import Tensor, nn
 
 from ..core.windows import require_positive_int
 from .encode import PeRFlowAutoTextEncoderStep, PeRFlowEmbeddingsStep, PeRFlowTextEncoderStep
+from .guiders import guider_of_call
 
 DEFAULT_MAX_ENTRIES = 64
 """About 41 MB of SDXL's embeddings in half precision with guidance."""
@@ -92,9 +92,6 @@ class PeRFlowCachedTextEncoderStep(PeRFlowTextEncoderStep):
             if request is not None:
                 self.cache.put(request, {name: state.get(name) for name in self.intermediate_output_names})
             return components, state
-        scale = _lora_scale(block_state)
-        if scale is not None and isinstance(components, StableDiffusionXLLoraLoaderMixin):
-            components._lora_scale = scale  # as the stock step leaves it, for LoRAs that are loaded later
         for name, embeddings in found.items():
             setattr(block_state, name, embeddings)
         self.set_block_state(state, block_state)
@@ -104,13 +101,13 @@ class PeRFlowCachedTextEncoderStep(PeRFlowTextEncoderStep):
         """All that the embeddings depend on, or None if an input cannot be a key."""
         device = components._execution_device
         names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-        inputs = {name: getattr(block_state, name) for name in self.input_names}
+        inputs = {name: getattr(block_state, name) for name in self.input_names if name != "guider"}
         inputs["cross_attention_kwargs"] = _lora_scale(block_state)  # the rest is the UNet's
         try:
             return (
                 tuple(_key(value) for value in inputs.values()),
                 tuple(_identity(getattr(components, name)) for name in names),
-                components.guider.num_conditions > 1,
+                guider_of_call(components, block_state).num_conditions > 1,
                 components.config.force_zeros_for_empty_prompt,
                 device,
                 torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core.step_plan import StepPlan, truncated_timestep
 from ..core.windows import TimeWindows, tile_windows
+from ..delta.model_lock import model_lock
 from ..delta.recipe import DeltaRecipe
 from ..schedulers.scheduling_perflow import PeRFlowScheduler, is_perflow_scheduler
 from .declare import declared
@@ -61,22 +62,26 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
         self.set_block_state(state, block_state)
         return components, state
 
-    def prepare(self, components: Any, block_state: Any, device: torch.device) -> None:
-        """Puts the scheduler in place and what the loop needs of its plan on `block_state`."""
+    def prepare(self, components: Any, block_state: Any, device: torch.device) -> PeRFlowScheduler:
+        """Puts the scheduler in place, which it returns, and what the loop needs of a plan on `block_state`.
+
+        The scheduler gets the plan too, for loops that call its `step`. This package's loops do not read it there,
+        since other threads may use the scheduler at other steps.
+        """
         recipe = block_state.delta_recipe
-        _place_scheduler(components, recipe)
-        scheduler = components.scheduler
+        scheduler = _place_scheduler(components, recipe)
         steps = None
         if block_state.timesteps is None:
             recommended = None if recipe is None else recipe.num_inference_steps
             configured = components.config.default_num_inference_steps
             steps = _first(block_state.num_inference_steps, configured, recommended, DEFAULT_NUM_INFERENCE_STEPS)
-        scheduler.set_timesteps(steps, device=device, timesteps=block_state.timesteps)
-        plan = self.section(scheduler, scheduler.plan, block_state)
+        plan = self.section(scheduler, scheduler.make_plan(steps, block_state.timesteps), block_state)
         block_state.timesteps = torch.tensor(plan.timesteps).to(device)
         block_state.num_inference_steps = len(plan)
         block_state.step_plan = plan
         block_state.step_coefficients = plan.coefficients(device)
+        scheduler.keep_plan(plan, device)
+        return scheduler
 
     def section(self, scheduler: PeRFlowScheduler, whole: StepPlan, block_state: Any) -> StepPlan:
         """The part of the scheduler's plan that is run: here all of it, or the part before `denoising_end`."""
@@ -111,10 +116,11 @@ class PeRFlowImg2ImgSetTimestepsStep(PeRFlowSetTimestepsStep):
         OutputParam("noise_coefficients", Tensor, "(P, Q) of `P x0 + Q noise` at each step and the end, float32."),
     )
 
-    def prepare(self, components: Any, block_state: Any, device: torch.device) -> None:
-        super().prepare(components, block_state, device)
-        table = components.scheduler.noise_coefficients(block_state.step_plan, block_state.noising)
+    def prepare(self, components: Any, block_state: Any, device: torch.device) -> PeRFlowScheduler:
+        scheduler = super().prepare(components, block_state, device)
+        table = scheduler.noise_coefficients(block_state.step_plan, block_state.noising)
         block_state.noise_coefficients = table.float().to(device)
+        return scheduler
 
     def section(self, scheduler: PeRFlowScheduler, whole: StepPlan, block_state: Any) -> StepPlan:
         """The part from `strength` or `denoising_start` to `denoising_end`."""
@@ -187,31 +193,46 @@ def _snap(windows: TimeWindows, name: str, share: float) -> float:
     return nearest
 
 
-def _place_scheduler(components: Any, recipe: DeltaRecipe | None) -> None:
-    """Puts a PeRFlowScheduler in place that follows configuration and recipe, unless the user set one."""
-    config, current = components.config, components.scheduler
+def _place_scheduler(components: Any, recipe: DeltaRecipe | None) -> PeRFlowScheduler:
+    """Puts a PeRFlowScheduler in place that follows configuration and recipe, unless the user set one; returns it."""
+    config = components.config
     made_from = (recipe, config.prediction_type, config.num_time_windows, config.window_boundaries)
-    own = None if current is None else vars(current).get(OWN_ATTRIBUTE)
-    if own is not None and own["made_from"] == made_from:
-        return
-    recipe = recipe or DeltaRecipe()
-    noise_schedule = recipe.noise_schedule()
-    settings = {**_window_settings(config, recipe), **noise_schedule}
-    if own is None and is_perflow_scheduler(current):
-        for name, kept, value in _differences(current.config, settings):
-            logger.warning(
-                f"The scheduler in place has {name}={kept}, where configuration and delta say {value}; the scheduler "
-                "is kept. Call update_components(scheduler=None) to have it made anew."
-            )
-        return
-    source = own["source"] if own is not None else current and dict(current.config)
-    wanted = PeRFlowScheduler.from_scheduler(source, **settings)
-    for name, replaced, value in _differences(source or {}, noise_schedule):
+    with model_lock(components):  # threads that make the first call convert once
+        current = components.scheduler
+        own = None if current is None else vars(current).get(OWN_ATTRIBUTE)
+        if own is not None and own["made_from"] == made_from:
+            return current
+        recipe = recipe or DeltaRecipe()
+        noise_schedule = recipe.noise_schedule()
+        settings = {**_window_settings(config, recipe), **noise_schedule}
+        if own is None and is_perflow_scheduler(current):
+            for name, kept, value in _differences(current.config, settings):
+                logger.warning(
+                    f"The scheduler in place has {name}={kept}, where configuration and delta say {value}; the "
+                    "scheduler is kept. Call update_components(scheduler=None) to have it made anew."
+                )
+            return current
+        source = own["source"] if own is not None else current and dict(current.config)
+        wanted = PeRFlowScheduler.from_scheduler(source, **settings)
+        _warn_of_replacing(current, _differences(source or {}, noise_schedule))
+        spec = scheduler_source(components)
+        setattr(wanted, OWN_ATTRIBUTE, {"source": source, "spec": spec, "made_from": made_from})
+        components.update_components(scheduler=wanted)
+        return wanted
+
+
+def _warn_of_replacing(scheduler: Any, differences: list[tuple[str, Any, Any]]) -> None:
+    """Warns that a scheduler which a user set is replaced, and that a delta's noise schedule differs from its own."""
+    # diffusers marks the components that it loaded or made for a pipeline; one that a user made has no mark.
+    if scheduler is not None and not {OWN_ATTRIBUTE, "_diffusers_load_id"} & vars(scheduler).keys():
         logger.warning(
-            f"The merged delta was distilled with {name}={value}, which is used instead of the scheduler's {replaced}."
+            f"{type(scheduler).__name__}, the scheduler that was set, is replaced by a PeRFlowScheduler, the only one "
+            "that these blocks run; other samplers run in diffusers' own pipelines, such as StableDiffusionXLPipeline."
         )
-    setattr(wanted, OWN_ATTRIBUTE, {"source": source, "spec": scheduler_source(components), "made_from": made_from})
-    components.update_components(scheduler=wanted)
+    if differences:
+        used = ", ".join(f"{name}={value}" for name, _, value in differences)
+        replaced = ", ".join(str(value) for _, value, _ in differences)
+        logger.warning(f"The merged delta was distilled with {used}; this replaces the scheduler's {replaced}.")
 
 
 def _window_settings(config: Any, recipe: DeltaRecipe) -> dict[str, Any]:

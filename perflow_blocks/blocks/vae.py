@@ -1,10 +1,9 @@
-"""The VAE as diffusers' encoding and decoding steps see it: results are finite, and threads take turns."""
+"""The VAE as diffusers' encoding and decoding steps see it: results are finite, and threads may share it."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from diffusers.modular_pipelines.stable_diffusion_xl.encoders import retrieve_la
 from diffusers.utils import logging
 from torch import Tensor
 
-from ..delta.merge import merge_lock
+from ..delta.model_lock import model_lock
 from .precision import HALF, can_be_float32, in_float32, not_finite, precision
 
 logger = logging.get_logger(__name__)
@@ -21,33 +20,30 @@ logger = logging.get_logger(__name__)
 _REMEDY = 'use a VAE in float32, pipe.vae.to(torch.float32), or one made for float16, "madebyollin/sdxl-vae-fp16-fix"'
 
 
-@contextmanager
-def guarded_vae(components: Any) -> Iterator[Any]:
-    """A view of the components for one step, whose `vae` is a `GuardedVAE`.
-
-    Other threads that use the VAE wait, because its weights may be float32 for a while.
-    """
-    with merge_lock(components.vae):
-        view = copy.copy(components)
-        view.vae = GuardedVAE(components.vae)
-        yield view
+def guarded_vae(components: Any) -> Any:
+    """A view of the components for one step, whose `vae` is a `GuardedVAE`."""
+    view = copy.copy(components)
+    view.vae = GuardedVAE(components.vae)
+    return view
 
 
 class GuardedVAE:
     """Encodes and decodes with a VAE as diffusers does, but never to values that are not finite.
 
     A half-precision VAE whose result is not finite runs again in float32, with a warning. A VAE with `force_upcast`
-    runs in float32 at once, as in diffusers: float16 for decoding, bfloat16 as well for encoding.
+    runs in float32 at once, as in diffusers: float16 for decoding, bfloat16 as well for encoding. Other threads that
+    use the VAE wait meanwhile.
 
     Args:
         vae: an `AutoencoderKL`, or another autoencoder with `encode`, `decode` and `config`.
     """
 
     def __init__(self, vae: Any) -> None:
-        self._vae = vae
-        self.dtype: torch.dtype = vae.dtype
+        self._vae, self._lock = vae, model_lock(vae)
         self.config = FrozenDict({**vae.config, "force_upcast": False})
-        self._upcasts = vae.config.force_upcast and self.dtype in HALF and can_be_float32([vae])
+        with self._lock.running():
+            self.dtype: torch.dtype = vae.dtype
+            self._upcasts = vae.config.force_upcast and self.dtype in HALF and can_be_float32([vae])
 
     @property
     def decoding_dtype(self) -> torch.dtype:
@@ -87,18 +83,19 @@ class GuardedVAE:
         """`run(given)`, in float32 if `upcast` is set or the `values` of the result are not finite otherwise."""
         problem = None
         if not upcast:
-            output = run(given)
+            with self._lock.running():
+                output = run(given)
             problem = not_finite(f"the {done} images", values(output))
             if problem is None:
                 return output
-            if not_finite("those given", given) is not None:
-                raise ValueError(f"{problem}, as is what the VAE was given; check the given latents or image.")
+            if not_finite("inputs", given) is not None:
+                raise ValueError(f"{problem}, as is what the VAE was given; check the latents or the image.")
             if precision(given) == torch.float32:
                 raise ValueError(f"{problem}; check the VAE's weights.")
             if not can_be_float32([self._vae]):
                 raise ValueError(f"{problem}, and an offloaded or quantized VAE cannot be made float32; {_REMEDY}.")
         inputs = {"given": given}
-        with in_float32([self._vae], inputs, given.device):
+        with self._lock.changing(), in_float32([self._vae], inputs, given.device):
             output = run(inputs["given"])
         still = not_finite(f"the {done} images", values(output))
         if still is not None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import CLIPImageProcessor
 
+from ..blocks.settings import complaint
 from .plan import BuildPlan
-from .problems import complaint
 from .settings import IPAdapterChoice, LoraChoice
 from .sharing import LORA_MODELS, adapters_of
 
@@ -52,7 +52,7 @@ def _told(step: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a library's, of any kind
-        raise ValueError(complaint([f"{step}: {error}"])) from error
+        raise ValueError(complaint("built", [f"{step}: {error}"])) from error
 
 
 @contextmanager

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import ComponentsManager, ConfigMixin, ModelMixin
-from diffusers.hooks import apply_group_offloading
+from diffusers import ComponentsManager
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
-from diffusers.utils import logging
 from torch import nn
 
 from ..attention.config import AttentionConfig
 from ..blocks.merge_delta import PeRFlowMergeDeltaStep
+from ..blocks.pipeline import offload_in_groups, put_components
 from ..blocks.recombine import compile_loops
+from ..blocks.settings import complaint
 from . import single_file
 from .adapter_loading import add_adapters, no_adapters_where_it_fails
 from .checks import make_guider
 from .parts import Part
 from .placement import CPU
 from .plan import BuildPlan
-from .problems import complaint
 from .sharing import mark
-
-logger = logging.get_logger(__name__)
 
 
 def build_pipeline(plan: BuildPlan, manager: ComponentsManager, collection: str | None) -> Any:
@@ -42,7 +37,7 @@ def build_pipeline(plan: BuildPlan, manager: ComponentsManager, collection: str 
     for name, part in plan.parts.items():
         if part.freeze:
             components[name].requires_grad_(False)
-    _put(pipe, components)
+    put_components(pipe, components)
     _leave_out(pipe, plan.parts)
     pipe.update_components(**settings.config_values)
     _guide(pipe, plan)
@@ -60,7 +55,6 @@ def build_pipeline(plan: BuildPlan, manager: ComponentsManager, collection: str 
     _hand_over(pipe, manager, collection)
     if settings.offload == "auto" and manager.model_hooks is None:
         manager.enable_auto_cpu_offload(device=plan.device)
-    _warn_of_local_delta(plan)
     return pipe
 
 
@@ -85,7 +79,7 @@ def _load(plan: BuildPlan) -> dict[str, Any]:
             failures.append(f"{name}: {error}")
             cause = cause or error
     if failures:
-        raise ValueError(complaint(failures)) from cause
+        raise ValueError(complaint("built", failures)) from cause
     return loaded
 
 
@@ -118,20 +112,6 @@ def _require_values(name: str, component: Any) -> None:
             raise ValueError(f"{len(empty)} weights of the {name} came without values ({empty[0]}, say)")
 
 
-def _put(pipe: Any, components: Mapping[str, Any]) -> None:
-    bare = {name: component for name, component in components.items() if _has_no_record(pipe, name, component)}
-    pipe.register_components(**bare)
-    pipe.update_components(**{name: component for name, component in components.items() if name not in bare})
-
-
-def _has_no_record(pipe: Any, name: str, component: Any) -> bool:
-    """Whether it has neither a configuration nor a place that it was loaded from: update_components refuses such."""
-    if isinstance(component, (ConfigMixin, nn.Module)):
-        return False
-    load_id = getattr(component, "_diffusers_load_id", None)
-    return load_id == "null" or (load_id is None and name in pipe.config_component_names)
-
-
 def _leave_out(pipe: Any, parts: Mapping[str, Part]) -> None:
     present = [n for n, part in parts.items() if part.origin == "none" and getattr(pipe, n) is not None]
     pipe.update_components(**dict.fromkeys(present))
@@ -151,30 +131,11 @@ def _hand_over(pipe: Any, manager: ComponentsManager, collection: str | None) ->
             manager.add(name, component, collection)
 
 
-def _warn_of_local_delta(plan: BuildPlan) -> None:
-    """What a saved pipeline needs and is not saved with it."""
-    named = plan.settings.config_values.get("delta")
-    if named is not None and Path(named).is_absolute():
-        logger.warning(
-            f"the configuration of this pipeline names {named}: after save_pretrained it can be loaded only where "
-            "that file is; export it with weights='delta-only', which copies the delta beside the index."
-        )
-
-
 def _place(pipe: Any, plan: BuildPlan, manager: ComponentsManager) -> None:
     settings = plan.settings
     if settings.offload == "group":
         for name, model in pipe.components.items():
             if isinstance(model, nn.Module) and name not in plan.shared:
-                offload_in_groups(model, plan.device)
+                offload_in_groups(model, onload_device=plan.device, offload_device=CPU, offload_type="leaf_level")
     elif settings.offload is None and settings.device is not None and manager.model_hooks is None:
         pipe.to(plan.device)
-
-
-def offload_in_groups(model: nn.Module, device: torch.device) -> None:
-    """Keeps a model's layers on the CPU and brings each to the device while it runs."""
-    places = {"onload_device": device, "offload_device": CPU, "offload_type": "leaf_level"}
-    if isinstance(model, ModelMixin):
-        model.enable_group_offload(**places)
-    else:
-        apply_group_offloading(model, **places)

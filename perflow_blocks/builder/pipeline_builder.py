@@ -17,10 +17,10 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 
 from ..attention.config import AttentionConfig, PlanLike
 from ..blocks.prompt_cache import DEFAULT_MAX_ENTRIES
+from ..blocks.settings import complaint
 from .describe import describe
 from .loading import build_pipeline, merge_now
 from .plan import make_plan
-from .problems import complaint
 from .settings import (
     BuilderSettings,
     ComponentChoice,
@@ -303,7 +303,7 @@ class PeRFlowPipelineBuilder:
         """
         plan = make_plan(self.settings, self.components_manager)
         if plan.problems:
-            raise ValueError(complaint(list(plan.problems)))
+            raise ValueError(complaint("built", list(plan.problems)))
         return build_pipeline(plan, self.components_manager, self.collection)
 
     def build_components(self) -> dict[str, Any]:

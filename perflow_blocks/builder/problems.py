@@ -29,10 +29,3 @@ class Problems:
 
     def __len__(self) -> int:
         return len(self._found)
-
-
-def complaint(problems: list[str]) -> str:
-    """The text of the error for these mistakes: the mistake itself, or a list of them."""
-    if len(problems) == 1:
-        return f"nothing was built: {problems[0]}"
-    return "\n".join([f"nothing was built, for {len(problems)} reasons:", *(f"- {problem}" for problem in problems)])

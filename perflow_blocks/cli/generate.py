@@ -32,8 +32,8 @@ class Request:
     size: tuple[int, int] | None
     delta: Path | None
 
-    def call(self, pipeline: Any) -> Image:
-        """Draws the picture. The noise comes from the CPU, so that a seed means the same on every device."""
+    def call(self, pipeline: Any) -> tuple[Image, int]:
+        """The image and its number of steps. The noise is the CPU's, so that a seed means the same on every device."""
         import torch
 
         arguments = {
@@ -46,7 +46,8 @@ class Request:
         }
         given = {name: value for name, value in arguments.items() if value is not None}
         generator = torch.Generator("cpu").manual_seed(self.seed)
-        return pipeline(**given, generator=generator, output="images")[0]
+        drawn = pipeline(**given, generator=generator, output=["images", "num_inference_steps"])
+        return drawn["images"][0], drawn["num_inference_steps"]
 
 
 def generate(
@@ -92,18 +93,18 @@ def draw(pipeline: Any, requests: list[Request], out: Path, *, model: str) -> li
     images, paths, captions = [], [], []
     for i, request in enumerate(requests):
         pipeline.set_progress_bar_config(desc=f"picture {i + 1} of {len(requests)}", leave=False)
-        image = request.call(pipeline)
-        settings = describe(pipeline, request, image, model)
+        image, steps = request.call(pipeline)
+        settings = describe(pipeline, request, image, steps, model)
         paths.append(out / f"{i:03d}-{slug(request.prompt)}-seed{request.seed}.png")
         save_png(image, paths[-1], settings)
         images.append(image)
-        captions.append(f"{request.prompt}\nseed {request.seed}, {settings['steps']} steps")
+        captions.append(f"{request.prompt}\nseed {request.seed}, {steps} steps")
     sheet = out / "sheet.png"
     save_png(contact_sheet(images, captions), sheet, {})
     return [*paths, sheet]
 
 
-def describe(pipeline: Any, request: Request, image: Image, model: str) -> dict[str, Any]:
+def describe(pipeline: Any, request: Request, image: Image, steps: int, model: str) -> dict[str, Any]:
     """The settings that a picture was drawn with, as they were in effect."""
     from ..delta.merge import merge_record
 
@@ -111,7 +112,7 @@ def describe(pipeline: Any, request: Request, image: Image, model: str) -> dict[
     return {
         "prompt": request.prompt,
         "negative": request.negative,
-        "steps": pipeline.scheduler.num_inference_steps,
+        "steps": steps,
         "guidance": pipeline.guider.guidance_scale,
         "seed": request.seed,
         "size": list(image.size),

@@ -57,6 +57,17 @@ def open_difference(student: files.Delta, base: files.Delta, config: Mapping[str
     return difference
 
 
+def header_bytes(entries: Mapping[str, Any]) -> bytes:
+    """The start of a safetensors file (https://huggingface.co/docs/safetensors), before the values.
+
+    That is the header's length in 8 bytes, little endian, and the header in JSON, its keys in the order given. The
+    library writes the metadata in random order.
+    """
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # readers map the values, which must be aligned
+    return len(header).to_bytes(8, "little") + header
+
+
 def save_delta(
     delta: files.Delta,
     path: str | os.PathLike[str],
@@ -69,8 +80,7 @@ def save_delta(
 ) -> None:
     """Writes a delta file, one tensor at a time; it appears complete or not at all.
 
-    The library's own writer needs all tensors in memory. The format (https://huggingface.co/docs/safetensors): the
-    header's length in 8 bytes, little endian, the header in JSON, the values of all tensors one after another.
+    The library's own writer needs all tensors in memory.
 
     Args:
         delta: what `extract_delta` or `open_difference` gave.
@@ -101,13 +111,11 @@ def save_delta(
         stop = start + torch.Size(shape).numel() * dtype.itemsize
         entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, stop]}
         start = stop
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # readers map the values, which must be aligned
     changed = not isinstance(weights, files.DifferenceWeights)
     names = logging.tqdm(weights.shapes, desc="write weights", unit="tensor") if progress else weights.shapes
     with atomic_path(path) as temporary:
         with temporary.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
+            file.write(header_bytes(entries))
             for name in names:
                 stored = weights.tensor(name).detach().to("cpu", dtype).contiguous()
                 file.write(stored.reshape(-1).view(torch.uint8).numpy().data)

@@ -20,18 +20,21 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import logging
 from diffusers.utils.peft_utils import get_peft_kwargs
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..atomic_files import atomic_path
 from ..core import low_rank
 from ..core.windows import require_positive_int
 from . import files
-from .extract import save_delta
+from .extract import header_bytes, save_delta
 from .recipe import DeltaRecipe
 
 PREFIX = "unet."
 """What LoRA files put before the names of the UNet's modules."""
+
+DIGEST_KEY = "perflow_delta"
+"""In a LoRA file's metadata: the identity of the delta that it was made from, a `MergeRecord`'s `digest`."""
 
 KEPT_IN_FULL = ("time_embedding*", "add_embedding*", "class_embedding*")
 """Patterns of the modules that the residual always holds; diffusers cannot read the kohya names of some of them."""
@@ -118,12 +121,14 @@ class DeltaLora:
         residual: the rest of the delta by the UNet's own keys; may be empty.
         report: what was kept and lost.
         recipe: how the delta is to be sampled.
+        digest: the delta's `identity_of`, which a `MergeRecord` has too; empty where it is not known.
     """
 
     lora: Mapping[str, Tensor]
     residual: Mapping[str, Tensor] = field(default_factory=dict)
     report: LoraReport = LoraReport()
     recipe: DeltaRecipe
+    digest: str = ""
 
 
 def delta_to_lora(
@@ -194,7 +199,8 @@ def delta_to_lora(
         raise ValueError("the delta changes no linear or convolution layer; merge it as it is.")
     numbers = sum(tensor.numel() for tensor in residual.values())
     report = LoraReport(layers=tuple(layers), residual_parameters=numbers, residual_squared_norm=residual_norm)
-    return DeltaLora(lora=lora, residual=residual, report=report, recipe=recipe or files.read_recipe(given))
+    recipe, digest = recipe or files.read_recipe(given), files.identity_of(weights)
+    return DeltaLora(lora=lora, residual=residual, report=report, recipe=recipe, digest=digest)
 
 
 def _factorized_modules(weights: files.Weights, keep: Sequence[str]) -> dict[str, str]:
@@ -267,6 +273,9 @@ def _stored(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 def save_lora(converted: DeltaLora, path: str | os.PathLike[str], layout: Layout = "peft") -> None:
     """Writes the LoRA for `pipe.load_lora_weights(path)`, with the recipe; the file appears complete or not at all.
 
+    The metadata name the delta, in `perflow_delta`: a UNet that has it merged already must not get the LoRA too. The
+    same LoRA gives the same bytes.
+
     `layout` "peft" is what diffusers writes itself, with each layer's rank and alpha in the metadata. "kohya" is what
     other programs read (`lora_unet_...`, with alphas).
 
@@ -274,13 +283,19 @@ def save_lora(converted: DeltaLora, path: str | os.PathLike[str], layout: Layout
         ValueError: an unknown layout, factors too large for their type in the kohya layout, or an unwritable path.
     """
     metadata = {"format": "pt", **converted.recipe.to_metadata()}
+    if converted.digest:
+        metadata[DIGEST_KEY] = converted.digest
     if layout not in get_args(Layout):
         raise ValueError(f"layout={layout!r} must be one of {', '.join(get_args(Layout))}.")
     if layout == "peft":
         metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(peft_settings(converted.lora), sort_keys=True)
     tensors = converted.lora if layout == "peft" else kohya_state_dict(converted.lora)
-    with atomic_path(path) as temporary:
-        save_file(dict(tensors), temporary, metadata=metadata)
+    plain = memoryview(save(dict(tensors)))
+    values = 8 + int.from_bytes(plain[:8], "little")
+    entries = {"__metadata__": metadata, **json.loads(bytes(plain[8:values]))}
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(header_bytes(entries))
+        file.write(plain[values:])
 
 
 def save_residual(converted: DeltaLora, path: str | os.PathLike[str]) -> None:

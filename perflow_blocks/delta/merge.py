@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -53,17 +52,19 @@ from .files import (
     rows_of,
     stamp_of,
 )
+from .model_lock import model_lock
 from .recipe import DeltaRecipe
 
 logger = logging.get_logger(__name__)
 
-STATE_ATTRIBUTE, LOCK_ATTRIBUTE = "_perflow_merges", "_perflow_merge_lock"
+STATE_ATTRIBUTE = "_perflow_merges"
 CONFIG_KEY = "_perflow_merges"
 """In the model's configuration. diffusers saves and reads keys with an underscore and gives them to no constructor."""
 
-WITNESSES, WITNESS_VALUES, RELATED = 8, 32, 0.5
-"""How many weights are noted to recognise a merged model, how many values of each, and the cosine above which values
-are still those of the model that was noted, perhaps trained further; of other models it is near 0."""
+WITNESSES, WITNESS_VALUES, SAVED_VALUES, RELATED = 8, 1024, 32, 0.5
+"""How many weights are noted to recognise a merged model, how many values of each, how many of them are saved, and the
+cosine above which values are still those of the model that was noted, perhaps trained further; of other models it is
+near 0."""
 
 NO_RECIPE = DeltaRecipe()
 """Of a delta that does not say how to sample."""
@@ -143,36 +144,23 @@ class MergeState(Applied):
         return [Term(self.weights[r.digest], r.scale, r.scales) for r in self.records if not r.reloaded]
 
 
-class MergeLock:
-    """A reentrant lock whose copy, also a pickled one, is a new lock."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *exception: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type[MergeLock], tuple[()]]:
-        return MergeLock, ()
-
-
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module that `torch.compile` wrapped, whose weights and names are the model's own; else the module."""
     return getattr(module, "_orig_mod", module)
 
 
-def merge_lock(module: nn.Module) -> MergeLock:
-    """The lock that is held around every merge into this model; hold it to ask and merge in one step."""
-    return vars(uncompiled(module)).setdefault(LOCK_ATTRIBUTE, MergeLock())
+@contextmanager
+def _locked(module: nn.Module) -> Iterator[tuple[nn.Module, MergeState]]:
+    """The module without its compiled wrapper, and its state, while the lock is held."""
+    with model_lock(module):
+        module = uncompiled(module)
+        yield module, _state(module)
 
 
 @contextmanager
-def _locked(module: nn.Module, base: Delta | None = None) -> Iterator[tuple[nn.Module, MergeState]]:
-    """The module without its compiled wrapper, and its state, while the lock is held."""
-    with merge_lock(module):
+def _changing(module: nn.Module, base: Delta | None) -> Iterator[tuple[nn.Module, MergeState]]:
+    """The same, to change the weights, once no thread runs the model."""
+    with model_lock(module).changing(), model_lock(module):
         module = uncompiled(module)
         yield module, _state(module, base)
 
@@ -214,7 +202,7 @@ def merge_delta(
     """
     pairs = _pairs(scale, scales)
     weights = opened(delta)
-    with _locked(module, base) as (module, state):
+    with _changing(module, base) as (module, state):
         known = _find(module, state, weights)
         if known is not None:
             if (known.scale, known.scales) != (scale, pairs):
@@ -266,7 +254,7 @@ def rescale_delta(
         ValueError: nothing is merged, `delta` is not, or it is not clear which one is meant.
     """
     pairs = _pairs(scale, scales)
-    with _locked(module, base) as (module, state):
+    with _changing(module, base) as (module, state):
         record = _chosen(module, state, delta)
         position = state.records.index(record)
         if record.reloaded:
@@ -290,7 +278,7 @@ def unmerge_delta(
         ValueError: nothing is merged, delta or base files were written to meanwhile, or the model was loaded with the
             delta in it and there is no base.
     """
-    with _locked(module, base) as (module, state):
+    with _changing(module, base) as (module, state):
         if not state.records:
             raise ValueError(f"no delta is merged into this {type(module).__name__}; there is nothing to take out.")
         gone = state.records if delta is None else (_chosen(module, state, delta),)
@@ -473,7 +461,8 @@ def _remember(module: nn.Module, state: MergeState) -> None:
         # as the kind of projection when an IP-Adapter was loaded.
         OrderedDict.pop(module._internal_dict, CONFIG_KEY, None)
         if state.records:
-            saved = {"deltas": [record.to_config() for record in state.records], "witness": state.witness}
+            witness = {n: {k: values[:SAVED_VALUES] for k, values in w.items()} for n, w in state.witness.items()}
+            saved = {"deltas": [record.to_config() for record in state.records], "witness": witness}
             OrderedDict.__setitem__(module._internal_dict, CONFIG_KEY, saved)
     state.writing = []
     if state.records:
@@ -485,19 +474,21 @@ def _remember(module: nn.Module, state: MergeState) -> None:
 def _witness(module: nn.Module, terms: Sequence[Term]) -> dict[str, dict[str, list[float]]]:
     """Some values of weights as they now are, "with" the deltas, and where it is known as they would be "without"."""
     weights = {name: w for name, w in floating_entries(own_weights(module)).items() if w.dim() > 1}
-    changed = [name for name in weights if _factors(name, terms)] or list(weights)
+    whole = [n for n, w in weights.items() if all(term.weights.shapes.get(n, w.shape) == w.shape for term in terms)]
+    changed = [name for name in whole if _factors(name, terms)] or whole
     found = {}
     for name in changed[:: max(1, len(changed) // WITNESSES)][:WITNESSES]:
         values = _values(weights[name])
         found[name] = {"with": values.tolist()}
         parts = [(_values(term.weights.tensor(name)), factor) for term in terms if (factor := term.factor(name))]
-        if parts and all(part.shape == values.shape for part, _ in parts):
+        if parts:
             found[name]["without"] = (values - sum_of_terms(parts, values)).tolist()
     return found
 
 
-def _values(weight: Tensor) -> Tensor:
-    return rows_of(weight.detach(), 0, 1).flatten()[:WITNESS_VALUES].float().cpu()
+def _values(weight: Tensor, count: int = WITNESS_VALUES) -> Tensor:
+    rows = math.ceil(count / max(1, weight.shape[1:].numel()))
+    return rows_of(weight.detach(), 0, rows).flatten()[:count].float().cpu()
 
 
 def _holds(module: nn.Module, witness: Mapping[str, Mapping[str, list[float]]]) -> bool:
@@ -510,7 +501,7 @@ def _holds(module: nn.Module, witness: Mapping[str, Mapping[str, list[float]]]) 
     known = [name for name in witness if name in own and type(own[name]) in plain and not own[name].is_meta]
     if not known:
         return True
-    found = torch.cat([_values(own[name]) for name in known])
+    found = torch.cat([_values(own[name], len(witness[name]["with"])) for name in known])
     merged, base = (
         torch.tensor([value for name in known for value in witness[name].get(kind, ())])
         for kind in ("with", "without")

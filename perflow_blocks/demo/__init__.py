@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from diffusers import ModularPipeline, StableDiffusionXLPipeline
+    from diffusers import StableDiffusionXLPipeline
+
+    from ..blocks.pipeline import PeRFlowModularPipeline
 
 
 def weights_directory() -> Path:
-    """The embedded model: a directory that `ModularPipeline.from_pretrained` loads offline.
+    """The embedded model: a directory that `PeRFlowModularPipeline.from_pretrained` loads offline.
 
     Raises:
         ValueError: the weights are not there, as in a checkout whose weights were removed.
@@ -21,12 +23,13 @@ def weights_directory() -> Path:
     return directory
 
 
-def perflow_pipeline(directory: Path | None = None) -> ModularPipeline:
+def perflow_pipeline(directory: Path | None = None) -> PeRFlowModularPipeline:
     """The embedded PeRFlow pipeline in float32 with all components loaded; the first call merges its delta."""
     import torch
-    from diffusers import ModularPipeline
 
-    pipe = ModularPipeline.from_pretrained(str(directory or weights_directory()), trust_remote_code=True)
+    from ..blocks.pipeline import PeRFlowModularPipeline
+
+    pipe = PeRFlowModularPipeline.from_pretrained(directory or weights_directory())
     pipe.load_components(dtype=torch.float32)
     return pipe
 

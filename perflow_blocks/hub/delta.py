@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..blocks.merge_delta import delta_path
+from ..blocks.saving import DELTA_FILE
 from ..builder.problems import Problems
 from ..delta.files import open_weights, read_recipe
 from ..delta.merge import MergeRecord, find_merged, merge_record, merge_records
 from ..delta.recipe import DeltaRecipe
 from .entries import WeightsMode
-
-DELTA_FILE = "delta/perflow_delta.safetensors"
-"""Where the copy is. Not at the top: diffusers would take it for the weights of a component without a subfolder."""
 
 
 def choose_delta(

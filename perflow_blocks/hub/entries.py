@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from diffusers import EulerDiscreteScheduler
-from diffusers.models import MultiControlNetModel
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..blocks.set_timesteps import OWN_ATTRIBUTE, scheduler_source
+from ..blocks.saving import adapter_problems, component_problems, stock_scheduler
+from ..blocks.set_timesteps import scheduler_source
+from ..blocks.settings import foreign, is_stock, library_of
 from ..builder.problems import Problems
-from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS, is_perflow_scheduler
 
 WeightsMode = Literal["reference", "include", "delta-only"]
-
-LIBRARIES = ("diffusers", "transformers")
-"""Whose classes an index may name, as everyone who loads it has them."""
-
 
 _SNAPSHOT = re.compile(r"/models--(?P<id>[\w.-]+)/snapshots/(?P<sha>[0-9a-f]{40})/?$")
 """A repository of the Hub as it lies in the cache, from where `load_workflow` loads what it holds."""
@@ -111,24 +105,13 @@ def is_on_hub(location: str) -> bool:
     return not looks_local and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", location) is not None
 
 
-def library_of(kind: type) -> str:
-    """The top-level package that a class is found in by its name."""
-    return kind.__module__.split(".")[0]
-
-
-def is_stock(kind: type) -> bool:
-    """Whether a class can be named in an index."""
-    library = library_of(kind)
-    return library in LIBRARIES and getattr(import_module(library), kind.__name__, None) is not None
-
-
 def _referenced(
     name: str, pipe: Any, declared: ComponentSpec, private: dict[str, list[str]], problems: Problems
 ) -> Entry | None:
     spec, component = pipe.get_component_spec(name), getattr(pipe, name, None)
     location = spec.pretrained_model_name_or_path
     if component is not None:
-        _note_adapters(name, component, problems)
+        _note(name, adapter_problems(name, component), problems)
         _note_tokens(name, component, problems)
     if location is None:
         if component is not None:
@@ -159,11 +142,7 @@ def _included(name: str, pipe: Any, problems: Problems) -> Entry | None:
             )
         return None
     component = unwrap_module(component) if isinstance(component, nn.Module) else component
-    _note_adapters(name, component, problems)
-    if isinstance(component, nn.Module) and any(weight.is_meta for weight in component.parameters()):
-        problems.add(f"{name} has weights without values (device meta); load them before the export.")
-    if not is_stock(type(component)) or not hasattr(component, "save_pretrained"):
-        problems.add(_foreign(name, type(component)))
+    _note(name, component_problems(name, component), problems)
     return Entry(name=name, kind=type(component), location=None, subfolder=name, component=component)
 
 
@@ -182,22 +161,13 @@ def _scheduler(pipe: Any, declared: ComponentSpec, private: dict[str, list[str]]
         return None
     stock = stock_scheduler(pipe.scheduler)
     if not is_stock(type(stock)):
-        problems.add(_foreign("scheduler", type(stock)))
+        _note("scheduler", [foreign("scheduler", stock)], problems)
     return Entry(name="scheduler", kind=type(stock), location=None, subfolder="scheduler", component=stock)
-
-
-def stock_scheduler(scheduler: Any) -> Any:
-    """A scheduler of diffusers with the noise schedule of PeRFlow's; any other scheduler itself."""
-    if not is_perflow_scheduler(scheduler):
-        return scheduler
-    made = vars(scheduler).get(OWN_ATTRIBUTE) or {}  # of another one, whose schedule a delta may have replaced
-    config = made.get("source") or scheduler.config
-    return EulerDiscreteScheduler(**{key: config[key] for key in NOISE_SCHEDULE_KEYS if key in config})
 
 
 def _entry_of(name: str, spec: ComponentSpec, problems: Problems) -> Entry:
     if spec.type_hint is not None and not is_stock(spec.type_hint):
-        problems.add(_foreign(name, spec.type_hint))
+        _note(name, [foreign(name, spec.type_hint)], problems)
     return Entry(
         name=name,
         kind=spec.type_hint,
@@ -208,31 +178,9 @@ def _entry_of(name: str, spec: ComponentSpec, problems: Problems) -> Entry:
     )
 
 
-def _foreign(name: str, kind: type) -> str:
-    return (
-        f"{name} is a {kind.__module__}.{kind.__qualname__}, which no index can name; use a class of "
-        f"{' or '.join(LIBRARIES)}, or pass exclude=['{name}']."
-    )
-
-
-def _note_adapters(name: str, component: Any, problems: Problems) -> None:
-    """What changes a model and would be lost, since neither an index nor a saved model holds it."""
-    if isinstance(component, MultiControlNetModel):
-        problems.add(
-            f"{name} holds several models, which one entry of an index cannot name; set one of them before the "
-            f"export, or pass exclude=['{name}']."
-        )
-    adapters = getattr(component, "peft_config", None) if getattr(component, "_hf_peft_config_loaded", False) else None
-    if adapters:
-        problems.add(
-            f"{name} has the LoRA {', '.join(map(str, adapters))}, which no index can name; unload it with "
-            "pipe.unload_lora_weights(), or fuse it before that and pass weights='include'."
-        )
-    if getattr(getattr(component, "config", None), "encoder_hid_dim_type", None) == "ip_image_proj":
-        problems.add(
-            f"{name} has an IP-Adapter, which no index can name; call pipe.unload_ip_adapter() before the export and "
-            "let users call load_ip_adapter."
-        )
+def _note(name: str, sentences: Iterable[str], problems: Problems) -> None:
+    for sentence in sentences:
+        problems.add(f"{sentence.removesuffix('.')}, or pass exclude=['{name}'].")
 
 
 def _note_tokens(name: str, component: Any, problems: Problems) -> None:

@@ -12,10 +12,10 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, Modula
 
 from ..atomic_files import atomic_directory
 from ..blocks.pipeline import stock_class_name
+from ..blocks.saving import DELTA_FILE
 from .address import CARD, OWNER, require_repo_id
 from .card import CardFacts, make_card
 from .card_example import CardExample, require_example
-from .delta import DELTA_FILE
 from .entries import WeightsMode
 from .index import make_blocks_config, make_index, make_mellon_config
 from .json_files import BLOCKS_CONFIG, INDEX, MELLON, to_json, write_json
@@ -118,7 +118,7 @@ def _texts(plan: ExportPlan, facts: CardFacts, repo_id: str | None) -> dict[str,
     """The text files of the repository by their names."""
     return {
         **plan.sources.files,
-        BLOCKS_CONFIG: to_json(make_blocks_config(plan.class_name, plan.sources.requirements)),
+        BLOCKS_CONFIG: to_json(make_blocks_config(plan.class_name, plan.sources.requirements, plan.preset)),
         INDEX: to_json(make_index(stock_class_name(plan.pipe), plan.entries, plan.config, repo_id)),
         MELLON: make_mellon_config(plan.blocks, facts.title, repo_id).to_json_string(),
         CARD: make_card(facts),

@@ -12,14 +12,15 @@ from typing import Any, get_args
 import diffusers
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
 
+from ..blocks.block_source import preset_of
 from ..blocks.merge_delta import guidance_in_effect
 from ..blocks.pipeline import PeRFlowModularPipeline
+from ..blocks.settings import complaint, config_values, kept_guider
 from ..blocks.specs import DEFAULT_NUM_INFERENCE_STEPS
 from ..builder.problems import Problems
 from ..delta.recipe import DeltaRecipe
 from .delta import choose_delta, delta_settings, recipe_of
 from .entries import Entry, WeightsMode, component_entries
-from .settings import config_values, guider_entry
 from .sources import Mode, WorkflowSources, workflow_sources
 
 
@@ -32,6 +33,7 @@ class ExportPlan:
         blocks: a copy of its blocks.
         class_name: their class in the repository.
         sources: the code.
+        preset: the name of the preset of this package that the class is, unchanged.
         entries: components of the index.
         config: configuration values of the index.
         delta: the file to copy, if any.
@@ -41,6 +43,7 @@ class ExportPlan:
     blocks: Any
     class_name: str
     sources: WorkflowSources
+    preset: str | None
     entries: list[Entry]
     config: dict[str, Any]
     delta: Path | None
@@ -75,10 +78,16 @@ def make_plan(
             f"the pipeline is a {type(pipe).__qualname__}, which no index can name; use blocks.init_pipeline."
         )
     entries = component_entries(pipe, blocks, weights, exclude, problems)
-    guider = None if "guider" in exclude else guider_entry(pipe, blocks, problems)
+    guider = None if "guider" in exclude else kept_guider(pipe, blocks, problems.add)
+    if guider is not None:
+        place: dict[str, Any] = {"location": None, "subfolder": "guider", "component": guider}
+        entries.append(Entry(name="guider", kind=type(guider), **place))
     config: dict[str, Any] = {}
     with problems.noted():
-        config = config_values(pipe, blocks, problems)
+        config = config_values(pipe, blocks, problems.add)
+    for setting, value in config.items():
+        if isinstance(value, str) and Path(value).is_absolute():
+            problems.add(f"the configuration value {setting}={value!r} is a path of this machine; set a relative one.")
     source = choose_delta(pipe, blocks, weights, delta, problems)
     if source is not None:
         config |= delta_settings(pipe)
@@ -89,23 +98,18 @@ def make_plan(
         with problems.noted():
             sources = workflow_sources(blocks, class_name, mode, description=description)
     if problems or sources is None:
-        raise ValueError(_complaint(list(problems)))
+        raise ValueError(complaint("exported", list(problems)))
+    is_preset = mode == "thin" and description is None and class_name == type(blocks).__name__
     return ExportPlan(
         pipe=pipe,
         blocks=blocks,
         class_name=class_name,
         sources=sources,
-        entries=[*entries, *([] if guider is None else [guider])],
+        preset=preset_of(blocks) if is_preset else None,
+        entries=entries,
         config=config,
         delta=source,
     )
-
-
-def _complaint(problems: list[str]) -> str:
-    if len(problems) == 1:
-        return f"nothing was exported: {problems[0]}"
-    lines = [f"nothing was exported, for {len(problems)} reasons:", *(f"- {problem}" for problem in problems)]
-    return "\n".join(lines)
 
 
 def _class_name(blocks: Any, target: Path) -> str:

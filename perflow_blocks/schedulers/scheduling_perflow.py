@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import ItemsView, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import BaseOutput, logging
 from torch import Tensor
@@ -37,6 +37,10 @@ _cached_plan = functools.lru_cache(maxsize=128)(build_step_plan)
 NOISINGS = ("chord", "marginal")
 """How `noise_coefficients` noises an image."""
 
+OWN_TYPE, BASE_TYPE = "_perflow_prediction_type", "_base_prediction_type"
+"""Keys of the configuration: the scheduler's own `prediction_type`, and that of the base model if it is not `epsilon`.
+Other classes keep keys with an underscore, so that `from_config` leads there and back."""
+
 
 @dataclass
 class PeRFlowSchedulerOutput(BaseOutput):
@@ -51,11 +55,34 @@ def is_perflow_scheduler(scheduler: object) -> bool:
     return any(kind.__name__ == "PeRFlowScheduler" for kind in type(scheduler).__mro__)
 
 
+class _ConfigOfOtherBase(FrozenDict):
+    """The configuration of a scheduler whose base model does not predict `epsilon`.
+
+    `from_config` of other classes reads `items`, which give the base's `prediction_type`. Indexing, attributes, copies
+    and `dict(config)` give PeRFlow's.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__({**config, "_use_default_values": []})
+        object.__setattr__(self, "prediction_type", self["prediction_type"])  # FrozenDict takes it from `items`
+
+    def items(self) -> ItemsView[str, Any]:
+        return {**self, "prediction_type": self[BASE_TYPE]}.items()
+
+    __repr__ = dict.__repr__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+
 class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
     """Few-step sampler of piecewise rectified flow (arXiv 2405.07510) for text-to-image and image-to-image pipelines.
 
     `step` is a pure function of its arguments and of the plan that `set_timesteps` made. It moves no counter, so a
-    run may start at any timestep, and one scheduler serves several loops at once.
+    run may start at any timestep. `make_plan` and `plan_from` change nothing, so threads may share a scheduler.
+
+    `from_config(scheduler.config)` of another class takes over the noise schedule and gets the base model's
+    `prediction_type`: that of the scheduler which this one was made from, such as `v_prediction`, else `epsilon`.
 
     Args:
         num_train_timesteps: training timesteps T; the timestep T is pure noise.
@@ -119,10 +146,29 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         self._rows = window_table(self.windows, self._alphas, final_alpha_cumprod=self.final_alpha_cumprod)
         if boundaries is not None:  # a list and a matching count, so that the saved JSON reads back as it is
             self.register_to_config(window_boundaries=list(boundaries), num_time_windows=len(boundaries) - 1)
+        # `from_config` of another class skips the keys listed here, and so gets `epsilon`, its own default.
+        self.register_to_config(**{"_use_default_values": ["prediction_type"], OWN_TYPE: prediction_type})
         self.plan: StepPlan | None = None
         self.num_inference_steps: int | None = None
         self.timesteps: Tensor = torch.arange(num_train_timesteps, 0, -1)
         self._coefficients: Tensor = torch.empty(0, 4)
+
+    @property
+    def config(self) -> Any:
+        """The settings, also as attributes; `config.prediction_type` is what the distilled UNet predicts."""
+        own = self._internal_dict
+        return _ConfigOfOtherBase(own) if BASE_TYPE in own else own
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As in diffusers; `prediction_type` comes back from what another class took over of this one's settings."""
+        if isinstance(config, Mapping):
+            known = [kind for kind in map(config.get, ("prediction_type", OWN_TYPE)) if kind in PREDICTION_TYPES]
+            if known:
+                kwargs.setdefault("prediction_type", known[0])
+            kept = {key: config[key] for key in config if key not in (OWN_TYPE, BASE_TYPE)}
+            config = {**kept, **_base_type(config)}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @classmethod
     def from_scheduler(
@@ -130,8 +176,9 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
     ) -> PeRFlowScheduler:
         """A PeRFlow scheduler with the noise schedule of another scheduler, or of its config, and nothing else of it.
 
-        Unlike `from_config` it neither inherits a foreign `prediction_type` nor drops values that were defaults of
-        the other class. `rescale_betas_zero_snr` is left out, with a warning: abar = 0 makes a window singular.
+        Unlike `from_config` it neither inherits a foreign `prediction_type`, which is only kept for the way back, nor
+        drops values that were defaults of the other class. `rescale_betas_zero_snr` is left out, with a warning:
+        abar = 0 makes a window singular.
 
         Args:
             scheduler: any diffusers scheduler with betas, its config, or None for the defaults of this class.
@@ -147,22 +194,20 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"scheduler={name} has no betas to take over; add beta_schedule=, or use scheduler=None.")
         if config.get("rescale_betas_zero_snr"):
             logger.warning("rescale_betas_zero_snr is not supported by PeRFlow and is left out of the new scheduler.")
-        return cls(**{**taken, **overrides})
+        made = cls(**{**taken, **overrides})
+        made.register_to_config(**_base_type(config))
+        return made
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        timesteps: Sequence[int] | Tensor | None = None,
-    ) -> None:
-        """Makes the schedule: `timesteps` on the device, and `plan` with the coefficients of every step.
+    def make_plan(
+        self, num_inference_steps: int | None = None, timesteps: Sequence[int] | Tensor | None = None
+    ) -> StepPlan:
+        """The steps of a run with their coefficients, on the host. The scheduler stays as it is.
 
         Args:
             num_inference_steps: at least 1. Fewer than the windows are raised to one per window, with a warning.
-            device: where `timesteps` shall lie.
             timesteps: instead of a number: descending integers in [1, num_train_timesteps] that include the start of
                 every window below the first of them.
 
@@ -180,7 +225,19 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
             times = _even_times(windows, num_inference_steps)
             if num_inference_steps < (count := len(times)):
                 logger.warning(f"{num_inference_steps=} is below num_time_windows={count}; {count} steps run.")
-        plan = _cached_plan(windows, self._rows, self.config["prediction_type"], times)
+        return _cached_plan(windows, self._rows, self._internal_dict["prediction_type"], times)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | Tensor | None = None,
+    ) -> None:
+        """Keeps the plan that `make_plan` gives for `step`, with its `timesteps` on the device."""
+        self.keep_plan(self.make_plan(num_inference_steps, timesteps), device)
+
+    def keep_plan(self, plan: StepPlan, device: str | torch.device | None = None) -> None:
+        """Has `step` follow a plan: `timesteps` become the plan's, on the device."""
         self.plan = plan
         self.num_inference_steps = len(plan)
         self.timesteps = torch.tensor(plan.timesteps, dtype=torch.long).to(device)
@@ -251,15 +308,10 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         return torch.tensor(pairs, dtype=torch.float64)
 
     def plan_from(self, t: float, plan: StepPlan) -> StepPlan:
-        """The plan of a run that begins at time t in (0, 1]: a first step from t, then the steps of `plan` below it.
-
-        The scheduler's own `timesteps` become those of the new plan, so that `step` knows them.
-        """
+        """The plan of a run that begins at time t in (0, 1]: a step from t, then the steps of `plan` below it."""
         first = max(1, truncated_timestep(t, len(self)))
         below = (timestep for timestep in plan.timesteps if timestep < first)
-        self.set_timesteps(timesteps=[first, *below], device=self.timesteps.device)
-        assert self.plan is not None
-        return self.plan
+        return self.make_plan(timesteps=[first, *below])
 
     def get_window_alpha(self, t: Scalar) -> WindowAlpha:
         """The window of each continuous time in [0, 1]: numbers for a number, tensors like t for a floating tensor."""
@@ -285,6 +337,13 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
 @functools.lru_cache(maxsize=128)
 def _even_times(windows: TimeWindows, wanted: int) -> tuple[float, ...]:
     return windows.distribute_steps(max(require_positive_int("num_inference_steps", wanted), windows.num_windows))
+
+
+def _base_type(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the base model predicts, as an entry for the configuration, where that is not `epsilon`."""
+    kind = config.get("prediction_type")
+    base = config.get(BASE_TYPE) if kind in PREDICTION_TYPES else kind
+    return {} if base in (None, "epsilon") else {BASE_TYPE: base}
 
 
 def _integers(timesteps: Sequence[int] | Tensor) -> tuple[int, ...]:

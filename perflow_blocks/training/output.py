@@ -17,9 +17,10 @@ from transformers import CLIPTokenizer
 
 from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
 from ..blocks.pipeline import stock_class_name
-from ..delta.files import read_recipe
+from ..blocks.settings import is_stock
+from ..delta.files import identity_of, open_weights, read_recipe
 from ..delta.lora import DeltaLora, delta_to_lora, save_lora, save_residual
-from ..hub.entries import Entry, is_stock
+from ..hub.entries import Entry
 from ..hub.export import export_workflow
 from ..hub.index import make_index
 from ..hub.json_files import INDEX
@@ -89,8 +90,8 @@ def _convert(config: DistillConfig, result: TrainingResult, device: torch.device
 
 def _read_lora(result: TrainingResult) -> DeltaLora:
     assert result.lora is not None
-    factors, recipe = load_file(result.lora), read_recipe(result.delta)
-    return DeltaLora(lora=factors, recipe=recipe)
+    delta = open_weights(result.delta)
+    return DeltaLora(lora=load_file(result.lora), recipe=read_recipe(delta), digest=identity_of(delta))
 
 
 def _export(config: DistillConfig, result: TrainingResult, source: TeacherSource) -> Path:

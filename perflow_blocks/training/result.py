@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..atomic_files import atomic_directory
 from ..delta.extract import extract_delta, save_delta
+from ..delta.files import identity_of, open_weights
 from ..delta.lora import DeltaLora, save_lora
 from ..delta.recipe import DeltaRecipe
 from ..schedulers import PeRFlowScheduler
@@ -118,9 +119,9 @@ def _write_full(session: Session, state: Mapping[str, Tensor], folder: Path, del
 
 def _write_lora(session: Session, factors: Mapping[str, Tensor], lora: Path, delta: Path, recipe: DeltaRecipe) -> None:
     named = {f"unet.{name}": tensor.detach().float().cpu().contiguous() for name, tensor in factors.items()}
-    save_lora(DeltaLora(lora=named, recipe=recipe), lora)
     base = session.source.load_unet(torch.float32)
     save_delta(lora_delta(factors), delta, recipe, _dtype(session), partial=True, base=base)
+    save_lora(DeltaLora(lora=named, recipe=recipe, digest=identity_of(open_weights(delta))), lora)
 
 
 def _dtype(session: Session) -> torch.dtype:

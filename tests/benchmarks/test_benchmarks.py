@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import ClassifierFreeGuidance
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import attention, loop, report, sdxl
+from benchmarks import attention, host, loop, report, sdxl
 from benchmarks.__main__ import PARTS, Part, main
 from benchmarks.contenders import (
     BARE,
@@ -26,10 +26,9 @@ from benchmarks.contenders import (
     make_contenders,
     verify,
 )
-from benchmarks.measure import Setting, Timing, peak_bytes, time_in_turns
-from benchmarks.models import MAX_TOKENS, TINY, FreeUNet, build_components, build_unet
-from perflow_blocks import PeRFlowScheduler
-from perflow_blocks.demo.models import SCHEDULE
+from benchmarks.measure import Setting, Timing, clock, peak_bytes, rounds_within, time_in_turns
+from benchmarks.models import DEEP, SDXL, TINY, FreeUNet, Size, build_components, build_unet
+from perflow_blocks import AttentionConfig
 
 CPU = torch.device("cpu")
 QUICK = Setting(device=CPU, quick=True)
@@ -43,6 +42,7 @@ def tiny() -> tuple[Any, dict[str, Any]]:
 
 
 EXPECTED = {
+    "host": [host.CLASSIC, host.STOCK, host.OURS],
     "loop": [BARE, LOOP, STAGE, STOCK_LOOP, STOCK_STAGE, STOCK_PIPELINE],
     "stages": ["teacher DDIM 2 steps | 3 | 4", "student PeRFlow 4 steps | 1 | 4"],
     "attention": ["native", "native_math", "flex (compiled)", "sliced", "auto (here native)", "takes float16"],
@@ -51,7 +51,13 @@ EXPECTED = {
         *(f"{what} | " for what in ("merge", "rescale", "unmerge", "merge, base from disk", "merge without a base")),
     ],
     "training": ["lora | yes | ", "full | no | adamw8bit | ", "full | yes | sync | "],
-    "sdxl": ["plain", "channels last", "attention `sliced`", "compiled", "plain, again"],
+    "sdxl": [
+        *(f"{sdxl.DENOISE} | {how} | " for how in (BARE, "classic pipeline", "ours", "ours, channels last")),
+        *(f"{sdxl.DENOISE} | ours, {how} | " for how in ("attention `native`", "compiled")),
+        *(f"{sdxl.DENOISE} | ours, attention `{name}` | does not run: " for name in ("native_cudnn", "sage")),
+        *(f"{sdxl.DECODE} | {how} | " for how in ("VAE", "VAE, compiled")),
+        *(f"{sdxl.IMAGE} | {how} | " for how in ("classic pipeline", "ours", "ours, compiled")),
+    ],
 }
 
 
@@ -62,7 +68,8 @@ def test_a_part_writes_its_table(part: str, tmp_path: Path, capsys: pytest.Captu
     assert text in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == [f"{part}.md"]
     assert all(f"| {cell}" in text for cell in EXPECTED[part])
-    assert "failed" not in text and "nan" not in text
+    assert "nan" not in text
+    assert text.count("does not run") == (2 if part == "sdxl" else 0)  # the strategies that want a GPU
     assert f"torch {torch.__version__}, diffusers" in text
 
 
@@ -131,6 +138,17 @@ def test_contenders_take_turns_and_each_begins_a_round() -> None:
     assert {name: len(timing.seconds) for name, timing in timings.items()} == {"a": 3, "b": 3, "c": 3}
 
 
+def test_rounds_fit_into_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.measure.clock", lambda run, device: run())
+    runs = {"a": lambda: 0.25, "b": lambda: 0.5}
+    found = [rounds_within(seconds, runs, CPU, fewest=3, most=9) for seconds in (0.0, 3.7, 100.0)]
+    assert found == [3, 4, 9]
+
+
+def test_any_clock_can_be_read() -> None:
+    assert clock(lambda: None, CPU, iter([1.0, 3.5]).__next__) == 2.5
+
+
 def test_medians_and_quartiles() -> None:
     timing = Timing((0.005, 0.001, 0.004, 0.002, 0.003))
     assert timing.median == 0.003
@@ -140,7 +158,7 @@ def test_medians_and_quartiles() -> None:
 
 def test_overheads_and_ratios() -> None:
     seconds = {BARE: 2.0, LOOP: 2.02, STAGE: 2.1, STOCK_LOOP: 2.222, STOCK_STAGE: 2.31, STOCK_PIPELINE: 2.05}
-    timings = {name: Timing((value, value)) for name, value in seconds.items()}
+    timings = {name: _steady(value) for name, value in seconds.items()}
     overheads = loop.overheads(timings, dict.fromkeys(seconds, 4), steps=4).splitlines()
     assert overheads[3].split(" | ")[-2:] == ["+1.00", "+5.00 |"]
     ratios = [line.rstrip(" |").split(" | ")[-1] for line in loop.comparisons(timings).splitlines()[2:]]
@@ -167,19 +185,6 @@ def test_peak_memory_sees_inside_an_operator() -> None:
     assert peak >= 2 * 256 * 256 * 4  # the scores, which no output holds
 
 
-def test_operations_are_those_of_a_real_call_with_its_attention() -> None:
-    size, rows = TINY, 2
-    unet = build_unet(size)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        unet(
-            torch.randn(rows, 4, size.latents, size.latents),
-            torch.tensor(500),
-            encoder_hidden_states=torch.randn(rows, MAX_TOKENS, sum(size.text)),
-            added_cond_kwargs={"text_embeds": torch.randn(rows, size.text[1]), "time_ids": torch.ones(rows, 6)},
-        )
-    assert sdxl.flop_of_call(size, rows) == counter.get_total_flops()
-
-
 def test_the_reference_of_the_errors() -> None:
     layer = attention.TINY_LAYERS[1]
     query, key, value = layer.inputs(2, torch.float32, CPU)
@@ -189,41 +194,76 @@ def test_the_reference_of_the_errors() -> None:
     torch.testing.assert_close(attention.attention_in_float64(query, key, value), expected)
 
 
-def test_a_case_leaves_the_models_as_they_were() -> None:
-    components = _components()
-    unet = components["unet"]
+def test_models_for_host_time_have_as_many_modules_as_sdxl() -> None:
+    def modules(size: Size) -> list[int]:
+        parts = build_components(size, "meta", torch.float32)
+        return [len(list(parts[name].modules())) for name in ("unet", "vae", "text_encoder", "text_encoder_2")]
+
+    assert modules(DEEP) == modules(SDXL)
+
+
+@pytest.mark.parametrize("prompt", [None, host.PROMPT])
+def test_host_time_is_of_the_same_latents(prompt: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "STEPS", 5)
+    components = build_components(TINY, CPU, torch.float32, FreeUNet)
+    calls = host.make_calls(components, TINY, QUICK, prompt)
+    assert list(calls) == [host.CLASSIC, host.STOCK, host.OURS]
+    assert all(isinstance(call(), torch.Tensor) for call in calls.values())
+
+
+def test_a_copy_for_a_variant_shares_the_weights_only() -> None:
+    unet = build_unet(TINY)
     processors = dict(unet.attn_processors)
-    case = sdxl.Case(pictures=1, channels_last=True, attention="sliced")
-    timings, memory = sdxl.measure(case, components, TINY, QUICK)
-    assert list(timings) == ["encode", "denoise", "decode", "UNet call"] and memory > 0
+    copy = sdxl.with_same_weights(unet)
+    AttentionConfig("sliced").attach({"unet": copy})
     assert all(unet.attn_processors[name] is processor for name, processor in processors.items())
-    assert all(weight.is_contiguous() for weight in unet.parameters())
+    assert all(one is other for one, other in zip(unet.parameters(), copy.parameters(), strict=True))
 
 
-def test_a_case_that_fails_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(case: sdxl.Case, *_: Any) -> Any:
-        if case.compiled:
-            raise torch.OutOfMemoryError("no room")
-        return dict.fromkeys(("encode", "denoise", "decode", "UNet call"), Timing((0.5, 0.5))), 10**9
+@pytest.mark.parametrize(("seconds", "tables"), [(1e9, 3), (100.0, 2), (0.0, 1)])
+def test_what_does_not_fit_into_the_time_is_left_out(
+    seconds: float, tables: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sdxl, "measure", lambda makers, setting, label: f"| {len(makers)} rows |")
+    reports = [report.markdown(QUICK) for report in sdxl.run(replace(QUICK, seconds=seconds))]
+    assert len(reports) == 3 and all(later.startswith(report[:-1]) for report, later in itertools.pairwise(reports))
+    assert reports[-1].count("rows |") == tables
+    assert reports[-1].count("Left out: ") == 3 - tables
+
+
+def test_what_was_measured_is_written_though_a_later_table_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def measure(makers: Any, setting: Setting, label: str) -> str:
+        if "Compiled" in label:
+            raise torch.OutOfMemoryError("no room\nat all")
+        return "| the table |"
 
     monkeypatch.setattr(sdxl, "measure", measure)
-    text = sdxl.run(QUICK).markdown(QUICK)
-    assert "| compiled (blocks) | 1 | failed: OutOfMemoryError |" in text
-    assert "| plain, again | 1 | 500.0 (500.0 to 500.0) |" in text
+    main(["sdxl", "--quick", "--device", "cpu", "--out", str(tmp_path)])
+    text = (tmp_path / "sdxl.md").read_text()
+    assert "| the table |" in text
+    assert text.count("does not run: OutOfMemoryError: no room\n") == 2
 
 
-def test_late_cases_are_left_out_but_not_the_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[str] = []
+def test_rows_that_fail_are_lines_and_ratios_are_to_the_first_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> Any:
+        raise RuntimeError("no kernel | here")
 
-    def measure(case: sdxl.Case, *_: Any) -> Any:
-        ran.append(str(case))
-        return dict.fromkeys(("encode", "denoise", "decode", "UNet call"), Timing((0.5, 0.5))), 10**9
-
-    monkeypatch.setattr(sdxl, "measure", measure)
-    monkeypatch.setattr(sdxl, "SECONDS", -1.0)
-    text = sdxl.run(QUICK).markdown(QUICK)
-    assert ran == ["plain"]
-    assert text.count("left out") == 4
+    seconds = {sdxl.Task("a", "slow"): 0.02, sdxl.Task("a", "slower"): 0.05, sdxl.Task("b", "alone"): 0.03}
+    monkeypatch.setattr(sdxl, "clock", lambda run, device: (run(), 1.5)[1])
+    monkeypatch.setattr(sdxl, "time_in_turns", lambda runs, *_, **__: {task: _steady(seconds[task]) for task in runs})
+    made: sdxl.Makers = {task: lambda: lambda: None for task in seconds}
+    broken: sdxl.Makers = {sdxl.Task("a", "broken"): fails, sdxl.Task("a", "fails when called"): lambda: fails}
+    rows = [line.strip("| ").split(" | ") for line in sdxl.measure(broken | made, QUICK, "rows").splitlines()[2:]]
+    assert sdxl.measure(broken, QUICK, "no row runs").count("no kernel / here") == 2
+    assert rows == [
+        ["a", "broken", "does not run: RuntimeError: no kernel / here", "-", "-"],
+        ["a", "fails when called", "does not run: RuntimeError: no kernel / here", "-", "-"],
+        ["a", "slow", "20.0 (20.0 to 20.0)", "1.000", "1.5"],
+        ["a", "slower", "50.0 (50.0 to 50.0)", "2.500", "1.5"],
+        ["b", "alone", "30.0 (30.0 to 30.0)", "1.000", "1.5"],
+    ]
 
 
 def test_the_machine_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -237,13 +277,9 @@ def test_the_machine_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert not platform.node() or platform.node() not in report.describe_machine(CPU)
 
 
-def _components() -> dict[str, Any]:
-    return {
-        **build_components(TINY, CPU, sdxl.DTYPE),
-        "scheduler": PeRFlowScheduler(**SCHEDULE),
-        "guider": ClassifierFreeGuidance(guidance_scale=2.0),
-    }
+def _steady(seconds: float) -> Timing:
+    return Timing((seconds, seconds))
 
 
 def _fake_part() -> Part:
-    return Part(about="", run=lambda setting: report.Report(title="fake", parts=()))
+    return Part(about="", run=lambda setting: iter([report.Report(title="fake", parts=())]))

@@ -254,6 +254,6 @@ def test_what_cannot_be_trained_on_is_refused(tmp_path: Path) -> None:
     path = write_config(tmp_path, "demo")
     text = path.read_text().replace('kind = "demo"', f'kind = "prompts"\npath = "{tmp_path / "prompts.txt"}"')
     path.write_text(text.replace("[teacher]", '[teacher]\nstarts = "trajectory"'))
-    with pytest.raises(ValueError, match=r"data.kind='prompts' has no pictures"):
+    with pytest.raises(ValueError, match=r"data.kind='prompts' has no images"):
         main(["--like", str(path), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

@@ -61,6 +61,7 @@ def test_one_call_equals_the_stock_calls(kind: str, guess_mode: bool, guider: st
             if guider == "cfg"
             else AutoGuidance(3.0, auto_guidance_config=layers(), dropout=None)
         )
+        block_state.guider = pipe.guider
         denoiser(pipe, block_state, i=2, t=block_state.timesteps[2])
         predictions.append(block_state.noise_pred)
     torch.testing.assert_close(*predictions, rtol=1e-4, atol=1e-5)
@@ -98,6 +99,7 @@ def test_guess_mode_under_three_batches_controls_the_two_conditional_ones(kind: 
         settings = {"skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0, "skip_layer_config": layers()}
         guider_class = ThreeAtOnce if guider == "at_once" else SkipLayerGuidance
         pipe.update_components(guider=guider_class(3.0, 1.5, **settings))
+        block_state.guider = pipe.guider
         denoiser(pipe, block_state, i=2, t=block_state.timesteps[2])
         predictions.append(block_state.noise_pred)
     torch.testing.assert_close(*predictions, rtol=1e-4, atol=1e-5)

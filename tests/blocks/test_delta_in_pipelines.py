@@ -85,7 +85,7 @@ def test_a_saved_pipeline_is_not_merged_again(delta: Path, tmp_path: Path, rewri
     pipe = make_pipeline()
     expected = run(pipe, delta=delta)
     saved = tmp_path / "saved"
-    pipe.save_pretrained(str(saved), overwrite_modular_index=True)
+    pipe.save_pretrained(saved)
     rewrites.clear()
     again = PeRFlowSDXLAutoBlocks().init_pipeline(str(saved))
     again.load_components()
@@ -98,14 +98,14 @@ def test_a_saved_pipeline_is_not_merged_again(delta: Path, tmp_path: Path, rewri
 
 
 def test_a_saved_pipeline_whose_index_names_a_delta_is_called_as_it_is(delta: Path, tmp_path: Path) -> None:
-    """The index is saved as it was, the weights with the delta in them, the delta's file not at all."""
+    """The delta's file is gone, and the weights were saved with the delta in them."""
     for number, named in enumerate(("delta.safetensors", str(tmp_path / "gone" / "delta.safetensors"))):
         saved = tmp_path / f"saved{number}"
         pipe = make_pipeline()
         pipe.update_components(delta=str(delta))
         expected = run(pipe)
         pipe.update_components(delta=named)
-        pipe.save_pretrained(str(saved), overwrite_modular_index=True)
+        pipe.save_pretrained(saved)
         again = PeRFlowSDXLAutoBlocks().init_pipeline(str(saved))
         again.load_components()
         again.set_progress_bar_config(disable=True)
@@ -119,7 +119,7 @@ def test_a_saved_pipeline_whose_index_names_a_delta_is_called_as_it_is(delta: Pa
 
 def loaded(folder: Path) -> Any:
     """A pipeline whose parts were loaded from a directory."""
-    make_pipeline().save_pretrained(str(folder), overwrite_modular_index=True)
+    make_pipeline().save_pretrained(folder)
     pipe = PeRFlowSDXLAutoBlocks().init_pipeline(str(folder))
     pipe.load_components()
     pipe.set_progress_bar_config(disable=True)
@@ -146,6 +146,17 @@ def test_a_pipelines_base_is_where_its_unet_was_loaded_from(
     before = state(pipe)
     run(pipe, delta=delta)
     run(pipe, delta=delta, delta_scale=0.5)
+    run(pipe, delta=False)
+    assert same(state(pipe), before) and not one_rounding(caplog)
+
+
+def test_a_pipeline_may_change_its_type_between_merge_and_way_back(
+    delta: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = loaded(tmp_path / "saved")
+    before = {name: weight.bfloat16() for name, weight in state(pipe).items()}
+    run(pipe, delta=delta)
+    pipe.to(torch.bfloat16)
     run(pipe, delta=False)
     assert same(state(pipe), before) and not one_rounding(caplog)
 

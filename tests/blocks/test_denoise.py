@@ -101,7 +101,7 @@ def test_guidance_without_negative_embeddings_is_a_clear_error() -> None:
     pipe = make_pipeline(guider=ClassifierFreeGuidance(guidance_scale=1.0))
     block_state = conditioned_state(pipe)
     block_state.negative_prompt_embeds = None
-    pipe.guider.guidance_scale = 2.0
+    block_state.guider.guidance_scale = 2.0
     with pytest.raises(ValueError, match="negative_prompt_embeds is None"):
         PeRFlowLoopDenoiser()(pipe, block_state, i=0, t=block_state.timesteps[0])
 

@@ -195,7 +195,6 @@ def test_loras_from_files_are_seen(number: int, tmp_path: Path, encoded: list[st
     for scale in (1.0, 0.3, 1.0, 0.3):
         inputs = {"cross_attention_kwargs": {"scale": scale}}
         assert torch.equal(run(cached, **inputs), run(plain, **inputs)), scale
-        assert cached.lora_scale == plain.lora_scale == scale
     encoded.clear()
     assert not torch.equal(run(cached, **inputs), plain_result)
     assert encoded == []

@@ -194,7 +194,6 @@ MISTAKES: list[tuple[str, dict[str, Any], str, str]] = [
     ("ip_adapter", {"ip_adapter_image": PICTURE}, "ip_adapter_image", "1"),
     ("ip_adapter", {"ip_adapter_image": [PICTURE] * 3}, "ip_adapter_image", "3"),
     ("ip_adapter", {**ADAPTERS, "ip_adapter_embeds": [IP_EMBEDS]}, "ip_adapter_embeds", "1"),
-    ("ip_adapter", {"ip_adapter_embeds": [IP_EMBEDS] * 2}, "negative_ip_adapter_embeds", "missing"),
     ("ip_adapter", {**ADAPTERS, "negative_ip_adapter_embeds": [IP_EMBEDS]}, "negative_ip_adapter_embeds", "1"),
     ("ip_adapter", {**ADAPTERS, "ip_adapter_embeds": [IP_EMBEDS[0]] * 2}, "ip_adapter_embeds", f"(1, {WIDTH})"),
     ("ip_adapter", {**ADAPTERS, "ip_adapter_embeds": [IP_EMBEDS[..., :5]] * 2}, "(1, 1, 5)", f"(images, 1, {WIDTH})"),
@@ -216,6 +215,14 @@ def test_an_error_names_the_argument_and_its_value_before_a_model_runs(
     text = refusal(pipelines[kind], **inputs)
     assert name in text
     assert value in text
+
+
+def test_guidance_needs_negative_embeddings_for_ip_adapters(pipelines: dict[str, Any]) -> None:
+    """Whether there is guidance is known after a delta was merged, which may recommend none."""
+    embeds = {"ip_adapter_embeds": [IP_EMBEDS] * 2}
+    with pytest.raises(ValueError, match="negative_ip_adapter_embeds"):
+        pipelines["ip_adapter"](prompt="a star", num_inference_steps=1, **embeds)
+    pipelines["ip_adapter"](prompt="a star", num_inference_steps=1, guidance_scale=1.0, **embeds)
 
 
 def test_a_refiner_is_told_a_score_in_place_of_a_size() -> None:

@@ -1,4 +1,4 @@
-"""The VAE in diffusers' steps: results stay finite, the usual ones are diffusers' own, and threads take turns."""
+"""The VAE in diffusers' steps: results stay finite, the usual ones are diffusers' own, and threads may share it."""
 
 from __future__ import annotations
 

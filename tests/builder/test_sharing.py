@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ComponentsManager
-from diffusers.hooks import HookRegistry
 
 from perflow_blocks import PeRFlowPipelineBuilder, PeRFlowSDXLAutoBlocks
-from perflow_blocks.builder.loading import offload_in_groups
 from perflow_blocks.testing.tiny import tiny_sdxl_components, tiny_sdxl_unet
 from tests.blocks.conftest import write_delta
 from tests.blocks.test_features_lora import write_lora
@@ -123,18 +121,6 @@ def test_a_collection_holds_the_components(repository: Path) -> None:
     manager = ComponentsManager()
     pipe = builder(repository, components_manager=manager, collection="sdxl").build()
     assert manager.get_one(name="unet", collection="sdxl") is pipe.unet
-
-
-def test_layers_come_and_go_in_groups() -> None:
-    """On the CPU as the device, where nothing moves, but all the hooks run."""
-    pipe = make_pipeline()
-    models = [model for model in pipe.components.values() if isinstance(model, torch.nn.Module)]
-    for model in models:
-        offload_in_groups(model, torch.device("cpu"))
-    hooked = [any(hasattr(m, "_diffusers_hook") for m in model.modules()) for model in models]
-    assert hooked == [True] * 4
-    assert HookRegistry.check_if_exists_or_initialize(pipe.unet.conv_in).hooks
-    assert torch.equal(latents(pipe), latents(make_pipeline()))
 
 
 def test_the_manager_moves_models_to_its_device(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

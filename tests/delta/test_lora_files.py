@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from perflow_blocks import delta_to_lora, extract_delta
+from perflow_blocks import delta_to_lora, extract_delta, merge_delta
+from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.lora import DeltaLora, kohya_state_dict, peft_settings, save_lora, save_residual
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.testing.tiny import (
@@ -157,6 +158,24 @@ def test_the_files_say_what_they_are(tmp_path: Path) -> None:
     assert stored.keys() == converted.lora.keys()
     rest = load_file(tmp_path / "rest.safetensors")
     assert all(torch.equal(rest[name], tensor) for name, tensor in converted.residual.items())
+
+
+@layouts
+def test_a_file_names_its_delta_and_is_the_same_each_time(tmp_path: Path, layout: Any) -> None:
+    """By what the record of the delta says that is merged from another file."""
+    save_delta(extract_delta(tiny_sdxl_unet(1), tiny_sdxl_unet(0)), tmp_path / "delta.safetensors", RECIPE)
+    written = set()
+    for number in range(3):
+        file = tmp_path / f"{number}.safetensors"
+        save_lora(delta_to_lora(tmp_path / "delta.safetensors", rank=2), file, layout)
+        written.add(file.read_bytes())
+    assert len(written) == 1
+    with safe_open(file, framework="pt") as opened:
+        digest = opened.metadata()["perflow_delta"]
+    prefixed = {f"unet.{name}": tensor for name, tensor in load_file(tmp_path / "delta.safetensors").items()}
+    assert merge_delta(tiny_inpainting_unet(), prefixed).digest == digest
+    assert merge_delta(tiny_sdxl_unet(), tmp_path / "delta.safetensors").digest == digest
+    assert merge_delta(tiny_sdxl_unet(), extract_delta(tiny_sdxl_unet(2), tiny_sdxl_unet(0))).digest != digest
 
 
 def test_peft_is_told_every_rank_and_an_alpha_equal_to_it() -> None:

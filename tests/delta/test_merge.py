@@ -678,6 +678,21 @@ def test_weights_that_are_loaded_over_a_merge_are_noticed(caplog: pytest.LogCapt
         assert_bits(unet, merged)
 
 
+def test_a_lora_that_is_larger_than_the_delta_does_not_hide_it() -> None:
+    small = {name: 0.02 * tensor for name, tensor in unet_delta().items()}
+    for seed in (9, 20, 22):  # the first 32 values of each weight tell it wrongly
+        unet = tiny_sdxl_unet(0)
+        merge_delta(unet, small)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in unet.named_parameters():
+                if parameter.dim() > 1:
+                    up, down = (torch.randn(n, 2, generator=generator) for n in parameter.flatten(1).shape)
+                    change = (up @ down.T).reshape(parameter.shape)
+                    parameter += 6 * change * small[name].norm() / change.norm()
+        assert len(merge_records(unet)) == 1
+
+
 def test_the_source_is_the_path_that_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Absolute, and not resolved: in the Hub's cache the file behind a link is named by its hash."""
     save_delta(difference(1), tmp_path / "0a1b2c", dtype=torch.float32)

@@ -211,21 +211,21 @@ def run_without_the_package(script: str, home: Path, *arguments: str) -> Any:
     return json.loads(python(*command, environment=environment, cwd=home).split("REPORT")[1])
 
 
-def save_ip_adapter(path: Path) -> None:
-    """Lays out IP-Adapter and image encoder for `tiny_sdxl_unet` as "h94/IP-Adapter" does for SDXL."""
+def save_ip_adapter(path: Path, unet: Any = None) -> None:
+    """Lays out IP-Adapter and image encoder for a UNet, `tiny_sdxl_unet` unless given, as "h94/IP-Adapter" does."""
     # Of the size that diffusers brings pictures to where nothing says otherwise.
     size = {"image_size": 224, "patch_size": 56, "hidden_size": 16, "intermediate_size": 32}
     config = CLIPVisionConfig(**size, projection_dim=IMAGE_WIDTH, num_hidden_layers=1, num_attention_heads=2)
     folder = path / "sdxl_models"
     CLIPVisionModelWithProjection(config).eval().save_pretrained(folder / "image_encoder")
-    save_file(_ip_adapter_tensors(), folder / "ip-adapter_sdxl.safetensors")
+    save_file(_ip_adapter_tensors(unet or tiny_sdxl_unet()), folder / "ip-adapter_sdxl.safetensors")
 
 
-def _ip_adapter_tensors() -> dict[str, Tensor]:
+def _ip_adapter_tensors(unet: Any) -> dict[str, Tensor]:
     """What `load_tiny_ip_adapter` loads, as a file holds it."""
     loaded: list[Any] = []
     pipe = SimpleNamespace(
-        unet=tiny_sdxl_unet(), null_component_names=[], load_ip_adapter=lambda weights, **_: loaded.extend(weights)
+        unet=unet, null_component_names=[], load_ip_adapter=lambda weights, **_: loaded.extend(weights)
     )
     load_tiny_ip_adapter(pipe)
     (parts,) = loaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
 )
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
@@ -97,6 +99,16 @@ def test_exactly_one_of_steps_and_timesteps() -> None:
     for arguments in ({}, {"num_inference_steps": 4, "timesteps": [1000, 750, 500, 250]}):
         with pytest.raises(ValueError, match=r"exactly one of num_inference_steps=.* timesteps="):
             PeRFlowScheduler().set_timesteps(**arguments)
+
+
+def test_plans_are_made_without_changing_the_scheduler() -> None:
+    scheduler = ready(4)
+    before = dict(vars(scheduler))
+    plan = scheduler.make_plan(6)
+    assert plan.timesteps == (1000, 875, 750, 625, 500, 250)
+    assert scheduler.make_plan(timesteps=[600, 500, 250]).timesteps == (600, 500, 250)
+    assert scheduler.plan_from(0.7, plan).timesteps == (700, 625, 500, 250)
+    assert vars(scheduler) == before
 
 
 def test_more_steps_than_timesteps_do_not_fit() -> None:
@@ -327,6 +339,36 @@ def test_from_scheduler_takes_the_noise_schedule_and_nothing_else(perflow_log: p
     zero = PeRFlowScheduler.from_scheduler(DDIMScheduler(**SD_BETAS, rescale_betas_zero_snr=True))
     assert "rescale_betas_zero_snr" in perflow_log.text
     assert torch.equal(zero.alphas_cumprod, PeRFlowScheduler().alphas_cumprod)
+
+
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler])
+@pytest.mark.parametrize("base_type", ["epsilon", "v_prediction"])
+def test_another_class_gets_what_the_base_predicts_and_gives_perflows_type_back(
+    kind: Any, base_type: str, tmp_path: Path
+) -> None:
+    base = DDIMScheduler(**SD_BETAS, prediction_type=base_type)
+    made = PeRFlowScheduler.from_scheduler(base, prediction_type="diff_eps", num_time_windows=2)
+    made.save_pretrained(tmp_path)
+    again = (
+        PeRFlowScheduler.from_config(made.config),
+        PeRFlowScheduler.from_config(base.config, prediction_type="diff_eps", num_time_windows=2),
+        PeRFlowScheduler.from_pretrained(tmp_path),
+        PeRFlowScheduler.from_scheduler(made, prediction_type="diff_eps", num_time_windows=2),
+        copy.deepcopy(made),
+    )
+    for scheduler in (made, *again):
+        config = scheduler.config
+        assert copy.deepcopy(config) == config and "diff_eps" in repr(config)
+        assert config.prediction_type == config["prediction_type"] == dict(config)["prediction_type"] == "diff_eps"
+        other = kind.from_config(config)
+        assert other.config.prediction_type == base_type
+        torch.testing.assert_close(other.alphas_cumprod, made.alphas_cumprod, rtol=1e-5, atol=1e-8)
+        back = PeRFlowScheduler.from_config(other.config)
+        assert (back.config.prediction_type, back.windows) == ("diff_eps", made.windows)
+        changed = PeRFlowScheduler.from_config(other.config, prediction_type="velocity")
+        back = PeRFlowScheduler.from_config(kind.from_config(changed.config).config)
+        assert back.config.prediction_type == changed.config.prediction_type == "velocity"
+    assert EulerDiscreteScheduler.from_config(PeRFlowScheduler().config).config.beta_start == 0.00085  # its default
 
 
 def test_unknown_settings_are_named() -> None:

@@ -90,7 +90,10 @@ def test_a_lora_student_gets_the_other_form(lora: Trained, teachers: dict[str, P
     assert outputs.lora == result.lora and outputs.lora_residual is None and outputs.workflow is None
     by_delta, by_kohya = teacher_unet(teachers, "sd"), teacher_unet(teachers, "sd")
     base = {name: tensor.clone() for name, tensor in by_delta.state_dict().items()}
-    merge_delta(by_delta, result.delta)
+    record = merge_delta(by_delta, result.delta)
+    for file in (outputs.lora, outputs.lora_kohya):
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata()["perflow_delta"] == record.digest
     names = load_file(outputs.lora_kohya)
     assert all(name.startswith("lora_unet_") for name in names)
     pipe: Any = StableDiffusionPipeline.from_pretrained(teachers["sd"], unet=by_kohya)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Mapping
 from types import ModuleType
@@ -12,6 +11,7 @@ import diffusers.modular_pipelines
 
 from ... import __version__
 from ... import blocks as public_blocks
+from ...blocks.block_source import with_own_size
 from .block_code import LINE_LENGTH, BlockCode
 from .literals import importable
 from .modules import PACKAGE, origin, public_names
@@ -60,7 +60,8 @@ def block_file(code: BlockCode, siblings: Mapping[str, str]) -> str:
     listed = f'__all__ = ["{code.class_name}"]\n'
     text = "\n\n\n".join([f"{_docstring(siblings)}\n{imports}", *(part.rstrip("\n") for part in code.classes)])
     text += f"\n\n{listed}" if not code.classes else f"\n\n\n{listed}"
-    return text + _named_for_diffusers(unnamed) + (_ruler(text) if siblings or code.classes else "")
+    text += _named_for_diffusers(unnamed)
+    return with_own_size(text) if siblings or code.classes else text
 
 
 def public_module(module: str, name: str) -> str:
@@ -121,16 +122,3 @@ def _named_for_diffusers(siblings: list[str]) -> str:
         return ""
     lines = "".join(f"    from .{name} import __doc__ as _\n" for name in siblings)
     return f"\nif TYPE_CHECKING:  # diffusers copies the files that this one names\n{lines}"
-
-
-def _ruler(text: str) -> str:
-    """A line whose length the content decides.
-
-    All local directories have their `block.py` copied to one place, and Python takes what it compiled before for the
-    file's if it is of the same size and second.
-    """
-    digits = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
-    return (
-        "\n# Python tells a file from one it compiled earlier by second and size. So this one has a size of its own:\n"
-        f"# {'-' * (1 + digits % 113)}\n"
-    )

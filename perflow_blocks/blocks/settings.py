@@ -1,9 +1,13 @@
-"""The settings of a pipeline that an index keeps: configuration values, windows, guidance, attention."""
+"""What a saved or exported pipeline keeps of its settings: configuration values, windows, guidance, attention.
+
+Components that blocks make from a configuration are not saved, so their settings become configuration values.
+"""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from diffusers import ClassifierFreeGuidance
@@ -12,67 +16,85 @@ from diffusers.utils import logging
 
 from ..attention.config import parse_plan
 from ..attention.strategies import BUILT_IN
-from ..blocks.merge_delta import is_default_guider
-from ..blocks.set_timesteps import OWN_ATTRIBUTE
-from ..builder.problems import Problems
 from ..schedulers.scheduling_perflow import PeRFlowScheduler, is_perflow_scheduler
-from .entries import Entry, is_stock, library_of
+from .merge_delta import is_default_guider
+from .set_timesteps import OWN_ATTRIBUTE
 
 logger = logging.get_logger(__name__)
 
+Complain = Callable[[str], None]
+"""Takes a sentence about something that cannot be kept, so that a user reads all of them at once."""
+
 DELTA_VALUES = ("delta", "delta_scale", "delta_variant")
+LIBRARIES = ("diffusers", "transformers")
+"""Whose classes an index may name, as everyone who loads it has them."""
 
-PACKAGE = library_of(PeRFlowScheduler)
+
+def library_of(kind: type) -> str:
+    """The top-level package that a class is found in by its name."""
+    return kind.__module__.split(".")[0]
 
 
-def config_values(pipe: Any, blocks: Any, problems: Problems) -> dict[str, Any]:
-    """Every configuration value that is not None, with what scheduler, guider and attention add, in JSON's types.
+def is_stock(kind: type) -> bool:
+    """Whether a class can be named in an index."""
+    library = library_of(kind)
+    return library in LIBRARIES and getattr(import_module(library), kind.__name__, None) is not None
 
-    Without those about the delta, which follow from `choose_delta`.
+
+def foreign(name: str, component: Any) -> str:
+    """The sentence about a component whose class is not stock."""
+    kind = component if isinstance(component, type) else type(component)
+    known = " or ".join(LIBRARIES)
+    return f"{name} is a {kind.__module__}.{kind.__qualname__}, which no index can name; use a class of {known}."
+
+
+def config_values(pipe: Any, blocks: Any, complain: Complain) -> dict[str, Any]:
+    """Every configuration value that is set, with what scheduler, guider and attention add, in JSON's types.
+
+    Without those about the delta, which depend on where its file is.
     """
     declared = {spec.name: spec.default for spec in blocks.expected_configs}
     values = {name: pipe.config.get(name, default) for name, default in declared.items()}
     for name, value in {
-        **_windows(pipe, problems),
+        **_windows(pipe, complain),
         **_guidance_scale(pipe, blocks),
         **_attention(pipe, values),
     }.items():
         if name in values:
             values[name] = value
         elif value is not None:
-            problems.add(
+            complain(
                 f"the blocks have no configuration value {name}, which would have to keep {value!r}; insert the block "
                 "that declares it, or take the setting back."
             )
     for name in DELTA_VALUES:
         values.pop(name, None)
     kept = {name: value for name, value in values.items() if value is not None or declared[name] is not None}
-    return {name: _in_json(name, value, problems) for name, value in kept.items()}
+    return {name: _in_json(name, value, complain) for name, value in kept.items()}
 
 
-def guider_entry(pipe: Any, blocks: Any, problems: Problems) -> Entry | None:
-    """The guider as a component of its own, where it is one that a user set and its scale does not say it all."""
-    guider = _loaded_guider(pipe, problems)
+def kept_guider(pipe: Any, blocks: Any, complain: Complain) -> BaseGuidance | None:
+    """The guider as a component to save, where a user set one that `guidance_scale` alone does not express."""
+    guider = _loaded_guider(pipe, complain)
     if not isinstance(guider, BaseGuidance) or is_default_guider(guider) or _is_usual(guider, blocks):
         return None
     if not is_stock(type(guider)):
-        problems.add(
-            f"guider is a {type(guider).__module__}.{type(guider).__qualname__}, which no index can name; use one of "
-            "diffusers, or make a block that declares it."
-        )
+        complain(foreign("guider", guider))
         return None
-    return Entry(name="guider", kind=type(guider), location=None, subfolder="guider", component=_settled(guider))
+    return _settled(guider)
 
 
-def _loaded_guider(pipe: Any, problems: Problems) -> Any:
+def _loaded_guider(pipe: Any, complain: Complain) -> Any:
     """The pipeline's, or the one that its index names and that was not loaded."""
     guider = getattr(pipe, "guider", None)
     spec = pipe.get_component_spec("guider") if guider is None and "guider" in pipe._component_specs else None
     if spec is None or not spec.pretrained_model_name_or_path:
         return guider
-    with problems.noted(AttributeError, about="guider, which the index names, does not load: "):
+    try:
         return spec.load()
-    return None
+    except (ValueError, OSError, AttributeError) as error:
+        complain(f"guider, which the index names, does not load: {error}")
+        return None
 
 
 def _guidance_scale(pipe: Any, blocks: Any) -> dict[str, float]:
@@ -99,7 +121,7 @@ def _settled(guider: BaseGuidance) -> BaseGuidance:
     return type(guider)(**now)
 
 
-def _windows(pipe: Any, problems: Problems) -> dict[str, Any]:
+def _windows(pipe: Any, complain: Complain) -> dict[str, Any]:
     """What a PeRFlowScheduler says that a user set; one that the blocks made follows the configuration anyway."""
     scheduler = getattr(pipe, "scheduler", None)
     if scheduler is None or not is_perflow_scheduler(scheduler) or vars(scheduler).get(OWN_ATTRIBUTE, False):
@@ -107,7 +129,7 @@ def _windows(pipe: Any, problems: Problems) -> dict[str, Any]:
     config, usual = scheduler.config, PeRFlowScheduler().config
     for name in ("set_alpha_to_one", "t_noise", "t_clean"):
         if config[name] != usual[name]:
-            problems.add(
+            complain(
                 f"the scheduler has {name}={config[name]}, which no configuration value keeps; set one with "
                 f"{name}={usual[name]}."
             )
@@ -125,18 +147,23 @@ def _attention(pipe: Any, values: dict[str, Any]) -> dict[str, Any]:
     entries = plan.as_list()
     for name in {entry.rsplit("=", 1)[-1] for entry in entries} - set(BUILT_IN):
         logger.warning(
-            "The export does not hold the attention strategy %r, which was registered outside this package: whoever "
-            "loads the export must register it first.",
+            "The attention strategy %r is not saved, as it was registered outside this package: register it before "
+            "loading.",
             name,
         )
     return {"attention_plan": entries}
 
 
-def _in_json(name: str, value: Any, problems: Problems) -> Any:
+def _in_json(name: str, value: Any, complain: Complain) -> Any:
     try:
         value = json.loads(json.dumps(value))
     except (TypeError, ValueError):
-        problems.add(f"the configuration value {name}={value!r} is none of JSON; set one that is.")
-    if isinstance(value, str) and Path(value).is_absolute():
-        problems.add(f"the configuration value {name}={value!r} is a path of this machine; set a relative one.")
+        complain(f"the configuration value {name}={value!r} is none of JSON; set one that is.")
     return value
+
+
+def complaint(done: str, problems: list[str]) -> str:
+    """The text of the error that nothing was `done`, for these reasons."""
+    if len(problems) == 1:
+        return f"nothing was {done}: {problems[0]}"
+    return "\n".join([f"nothing was {done}, for {len(problems)} reasons:", *(f"- {problem}" for problem in problems)])

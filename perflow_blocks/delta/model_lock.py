@@ -1,0 +1,85 @@
+"""Who uses a model: any number of runs at once, or one thread that changes it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+LOCK_ATTRIBUTE = "_perflow_lock"
+
+
+class ModelLock:
+    """Threads that run a model wait for one that changes its weights, hooks or type, and the other way round.
+
+    Used as a context manager by itself, it is held for a moment, to look at what is kept on the model. `running` and
+    `changing` may be nested in one thread. A copy, also a pickled one, is a new lock.
+
+    Attributes:
+        changed_by: the thread that changed the model last.
+    """
+
+    def __init__(self) -> None:
+        self._mutex = threading.RLock()
+        self._free = threading.Condition()
+        self._running: dict[int, int] = {}  # by thread, how often it runs the model
+        self._changing: list[int] = []  # the thread that changes it, as often as it asked to
+        self.changed_by: int | None = None
+
+    def __enter__(self) -> None:
+        self._mutex.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._mutex.release()
+
+    def __reduce__(self) -> tuple[type[ModelLock], tuple[()]]:
+        return ModelLock, ()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, no other thread changes the model."""
+        me = threading.get_ident()
+        with self._free:
+            self._free.wait_for(lambda: not self._changing or me in self._changing)
+            self._running[me] = self._running.get(me, 0) + 1
+        try:
+            yield
+        finally:
+            with self._free:
+                self._running[me] -= 1
+                if not self._running[me]:
+                    del self._running[me]
+                self._free.notify_all()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Inside, no other thread runs or changes the model.
+
+        Raises:
+            ValueError: this thread runs the model already and so does another one. They would wait for each other.
+        """
+        me = threading.get_ident()
+        with self._free:
+            if me in self._running and self._others(me):
+                raise ValueError(
+                    "this call has to change a model that another thread is running; run such calls one after the "
+                    "other, or give each thread a pipeline with models of its own."
+                )
+            self._free.wait_for(lambda: not self._others(me))
+            self._changing.append(me)
+            self.changed_by = me
+        try:
+            yield
+        finally:
+            with self._free:
+                self._changing.remove(me)
+                self._free.notify_all()
+
+    def _others(self, me: int) -> bool:
+        return any(thread != me for thread in (*self._running, *self._changing))
+
+
+def model_lock(model: Any) -> ModelLock:
+    """The lock of a model, compiled or not, or of another object that pipelines share, such as a tokenizer."""
+    return vars(getattr(model, "_orig_mod", model)).setdefault(LOCK_ATTRIBUTE, ModelLock())
