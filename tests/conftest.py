@@ -144,6 +144,17 @@ def watch_models(pipe: Any) -> tuple[list[str], Callable[[], None]]:
     return ran, stop
 
 
+def refusal(pipe: Any, **inputs: Any) -> str:
+    """The one line with which a call is refused before a model runs."""
+    ran, stop = watch_models(pipe)
+    with pytest.raises(ValueError) as caught:
+        pipe(**{"prompt": "a star", "num_inference_steps": 4, **inputs})
+    stop()
+    assert ran == []
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
 LOADABLE = (
     UNet2DConditionModel,
     AutoencoderKL,

@@ -1,17 +1,27 @@
-"""Checks of images, masks, control images and inputs of IP-Adapters; a plain text-to-image call needs none of them."""
+"""Images, masks, control images and inputs of IP-Adapters, checked and brought to one form for all later blocks.
+
+A plain text-to-image call needs none of this.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from diffusers import ControlNetUnionModel, MultiControlNetModel
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import unwrap_module
 from PIL import Image
 from torch import Tensor, nn
 
-from .images import count_images, image_size, require_count
+from .images import count_images, image_size, pil_images, require_count, unit_range, upright_mask, upright_rgb
+
+logger = logging.get_logger(__name__)
+
+IMAGES = ("image", "mask_image", "mask", "control_image", "ip_adapter_image")
+"""The inputs that the checks bring to one form."""
 
 CONTROL_RANGE = ("control_guidance_start", "control_guidance_end")
 IP_ADAPTER_INPUTS = ("ip_adapter_image", "ip_adapter_embeds", "negative_ip_adapter_embeds")
@@ -27,8 +37,9 @@ def require_shape(name: str, tensor: Any, wanted: tuple[int | str, ...]) -> None
 
 
 def check_images(request: Any, prompts: int, images: int, channels: int, unet_channels: int) -> None:
-    """Checks the kind, number and size of the images and masks to start from, as pixels or as latents.
+    """Checks kind, number, size and values of the images and masks to start from, as pixels or latents.
 
+    In the request they become what `standard_images` and `standard_masks` return.
     Latents have `channels`. A UNet takes as many, or `2 channels + 1` if it is made for inpainting.
     """
     masked = request.mask_image is not None or request.mask is not None
@@ -39,38 +50,76 @@ def check_images(request: Any, prompts: int, images: int, channels: int, unet_ch
     if request.image is not None:
         if isinstance(request.image, Tensor) and request.image.ndim == 4 and request.image.shape[1] == channels:
             raise ValueError(f"image has {channels} channels, as latents have; pass latents as image_latents.")
-        check_kind("image", request.image)
+        request.image = standard_images("image", request.image)
         require_count("image", count_images(request.image), prompts, images)
     if request.mask_image is not None:
-        _check_mask_kind(request.mask_image)
+        request.mask_image = standard_masks(request.mask_image)
         require_count("mask_image", count_images(request.mask_image, mask=True), prompts, images)
     for name, wanted in (("image_latents", channels), ("mask", 1), ("masked_image_latents", channels)):
         tensor = getattr(request, name)
         if tensor is not None:
             require_shape(name, tensor, ("n", wanted, "height/f", "width/f"))
             require_count(name, len(tensor), prompts, images)
+    if request.mask is not None:
+        request.mask = unit_range("mask", request.mask)
     if request.padding_mask_crop is not None:
         _check_crop(request)
+    _warn_of_empty_mask("mask_image", request.mask_image, soft=bool(request.soft_mask))
+    _warn_of_empty_mask("mask", request.mask, soft=True)
     _check_mask_size("mask_image", request.mask_image, "image", request.image)
     _check_mask_size("mask", request.mask, "image_latents", request.image_latents)
 
 
-def check_kind(name: str, image: Any, *, any_mode: bool = False) -> None:
-    """Checks images: PIL, arrays (height, width, 3), tensors (3, height, width), batches of them, or a list.
+def standard_images(name: str, image: Any, *, alike: bool = True) -> Any:
+    """Images as later blocks take them.
 
-    With `any_mode`, PIL images may be other than RGB.
+    Args:
+        name: of the input, for errors.
+        image: a PIL image of any mode, an array (height, width, 3), a tensor (3, height, width), a batch (n, ...) of
+            either, or a list of single images.
+        alike: whether the images of a list must be of one kind and size.
+
+    Returns:
+        The same with PIL images upright and in RGB, and other values in [0, 1].
+
+    Raises:
+        ValueError: an image is of another kind, shape or range.
     """
-    for entry in _entries(name, image):
+    entries = _entries(name, image, upright_rgb)
+    for entry in entries:
         if isinstance(entry, Image.Image):
-            if entry.mode != "RGB" and not any_mode:
-                raise ValueError(f'{name} is a PIL image of mode {entry.mode}; pass {name}.convert("RGB").')
-        elif entry.ndim not in (3, 4) or _channels(entry) != 3 or (isinstance(image, list) and _holds_several(entry)):
+            continue
+        if entry.ndim not in (3, 4) or _channels(entry) != 3 or (isinstance(image, list) and _holds_several(entry)):
             shape = "(3, height, width)" if isinstance(entry, Tensor) else "(height, width, 3)"
             raise ValueError(f"{name} is {_describe(entry)}; it must be {shape}, a batch, or a list of single images.")
+    if alike:
+        _require_one_size(name, entries)
+    return entries if isinstance(image, list) else entries[0]
+
+
+def standard_masks(mask: Any) -> Any:
+    """Masks as later blocks take them: PIL images in mode L, other values in [0, 1].
+
+    They may be (height, width) with one channel or none, a batch (n, height, width), or a list of single masks.
+    """
+    name, listed = "mask_image", isinstance(mask, list)
+    entries = _entries(name, mask, upright_mask)
+    for entry in entries:
+        if isinstance(entry, Image.Image) or entry.ndim == 2:
+            continue
+        colours = isinstance(entry, np.ndarray) and entry.shape[-1:] in ((3,), (4,))
+        right = not colours if entry.ndim == 3 and not listed else entry.ndim in (3, 4) and _channels(entry) == 1
+        if not right or (listed and _holds_several(entry)):
+            raise ValueError(f"{name} is {_describe(entry)}; it must have one channel, such as (height, width).")
+    _require_one_size(name, entries)
+    return entries if listed else entries[0]
 
 
 def check_controlnet(controlnet: Any, request: Any, prompts: int) -> None:
-    """Checks control images and the ControlNet's settings: one ControlNet, several, a ControlNet-Union, or None."""
+    """Checks control images and the settings of one ControlNet, several, a ControlNet-Union, or None.
+
+    In the request the images become what `standard_images` returns.
+    """
     if request.control_image is None:
         return
     controlnet = unwrap_module(controlnet)  # compiled or not
@@ -87,13 +136,16 @@ def check_controlnet(controlnet: Any, request: Any, prompts: int) -> None:
         scales = ranges = len(controlnet.nets)
         if not isinstance(request.control_image, list) or len(images) != scales:
             raise ValueError(
-                f"control_image holds {len(images)} image(s) for {scales} ControlNets; pass one for each."
+                f"control_image holds {len(images)} images, but there are {scales} ControlNets; "
+                f"pass a list of {scales} images."
             )
     else:
         images = [request.control_image]
+    images = [standard_images("control_image", image) for image in images]
     for image in images:
-        check_kind("control_image", image, any_mode=True)
         require_count("control_image", count_images(image), prompts, prompts)
+    single = scales is None or not isinstance(request.control_image, list)
+    request.control_image = images[0] if single else images
     _check_numbers(request, "controlnet_conditioning_scale", scales)
     starts, ends = (_check_numbers(request, name, ranges) for name in CONTROL_RANGE)
     for i in range(max(len(starts), len(ends))):
@@ -103,8 +155,9 @@ def check_controlnet(controlnet: Any, request: Any, prompts: int) -> None:
 
 
 def check_ip_adapters(layers: list[nn.Module], request: Any, encodes: bool) -> None:
-    """Checks that images or embeddings match the loaded IP-Adapters.
+    """Checks that images or embeddings match the loaded IP-Adapters. Images become a list of PIL images for each.
 
+    CLIP's image processor would scale arrays by 1/255 once more, and take tensors as preprocessed.
     `layers` holds the image projection of each adapter; `encodes` tells whether a block encodes images.
     """
     image, embeds, negative = (getattr(request, name) for name in IP_ADAPTER_INPUTS)
@@ -123,6 +176,13 @@ def check_ip_adapters(layers: list[nn.Module], request: Any, encodes: bool) -> N
         if encoded:
             for entry, layer in zip(entries, layers, strict=True):
                 _check_image_embeddings(name, entry, layer)
+        else:
+            request.ip_adapter_image = [_adapter_images(name, entry) for entry in entries]
+
+
+def _adapter_images(name: str, image: Any) -> list[Image.Image]:
+    images = _listed(standard_images(name, image, alike=False))
+    return [one for entry in images for one in pil_images(entry)]
 
 
 def _check_image_embeddings(name: str, embeds: Any, layer: nn.Module) -> None:
@@ -137,20 +197,26 @@ def _check_crop(request: Any) -> None:
         raise ValueError("padding_mask_crop is given, so image and mask_image must be single PIL images.")
     if request.output_type != "pil":
         raise ValueError(f'padding_mask_crop is given, so output_type={request.output_type!r} must be "pil".')
-    if request.mask_image.convert("L").getbbox() is None:
+    if request.mask_image.getbbox() is None:
         raise ValueError("padding_mask_crop crops to the mask, but mask_image is all black; paint some of it white.")
 
 
-def _check_mask_kind(mask: Any) -> None:
-    """One mask as (height, width) with one channel or none, a batch (n, height, width), or a list of single masks."""
-    listed = isinstance(mask, list)
-    for entry in _entries("mask_image", mask):
-        if isinstance(entry, Image.Image) or entry.ndim == 2:
-            continue
-        colours = isinstance(entry, np.ndarray) and entry.shape[-1:] in ((3,), (4,))
-        right = not colours if entry.ndim == 3 and not listed else entry.ndim in (3, 4) and _channels(entry) == 1
-        if not right or (listed and _holds_several(entry)):
-            raise ValueError(f"mask_image is {_describe(entry)}; it must have one channel, such as (height, width).")
+def _warn_of_empty_mask(name: str, mask: Any, soft: bool) -> None:
+    """Warns of a mask that paints nothing: without a value above 0 or, unless it is soft, of at least one half."""
+    if mask is None:
+        return
+    highest = min(_highest(one) for entry in _listed(mask) for one in _single_masks(entry))
+    if highest == 0.0 or not (soft or highest >= 0.5):
+        painted = "above 0" if soft else "of at least 0.5 (soft_mask=True: above 0)"
+        logger.warning(f"{name} paints nothing: its highest value is {highest:.3g}, and values {painted} are painted.")
+
+
+def _single_masks(mask: Any) -> Any:
+    return [mask] if isinstance(mask, Image.Image) else mask.reshape(count_images(mask, mask=True), -1)
+
+
+def _highest(mask: Any) -> float:
+    return np.asarray(mask).max() / 255 if isinstance(mask, Image.Image) else float(mask.max())
 
 
 def _check_mask_size(mask_name: str, mask: Any, image_name: str, image: Any) -> None:
@@ -163,20 +229,30 @@ def _check_mask_size(mask_name: str, mask: Any, image_name: str, image: Any) -> 
         raise ValueError(f"{mask_name} is {given}, {image_name} {wanted}; resize the mask to {wanted}.")
 
 
-def _entries(name: str, image: Any) -> list[Any]:
-    """The images of a list, or what is given as a list of one: images of floats, all of one kind and shape."""
+def _entries(name: str, image: Any, upright: Callable[[str, Image.Image], Image.Image]) -> list[Any]:
+    """The images of a list, or a list of the one image: PIL images as `upright` makes them, or floats in [0, 1]."""
     entries = _listed(image)
     if not entries:
         raise ValueError(f"{name} is an empty list; pass at least one image.")
-    for entry in entries:
-        if not isinstance(entry, (Image.Image, np.ndarray, Tensor)):
-            raise ValueError(f"{name} is {_describe(entry)}; pass a PIL image, an array, a tensor, or a list of them.")
-        if not isinstance(entry, Image.Image) and "float" not in str(entry.dtype):
-            remedy = f"{name} * 1.0" if "bool" in str(entry.dtype) else f"{name} / 255"
-            raise ValueError(f"{name} holds {entry.dtype}; pass values in [0, 1], {remedy}, or a PIL image.")
-    if len({"PIL" if isinstance(entry, Image.Image) else _describe(entry) for entry in entries}) > 1:
-        raise ValueError(f"{name} holds images of several kinds or shapes; pass images of one kind and shape.")
-    return entries
+    return [upright(name, one) if isinstance(one, Image.Image) else _unit_floats(name, one) for one in entries]
+
+
+def _unit_floats(name: str, values: Any) -> Any:
+    if not isinstance(values, (np.ndarray, Tensor)):
+        raise ValueError(f"{name} is {_describe(values)}; pass a PIL image, an array, a tensor, or a list of them.")
+    if "float" not in str(values.dtype):
+        remedy = f"{name} * 1.0" if "bool" in str(values.dtype) else f"{name} / 255"
+        raise ValueError(f"{name} holds {values.dtype}; pass values in [0, 1], {remedy}, or a PIL image.")
+    if 0 in values.shape:
+        raise ValueError(f"{name} is {_describe(values)}, without a pixel; pass at least one image.")
+    return unit_range(name, values)
+
+
+def _require_one_size(name: str, entries: list[Any]) -> None:
+    kinds = list(dict.fromkeys(map(_describe, entries)))
+    if len(kinds) > 1:
+        given = ", ".join(kinds)
+        raise ValueError(f"{name} holds images of several kinds or sizes ({given}); pass images of one kind and size.")
 
 
 def _channels(image: np.ndarray | Tensor) -> int:
@@ -216,6 +292,8 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _describe(value: Any) -> str:
+    if isinstance(value, Image.Image):
+        return f"a PIL image of {value.width}x{value.height}"
     if isinstance(value, np.ndarray):
         return f"an array of shape {value.shape}"
     return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"

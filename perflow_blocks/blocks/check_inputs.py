@@ -14,7 +14,7 @@ from diffusers.utils import logging
 from torch import nn
 
 from ..schedulers.scheduling_perflow import NOISINGS
-from .check_images import CONTROL_RANGE, check_controlnet, check_images, check_ip_adapters, require_shape
+from .check_images import CONTROL_RANGE, IMAGES, check_controlnet, check_images, check_ip_adapters, require_shape
 from .declare import declared
 from .guiders import check_guider, guider_for_call
 from .inputs import NONFINITE_POLICIES, OUTPUT_TYPES, Size, request_inputs, task_inputs
@@ -53,6 +53,7 @@ NEEDS = {
     "negative_original_size": ("negative_target_size",),
     "negative_target_size": ("negative_original_size",),
     "mask_image": ("image",),
+    "soft_mask": ("mask_image",),
     "mask": ("image_latents",),
     "denoising_start": ("image_latents", "image"),
     **dict.fromkeys(("control_mode", "controlnet_conditioning_scale", "guess_mode"), ("control_image",)),
@@ -113,6 +114,9 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
         if for_task or adapted:
             adapters = list(unet.encoder_hid_proj.image_projection_layers) if adapted else []
             check_ip_adapters(adapters, request, "ip_adapter" in blocks.sub_blocks)
+        for name in for_task:
+            if name in IMAGES:  # the checks brought it to one form
+                state.set(name, getattr(request, name))
         _check_generator(request, images)
         _check_latents(request, images, channels, factor)
         _check_dtypes(loaded, request)
@@ -278,7 +282,7 @@ def _check_generator(request: Any, images: int) -> None:
         if not isinstance(entry, (torch.Generator, type(None))):
             raise ValueError(f"generator is of type {type(entry).__name__}; pass a torch.Generator or a list of them.")
     if isinstance(generator, list) and len(generator) != images:
-        raise ValueError(f"generator holds {len(generator)} entries; pass one, or {images}, one for each image.")
+        raise ValueError(f"generator holds {len(generator)} generators; pass one, or {images}, one for each image.")
 
 
 def _check_latents(request: Any, images: int, channels: int, factor: int) -> None:

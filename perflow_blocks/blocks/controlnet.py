@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,19 +13,43 @@ from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import (
     StableDiffusionXLControlNetInputStep,
     StableDiffusionXLControlNetUnionInputStep,
 )
+from diffusers.utils import logging
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .declare import Assembled, declared
 from .denoiser import PeRFlowLoopDenoiser, network_inputs
+from .images import image_size
 from .inputs import controlnet_inputs
 from .specs import controlnet_spec, vae_spec
+
+logger = logging.get_logger(__name__)
 
 UNCONDITIONAL = "pred_uncond"
 """What every diffusers guider calls its unconditional batch."""
 
 
-class PeRFlowControlNetUnionInputStep(StableDiffusionXLControlNetUnionInputStep):
+class WarnsOfSqueezing:
+    """Mixed in before diffusers' ControlNet input steps, which resize control images to the output's size."""
+
+    def prepare_control_image(self, components: Any, image: Any, width: int, height: int, **settings: Any) -> Tensor:
+        given_height, given_width = image_size(image[0] if isinstance(image, list) else image)
+        kept = given_width * height / given_height
+        # A crop keeps its proportions, and images are rounded to multiples of 8.
+        if settings.get("crops_coords") is None and abs(kept - width) >= 8:
+            logger.warning(
+                f"control_image is {given_width}x{given_height}, the output {width}x{height}: the control image is "
+                "squeezed. To keep its proportions, crop it, or pass another height and width."
+            )
+        prepare: Callable[..., Tensor] = super().prepare_control_image  # type: ignore[misc]
+        return prepare(components, image=image, width=width, height=height, **settings)
+
+
+class PeRFlowControlNetInputStep(WarnsOfSqueezing, StableDiffusionXLControlNetInputStep):
+    """diffusers' step, with a warning of control images that are squeezed."""
+
+
+class PeRFlowControlNetUnionInputStep(WarnsOfSqueezing, StableDiffusionXLControlNetUnionInputStep):
     """diffusers' step, which puts its tensors into the list `control_image`, on a list of its own."""
 
     expected_components = declared(*StableDiffusionXLControlNetUnionInputStep().expected_components, vae_spec())
@@ -45,7 +69,7 @@ class PeRFlowControlNetUnionInputStep(StableDiffusionXLControlNetUnionInputStep)
 class PeRFlowAutoControlNetInputStep(Assembled, AutoPipelineBlocks):
     """Prepares the control images: for a ControlNet-Union with `control_mode`, else for one or more ControlNets."""
 
-    block_classes = [PeRFlowControlNetUnionInputStep, StableDiffusionXLControlNetInputStep]
+    block_classes = [PeRFlowControlNetUnionInputStep, PeRFlowControlNetInputStep]
     block_names = ["controlnet_union", "controlnet"]
     block_trigger_inputs = ["control_mode", "control_image"]
     description = "Prepares `control_image`, for a ControlNet-Union where `control_mode` is given; else is skipped."

@@ -23,8 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from .declare import Assembled, declared
-from .images import image_size, repeat_images
+from .images import image_size, mask_processor, pil_images, repeat_images
 from .inputs import Images, param, shared_input
+from .vae import guarded_vae
 
 Decoded = list[Image.Image] | np.ndarray | Tensor
 
@@ -50,12 +51,13 @@ class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
     description = "Puts the known pixels of an inpainted image back as they were; `keep_known_pixels=False` leaves it."
     expected_components = declared(
         _processor("image_processor", "Resizes the given image."),
-        _processor("mask_processor", "Resizes the mask and makes it 0 or 1.", **_MASK_SETTINGS),
+        _processor("mask_processor", "Resizes the mask; makes it 0 or 1 unless it is soft.", **_MASK_SETTINGS),
     )
     inputs = declared(
         param("images", Decoded, "The decoded images.", required=True),
         param("image", Images, "The image that was given, or one for each prompt.", required=True),
         param("mask_image", Images, "The mask that was given: white is painted, black kept.", required=True),
+        shared_input("soft_mask"),
         param("keep_known_pixels", bool, "Whether pixels outside the mask are put back exactly.", default=True),
         shared_input("output_type"),
     )
@@ -74,11 +76,11 @@ def _compose(components: Any, block_state: Any) -> Decoded:
     painted, kind = block_state.images, block_state.output_type
     height, width = image_size(painted[0])
     given = components.image_processor.preprocess(block_state.image, height=height, width=width)
-    hole = components.mask_processor.preprocess(block_state.mask_image, height=height, width=width)
+    hole = mask_processor(components, block_state).preprocess(block_state.mask_image, height=height, width=width)
     given, hole = repeat_images(given, len(painted)), repeat_images(hole, len(painted))
     known = components.image_processor.postprocess(given, output_type=kind)
     if kind == "pil":
-        masks = [Image.fromarray(np.uint8(one * 255), mode="L") for one in hole.squeeze(1).float().cpu().numpy()]
+        masks = pil_images(hole.cpu())
         return [Image.composite(*three) for three in zip(painted, known, masks, strict=True)]
     if kind == "np":
         mask = hole.permute(0, 2, 3, 1).float().cpu().numpy()
@@ -87,14 +89,19 @@ def _compose(components: Any, block_state: Any) -> Decoded:
 
 
 class PeRFlowDecodeStep(StableDiffusionXLDecodeStep):
-    """diffusers' decoder, which also takes a VAE of another type than the latents: float32 beside a float16 UNet."""
+    """diffusers' decoder with a `GuardedVAE`, whose type may be another than the latents': images are always finite.
+
+    Raises:
+        ValueError: the decoded images are not finite, in float32 too, or the VAE cannot be made float32.
+    """
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        latents = state.get("latents")
-        if state.get("output_type") != "latent":
-            state.set("latents", latents.to(components.vae.dtype))
-        super().__call__(components, state)
+        if state.get("output_type") == "latent":
+            return super().__call__(components, state)
+        latents, view = state.get("latents"), guarded_vae(components)
+        state.set("latents", latents.to(view.vae.dtype).to(view.vae.decoding_dtype))
+        super().__call__(view, state)
         state.set("latents", latents)
         return components, state
 

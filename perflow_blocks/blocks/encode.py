@@ -15,14 +15,18 @@ from diffusers.modular_pipelines.stable_diffusion_xl.encoders import (
     StableDiffusionXLTextEncoderStep,
     StableDiffusionXLVaeEncoderStep,
 )
+from diffusers.utils import logging
 from torch import Tensor
 
 from ..delta.model_lock import model_lock
 from .declare import Assembled, declared
 from .guiders import guider_of_call
-from .images import count_images, image_size, repeat_images
-from .inputs import as_outputs, embeddings_inputs, guider_input
+from .images import count_images, image_size, mask_processor, repeat_images
+from .inputs import as_outputs, embeddings_inputs, guider_input, shared_input
 from .specs import guider_spec, unet_spec
+from .vae import guarded_vae
+
+logger = logging.get_logger(__name__)
 
 
 class PeRFlowTextEncoderStep(StableDiffusionXLTextEncoderStep):
@@ -129,22 +133,25 @@ class PeRFlowAutoIPAdapterStep(Assembled, AutoPipelineBlocks):
 
 
 class PeRFlowVaeEncoderStep(StableDiffusionXLVaeEncoderStep):
-    """diffusers' VAE encoder, with a list of generators allowed for fewer images than generators."""
+    """diffusers' VAE encoder with a `GuardedVAE`, and with a list of generators allowed for fewer images."""
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         inner = _match_images(state)
-        super().__call__(components, inner)
+        inner.values.update(_target_size(components, state))
+        super().__call__(guarded_vae(components), inner)
         return components, _take_outputs(self, state, inner)
 
 
 class PeRFlowInpaintVaeEncoderStep(StableDiffusionXLInpaintVaeEncoderStep):
     """diffusers' VAE encoder for inpainting, at the image's own size unless the call names another.
 
-    It does not encode the masked image for a 4-channel UNet, which does not take it.
+    It does not encode the masked image for a 4-channel UNet, which does not take it. With `soft_mask` the mask's grey
+    values are kept.
     """
 
     expected_components = declared(*StableDiffusionXLInpaintVaeEncoderStep().expected_components, unet_spec())
+    inputs = declared(*StableDiffusionXLInpaintVaeEncoderStep().inputs, shared_input("soft_mask"))
 
     # The stock method of this class reads `self.vae` where the VAE has latent statistics, which no block has.
     _encode_vae_image = StableDiffusionXLVaeEncoderStep._encode_vae_image
@@ -153,13 +160,10 @@ class PeRFlowInpaintVaeEncoderStep(StableDiffusionXLInpaintVaeEncoderStep):
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         inner = _match_images(state)
         if state.get("padding_mask_crop") is None:
-            image = state.get("image")
-            given = image_size(image[0] if isinstance(image, list) else image)
-            wanted = (state.get("height") or given[0], state.get("width") or given[1])
-            # With both given, the processor only rounds them down to its factor.
-            size = components.image_processor.get_default_height_width(state.get("image"), *wanted)
-            inner.values.update(zip(("height", "width"), size, strict=True))
-        super().__call__(components, inner)
+            inner.values.update(_target_size(components, state))
+        view = guarded_vae(components)
+        view.mask_processor = mask_processor(components, self.get_block_state(state))
+        super().__call__(view, inner)
         return components, _take_outputs(self, state, inner)
 
     def prepare_mask_latents(
@@ -197,6 +201,26 @@ def _match_images(state: PipelineState) -> PipelineState:
     if masks > 1:
         values["mask_image"] = repeat_images(mask, count, mask=True)
     return PipelineState(values=values, kwargs_mapping=dict(state.kwargs_mapping))
+
+
+def _target_size(components: Any, state: PipelineState) -> dict[str, int]:
+    """Height and width to encode the image at, multiples of the processor's factor; warns if it changes the image's.
+
+    Those of the call hold. Otherwise they are the image's own, rounded down.
+    """
+    image = state.get("image")
+    given = dict(zip(("height", "width"), image_size(image[0] if isinstance(image, list) else image), strict=True))
+    wanted = {name: state.get(name) or size for name, size in given.items()}
+    # With both given, the processor only rounds them down.
+    rounded = components.image_processor.get_default_height_width(image, **wanted)
+    target = dict(zip(wanted, rounded, strict=True))
+    if any(state.get(name) is None and target[name] != given[name] for name in given):
+        factor = components.image_processor.config.vae_scale_factor
+        logger.warning(
+            f"image is {given['width']}x{given['height']}, not a multiple of {factor}; it is resized to "
+            f"{target['width']}x{target['height']}. To choose another size, pass height and width."
+        )
+    return target
 
 
 def _take_outputs(block: ModularPipelineBlocks, state: PipelineState, inner: PipelineState) -> PipelineState:

@@ -1,4 +1,4 @@
-"""Images in every form that a call takes them: PIL, arrays, tensors, lists; counted, measured and repeated."""
+"""Images in every form that a call takes them: PIL, arrays, tensors, lists; standardised, counted and repeated."""
 
 from __future__ import annotations
 
@@ -6,8 +6,90 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from diffusers import VaeImageProcessor
+from PIL import Image, ImageOps
 from torch import Tensor
+
+TOLERANCE = 1e-3
+"""How far values may lie outside [0, 1], from rounding; they are clipped."""
+
+
+def upright_rgb(name: str, image: Image.Image) -> Image.Image:
+    """A PIL image of any mode in RGB, turned as its EXIF orientation says; 16-bit values are scaled to 8 bits.
+
+    Raises:
+        ValueError: the image is transparent somewhere, or its mode (I, F) does not say what white is.
+    """
+    image = _upright(name, image)
+    if _alpha_range(image)[0] < 255:
+        raise ValueError(
+            f'{name} is transparent in places; paste it onto a background: background = Image.new("RGB", {name}.size, '
+            f'"white"), background.paste({name}, mask={name}.convert("RGBA")).'
+        )
+    return image.convert("RGB")
+
+
+def upright_mask(name: str, image: Image.Image) -> Image.Image:
+    """A PIL mask in mode L, turned like `upright_rgb`: its transparency if that varies, else its luminance.
+
+    Raises:
+        ValueError: the image's mode (I, F) does not say what white is.
+    """
+    image = _upright(name, image)
+    lowest, highest = _alpha_range(image)
+    return image.convert("RGBA").getchannel("A") if lowest < highest else image.convert("RGB").convert("L")
+
+
+def _upright(name: str, image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"{name} is a PIL image of mode {image.mode}, which has no fixed range; scale its values to 0 to 255 and "
+            'pass it in mode "L", or to 0 to 65535 in mode "I;16".'
+        )
+    if image.mode.startswith("I;16"):  # PIL would clip it
+        return Image.fromarray(np.rint(np.asarray(image) / 257.0).astype(np.uint8))
+    return image
+
+
+def _alpha_range(image: Image.Image) -> tuple[int, int]:
+    if not image.has_transparency_data:
+        return 255, 255
+    alpha = np.asarray(image.convert("RGBA"))[..., 3]
+    return int(alpha.min()), int(alpha.max())
+
+
+def unit_range(name: str, values: Any) -> Any:
+    """An array or tensor of values in [0, 1]; those that rounding put outside are clipped.
+
+    Raises:
+        ValueError: values lie outside or are not finite; the message names their range.
+    """
+    low, high = float(values.min()), float(values.max())
+    if not (-TOLERANCE <= low and high <= 1.0 + TOLERANCE):  # NaN counts as outside
+        if not np.isfinite([low, high]).all():
+            remedy = "finite values"
+        elif low < 0.0:
+            remedy = f"({name} + 1) / 2 if its range is [-1, 1], or {name}.clip(0, 1)"
+        else:
+            remedy = f"{name} / 255" if high > 2.0 else f"{name}.clip(0, 1)"
+        raise ValueError(f"{name} holds values from {low:g} to {high:g}, not in [0, 1]; pass {remedy}.")
+    return values.clip(0.0, 1.0) if low < 0.0 or high > 1.0 else values
+
+
+def pil_images(image: Image.Image | np.ndarray | Tensor) -> list[Image.Image]:
+    """PIL images of one image or a batch of values in [0, 1], rounded to 8 bits."""
+    if isinstance(image, Image.Image):
+        return [image]
+    if isinstance(image, Tensor):
+        image = VaeImageProcessor.pt_to_numpy(image if image.ndim == 4 else image[None])
+    return VaeImageProcessor.numpy_to_pil(image)
+
+
+def mask_processor(components: Any, block_state: Any) -> VaeImageProcessor:
+    """The pipeline's processor of masks, or with `soft_mask` one like it that keeps grey values."""
+    processor = components.mask_processor
+    return VaeImageProcessor.from_config(processor.config, do_binarize=False) if block_state.soft_mask else processor
 
 
 def require_count(name: str, count: int, prompts: int, images: int) -> None:

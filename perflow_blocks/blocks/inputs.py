@@ -76,8 +76,14 @@ _TEXT_TO_IMAGE = (
 )
 
 _TASKS = (
-    param("image", Images, "The image to start from: one for all prompts, or one for each."),
-    param("mask_image", Images, "For inpainting, of the image's size: white is painted, black kept."),
+    param("image", Images, "The image to start from: one for all prompts, or one for each. PIL, or values in [0, 1]."),
+    param(
+        "mask_image",
+        Images,
+        "For inpainting, of the image's size: white is painted, black kept; grey counts as white from one half on. If "
+        "its transparency varies, that is the mask, with what is opaque painted.",
+    ),
+    param("soft_mask", bool, "Whether grey values of `mask_image` blend old and new. None: no."),
     param("padding_mask_crop", int, "Paint at full size only the mask with this margin in pixels; PIL images only."),
     param("image_latents", Tensor, "Clean latents of the image (n, channels, height/f, width/f)."),
     param("mask", Tensor, "The mask at the latents' size (n, 1, height/f, width/f): 1 is painted, 0 kept."),
@@ -103,7 +109,7 @@ _TASKS = (
     param("control_guidance_start", Numbers, "Fraction of the steps, in [0, 1), where ControlNets begin. None: 0."),
     param("control_guidance_end", Numbers, "Fraction of the steps, in (0, 1], where ControlNets end. None: 1."),
     param("guess_mode", bool, "Whether the ControlNet sees the conditional batches only. None: no."),
-    param("ip_adapter_image", Images, "For IP-Adapters: an image, or a list with one entry for each of them."),
+    param("ip_adapter_image", Images, "For IP-Adapters: an image, or a list with one or more images for each."),
     _guided("ip_adapter_embeds", list[Tensor], "Image embeddings, one tensor for each loaded IP-Adapter."),
     _guided("negative_ip_adapter_embeds", list[Tensor], "Embeddings of the empty image, likewise."),
 )

@@ -5,8 +5,6 @@ They take the inputs and need the components of their task alone, which is what 
 
 from __future__ import annotations
 
-from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import StableDiffusionXLControlNetInputStep
-
 from .apply_attention import PeRFlowApplyAttentionStep, PeRFlowControlNetApplyAttentionStep
 from .auto_blocks import PeRFlowSDXLCoreDenoiseStep, Preset
 from .before_denoise import (
@@ -16,6 +14,7 @@ from .before_denoise import (
     PeRFlowSDXLInpaintBeforeDenoiseStep,
 )
 from .check_inputs import PeRFlowCheckInputsStep
+from .controlnet import PeRFlowControlNetInputStep
 from .decode import PeRFlowAutoDecodeStep, PeRFlowDecodeStep
 from .denoise import PeRFlowControlNetDenoiseStep, PeRFlowDenoiseStep, PeRFlowInpaintDenoiseStep, PeRFlowLoopSolverStep
 from .encode import PeRFlowInpaintVaeEncoderStep, PeRFlowIPAdapterStep, PeRFlowTextEncoderStep, PeRFlowVaeEncoderStep
@@ -57,7 +56,7 @@ class PeRFlowSDXLControlNetText2ImageDenoiseStep(PeRFlowSDXLCoreDenoiseStep):
     block_classes = [
         PeRFlowInputStep,
         PeRFlowSDXLBeforeDenoiseStep,
-        StableDiffusionXLControlNetInputStep,
+        PeRFlowControlNetInputStep,
         PeRFlowControlNetDenoiseStep,
     ]
     block_names = _CONTROL_STAGES
@@ -75,7 +74,7 @@ class PeRFlowSDXLTileUpscalerDenoiseStep(PeRFlowSDXLCoreDenoiseStep):
     block_classes = [
         PeRFlowInputStep,
         PeRFlowSDXLImg2ImgBeforeDenoiseStep,
-        StableDiffusionXLControlNetInputStep,
+        PeRFlowControlNetInputStep,
         PeRFlowTiledControlNetDenoiseStep,
     ]
     block_names = _CONTROL_STAGES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from diffusers.hooks.smoothed_energy_guidance_utils import SmoothedEnergyGuidanc
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 from diffusers.modular_pipelines.stable_diffusion_xl.denoise import StableDiffusionXLLoopDenoiser
 from diffusers.utils import is_kornia_available
+from PIL import ExifTags, Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -70,6 +72,16 @@ def write_delta(path: Path, recipe: DeltaRecipe | None = None, part: str = "") -
     difference = {name: student[name] - base[name] for name in base if part in name}
     save_delta(difference, path, recipe, dtype=torch.float32, partial=bool(part))
     return path
+
+
+def as_a_camera_stores(image: Image.Image) -> Image.Image:
+    """The image on its side, with an EXIF orientation that turns it upright."""
+    stored = image.transpose(Image.Transpose.ROTATE_90)
+    exif = stored.getexif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees clockwise
+    file = BytesIO()
+    stored.save(file, "PNG", exif=exif)
+    return Image.open(file)
 
 
 MIDDLE = "mid_block.attentions.0.transformer_blocks"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from perflow_blocks import FiniteGuardStep
 from perflow_blocks.blocks import ControlNetFiniteGuardStep
-from perflow_blocks.blocks.finite_guard import _can_be_float32, _in_float32
+from perflow_blocks.blocks.precision import can_be_float32, in_float32
 from perflow_blocks.testing import check_block
 from perflow_blocks.testing.tiny import load_tiny_ip_adapter, tiny_picture
 from tests.blocks.conftest import (
@@ -118,7 +118,7 @@ def test_an_overflowing_model_is_run_again_in_float32(caplog: pytest.LogCaptureF
         state = pipe(prompt="a red star", generator=generator(), on_nonfinite="fallback", **inputs)
     assert calls == [2] * 10
     assert_same(pipe.unet, before)
-    warnings = [entry.getMessage() for entry in caplog.records if entry.name.startswith("perflow_blocks")]
+    warnings = [entry.getMessage() for entry in caplog.records if entry.name.endswith("finite_guard")]
     assert len(warnings) == 1
     assert "not finite in torch.float16 for images[0] of 1; all steps were run again in float32" in warnings[0]
 
@@ -286,7 +286,7 @@ def test_in_float32_puts_back_what_did_not_change_and_casts_what_did() -> None:
     mask, table = torch.ones(2, dtype=torch.float16), torch.ones(3)
     given: dict[str, Any] = {"latents": mask.clone(), "nested": {"masks": [mask, 1]}, "pair": (mask,), "table": table}
     values = dict(given)
-    with pytest.raises(KeyError), _in_float32([model], values):
+    with pytest.raises(KeyError), in_float32([model], values, mask.device):
         assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
         assert values["nested"]["masks"][0].dtype == values["pair"][0].dtype == torch.float32
         assert values["table"] is table
@@ -301,12 +301,12 @@ def test_in_float32_puts_back_what_did_not_change_and_casts_what_did() -> None:
 
 
 def test_offloaded_and_quantized_weights_cannot_be_made_float32() -> None:
-    assert _can_be_float32([nn.Linear(2, 2).half(), nn.Linear(2, 2)])
-    assert not _can_be_float32([nn.Linear(2, 2), nn.Linear(2, 2, device="meta")])
+    assert can_be_float32([nn.Linear(2, 2).half(), nn.Linear(2, 2)])
+    assert not can_be_float32([nn.Linear(2, 2), nn.Linear(2, 2, device="meta")])
     for dtype in (torch.float8_e4m3fn, torch.uint8):
         packed = nn.Linear(2, 2)
         packed.weight = nn.Parameter(packed.weight.data.to(dtype), requires_grad=False)
-        assert not _can_be_float32([packed])
+        assert not can_be_float32([packed])
 
 
 @pytest.mark.behaviour

@@ -121,6 +121,45 @@ def test_known_pixels_are_put_back_exactly(kind: str) -> None:
     assert decoded[known].max() > 0.05
 
 
+def feathered() -> Image.Image:
+    """The hole with a grey rim on its left."""
+    mask = hole_picture()
+    mask.paste(64, (8, 8, 12, 24))
+    mask.paste(191, (12, 8, 16, 24))
+    return mask
+
+
+@pytest.mark.parametrize("kind", ["pil", "np", "pt"])
+def test_a_soft_mask_blends_the_pixels(kind: str) -> None:
+    pipe, picture, share = make_pipeline(), tiny_picture(3), np.asarray(feathered())[..., None] / 255.0
+    inputs = {"image": picture, "mask_image": feathered(), "soft_mask": True, "output_type": kind}
+    given, decoded = np.asarray(picture) / 255.0, as_array(run(pipe, **inputs, keep_known_pixels=False))
+    result = as_array(run(pipe, **inputs))
+    np.testing.assert_allclose(result, given + share * (decoded - given), rtol=0.0, atol=0.51 / 255)
+    known = share[..., 0] == 0.0
+    assert np.abs(result - given)[known].max() < (1e-9 if kind == "pil" else 1e-6)
+
+
+def test_a_soft_mask_blends_the_latents() -> None:
+    pipe = make_pipeline()
+    inputs = {"prompt": "a star", "image": tiny_picture(3), "mask_image": feathered(), "output_type": "latent"}
+    state = pipe(**inputs, soft_mask=True, generator=generator(), num_inference_steps=1)
+    mask, known = state.get("mask"), state.get("image_latents")
+    assert mask.unique().tolist() == pytest.approx([0.0, 64 / 255, 191 / 255, 1.0])
+    assert torch.equal(state.get("latents")[..., :4], known[..., :4])
+    change = (state.get("latents") - known)[..., 4:12, :].abs().mean(dim=(1, 2))[0]
+    assert 0.0 < change[4:6].mean() < change[6:8].mean()
+
+
+def test_grey_is_split_at_one_half_by_default() -> None:
+    pipe, split = make_pipeline(), feathered().point(lambda value: 255 * (value >= 128))
+    inputs = {"image": tiny_picture(3), "output_type": "np"}
+    run(pipe, **inputs, mask_image=feathered(), soft_mask=True)  # leaves the pipeline's own mask processor alone
+    np.testing.assert_array_equal(
+        run(pipe, **inputs, mask_image=feathered()), run(pipe, **inputs, mask_image=split, soft_mask=True)
+    )
+
+
 def test_a_cropped_region_is_painted_at_full_size_and_laid_over_the_picture() -> None:
     picture, mask = tiny_picture(4, (64, 48)), Image.new("L", (64, 48))
     mask.paste(255, (40, 20, 56, 36))

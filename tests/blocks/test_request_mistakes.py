@@ -21,7 +21,7 @@ from perflow_blocks.testing.tiny import (
     tiny_mask,
     tiny_picture,
 )
-from tests.conftest import generator, make_pipeline, run, watch_models
+from tests.conftest import generator, make_pipeline, refusal, run
 
 pytestmark = pytest.mark.behaviour
 
@@ -212,15 +212,9 @@ def pipelines() -> dict[str, Any]:
 def test_an_error_names_the_argument_and_its_value_before_a_model_runs(
     pipelines: dict[str, Any], kind: str, inputs: dict[str, Any], name: str, value: str
 ) -> None:
-    pipe = pipelines[kind]
-    ran, stop = watch_models(pipe)
-    with pytest.raises(ValueError) as caught:
-        pipe(**{"prompt": "a star", "num_inference_steps": 4, **inputs})
-    stop()
-    assert ran == []
-    assert name in str(caught.value)
-    assert value in str(caught.value)
-    assert "\n" not in str(caught.value)
+    text = refusal(pipelines[kind], **inputs)
+    assert name in text
+    assert value in text
 
 
 def test_guidance_needs_negative_embeddings_for_ip_adapters(pipelines: dict[str, Any]) -> None:

@@ -1,0 +1,67 @@
+"""Results that are not finite, and computing them again in float32."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def not_finite(what: str, values: Tensor) -> str | None:
+    """Says of which images the values (images, ...) are not finite; None if all are. One read of the device.
+
+    Args:
+        what: a noun in the plural for the values, such as "the latents".
+        values: floating-point numbers, the images along the first axis.
+    """
+    finite = torch.isfinite(values).flatten(1).all(dim=1).tolist()
+    bad = ", ".join(f"images[{index}]" for index, is_finite in enumerate(finite) if not is_finite)
+    return f"{what} are not finite in {precision(values)} for {bad} of {len(finite)}" if bad else None
+
+
+def precision(values: Tensor) -> torch.dtype:
+    """The type that a model with this input computes in: autocast's, or that of the input."""
+    kind = values.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else values.dtype
+
+
+def can_be_float32(models: Sequence[nn.Module]) -> bool:
+    """Whether all weights are here and plain numbers: neither offloaded layer by layer nor quantized."""
+    weights = [weight for model in models for weight in model.parameters()]
+    plain = all(type(w.data) is Tensor and w.dtype in (*HALF, torch.float32) and not w.is_meta for w in weights)
+    return plain and not any(_is_group_offload_enabled(model) for model in models)
+
+
+@contextmanager
+def in_float32(models: Sequence[nn.Module], values: dict[str, Any], device: torch.device) -> Iterator[None]:
+    """Inside, the models' half-precision weights and tensors among `values` are float32, without autocast on `device`.
+
+    Afterwards the weights are as they were, bit for bit, since float32 holds every half-precision number; no second
+    copy is held. Values that were not replaced inside are the objects they were; a new tensor has the old one's type.
+    """
+    tensors = itertools.chain.from_iterable((*model.parameters(), *model.buffers()) for model in models)
+    halves = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in HALF]
+    given = dict(values)
+    lifted = tree_map_only(Tensor, lambda tensor: tensor.float() if tensor.dtype in HALF else tensor, given)
+    values.update(lifted)
+    try:
+        for tensor, _ in halves:
+            tensor.data = tensor.data.float()
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for tensor, dtype in halves:
+            tensor.data = tensor.data.to(dtype)
+        for name, value in given.items():
+            if values[name] is lifted[name]:
+                values[name] = value
+            elif isinstance(value, Tensor) and isinstance(values[name], Tensor):
+                values[name] = values[name].to(value.dtype)
