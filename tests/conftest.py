@@ -164,7 +164,6 @@ LOADABLE = (
     CLIPTokenizer,
     EulerDiscreteScheduler,
 )
-"""In bytes: that of torch's own memory on the CPU."""
 
 WHOLE = sorted([*(kind.__name__ for kind in LOADABLE if kind is not ControlNetModel), "CLIPTokenizer"])
 """What a pipeline of `tiny_sdxl_components` loads."""
