@@ -131,7 +131,9 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
         specs = pipe._component_specs
         taken = {name: value for name, value in components.items() if name in specs and value is not None}
         if "scheduler" in taken:
-            taken["scheduler"] = deepcopy(taken["scheduler"])
+            scheduler = deepcopy(taken.pop("scheduler"))
+            scheduler._diffusers_load_id = "null"  # diffusers' mark of components that no user set
+            pipe.register_components(scheduler=scheduler)
         put_components(pipe, taken)
         pipe.update_components(
             **{name: value for name, value in pipeline.config.items() if name in pipe._config_specs}
