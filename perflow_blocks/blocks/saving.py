@@ -134,6 +134,9 @@ def adapter_problems(name: str, component: Any) -> Iterator[str]:
             f"{name} has an IP-Adapter, which is not saved; call pipe.unload_ip_adapter(), and load_ip_adapter again "
             "after loading."
         )
+    stages = getattr(component, "up_blocks", ())
+    if any(getattr(stage, factor, None) for stage in stages for factor in ("s1", "s2", "b1", "b2")):
+        yield f"{name} has FreeU, which is not saved; call pipe.disable_freeu(), and enable_freeu again after loading."
 
 
 def _delta(pipe: Any, problems: list[str]) -> tuple[dict[str, Any], Weights | None]:

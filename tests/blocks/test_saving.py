@@ -251,6 +251,11 @@ def with_ip_adapter(pipe: Any) -> Any:
     return pipe
 
 
+def with_freeu(pipe: Any) -> Any:
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.3, b2=1.4)
+    return pipe
+
+
 def with_two_controlnets(pipe: Any) -> Any:
     pipe.register_components(controlnet=MultiControlNetModel([tiny_controlnet(), tiny_controlnet(1)]))
     return pipe
@@ -272,6 +277,7 @@ def with_attribute(value: Any) -> Any:
 MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "lora": (lambda: with_lora(make_pipeline()), "unet has the LoRA style, which is not saved; unload it with"),
     "ip-adapter": (lambda: with_ip_adapter(make_pipeline()), "unet has an IP-Adapter, which is not saved"),
+    "freeu": (lambda: with_freeu(make_pipeline()), r"unet has FreeU, which is not saved; call pipe.disable_freeu\(\)"),
     "controlnets": (lambda: with_two_controlnets(make_pipeline()), "controlnet holds several models"),
     "image processor": (
         lambda: make_pipeline(image_processor=VaeImageProcessor(vae_scale_factor=16)),
