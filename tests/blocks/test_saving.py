@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import ModularPipeline
@@ -227,6 +228,27 @@ def test_saving_changes_nothing_of_the_pipeline(tmp_path: Path) -> None:
     assert all(pipe.components[name] is part for name, part in parts.items())
     assert pipe._component_specs == specs
     assert json.dumps(dict(pipe.config), default=str) == config
+
+
+def test_a_place_in_the_working_directory_is_found_from_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_pipeline().save_pretrained("first")
+    PeRFlowModularPipeline.from_pretrained("first").save_pretrained("second")
+    monkeypatch.chdir("/")
+    again = PeRFlowModularPipeline.from_pretrained(tmp_path / "second")
+    again.load_components()
+    assert torch.equal(latents(again), latents(make_pipeline()))
+
+
+def test_numbers_of_numpy_are_saved_as_pythons_own(tmp_path: Path) -> None:
+    pipe = make_pipeline(guider=AdaptiveProjectedGuidance(np.float32(1.5)))
+    pipe.update_components(num_time_windows=np.int64(2), delta_scale=np.float32(0.5))
+    pipe.save_pretrained(tmp_path)
+    again: Any = PeRFlowModularPipeline.from_pretrained(tmp_path)
+    again.load_components()
+    assert [again.config.num_time_windows, again.config.delta_scale, again.guider.guidance_scale] == [2, 0.5, 1.5]
 
 
 class Forgetful(LoopBlock):
