@@ -341,7 +341,7 @@ def _even_times(windows: TimeWindows, wanted: int) -> tuple[float, ...]:
 
 
 def settings_of_others(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a scheduler's configuration that PeRFlow does not use, without defaults; as diffusers keeps them.
+    """The settings in a scheduler's configuration that PeRFlow does not use, but for its class's defaults.
 
     The base's `prediction_type` is among them, under `BASE_TYPE`, if it is not `epsilon`.
     """
