@@ -263,18 +263,18 @@ def _unit_floats(name: str, values: Any) -> Any:
     return unit_range(name, _floats(name, values))
 
 
-def _floats(name: str, values: np.ndarray | Tensor) -> Any:
+def _floats(name: str, values: Any) -> Any:
     """Floats as they are, booleans as 0 and 1; refuses other values."""
-    kind, tensor = str(values.dtype), isinstance(values, Tensor)
+    kind, is_tensor = str(values.dtype), isinstance(values, Tensor)
     if "float" in kind:
         return values
-    if "bool" in kind:
-        return values.float() if tensor else values.astype(np.float32)
-    if "int" not in kind:
+    if "bool" not in kind and "int" not in kind:
         raise ValueError(f"{name} holds {kind}; pass floats in [0, 1], booleans, or a PIL image.")
-    numbers = values.float() if isinstance(values, Tensor) else values
-    cast = "float()" if tensor else 'astype("float32")'
-    remedy = f"{name}.{cast}" if 0 <= numbers.min() and numbers.max() <= 1 else f"{name} / 255"
+    floats = values.float() if is_tensor else values.astype(np.float32)
+    if "bool" in kind:
+        return floats
+    cast = "float()" if is_tensor else 'astype("float32")'
+    remedy = f"{name}.{cast}" if 0 <= floats.min() and floats.max() <= 1 else f"{name} / 255"
     raise ValueError(f"{name} holds {kind}; pass values in [0, 1], {remedy}, or a PIL image.")
 
 

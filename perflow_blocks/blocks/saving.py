@@ -88,8 +88,8 @@ def _put(saver: Any, name: str, component: Any) -> None:
 def _index_entry(saver: Any, spec: ComponentSpec, component: Any) -> tuple[Any, ...]:
     source = saver._component_spec_to_dict(spec)
     if component is None:  # keeps the place that it can be loaded from
-        place = str(spec.pretrained_model_name_or_path)
-        if Path(place).exists():  # from wherever it is loaded
+        place = spec.pretrained_model_name_or_path
+        if place and Path(place).exists():
             source["pretrained_model_name_or_path"] = str(Path(place).absolute())
         return (None, None, source)
     kind = library_of(type(component)), type(component).__name__
