@@ -36,11 +36,12 @@ def require_shape(name: str, tensor: Any, wanted: tuple[int | str, ...]) -> None
         raise ValueError(f"{name} has shape {shape}; it must be ({', '.join(map(str, wanted))}).")
 
 
-def check_images(request: Any, prompts: int, images: int, channels: int, unet_channels: int) -> None:
+def check_images(request: Any, prompts: int, images: int, channels: int, unet_channels: int, least_size: int) -> None:
     """Checks kind, number, size and values of the images and masks to start from, as pixels or latents.
 
     In the request they become what `standard_images` and `standard_masks` return.
-    Latents have `channels`. A UNet takes as many, or `2 channels + 1` if it is made for inpainting.
+    Latents have `channels`. A UNet takes as many, or `2 channels + 1` if it is made for inpainting. Sides that are not
+    resized to the call's `height` or `width` are at least `least_size` pixels.
     """
     masked = request.mask_image is not None or request.mask is not None
     if request.denoising_start is not None and masked and request.latents is None:
@@ -52,6 +53,11 @@ def check_images(request: Any, prompts: int, images: int, channels: int, unet_ch
             raise ValueError(f"image has {channels} channels, as latents have; pass latents as image_latents.")
         request.image = standard_images("image", request.image)
         require_count("image", count_images(request.image), prompts, images)
+        height, width = image_size(_listed(request.image)[0])
+        if (request.height or height) < least_size or (request.width or width) < least_size:
+            raise ValueError(
+                f"image is {width}x{height}; each side must be at least {least_size} pixels, or pass height and width."
+            )
     if request.mask_image is not None:
         request.mask_image = standard_masks(request.mask_image)
         require_count("mask_image", count_images(request.mask_image, mask=True), prompts, images)
@@ -171,7 +177,11 @@ def check_ip_adapters(layers: list[nn.Module], request: Any, encodes: bool) -> N
         if not layers:
             raise ValueError(f"{name} is given, but no IP-Adapter is loaded; call pipe.load_ip_adapter(...) first.")
         entries, encoded = _listed(given), name != "ip_adapter_image"
-        if len(entries) != count or (encoded and not isinstance(given, list)):
+        if encoded and not isinstance(given, list):
+            raise ValueError(
+                f"{name} is {_describe(given)}; it must be a list with one tensor for each of {count} IP-Adapters."
+            )
+        if len(entries) != count:
             raise ValueError(f"{name} holds {len(entries)} entries for {count} IP-Adapters; pass a list of {count}.")
         if encoded:
             for entry, layer in zip(entries, layers, strict=True):
@@ -193,6 +203,10 @@ def _check_image_embeddings(name: str, embeds: Any, layer: nn.Module) -> None:
 
 
 def _check_crop(request: Any) -> None:
+    if request.image is None or request.mask_image is None:
+        raise ValueError(
+            "padding_mask_crop is given without an image; pass image and mask_image, or leave padding_mask_crop out."
+        )
     if not (isinstance(request.image, Image.Image) and isinstance(request.mask_image, Image.Image)):
         raise ValueError("padding_mask_crop is given, so image and mask_image must be single PIL images.")
     if request.output_type != "pil":
@@ -205,10 +219,14 @@ def _warn_of_empty_mask(name: str, mask: Any, soft: bool) -> None:
     """Warns of a mask that paints nothing: without a value above 0 or, unless it is soft, of at least one half."""
     if mask is None:
         return
-    highest = min(_highest(one) for entry in _listed(mask) for one in _single_masks(entry))
-    if highest == 0.0 or not (soft or highest >= 0.5):
-        painted = "above 0" if soft else "of at least 0.5 (soft_mask=True: above 0)"
-        logger.warning(f"{name} paints nothing: its highest value is {highest:.3g}, and values {painted} are painted.")
+    painted = "above 0" if soft else "of at least 0.5 (soft_mask=True: above 0)"
+    values = [_highest(one) for entry in _listed(mask) for one in _single_masks(entry)]
+    for i, highest in enumerate(values):
+        if highest == 0.0 or not (soft or highest >= 0.5):
+            which = f"{name}[{i}]" if len(values) > 1 else name
+            logger.warning(
+                f"{which} paints nothing: its highest value is {highest:.3g}, and values {painted} are painted."
+            )
 
 
 def _single_masks(mask: Any) -> Any:
@@ -240,12 +258,24 @@ def _entries(name: str, image: Any, upright: Callable[[str, Image.Image], Image.
 def _unit_floats(name: str, values: Any) -> Any:
     if not isinstance(values, (np.ndarray, Tensor)):
         raise ValueError(f"{name} is {_describe(values)}; pass a PIL image, an array, a tensor, or a list of them.")
-    if "float" not in str(values.dtype):
-        remedy = f"{name} * 1.0" if "bool" in str(values.dtype) else f"{name} / 255"
-        raise ValueError(f"{name} holds {values.dtype}; pass values in [0, 1], {remedy}, or a PIL image.")
     if 0 in values.shape:
         raise ValueError(f"{name} is {_describe(values)}, without a pixel; pass at least one image.")
-    return unit_range(name, values)
+    return unit_range(name, _floats(name, values))
+
+
+def _floats(name: str, values: Any) -> Any:
+    """Floats as they are, booleans as 0 and 1; refuses other values."""
+    kind, is_tensor = str(values.dtype), isinstance(values, Tensor)
+    if "float" in kind:
+        return values
+    if "bool" not in kind and "int" not in kind:
+        raise ValueError(f"{name} holds {kind}; pass floats in [0, 1], booleans, or a PIL image.")
+    floats = values.float() if is_tensor else values.astype(np.float32)
+    if "bool" in kind:
+        return floats
+    cast = "float()" if is_tensor else 'astype("float32")'
+    remedy = f"{name}.{cast}" if 0 <= floats.min() and floats.max() <= 1 else f"{name} / 255"
+    raise ValueError(f"{name} holds {kind}; pass values in [0, 1], {remedy}, or a PIL image.")
 
 
 def _require_one_size(name: str, entries: list[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ ENCODERS = ("text_encoder", "text_encoder_2")
 PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
 SIZES = tuple(entry.name for entry in request_inputs() if entry.type_hint == Size)
+FLAGS = tuple(entry.name for entry in request_inputs() if entry.type_hint is bool)
 TASK_INPUTS = tuple(entry.name for entry in task_inputs() if entry.default is None)
 
 OPTIONS = {"output_type": OUTPUT_TYPES, "noising": NOISINGS, "on_nonfinite": NONFINITE_POLICIES}
@@ -105,11 +107,13 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
         prompts = _check_prompts(request, components)
         images = prompts * request.num_images_per_prompt
         channels, factor = components.num_channels_latents, components.vae_scale_factor
-        _check_sizes(request, factor)
+        processor = None if request.image is None else loaded.get("image_processor")
+        image_factor = 1 if processor is None else processor.config.vae_scale_factor
+        _check_sizes(request, {"VAE": factor, "image processor": image_factor})
         if for_task:
             _check_task(for_task, [block for block in blocks.sub_blocks.values() if block is not self])
         if for_task or unet.config.in_channels != channels:
-            check_images(request, prompts, images, channels, unet.config.in_channels)
+            check_images(request, prompts, images, channels, unet.config.in_channels, image_factor)
             check_controlnet(loaded.get("controlnet"), request, prompts)
         adapted = unet.config.encoder_hid_dim_type == "ip_image_proj"
         if for_task or adapted:
@@ -193,6 +197,9 @@ def _check_settings(request: Any, loaded: Mapping[str, Any]) -> None:
     for name, options in OPTIONS.items():
         if getattr(request, name) not in options:
             raise ValueError(f"{name}={getattr(request, name)!r} must be one of {', '.join(options)}.")
+    for name in FLAGS:
+        if not isinstance(getattr(request, name), (bool, type(None))):
+            raise ValueError(f"{name}={getattr(request, name)!r} must be True, False or None.")
     for name, least in LEAST.items():
         value = getattr(request, name)
         if value is not None and (type(value) is not int or value < least):
@@ -256,13 +263,17 @@ def _embedding_widths(components: Any) -> tuple[Any, Any]:
     return width, config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
 
 
-def _check_sizes(request: Any, factor: int) -> None:
-    """Refuses a height or width that is not a multiple of the VAE's factor, and sizes that are not pairs."""
+def _check_sizes(request: Any, factors: Mapping[str, int]) -> None:
+    """Refuses a height or width that is not a multiple of the `factors`, by their owner; sizes that are not pairs."""
+    common = math.lcm(*factors.values())
     for name in ("height", "width"):
         value = getattr(request, name)
-        if value is not None and value % factor:
-            nearest = max(factor, round(value / factor) * factor)
-            raise ValueError(f"{name}={value} must be a multiple of the VAE's factor {factor}; pass {nearest}.")
+        for owner, factor in factors.items():
+            if value is not None and value % factor:
+                nearest = max(common, round(value / common) * common)
+                raise ValueError(
+                    f"{name}={value} must be a multiple of the {owner}'s factor {factor}; pass {nearest}."
+                )
     for name in SIZES:
         value = getattr(request, name)
         pair = isinstance(value, tuple) and len(value) == 2 and all(type(entry) in (int, float) for entry in value)

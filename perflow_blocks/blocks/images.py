@@ -21,10 +21,11 @@ def upright_rgb(name: str, image: Image.Image) -> Image.Image:
         ValueError: the image is transparent somewhere, or its mode (I, F) does not say what white is.
     """
     image = _upright(name, image)
-    if _alpha_range(image)[0] < 255:
+    alpha = _alpha(image)
+    if alpha is not None and alpha.getextrema() != (255, 255):
         raise ValueError(
-            f'{name} is transparent in places; paste it onto a background: background = Image.new("RGB", {name}.size, '
-            f'"white"), background.paste({name}, mask={name}.convert("RGBA")).'
+            f"{name} is transparent in places; give it a background: "
+            f'Image.alpha_composite(Image.new("RGBA", {name}.size, "white"), {name}.convert("RGBA")).'
         )
     return image.convert("RGB")
 
@@ -33,11 +34,21 @@ def upright_mask(name: str, image: Image.Image) -> Image.Image:
     """A PIL mask in mode L, turned like `upright_rgb`: its transparency if that varies, else its luminance.
 
     Raises:
-        ValueError: the image's mode (I, F) does not say what white is.
+        ValueError: the image's mode (I, F) does not say what white is, or transparency and luminance are two masks.
     """
     image = _upright(name, image)
-    lowest, highest = _alpha_range(image)
-    return image.convert("RGBA").getchannel("A") if lowest < highest else image.convert("RGB").convert("L")
+    luminance, alpha = image.convert("RGB").convert("L"), _alpha(image)
+    if alpha is None or len(set(alpha.getextrema())) == 1:
+        return luminance
+    white, opacity = np.asarray(luminance) >= 128, np.asarray(alpha)
+    # White at the edge of a shape may be half transparent.
+    if white.any() and not white.all() and np.where(white, opacity == 0, opacity >= 128).any():
+        raise ValueError(
+            f"{name} has a transparency and a luminance that disagree on what is painted; pass "
+            f'{name}.convert("RGB").convert("L") to paint what is white, or {name}.convert("RGBA").getchannel("A") to '
+            "paint what is opaque."
+        )
+    return alpha
 
 
 def _upright(name: str, image: Image.Image) -> Image.Image:
@@ -52,11 +63,8 @@ def _upright(name: str, image: Image.Image) -> Image.Image:
     return image
 
 
-def _alpha_range(image: Image.Image) -> tuple[int, int]:
-    if not image.has_transparency_data:
-        return 255, 255
-    alpha = np.asarray(image.convert("RGBA"))[..., 3]
-    return int(alpha.min()), int(alpha.max())
+def _alpha(image: Image.Image) -> Image.Image | None:
+    return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
 
 
 def unit_range(name: str, values: Any) -> Any:

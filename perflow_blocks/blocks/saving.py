@@ -18,11 +18,16 @@ from torch import nn
 
 from ..delta.files import Weights, open_weights
 from ..delta.merge import find_merged, merge_records
-from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS, is_perflow_scheduler
+from ..schedulers.scheduling_perflow import (
+    BASE_TYPE,
+    NOISE_SCHEDULE_KEYS,
+    is_perflow_scheduler,
+    settings_of_others,
+)
 from .block_source import block_files
 from .merge_delta import delta_path
 from .set_timesteps import OWN_ATTRIBUTE
-from .settings import DELTA_VALUES, complaint, config_values, foreign, is_stock, kept_guider, library_of
+from .settings import DELTA_VALUES, complaint, config_values, foreign, is_stock, kept_guider, library_of, python_number
 
 DELTA_FILE = "delta/perflow_delta.safetensors"
 """Where the copy is. Not at the top: diffusers would take it for the weights of a component without a subfolder."""
@@ -83,6 +88,9 @@ def _put(saver: Any, name: str, component: Any) -> None:
 def _index_entry(saver: Any, spec: ComponentSpec, component: Any) -> tuple[Any, ...]:
     source = saver._component_spec_to_dict(spec)
     if component is None:  # keeps the place that it can be loaded from
+        place = spec.pretrained_model_name_or_path
+        if place and Path(place).exists():
+            source["pretrained_model_name_or_path"] = str(Path(place).absolute())
         return (None, None, source)
     kind = library_of(type(component)), type(component).__name__
     return (*kind, {**source, "type_hint": kind})
@@ -102,12 +110,15 @@ def _settings(component: Any) -> dict[str, Any]:
 
 
 def stock_scheduler(scheduler: Any) -> Any:
-    """A scheduler of diffusers with the noise schedule of PeRFlow's; any other scheduler itself."""
+    """A scheduler of diffusers with the noise schedule and the base's settings of PeRFlow's; any other itself."""
     if not is_perflow_scheduler(scheduler):
         return scheduler
     made = vars(scheduler).get(OWN_ATTRIBUTE) or {}  # of another one, whose schedule a delta may have replaced
     config = made.get("source") or scheduler.config
-    return EulerDiscreteScheduler(**{key: config[key] for key in NOISE_SCHEDULE_KEYS if key in config})
+    schedule = {key: config[key] for key in NOISE_SCHEDULE_KEYS if key in config}
+    others = settings_of_others(config)
+    base_type = others.pop(BASE_TYPE, "epsilon")
+    return EulerDiscreteScheduler.from_config({**others, **schedule, "prediction_type": base_type})
 
 
 def component_problems(name: str, component: Any) -> Iterator[str]:
@@ -134,6 +145,9 @@ def adapter_problems(name: str, component: Any) -> Iterator[str]:
             f"{name} has an IP-Adapter, which is not saved; call pipe.unload_ip_adapter(), and load_ip_adapter again "
             "after loading."
         )
+    stages = getattr(component, "up_blocks", ())
+    if any(getattr(stage, factor, None) for stage in stages for factor in ("s1", "s2", "b1", "b2")):
+        yield f"{name} has FreeU, which is not saved; call pipe.disable_freeu(), and enable_freeu again after loading."
 
 
 def _delta(pipe: Any, problems: list[str]) -> tuple[dict[str, Any], Weights | None]:
@@ -146,7 +160,7 @@ def _delta(pipe: Any, problems: list[str]) -> tuple[dict[str, Any], Weights | No
         return {}, None
     config, unet = pipe.config, pipe.components.get("unet")
     records = () if unet is None else merge_records(unet)
-    values = {name: config[name] for name in DELTA_VALUES if config.get(name) is not None}
+    values = {name: python_number(config[name]) for name in DELTA_VALUES if config.get(name) is not None}
     named = values.pop("delta", None)
     declared = {spec.name: spec.default for spec in pipe._blocks.expected_configs}["delta"]
     absent = {} if declared is None else {"delta": None}  # the blocks would name theirs

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 from diffusers import ClassifierFreeGuidance
 from diffusers.guiders import BaseGuidance
 from diffusers.utils import logging
@@ -117,8 +118,8 @@ def _others(guider: BaseGuidance) -> dict[str, Any]:
 
 def _settled(guider: BaseGuidance) -> BaseGuidance:
     """The guider made anew from its settings as they are now, which may have been set as attributes."""
-    now = {name: vars(guider).get(name, value) for name, value in guider.config.items() if not name.startswith("_")}
-    return type(guider)(**now)
+    config = {name: value for name, value in guider.config.items() if not name.startswith("_")}
+    return type(guider)(**{name: python_number(vars(guider).get(name, value)) for name, value in config.items()})
 
 
 def _windows(pipe: Any, complain: Complain) -> dict[str, Any]:
@@ -156,10 +157,15 @@ def _attention(pipe: Any, values: dict[str, Any]) -> dict[str, Any]:
 
 def _in_json(name: str, value: Any, complain: Complain) -> Any:
     try:
-        value = json.loads(json.dumps(value))
+        value = json.loads(json.dumps(value, default=python_number))
     except (TypeError, ValueError):
         complain(f"the configuration value {name}={value!r} is none of JSON; set one that is.")
     return value
+
+
+def python_number(value: Any) -> Any:
+    """A number of NumPy, which JSON does not know, as Python's; other values as they are."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def complaint(done: str, problems: list[str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..blocks.merge_delta import delta_path
 from ..blocks.saving import DELTA_FILE
+from ..blocks.settings import python_number
 from ..builder.problems import Problems
 from ..delta.files import open_weights, read_recipe
 from ..delta.merge import MergeRecord, find_merged, merge_record, merge_records
@@ -55,7 +56,8 @@ def choose_delta(
 def delta_settings(pipe: Any) -> dict[str, Any]:
     """The configuration values for a delta that is copied."""
     scales = [record.scale for record in _records(pipe) if not record.reloaded]
-    return {"delta": DELTA_FILE, "delta_scale": scales[0] if scales else pipe.config.get("delta_scale", 1.0)}
+    scale = scales[0] if scales else pipe.config.get("delta_scale", 1.0)
+    return {"delta": DELTA_FILE, "delta_scale": python_number(scale)}
 
 
 def recipe_of(pipe: Any, path: Path | None) -> DeltaRecipe:

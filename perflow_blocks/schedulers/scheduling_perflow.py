@@ -81,8 +81,8 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
     `step` is a pure function of its arguments and of the plan that `set_timesteps` made. It moves no counter, so a
     run may start at any timestep. `make_plan` and `plan_from` change nothing, so threads may share a scheduler.
 
-    `from_config(scheduler.config)` of another class takes over the noise schedule and gets the base model's
-    `prediction_type`: that of the scheduler which this one was made from, such as `v_prediction`, else `epsilon`.
+    `from_config(scheduler.config)` of another class takes over the noise schedule and the other settings of the
+    scheduler which this one was made from, with its `prediction_type`, such as `v_prediction`, else `epsilon`.
 
     Args:
         num_train_timesteps: training timesteps T; the timestep T is pure noise.
@@ -174,11 +174,12 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
     def from_scheduler(
         cls, scheduler: ConfigMixin | Mapping[str, Any] | None = None, **overrides: Any
     ) -> PeRFlowScheduler:
-        """A PeRFlow scheduler with the noise schedule of another scheduler, or of its config, and nothing else of it.
+        """A PeRFlow scheduler with the noise schedule of another scheduler, or of its config.
 
-        Unlike `from_config` it neither inherits a foreign `prediction_type`, which is only kept for the way back, nor
-        drops values that were defaults of the other class. `rescale_betas_zero_snr` is left out, with a warning:
-        abar = 0 makes a window singular.
+        Unlike `from_config` it neither inherits a foreign `prediction_type` nor drops values that were defaults of the
+        other class. That type and other settings that this class does not have, such as `timestep_spacing`, are kept
+        in the configuration, unused, for the way back. `rescale_betas_zero_snr` is ignored, with a warning: abar = 0
+        makes a window singular.
 
         Args:
             scheduler: any diffusers scheduler with betas, its config, or None for the defaults of this class.
@@ -193,9 +194,9 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
             name = config.get("_class_name", type(scheduler).__name__)
             raise ValueError(f"scheduler={name} has no betas to take over; add beta_schedule=, or use scheduler=None.")
         if config.get("rescale_betas_zero_snr"):
-            logger.warning("rescale_betas_zero_snr is not supported by PeRFlow and is left out of the new scheduler.")
+            logger.warning("rescale_betas_zero_snr is not supported by PeRFlow and is ignored.")
         made = cls(**{**taken, **overrides})
-        made.register_to_config(**_base_type(config))
+        made.register_to_config(**settings_of_others(config))
         return made
 
     def __len__(self) -> int:
@@ -337,6 +338,16 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
 @functools.lru_cache(maxsize=128)
 def _even_times(windows: TimeWindows, wanted: int) -> tuple[float, ...]:
     return windows.distribute_steps(max(require_positive_int("num_inference_steps", wanted), windows.num_windows))
+
+
+def settings_of_others(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a scheduler's configuration that PeRFlow does not use, but for its class's defaults.
+
+    The base's `prediction_type` is among them, under `BASE_TYPE`, if it is not `epsilon`.
+    """
+    own = {*PeRFlowScheduler._get_init_keys(PeRFlowScheduler), *config.get("_use_default_values", ())}
+    others = {key: config[key] for key in config if key not in own and not key.startswith("_")}
+    return {**others, **_base_type(config)}
 
 
 def _base_type(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from perflow_blocks.testing.tiny import load_tiny_ip_adapter, tiny_controlnet, tiny_mask, tiny_picture
 from tests.blocks.conftest import as_a_camera_stores
@@ -27,8 +28,11 @@ MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     ({"image": [ARRAY, BYTES]}, "image", "uint8"),
     ({"image": BYTES.astype(np.int64)}, "image", "int64"),
     ({"image": IMAGE, "mask_image": np.asarray(MASK)}, "mask_image", "uint8"),
-    ({"image": IMAGE, "mask_image": HOLE > 0.5}, "mask_image", "bool"),
-    ({"image": IMAGE, "mask_image": torch.ones(32, 32, dtype=torch.bool)}, "mask_image", "bool"),
+    ({"image": IMAGE, "mask_image": np.eye(32, dtype=np.uint8)}, "uint8", 'mask_image.astype("float32")'),
+    ({"image": IMAGE, "mask_image": torch.eye(32, dtype=torch.int64)}, "int64", "mask_image.float()"),
+    ({"image": IMAGE, "mask_image": HOLE > 0.5, "soft_mask": "yes"}, "soft_mask", "'yes' must be True, False or None"),
+    ({"image": tiny_picture(1, (100, 5))}, "image is 100x5", "at least 8 pixels"),
+    ({"image": IMAGE, "height": 36}, "height=36 must be a multiple of the image processor's factor 8", "pass 32"),
     ({"image": ARRAY[None, ..., :1]}, "image", "(1, 32, 32, 1)"),
     ({"image": ARRAY.transpose(2, 0, 1)}, "image", "(3, 32, 32)"),
     ({"image": TENSOR.permute(1, 2, 0)}, "image", "(32, 32, 3)"),
@@ -61,6 +65,7 @@ MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     ({**CROP, "padding_mask_crop": True}, "padding_mask_crop", "True"),
     ({**CROP, "mask_image": Image.new("L", (32, 32))}, "mask_image", "black"),
     ({**CROP, "mask_image": HOLE}, "mask_image", "PIL"),
+    ({"padding_mask_crop": 4}, "padding_mask_crop", "pass image and mask_image, or leave padding_mask_crop out"),
 ]
 
 
@@ -97,10 +102,15 @@ def bad_forms() -> dict[str, tuple[Any, str]]:
         "from -1": (2 * ARRAY - 1, "({} + 1) / 2 if its range is [-1, 1]"),
         "above 1": ([ARRAY + 0.1], "pass {}.clip(0, 1)"),
         "NaN": (TENSOR * float("nan"), "from nan to nan, not in [0, 1]; pass finite values"),
+        "text": (BYTES.astype(str), "holds <U3; pass floats in [0, 1], booleans, or a PIL image"),
+        "objects": (BYTES.astype(object), "holds object; pass floats in [0, 1], booleans, or a PIL image"),
         "grey": (HOLE, "(32, 32)"),
         "empty": (ARRAY[:0], "(0, 32, 3), without a pixel"),
         "no image": ([], "{} is an empty list"),
-        **{mode: (transparent.convert(mode), "paste it onto a background") for mode in ("RGBA", "LA", "P")},
+        **{
+            mode: (transparent.convert(mode), "is transparent in places; give it a background")
+            for mode in ("RGBA", "LA", "P")
+        },
         **{mode: (IMAGE.convert(mode), f"mode {mode}, which has no fixed range") for mode in ("I", "F")},
     }
 
@@ -116,15 +126,19 @@ def test_every_image_input_refuses_the_same_forms(equipped: Any, name: str, form
 def kinds_of_mask() -> dict[str, Any]:
     hole = torch.from_numpy(HOLE)
     white = Image.merge("LA", (MASK, Image.new("L", MASK.size, 255)))
+    soft_edge = MASK.copy()
+    soft_edge.paste(100, (0, 7, 32, 8))
     return {
         **{mode: MASK.convert(mode) for mode in ("1", "P", "RGB")},
         "LA": white,
         "RGBA": white.convert("RGBA"),
         "transparent": Image.merge("RGBA", [Image.new("L", MASK.size)] * 3 + [MASK]),
         "transparent LA": Image.merge("LA", [Image.new("L", MASK.size), MASK]),
+        "white LA with a soft edge": Image.merge("LA", [soft_edge.point(lambda value: 255 * (value > 0)), soft_edge]),
         "I;16": Image.fromarray(np.asarray(MASK).astype(np.uint16) * 200),  # PIL's own conversion clips it
         "turned": as_a_camera_stores(MASK),
         "list": [MASK],
+        **{"booleans": HOLE > 0.5, "tensor of booleans": hole > 0.5},
         **{"h-w": HOLE, "h-w-1": HOLE[..., None], "1-h-w": HOLE[None], "1-h-w-1": HOLE[None, ..., None]},
         **{"tensor h-w": hole, "tensor 1-h-w": hole[None], "tensor 1-1-h-w": hole[None, None]},
         **{"list h-w": [HOLE], "list h-w-1": [HOLE[..., None]], "list tensor 1-h-w": [hole[None]]},
@@ -136,6 +150,32 @@ def test_one_mask_may_be_given_as_any_kind(pipe: Any, kind: str) -> None:
     picture = {"image": IMAGE, "num_inference_steps": 1}
     expected = run(pipe, **picture, mask_image=MASK)
     assert torch.equal(run(pipe, **picture, mask_image=kinds_of_mask()[kind]), expected)
+
+
+@pytest.mark.parametrize("luminance", [MASK, ImageOps.invert(MASK)])
+def test_a_mask_of_which_transparency_and_luminance_disagree_is_refused(pipe: Any, luminance: Image.Image) -> None:
+    alpha = MASK.copy() if luminance is not MASK else Image.new("L", MASK.size, 255)
+    alpha.putpixel((0, 0), 254)
+    mask_image = Image.merge("LA", (luminance, alpha)).convert("RGBA")
+    text = refusal(pipe, image=IMAGE, mask_image=mask_image)
+    remedies = re.findall(r"mask_image\.convert\S*\)", text)
+    assert [eval(remedy, {"mask_image": mask_image}) for remedy in remedies] == [luminance, alpha]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_the_advice_for_a_transparent_image_is_taken(pipe: Any, mode: str) -> None:
+    image = IMAGE.convert("RGBA")
+    image.putalpha(MASK)
+    image = image.convert(mode)
+    advice = re.search(r"Image\.alpha_composite.*\)", refusal(pipe, image=image))
+    assert advice is not None
+    run(pipe, image=eval(advice[0]), num_inference_steps=1)
+
+
+@pytest.mark.parametrize("image", [ARRAY > 0.5, TENSOR > 0.5])
+def test_booleans_are_black_and_white(pipe: Any, image: Any) -> None:
+    results = [run(pipe, image=one, num_inference_steps=1, strength=0.3) for one in (image, image * 1.0)]
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("image", [ARRAY, ARRAY[None], [ARRAY], TENSOR, TENSOR[None], [TENSOR], [TENSOR[None]]])
@@ -176,7 +216,8 @@ def test_each_mask_counts_at_the_latents_size_too(pipe: Any, caplog: pytest.LogC
     mask[0] = 0.1
     latents = {"prompt": ["a star"] * 2, "image_latents": torch.zeros(2, 4, 16, 16), "num_inference_steps": 1}
     run(pipe, **latents, mask=mask)
-    assert len(warnings_of(caplog, "mask paints nothing: its highest value is 0, ")) == 1
+    assert len(warnings_of(caplog, "mask[1] paints nothing: its highest value is 0, ")) == 1
+    assert len(warnings_of(caplog, "paints nothing")) == 1
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str, str]] = [
     ("plain", {"ip_adapter_image": PICTURE}, "image_encoder", "not loaded"),
     ("plain", {"ip_adapter_embeds": [LATENTS]}, "ip_adapter_embeds", "load_ip_adapter"),
     ("controlnet", {"controlnet_conditioning_scale": 0.5}, "controlnet_conditioning_scale", "control_image"),
+    ("controlnet", {**CONTROL, "guess_mode": "yes"}, "guess_mode='yes'", "True, False or None"),
     ("controlnet", TWO_CONTROLS, "control_image", "2"),
     ("controlnet", {**CONTROL, "control_mode": 1}, "control_mode", "ControlNetModel"),
     *[
@@ -195,6 +196,12 @@ MISTAKES: list[tuple[str, dict[str, Any], str, str]] = [
     ("ip_adapter", {}, "ip_adapter_image", "2"),
     ("ip_adapter", {"ip_adapter_image": PICTURE}, "ip_adapter_image", "1"),
     ("ip_adapter", {"ip_adapter_image": [PICTURE] * 3}, "ip_adapter_image", "3"),
+    (
+        "ip_adapter",
+        {**ADAPTERS, "ip_adapter_embeds": IP_EMBEDS},
+        "ip_adapter_embeds is of shape",
+        "a list with one tensor",
+    ),
     ("ip_adapter", {**ADAPTERS, "ip_adapter_embeds": [IP_EMBEDS]}, "ip_adapter_embeds", "1"),
     ("ip_adapter", {**ADAPTERS, "negative_ip_adapter_embeds": [IP_EMBEDS]}, "negative_ip_adapter_embeds", "1"),
     ("ip_adapter", {**ADAPTERS, "ip_adapter_embeds": [IP_EMBEDS[0]] * 2}, "ip_adapter_embeds", f"(1, {WIDTH})"),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import ModularPipeline
@@ -229,6 +230,27 @@ def test_saving_changes_nothing_of_the_pipeline(tmp_path: Path) -> None:
     assert json.dumps(dict(pipe.config), default=str) == config
 
 
+def test_a_place_in_the_working_directory_is_found_from_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_pipeline().save_pretrained("first")
+    PeRFlowModularPipeline.from_pretrained("first").save_pretrained("second")
+    monkeypatch.chdir("/")
+    again = PeRFlowModularPipeline.from_pretrained(tmp_path / "second")
+    again.load_components()
+    assert torch.equal(latents(again), latents(make_pipeline()))
+
+
+def test_numbers_of_numpy_are_saved_as_pythons_own(tmp_path: Path) -> None:
+    pipe = make_pipeline(guider=AdaptiveProjectedGuidance(np.float32(1.5)))
+    pipe.update_components(num_time_windows=np.int64(2), delta_scale=np.float32(0.5))
+    pipe.save_pretrained(tmp_path)
+    again: Any = PeRFlowModularPipeline.from_pretrained(tmp_path)
+    again.load_components()
+    assert [again.config.num_time_windows, again.config.delta_scale, again.guider.guidance_scale] == [2, 0.5, 1.5]
+
+
 class Forgetful(LoopBlock):
     def __init__(self, strength: float) -> None:
         super().__init__()
@@ -248,6 +270,11 @@ def with_lora(pipe: Any) -> Any:
 
 def with_ip_adapter(pipe: Any) -> Any:
     load_tiny_ip_adapter(pipe)
+    return pipe
+
+
+def with_freeu(pipe: Any) -> Any:
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.3, b2=1.4)
     return pipe
 
 
@@ -272,6 +299,7 @@ def with_attribute(value: Any) -> Any:
 MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "lora": (lambda: with_lora(make_pipeline()), "unet has the LoRA style, which is not saved; unload it with"),
     "ip-adapter": (lambda: with_ip_adapter(make_pipeline()), "unet has an IP-Adapter, which is not saved"),
+    "freeu": (lambda: with_freeu(make_pipeline()), r"unet has FreeU, which is not saved; call pipe.disable_freeu\(\)"),
     "controlnets": (lambda: with_two_controlnets(make_pipeline()), "controlnet holds several models"),
     "image processor": (
         lambda: make_pipeline(image_processor=VaeImageProcessor(vae_scale_factor=16)),

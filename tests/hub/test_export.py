@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AdaptiveProjectedGuidance, ClassifierFreeGuidance, DDIMScheduler, ModularPipeline
@@ -168,7 +169,7 @@ def test_where_components_came_from_is_nowhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "kept"),
     [
-        ({"num_time_windows": 2, "default_num_inference_steps": 5}, {}),
+        ({"num_time_windows": np.int64(2), "default_num_inference_steps": 5}, {}),
         (
             {"window_boundaries": (1.0, 0.4, 0.0), "prediction_type": "velocity"},
             {"window_boundaries": [1.0, 0.4, 0.0]},
@@ -204,7 +205,8 @@ def test_a_converted_scheduler_leaves_the_entry_of_its_source(tmp_path: Path) ->
 
 
 def test_a_schedule_without_a_source_is_saved_as_a_stock_scheduler(tmp_path: Path, repository: Path) -> None:
-    schedule = {"beta_start": 0.001, "beta_end": 0.02, "beta_schedule": "linear"}
+    schedule: dict[str, Any] = {"beta_start": 0.001, "beta_end": 0.02, "beta_schedule": "linear"}
+    schedule |= {"prediction_type": "v_prediction", "steps_offset": 1}  # for the way back
     pipe = loaded_from(repository, scheduler=DDIMScheduler(**schedule))
     expected = run(pipe)
     directory = exported(pipe, tmp_path / "out")

@@ -17,6 +17,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    PNDMScheduler,
 )
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
@@ -323,7 +324,7 @@ def test_other_schedulers_are_taken_over(source_type: Any) -> None:
         torch.testing.assert_close(scheduler.alphas_cumprod, source.alphas_cumprod, rtol=1e-5, atol=1e-8)
 
 
-def test_from_scheduler_takes_the_noise_schedule_and_nothing_else(perflow_log: pytest.LogCaptureFixture) -> None:
+def test_from_scheduler_uses_the_noise_schedule_and_nothing_else(perflow_log: pytest.LogCaptureFixture) -> None:
     source = DDIMScheduler(beta_start=0.002, set_alpha_to_one=True, prediction_type="v_prediction")  # other defaults
     for given in (source, source.config, dict(source.config)):
         scheduler = PeRFlowScheduler.from_scheduler(given)
@@ -339,6 +340,26 @@ def test_from_scheduler_takes_the_noise_schedule_and_nothing_else(perflow_log: p
     zero = PeRFlowScheduler.from_scheduler(DDIMScheduler(**SD_BETAS, rescale_betas_zero_snr=True))
     assert "rescale_betas_zero_snr" in perflow_log.text
     assert torch.equal(zero.alphas_cumprod, PeRFlowScheduler().alphas_cumprod)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        DDIMScheduler(**SD_BETAS, set_alpha_to_one=False, clip_sample=False, steps_offset=1),
+        EulerDiscreteScheduler(**SD_BETAS, timestep_spacing="leading", use_karras_sigmas=True),
+        EulerDiscreteScheduler.from_config({**SD_BETAS, "clip_sample": False, "skip_prk_steps": True}),
+    ],
+)
+def test_the_way_back_gives_the_bases_settings(base: Any, tmp_path: Path) -> None:
+    made = PeRFlowScheduler.from_scheduler(base, num_time_windows=2)
+    made.save_pretrained(tmp_path)
+    for scheduler in (made, PeRFlowScheduler.from_pretrained(tmp_path), PeRFlowScheduler.from_scheduler(made)):
+        for kind in (type(base), PNDMScheduler):
+            expected = dict(kind.from_config(base.config).config)
+            back = dict(kind.from_config(scheduler.config).config)
+            assert {key: back[key] for key in expected if key[0] != "_"} == {
+                key: value for key, value in expected.items() if key[0] != "_"
+            }
 
 
 @pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler])
