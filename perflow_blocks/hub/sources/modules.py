@@ -27,8 +27,8 @@ class Module:
     """The source of a module.
 
     Attributes:
-        name: dotted; "__main__" for a script.
-        text: the source, or the part of it that is carried.
+        name: dotted.
+        text: the source.
         path: its file.
         package: what its relative imports start from; empty for a module at the top.
     """
@@ -117,12 +117,14 @@ def read_module(name: str) -> Module:
     """The source of a module of this package or the user.
 
     Raises:
-        ValueError: it lies in no file of Python source in UTF-8, as in a notebook.
+        ValueError: it is the script or notebook that runs, or lies in no file of Python source in UTF-8.
     """
     path = module_path(name)
-    if path is None or path.suffix != ".py" or not path.is_file():
-        where = "the notebook or console" if name == "__main__" else f"the module {name}"
-        raise ValueError(f"{where} has no source file; write your blocks into a .py file and import them from there.")
+    if name == "__main__" or path is None or path.suffix != ".py" or not path.is_file():
+        reason = "is the script or notebook that runs" if name == "__main__" else "has no source file"
+        raise ValueError(
+            f"the module {name} {reason}; write your blocks into a .py file of their own and import them from there."
+        )
     try:
         return Module(name, path.read_text(encoding="utf-8").removeprefix("\ufeff"), path, _package_of(name, path))
     except UnicodeDecodeError:
@@ -135,8 +137,6 @@ def public_names() -> dict[str, str]:
 
 
 def _package_of(name: str, path: Path) -> str:
-    if name == "__main__":  # known by another name if it was started with `python -m`
-        return getattr(getattr(sys.modules[name], "__spec__", None), "parent", None) or ""
     return name if path.name == "__init__.py" else name.rpartition(".")[0]
 
 
