@@ -99,7 +99,7 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
         given = {name for name in REQUEST if getattr(request, name) is not None}
         for_task = [name for name in TASK_INPUTS if name in given]
         _check_combination(given)
-        check_guider(guider, unet)
+        check_guider(guider)
         _check_settings(request)
         prompts = _check_prompts(request, components)
         images = prompts * request.num_images_per_prompt
