@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-import itertools
-import site
 import sys
-import sysconfig
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -82,35 +77,8 @@ def _is_package(name: str) -> bool:
 
 
 def _is_installed(path: Path) -> bool:
-    """Whether an installer put the file there; editable installs lie where their user works on them.
-
-    Besides the places that Python knows, this is told by the names that all systems give such directories, and by the
-    records that installers leave beside what they install anywhere else (`pip install --target`).
-    """
-    resolved = path.resolve()
-    if INSTALLED_PARTS & set(resolved.parts) or any(resolved.is_relative_to(root) for root in _installed_roots()):
-        return True
-    places = [resolved, *resolved.parents]
-    return any(inner.name in _recorded(outer) for inner, outer in itertools.pairwise(places))
-
-
-@cache
-def _installed_roots() -> frozenset[Path]:
-    schemes = sysconfig.get_paths()
-    named = [schemes[scheme] for scheme in ("purelib", "platlib", "stdlib", "platstdlib")]
-    roots = {Path(name).resolve() for name in (*named, *site.getsitepackages(), site.getusersitepackages())}
-    # On Windows the sites include the whole of an environment, in which editable installs may lie, too.
-    return frozenset(roots - {Path(prefix).resolve() for prefix in (sys.prefix, sys.exec_prefix)})
-
-
-@cache
-def _recorded(directory: Path) -> frozenset[str]:
-    """What installers recorded as put right into a directory: files, and directories of files."""
-    found: set[str] = set()
-    for record in directory.glob("*.dist-info/RECORD"):
-        rows = csv.reader(record.read_text(encoding="utf-8").splitlines())
-        found.update(row[0].partition("/")[0] for row in rows if row)
-    return frozenset(found)
+    """Whether an installer put the file there; editable installs lie where their user works on them."""
+    return bool(INSTALLED_PARTS & set(path.resolve().parts))
 
 
 def read_module(name: str) -> Module:
