@@ -33,7 +33,7 @@ class WarnsOfSqueezing:
     """Mixed in before diffusers' ControlNet input steps, which resize control images to the output's size."""
 
     def prepare_control_image(self, components: Any, image: Any, width: int, height: int, **settings: Any) -> Tensor:
-        given_height, given_width = image_size(image[0] if isinstance(image, list) else image)
+        given_height, given_width = image_size(image)
         kept = given_width * height / given_height
         # A crop keeps its proportions, and images are rounded to multiples of 8.
         if settings.get("crops_coords") is None and abs(kept - width) >= 8:
