@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from .declare import Assembled, declared
 from .denoiser import PeRFlowLoopDenoiser, network_inputs
 from .images import image_size
-from .inputs import controlnet_inputs
+from .inputs import shared_inputs
 from .specs import controlnet_spec, vae_spec
 
 logger = logging.get_logger(__name__)
@@ -84,7 +84,11 @@ class PeRFlowControlNetLoopDenoiser(PeRFlowLoopDenoiser):
 
     description = "Loop step that runs ControlNet and UNet once each on all batches of the guider and combines them."
     expected_components = declared(*PeRFlowLoopDenoiser.expected_components, controlnet_spec())
-    inputs = declared(*PeRFlowLoopDenoiser.inputs, *controlnet_inputs())
+    inputs = declared(
+        *PeRFlowLoopDenoiser.inputs,
+        *shared_inputs("controlnet_cond", "conditioning_scale", "controlnet_keep", "guess_mode", required=True),
+        *shared_inputs("control_type", "control_type_idx"),
+    )
 
     def _residuals(
         self,

@@ -22,7 +22,7 @@ from ..delta.model_lock import model_lock
 from .declare import Assembled, declared
 from .guiders import guider_of_call
 from .images import as_batch, count_images, image_size, mask_processor, repeat_images
-from .inputs import as_outputs, embeddings_inputs, guider_input, shared_input
+from .inputs import as_outputs, embeddings_inputs, shared_input
 from .specs import guider_spec, unet_spec
 from .vae import guarded_vae
 
@@ -39,7 +39,7 @@ class PeRFlowTextEncoderStep(StableDiffusionXLTextEncoderStep):
         guider_spec(),
         *(spec for spec in StableDiffusionXLTextEncoderStep().expected_components if spec.name != "guider"),
     )
-    inputs = declared(*StableDiffusionXLTextEncoderStep().inputs, guider_input())
+    inputs = declared(*StableDiffusionXLTextEncoderStep().inputs, shared_input("guider"))
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
@@ -75,7 +75,7 @@ class PeRFlowEmbeddingsStep(ModularPipelineBlocks):
     expected_configs = declared(
         ConfigSpec("force_zeros_for_empty_prompt", True, "Whether an empty negative prompt is all zeros.")
     )
-    inputs = declared(*embeddings_inputs(), guider_input())
+    inputs = declared(*embeddings_inputs(), shared_input("guider"))
     intermediate_outputs = declared(*as_outputs(embeddings_inputs()))
 
     @torch.no_grad()
@@ -110,7 +110,7 @@ class PeRFlowIPAdapterStep(StableDiffusionXLIPAdapterStep):
     Without guidance the stock step fails because the negative embeddings are missing.
     """
 
-    inputs = declared(*StableDiffusionXLIPAdapterStep().inputs, guider_input())
+    inputs = declared(*StableDiffusionXLIPAdapterStep().inputs, shared_input("guider"))
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:

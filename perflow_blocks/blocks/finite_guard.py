@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .declare import declared
 from .guiders import guider_of_call
-from .inputs import NONFINITE_POLICIES, guider_input, latents_input, on_nonfinite_input
+from .inputs import NONFINITE_POLICIES, shared_inputs
 from .loop_block import LoopBlock, Repeat
 from .precision import in_float32, not_finite, precision, require_float32_may_help
 from .specs import controlnet_spec, guider_spec, unet_spec
@@ -35,7 +35,7 @@ class FiniteGuardStep(LoopBlock):
     models: tuple[str, ...] = ("unet",)  # the components that the fallback runs in float32
     description = "Checks after the loop that the latents are finite; if not, raises or runs all steps in float32."
     expected_components = declared(guider_spec(), unet_spec())
-    inputs = declared(latents_input(), on_nonfinite_input(), guider_input())
+    inputs = declared(*shared_inputs("latents", required=True), *shared_inputs("on_nonfinite", "guider"))
     intermediate_outputs = declared(
         OutputParam("latents", Tensor, "Latents (batch, channels, height/f, width/f), all of them finite.")
     )

@@ -30,7 +30,7 @@ from ..delta.model_lock import model_lock
 from ..delta.recipe import DeltaRecipe, require_guidance
 from .declare import declared
 from .guiders import guider_of_call, set_guidance
-from .inputs import guider_input, shared_input
+from .inputs import shared_inputs
 from .specs import DEFAULT_GUIDANCE_SCALE, delta_config_specs, guider_spec, unet_spec
 
 RECIPE_SCALE_ATTRIBUTE = "_perflow_recipe_scale"
@@ -67,8 +67,7 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
             type_hint=float,
             description="Factor of the delta; 0 takes a merged one out again. None: the configuration's.",
         ),
-        shared_input("guidance_scale"),
-        guider_input(),
+        *shared_inputs("guidance_scale", "guider"),
     )
     intermediate_outputs = declared(
         OutputParam("delta_recipe", DeltaRecipe, "How the merged delta was distilled; None without a delta."),
