@@ -75,7 +75,7 @@ _TEXT_TO_IMAGE = (
     param("on_nonfinite", str, "If latents are not finite: raise, or fallback (again in float32).", default="raise"),
 )
 
-_TASKS = (
+TASKS = (
     param("image", Images, "The image to start from: one for all prompts, or one for each. PIL, or values in [0, 1]."),
     param(
         "mask_image",
@@ -128,7 +128,7 @@ _SIZES = (
     param("negative_crops_coords_top_left", Size, "`crops_coords_top_left` of the negative prompt.", default=(0, 0)),
 )
 
-_REQUEST = (*_TEXT_TO_IMAGE, *_TASKS, *_SIZES)
+REQUEST = (*_TEXT_TO_IMAGE, *TASKS, *_SIZES)
 """What a call may be given, in the order in which a preset's documentation lists it."""
 
 _HANDED_ON = (
@@ -153,7 +153,7 @@ _HANDED_ON = (
 )
 """What blocks of a preset hand to later ones."""
 
-_SHARED = {entry.name: entry for entry in (*_REQUEST, *_HANDED_ON)}
+_SHARED = {entry.name: entry for entry in (*REQUEST, *_HANDED_ON)}
 
 
 def shared_input(name: str, *, required: bool = False, default: Any = None) -> InputParam:
@@ -169,16 +169,6 @@ def shared_input(name: str, *, required: bool = False, default: Any = None) -> I
 def shared_inputs(*names: str, required: bool = False) -> list[InputParam]:
     """New copies of the definitions of several inputs."""
     return [shared_input(name, required=required) for name in names]
-
-
-def request_inputs() -> list[InputParam]:
-    """What a call may be given for its task; blocks such as `merge_delta` add their own."""
-    return [replace(entry) for entry in _REQUEST]
-
-
-def task_inputs() -> list[InputParam]:
-    """Those of the request that a plain text-to-image call does not have."""
-    return [replace(entry) for entry in _TASKS]
 
 
 def batch_inputs() -> list[InputParam]:
