@@ -84,7 +84,12 @@ class Preset(Assembled, SequentialPipelineBlocks):
 
     @property
     def outputs(self) -> list[OutputParam]:
-        return [images_output()]
+        made = {name for block in self.sub_blocks.values() for name in block.intermediate_output_names}
+        return [images_output()] if "images" in made else super().outputs
+
+    def get_workflow(self, workflow_name: str) -> Preset:
+        """The blocks of one of `available_workflows`, such as "text2image"."""
+        return Preset.from_blocks_dict(super().get_workflow(workflow_name).sub_blocks)
 
     def init_pipeline(
         self,

@@ -18,13 +18,14 @@ from .check_images import CONTROL_RANGE, IMAGES, check_controlnet, check_images,
 from .declare import declared
 from .guiders import check_guider, guider_for_call
 from .inputs import NONFINITE_POLICIES, OUTPUT_TYPES, REQUEST, TASKS, Size
-from .placement import align_weights
+from .placement import align_weights, computing_dtype
 from .set_timesteps import check_denoising_range, check_strength
 from .specs import guider_spec, unet_spec, vae_spec
 
 logger = logging.get_logger(__name__)
 
 NAMES = tuple(entry.name for entry in REQUEST)
+ENCODERS = ("text_encoder", "text_encoder_2")
 PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
 SIZES = tuple(entry.name for entry in REQUEST if entry.type_hint == Size)
@@ -100,7 +101,7 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
         for_task = [name for name in TASK_INPUTS if name in given]
         _check_combination(given)
         check_guider(guider)
-        _check_settings(request)
+        _check_settings(request, loaded)
         prompts = _check_prompts(request, components)
         images = prompts * request.num_images_per_prompt
         channels, factor = components.num_channels_latents, components.vae_scale_factor
@@ -187,7 +188,7 @@ def _check_combination(given: set[str]) -> None:
             raise ValueError(f"{name} is given without {wanted}; pass {wanted}, or leave {name} out.")
 
 
-def _check_settings(request: Any) -> None:
+def _check_settings(request: Any, loaded: Mapping[str, Any]) -> None:
     """Refuses unknown options, and numbers of another type or out of range."""
     for name, options in OPTIONS.items():
         if getattr(request, name) not in options:
@@ -196,6 +197,10 @@ def _check_settings(request: Any) -> None:
         value = getattr(request, name)
         if value is not None and (type(value) is not int or value < least):
             raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
+    if request.clip_skip is not None:
+        layers = min((loaded[n].config.num_hidden_layers for n in ENCODERS if loaded.get(n) is not None), default=99)
+        if request.clip_skip >= layers:
+            raise ValueError(f"clip_skip={request.clip_skip} must be below {layers}, the layers of a text encoder.")
     value = request.cross_attention_kwargs
     if not isinstance(value, (dict, type(None))):
         raise ValueError(f'cross_attention_kwargs={value!r} must be a dictionary, such as {{"scale": 0.5}}.')
@@ -301,18 +306,13 @@ def _check_dtypes(loaded: Mapping[str, Any], request: Any) -> None:
     weight = next(loaded["unet"].parameters())
     if weight.device.type != "meta" and torch.is_autocast_enabled(weight.device.type):  # "meta": offloaded by layer
         return
-    dtype = _dtype(loaded["unet"])
+    dtype = computing_dtype(loaded["unet"])
     for name, given in (("text_encoder_2", request.prompt), ("controlnet", request.control_image)):
         model = None if given is None else loaded.get(name)
-        if model is not None and _dtype(model) != dtype:
-            raise ValueError(f"{name} is {_dtype(model)}, the UNet {dtype}; call load_components(dtype={dtype}).")
+        kind = dtype if model is None else computing_dtype(model)
+        if kind != dtype:
+            raise ValueError(f"{name} is {kind}, the UNet {dtype}; call load_components(dtype={dtype}).")
     for name in (*EMBEDDINGS, "latents"):
         tensor = getattr(request, name)
         if tensor is not None and tensor.dtype != dtype:
             raise ValueError(f"{name} is {tensor.dtype}, the UNet {dtype}; pass {name}.to({dtype}).")
-
-
-def _dtype(model: Any) -> torch.dtype:
-    """The type a model computes with: that of its first weight, or of all if it stores weights in fewer bits."""
-    dtype = next(model.parameters()).dtype
-    return dtype if dtype.is_floating_point and dtype.itemsize > 1 else model.dtype

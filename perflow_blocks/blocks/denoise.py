@@ -149,9 +149,7 @@ class PeRFlowDenoiseStep(Assembled, LoopSequentialPipelineBlocks):
                 block_state.window_index = window_index[i]
                 self.loop_step(components, block_state, i=i, t=timesteps[i])
                 if block_state.callback_on_step_end is not None:
-                    given = {"latents": block_state.latents}
-                    given |= block_state.callback_on_step_end(components, i, timesteps[i], dict(given)) or {}
-                    block_state.latents = given["latents"]
+                    _call_back(components, block_state, i, timesteps[i])
                 progress_bar.update()
                 if block_state.stop_requested:
                     break
@@ -178,6 +176,21 @@ class PeRFlowInpaintControlNetDenoiseStep(PeRFlowInpaintDenoiseStep):
     """The loop with a ControlNet that keeps the known part of an image."""
 
     block_classes = [*PeRFlowControlNetDenoiseStep.block_classes, PeRFlowLoopKeepKnownStep]
+
+
+def _call_back(components: Any, block_state: Any, i: int, t: Tensor) -> None:
+    """Calls `callback_on_step_end`, and takes the latents that it returns."""
+    latents = block_state.latents
+    returned = block_state.callback_on_step_end(components, i, t, {"latents": latents})
+    if not isinstance(returned, (dict, type(None))):
+        raise ValueError(f"callback_on_step_end returned {returned!r}; return None, or a dictionary with latents.")
+    given = (returned or {}).get("latents", latents)
+    if not isinstance(given, Tensor) or (given.shape, given.dtype) != (latents.shape, latents.dtype):
+        raise ValueError(
+            f"callback_on_step_end must return latents as it was given them: {latents.dtype} of shape "
+            f"{tuple(latents.shape)}."
+        )
+    block_state.latents = given
 
 
 def _predicted_clean(block_state: Any, i: int) -> Tensor:

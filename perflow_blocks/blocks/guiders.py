@@ -31,12 +31,14 @@ def guider_for_call(guider: Any, guidance_scale: float | None = None) -> Any:
     Raises:
         ValueError: the scale is not a number of at least 0, or the guider has none.
     """
+    if not isinstance(guider, BaseGuidance):
+        return guider  # which `check_guider` refuses
     own = copy.copy(guider)
     if guidance_scale is None:
-        guidance_scale = vars(own).get("guidance_scale") if isinstance(own, BaseGuidance) else None
+        guidance_scale = vars(own).get("guidance_scale")
     else:
         require_guidance(guidance_scale)
-        if isinstance(own, BaseGuidance) and "guidance_scale" not in vars(own):
+        if "guidance_scale" not in vars(own):
             raise ValueError(
                 f"guidance_scale={guidance_scale} is given, but {type(own).__name__} has no such scale; leave it out, "
                 "or set another guider, such as ClassifierFreeGuidance()."

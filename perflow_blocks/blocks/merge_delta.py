@@ -11,6 +11,7 @@ from diffusers import ClassifierFreeGuidance
 from diffusers.guiders import BaseGuidance
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
+from diffusers.utils import logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -23,7 +24,9 @@ from ..delta.merge import (
     merge_delta,
     merge_record,
     merge_records,
+    recipe_record,
     require_factor,
+    rescale_delta,
     unmerge_delta,
 )
 from ..delta.model_lock import model_lock
@@ -32,6 +35,8 @@ from .declare import declared
 from .guiders import guider_of_call, set_guidance
 from .inputs import shared_inputs
 from .specs import DEFAULT_GUIDANCE_SCALE, delta_config_specs, guider_spec, unet_spec
+
+logger = logging.get_logger(__name__)
 
 RECIPE_SCALE_ATTRIBUTE = "_perflow_recipe_scale"
 """On the default guider: the scale that this block gave it, to tell it from one that a user set."""
@@ -87,12 +92,15 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
         variant = config.delta_variant if block_state.delta is None else None
         lock = model_lock(unet)
         with lock:
-            settled = _is_settled(unet, block_state.delta, path, scale, variant)
-        if not settled:
+            merged = _as_asked(unet, block_state.delta, path, scale, variant)
+        if merged is None:
             with lock.changing(), lock:  # of threads that share the pipeline, the first one merges
-                _settle(unet, block_state.delta, path, scale, variant)
+                merged = _as_asked(unet, block_state.delta, path, scale, variant)
+                if merged is None:
+                    _change(components, path, scale, variant)
+                    merged = merge_records(unet)
+        block_state.merged_deltas, record = merged, recipe_record(merged)
         with lock:
-            record, block_state.merged_deltas = merge_record(unet), merge_records(unet)
             recipe = block_state.delta_recipe = None if record is None else record.recipe
             guider = block_state.guider = guider_of_call(components, block_state)
             shared = components.guider
@@ -123,29 +131,48 @@ def _was_saved_with(unet: Any, path: Path, scale: float) -> bool:
     return any(r.reloaded and (r.source, r.scale) == (path.name, scale) for r in merge_records(unet))
 
 
-def _is_settled(unet: Any, delta: Any, path: Path | None, scale: float, variant: str | None) -> bool:
-    """Whether the weights are as the call asks for."""
+def _as_asked(
+    unet: Any, delta: Any, path: Path | None, scale: float, variant: str | None
+) -> tuple[MergeRecord, ...] | None:
+    """What is merged into the UNet, if it is what the call asks for; else None."""
+    records = merge_records(unet)
     if delta is False:
-        return not merge_records(unet)
-    if path is None:
-        return True
-    if delta is None and _was_saved_with(unet, path, scale):
-        return True
+        return None if records else records
+    if path is None or (delta is None and _was_saved_with(unet, path, scale)):
+        return records
     known = find_merged(unet, path, variant)
-    return known is not None and (known.scale, known.scales) == (scale, ())
+    return records if known is not None and (known.scale, known.scales) == (scale, ()) else None
 
 
-def _settle(unet: Any, delta: Any, path: Path | None, scale: float, variant: str | None) -> None:
-    if _is_settled(unet, delta, path, scale, variant):  # by another thread
-        return
+def _change(components: Any, path: Path | None, scale: float, variant: str | None) -> None:
+    """Merges or rescales the delta of a path, or takes out what is merged where there is none."""
+    unet = components.unet
     if path is None:
-        unmerge_delta(unet)
+        saved = [record for record in merge_records(unet) if record.reloaded]
+        place = delta_path(None, components) if saved else None
+        if place is not None:
+            _warn_of_rounding(saved[0])
+            unmerge_delta(unet, open_weights(place, components.config.delta_variant), exact=False)
+        if merge_records(unet):
+            unmerge_delta(unet)
+        return
+    weights = open_weights(path, variant)
+    require_no_rival(unet, weights)
+    if scale:
+        _require_no_lora_of(unet, weights)
+    known = find_merged(unet, weights)
+    if known is not None and known.reloaded:
+        _warn_of_rounding(known)
+        rescale_delta(unet, scale, weights, exact=False)
     else:
-        weights = open_weights(path, variant)
-        require_no_rival(unet, weights)
-        if scale:
-            _require_no_lora_of(unet, weights)
         merge_delta(unet, weights, scale)
+
+
+def _warn_of_rounding(record: MergeRecord) -> None:
+    logger.warning(
+        f"The UNet was loaded with {record.source} in its weights at scale {record.scale:g}: the difference is added "
+        "to them, exact to one rounding. For exact weights load the base and pass the delta."
+    )
 
 
 def _require_no_lora_of(unet: Any, weights: Weights) -> None:

@@ -31,6 +31,11 @@ from .saving import prepare, save_delta_file
 
 CPU = torch.device("cpu")
 
+HUB_OPTIONS = frozenset(
+    {"cache_dir", "force_download", "local_dir", "local_files_only", "proxies", "revision", "subfolder", "token"}
+)
+"""What `from_pretrained` of diffusers' modular pipelines hands to the Hub. It ignores other options with a warning."""
+
 IN_PLACE_OF = {
     "adapter_conditioning_factor": "there are no T2I-Adapters here; a ControlNet takes control_image",
     "adapter_conditioning_scale": "there are no T2I-Adapters here; a ControlNet takes control_image",
@@ -95,6 +100,12 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
         Raises:
             ValueError: the repository has code of its own, and `trust_remote_code` is not set.
         """
+        unknown = sorted(kwargs.keys() - HUB_OPTIONS)
+        if unknown:
+            raise ValueError(
+                f"{', '.join(unknown)} is not an option of from_pretrained; pass types, variants and devices to "
+                "load_components(dtype=..., variant=...) and to(device), and components to update_components(...)."
+            )
         place = str(pretrained_model_name_or_path)
         blocks = load_blocks(place, trust_remote_code, **kwargs)
         pipe = cls(blocks, place, components_manager, collection, workflow, **kwargs)
@@ -124,10 +135,12 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
         components = getattr(pipeline, "components", None)
         if not isinstance(components, Mapping):
             raise ValueError(
-                f"from_pipe takes a pipeline in memory, not {pipeline!r}; for a repository call "
-                "PeRFlowSDXLAutoBlocks().init_pipeline(repository) and load_components()."
+                f"from_pipe takes a pipeline in memory, not a {type(pipeline).__name__}; for a repository call "
+                "PeRFlowModularPipeline.from_pretrained(repository) and load_components()."
             )
         pipe = cls(blocks=PeRFlowSDXLAutoBlocks() if blocks is None else deepcopy(blocks))
+        # A configuration names its delta relative to the directory that it came from.
+        pipe._pretrained_model_name_or_path = getattr(pipeline, "_pretrained_model_name_or_path", None)
         specs = pipe._component_specs
         taken = {name: value for name, value in components.items() if name in specs and value is not None}
         if "scheduler" in taken:
@@ -256,6 +269,10 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
             )
         if target.type != "cpu":
             target = torch.device(target.type, (target.index or 0) if gpu_id is None else gpu_id)
+        try:
+            torch.empty(0, device=target)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(f"device={target} cannot be used here ({str(error).splitlines()[0]}).") from error
         self._maybe_raise_error_if_group_offload_active(raise_error=True)
         self.remove_all_hooks()
         self.to(CPU, silence_dtype_warnings=True)

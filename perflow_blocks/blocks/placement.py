@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+from diffusers.hooks.group_offloading import _GROUP_OFFLOADING
 from torch import nn
 
 from ..delta.model_lock import model_lock
@@ -18,12 +21,27 @@ def is_offloaded(model: nn.Module) -> bool:
 
     Offloading in groups hooks each weight's own layer or one that holds it.
     """
+    return any(
+        hasattr(module, "_hf_hook")
+        or (hasattr(module, "_diffusers_hook") and module._diffusers_hook.get_hook(_GROUP_OFFLOADING) is not None)
+        for module in _down_to_weights(model)
+    )
+
+
+def computing_dtype(model: nn.Module) -> torch.dtype:
+    """The type a model computes with: that of its first weight, unless a hook or fewer bits say that it is another."""
+    dtype = next(model.parameters()).dtype
+    hooked = any(hasattr(module, "_diffusers_hook") for module in _down_to_weights(model))
+    plain = dtype.is_floating_point and dtype.itemsize > 1 and not hooked
+    return dtype if plain else model.dtype  # which walks all modules
+
+
+def _down_to_weights(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules from the model down to the first one that holds weights itself."""
     for module in model.modules():
-        if hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook"):
-            return True
+        yield module
         if module._parameters:
-            return False
-    return False
+            return
 
 
 def align_weights(model: nn.Module) -> None:

@@ -244,11 +244,13 @@ def rescale_delta(
     *,
     scales: Mapping[str, float] | None = None,
     base: Delta | None = None,
+    exact: bool = True,
 ) -> MergeRecord:
     """Changes the factors of a merged delta, exactly as if it had been merged with them.
 
     `delta` says which one where several are merged; scale 0 takes it out. `base` as in `merge_delta`. A model that was
-    saved with the delta and loaded again needs both.
+    saved with the delta and loaded again needs both; without the base, `exact=False` adds the difference and rounds
+    once more.
 
     Raises:
         ValueError: nothing is merged, `delta` is not, or it is not clear which one is meant.
@@ -258,11 +260,11 @@ def rescale_delta(
         record = _chosen(module, state, delta)
         position = state.records.index(record)
         if record.reloaded:
-            state = _adopted(module, state, record, delta, base)
+            state = _adopted(module, state, record, delta, base, exact)
         records = list(state.records)
         records[position] = record = replace(records[position], scale=float(scale), scales=pairs)
         _require_matches(pairs, state.weights[record.digest])
-        _exchange(module, state, tuple(entry for entry in records if entry.scale))
+        _exchange(module, state, tuple(entry for entry in records if entry.scale), warn=exact)
         return record
 
 
@@ -302,7 +304,11 @@ def merge_records(module: nn.Module) -> tuple[MergeRecord, ...]:
 
 def merge_record(module: nn.Module) -> MergeRecord | None:
     """The delta that says how to sample, else the first one; None where nothing is merged."""
-    records = merge_records(module)
+    return recipe_record(merge_records(module))
+
+
+def recipe_record(records: Sequence[MergeRecord]) -> MergeRecord | None:
+    """Of several deltas the one that says how to sample, else the first one; None for none."""
     return next((record for record in records if record.recipe != NO_RECIPE), records[0] if records else None)
 
 

@@ -79,3 +79,6 @@ def test_a_callback_sees_each_step_and_may_change_the_latents() -> None:
     assert seen == [(pipe, i, t, ["latents"]) for i, t in enumerate((1000, 750, 500, 250))]
     with pytest.raises(ValueError, match="callback_on_step_end=5"):
         run(pipe, callback_on_step_end=5)
+    for wrong in (True, {"latents": None}, {"latents": torch.zeros(1)}):
+        with pytest.raises(ValueError, match=r"callback_on_step_end (returned|must return)"):
+            run(pipe, callback_on_step_end=lambda *_, wrong=wrong: wrong)

@@ -21,6 +21,7 @@ from perflow_blocks import PeRFlowModularPipeline, PeRFlowSDXLAutoBlocks, delta_
 from perflow_blocks.blocks.pipeline import IN_PLACE_OF
 from perflow_blocks.delta.lora import save_lora, save_residual
 from perflow_blocks.delta.merge import merge_records
+from perflow_blocks.demo import perflow_pipeline
 from perflow_blocks.schedulers import PeRFlowScheduler
 from perflow_blocks.testing import (
     load_tiny_ip_adapter,
@@ -274,7 +275,9 @@ def test_a_part_of_the_blocks_takes_what_it_needs_and_the_scheduler_is_its_own()
 
 @pytest.mark.parametrize("given", ["a/repository", None])
 def test_only_a_pipeline_in_memory_can_be_taken_over(given: Any) -> None:
-    with pytest.raises(ValueError, match=r"takes a pipeline in memory, not .*; for a repository call .*init_pipeline"):
+    with pytest.raises(
+        ValueError, match=r"takes a pipeline in memory, not .*; for a repository call .*from_pretrained"
+    ):
         PeRFlowModularPipeline.from_pipe(given)
 
 
@@ -340,3 +343,34 @@ def test_other_loras_go_beside_a_delta(tmp_path: Path, delta: Path) -> None:
     run(pipe, delta=delta)
     with pytest.raises(OSError, match="nowhere"):
         pipe.load_lora_weights(tmp_path / "nowhere", weight_name="none.safetensors")
+
+
+def test_a_pipeline_of_this_package_brings_the_delta_of_its_index() -> None:
+    pipe = perflow_pipeline()
+    other = PeRFlowModularPipeline.from_pipe(perflow_pipeline())
+    assert torch.equal(run(other), run(pipe))
+
+
+def test_a_workflow_of_a_preset_is_a_preset() -> None:
+    blocks = PeRFlowSDXLAutoBlocks().get_workflow("text2image")
+    pipe = blocks.init_pipeline()
+    assert isinstance(pipe, PeRFlowModularPipeline) and blocks.output_names == ["images"]
+    with pytest.raises(ValueError, match="did you mean num_inference_steps"):
+        pipe("a star", num_inference_step=4)
+
+
+def test_blocks_without_a_decoder_have_no_images() -> None:
+    blocks = PeRFlowSDXLAutoBlocks()
+    del blocks.sub_blocks["decode"]
+    pipe = make_pipeline(blocks)
+    for inputs in ({"output": "images"}, {"return_dict": False}):
+        with pytest.raises(ValueError, match="images.* is not an output"):
+            pipe("a star", **inputs)
+    assert pipe("a star", num_inference_steps=1, output="latents").shape == (1, 4, 16, 16)
+
+
+def test_weights_that_are_stored_in_fewer_bits_compute_in_more() -> None:
+    pipe = make_pipeline()
+    expected = run(pipe)
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    torch.testing.assert_close(run(pipe), expected, rtol=0, atol=0.5)

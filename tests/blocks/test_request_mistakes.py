@@ -120,6 +120,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str, str]] = [
         }.items()
     ],
     ("plain", {"clip_skip": True}, "clip_skip", "True"),
+    ("plain", {"clip_skip": 100}, "clip_skip", "100"),
     ("plain", {"cross_attention_kwargs": 0.5}, "cross_attention_kwargs", "0.5"),
     ("plain", {"prompt": None}, "prompt", "missing"),
     ("plain", {"prompt": 7}, "prompt", "7"),

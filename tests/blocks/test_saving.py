@@ -421,3 +421,21 @@ def test_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         exec(compile(code, "saving.md", "exec"), names)
         kinds.append(type(names["pipe"]).__name__)
     assert kinds == [OURS, OURS, DIFFUSERS]
+
+
+@pytest.mark.parametrize("asked", [{}, {"delta_scale": 0.25}, {"delta": False}])
+def test_a_saved_delta_can_be_rescaled_and_taken_out(asked: Any, tmp_path: Path, caplog: Any) -> None:
+    """From the copy of its file; the base is not there, so that sums are exact to one rounding."""
+    pipe = perflow_pipeline()
+    latents(pipe, delta_scale=0.5)
+    pipe.save_pretrained(tmp_path)
+    again = loaded(PeRFlowModularPipeline.from_pretrained(tmp_path))
+    torch.testing.assert_close(latents(again, **asked), latents(pipe, **asked), rtol=0, atol=1e-3)
+    assert sum("exact to one rounding" in record.message for record in caplog.records) == 1
+    assert torch.equal(latents(again, **asked), latents(again, **asked))
+
+
+@pytest.mark.parametrize("option", ["torch_dtype", "dtype", "device_map", "vae"])
+def test_options_that_are_not_of_loading_blocks_are_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=rf"{option} is not an option of from_pretrained; .*load_components"):
+        PeRFlowModularPipeline.from_pretrained(weights_directory(), **{option: None})

@@ -165,3 +165,20 @@ def test_a_lock_is_copied_as_a_new_one() -> None:
     for part in (pipe.unet, pipe.tokenizer):
         for made in (copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
             assert model_lock(made) is not model_lock(part)
+
+
+def test_threads_that_ask_for_different_scales_get_theirs_or_an_error(delta: Path) -> None:
+    pipe, refused = make_pipeline(), list[str]()
+    expected = {scale: run(pipe, delta=delta, delta_scale=scale) for scale in (1.0, 0.5)}
+
+    def ask(scale: float) -> tuple[float, torch.Tensor] | None:
+        try:
+            return scale, run(pipe, delta=delta, delta_scale=scale)
+        except ValueError as error:
+            refused.append(str(error))
+            return None
+
+    answers = in_threads(4, [partial(ask, scale) for scale in (1.0, 0.5) * 8])
+    for scale, drawn_then in filter(None, answers):
+        torch.testing.assert_close(drawn_then, expected[scale], rtol=0, atol=1e-2)  # sums of a base that is not read
+    assert all("thread" in message for message in refused)
