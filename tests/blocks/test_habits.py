@@ -364,7 +364,7 @@ def test_blocks_without_a_decoder_have_no_images() -> None:
     del blocks.sub_blocks["decode"]
     pipe = make_pipeline(blocks)
     for inputs in ({"output": "images"}, {"return_dict": False}):
-        with pytest.raises(ValueError, match="images.* is not an output"):
+        with pytest.raises(ValueError, match=r"images.* is not an output"):
             pipe("a star", **inputs)
     assert pipe("a star", num_inference_steps=1, output="latents").shape == (1, 4, 16, 16)
 
