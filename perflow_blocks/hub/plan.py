@@ -13,6 +13,7 @@ import diffusers
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
 
 from ..blocks.block_source import preset_of
+from ..blocks.auto_blocks import Preset
 from ..blocks.merge_delta import guidance_in_effect
 from ..blocks.pipeline import PeRFlowModularPipeline
 from ..blocks.settings import complaint, config_values, kept_guider
@@ -115,7 +116,7 @@ def make_plan(
 def _class_name(blocks: Any, target: Path) -> str:
     """That of the blocks; of blocks that were put together from parts, one after the directory."""
     kind = type(blocks)
-    if kind.__module__.split(".")[0] != "diffusers":
+    if kind is not Preset and kind.__module__.split(".")[0] != "diffusers":
         return kind.__name__
     words = re.findall("[A-Za-z0-9]+", target.absolute().name)
     return "".join(word[:1].upper() + word[1:] for word in words) + "Blocks"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import MultiControlNetModel
+from diffusers.modular_pipelines.modular_pipeline import SequentialPipelineBlocks
 
 from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
 from perflow_blocks.testing.tiny import (
@@ -307,8 +308,9 @@ def test_the_base_model_without_its_first_text_encoder_is_no_refiner() -> None:
         make_pipeline(text_encoder=None, tokenizer=None)(prompt="a star")
 
 
-def test_what_a_part_of_the_preset_does_not_take_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    make_pipeline(PeRFlowSDXLAutoBlocks().get_workflow("text2image"))(prompt="a star", image=PICTURE)
+def test_what_blocks_put_together_do_not_take_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    parts = PeRFlowSDXLAutoBlocks().get_workflow("text2image").sub_blocks
+    make_pipeline(SequentialPipelineBlocks.from_blocks_dict(parts))(prompt="a star", image=PICTURE)
     assert "image is given" in caplog.text
     caplog.clear()
     make_pipeline()(prompt="a star", image=PICTURE, strength=0.3)
