@@ -12,8 +12,8 @@ from typing import Any, get_args
 import diffusers
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
 
-from ..blocks.block_source import preset_of
 from ..blocks.auto_blocks import Preset
+from ..blocks.block_source import preset_of
 from ..blocks.merge_delta import guidance_in_effect
 from ..blocks.pipeline import PeRFlowModularPipeline
 from ..blocks.settings import complaint, config_values, kept_guider
