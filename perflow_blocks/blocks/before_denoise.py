@@ -26,15 +26,10 @@ from .images import require_count
 from .inputs import (
     as_outputs,
     batch_inputs,
-    denoising_start_input,
     embeddings_inputs,
-    image_latents_input,
     ip_adapter_inputs,
-    mask_input,
-    noise_coefficients_input,
     param,
-    shared_input,
-    step_plan_input,
+    shared_inputs,
 )
 from .set_timesteps import PeRFlowImg2ImgSetTimestepsStep, PeRFlowInpaintSetTimestepsStep, PeRFlowSetTimestepsStep
 from .specs import guider_spec, unet_spec
@@ -53,7 +48,7 @@ class PeRFlowInputStep(ModularPipelineBlocks):
     model_name = "stable-diffusion-xl"
     description = "Repeats the embeddings of texts and IP-Adapter images for the images of each prompt."
     expected_components = declared(guider_spec())  # unused: the first block that names the guider decides its default
-    inputs = declared(shared_input("num_images_per_prompt"), *embeddings_inputs(), *ip_adapter_inputs())
+    inputs = declared(*shared_inputs("num_images_per_prompt"), *embeddings_inputs(), *ip_adapter_inputs())
     intermediate_outputs = declared(
         OutputParam("batch_size", int, "Number of prompts."),
         OutputParam("dtype", torch.dtype, "Type of the embeddings, and so of the latents."),
@@ -102,10 +97,8 @@ class PeRFlowImg2ImgPrepareLatentsStep(ModularPipelineBlocks):
     description = "Noises the given image to where the run starts; with `denoising_start` it is taken as it is."
     inputs = declared(
         param("latents", Tensor, "Starting latents, already noised, in place of the noised image."),
-        image_latents_input(),
-        noise_coefficients_input(),
-        denoising_start_input(),
-        shared_input("generator"),
+        *shared_inputs("image_latents", "noise_coefficients", required=True),
+        *shared_inputs("denoising_start", "generator"),
         *batch_inputs(),
     )
     intermediate_outputs = declared(_LATENTS)
@@ -141,13 +134,10 @@ class PeRFlowInpaintPrepareLatentsStep(ModularPipelineBlocks):
     inputs = declared(
         param("latents", Tensor, "The noise to use, or with `denoising_start` the latents to go on from."),
         param("noise", Tensor, "The noise of the earlier run, for one that goes on at `denoising_start`."),
-        image_latents_input(),
-        mask_input(),
+        *shared_inputs("image_latents", "mask", required=True),
         param("masked_image_latents", Tensor, "Latents of the image without its hole, for a 9-channel UNet."),
-        noise_coefficients_input(),
-        step_plan_input(),
-        denoising_start_input(),
-        shared_input("generator"),
+        *shared_inputs("noise_coefficients", "step_plan", required=True),
+        *shared_inputs("denoising_start", "generator"),
         *batch_inputs(),
     )
     intermediate_outputs = declared(

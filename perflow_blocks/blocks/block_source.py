@@ -94,17 +94,22 @@ def block_files(blocks: ModularPipelineBlocks) -> dict[str, str]:
             f"    def __new__(cls):\n        return {made}\n"
         )
     version = vars(sys.modules[PACKAGE])["__version__"]
-    config = {
-        "_class_name": name,
-        "_diffusers_version": diffusers.__version__,
-        "auto_map": {"ModularPipelineBlocks": f"{CODE.removesuffix('.py')}.{name}"},
-        "requirements": {"perflow-blocks": f">={'.'.join(version.split('.')[:2])}"},
-        **({} if preset is None else {PRESET_KEY: preset}),
-    }
+    config = blocks_config(name, {"perflow-blocks": f">={'.'.join(version.split('.')[:2])}"}, preset)
     docstring = f'"""The blocks of a saved pipeline; needs the package {PACKAGE}."""\n\n'
     return {
         ModularPipelineBlocks.config_name: json.dumps(config, indent=2) + "\n",
         CODE: with_own_size(docstring + code),
+    }
+
+
+def blocks_config(class_name: str, requirements: Mapping[str, str], preset: str | None) -> dict[str, Any]:
+    """What `modular_config.json` holds: the class to run, the packages that it needs, and the preset that it is."""
+    return {
+        "_class_name": class_name,
+        "_diffusers_version": diffusers.__version__,
+        "auto_map": {"ModularPipelineBlocks": f"{CODE.removesuffix('.py')}.{class_name}"},
+        "requirements": dict(requirements),
+        **({} if preset is None else {PRESET_KEY: preset}),
     }
 
 

@@ -6,17 +6,26 @@ A plain text-to-image call needs none of this.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers import ControlNetUnionModel, MultiControlNetModel
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import unwrap_module
 from PIL import Image
 from torch import Tensor, nn
 
-from .images import count_images, image_size, pil_images, require_count, unit_range, upright_mask, upright_rgb
+from .images import (
+    as_batch,
+    count_images,
+    image_size,
+    pil_images,
+    require_count,
+    unit_range,
+    upright_mask,
+    upright_rgb,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -39,7 +48,7 @@ def require_shape(name: str, tensor: Any, wanted: tuple[int | str, ...]) -> None
 def check_images(request: Any, prompts: int, images: int, channels: int, unet_channels: int, least_size: int) -> None:
     """Checks kind, number, size and values of the images and masks to start from, as pixels or latents.
 
-    In the request they become what `standard_images` and `standard_masks` return.
+    In the request they become what `standard_images` returns.
     Latents have `channels`. A UNet takes as many, or `2 channels + 1` if it is made for inpainting. Sides that are not
     resized to the call's `height` or `width` are at least `least_size` pixels.
     """
@@ -59,8 +68,8 @@ def check_images(request: Any, prompts: int, images: int, channels: int, unet_ch
                 f"image is {width}x{height}; each side must be at least {least_size} pixels, or pass height and width."
             )
     if request.mask_image is not None:
-        request.mask_image = standard_masks(request.mask_image)
-        require_count("mask_image", count_images(request.mask_image, mask=True), prompts, images)
+        request.mask_image = standard_images("mask_image", request.mask_image, mask=True)
+        require_count("mask_image", count_images(request.mask_image), prompts, images)
     for name, wanted in (("image_latents", channels), ("mask", 1), ("masked_image_latents", channels)):
         tensor = getattr(request, name)
         if tensor is not None:
@@ -76,49 +85,52 @@ def check_images(request: Any, prompts: int, images: int, channels: int, unet_ch
     _check_mask_size("mask", request.mask, "image_latents", request.image_latents)
 
 
-def standard_images(name: str, image: Any, *, alike: bool = True) -> Any:
-    """Images as later blocks take them.
+def standard_images(name: str, image: Any, mask: bool = False) -> Any:
+    """Images or masks as later blocks take them.
 
     Args:
         name: of the input, for errors.
         image: a PIL image of any mode, an array (height, width, 3), a tensor (3, height, width), a batch (n, ...) of
-            either, or a list of single images.
-        alike: whether the images of a list must be of one kind and size.
+            either, or a list of single images of one kind and size.
+        mask: whether they are masks: (height, width) with one channel or none, or a batch (n, height, width).
 
     Returns:
-        The same with PIL images upright and in RGB, and other values in [0, 1].
+        An upright PIL image in RGB or L, a list of these, or a tensor (n, channels, height, width) in [0, 1].
 
     Raises:
         ValueError: an image is of another kind, shape or range.
     """
-    entries = _entries(name, image, upright_rgb)
-    for entry in entries:
-        if isinstance(entry, Image.Image):
-            continue
-        if entry.ndim not in (3, 4) or _channels(entry) != 3 or (isinstance(image, list) and _holds_several(entry)):
-            shape = "(3, height, width)" if isinstance(entry, Tensor) else "(height, width, 3)"
-            raise ValueError(f"{name} is {_describe(entry)}; it must be {shape}, a batch, or a list of single images.")
-    if alike:
-        _require_one_size(name, entries)
+    entries = _standard_entries(name, image, mask)
+    kinds = list(dict.fromkeys(map(_describe, entries)))
+    if len(kinds) > 1:
+        found = ", ".join(kinds)
+        raise ValueError(f"{name} holds images of several kinds or sizes ({found}); pass images of one kind and size.")
+    if isinstance(entries[0], Tensor):
+        return torch.cat(entries)
     return entries if isinstance(image, list) else entries[0]
 
 
-def standard_masks(mask: Any) -> Any:
-    """Masks as later blocks take them: PIL images in mode L, other values in [0, 1].
-
-    They may be (height, width) with one channel or none, a batch (n, height, width), or a list of single masks.
-    """
-    name, listed = "mask_image", isinstance(mask, list)
-    entries = _entries(name, mask, upright_mask)
-    for entry in entries:
-        if isinstance(entry, Image.Image) or entry.ndim == 2:
+def _standard_entries(name: str, image: Any, mask: bool = False) -> list[Any]:
+    """The images of a list, or the one image: upright PIL images, and batches of all others."""
+    if not _listed(image):
+        raise ValueError(f"{name} is an empty list; pass at least one image.")
+    upright, channels, dimensions = (upright_mask, 1, (2, 3, 4)) if mask else (upright_rgb, 3, (3, 4))
+    entries = []
+    for entry in _listed(image):
+        if isinstance(entry, Image.Image):
+            entries.append(upright(name, entry))
             continue
-        colours = isinstance(entry, np.ndarray) and entry.shape[-1:] in ((3,), (4,))
-        right = not colours if entry.ndim == 3 and not listed else entry.ndim in (3, 4) and _channels(entry) == 1
-        if not right or (listed and _holds_several(entry)):
-            raise ValueError(f"{name} is {_describe(entry)}; it must have one channel, such as (height, width).")
-    _require_one_size(name, entries)
-    return entries if listed else entries[0]
+        values = _unit_floats(name, entry)
+        colours = mask and isinstance(values, np.ndarray) and values.ndim == 3 and values.shape[-1] in (3, 4)
+        batch = as_batch(values, mask) if values.ndim in dimensions and not colours else None
+        if batch is None or batch.shape[1] != channels or (isinstance(image, list) and len(batch) > 1):
+            shape = "(3, height, width)" if isinstance(entry, Tensor) else "(height, width, 3)"
+            wanted = (
+                "have one channel, such as (height, width)" if mask else f"be {shape}, or a batch or list of these"
+            )
+            raise ValueError(f"{name} is {_describe(entry)}; it must {wanted}.")
+        entries.append(batch)
+    return entries
 
 
 def check_controlnet(controlnet: Any, request: Any, prompts: int) -> None:
@@ -191,8 +203,7 @@ def check_ip_adapters(layers: list[nn.Module], request: Any, encodes: bool) -> N
 
 
 def _adapter_images(name: str, image: Any) -> list[Image.Image]:
-    images = _listed(standard_images(name, image, alike=False))
-    return [one for entry in images for one in pil_images(entry)]
+    return [one for entry in _standard_entries(name, image) for one in pil_images(entry)]
 
 
 def _check_image_embeddings(name: str, embeds: Any, layer: nn.Module) -> None:
@@ -220,7 +231,7 @@ def _warn_of_empty_mask(name: str, mask: Any, soft: bool) -> None:
     if mask is None:
         return
     painted = "above 0" if soft else "of at least 0.5 (soft_mask=True: above 0)"
-    values = [_highest(one) for entry in _listed(mask) for one in _single_masks(entry)]
+    values = [_highest(one) for one in ([mask] if isinstance(mask, Image.Image) else mask)]
     for i, highest in enumerate(values):
         if highest == 0.0 or not (soft or highest >= 0.5):
             which = f"{name}[{i}]" if len(values) > 1 else name
@@ -229,30 +240,14 @@ def _warn_of_empty_mask(name: str, mask: Any, soft: bool) -> None:
             )
 
 
-def _single_masks(mask: Any) -> Any:
-    return [mask] if isinstance(mask, Image.Image) else mask.reshape(count_images(mask, mask=True), -1)
-
-
 def _highest(mask: Any) -> float:
     return np.asarray(mask).max() / 255 if isinstance(mask, Image.Image) else float(mask.max())
 
 
 def _check_mask_size(mask_name: str, mask: Any, image_name: str, image: Any) -> None:
-    if mask is None or image is None:
-        return
-    sizes = {image_size(entry) for entry in _listed(image)}
-    mask_sizes = {image_size(entry, mask=not isinstance(mask, list)) for entry in _listed(mask)}
-    if sizes != mask_sizes and len(mask_sizes) == len(sizes) == 1:
-        given, wanted = (f"{width}x{height}" for height, width in (*mask_sizes, *sizes))
+    if mask is not None and image is not None and image_size(mask) != image_size(image):
+        given, wanted = (f"{width}x{height}" for height, width in map(image_size, (mask, image)))
         raise ValueError(f"{mask_name} is {given}, {image_name} {wanted}; resize the mask to {wanted}.")
-
-
-def _entries(name: str, image: Any, upright: Callable[[str, Image.Image], Image.Image]) -> list[Any]:
-    """The images of a list, or a list of the one image: PIL images as `upright` makes them, or floats in [0, 1]."""
-    entries = _listed(image)
-    if not entries:
-        raise ValueError(f"{name} is an empty list; pass at least one image.")
-    return [upright(name, one) if isinstance(one, Image.Image) else _unit_floats(name, one) for one in entries]
 
 
 def _unit_floats(name: str, values: Any) -> Any:
@@ -276,21 +271,6 @@ def _floats(name: str, values: Any) -> Any:
     cast = "float()" if is_tensor else 'astype("float32")'
     remedy = f"{name}.{cast}" if 0 <= floats.min() and floats.max() <= 1 else f"{name} / 255"
     raise ValueError(f"{name} holds {kind}; pass values in [0, 1], {remedy}, or a PIL image.")
-
-
-def _require_one_size(name: str, entries: list[Any]) -> None:
-    kinds = list(dict.fromkeys(map(_describe, entries)))
-    if len(kinds) > 1:
-        given = ", ".join(kinds)
-        raise ValueError(f"{name} holds images of several kinds or sizes ({given}); pass images of one kind and size.")
-
-
-def _channels(image: np.ndarray | Tensor) -> int:
-    return int(image.shape[-3] if isinstance(image, Tensor) else image.shape[-1])
-
-
-def _holds_several(image: np.ndarray | Tensor) -> bool:
-    return image.ndim == 4 and image.shape[0] != 1
 
 
 def _check_control_types(kinds: int, images: int, given: Any) -> None:

@@ -18,20 +18,20 @@ from ..schedulers.scheduling_perflow import NOISINGS
 from .check_images import CONTROL_RANGE, IMAGES, check_controlnet, check_images, check_ip_adapters, require_shape
 from .declare import declared
 from .guiders import check_guider, guider_for_call
-from .inputs import NONFINITE_POLICIES, OUTPUT_TYPES, Size, request_inputs, task_inputs
+from .inputs import NONFINITE_POLICIES, OUTPUT_TYPES, REQUEST, TASKS, Size
 from .placement import align_weights, computing_dtype
 from .set_timesteps import check_denoising_range, check_strength
 from .specs import guider_spec, unet_spec, vae_spec
 
 logger = logging.get_logger(__name__)
 
-REQUEST = tuple(entry.name for entry in request_inputs())
+NAMES = tuple(entry.name for entry in REQUEST)
 ENCODERS = ("text_encoder", "text_encoder_2")
 PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
-SIZES = tuple(entry.name for entry in request_inputs() if entry.type_hint == Size)
-FLAGS = tuple(entry.name for entry in request_inputs() if entry.type_hint is bool)
-TASK_INPUTS = tuple(entry.name for entry in task_inputs() if entry.default is None)
+SIZES = tuple(entry.name for entry in REQUEST if entry.type_hint == Size)
+FLAGS = tuple(entry.name for entry in REQUEST if entry.type_hint is bool)
+TASK_INPUTS = tuple(entry.name for entry in TASKS if entry.default is None)
 
 OPTIONS = {"output_type": OUTPUT_TYPES, "noising": NOISINGS, "on_nonfinite": NONFINITE_POLICIES}
 
@@ -84,7 +84,7 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
     model_name = "stable-diffusion-xl"
     description = "Checks the request before anything expensive runs: one clear error for each mistake."
     expected_components = declared(guider_spec(), unet_spec(), vae_spec())
-    inputs = declared(*request_inputs())
+    inputs = declared(*REQUEST)
     intermediate_outputs = declared(
         OutputParam("guider", BaseGuidance, "This call's guider: a copy of the component, with `guidance_scale`.")
     )
@@ -99,10 +99,10 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
         unet, guider = loaded["unet"], guider_for_call(loaded["guider"], request.guidance_scale)
         _forget_done_stages(request, blocks.sub_blocks)
         _check_loaded(loaded, request, blocks)
-        given = {name for name in REQUEST if getattr(request, name) is not None}
+        given = {name for name in NAMES if getattr(request, name) is not None}
         for_task = [name for name in TASK_INPUTS if name in given]
         _check_combination(given)
-        check_guider(guider, unet)
+        check_guider(guider)
         _check_settings(request, loaded)
         prompts = _check_prompts(request, components)
         images = prompts * request.num_images_per_prompt
@@ -134,7 +134,7 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
 
 def _use_python_numbers(request: Any, state: PipelineState) -> None:
     """Converts NumPy's numbers to Python's, in the request and for later blocks."""
-    for name in REQUEST:
+    for name in NAMES:
         value = getattr(request, name)
         entries = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(entry, np.generic) for entry in entries):

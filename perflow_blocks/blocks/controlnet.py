@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from .declare import Assembled, declared
 from .denoiser import PeRFlowLoopDenoiser, network_inputs
 from .images import image_size
-from .inputs import controlnet_inputs
+from .inputs import shared_inputs
 from .specs import controlnet_spec, vae_spec
 
 logger = logging.get_logger(__name__)
@@ -33,7 +33,7 @@ class WarnsOfSqueezing:
     """Mixed in before diffusers' ControlNet input steps, which resize control images to the output's size."""
 
     def prepare_control_image(self, components: Any, image: Any, width: int, height: int, **settings: Any) -> Tensor:
-        given_height, given_width = image_size(image[0] if isinstance(image, list) else image)
+        given_height, given_width = image_size(image)
         kept = given_width * height / given_height
         # A crop keeps its proportions, and images are rounded to multiples of 8.
         if settings.get("crops_coords") is None and abs(kept - width) >= 8:
@@ -84,7 +84,11 @@ class PeRFlowControlNetLoopDenoiser(PeRFlowLoopDenoiser):
 
     description = "Loop step that runs ControlNet and UNet once each on all batches of the guider and combines them."
     expected_components = declared(*PeRFlowLoopDenoiser.expected_components, controlnet_spec())
-    inputs = declared(*PeRFlowLoopDenoiser.inputs, *controlnet_inputs())
+    inputs = declared(
+        *PeRFlowLoopDenoiser.inputs,
+        *shared_inputs("controlnet_cond", "conditioning_scale", "controlnet_keep", "guess_mode", required=True),
+        *shared_inputs("control_type", "control_type_idx"),
+    )
 
     def _residuals(
         self,

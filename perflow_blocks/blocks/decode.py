@@ -74,7 +74,7 @@ class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
 
 def _compose(components: Any, block_state: Any) -> Decoded:
     painted, kind = block_state.images, block_state.output_type
-    height, width = image_size(painted[0])
+    height, width = image_size(painted)
     given = components.image_processor.preprocess(block_state.image, height=height, width=width)
     hole = mask_processor(components, block_state).preprocess(block_state.mask_image, height=height, width=width)
     given, hole = repeat_images(given, len(painted)), repeat_images(hole, len(painted))

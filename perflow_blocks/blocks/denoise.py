@@ -36,7 +36,7 @@ from .declare import Assembled, declared
 from .denoiser import PeRFlowLoopDenoiser
 from .finite_guard import ControlNetFiniteGuardStep, FiniteGuardStep
 from .guiders import guider_of_call, is_batchable, warn_about_few_steps
-from .inputs import latents_input, noise_pred_input, schedule_inputs, shared_input, step_coefficients_input
+from .inputs import shared_inputs
 from .loop_block import LOOP_PROVIDES, LoopBlock, Repeat
 from .specs import guider_spec, unet_spec
 
@@ -48,7 +48,7 @@ class PeRFlowLoopSolverStep(ModularPipelineBlocks):
 
     model_name = "stable-diffusion-xl"
     description = "Loop step that moves the latents to the next time: one multiply-add with the step's coefficients."
-    inputs = declared(latents_input(), noise_pred_input(), step_coefficients_input())
+    inputs = declared(*shared_inputs("latents", "noise_pred", "step_coefficients", required=True))
     intermediate_outputs = declared(_LATENTS)
 
     @torch.no_grad()
@@ -66,9 +66,8 @@ class PeRFlowLoopKeepKnownStep(LoopBlock):
 
     description = "Loop step for inpainting: outside the mask the latents become the known image, noised on the path."
     inputs = declared(
-        latents_input(),
-        *(shared_input(name, required=True) for name in ("image_latents", "mask", "noise", "noise_coefficients")),
-        shared_input("inpaint_conditioning"),
+        *shared_inputs("latents", "image_latents", "mask", "noise", "noise_coefficients", required=True),
+        *shared_inputs("inpaint_conditioning"),
     )
     intermediate_outputs = declared(_LATENTS)
 
@@ -95,9 +94,8 @@ class PeRFlowDenoiseStep(Assembled, LoopSequentialPipelineBlocks):
     block_names = ["finite_guard", "denoiser", "solver"]
     loop_expected_components = declared(guider_spec(), unet_spec())
     loop_inputs = declared(
-        latents_input(),
-        *schedule_inputs(),
-        *map(shared_input, ("guider", "merged_deltas", "cross_attention_kwargs", "callback_on_step_end")),
+        *shared_inputs("latents", "timesteps", "num_inference_steps", "step_plan", "step_coefficients", required=True),
+        *shared_inputs("guider", "merged_deltas", "cross_attention_kwargs", "callback_on_step_end"),
     )
     loop_intermediate_outputs = declared(
         _LATENTS,

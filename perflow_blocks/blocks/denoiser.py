@@ -12,14 +12,7 @@ from torch import Tensor
 
 from .declare import declared
 from .guiders import guider_of_call, is_batchable
-from .inputs import (
-    conditioning_inputs,
-    guider_input,
-    inpaint_conditioning_input,
-    latents_input,
-    param,
-    shared_input,
-)
+from .inputs import conditioning_inputs, param, shared_inputs
 from .specs import guider_spec, unet_spec
 
 GUIDER_FIELDS = {  # what the UNet takes: the tensors' names for the guider's conditional and unconditional batches
@@ -43,13 +36,10 @@ class PeRFlowLoopDenoiser(ModularPipelineBlocks):
     description = "Loop step that asks the guider for its batches, runs the UNet on all at once and combines them."
     expected_components = declared(guider_spec(), unet_spec())
     inputs = declared(
-        latents_input(),
-        shared_input("num_inference_steps", required=True),
+        *shared_inputs("latents", "num_inference_steps", required=True),
         *conditioning_inputs(),
         param("timestep_cond", Tensor, "Guidance embedding (batch, width) for UNets that were distilled with one."),
-        shared_input("cross_attention_kwargs"),
-        inpaint_conditioning_input(),
-        guider_input(),
+        *shared_inputs("cross_attention_kwargs", "inpaint_conditioning", "guider"),
     )
     intermediate_outputs = declared(
         OutputParam("noise_pred", Tensor, "The guided prediction of the last step, shaped like the latents.")

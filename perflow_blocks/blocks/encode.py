@@ -21,8 +21,8 @@ from torch import Tensor
 from ..delta.model_lock import model_lock
 from .declare import Assembled, declared
 from .guiders import guider_of_call
-from .images import count_images, image_size, mask_processor, repeat_images
-from .inputs import as_outputs, embeddings_inputs, guider_input, shared_input
+from .images import as_batch, count_images, image_size, mask_processor, repeat_images
+from .inputs import as_outputs, embeddings_inputs, shared_input
 from .specs import guider_spec, unet_spec
 from .vae import guarded_vae
 
@@ -39,7 +39,7 @@ class PeRFlowTextEncoderStep(StableDiffusionXLTextEncoderStep):
         guider_spec(),
         *(spec for spec in StableDiffusionXLTextEncoderStep().expected_components if spec.name != "guider"),
     )
-    inputs = declared(*StableDiffusionXLTextEncoderStep().inputs, guider_input())
+    inputs = declared(*StableDiffusionXLTextEncoderStep().inputs, shared_input("guider"))
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
@@ -75,7 +75,7 @@ class PeRFlowEmbeddingsStep(ModularPipelineBlocks):
     expected_configs = declared(
         ConfigSpec("force_zeros_for_empty_prompt", True, "Whether an empty negative prompt is all zeros.")
     )
-    inputs = declared(*embeddings_inputs(), guider_input())
+    inputs = declared(*embeddings_inputs(), shared_input("guider"))
     intermediate_outputs = declared(*as_outputs(embeddings_inputs()))
 
     @torch.no_grad()
@@ -110,7 +110,7 @@ class PeRFlowIPAdapterStep(StableDiffusionXLIPAdapterStep):
     Without guidance the stock step fails because the negative embeddings are missing.
     """
 
-    inputs = declared(*StableDiffusionXLIPAdapterStep().inputs, guider_input())
+    inputs = declared(*StableDiffusionXLIPAdapterStep().inputs, shared_input("guider"))
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
@@ -190,16 +190,15 @@ def _match_images(state: PipelineState) -> PipelineState:
     it is otherwise: the stock blocks spread it, and a crop needs a single mask.
     The copy has no `dtype`, which is the latents' type, so that they encode in the VAE's own.
     """
-    values = {**state.values, "dtype": None}
-    image, mask, generator = (values.get(name) for name in ("image", "mask_image", "generator"))
-    images = count_images(image)
-    masks = 1 if mask is None else count_images(mask, mask=True)
+    image, mask = as_batch(state.get("image")), as_batch(state.get("mask_image"), mask=True)
+    values, generator = {**state.values, "dtype": None, "image": image, "mask_image": mask}, state.get("generator")
+    images, masks = count_images(image), 1 if mask is None else count_images(mask)
     generators = len(generator) if isinstance(generator, list) else 1
     count = max(images, masks, generators)
     if images > 1 or generators > 1:
         values["image"] = repeat_images(image, count)
     if masks > 1:
-        values["mask_image"] = repeat_images(mask, count, mask=True)
+        values["mask_image"] = repeat_images(mask, count)
     return PipelineState(values=values, kwargs_mapping=dict(state.kwargs_mapping))
 
 
@@ -209,7 +208,7 @@ def _target_size(components: Any, state: PipelineState) -> dict[str, int]:
     Those of the call hold. Otherwise they are the image's own, rounded down.
     """
     image = state.get("image")
-    given = dict(zip(("height", "width"), image_size(image[0] if isinstance(image, list) else image), strict=True))
+    given = dict(zip(("height", "width"), image_size(image), strict=True))
     wanted = {name: state.get(name) or size for name, size in given.items()}
     # With both given, the processor only rounds them down.
     rounded = components.image_processor.get_default_height_width(image, **wanted)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,12 +10,11 @@ from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from diffusers.utils import logging
 from torch import Tensor
 
-from ..delta.model_lock import model_lock
 from .declare import declared
 from .guiders import guider_of_call
-from .inputs import NONFINITE_POLICIES, guider_input, latents_input, on_nonfinite_input
+from .inputs import NONFINITE_POLICIES, shared_inputs
 from .loop_block import LoopBlock, Repeat
-from .precision import can_be_float32, in_float32, not_finite, precision
+from .precision import in_float32, not_finite, precision, require_float32_may_help
 from .specs import controlnet_spec, guider_spec, unet_spec
 
 logger = logging.get_logger(__name__)
@@ -37,7 +35,7 @@ class FiniteGuardStep(LoopBlock):
     models: tuple[str, ...] = ("unet",)  # the components that the fallback runs in float32
     description = "Checks after the loop that the latents are finite; if not, raises or runs all steps in float32."
     expected_components = declared(guider_spec(), unet_spec())
-    inputs = declared(latents_input(), on_nonfinite_input(), guider_input())
+    inputs = declared(*shared_inputs("latents", required=True), *shared_inputs("on_nonfinite", "guider"))
     intermediate_outputs = declared(
         OutputParam("latents", Tensor, "Latents (batch, channels, height/f, width/f), all of them finite.")
     )
@@ -59,24 +57,15 @@ class FiniteGuardStep(LoopBlock):
         problem = not_finite("the latents", latents)
         if problem is None:
             return
-        if not_finite("the latents", beginning) is not None:
-            raise ValueError(f"{problem}, as were those that the run starts with; check the given latents or image.")
-        if precision(latents) == torch.float32:
-            raise ValueError(f"{problem}; {_REMEDY}.")
-        advice = _advice(latents)
+        advice, models = _advice(latents), [getattr(components, name) for name in self.models]
+        require_float32_may_help(problem, beginning, models, _REMEDY, advice)
         if block_state.on_nonfinite == "raise":
             raise ValueError(
                 f'{problem}; {advice}, or pass on_nonfinite="fallback"; if that does not help, {_REMEDY}.'
             )
-        models = [getattr(components, name) for name in self.models]
-        if not can_be_float32(models):
-            raise ValueError(f"{problem}, and offloaded or quantized weights cannot be made float32; {advice}.")
         block_state.latents = beginning
         vars(guider_of_call(components, block_state)).update(guider)
-        with ExitStack() as locks:
-            for model in models:
-                locks.enter_context(model_lock(model).changing())
-            locks.enter_context(in_float32(models, vars(block_state), beginning.device))
+        with in_float32(models, vars(block_state), beginning.device):
             repeat(0)
         if not_finite("the latents", block_state.latents) is not None:
             raise ValueError(f"{problem}, nor are they in torch.float32; {_REMEDY}.")

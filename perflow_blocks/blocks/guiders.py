@@ -7,27 +7,18 @@ import math
 from numbers import Real
 from typing import Any
 
-from diffusers import LayerSkipConfig
 from diffusers.guiders import (
-    AdaptiveProjectedMixGuidance,
     BaseGuidance,
     ClassifierFreeZeroStarGuidance,
-    FrequencyDecoupledGuidance,
-    MagnitudeAwareGuidance,
     PerturbedAttentionGuidance,
     SkipLayerGuidance,
     SmoothedEnergyGuidance,
 )
 from diffusers.utils import logging
-from torch.nn import Module, ModuleList
 
-from ..delta.model_lock import model_lock
 from ..delta.recipe import require_guidance
 
 logger = logging.get_logger(__name__)
-
-_EXAMPLE = 'LayerSkipConfig(indices=[0], fqn="mid_block.attentions.0.transformer_blocks")'
-"""Layers that every UNet of Stable Diffusion has."""
 
 
 def guider_for_call(guider: Any, guidance_scale: float | None = None) -> Any:
@@ -78,30 +69,25 @@ def is_batchable(guider: BaseGuidance) -> bool:
     return own.prepare_models is BaseGuidance.prepare_models and own.cleanup_models is BaseGuidance.cleanup_models
 
 
-def check_guider(guider: Any, unet: Module) -> None:
-    """Checks that a guider works on this UNet, without running a model.
+def check_guider(guider: Any) -> None:
+    """Checks that a guider works on a UNet, without running a model.
 
     Raises:
-        ValueError: no guider, a setting that is not a finite number, a guider that does not work on a UNet, or layers
-            to skip that this UNet does not have or that diffusers cannot hook.
+        ValueError: no guider, or one that does not do on a UNet what its settings say.
     """
     if not isinstance(guider, BaseGuidance):
         given = f"the class {guider.__name__}" if isinstance(guider, type) else f"of type {type(guider).__name__}"
         raise ValueError(f"guider is {given}; use, for example, ClassifierFreeGuidance(guidance_scale=2.0).")
-    if _count_predictions(guider) == 1:  # no guidance: turned off, or at a scale without effect
-        return
-    fault = _find_fault(guider)
+    _forget_step(guider)
+    fault = _find_fault(guider) if guider.num_conditions > 1 else None
     if fault is not None:
         raise ValueError(f"guider: {type(guider).__name__} does not work on a UNet: {fault}.")
-    lists = [value for value in vars(guider).values() if isinstance(value, list)]
-    configs = [entry for entries in lists for entry in entries if isinstance(entry, LayerSkipConfig)]
-    if configs:
-        _check_layers(guider, configs, unet)
 
 
 def warn_about_few_steps(guider: BaseGuidance, num_inference_steps: int) -> None:
     """Logs a warning for each setting of the guider that suits 30 steps or more but not this few."""
-    steps, wanted, found = num_inference_steps, _count_predictions(guider), 0
+    _forget_step(guider)
+    steps, wanted, found = num_inference_steps, guider.num_conditions, 0
     for step in range(steps):
         guider.set_state(step=step, num_inference_steps=steps, timestep=None)
         found = max(found, guider.num_conditions)
@@ -116,29 +102,8 @@ def warn_about_few_steps(guider: BaseGuidance, num_inference_steps: int) -> None
             f"zeroes the prediction of {guider.zero_init_steps} of the {steps} steps, which ruins the image; "
             "set zero_init_steps=0"
         )
-    if isinstance(guider, AdaptiveProjectedMixGuidance) and wanted > 1:
-        setting, first = "adaptive_projected_guidance_start_step", guider.adaptive_projected_guidance_start_step
-        if first >= steps - 1:
-            problems.append(
-                f"never projects within {steps} steps, because {setting}={first}; set at most {max(0, steps - 2)}"
-            )
     for problem in problems:
         logger.warning(f"{type(guider).__name__} {problem}.")
-
-
-def _count_predictions(guider: BaseGuidance) -> int:
-    """How many predictions the guider makes at a step inside all its starts and stops. Checks its numbers first."""
-    # Guiders keep their settings as plain attributes, which users set too, so the config alone would miss some.
-    for name, setting in vars(guider).items():
-        for value in setting if isinstance(setting, list | tuple) else [setting]:
-            if isinstance(value, Real) and (math.isnan(value) or (math.isinf(value) and "scale" in name)):
-                raise ValueError(f"guider: {name}={value} must be a finite number, such as 2.0.")
-    _forget_step(guider)
-    try:
-        return guider.num_conditions
-    except TypeError as error:
-        name = type(guider).__name__
-        raise ValueError(f"guider: a scale of {name} is not a number ({error}); set one, such as 2.0.") from error
 
 
 def _forget_step(guider: BaseGuidance) -> None:
@@ -156,10 +121,6 @@ def _find_fault(guider: Any) -> str | None:
 
     if inherits(SmoothedEnergyGuidance, "prepare_models") and not math.isclose(guider.seg_guidance_scale, 0.0):
         return "its third prediction smooths nothing; use PerturbedAttentionGuidance"
-    if inherits(MagnitudeAwareGuidance, "forward"):
-        return "its norm fails on predictions of four dimensions; use AdaptiveProjectedGuidance"
-    if inherits(FrequencyDecoupledGuidance, "forward") and _guides_some_levels(guider):
-        return "it mixes up levels that are guided differently; give all a scale with effect and one start and stop"
     skips = inherits(SkipLayerGuidance, "is_conditional") or inherits(PerturbedAttentionGuidance, "is_conditional")
     if skips and _skips_outside_guidance(guider):
         return (
@@ -169,42 +130,9 @@ def _find_fault(guider: Any) -> str | None:
     return None
 
 
-def _guides_some_levels(guider: Any) -> bool:
-    """Are there steps that guide some frequency levels but not all?"""
-    neutral = 0.0 if guider.use_original_formulation else 1.0
-    guided = {not math.isclose(scale, neutral) for scale in guider.guidance_scales}
-    return max(len(guided), len(set(guider.guidance_start)), len(set(guider.guidance_stop))) > 1
-
-
 def _skips_outside_guidance(guider: Any) -> bool:
     """Are there steps that skip layers while classifier-free guidance is off?"""
     if math.isclose(guider.skip_layer_guidance_scale, 0.0):
         return False
     off = guider.num_conditions < 3
     return off or guider.skip_layer_guidance_start < guider._start or guider.skip_layer_guidance_stop > guider._stop
-
-
-def _check_layers(guider: BaseGuidance, configs: list[LayerSkipConfig], unet: Module) -> None:
-    """Refuses layers that the UNet does not have, or that the loop could not hook."""
-    name = type(guider).__name__
-    stacks = {path: module for path, module in unet.named_modules() if isinstance(module, ModuleList)}
-    for config in configs:
-        fqn, indices = config.fqn, config.indices
-        if fqn not in stacks:
-            raise ValueError(f"{name}: fqn={fqn!r} must be the path of a list of layers, such as {_EXAMPLE}.")
-        count = len(stacks[fqn])
-        listed = isinstance(indices, list | tuple) and len(indices) > 0
-        if not listed or not all(index in range(count) for index in indices):
-            raise ValueError(f"{name}: indices={indices} must be a list of numbers from 0 to {count - 1} for {fqn!r}.")
-    with model_lock(unet).changing():
-        for _ in range(guider.num_conditions):
-            try:
-                guider.prepare_models(unet)
-            except ValueError as error:
-                raise ValueError(
-                    f"{name} cannot hook these layers: {error} Name transformer blocks with diffusers' "
-                    f"AttnProcessor2_0, such as {_EXAMPLE}."
-                ) from error
-            finally:
-                guider.cleanup_models(unet)
-    _forget_step(guider)

@@ -85,13 +85,27 @@ def unit_range(name: str, values: Any) -> Any:
     return values.clip(0.0, 1.0) if low < 0.0 or high > 1.0 else values
 
 
-def pil_images(image: Image.Image | np.ndarray | Tensor) -> list[Image.Image]:
-    """PIL images of one image or a batch of values in [0, 1], rounded to 8 bits."""
+def as_batch(image: Any, mask: bool = False) -> Any:
+    """An array or tensor of one image or several as a tensor (n, channels, height, width); anything else as it is.
+
+    Without a batch's axis, arrays are (height, width, channels) and tensors (channels, height, width). With `mask`
+    they may also be (height, width) or (n, height, width), as in diffusers.
+    """
+    if isinstance(image, np.ndarray):
+        last = image.ndim == 4 or (image.ndim == 3 and (not mask or image.shape[-1] == 1))
+        image = torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, -1, -3) if last else image))
+    if not isinstance(image, Tensor) or image.ndim == 4:
+        return image
+    if image.ndim == 2:
+        return image[None, None]
+    return image[:, None] if mask else image[None]
+
+
+def pil_images(image: Image.Image | Tensor) -> list[Image.Image]:
+    """PIL images of one PIL image, or of a tensor (n, channels, height, width) in [0, 1], rounded to 8 bits."""
     if isinstance(image, Image.Image):
         return [image]
-    if isinstance(image, Tensor):
-        image = VaeImageProcessor.pt_to_numpy(image if image.ndim == 4 else image[None])
-    return VaeImageProcessor.numpy_to_pil(image)
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(image))
 
 
 def mask_processor(components: Any, block_state: Any) -> VaeImageProcessor:
@@ -107,45 +121,22 @@ def require_count(name: str, count: int, prompts: int, images: int) -> None:
         raise ValueError(f"{name} has {count} entries for {prompts} prompts and {images} images; pass {allowed}.")
 
 
-def count_images(image: Any, mask: bool = False) -> int:
-    """How many images an `image` argument holds: a list, a batched array or tensor, or one image.
-
-    With `mask`, an array or tensor (n, height, width) is a batch, as in diffusers.
-    """
-    if isinstance(image, list):
-        return len(image)
-    return int(image.shape[0]) if _is_batch(image, mask) else 1
+def count_images(image: Image.Image | list[Any] | Tensor) -> int:
+    """How many images a PIL image, a list or a batch holds."""
+    return 1 if isinstance(image, Image.Image) else len(image)
 
 
-def repeat_images(image: Any, count: int, mask: bool = False) -> Any:
-    """`image` with `count` images, copies of one side by side; `count` is a multiple of how many it holds."""
-    times = count // count_images(image, mask)
+def repeat_images(image: Any, count: int) -> Any:
+    """`count` images, copies of one side by side, of a PIL image, a list or a batch that divide `count`."""
+    times = count // count_images(image)
     if times == 1:
         return image
-    if isinstance(image, list):
-        return [entry for entry in image for _ in range(times)]
     if isinstance(image, Tensor):
-        return torch.repeat_interleave(image if _is_batch(image, mask) else image[None], times, dim=0)
-    if isinstance(image, np.ndarray):
-        return np.repeat(image if _is_batch(image, mask) else image[None], times, axis=0)
-    return [image] * times
+        return image.repeat_interleave(times, dim=0)
+    return [one for one in (image if isinstance(image, list) else [image]) for _ in range(times)]
 
 
-def image_size(image: Any, mask: bool = False) -> tuple[int, int]:
-    """Height and width of a PIL image, an array (..., height, width, channels), or a tensor (..., height, width).
-
-    With `mask` also of an array (height, width) or (n, height, width).
-    """
-    if isinstance(image, Image.Image):
-        return image.height, image.width
-    flat = image.ndim == 2 or (image.ndim == 3 and _is_batch(image, mask))
-    if isinstance(image, Tensor) or flat:
-        return int(image.shape[-2]), int(image.shape[-1])
-    return image.shape[-3], image.shape[-2]
-
-
-def _is_batch(image: Any, mask: bool) -> bool:
-    if not isinstance(image, (np.ndarray, Tensor)):
-        return False
-    one_channel_last = isinstance(image, np.ndarray) and image.shape[-1] == 1
-    return image.ndim == 4 or (mask and image.ndim == 3 and not one_channel_last)
+def image_size(image: Any) -> tuple[int, int]:
+    """Height and width of an image in any form, or of the first of a list."""
+    first = as_batch(image[0] if isinstance(image, list) else image)
+    return (first.height, first.width) if isinstance(first, Image.Image) else tuple(first.shape[-2:])

@@ -75,7 +75,7 @@ _TEXT_TO_IMAGE = (
     param("on_nonfinite", str, "If latents are not finite: raise, or fallback (again in float32).", default="raise"),
 )
 
-_TASKS = (
+TASKS = (
     param("image", Images, "The image to start from: one for all prompts, or one for each. PIL, or values in [0, 1]."),
     param(
         "mask_image",
@@ -128,7 +128,7 @@ _SIZES = (
     param("negative_crops_coords_top_left", Size, "`crops_coords_top_left` of the negative prompt.", default=(0, 0)),
 )
 
-_REQUEST = (*_TEXT_TO_IMAGE, *_TASKS, *_SIZES)
+REQUEST = (*_TEXT_TO_IMAGE, *TASKS, *_SIZES)
 """What a call may be given, in the order in which a preset's documentation lists it."""
 
 _HANDED_ON = (
@@ -153,7 +153,7 @@ _HANDED_ON = (
 )
 """What blocks of a preset hand to later ones."""
 
-_SHARED = {entry.name: entry for entry in (*_REQUEST, *_HANDED_ON)}
+_SHARED = {entry.name: entry for entry in (*REQUEST, *_HANDED_ON)}
 
 
 def shared_input(name: str, *, required: bool = False, default: Any = None) -> InputParam:
@@ -166,46 +166,15 @@ def shared_input(name: str, *, required: bool = False, default: Any = None) -> I
     return replace(entry, required=required, default=entry.default if default is None else default)
 
 
-latents_input = partial(shared_input, "latents", required=True)
-step_plan_input = partial(shared_input, "step_plan", required=True)
-step_coefficients_input = partial(shared_input, "step_coefficients", required=True)
-noise_coefficients_input = partial(shared_input, "noise_coefficients", required=True)
-noise_pred_input = partial(shared_input, "noise_pred", required=True)
-image_latents_input = partial(shared_input, "image_latents", required=True)
-mask_input = partial(shared_input, "mask", required=True)
-inpaint_conditioning_input = partial(shared_input, "inpaint_conditioning")
-guider_input = partial(shared_input, "guider")
-on_nonfinite_input = partial(shared_input, "on_nonfinite")
-denoising_start_input = partial(shared_input, "denoising_start")
-
-
-def request_inputs() -> list[InputParam]:
-    """What a call may be given for its task; blocks such as `merge_delta` add their own."""
-    return [replace(entry) for entry in _REQUEST]
-
-
-def task_inputs() -> list[InputParam]:
-    """Those of the request that a plain text-to-image call does not have."""
-    return [replace(entry) for entry in _TASKS]
-
-
-def schedule_inputs() -> list[InputParam]:
-    """What the window set-up hands to the loop."""
-    names = ("timesteps", "num_inference_steps", "step_plan", "step_coefficients")
-    return [shared_input(name, required=True) for name in names]
+def shared_inputs(*names: str, required: bool = False) -> list[InputParam]:
+    """New copies of the definitions of several inputs."""
+    return [shared_input(name, required=required) for name in names]
 
 
 def batch_inputs() -> list[InputParam]:
     """How many images there are, and the type of their latents."""
-    shared = {"batch_size": True, "num_images_per_prompt": False, "dtype": True}
-    return [shared_input(name, required=required) for name, required in shared.items()]
-
-
-def controlnet_inputs() -> list[InputParam]:
-    """What the ControlNet input steps of diffusers hand to the loop."""
-    required = ("controlnet_cond", "conditioning_scale", "controlnet_keep", "guess_mode")
-    optional = ("control_type", "control_type_idx")
-    return [*(shared_input(name, required=True) for name in required), *map(shared_input, optional)]
+    names = ("batch_size", "num_images_per_prompt", "dtype")
+    return [shared_input(name, required=name != "num_images_per_prompt") for name in names]
 
 
 def embeddings_inputs() -> list[InputParam]:
@@ -216,7 +185,7 @@ def embeddings_inputs() -> list[InputParam]:
 
 def ip_adapter_inputs() -> list[InputParam]:
     """Encoded images for IP-Adapters."""
-    return [shared_input("ip_adapter_embeds"), shared_input("negative_ip_adapter_embeds")]
+    return shared_inputs("ip_adapter_embeds", "negative_ip_adapter_embeds")
 
 
 def conditioning_inputs() -> list[InputParam]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from diffusers import ClassifierFreeGuidance
 from diffusers.guiders import BaseGuidance
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
-from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME, logging
+from diffusers.utils import logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -34,7 +33,7 @@ from ..delta.model_lock import model_lock
 from ..delta.recipe import DeltaRecipe, require_guidance
 from .declare import declared
 from .guiders import guider_of_call, set_guidance
-from .inputs import guider_input, shared_input
+from .inputs import shared_inputs
 from .specs import DEFAULT_GUIDANCE_SCALE, delta_config_specs, guider_spec, unet_spec
 
 logger = logging.get_logger(__name__)
@@ -73,8 +72,7 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
             type_hint=float,
             description="Factor of the delta; 0 takes a merged one out again. None: the configuration's.",
         ),
-        shared_input("guidance_scale"),
-        guider_input(),
+        *shared_inputs("guidance_scale", "guider"),
     )
     intermediate_outputs = declared(
         OutputParam("delta_recipe", DeltaRecipe, "How the merged delta was distilled; None without a delta."),
@@ -197,7 +195,7 @@ def require_configured_delta(value: object) -> None:
 
 
 def delta_path(given: Any, components: Any) -> Path | None:
-    """The file to merge: the caller's, as any path, or the index's, beside the index and at its commit."""
+    """The file to merge: the caller's, or the index's, which lies beside the index at the UNet's revision."""
     if given is not None:
         if isinstance(given, bool) or not isinstance(given, (str, os.PathLike)):
             raise ValueError(f"delta={given!r} must be the path of a delta, or False for none.")
@@ -215,33 +213,14 @@ def delta_path(given: Any, components: Any) -> Path | None:
         )
     if Path(origin).is_dir():
         return Path(origin) / named
+    unet = components._component_specs["unet"]
     try:
-        return Path(hf_hub_download(str(origin), named, revision=_loaded_commit(components, str(origin))))
+        revision = unet.revision if unet.pretrained_model_name_or_path == origin else None
+        return Path(hf_hub_download(str(origin), named, revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(
             f"cannot fetch delta {named!r} from {origin} ({type(error).__name__}); pass delta= with a local path."
         ) from error
-
-
-def _loaded_commit(pipe: Any, repository: str) -> str | None:
-    """The commit of a repository of the Hub that the pipeline's blocks came from; None where that cannot be told.
-
-    diffusers has it only in the names of the modules of a repository's code. Code that only imports its blocks from a
-    package is found among the process's modules; if these are of several commits, that is a ValueError.
-    """
-    place = pipe._component_specs["unet"]
-    if place.pretrained_model_name_or_path == repository and place.revision is not None:
-        return place.revision
-    prefix = f"{DIFFUSERS_DYNAMIC_MODULE_NAME}.local.{'--'.join(repository.split('/'))}."
-    own = type(pipe._blocks).__module__
-    modules = [own] if own.startswith(prefix) else [name for name in sys.modules if name.startswith(prefix)]
-    commits = sorted({name.removeprefix(prefix).split(".")[0] for name in modules})
-    if len(commits) > 1:
-        raise ValueError(
-            f"{repository} was loaded at {len(commits)} commits ({', '.join(commit[:8] for commit in commits)}), so "
-            "that its delta's is not known; load it with load_workflow, or pass delta= with a local path."
-        )
-    return commits[0] if commits else None
 
 
 def guidance_in_effect(guider: Any, configured: float | None, recipe: DeltaRecipe | None) -> float:

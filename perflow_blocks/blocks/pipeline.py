@@ -184,8 +184,10 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
             if output is not None:
                 raise ValueError(f"return_dict=False and output={output!r} are both given; leave one out.")
             output = ["images"]
-        if output is not None:
-            self._require_outputs(output, inputs.keys() if state is None else inputs.keys() | state.values.keys())
+        held = self._output_names.union(inputs, () if state is None else state.values)
+        for name in [output] if isinstance(output, str) else output or ():
+            if name not in held:  # a state says None of it
+                raise ValueError(f"output={name!r} is not an output of this pipeline{_nearest(name, held)}")
         if self._offload_hooks:
             result = self._run_offloaded(state, output, inputs)
         else:
@@ -201,14 +203,6 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
     @cached_property
     def _output_names(self) -> frozenset[str]:
         return frozenset(entry.name for entry in (*self._blocks.intermediate_outputs, *self._blocks.outputs))
-
-    def _require_outputs(self, output: Any, given: Set[str]) -> None:
-        """Raises ValueError for names of which a state would only say None."""
-        for name in output if isinstance(output, (list, tuple)) else [output]:
-            if name not in self._output_names and name not in given:
-                raise ValueError(
-                    f"output={name!r} is not an output of this pipeline{_nearest(name, self._output_names)}"
-                )
 
     # Saving
 
@@ -262,22 +256,19 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
         `remove_all_hooks()` ends it and leaves the models on the CPU.
 
         Args:
-            gpu_id: index of the accelerator, by default 0.
+            gpu_id: index of the accelerator, by default that of `device`, else 0.
             device: where models run, by default this machine's accelerator.
 
         Raises:
-            ValueError: there is no accelerator and no `device`, the index is given twice, or models are offloaded in
-                groups.
+            ValueError: there is no accelerator and no `device`, or models are offloaded in groups.
         """
         target = torch.device(get_device() if device is None else device)
         if device is None and target == CPU:
             raise ValueError(
                 "enable_model_cpu_offload found no accelerator; pass device=, or leave models on the CPU."
             )
-        if gpu_id is not None and target.index is not None:
-            raise ValueError(f"gpu_id={gpu_id} and device={device} both give an index; leave one out.")
-        if target.type != "cpu" and target.index is None:
-            target = torch.device(target.type, gpu_id or 0)
+        if target.type != "cpu":
+            target = torch.device(target.type, (target.index or 0) if gpu_id is None else gpu_id)
         try:
             torch.empty(0, device=target)
         except (RuntimeError, AssertionError, NotImplementedError) as error:

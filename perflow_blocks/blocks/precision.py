@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+
+from ..delta.model_lock import model_lock
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -33,6 +34,18 @@ def precision(values: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else values.dtype
 
 
+def require_float32_may_help(problem: str, given: Tensor, models: Sequence[nn.Module], rest: str, advice: str) -> None:
+    """Refuses a `problem` that computing again from what is `given` would not solve, and says what would: `rest` where
+    float32 is not enough, `advice` where the models cannot be made float32.
+    """
+    if not_finite("the inputs", given) is not None:
+        raise ValueError(f"{problem}, as is what they were computed from; check the given latents or image.")
+    if precision(given) == torch.float32:
+        raise ValueError(f"{problem}; {rest}.")
+    if not can_be_float32(models):
+        raise ValueError(f"{problem}, and offloaded or quantized weights cannot be made float32; {advice}.")
+
+
 def can_be_float32(models: Sequence[nn.Module]) -> bool:
     """Whether all weights are here and plain numbers: neither offloaded layer by layer nor quantized."""
     weights = [weight for model in models for weight in model.parameters()]
@@ -44,24 +57,28 @@ def can_be_float32(models: Sequence[nn.Module]) -> bool:
 def in_float32(models: Sequence[nn.Module], values: dict[str, Any], device: torch.device) -> Iterator[None]:
     """Inside, the models' half-precision weights and tensors among `values` are float32, without autocast on `device`.
 
-    Afterwards the weights are as they were, bit for bit, since float32 holds every half-precision number; no second
-    copy is held. Values that were not replaced inside are the objects they were; a new tensor has the old one's type.
+    Other threads that use the models wait meanwhile. Afterwards the weights are as they were, bit for bit, since
+    float32 holds every half-precision number; no second copy is held. Values that were not replaced inside are the
+    objects they were; a new tensor has the old one's type.
     """
-    tensors = itertools.chain.from_iterable((*model.parameters(), *model.buffers()) for model in models)
-    halves = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in HALF]
-    given = dict(values)
-    lifted = tree_map_only(Tensor, lambda tensor: tensor.float() if tensor.dtype in HALF else tensor, given)
-    values.update(lifted)
-    try:
-        for tensor, _ in halves:
-            tensor.data = tensor.data.float()
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for tensor, dtype in halves:
-            tensor.data = tensor.data.to(dtype)
-        for name, value in given.items():
-            if values[name] is lifted[name]:
-                values[name] = value
-            elif isinstance(value, Tensor) and isinstance(values[name], Tensor):
-                values[name] = values[name].to(value.dtype)
+    with ExitStack() as locks:
+        for model in models:
+            locks.enter_context(model_lock(model).changing())
+        tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+        halves = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in HALF]
+        given = dict(values)
+        lifted = tree_map_only(Tensor, lambda tensor: tensor.float() if tensor.dtype in HALF else tensor, given)
+        values.update(lifted)
+        try:
+            for tensor, _ in halves:
+                tensor.data = tensor.data.float()
+            with torch.autocast(device.type, enabled=False):
+                yield
+        finally:
+            for tensor, dtype in halves:
+                tensor.data = tensor.data.to(dtype)
+            for name, value in given.items():
+                if values[name] is lifted[name]:
+                    values[name] = value
+                elif isinstance(value, Tensor) and isinstance(values[name], Tensor):
+                    values[name] = values[name].to(value.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.step_plan import apply_step
 from ..core.windows import require_positive_int
 from .declare import declared
-from .inputs import latents_input, noise_pred_input, param, step_coefficients_input
+from .inputs import param, shared_inputs
 from .loop_block import LoopBlock
 
 # Measured for SDXL's VAE: https://github.com/comfyanonymous/ComfyUI/blob/master/comfy/latent_formats.py
@@ -96,9 +96,7 @@ class PreviewStep(LoopBlock):
         )
     )
     inputs = declared(
-        latents_input(),
-        noise_pred_input(),
-        step_coefficients_input(),
+        *shared_inputs("latents", "noise_pred", "step_coefficients", required=True),
         param("preview_callback", PreviewCallback, "Called with the step's number, from 0, and a list of PIL images."),
         param("preview_every", int, "Steps from one preview to the next, at least 1.", default=1),
     )

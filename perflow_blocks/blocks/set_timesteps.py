@@ -19,7 +19,7 @@ from ..delta.model_lock import model_lock
 from ..delta.recipe import DeltaRecipe
 from ..schedulers.scheduling_perflow import PeRFlowScheduler, is_perflow_scheduler
 from .declare import declared
-from .inputs import shared_input
+from .inputs import shared_input, shared_inputs
 from .specs import DEFAULT_NUM_INFERENCE_STEPS, guider_spec, schedule_config_specs, scheduler_spec, unet_spec
 
 logger = logging.get_logger(__name__)
@@ -48,7 +48,7 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
     # The guider is unused here: the first block that names it decides its default.
     expected_components = declared(guider_spec(), scheduler_spec(), unet_spec())
     expected_configs = declared(*schedule_config_specs())
-    inputs = declared(*map(shared_input, ("num_inference_steps", "timesteps", "denoising_end", "delta_recipe")))
+    inputs = declared(*shared_inputs("num_inference_steps", "timesteps", "denoising_end", "delta_recipe"))
     intermediate_outputs = declared(
         OutputParam("timesteps", Tensor, "Timesteps (num_steps,), integers on the device."),
         OutputParam("num_inference_steps", int, "Number of denoising steps that are run."),
@@ -92,7 +92,7 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
 
 def _entry_inputs(strength: float) -> list[InputParam]:
     """Where a given image enters the path, with the default strength of a task."""
-    return [shared_input("strength", default=strength), shared_input("denoising_start"), shared_input("noising")]
+    return [shared_input("strength", default=strength), *shared_inputs("denoising_start", "noising")]
 
 
 class PeRFlowImg2ImgSetTimestepsStep(PeRFlowSetTimestepsStep):

@@ -14,7 +14,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from .declare import declared
-from .inputs import latents_input, param, step_plan_input
+from .inputs import param, shared_inputs
 from .loop_block import LoopBlock
 
 logger = logging.get_logger(__name__)
@@ -61,8 +61,7 @@ class StepCallbackStep(LoopBlock):
 
     description = "Loop step that calls a function with step, window and latents; if it returns True, the run ends."
     inputs = declared(
-        latents_input(),
-        step_plan_input(),
+        *shared_inputs("latents", "step_plan", required=True),
         param("step_callback", StepCallback, "Called with a StepInfo at each step; may return True to end the run."),
     )
     intermediate_outputs = declared(
@@ -98,7 +97,7 @@ class WindowLogStep(ModularPipelineBlocks):
 
     model_name = "stable-diffusion-xl"
     description = "Loop step that logs the number, the times and the noise schedule's abar of each time window."
-    inputs = declared(step_plan_input())
+    inputs = declared(*shared_inputs("step_plan", required=True))
 
     def __init__(self, level: int = logging.INFO) -> None:
         super().__init__()

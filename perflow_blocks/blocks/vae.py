@@ -13,7 +13,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ..delta.model_lock import model_lock
-from .precision import HALF, can_be_float32, in_float32, not_finite, precision
+from .precision import HALF, can_be_float32, in_float32, not_finite, require_float32_may_help
 
 logger = logging.get_logger(__name__)
 
@@ -88,14 +88,9 @@ class GuardedVAE:
             problem = not_finite(f"the {done} images", values(output))
             if problem is None:
                 return output
-            if not_finite("inputs", given) is not None:
-                raise ValueError(f"{problem}, as is what the VAE was given; check the latents or the image.")
-            if precision(given) == torch.float32:
-                raise ValueError(f"{problem}; check the VAE's weights.")
-            if not can_be_float32([self._vae]):
-                raise ValueError(f"{problem}, and an offloaded or quantized VAE cannot be made float32; {_REMEDY}.")
+            require_float32_may_help(problem, given, [self._vae], "check the VAE's weights", _REMEDY)
         inputs = {"given": given}
-        with self._lock.changing(), in_float32([self._vae], inputs, given.device):
+        with in_float32([self._vae], inputs, given.device):
             output = run(inputs["given"])
         still = not_finite(f"the {done} images", values(output))
         if still is not None:

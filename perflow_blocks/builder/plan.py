@@ -118,7 +118,7 @@ def _check_steps(
     ):
         if value is not None and name not in parts:
             problems.add(f"{step}: the blocks take no {name}; pass blocks that do.")
-    checks.check_guidance(settings, unet, problems)
+    checks.check_guidance(settings, problems)
     checks.check_attention(settings.attention, unet, device, problems)
     if settings.attention is None:
         planned = config.get("attention_plan")

@@ -21,7 +21,7 @@ def push(
     message: Annotated[str | None, typer.Option("--message", "-m", help="The commit's message.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be uploaded.")] = False,
 ) -> None:
-    """Publish DIRECTORY as the repository REPO on the Hub, in one commit; refuses tokens and local paths in it."""
+    """Publish DIRECTORY as the repository REPO on the Hub, in one commit; refuses tokens and users' paths in it."""
     from ..hub.publish import push_workflow
 
     report = push_workflow(

@@ -11,13 +11,14 @@ from pathlib import Path
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
 
 from ..atomic_files import atomic_directory
+from ..blocks.block_source import blocks_config
 from ..blocks.pipeline import stock_class_name
 from ..blocks.saving import DELTA_FILE
 from .address import CARD, OWNER, require_repo_id
 from .card import CardFacts, make_card
 from .card_example import CardExample, require_example
 from .entries import WeightsMode
-from .index import make_blocks_config, make_index, make_mellon_config
+from .index import make_index, make_mellon_config
 from .json_files import BLOCKS_CONFIG, INDEX, MELLON, to_json, write_json
 from .manifest import MANIFEST, list_files, read_manifest, write_manifest
 from .picture import PICTURE, require_picture, save_picture
@@ -59,7 +60,7 @@ def export_workflow(
         description: what the blocks say of themselves, in their `doc` and on the card; by default what they say now.
         title: heading of the model card; by default the directory's name.
         notes: what the card tells users besides, in Markdown.
-        picture: shown on the card; one larger than 1 MB is made smaller.
+        picture: shown on the card; one larger than 1024 pixels a side is made smaller.
         licence: identifier as the Hub knows it, "apache-2.0" say, for the card.
         example: how the card shows the workflow in use, where a prompt and pictures alone would not do.
         delta: the delta file, in place of the pipeline's own.
@@ -118,7 +119,7 @@ def _texts(plan: ExportPlan, facts: CardFacts, repo_id: str | None) -> dict[str,
     """The text files of the repository by their names."""
     return {
         **plan.sources.files,
-        BLOCKS_CONFIG: to_json(make_blocks_config(plan.class_name, plan.sources.requirements, plan.preset)),
+        BLOCKS_CONFIG: to_json(blocks_config(plan.class_name, plan.sources.requirements, plan.preset)),
         INDEX: to_json(make_index(stock_class_name(plan.pipe), plan.entries, plan.config, repo_id)),
         MELLON: make_mellon_config(plan.blocks, facts.title, repo_id).to_json_string(),
         CARD: make_card(facts),

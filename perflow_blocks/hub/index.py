@@ -9,7 +9,6 @@ import diffusers
 from diffusers.modular_pipelines.mellon_node_utils import MellonPipelineConfig
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 
-from ..blocks.block_source import PRESET_KEY
 from .entries import Entry
 
 MELLON_STAGES = ("text_encoder", "denoise", "decode")
@@ -28,17 +27,6 @@ def make_index(
         "_diffusers_version": diffusers.__version__,
         **{entry.name: entry.to_index(repo_id) for entry in entries},
         **config,
-    }
-
-
-def make_blocks_config(class_name: str, requirements: Mapping[str, str], preset: str | None) -> dict[str, Any]:
-    """What `modular_config.json` holds: the class to run, the packages that it needs, and the preset that it is."""
-    return {
-        "_class_name": class_name,
-        "_diffusers_version": diffusers.__version__,
-        "auto_map": {"ModularPipelineBlocks": f"block.{class_name}"},
-        "requirements": dict(requirements),
-        **({} if preset is None else {PRESET_KEY: preset}),
     }
 
 

@@ -55,8 +55,6 @@ def load_workflow(
         ValueError: the repository cannot be read or is not what its manifest says, its code is not trusted or gives
             other blocks than it names, or components fail to load: then one error names all of them.
     """
-    if device is not None:
-        _require_device(device)
     options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     directory = fetch_workflow(source, revision=revision, **options)
     manifest = verify_manifest(directory, weights=verify_weights)
@@ -148,16 +146,6 @@ def _shared_modules() -> Path:
 
 def _code(manifest: Manifest) -> list[str]:
     return [name for name in manifest.files if name.endswith(".py") and "/" not in name]
-
-
-def _require_device(device: str | torch.device) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(
-            f"device={str(device)!r} is none that can be used here ({reason}); pass one such as 'cpu' or 'cuda'."
-        ) from error
 
 
 def _load_components(pipe: Any, directory: Path, options: dict[str, Any]) -> None:

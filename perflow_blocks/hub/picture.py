@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
 PICTURE = "picture.png"
-MAX_BYTES = 1_000_000
+MAX_SIDE = 1024
 
 
 def require_picture(path: str | os.PathLike[str]) -> None:
@@ -25,21 +24,8 @@ def require_picture(path: str | os.PathLike[str]) -> None:
 
 
 def save_picture(path: str | os.PathLike[str], target: Path) -> None:
-    """Writes a PNG of at most 1 MB, smaller by steps until it is, and without what the file tells beside the picture.
-
-    Programs write prompts and paths of models there, which are nobody else's business.
-    """
+    """Writes a PNG of at most 1024 pixels a side, without the prompts and paths that programs write into pictures."""
     with Image.open(path) as image:
         picture = image.convert("RGB")
-    data = _png(picture)
-    while len(data) > MAX_BYTES:
-        width, height = (max(1, round(side * 0.8)) for side in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-        data = _png(picture)
-    target.write_bytes(data)
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
+    picture.thumbnail((MAX_SIDE, MAX_SIDE))
+    picture.save(target, "PNG")

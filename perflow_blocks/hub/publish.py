@@ -84,7 +84,7 @@ def push_workflow(
     """Publishes a workflow repository on the Hub, in a single commit, or not at all.
 
     Before the network is asked for anything, every file is compared with the manifest and searched for tokens and
-    local paths. Index, card and Mellon's configuration are sent with the repository's id in them; the directory stays
+    users' paths. Index, card and Mellon's configuration are sent with the repository's id in them; the directory stays
     as it is, and serves for other repositories too. The repository is made if there is none. Files of a workflow that
     was there before and that this one does not have are removed; what others put there stays. Large files go first and
     the commit comes last: after an interruption the repository is as it was, and the next attempt does not send again

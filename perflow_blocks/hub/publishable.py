@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from .manifest import Manifest, list_files, read_manifest, verify_manifest
-from .private_content import PrivateContent
 
 REPOSITORY_FILES = ("block.py", "modular_config.json", "modular_model_index.json")
 """Without these files diffusers loads nothing."""
@@ -14,9 +15,18 @@ REPOSITORY_FILES = ("block.py", "modular_config.json", "modular_model_index.json
 _LEFTOVERS = {".cache", ".git", ".ipynb_checkpoints", "__pycache__", ".DS_Store", "Thumbs.db", ".env", ".netrc"}
 _UNPUBLISHED = ".gitattributes"  # comes with every download; each repository on the Hub has one of its own
 
+_TOKENS = {
+    "a Hugging Face token": rb"hf_(?:oauth_|jwt_)?[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}",
+    "a GitHub token": rb"gh[oprsu]_[A-Za-z0-9]{36}|github_pat_\w{40}",
+    "an AWS key": rb"AKIA[0-9A-Z]{16}",
+    "an API key": rb"sk-[A-Za-z0-9_-]{32}",
+    "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+}
+_HOMES = rb"/(?:home|Users)/[\w.-]+|/root/[\w.-]+|[A-Za-z]:[\\/]{1,2}Users[\\/]{1,2}[\w.-]+"
+
 
 def require_publishable(directory: str | os.PathLike[str], secret: str | None = None) -> Manifest:
-    """Checks that a directory is a workflow repository as it was exported, and holds nothing that is private.
+    """Checks that a directory is a workflow repository as it was exported, and holds no tokens and paths of users.
 
     Reads every file, weights too. `secret` is a token that must not stand in any of them.
 
@@ -35,14 +45,12 @@ def require_publishable(directory: str | os.PathLike[str], secret: str | None = 
     missing = [name for name in REPOSITORY_FILES if name not in manifest.files]
     if missing:
         problems.append(f"{', '.join(missing)} is not in the manifest, and nothing loads without; export again.")
-    places = (root.absolute(), root.resolve(), Path(os.path.expanduser("~")), Path.cwd())
-    search = PrivateContent(places, [secret] if secret else [])
     reported = set[str]()
     for path in sorted(list_files(root)):
         if leftover := _leftover(path):
             reported.add(f"{leftover} is not to be published; remove it, and export again.")
         elif path != _UNPUBLISHED:
-            problems += _file_problems(root, path, manifest, search)
+            problems += _file_problems(root, path, manifest, secret)
     problems += sorted(reported)
     if problems:
         raise ValueError("\n- ".join([f"nothing was pushed, since {root} cannot be published:", *problems]))
@@ -57,12 +65,41 @@ def _leftover(path: str) -> str | None:
     return None if depth is None else "/".join(parts[:depth])
 
 
-def _file_problems(root: Path, path: str, manifest: Manifest, search: PrivateContent) -> list[str]:
+def _file_problems(root: Path, path: str, manifest: Manifest, secret: str | None) -> list[str]:
     if not (root / path).resolve().is_relative_to(root.resolve()):
         return [f"{path} is a link that leads out of the directory; put a copy of the file in its place."]
     if path not in manifest.files:
         return [f"{path} is not in the manifest; remove it, or export again."]
     try:
-        return [f"{path}: {finding}; take it out, and export again." for finding in search.findings(root / path)]
+        return [f"{path}: {found}; take it out, and export again." for found in private_content(root / path, secret)]
     except OSError as error:
         return [f"{path} cannot be read ({error.strerror}); check its permissions."]
+
+
+def private_content(path: Path, secret: str | None = None) -> Iterator[str]:
+    """A clause for every token and every path in a user's home, such as "line 3 names the path /home/me".
+
+    Of weights (`.safetensors`) the metadata are read, of other files all. Tokens are never repeated.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            length = int.from_bytes(file.read(8), "little")
+            content = file.read(min(length, path.stat().st_size))
+        else:
+            content = file.read()
+    known = {kind: rb"(?<![A-Za-z0-9])(?:" + pattern + rb")" for kind, pattern in _TOKENS.items()}
+    if secret:
+        known["the token that is in use"] = re.escape(secret.encode())
+    found = [
+        (match.start(), f"holds what looks like {kind} ({match[0][:3].decode(errors='replace')}...)")
+        for kind, pattern in known.items()
+        for match in re.finditer(pattern, content)
+    ]
+    for match in re.finditer(rb"(?<![\w./~-])(?:" + _HOMES + rb")", content):
+        found.append((match.start(), f"names the path {match[0].decode(errors='replace')}"))
+    for position, clause in sorted(found):
+        line = content.count(b"\n", 0, position) + 1
+        yield clause if path.suffix == ".safetensors" else f"line {line} {clause}"

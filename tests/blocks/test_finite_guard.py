@@ -78,7 +78,7 @@ def test_latents_that_are_broken_from_the_start_are_told_apart() -> None:
     latents[1, 3, 0, 5] = float("nan")
     for policy in ("raise", "fallback"):
         text = complaint(pipe, prompt=["a", "b"], latents=latents, on_nonfinite=policy)
-        assert "not finite in torch.float32 for images[1] of 2, as were those that the run starts with" in text
+        assert "not finite in torch.float32 for images[1] of 2, as is what they were computed from" in text
 
 
 @pytest.mark.behaviour

@@ -14,7 +14,7 @@ from diffusers.guiders import (
     TangentialClassifierFreeGuidance,
 )
 
-from perflow_blocks.blocks.guiders import check_guider, is_batchable
+from perflow_blocks.blocks.guiders import is_batchable
 from tests.blocks.conftest import (
     BATCHED,
     GUIDERS,
@@ -138,12 +138,9 @@ def predict(unet: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["auto", "skip_layer", "skip_attention", "perturbed", "perturbed_up"])
-def test_the_unet_is_as_before_after_the_check_and_after_the_run(name: str) -> None:
+def test_the_unet_is_as_before_after_the_run(name: str) -> None:
     pipe = make_pipeline(guider=GUIDERS[name][0](3.0))
     before = predict(pipe.unet)
-    check_guider(pipe.guider, pipe.unet)
-    assert hooks_of(pipe.unet) == []
-    assert torch.equal(predict(pipe.unet), before)
     first, again = (
         pipe(prompt="a star", generator=generator(), num_inference_steps=4, output_type="latent", output="latents")
         for _ in range(2)

@@ -53,7 +53,7 @@ MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     ({"image": IMAGE, "mask_image": ARRAY}, "mask_image", "(32, 32, 3)"),
     ({"image": IMAGE, "mask_image": ARRAY[None]}, "mask_image", "(1, 32, 32, 3)"),
     ({"image": IMAGE, "mask_image": TENSOR[None]}, "mask_image", "(1, 3, 32, 32)"),
-    ({"image": IMAGE, "mask_image": [HOLE[None]]}, "mask_image", "(1, 32, 32)"),
+    ({"image": IMAGE, "mask_image": [HOLE[None].repeat(2, 0)]}, "mask_image", "(2, 32, 32)"),
     ({"image": IMAGE, "mask_image": np.array(0.5)}, "mask_image", "()"),
     ({"image": IMAGE, "mask_image": np.stack([HOLE] * 2)}, "mask_image", "2"),
     ({"image": IMAGE, "mask_image": torch.ones(2, 32, 32)}, "mask_image", "2"),
@@ -141,7 +141,12 @@ def kinds_of_mask() -> dict[str, Any]:
         **{"booleans": HOLE > 0.5, "tensor of booleans": hole > 0.5},
         **{"h-w": HOLE, "h-w-1": HOLE[..., None], "1-h-w": HOLE[None], "1-h-w-1": HOLE[None, ..., None]},
         **{"tensor h-w": hole, "tensor 1-h-w": hole[None], "tensor 1-1-h-w": hole[None, None]},
-        **{"list h-w": [HOLE], "list h-w-1": [HOLE[..., None]], "list tensor 1-h-w": [hole[None]]},
+        **{
+            "list h-w": [HOLE],
+            "list h-w-1": [HOLE[..., None]],
+            "list 1-h-w": [HOLE[None]],
+            "list tensor 1-h-w": [hole[None]],
+        },
     }
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -215,17 +213,10 @@ def test_an_index_on_the_hub_names_a_file_beside_it(delta: Path, monkeypatch: py
     assert pipe(prompt="a star", output_type="latent").delta_recipe == RECIPE
     assert asked[-1] == ("owner/model", "d.safetensors", None)
 
-    # diffusers names the modules of a repository's code by its commit, and keeps the revision nowhere else
-    first, second = "1" * 40, "2" * 40
-    monkeypatch.setitem(sys.modules, f"diffusers_modules.local.owner--model.{first}.block", ModuleType("block"))
+    spec = pipe._component_specs["unet"]
+    spec.pretrained_model_name_or_path, spec.revision = "owner/model", "v1"
     run(pipe)
-    assert asked[-1][-1] == first
-    monkeypatch.setitem(sys.modules, f"diffusers_modules.local.owner--model.{second}.block", ModuleType("block"))
-    with pytest.raises(ValueError, match="loaded at 2 commits"):
-        run(pipe)
-    monkeypatch.setattr(type(pipe._blocks), "__module__", f"diffusers_modules.local.owner--model.{second}.block")
-    run(pipe)
-    assert asked[-1][-1] == second
+    assert asked[-1] == ("owner/model", "d.safetensors", "v1")
 
 
 def test_bad_files_are_errors_that_change_nothing(tmp_path: Path, delta: Path) -> None:

@@ -126,8 +126,8 @@ def test_latents_are_not_decoded(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("vae", "latents", "text"),
     [
-        (vae_of(torch.bfloat16), LATENTS / 0.0, "as is what the VAE was given"),
-        (vae_of(torch.float32), LATENTS * float("inf"), "as is what the VAE was given"),
+        (vae_of(torch.bfloat16), LATENTS / 0.0, "as is what they were computed from"),
+        (vae_of(torch.float32), LATENTS * float("inf"), "as is what they were computed from"),
     ],
 )
 def test_latents_that_are_broken_are_told_apart(vae: Any, latents: Tensor, text: str) -> None:
@@ -147,7 +147,9 @@ def test_where_float32_does_not_help_it_is_an_error(dtype: torch.dtype, upcast: 
 def test_a_vae_that_cannot_be_float32_is_an_error() -> None:
     vae = overflowing("decoder")
     vae.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
-    with pytest.raises(ValueError, match="offloaded or quantized VAE cannot be made float32; use a VAE in float32"):
+    with pytest.raises(
+        ValueError, match="offloaded or quantized weights cannot be made float32; use a VAE in float32"
+    ):
         decoded(vae, LATENTS.half())
 
 

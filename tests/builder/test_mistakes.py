@@ -169,7 +169,6 @@ MISTAKES: dict[str, tuple[Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipeli
         "does not work on a UNet",
     ),
     "no guider": (lambda it, at: it.with_guider(2.0), "with_guider: .*of type float"),
-    "layers": (lambda it, at: it.with_guider(skipping("nowhere")), "nowhere"),
     "guidance": (lambda it, at: it.with_guidance(-1.0), "guidance_scale=-1.0"),
     "start": (lambda it, at: it.with_guidance(2.0, start=0.5, stop=0.2), "with_guidance: .*stop"),
     "both guiders": (lambda it, at: it.with_guidance(2.0).with_guider(skipping("mid_block")), "are both given"),

@@ -226,12 +226,6 @@ def test_weights_are_read_if_asked(thin: Path, tmp_path: Path) -> None:
     assert "1 changed (unet/diffusion_pytorch_model.safetensors)" in refused(directory, verify_weights=True)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
-def test_a_device_that_is_not_there_is_told_first(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"device='cuda' is none that can be used here"):
-        load_workflow(tmp_path / "absent", device="cuda")
-
-
 def test_code_that_another_process_puts_in_place_is_an_error(
     thin: Path, modules: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -170,7 +170,7 @@ def test_a_revision_holds_for_code_weights_and_delta_also_offline(
     for name, number in {"first": 0, "tag": 0, "main": 1, "offline first": 0, "offline main": 1}.items():
         assert report[name] == number + 1, name
         assert torch.equal(found[name], expected[number]), name
-    assert bytes.fromhex(report["delta"]) == deltas[0].read_bytes()
+    assert bytes.fromhex(report["delta"]) == deltas[1].read_bytes()
     assert "someone/workflow runs code of its own: block.py" in report["untrusted"]
     assert "has no revision 'nonesuch'" in report["revision"]
     assert "owner/missing is not found" in report["missing"] and "owner/private is not found" in report["private"]

@@ -10,8 +10,7 @@ import pytest
 from perflow_blocks import PeRFlowSDXLAutoBlocks, export_workflow
 from perflow_blocks.blocks import workflows
 from perflow_blocks.hub.manifest import read_manifest
-from perflow_blocks.hub.private_content import PrivateContent
-from perflow_blocks.hub.publishable import require_publishable
+from perflow_blocks.hub.publishable import private_content, require_publishable
 
 PRESETS = [
     kind for name, kind in vars(workflows).items() if name.startswith("PeRFlowSDXL") and name.endswith("Blocks")
@@ -30,7 +29,7 @@ def test_a_self_contained_preset_is_publishable(kind: Any, tmp_path: Path) -> No
 
 
 def test_the_recipes_hold_nothing_private() -> None:
-    root, search = Path(__file__).parent.parent.parent / "workflows", PrivateContent()
+    root = Path(__file__).parent.parent.parent / "workflows"
     files = [*root.rglob("*.py"), *root.rglob("*.md")]
     assert len(files) > 15
-    assert {path: found for path in files if (found := list(search.findings(path)))} == {}
+    assert {path: found for path in files if (found := list(private_content(path)))} == {}

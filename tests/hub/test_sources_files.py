@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,7 +23,8 @@ from diffusers.utils.dynamic_modules_utils import (
 import perflow_blocks
 from perflow_blocks import PeRFlowSDXLAutoBlocks, WindowLogStep
 from perflow_blocks.hub.sources import WorkflowSources, workflow_sources
-from tests.hub.conftest import block_tree, import_from, write_repository
+from tests.conftest import python
+from tests.hub.conftest import block_tree, write_repository
 from tests.hub.sources_blocks import Counting, many_settings
 
 PACKAGE = Path(perflow_blocks.__file__).parent
@@ -229,78 +229,20 @@ def test_what_a_users_module_needs_is_a_requirement(tmp_path: Path, monkeypatch:
         assert re.fullmatch(r">=\d+\.\d+", sources.requirements["pytest"])
 
 
-def recipe(pattern: str) -> Any:
-    (path,) = ROOT.glob(f"workflows/{pattern}/recipe.py")
-    return import_from(path, f"recipe_{path.parent.name.replace('-', '_')}")
-
-
-def test_of_a_script_only_what_the_block_needs_is_carried() -> None:
-    sources = workflow_sources(recipe("custom_block").mirrored_blocks(), "Mirrored")
-    (name,) = (name for name in sources.files if "_user_" in name)
-    text = sources.files[name]
-    assert "class MirrorStep(ModularPipelineBlocks):" in text
-    assert not {"argparse", "main(", "PeRFlowSDXLAutoBlocks", "weights_directory"} & set(re.findall(r"[\w(]+", text))
-    assert "workflows/custom_block" in ast.get_docstring(ast.parse(text), clean=False)  # type: ignore[operator]
-
-
 SCRIPT = """
 import json
-import sys
-from diffusers.modular_pipelines import ModularPipelineBlocks
 from perflow_blocks.hub.sources import workflow_sources
 from tests.hub.sources_blocks import many_settings
 
-FACTOR = 3
-TABLE = {}
-TABLE["factor"] = FACTOR
-for key in ("a", "b"):
-    TABLE[key] = 1
-OTHERS = {}
-OTHERS["x"] = print("not here")
-assert __name__ == "__main__"
-
-
-# Why it is there.
-class Mine(ModularPipelineBlocks):
-    @property
-    def description(self):
-        return f"Times {sorted(TABLE)}."
-
-
-sources = [workflow_sources(blocks, "Flow") for blocks in (Mine(), many_settings())]
-sys.stdout.write(json.dumps([list(given.files.items()) for given in sources]))
+print(json.dumps(list(workflow_sources(many_settings(), "Flow").files.items())))
 """
 
 
-@pytest.fixture(scope="module")
-def exported_by_a_script(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[str]]]:
-    """The files of two exports, of a block of the script itself and of others, made in a process of its own."""
-    directory = tmp_path_factory.mktemp("script")
-    (directory / "my_script.py").write_text(SCRIPT)
-    result = subprocess.run(
-        [sys.executable, "my_script.py"],
-        cwd=directory,
-        env={"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7", "HOME": str(directory), "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(result.stdout.split("not here")[1])
-
-
-def test_the_same_blocks_give_the_same_bytes_in_any_process(exported_by_a_script: list[list[list[str]]]) -> None:
+def test_the_same_blocks_give_the_same_bytes_in_any_process(tmp_path: Path) -> None:
+    environment = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7", "HOME": str(tmp_path), "PATH": ""}
+    there = json.loads(python("-c", SCRIPT, environment=environment, cwd=tmp_path))
     here = workflow_sources(many_settings(), "Flow")
-    assert [tuple(entry) for entry in exported_by_a_script[1]] == list(here.files.items())
-
-
-def test_a_block_of_the_script_that_exports_it(exported_by_a_script: list[list[list[str]]]) -> None:
-    (_, (name, text)) = exported_by_a_script[0]
-    assert re.fullmatch(r"perflow_[0-9a-f]{8}_user_my_script\.py", name)
-    assert "FACTOR = 3" in text and "# Why it is there." in text
-    assert "workflow_sources" not in text and "print" not in text and "__main__" not in text
-    namespace: dict[str, Any] = {"__name__": "elsewhere"}
-    exec(text, namespace)
-    assert namespace["Mine"]().description == "Times ['a', 'b', 'factor']."
+    assert [tuple(entry) for entry in there] == list(here.files.items())
 
 
 def test_blocks_of_a_module_that_lies_in_no_package_are_carried() -> None:

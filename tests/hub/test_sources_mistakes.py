@@ -159,10 +159,12 @@ def test_a_module_that_cannot_be_carried(
         workflow_sources(module.Mine(), "Flow")
 
 
-def test_a_block_of_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("file", [None, __file__])
+def test_a_block_of_a_notebook_or_script(file: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = ModuleType("__main__")
+    notebook.__file__ = file
     mine = type("Mine", (ModularPipelineBlocks,), {"__module__": "__main__"})
     vars(notebook)["Mine"] = mine
     monkeypatch.setitem(sys.modules, "__main__", notebook)
-    with pytest.raises(ValueError, match=r"the notebook .* has no source file; write your blocks into a .py file and"):
+    with pytest.raises(ValueError, match=r"is the script or notebook that runs; write your blocks into a .py file"):
         workflow_sources(mine(), "Flow", "thin")

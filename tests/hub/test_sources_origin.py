@@ -16,40 +16,26 @@ from tests.conftest import python
 ROOT = Path(__file__).parent.parent.parent
 
 
-def make_package(directory: Path, name: str, record: bool = False) -> str:
+def make_package(directory: Path, name: str) -> str:
     (directory / name).mkdir(parents=True)
     (directory / name / "__init__.py").write_text("")
     (directory / name / "inner.py").write_text("")
-    if record:
-        metadata = directory / f"{name}-1.0.dist-info"
-        metadata.mkdir()
-        (metadata / "RECORD").write_text(f'{name}/__init__.py,,\n"{name}/inner.py",,\n../bin/x,,\n')
     return name
 
 
 @pytest.mark.parametrize(
-    ("place", "record", "expected"),
+    ("place", "expected"),
     [
-        ("lib/python3/site-packages", False, "installed"),
-        ("usr/lib/python3/dist-packages", False, "installed"),
-        ("target", True, "installed"),
-        ("project", False, "user"),
-        ("site-packages-of-mine", False, "user"),
+        ("lib/python3/site-packages", "installed"),
+        ("usr/lib/python3/dist-packages", "installed"),
+        ("project", "user"),
+        ("site-packages-of-mine", "user"),
     ],
 )
-def test_packages_by_their_place(
-    place: str, record: bool, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = make_package(tmp_path / place, f"placed_{abs(hash(place))}", record)
+def test_packages_by_their_place(place: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = make_package(tmp_path / place, f"placed_{abs(hash(place))}")
     monkeypatch.syspath_prepend(str(tmp_path / place))
     assert (origin(name), origin(f"{name}.inner")) == (expected, expected)
-
-
-def test_a_module_beside_installed_ones_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_package(tmp_path, "recorded_beside", record=True)
-    make_package(tmp_path, "unrecorded_beside")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert (origin("recorded_beside"), origin("unrecorded_beside")) == ("installed", "user")
 
 
 def test_a_link_from_an_installed_place_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

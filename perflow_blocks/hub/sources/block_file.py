@@ -21,7 +21,7 @@ try:
     import_module(__package__)
 except ModuleNotFoundError:  # there is a dot in the name of the repository, of which diffusers makes a module's name
     package = ModuleType(__package__)
-    package.__path__ = [str(Path(__file__).parent)]
+    package.__path__ = [str(Path(__spec__.origin).parent)]
     sys.modules[__package__] = package"""
 
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-import itertools
-import site
 import sys
-import sysconfig
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -27,8 +22,8 @@ class Module:
     """The source of a module.
 
     Attributes:
-        name: dotted; "__main__" for a script.
-        text: the source, or the part of it that is carried.
+        name: dotted.
+        text: the source.
         path: its file.
         package: what its relative imports start from; empty for a module at the top.
     """
@@ -82,47 +77,22 @@ def _is_package(name: str) -> bool:
 
 
 def _is_installed(path: Path) -> bool:
-    """Whether an installer put the file there; editable installs lie where their user works on them.
-
-    Besides the places that Python knows, this is told by the names that all systems give such directories, and by the
-    records that installers leave beside what they install anywhere else (`pip install --target`).
-    """
-    resolved = path.resolve()
-    if INSTALLED_PARTS & set(resolved.parts) or any(resolved.is_relative_to(root) for root in _installed_roots()):
-        return True
-    places = [resolved, *resolved.parents]
-    return any(inner.name in _recorded(outer) for inner, outer in itertools.pairwise(places))
-
-
-@cache
-def _installed_roots() -> frozenset[Path]:
-    schemes = sysconfig.get_paths()
-    named = [schemes[scheme] for scheme in ("purelib", "platlib", "stdlib", "platstdlib")]
-    roots = {Path(name).resolve() for name in (*named, *site.getsitepackages(), site.getusersitepackages())}
-    # On Windows the sites include the whole of an environment, in which editable installs may lie, too.
-    return frozenset(roots - {Path(prefix).resolve() for prefix in (sys.prefix, sys.exec_prefix)})
-
-
-@cache
-def _recorded(directory: Path) -> frozenset[str]:
-    """What installers recorded as put right into a directory: files, and directories of files."""
-    found: set[str] = set()
-    for record in directory.glob("*.dist-info/RECORD"):
-        rows = csv.reader(record.read_text(encoding="utf-8").splitlines())
-        found.update(row[0].partition("/")[0] for row in rows if row)
-    return frozenset(found)
+    """Whether an installer put the file there; editable installs lie where their user works on them."""
+    return bool(INSTALLED_PARTS & set(path.resolve().parts))
 
 
 def read_module(name: str) -> Module:
     """The source of a module of this package or the user.
 
     Raises:
-        ValueError: it lies in no file of Python source in UTF-8, as in a notebook.
+        ValueError: it is the script or notebook that runs, or lies in no file of Python source in UTF-8.
     """
     path = module_path(name)
-    if path is None or path.suffix != ".py" or not path.is_file():
-        where = "the notebook or console" if name == "__main__" else f"the module {name}"
-        raise ValueError(f"{where} has no source file; write your blocks into a .py file and import them from there.")
+    if name == "__main__" or path is None or path.suffix != ".py" or not path.is_file():
+        reason = "is the script or notebook that runs" if name == "__main__" else "has no source file"
+        raise ValueError(
+            f"the module {name} {reason}; write your blocks into a .py file of their own and import them from there."
+        )
     try:
         return Module(name, path.read_text(encoding="utf-8").removeprefix("\ufeff"), path, _package_of(name, path))
     except UnicodeDecodeError:
@@ -135,8 +105,6 @@ def public_names() -> dict[str, str]:
 
 
 def _package_of(name: str, path: Path) -> str:
-    if name == "__main__":  # known by another name if it was started with `python -m`
-        return getattr(getattr(sys.modules[name], "__spec__", None), "parent", None) or ""
     return name if path.name == "__init__.py" else name.rpartition(".")[0]
 
 

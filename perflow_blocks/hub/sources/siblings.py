@@ -20,8 +20,8 @@ def sibling_names(modules: Mapping[str, Module]) -> dict[str, str]:
     """The file of each module, without the suffix: `perflow_`, digits that all texts decide, the module's name."""
     tag = content_tag(modules)
     names: dict[str, str] = {}
-    for name, module in sorted(modules.items()):
-        wanted = f"perflow_{tag}_{_flat_name(name, module)}"
+    for name in sorted(modules):
+        wanted = f"perflow_{tag}_{_flat_name(name)}"
         free, number = wanted, 2
         while free in names.values():
             free, number = f"{wanted}_{number}", number + 1
@@ -38,11 +38,11 @@ def content_tag(modules: Mapping[str, Module]) -> str:
     return digest.hexdigest()[:8]
 
 
-def _flat_name(name: str, module: Module) -> str:
+def _flat_name(name: str) -> str:
     if origin(name) == "package":
         parts = name.split(".")[1:]
     else:
-        parts = ["user", *(module.path.stem if name == "__main__" else name).split(".")]
+        parts = ["user", *name.split(".")]
     return re.sub(r"[^0-9A-Za-z_]", "_", "_".join(parts))
 
 
@@ -50,8 +50,7 @@ def header(module: Module) -> str:
     """The first line of a sibling: where it is from."""
     if origin(module.name) == "package":
         return f"# {module.name} of {PACKAGE} {__version__}, as it is but for its imports. Licence: {LICENCE}.\n"
-    name = module.path.stem if module.name == "__main__" else module.name
-    return f"# The user's module {name}, as it is but for its imports. Exported with {PACKAGE} {__version__}.\n"
+    return f"# The user's module {module.name}, as it is but for its imports. Exported with {PACKAGE} {__version__}.\n"
 
 
 def require_readable(name: str, text: str, siblings: Collection[str]) -> None:

@@ -56,8 +56,8 @@ def workflow_sources(
         raise ValueError(f"mode={mode!r} is unknown; pass one of {', '.join(map(repr, get_args(Mode)))}.")
     carried: frozenset[Origin] = frozenset({"user"}) if mode == "thin" else frozenset({"user", "package"})
     code = block_code(blocks, class_name, description)
-    wanted = sorted({defined_in(thing) for thing in code.used.values()})
-    modules = source_closure([(name, thing) for name, thing in wanted if origin(name) in carried], carried)
+    wanted = sorted({defined_in(thing)[0] for thing in code.used.values()})
+    modules = source_closure([name for name in wanted if origin(name) in carried], carried)
     siblings = sibling_names(modules)
     files = {"block.py": block_file(code, siblings)}
     for name, module in modules.items():
