@@ -19,7 +19,7 @@ from .check_images import CONTROL_RANGE, IMAGES, check_controlnet, check_images,
 from .declare import declared
 from .guiders import check_guider, guider_for_call
 from .inputs import NONFINITE_POLICIES, OUTPUT_TYPES, REQUEST, TASKS, Size
-from .placement import align_weights, computing_dtype
+from .precision import align_weights, computing_dtype
 from .set_timesteps import check_denoising_range, check_strength
 from .specs import guider_spec, unet_spec, vae_spec
 

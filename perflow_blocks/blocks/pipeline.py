@@ -26,7 +26,7 @@ from torch import nn
 from ..delta.files import DIGEST_KEY
 from ..delta.merge import merge_records
 from .block_source import block_files, load_blocks
-from .placement import is_offloaded
+from .precision import is_offloaded
 from .saving import prepare, save_delta_file
 
 CPU = torch.device("cpu")
