@@ -190,7 +190,7 @@ def _match_images(state: PipelineState) -> PipelineState:
     it is otherwise: the stock blocks spread it, and a crop needs a single mask.
     The copy has no `dtype`, which is the latents' type, so that they encode in the VAE's own.
     """
-    image, mask = as_batch(state.get("image")), as_batch(state.get("mask_image"), mask=True)
+    image, mask = as_batch(state.get("image")), as_batch(state.values.get("mask_image"), mask=True)
     values, generator = {**state.values, "dtype": None, "image": image, "mask_image": mask}, state.get("generator")
     images, masks = count_images(image), 1 if mask is None else count_images(mask)
     generators = len(generator) if isinstance(generator, list) else 1

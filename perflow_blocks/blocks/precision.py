@@ -26,16 +26,16 @@ def is_offloaded(model: nn.Module) -> bool:
 
     Offloading in groups hooks each weight's own layer or one that holds it.
     """
-    return any(
-        hasattr(module, "_hf_hook")
-        or (hasattr(module, "_diffusers_hook") and module._diffusers_hook.get_hook(_GROUP_OFFLOADING) is not None)
-        for module in _down_to_weights(model)
-    )
+    for module in _down_to_weights(model):
+        hooks: Any = getattr(module, "_diffusers_hook", None)
+        if hasattr(module, "_hf_hook") or (hooks is not None and hooks.get_hook(_GROUP_OFFLOADING) is not None):
+            return True
+    return False
 
 
-def computing_dtype(model: nn.Module) -> torch.dtype:
+def computing_dtype(model: Any) -> torch.dtype:
     """The type a model computes with: that of its first weight, unless a hook or fewer bits say that it is another."""
-    dtype = next(model.parameters()).dtype
+    dtype: torch.dtype = next(model.parameters()).dtype
     hooked = any(hasattr(module, "_diffusers_hook") for module in _down_to_weights(model))
     plain = dtype.is_floating_point and dtype.itemsize > 1 and not hooked
     return dtype if plain else model.dtype  # which walks all modules

@@ -199,7 +199,7 @@ def _place_scheduler(components: Any, recipe: DeltaRecipe | None) -> PeRFlowSche
     config = components.config
     made_from = (recipe, config.prediction_type, config.num_time_windows, config.window_boundaries)
     with model_lock(components):  # threads that make the first call convert once
-        current = components.scheduler
+        current: Any = components.scheduler
         if current is not None and not isinstance(current, ConfigMixin):
             raise ValueError(f"scheduler={current!r} must be a scheduler, such as PeRFlowScheduler(), or None.")
         own = None if current is None else vars(current).get(OWN_ATTRIBUTE)
