@@ -190,8 +190,9 @@ def _match_images(state: PipelineState) -> PipelineState:
     it is otherwise: the stock blocks spread it, and a crop needs a single mask.
     The copy has no `dtype`, which is the latents' type, so that they encode in the VAE's own.
     """
-    image, mask = as_batch(state.get("image")), as_batch(state.values.get("mask_image"), mask=True)
-    values, generator = {**state.values, "dtype": None, "image": image, "mask_image": mask}, state.get("generator")
+    values = {**state.values, "dtype": None}
+    image, mask = as_batch(values.get("image")), as_batch(values.get("mask_image"), mask=True)
+    values, generator = {**values, "image": image, "mask_image": mask}, values.get("generator")
     images, masks = count_images(image), 1 if mask is None else count_images(mask)
     generators = len(generator) if isinstance(generator, list) else 1
     count = max(images, masks, generators)

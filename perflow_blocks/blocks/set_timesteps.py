@@ -7,7 +7,6 @@ from numbers import Real
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
 from diffusers.utils import logging
@@ -200,7 +199,7 @@ def _place_scheduler(components: Any, recipe: DeltaRecipe | None) -> PeRFlowSche
     made_from = (recipe, config.prediction_type, config.num_time_windows, config.window_boundaries)
     with model_lock(components):  # threads that make the first call convert once
         current: Any = components.scheduler
-        if current is not None and not isinstance(current, ConfigMixin):
+        if isinstance(current, (type, str)):
             raise ValueError(f"scheduler={current!r} must be a scheduler, such as PeRFlowScheduler(), or None.")
         own = None if current is None else vars(current).get(OWN_ATTRIBUTE)
         if own is not None and own["made_from"] == made_from:
