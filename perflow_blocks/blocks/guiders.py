@@ -21,6 +21,9 @@ from ..delta.recipe import require_guidance
 logger = logging.get_logger(__name__)
 
 
+_NO_SCALE = object()
+
+
 def guider_for_call(guider: Any, guidance_scale: float | None = None) -> Any:
     """A copy of a guider for one call, since guiders keep the step on themselves and threads share the component.
 
@@ -34,17 +37,15 @@ def guider_for_call(guider: Any, guidance_scale: float | None = None) -> Any:
     if not isinstance(guider, BaseGuidance):
         return guider  # which `check_guider` refuses
     own = copy.copy(guider)
-    if guidance_scale is None:
-        guidance_scale = vars(own).get("guidance_scale")
-    else:
-        require_guidance(guidance_scale)
+    scale = vars(own).get("guidance_scale", _NO_SCALE) if guidance_scale is None else guidance_scale
+    if scale is not _NO_SCALE:
+        require_guidance(scale)
         if "guidance_scale" not in vars(own):
             raise ValueError(
-                f"guidance_scale={guidance_scale} is given, but {type(own).__name__} has no such scale; leave it out, "
-                "or set another guider, such as ClassifierFreeGuidance()."
+                f"guidance_scale={scale} is given, but {type(own).__name__} has no such scale; leave it out, or set "
+                "another guider, such as ClassifierFreeGuidance()."
             )
-    if guidance_scale is not None:
-        set_guidance(own, guidance_scale)
+        set_guidance(own, scale)
     return own
 
 

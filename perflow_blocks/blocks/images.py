@@ -93,7 +93,7 @@ def as_batch(image: Any, mask: bool = False) -> Any:
     """
     if isinstance(image, np.ndarray):
         last = image.ndim == 4 or (image.ndim == 3 and (not mask or image.shape[-1] == 1))
-        image = torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, -1, -3) if last else image))
+        image = torch.tensor(np.moveaxis(image, -1, -3) if last else image)
     if not isinstance(image, Tensor) or image.ndim == 4:
         return image
     if image.ndim == 2:

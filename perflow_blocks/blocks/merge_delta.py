@@ -99,6 +99,8 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
                 if merged is None:
                     _change(components, path, scale, variant)
                     merged = merge_records(unet)
+        for record in merged:
+            _require_no_lora_of(unet, record.digest, record.source)
         block_state.merged_deltas, record = merged, recipe_record(merged)
         with lock:
             recipe = block_state.delta_recipe = None if record is None else record.recipe
@@ -158,8 +160,8 @@ def _change(components: Any, path: Path | None, scale: float, variant: str | Non
         return
     weights = open_weights(path, variant)
     require_no_rival(unet, weights)
-    if scale:
-        _require_no_lora_of(unet, weights)
+    if scale and hasattr(unet, "peft_config"):
+        _require_no_lora_of(unet, identity_of(named_as_model(weights, own_weights(unet), unet.config)), weights.label)
     known = find_merged(unet, weights)
     if known is not None and known.reloaded:
         _warn_of_rounding(known)
@@ -175,17 +177,15 @@ def _warn_of_rounding(record: MergeRecord) -> None:
     )
 
 
-def _require_no_lora_of(unet: Any, weights: Weights) -> None:
+def _require_no_lora_of(unet: Any, digest: str, label: str) -> None:
     """Raises ValueError where a LoRA that was made from this delta is loaded: the delta would be applied twice."""
     loras = {vars(config).get(DIGEST_KEY): name for name, config in getattr(unet, "peft_config", {}).items()}
-    if any(loras):
-        fitted = named_as_model(weights, own_weights(unet), unet.config)
-        name = loras.get(identity_of(fitted))
-        if name is not None:
-            raise ValueError(
-                f"the LoRA {name!r} was made from {weights.label}, which is to be merged; pass delta=False, or the "
-                f"LoRA's residual as delta=, or call pipe.delete_adapters({name!r})."
-            )
+    name = loras.get(digest) if digest else None
+    if name is not None:
+        raise ValueError(
+            f"the LoRA {name!r} was made from {label}, which would be in the weights too; pass delta=False, or the "
+            f"LoRA's residual as delta=, or call pipe.delete_adapters({name!r})."
+        )
 
 
 def require_configured_delta(value: object) -> None:

@@ -54,6 +54,8 @@ def test_a_guider_without_a_scale_refuses_one() -> None:
     for wrong in (-1.0, float("nan"), "2"):
         with pytest.raises(ValueError, match="guidance_scale="):
             run(make_pipeline(), guidance_scale=wrong)
+        with pytest.raises(ValueError, match="guidance_scale="):
+            run(make_pipeline(guider=ClassifierFreeGuidance(guidance_scale=wrong)))
 
 
 def test_a_call_leaves_no_trace_on_the_component() -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from perflow_blocks import PeRFlowModularPipeline, PeRFlowSDXLAutoBlocks, delta_to_lora, merge_delta
+from perflow_blocks import PeRFlowModularPipeline, PeRFlowSDXLAutoBlocks, delta_to_lora, merge_delta, unmerge_delta
 from perflow_blocks.blocks.pipeline import IN_PLACE_OF
 from perflow_blocks.delta.lora import save_lora, save_residual
 from perflow_blocks.delta.merge import merge_records
@@ -326,10 +326,15 @@ def test_the_delta_of_a_loaded_lora_is_refused(tmp_path: Path, delta: Path, lora
         with pytest.raises(ValueError, match=r"the LoRA '\w+' was made from .*delta\.safetensors, .* delta=False"):
             run(pipe, **asked)
     assert not batches and not merge_records(pipe.unet)
+    merge_delta(pipe.unet, delta)
+    with pytest.raises(ValueError, match="would be in the weights too"):
+        run(pipe, delta=None)
+    unmerge_delta(pipe.unet)
+    pipe.update_components(delta=None)
     residual = run(pipe, delta=tmp_path / "residual.safetensors")
     assert not torch.equal(residual, run(pipe, delta=False))
     pipe.delete_adapters(adapter or pipe.get_active_adapters()[0])
-    run(pipe)
+    run(pipe, delta=delta)
     assert len(merge_records(pipe.unet)) == 1
 
 
