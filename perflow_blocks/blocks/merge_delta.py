@@ -99,8 +99,8 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
                 if merged is None:
                     _change(components, path, scale, variant)
                     merged = merge_records(unet)
-        for record in merged:
-            _require_no_lora_of(unet, record.digest, record.source)
+        for one in merged:
+            _require_no_lora_of(unet, one.digest, one.source)
         block_state.merged_deltas, record = merged, recipe_record(merged)
         with lock:
             recipe = block_state.delta_recipe = None if record is None else record.recipe
