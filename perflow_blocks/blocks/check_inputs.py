@@ -298,7 +298,9 @@ def _check_generator(request: Any, images: int) -> None:
         if not isinstance(entry, (torch.Generator, type(None))):
             raise ValueError(f"generator is of type {type(entry).__name__}; pass a torch.Generator or a list of them.")
     if isinstance(generator, list) and len(generator) != images:
-        raise ValueError(f"generator holds {len(generator)} generators; pass one, or {images}, one for each image.")
+        raise ValueError(
+            f"generator holds {len(generator)} generators for {images} images; pass {images}, or a single one."
+        )
 
 
 def _check_latents(request: Any, images: int, channels: int, factor: int) -> None:

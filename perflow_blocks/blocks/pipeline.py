@@ -37,8 +37,8 @@ HUB_OPTIONS = frozenset(
 """What `from_pretrained` of diffusers' modular pipelines hands to the Hub. It ignores other options with a warning."""
 
 IN_PLACE_OF = {
-    "adapter_conditioning_factor": "there are no T2I-Adapters here; a ControlNet takes control_image",
-    "adapter_conditioning_scale": "there are no T2I-Adapters here; a ControlNet takes control_image",
+    "adapter_conditioning_factor": "T2I-Adapters are not supported; use a ControlNet and control_image",
+    "adapter_conditioning_scale": "T2I-Adapters are not supported; use a ControlNet and control_image",
     "callback": "pass callback_on_step_end=function, called as function(pipe, step, timestep, {'latents': latents})",
     "callback_on_step_end": "insert a StepCallbackStep into the loop",
     "callback_on_step_end_tensor_inputs": "leave it out; the callback gets the latents",
@@ -46,7 +46,7 @@ IN_PLACE_OF = {
     "eta": "leave it out; the solver adds no noise",
     "guidance_rescale": "call pipe.update_components(guider=ClassifierFreeGuidance(guidance_rescale=...))",
     "guidance_scale": "call pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=...))",
-    "image_guidance_scale": "there is no InstructPix2Pix here; pass image and strength",
+    "image_guidance_scale": "InstructPix2Pix is not supported; pass image and strength",
     "ip_adapter_image_embeds": (
         "pass the second half of each tensor in the list as ip_adapter_embeds=, the first half as "
         "negative_ip_adapter_embeds="
@@ -125,7 +125,7 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
 
         Args:
             pipeline: any SDXL pipeline of diffusers.
-            blocks: what to run, of which a copy is made; by default `PeRFlowSDXLAutoBlocks()`.
+            blocks: the blocks to run, which are copied; by default `PeRFlowSDXLAutoBlocks()`.
 
         Raises:
             ValueError: `pipeline` is not a pipeline.
@@ -260,7 +260,7 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
             device: where models run, by default this machine's accelerator.
 
         Raises:
-            ValueError: there is no accelerator and no `device`, or models are offloaded in groups.
+            ValueError: no accelerator is found and no `device` is given, or models are offloaded in groups.
         """
         target = torch.device(get_device() if device is None else device)
         if device is None and target == CPU:

@@ -66,7 +66,7 @@ def align_weights(model: nn.Module) -> None:
 
 
 def not_finite(what: str, values: Tensor) -> str | None:
-    """Says of which images the values (images, ...) are not finite; None if all are. One read of the device.
+    """A sentence that names the images whose values are not finite; None if all are. Reads the device once.
 
     Args:
         what: a noun in the plural for the values, such as "the latents".
@@ -84,8 +84,14 @@ def precision(values: Tensor) -> torch.dtype:
 
 
 def require_float32_may_help(problem: str, given: Tensor, models: Sequence[nn.Module], rest: str, advice: str) -> None:
-    """Refuses a `problem` that computing again from what is `given` would not solve, and says what would: `rest` where
-    float32 is not enough, `advice` where the models cannot be made float32.
+    """Raises a ValueError for a `problem` that a second run in float32 would not solve.
+
+    Args:
+        problem: what is wrong, for the message.
+        given: the input of the run.
+        models: the models that would be made float32.
+        rest: what to do if the run was in float32 already.
+        advice: what to do if the models cannot be made float32.
     """
     if not_finite("the inputs", given) is not None:
         raise ValueError(f"{problem}, as is what they were computed from; check the given latents or image.")

@@ -80,7 +80,7 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
         block_state.num_inference_steps = len(plan)
         block_state.step_plan = plan
         block_state.step_coefficients = plan.coefficients(device)
-        scheduler.keep_plan(plan, device)
+        scheduler.keep_plan(plan, block_state.timesteps, block_state.step_coefficients)
         return scheduler
 
     def section(self, scheduler: PeRFlowScheduler, whole: StepPlan, block_state: Any) -> StepPlan:

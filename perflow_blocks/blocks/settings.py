@@ -159,7 +159,7 @@ def _in_json(name: str, value: Any, complain: Complain) -> Any:
     try:
         value = json.loads(json.dumps(value, default=python_number))
     except (TypeError, ValueError):
-        complain(f"the configuration value {name}={value!r} is none of JSON; set one that is.")
+        complain(f"the configuration value {name}={value!r} is none of JSON; use numbers, texts, booleans or lists.")
     return value
 
 

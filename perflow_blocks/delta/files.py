@@ -355,7 +355,8 @@ def _from_latent_diffusion(unet: dict[str, str], config: Mapping[str, Any], labe
         translated, lost = {}, [f"{error} is missing"]
     if lost:
         raise ValueError(
-            f"{label} has Latent Diffusion names that are not this UNet's ({listed(lost)}); pass one of its family."
+            f"{label} has Latent Diffusion names that are not this UNet's ({listed(lost)}); pass a delta of its "
+            "architecture."
         )
     return {new: old for new, old in translated.items() if old}
 

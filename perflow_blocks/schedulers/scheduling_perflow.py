@@ -235,14 +235,13 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         timesteps: Sequence[int] | Tensor | None = None,
     ) -> None:
         """Keeps the plan that `make_plan` gives for `step`, with its `timesteps` on the device."""
-        self.keep_plan(self.make_plan(num_inference_steps, timesteps), device)
+        plan = self.make_plan(num_inference_steps, timesteps)
+        self.keep_plan(plan, torch.tensor(plan.timesteps, dtype=torch.long).to(device), plan.coefficients(device))
 
-    def keep_plan(self, plan: StepPlan, device: str | torch.device | None = None) -> None:
-        """Has `step` follow a plan: `timesteps` become the plan's, on the device."""
-        self.plan = plan
-        self.num_inference_steps = len(plan)
-        self.timesteps = torch.tensor(plan.timesteps, dtype=torch.long).to(device)
-        self._coefficients = plan.coefficients(device)
+    def keep_plan(self, plan: StepPlan, timesteps: Tensor, coefficients: Tensor) -> None:
+        """Has `step` follow a plan, with its timesteps (num_steps,) and coefficients (num_steps, 4) on the device."""
+        self.plan, self.num_inference_steps = plan, len(plan)
+        self.timesteps, self._coefficients = timesteps, coefficients
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """The sample itself: the UNet of a PeRFlow model takes it unscaled."""
