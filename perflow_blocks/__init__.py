@@ -11,7 +11,6 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AttentionConfig": "attention.config",
     "AttentionStrategy": "attention.strategies",
-    "CardExample": "hub.card_example",
     "FiniteGuardStep": "blocks.finite_guard",
     "LatentToRGB": "blocks.preview",
     "LoopBlock": "blocks.loop_block",
