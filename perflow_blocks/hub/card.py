@@ -15,6 +15,7 @@ from ..delta.recipe import DeltaRecipe
 
 OWNER = "your-name"
 """Whom a card names where the repository is not known yet."""
+RIGHTS = "The code of perflow-blocks is licensed under Apache-2.0."
 TAGS = ("diffusers", "modular-diffusers", "perflow", "few-step")
 IMAGES = {
     "image": 'load_image("photo.png")',
@@ -40,25 +41,17 @@ def make_card(
     image: str | None,
     licence: str | None,
 ) -> str:
-    """The text of README.md, with its front matter.
+    """The text of README.md, with its front matter. Other arguments are those of `export_workflow`.
 
     Args:
-        blocks: the workflow's blocks.
-        title: heading, plain text.
-        description: what the blocks do.
-        notes: what users of this workflow have to know, in Markdown.
         recipe: names of sampling settings to their values.
         repository: what the example loads.
-        index: what `modular_model_index.json` holds.
-        saved: components that the repository itself holds.
+        index: what `modular_model_index.json` holds; `saved` are its components that the repository itself holds.
         requirements: packages that the code needs, and their versions.
-        example: Python that shows the workflow in use; None for a prompt and images.
         image: file name of an image in the repository.
-        licence: identifier for the front matter.
     """
     title = html.escape(" ".join(title.split()), quote=False).replace("[", "\\[").replace("]", "\\]")
-    declared = {spec.name: spec.description or "" for spec in reversed(blocks.expected_configs)}
-    values = [(f"`{name}`", f"`{value}`", declared[name]) for name, value in index.items() if name in declared]
+    values = [(f"`{name}`", f"`{index[name]}`") for spec in blocks.expected_configs if (name := spec.name) in index]
     triggers = getattr(blocks, "_workflow_map", None) or {}
     workflows = [(f"`{name}`", ", ".join(f"`{given}`" for given in inputs)) for name, inputs in triggers.items()]
     entries = {spec.name: index[spec.name] for spec in blocks.expected_components if spec.name in index}
@@ -67,6 +60,7 @@ def make_card(
         (f"`{name}`", f"`{kind}`", _link(places[name]) if name in places else f"this repository, `{name}`")
         for name, (_, kind, _) in entries.items()
     ]
+    rights = f"This repository: {licence}. {RIGHTS}" if licence else RIGHTS
     sections = [
         f"# {title}",
         f"![{title}]({image})" if image else "",
@@ -78,8 +72,9 @@ def make_card(
         generate_modular_model_card_content(blocks)["io_specification_section"].strip(),
         _table("Components", ("component", "class", "from"), components)
         or "The index names no components: set your own with `pipe.update_components(...)`.",
-        _table("Configuration", ("value", "set to", "what"), values),
-        _licence(licence, bool(places)),
+        _table("Configuration", ("value", "set to"), list(dict.fromkeys(values))),
+        f"## Licence\n\n{rights}"
+        + (" Weights that are referred to keep their repositories' licences." if places else ""),
     ]
     front = _front_matter(blocks, licence, places.values()).to_yaml()
     return f"---\n{front}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
@@ -146,13 +141,6 @@ def _front_matter(blocks: Any, licence: str | None, places: Iterable[Mapping[str
         base_model=[source for source in sources if not source.startswith("https://")] or None,
         tags=[*TAGS, *model, task],
     )
-
-
-def _licence(licence: str | None, is_referring: bool) -> str:
-    text = "The code of perflow-blocks is licensed under Apache-2.0."
-    if is_referring:
-        text += " Weights that are referred to keep the licences of their repositories."
-    return f"## Licence\n\n{text if licence is None else f'This repository: {licence}. {text}'}"
 
 
 def _link(place: Mapping[str, Any]) -> str:

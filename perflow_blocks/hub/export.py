@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +16,7 @@ import diffusers
 from diffusers.configuration_utils import FrozenDict
 from diffusers.modular_pipelines.mellon_node_utils import MellonPipelineConfig
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
-from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
@@ -38,13 +36,12 @@ Mode = Literal["thin", "self-contained"]
 WeightsMode = Literal["reference", "include", "delta-only"]
 
 INDEX = "modular_model_index.json"
-BLOCKS_CONFIG = ModularPipelineBlocks.config_name
 MELLON = "mellon_pipeline_config.json"
 CARD = "README.md"
 IMAGE = "picture.png"
 MAX_SIDE = 1024
 """Of the card's image, in pixels."""
-MELLON_STAGES = ("text_encoder", "denoise", "decode")
+MELLON_STAGES = frozenset({"text_encoder", "denoise", "decode"})
 """The top-level blocks that make one node each in Mellon; blocks without them are one node as a whole."""
 
 _SNAPSHOT = re.compile(r"/models--(?P<id>[\w.-]+)/snapshots/(?P<sha>[0-9a-f]{40})/?$")
@@ -108,57 +105,67 @@ def export_workflow(
             raise ValueError(f"{option}={given!r} is unknown; pass one of {', '.join(known)}.")
     if not isinstance(pipe_or_blocks, (ModularPipeline, ModularPipelineBlocks)):
         raise ValueError(f"{pipe_or_blocks!r} is neither a modular pipeline nor blocks; pass one of them.")
-    require_target(target, overwrite=overwrite, files=[Path(file).name for file in files])
+    extras = [Path(file) for file in files]
+    require_target(target, overwrite=overwrite, files=[file.name for file in extras])
     pipe: Any = pipe_or_blocks if isinstance(pipe_or_blocks, ModularPipeline) else pipe_or_blocks.init_pipeline()
     blocks, problems = pipe.blocks, list[str]()
     if delta is not None:
         pipe = _with_delta(pipe, Path(delta).expanduser(), problems)
     saver, values, delta_weights = settled(pipe, problems)
-    recipe = _recipe(pipe, delta_weights)
+    record = None if pipe.components.get("unet") is None else merge_record(pipe.unet)
+    recipe = DeltaRecipe() if record is None else record.recipe
+    if delta_weights is not None:
+        recipe = read_recipe(delta_weights)
     if weights != "include":
         values, delta_weights = _unmerged(pipe, values, delta_weights, weights, problems)
     components, saved = _components(pipe, saver, weights == "include", exclude, problems)
-    code = _code(blocks, name, mode, problems)
+    if weights == "include" and not saved:
+        problems.append("no component is loaded; pass a pipeline, after pipe.load_components(), or another weights=.")
+    code = dict[str, str]()
+    try:
+        siblings, modules = carried_modules(blocks, mode == "self-contained")
+        code = {**block_files(blocks, name, siblings), **modules}
+    except ValueError as error:
+        problems.append(str(error))
     image = None if picture is None else _image(picture, problems)
-    problems += _option_problems(name, repo_id, example, files, {*code, INDEX, MELLON, CARD, IMAGE})
+    problems += _option_problems(name, repo_id, example, extras, {*code, INDEX, MELLON, CARD, IMAGE})
     if problems:
         raise ValueError(complaint("exported", problems))
-    title = " ".join((title or target.absolute().name).split())
+    folder_name = target.absolute().name
+    title = title or folder_name
     index = {"_class_name": stock_class_name(pipe), "_diffusers_version": diffusers.__version__}
     for component, (spec, kind) in components.items():
         here = replace(spec, pretrained_model_name_or_path=repo_id, subfolder=component, variant=None, revision=None)
         index[component] = index_entry(here if component in saved else spec, kind)
     index |= values
-    card = make_card(
-        blocks,
-        title,
-        description=description or blocks.description,
-        notes=notes,
-        recipe=make_recipe(pipe, values, recipe, guider=saver.guider if "guider" in saved else None),
-        repository=repo_id
-        or f"{OWNER}/{re.sub(r'[^A-Za-z0-9.-]+', '-', target.absolute().name).strip('-.') or 'flow'}",
-        index=index,
-        saved=saved.keys(),
-        requirements=json.loads(code[BLOCKS_CONFIG])["requirements"],
-        example=example,
-        image=None if image is None else IMAGE,
-        licence=licence,
-    )
     texts = {
         **code,
         INDEX: json.dumps(index, indent=2, ensure_ascii=False) + "\n",
-        MELLON: make_mellon_config(blocks, title, repo_id).to_json_string(),
-        CARD: card,
+        MELLON: _mellon_config(blocks, title, repo_id).to_json_string(),
+        CARD: make_card(
+            blocks,
+            title,
+            description=description or blocks.description,
+            notes=notes,
+            recipe=make_recipe(pipe, values, recipe, guider=saver.guider if "guider" in saved else None),
+            repository=repo_id or f"{OWNER}/{re.sub(r'[^A-Za-z0-9.-]+', '-', folder_name).strip('-.') or 'workflow'}",
+            index=index,
+            saved=saved.keys(),
+            requirements=json.loads(code[ModularPipelineBlocks.config_name])["requirements"],
+            example=example,
+            image=None if image is None else IMAGE,
+            licence=licence,
+        ),
     }
     with atomic_directory(target) as folder:
-        for file, text in texts.items():
-            (folder / file).write_text(text, encoding="utf-8", newline="\n")
+        for text_file, text in texts.items():
+            (folder / text_file).write_text(text, encoding="utf-8", newline="\n")
         for component, value in saved.items():
             _save(value, folder / component)
         if delta_weights is not None:
             save_delta_file(delta_weights, folder / values["delta"])
-        for source in map(Path, files):
-            shutil.copyfile(source, folder / source.name)
+        for file in extras:
+            shutil.copyfile(file, folder / file.name)
         if image is not None:
             image.save(folder / IMAGE, "PNG")
     return target
@@ -190,7 +197,18 @@ def require_target(target: Path, *, overwrite: bool = False, files: Collection[s
         components = set(json.loads((target / INDEX).read_text(encoding="utf-8")))
     except ValueError:
         components = set()
-    known = {CODE, INDEX, BLOCKS_CONFIG, MELLON, CARD, IMAGE, "delta", "perflow_manifest.json", *components, *files}
+    known = {
+        CODE,
+        INDEX,
+        ModularPipelineBlocks.config_name,
+        MELLON,
+        CARD,
+        IMAGE,
+        "delta",
+        "perflow_manifest.json",
+        *components,
+        *files,
+    }
     others = sorted(name for name in there - known if not re.fullmatch(r"perflow_\w+\.py", name))
     if others:
         raise ValueError(
@@ -200,30 +218,21 @@ def require_target(target: Path, *, overwrite: bool = False, files: Collection[s
 
 
 def _option_problems(
-    name: str | None,
-    repo_id: str | None,
-    example: str | None,
-    files: Sequence[str | os.PathLike[str]],
-    taken: Collection[str],
+    name: str | None, repo_id: str | None, example: str | None, files: Sequence[Path], taken: Collection[str]
 ) -> Iterator[str]:
     if name is not None and not name.isidentifier():
         yield f"name={name!r} must be the name of a class, such as MyWorkflow."
-    if repo_id is not None:
-        try:
-            validate_repo_id(repo_id)
-        except HFValidationError as error:
-            yield f"repo_id={repo_id!r} is not the name of a repository ({error}); pass owner/name."
-        if "/" not in repo_id:
-            yield f"repo_id={repo_id!r} must name the owner too; pass owner/name."
+    if repo_id is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) is None:
+        yield f"repo_id={repo_id!r} must be the name of a repository with its owner, owner/name."
     try:
         compile(example or "", "example", "exec")
     except SyntaxError as error:
         yield f"example must be Python ({error}); correct it."
-    names = [Path(file).name for file in files]
-    for file in map(Path, files):
+    names = [*taken, *(file.name for file in files)]
+    for file in files:
         if not file.is_file():
             yield f"files names {file}, which is not a file; pass files that exist."
-        if file.name in taken or names.count(file.name) > 1:
+        if names.count(file.name) > 1:
             yield f"files names {file}, and the repository has another {file.name}; rename it."
 
 
@@ -234,14 +243,6 @@ def _with_delta(pipe: Any, path: Path, problems: list[str]) -> Any:
     with_delta = copy(pipe)
     with_delta._internal_dict = FrozenDict({**pipe.config, "delta": str(path.absolute()), "delta_variant": None})
     return with_delta
-
-
-def _recipe(pipe: Any, delta: Weights | None) -> DeltaRecipe:
-    unet = pipe.components.get("unet")
-    record = None if unet is None else merge_record(unet)
-    if delta is not None:
-        return read_recipe(delta)
-    return DeltaRecipe() if record is None else record.recipe
 
 
 def _unmerged(
@@ -265,7 +266,7 @@ def _unmerged(
             "weights='delta-only' needs one delta of one file, merged or in the configuration; pass delta= with its "
             "file, or weights='include'."
         )
-    elif [record for record in merged if record is not own or record.scales]:
+    elif [record for record in merged if record != own or record.scales]:
         problems.append(
             "deltas are merged that the index cannot name: it names one, at one scale; pass weights='include', or "
             "leave out delta=."
@@ -292,7 +293,7 @@ def _components(
         place = (scheduler_source(pipe) if name == "scheduler" else None) or spec
         location, public = place.pretrained_model_name_or_path, _public(place)
         if component is not None and (include or (public is None and name in ("scheduler", "guider"))):
-            problems += _advised(name, component_problems(name, component))
+            problems += component_problems(name, component)
             entries[name], saved[name] = (spec, type(component)), component
         elif location is None and component is not None:
             problems.append(
@@ -303,7 +304,7 @@ def _components(
             if location != declared[name].pretrained_model_name_or_path:  # which the blocks name themselves
                 private.setdefault(str(location), []).append(name)
         elif public is not None and location != declared[name].pretrained_model_name_or_path:
-            problems += _advised(name, _reference_problems(name, component, public))
+            problems += _reference_problems(name, component, public)
             entries[name] = (public, public.type_hint)
     for location, names in private.items():
         problems.append(
@@ -325,10 +326,6 @@ def _reference_problems(name: str, component: Any, spec: ComponentSpec) -> Itera
         )
 
 
-def _advised(name: str, sentences: Iterable[str]) -> list[str]:
-    return [f"{sentence.removesuffix('.')}, or pass exclude=['{name}']." for sentence in sentences]
-
-
 def _public(spec: ComponentSpec) -> ComponentSpec | None:
     """The place of a component as everyone can read it: an id of the Hub or a URL. None for a path."""
     place = str(spec.pretrained_model_name_or_path or "")
@@ -338,15 +335,6 @@ def _public(spec: ComponentSpec) -> ComponentSpec | None:
         return replace(spec, pretrained_model_name_or_path=name, revision=snapshot["sha"])
     is_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", place) is not None and not Path(place).exists()
     return spec if is_id or place.startswith("https://") else None
-
-
-def _code(blocks: ModularPipelineBlocks, name: str | None, mode: Mode, problems: list[str]) -> dict[str, str]:
-    try:
-        siblings, files = carried_modules(blocks, mode == "self-contained")
-        return {**block_files(blocks, name, siblings), **files}
-    except ValueError as error:
-        problems.append(str(error))
-        return {}
 
 
 def _image(path: str | os.PathLike[str], problems: list[str]) -> Image.Image | None:
@@ -372,32 +360,11 @@ def _save(component: Any, folder: Path) -> None:
             file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
-def make_mellon_config(blocks: Any, label: str, repo_id: str | None) -> MellonPipelineConfig:
+def _mellon_config(blocks: Any, label: str, repo_id: str | None) -> MellonPipelineConfig:
     """The nodes of the workflow in Mellon: one for each stage, or one for all where blocks have no such stages."""
-    if set(MELLON_STAGES) <= set(blocks.sub_blocks):
+    if MELLON_STAGES <= set(blocks.sub_blocks):
         return MellonPipelineConfig.from_blocks(blocks, label=label, default_repo=repo_id or "")
-    own = [
-        param for param in (*blocks.inputs, *blocks.outputs) if param.name and "mellon" not in (param.metadata or {})
-    ]
-    config = MellonPipelineConfig.from_custom_block(
-        blocks,
-        node_label=label,
-        input_types={param.name: kind for param in own if (kind := _mellon_input(param)) is not None},
-        output_types={param.name: "image" for param in own if param.name == "images"},
-    )
+    widgets: dict[str, Any] = {"input_types": {"prompt": "textbox"}, "output_types": {"images": "image"}}
+    config = MellonPipelineConfig.from_custom_block(blocks, node_label=label, **widgets)
     config.default_repo = repo_id or ""
     return config
-
-
-def _mellon_input(param: Any) -> str | None:
-    """Mellon's widget for an input, where its type has one; other inputs are sockets."""
-    if not isinstance(param, InputParam):
-        return None
-    hint = str(param.type_hint)
-    if param.type_hint is bool:
-        return "checkbox"
-    if param.type_hint in (int, float) and param.default is not None:  # a widget would make None a 0
-        return "number"
-    if "Image" in hint and "image" in str(param.name):
-        return "image"
-    return "textbox" if param.type_hint is str or hint.startswith("str |") else None
