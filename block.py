@@ -2,5 +2,7 @@
 
 from perflow_blocks.blocks.auto_blocks import PeRFlowSDXLAutoBlocks
 
+__all__ = ["PeRFlowSDXLAutoBlocks"]
+
 # Python tells a file from an earlier one by second and size. So this file has its own size:
-# -----------------------------------------
+# -----

@@ -100,7 +100,7 @@ def block_files(
     preset = preset_of(blocks) if name in (None, type(blocks).__name__) and not siblings else None
     if preset is not None:
         module, _, name = preset.rpartition(".")
-        code = f"from {module} import {name}\n"
+        code = f'from {module} import {name}\n\n__all__ = ["{name}"]\n'
     else:
         name = name or SAVED_BLOCKS
         used = sorted({*modules, __name__, ModularPipelineBlocks.__module__})

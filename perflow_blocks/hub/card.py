@@ -51,7 +51,6 @@ def make_card(
         image: file name of an image in the repository.
     """
     title = html.escape(" ".join(title.split()), quote=False).replace("[", "\\[").replace("]", "\\]")
-    values = [(f"`{name}`", f"`{index[name]}`") for spec in blocks.expected_configs if (name := spec.name) in index]
     triggers = getattr(blocks, "_workflow_map", None) or {}
     workflows = [(f"`{name}`", ", ".join(f"`{given}`" for given in inputs)) for name, inputs in triggers.items()]
     entries = {spec.name: index[spec.name] for spec in blocks.expected_components if spec.name in index}
@@ -72,7 +71,6 @@ def make_card(
         generate_modular_model_card_content(blocks)["io_specification_section"].strip(),
         _table("Components", ("component", "class", "from"), components)
         or "The index names no components: set your own with `pipe.update_components(...)`.",
-        _table("Configuration", ("value", "set to"), list(dict.fromkeys(values))),
         f"## Licence\n\n{rights}"
         + (" Weights that are referred to keep their repositories' licences." if places else ""),
     ]

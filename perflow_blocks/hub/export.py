@@ -18,7 +18,6 @@ from diffusers.modular_pipelines.mellon_node_utils import MellonPipelineConfig
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
 
 from ..atomic_files import atomic_directory
 from ..blocks.block_source import CODE, block_files
@@ -128,14 +127,14 @@ def export_workflow(
     except ValueError as error:
         problems.append(str(error))
     image = None if picture is None else _image(picture, problems)
-    problems += _option_problems(name, repo_id, example, extras, {*code, INDEX, MELLON, CARD, IMAGE})
+    problems += _option_problems(name, repo_id, extras, {*code, INDEX, MELLON, CARD, IMAGE})
     if problems:
         raise ValueError(complaint("exported", problems))
     folder_name = target.absolute().name
     title = title or folder_name
     index = {"_class_name": stock_class_name(pipe), "_diffusers_version": diffusers.__version__}
     for component, (spec, kind) in components.items():
-        here = replace(spec, pretrained_model_name_or_path=repo_id, subfolder=component, variant=None, revision=None)
+        here = ComponentSpec(component, pretrained_model_name_or_path=repo_id, subfolder=component)
         index[component] = index_entry(here if component in saved else spec, kind)
     index |= values
     texts = {
@@ -218,22 +217,16 @@ def require_target(target: Path, *, overwrite: bool = False, files: Collection[s
 
 
 def _option_problems(
-    name: str | None, repo_id: str | None, example: str | None, files: Sequence[Path], taken: Collection[str]
+    name: str | None, repo_id: str | None, files: Sequence[Path], taken: Collection[str]
 ) -> Iterator[str]:
     if name is not None and not name.isidentifier():
         yield f"name={name!r} must be the name of a class, such as MyWorkflow."
     if repo_id is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) is None:
         yield f"repo_id={repo_id!r} must be the name of a repository with its owner, owner/name."
-    try:
-        compile(example or "", "example", "exec")
-    except SyntaxError as error:
-        yield f"example must be Python ({error}); correct it."
     names = [*taken, *(file.name for file in files)]
     for file in files:
-        if not file.is_file():
-            yield f"files names {file}, which is not a file; pass files that exist."
-        if names.count(file.name) > 1:
-            yield f"files names {file}, and the repository has another {file.name}; rename it."
+        if not file.is_file() or names.count(file.name) > 1:
+            yield f"files names {file}; pass files that exist, each of another name than the repository's other files."
 
 
 def _with_delta(pipe: Any, path: Path, problems: list[str]) -> Any:
@@ -300,11 +293,14 @@ def _components(
                 f"{name} was put in as an object, so no repository is known for it; pass weights='include', or load "
                 "it with pipe.load_components()."
             )
-        elif public is None and location is not None:
-            if location != declared[name].pretrained_model_name_or_path:  # which the blocks name themselves
-                private.setdefault(str(location), []).append(name)
-        elif public is not None and location != declared[name].pretrained_model_name_or_path:
-            problems += _reference_problems(name, component, public)
+        elif location is None or location == declared[name].pretrained_model_name_or_path:
+            continue  # there is none, or the blocks name it themselves
+        elif public is None:
+            private.setdefault(str(location), []).append(name)
+        else:
+            problems += adapter_problems(name, component)
+            if public.type_hint is not None and not is_stock(public.type_hint):
+                problems.append(foreign(name, public.type_hint))
             entries[name] = (public, public.type_hint)
     for location, names in private.items():
         problems.append(
@@ -312,18 +308,6 @@ def _components(
             "pipe.load_components() and pass weights='include'."
         )
     return entries, saved
-
-
-def _reference_problems(name: str, component: Any, spec: ComponentSpec) -> Iterator[str]:
-    """A sentence for each reason why a component is not what lies at its place."""
-    yield from adapter_problems(name, component)
-    if spec.type_hint is not None and not is_stock(spec.type_hint):
-        yield foreign(name, spec.type_hint)
-    if isinstance(component, PreTrainedTokenizerBase) and len(component) > component.vocab_size:
-        yield (
-            f"{name} has {len(component) - component.vocab_size} tokens more than its vocabulary, as after a textual "
-            "inversion, which no index can name; pass weights='include'."
-        )
 
 
 def _public(spec: ComponentSpec) -> ComponentSpec | None:

@@ -36,21 +36,18 @@ def carried_modules(blocks: ModularPipelineBlocks, with_package: bool) -> tuple[
         ValueError: a module of the user's imports what no file beside `block.py` can hold.
     """
     modules = _modules_of_the_user(blocks)
-    if with_package:
-        root = Path(sys.modules[PACKAGE].__file__ or "").parent
-        for path in sorted(file for layer in LAYERS for file in [root / layer, *(root / layer).rglob("*.py")]):
-            if path.suffix == ".py":
-                parts = path.relative_to(root.parent).with_suffix("").parts
-                modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    root = Path(sys.modules[PACKAGE].__file__ or "").parent
+    for path in [root / LAYERS[0], *(file for layer in LAYERS[1:] for file in (root / layer).rglob("*.py"))]:
+        if with_package:
+            parts = path.relative_to(root.parent).with_suffix("").parts
+            modules[".".join(parts).removesuffix(".__init__")] = path
     texts = {name: path.read_text(encoding="utf-8-sig") for name, path in sorted(modules.items())}
     tag = hashlib.sha256(repr((__version__, texts)).encode()).hexdigest()[:8]
     siblings = {name: f"perflow_{tag}_{re.sub(r'[^0-9A-Za-z]', '_', name)}" for name in texts}
     files = {}
     for name, text in texts.items():
         package = name if modules[name].name == "__init__.py" else name.rpartition(".")[0]
-        header = (
-            f"# The module {name}, whole; only its imports are written anew. Exported by {PACKAGE} {__version__}.\n"
-        )
+        header = f"# The module {name}, exported by {PACKAGE} {__version__} whole, with imports written anew.\n"
         files[f"{siblings[name]}.py"] = header + _flattened(text, package, siblings, name)
     return siblings, files
 
@@ -138,13 +135,13 @@ def _statement(
 ) -> str | None:
     """An import statement for a file beside the others; None for one that stays as it is."""
     found = list(_imported(node, package))
-    place = f"line {node.lineno} of {module}"
-    if not any(source in siblings for source, _, _ in found):
-        if f"{PACKAGE}.blocks" in siblings and any(source.split(".")[0] == PACKAGE for source, _, _ in found):
-            raise ValueError(
-                f"{place} imports {found[0][0]}, and self-contained exports carry {', '.join(LAYERS)} of {PACKAGE} "
-                'alone; move what needs it into another module, or pass mode="thin".'
-            )
+    missing = [source for source, _, _ in found if source.split(".")[0] == PACKAGE and source not in siblings]
+    if missing and f"{PACKAGE}.blocks" in siblings:
+        raise ValueError(
+            f"line {node.lineno} of {module} imports {missing[0]}, and self-contained exports carry of {PACKAGE} only "
+            f'{", ".join(LAYERS)}; move what needs it into another module, or pass mode="thin".'
+        )
+    if siblings.keys().isdisjoint(source for source, _, _ in found):
         return None
     statements: dict[str, list[str]] = {}
     for source, name, here in found:
@@ -157,7 +154,7 @@ def _statement(
             statements.setdefault(f"from {source} import", []).append(f"{name}{renamed}")
         else:
             raise ValueError(
-                f"{place} imports {source} in a form that does not work for modules that lie side by side; import "
-                "each module in a statement of its own, as `from package import module`."
+                f"line {node.lineno} of {module} imports {source} in a form that does not work for modules that lie "
+                "side by side; import each module in a statement of its own, as `from package import module`."
             )
     return "; ".join(f"{head} {', '.join(names)}" for head, names in statements.items())

@@ -2,5 +2,7 @@
 
 from perflow_blocks.demo.blocks import PeRFlowDemoBlocks
 
+__all__ = ["PeRFlowDemoBlocks"]
+
 # Python tells a file from an earlier one by second and size. So this file has its own size:
-# ---------------------------------------------------------------------------------
+# -------------

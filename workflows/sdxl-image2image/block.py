@@ -2,5 +2,7 @@
 
 from perflow_blocks.blocks.workflows import PeRFlowSDXLImage2ImageBlocks
 
+__all__ = ["PeRFlowSDXLImage2ImageBlocks"]
+
 # Python tells a file from an earlier one by second and size. So this file has its own size:
-# --------------------------------------------------
+# -----------------------------------------------------------------------------

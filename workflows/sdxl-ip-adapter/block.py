@@ -2,5 +2,7 @@
 
 from perflow_blocks.blocks.workflows import PeRFlowSDXLIPAdapterBlocks
 
+__all__ = ["PeRFlowSDXLIPAdapterBlocks"]
+
 # Python tells a file from an earlier one by second and size. So this file has its own size:
-# -----------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------

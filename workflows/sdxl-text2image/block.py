@@ -2,5 +2,7 @@
 
 from perflow_blocks.blocks.workflows import PeRFlowSDXLText2ImageBlocks
 
+__all__ = ["PeRFlowSDXLText2ImageBlocks"]
+
 # Python tells a file from an earlier one by second and size. So this file has its own size:
-# ----------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------

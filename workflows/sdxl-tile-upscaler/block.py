@@ -2,5 +2,7 @@
 
 from perflow_blocks.blocks.workflows import PeRFlowSDXLTileUpscalerBlocks
 
+__all__ = ["PeRFlowSDXLTileUpscalerBlocks"]
+
 # Python tells a file from an earlier one by second and size. So this file has its own size:
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
