@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -418,6 +418,18 @@ def test_own_modules_go_with_an_export(
     copy = again(directory)
     assert torch.equal(run(copy), expected)
     assert torch.equal(run(again(export_workflow(copy, tmp_path / "twice", mode=mode, weights="include"))), expected)
+
+
+def test_files_are_found_in_a_repository_with_a_dot_in_its_name(tmp_path: Path) -> None:
+    """diffusers makes modules of such names, which Python takes for packages in packages."""
+    directory = export_workflow(PeRFlowSDXLText2ImageBlocks(), tmp_path / "flow", mode="self-contained")
+    name = "diffusers_modules.local.me--flow-1.0.abc.block"
+    spec = importlib.util.spec_from_file_location(name, directory / "block.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    assert type(module.SavedBlocks()).__name__ == "PeRFlowSDXLText2ImageBlocks"
 
 
 def test_code_that_no_file_can_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
