@@ -41,14 +41,10 @@ def make_card(
     image: str | None,
     licence: str | None,
 ) -> str:
-    """The text of README.md, with its front matter. Other arguments are those of `export_workflow`.
+    """The text of README.md, with its front matter.
 
-    Args:
-        recipe: names of sampling settings to their values.
-        repository: what the example loads.
-        index: what `modular_model_index.json` holds; `saved` are its components that the repository itself holds.
-        requirements: packages that the code needs, and their versions.
-        image: file name of an image in the repository.
+    `saved` are the components that the repository itself holds, `requirements` the packages that the code needs. The
+    other arguments are those of `export_workflow`, or files of the repository.
     """
     title = html.escape(" ".join(title.split()), quote=False).replace("[", "\\[").replace("]", "\\]")
     triggers = getattr(blocks, "_workflow_map", None) or {}

@@ -26,7 +26,7 @@ from ..blocks.saving import adapter_problems, component_problems, index_entry, s
 from ..blocks.set_timesteps import scheduler_source
 from ..blocks.settings import complaint, foreign, is_stock, python_number
 from ..delta.files import Weights, read_recipe
-from ..delta.merge import find_merged, merge_record, merge_records
+from ..delta.merge import MergeRecord, find_merged, merge_records, recipe_record
 from ..delta.recipe import DeltaRecipe
 from .card import OWNER, make_card, make_recipe
 from .sources import carried_modules
@@ -38,13 +38,12 @@ INDEX = "modular_model_index.json"
 MELLON = "mellon_pipeline_config.json"
 CARD = "README.md"
 IMAGE = "picture.png"
-MAX_SIDE = 1024
-"""Of the card's image, in pixels."""
+FILES = (CODE, ModularPipelineBlocks.config_name, INDEX, MELLON, CARD, IMAGE)
+MAX_SIDE = 1024  # of the card's image, in pixels
 MELLON_STAGES = frozenset({"text_encoder", "denoise", "decode"})
 """The top-level blocks that make one node each in Mellon; blocks without them are one node as a whole."""
-
-_SNAPSHOT = re.compile(r"/models--(?P<id>[\w.-]+)/snapshots/(?P<sha>[0-9a-f]{40})/?$")
-"""A repository of the Hub as it lies in the cache, from where `load_workflow` loads what it holds."""
+_IN_CACHE = re.compile(r"/models--(?P<id>[\w.-]+)/snapshots/(?P<sha>[0-9a-f]{40})/?$")
+"""A repository of the Hub, as it lies in the cache."""
 
 
 def export_workflow(
@@ -111,12 +110,11 @@ def export_workflow(
     if delta is not None:
         pipe = _with_delta(pipe, Path(delta).expanduser(), problems)
     saver, values, delta_weights = settled(pipe, problems)
-    record = None if pipe.components.get("unet") is None else merge_record(pipe.unet)
-    recipe = DeltaRecipe() if record is None else record.recipe
-    if delta_weights is not None:
-        recipe = read_recipe(delta_weights)
+    records = () if pipe.components.get("unet") is None else merge_records(pipe.unet)
+    record = recipe_record(records)
+    recipe = read_recipe(delta_weights) if delta_weights is not None else record.recipe if record else DeltaRecipe()
     if weights != "include":
-        values, delta_weights = _unmerged(pipe, values, delta_weights, weights, problems)
+        values, delta_weights = _unmerged(pipe, records, values, delta_weights, weights, problems)
     components, saved = _components(pipe, saver, weights == "include", exclude, problems)
     if weights == "include" and not saved:
         problems.append("no component is loaded; pass a pipeline, after pipe.load_components(), or another weights=.")
@@ -180,11 +178,7 @@ def referring_pipeline(blocks: ModularPipelineBlocks, places: Mapping[str, Mappi
 
 
 def require_target(target: Path, *, overwrite: bool = False, files: Collection[str] = ()) -> None:
-    """Refuses to replace what is no workflow repository, or one with files that neither an export nor `files` wrote.
-
-    Raises:
-        ValueError: what is at `target`, and what to do about it.
-    """
+    """Raises ValueError where an export would replace other things than an export, of which `files` are a part."""
     there = {path.name for path in target.iterdir()} if target.is_dir() else set()
     if not there and not target.is_file():
         return
@@ -196,18 +190,7 @@ def require_target(target: Path, *, overwrite: bool = False, files: Collection[s
         components = set(json.loads((target / INDEX).read_text(encoding="utf-8")))
     except ValueError:
         components = set()
-    known = {
-        CODE,
-        INDEX,
-        ModularPipelineBlocks.config_name,
-        MELLON,
-        CARD,
-        IMAGE,
-        "delta",
-        "perflow_manifest.json",
-        *components,
-        *files,
-    }
+    known = {*FILES, "delta", "perflow_manifest.json", *components, *files}
     others = sorted(name for name in there - known if not re.fullmatch(r"perflow_\w+\.py", name))
     if others:
         raise ValueError(
@@ -239,12 +222,16 @@ def _with_delta(pipe: Any, path: Path, problems: list[str]) -> Any:
 
 
 def _unmerged(
-    pipe: Any, values: dict[str, Any], delta: Weights | None, weights: WeightsMode, problems: list[str]
+    pipe: Any,
+    records: Sequence[MergeRecord],
+    values: dict[str, Any],
+    delta: Weights | None,
+    weights: WeightsMode,
+    problems: list[str],
 ) -> tuple[dict[str, Any], Weights | None]:
     """Configuration values and delta for weights that are read from elsewhere, without what is merged here."""
-    unet = pipe.components.get("unet")
-    merged = [] if unet is None else [record for record in merge_records(unet) if not record.reloaded]
-    own = None if delta is None or unet is None else find_merged(unet, delta)
+    merged = [record for record in records if not record.reloaded]
+    own = find_merged(pipe.unet, delta) if records and delta is not None else None
     default = {spec.name: spec.default for spec in pipe.blocks.expected_configs}.get("delta")
     if weights == "reference":
         if merged or (delta is not None and own is None and pipe.config.get("delta") != default):
@@ -313,10 +300,9 @@ def _components(
 def _public(spec: ComponentSpec) -> ComponentSpec | None:
     """The place of a component as everyone can read it: an id of the Hub or a URL. None for a path."""
     place = str(spec.pretrained_model_name_or_path or "")
-    snapshot = _SNAPSHOT.search(Path(place).as_posix())
-    if snapshot is not None:
-        name = snapshot["id"].replace("--", "/")
-        return replace(spec, pretrained_model_name_or_path=name, revision=snapshot["sha"])
+    if found := _IN_CACHE.search(Path(place).as_posix()):
+        name = found["id"].replace("--", "/")
+        return replace(spec, pretrained_model_name_or_path=name, revision=found["sha"])
     is_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", place) is not None and not Path(place).exists()
     return spec if is_id or place.startswith("https://") else None
 

@@ -31,9 +31,6 @@ def carried_modules(blocks: ModularPipelineBlocks, with_package: bool) -> tuple[
 
     diffusers keeps the files of all local directories in one folder, and a process imports a name once. So the names
     hold a hash of all the texts: another version has other names.
-
-    Raises:
-        ValueError: a module of the user's imports what no file beside `block.py` can hold.
     """
     modules = _modules_of_the_user(blocks)
     root = Path(sys.modules[PACKAGE].__file__ or "").parent
