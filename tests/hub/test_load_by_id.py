@@ -15,10 +15,10 @@ from perflow_blocks import export_workflow, extract_delta
 from perflow_blocks.blocks.workflows import PeRFlowSDXLImage2ImageBlocks, PeRFlowSDXLText2ImageBlocks
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.recipe import DeltaRecipe
-from perflow_blocks.hub.publish import push_workflow
+from perflow_blocks.hub.push import push_workflow
 from perflow_blocks.testing import tiny_picture, tiny_sdxl_unet
 from tests.conftest import python, run
-from tests.hub.loopback.server import LoopbackHub
+from tests.hub.loopback import LoopbackHub
 
 REPO, OTHER = "someone/workflow", "someone/other"
 ROOT = Path(__file__).parent.parent.parent
