@@ -4,8 +4,8 @@
         sha = hub.create("someone/model", {"config.json": b"{}"})
         snapshot_download("someone/model", endpoint=hub.endpoint, token=hub.token)
 
-Other processes get there by `environment()`. Large files go over plain Git LFS: HF_HUB_DISABLE_XET must be set, which the
-fixture and `environment` see to. Written from what huggingface_hub sends and expects.
+Other processes get there by `environment()`, which like the fixture makes huggingface_hub use plain Git LFS. Written
+from what huggingface_hub sends and expects.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class LoopbackHub:
     """Serves until the `with` block ends.
 
     Attributes:
-        users: user names by token; the owner of a namespace alone may write to it, and everyone may open pull requests.
+        users: user names by token; a namespace's owner alone may write to it, and everyone may open pull requests.
         reader: a token of the owner's that may not write.
         repositories: by id.
         requests: "METHOD /path" of all that was asked.
@@ -110,9 +110,6 @@ class LoopbackHub:
         files = self.repositories[repo_id].commits[self.head(repo_id, revision)]
         return {path: content for path, content in files.items() if path != ".gitattributes"}
 
-    def asked(self, pattern: str) -> list[str]:
-        return [line for line in self.requests if re.search(pattern, line)]
-
 
 class _Handler(BaseHTTPRequestHandler):
     """One method for each thing that huggingface_hub asks; `_ROUTES` lists them."""
@@ -127,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub: LoopbackHub = self.server.hub  # type: ignore[attr-defined]
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
-        self.body = self._read_body()
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         target = f"{self.command} {url.path}"
         try:
             with self.hub.lock:
@@ -144,16 +141,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     do_GET = do_POST = do_PUT = do_HEAD
-
-    def _read_body(self) -> bytes:
-        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        parts = []
-        while size := int(self.rfile.readline(), 16):
-            parts.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(parts)
 
     def _answer(self, target: str) -> Answer:
         for pattern, method in _ROUTES.items():
@@ -237,7 +224,9 @@ class _Handler(BaseHTTPRequestHandler):
         answers = []
         for asked in json.loads(self.body)["files"]:
             path = asked["path"]
-            answers.append({"path": path, "uploadMode": "lfs" if _is_large(path) else "regular", "shouldIgnore": False})
+            answers.append(
+                {"path": path, "uploadMode": "lfs" if _is_large(path) else "regular", "shouldIgnore": False}
+            )
             if path in present:
                 entry = _described(path, present[path])
                 answers[-1]["oid"] = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]

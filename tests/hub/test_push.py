@@ -202,9 +202,7 @@ def test_a_directory_that_others_cannot_load_is_refused(
     assert loopback_hub.requests == []
 
 
-def test_the_command(
-    loopback_hub: LoopbackHub, workflow: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command(loopback_hub: LoopbackHub, workflow: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", loopback_hub.endpoint)
     monkeypatch.setenv("HF_TOKEN", loopback_hub.token)
     status, out, err = run("push", workflow, REPO, "--dry-run", "--private")
