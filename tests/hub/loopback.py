@@ -160,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(401, message="Invalid credentials in Authorization header")
         return self.hub.users.get(self.token)
 
-    def require_writer(self, owner: str, *, pull_request: bool = False) -> None:
+    def require_writer(self, owner: str | None, *, pull_request: bool = False) -> None:
         if self.user is None:
             raise Refusal(401, message="Invalid username or password.")
         if self.token == self.hub.reader or (self.user != owner and not pull_request):

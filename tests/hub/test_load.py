@@ -91,11 +91,8 @@ def test_code_without_blocks_of_perflow_is_refused(flow: Path, code: str, messag
 
 def test_two_workflows_and_two_versions_do_not_mix(flow: Path, tmp_path: Path) -> None:
     """Also where their modules have the same names, and once others are loaded."""
-    code = (
-        "from .part import NAME\n"
-        + OWN.replace("Blocks\n", "Given\n")
-        + "class Blocks(Given):\n    description = NAME\n"
-    )
+    given = "from perflow_blocks.blocks.workflows import PeRFlowSDXLText2ImageBlocks as Given\n"
+    code = f"from .part import NAME\n{given}class Blocks(Given):\n    description = property(lambda self: NAME)\n"
     other, pipes = shutil.copytree(flow, tmp_path / "other"), {}
     for name, directory in [("a", flow), ("b", other), ("c", flow)]:
         (directory / "part.py").write_text(f"NAME = {name!r}\n{'#' * ord(name)}")  # of another size, as Python asks
