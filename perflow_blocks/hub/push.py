@@ -27,21 +27,25 @@ PLACEHOLDER = re.compile(r'"your-name/[^"\n]*"')
 """What a card names in place of the repository, where it was exported without `repo_id`."""
 
 LEFT_OUT = (".git", ".cache", ".ipynb_checkpoints", "__pycache__", "*.pyc", ".DS_Store", ".gitattributes")
+"""Names of files and folders that are not uploaded."""
+
 CREDENTIALS = (".env*", ".npmrc", ".pypirc", ".netrc", ".git-credentials")
 PRIVATE = (*CREDENTIALS, ".aws", ".ssh", "*.pem", "id_rsa*", "id_ecdsa*", "id_ed25519*")
-"""Names of files and folders: a push leaves the former out, and refuses a directory with one of the latter."""
+"""Names of files and folders for which a directory is refused."""
 
 TOKENS = {
-    "a Hugging Face token": rb"hf_(?:oauth_|jwt_)?[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}",
-    "a GitHub token": rb"gh[oprsu]_[A-Za-z0-9]{36}|github_pat_\w{40}",
-    "an AWS key": rb"AKIA[0-9A-Z]{16}",
-    "an API key": rb"sk-[A-Za-z0-9_-]{32}",
-    "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    kind: re.compile(rb"(?<![A-Za-z0-9])(?:" + pattern + rb")")
+    for kind, pattern in {
+        "a Hugging Face token": rb"hf_(?:oauth_|jwt_)?[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}",
+        "a GitHub token": rb"gh[oprsu]_[A-Za-z0-9]{36}|github_pat_\w{40}",
+        "an AWS key": rb"AKIA[0-9A-Z]{16}",
+        "an API key": rb"sk-[A-Za-z0-9_-]{32}",
+        "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    }.items()
 }
-_TOKENS = {kind: re.compile(rb"(?<![A-Za-z0-9])(?:" + pattern + rb")") for kind, pattern in TOKENS.items()}
 
 REPLACED = ("*.py", "*.json", "*.safetensors")
-"""Files of these kinds that only an earlier push had are deleted: stale weights would be loaded in place of others."""
+"""What the repository has of these and the directory has not is deleted: stale weights would be loaded with the new."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +78,7 @@ def push_workflow(
     """Publishes a workflow on the Hub, with `HfApi.upload_folder`. The repository is made if there is none.
 
     Card, index and Mellon's configuration are uploaded with the repository's id in them; the directory stays as it
-    is. Code, JSON files and weights that only an earlier push had are deleted; other files of the repository stay.
+    is. Code, JSON files and weights in the repository that the directory does not have are deleted; other files stay.
 
     Args:
         directory: what `export_workflow` or `save_pretrained` wrote.
@@ -187,7 +191,7 @@ def _tokens(file: Path) -> Iterator[tuple[int, str]]:
         else:
             content = opened.read(8192)
             content = b"" if b"\0" in content else content + opened.read()
-    for kind, pattern in _TOKENS.items():
+    for kind, pattern in TOKENS.items():
         for match in pattern.finditer(content):
             yield content.count(b"\n", 0, match.start()) + 1, kind
 
