@@ -107,8 +107,8 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
             kwargs: `revision`, `token`, `cache_dir` and the other options of downloads.
 
         Raises:
-            ValueError: the repository has code of its own, and `trust_remote_code` is not set; or a directory's index is
-                broken, or names files outside the directory.
+            ValueError: the repository has code of its own, and `trust_remote_code` is not set; or the index of a
+                directory is broken, or names files outside it.
         """
         unknown = sorted(kwargs.keys() - HUB_OPTIONS)
         if unknown:

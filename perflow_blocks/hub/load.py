@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME, logging
+from diffusers.utils.dynamic_modules_utils import create_dynamic_module
 from huggingface_hub import snapshot_download
 
 from ..blocks.block_source import PRESET_KEY, make_preset
@@ -110,7 +111,8 @@ def _import_blocks(directory: Path, module: str, kind: str) -> ModularPipelineBl
     digest = hashlib.sha256(str(directory).encode())
     for path in sorted(directory.glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
-    name = f"{DIFFUSERS_DYNAMIC_MODULE_NAME}.local.workflow_{digest.hexdigest()[:16]}"
+    create_dynamic_module(DIFFUSERS_DYNAMIC_MODULE_NAME)
+    name = f"{DIFFUSERS_DYNAMIC_MODULE_NAME}.workflow_{digest.hexdigest()[:16]}"
     package = sys.modules.setdefault(name, ModuleType(name))
     package.__path__ = [str(directory)]
     try:

@@ -45,7 +45,7 @@ TOKENS = {
 }
 
 REPLACED = ("*.py", "*.json", "*.safetensors")
-"""What the repository has of these and the directory has not is deleted: stale weights would be loaded with the new."""
+"""What the repository has of these and the directory has not is deleted: stale weights would be loaded again."""
 
 
 @dataclass(frozen=True, kw_only=True)

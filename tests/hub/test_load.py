@@ -16,10 +16,15 @@ from perflow_blocks import PeRFlowModularPipeline, export_workflow, load_workflo
 from perflow_blocks.blocks.workflows import PeRFlowSDXLText2ImageBlocks
 from perflow_blocks.delta.files import open_weights
 from tests.conftest import run
-from tests.hub.conftest import hub_entry, index_of, loaded, referring_pipeline, tiny_pipeline
+from tests.hub.conftest import hub_entry, index_of, loaded, referring_pipeline, tiny_pipeline, use_own_modules
 
 INDEX = "modular_model_index.json"
 DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+@pytest.fixture(autouse=True)
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_own_modules(tmp_path / "modules", monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +97,7 @@ def test_code_without_blocks_of_perflow_is_refused(flow: Path, code: str, messag
 def test_two_workflows_and_two_versions_do_not_mix(flow: Path, tmp_path: Path) -> None:
     """Also where their modules have the same names, and once others are loaded."""
     given = "from perflow_blocks.blocks.workflows import PeRFlowSDXLText2ImageBlocks as Given\n"
-    code = f"from .part import NAME\n{given}class Blocks(Given):\n    description = property(lambda self: NAME)\n"
+    code = f"from . import part\n{given}class Blocks(Given):\n    description = property(lambda self: part.NAME)\n"
     other, pipes = shutil.copytree(flow, tmp_path / "other"), {}
     for name, directory in [("a", flow), ("b", other), ("c", flow)]:
         (directory / "part.py").write_text(f"NAME = {name!r}\n{'#' * ord(name)}")  # of another size, as Python asks
