@@ -316,7 +316,7 @@ def shard_names(index: Path) -> list[str]:
 
 def leads_out(path: str) -> bool:
     """Whether a path is absolute or climbs out of the folder that it is relative to, on any operating system."""
-    depth, parsed = 0, PureWindowsPath(path)  # which takes both / and \\ for separators
+    depth, parsed = 0, PureWindowsPath(path)  # which takes both / and \ for separators
     for part in parsed.parts:
         depth += -1 if part == ".." else 1
         if depth < 0:
