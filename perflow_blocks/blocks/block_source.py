@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Mapping
 from importlib import import_module
 from operator import attrgetter
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -21,6 +22,9 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import InsertableDict
 from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME
 from huggingface_hub.errors import EntryNotFoundError
+
+from ..delta.files import read_json
+from .repository import BLOCKS_CONFIG, class_reference
 
 PRESET_KEY = "perflow_preset"
 """In `modular_config.json`: the preset that `PeRFlowModularPipeline.from_pretrained` makes without remote code."""
@@ -69,16 +73,18 @@ def load_blocks(place: str, trust_remote_code: bool | None, **hub: Any) -> Modul
     """The blocks of a directory or repository; `PeRFlowSDXLAutoBlocks` where it is a model without blocks.
 
     Raises:
-        ValueError: it has code of its own and `trust_remote_code` is not set.
+        ValueError: it has code of its own and `trust_remote_code` is not set, or its `modular_config.json` is broken.
     """
+    local = Path(place, hub.get("subfolder") or "", BLOCKS_CONFIG)
     try:
-        config: Mapping[str, Any] = ModularPipelineBlocks.load_config(place, **hub)
+        config = read_json(local) if local.is_file() else ModularPipelineBlocks.load_config(place, **hub)
     except OSError as error:
         if isinstance(error.__context__, EntryNotFoundError) or error.__context__ is None:
             return make_preset(DEFAULT_PRESET)
         raise
     if config.get(PRESET_KEY) is not None:
         return make_preset(config[PRESET_KEY])
+    class_reference(config)
     return ModularPipelineBlocks.from_pretrained(place, trust_remote_code=bool(trust_remote_code), **hub)
 
 

@@ -27,6 +27,7 @@ from ..delta.files import DIGEST_KEY
 from ..delta.merge import merge_records
 from .block_source import block_files, load_blocks
 from .precision import is_offloaded
+from .repository import require_sound
 from .saving import prepare, save_delta_file
 
 CPU = torch.device("cpu")
@@ -70,8 +71,16 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
     default_blocks_name = None
     _offload_hooks: tuple[Any, ...] = ()
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        blocks: ModularPipelineBlocks | None = None,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if pretrained_model_name_or_path is not None and Path(pretrained_model_name_or_path).is_dir():
+            require_sound(Path(pretrained_model_name_or_path))
+        super().__init__(blocks, pretrained_model_name_or_path, *args, **kwargs)
         # diffusers takes its own blocks, in silence, for a class of blocks that it does not know.
         self.register_to_config(_blocks_class_name=None)
 
@@ -98,7 +107,8 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
             kwargs: `revision`, `token`, `cache_dir` and the other options of downloads.
 
         Raises:
-            ValueError: the repository has code of its own, and `trust_remote_code` is not set.
+            ValueError: the repository has code of its own, and `trust_remote_code` is not set; or the index of a
+                directory is broken, or names files outside it.
         """
         unknown = sorted(kwargs.keys() - HUB_OPTIONS)
         if unknown:

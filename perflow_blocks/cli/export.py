@@ -47,7 +47,7 @@ def export(
     location = model_location(source)
     with busy(f"reading {source}"):
         if trust_remote_code:
-            from ..hub.loading import load_workflow
+            from ..hub.load import load_workflow
 
             pipe = load_workflow(location, revision=revision, trust_remote_code=True, load_components=False)
         else:

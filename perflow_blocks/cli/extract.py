@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,18 +79,18 @@ def _noise_schedule(scheduler: Path | None, base: Path) -> dict[str, Any] | None
         if scheduler is not None:
             raise ValueError(f"--scheduler {scheduler} holds no {SCHEDULER}; pass a pipeline's scheduler folder.")
         return None
+    from ..delta.files import read_json
     from ..delta.recipe import noise_schedule_of
 
-    try:
-        return noise_schedule_of(json.loads(file.read_text())) or None
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{file} is no scheduler's configuration ({error}); pass --scheduler.") from error
+    return noise_schedule_of(read_json(file)) or None
 
 
 def _sha256(base: Path, variant: str | None) -> str | None:
     """Of the base's file; None where it is in several."""
     from ..delta.files import find_weights
-    from ..hub.manifest import sha256_of
 
-    file = base if base.is_file() else find_weights(base, variant)
-    return None if file.suffix == ".json" else sha256_of(file)
+    path = base if base.is_file() else find_weights(base, variant)
+    if path.suffix == ".json":
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -69,6 +69,7 @@ def test_mistakes_are_one_line_and_leave_nothing(run: Run, repository: Path, tmp
     assert "does not exist" in mistake(run, tmp_path / "absent", out)
     assert "--notes" in mistake(run, repository, out, "--notes", tmp_path / "absent.md")
     assert "--trust-remote-code" in mistake(run, WORKFLOW, out, "--revision", "main")
+    assert "it has no modular_config.json" in mistake(run, repository, out, "--trust-remote-code")
     assert not out.exists()
 
 

@@ -53,6 +53,8 @@ def test_the_recipe_travels_in_the_metadata(tmp_path: Path, recipe: DeltaRecipe)
         ("base_sha256", "abc"),
         ("scheduler_config", "[1]"),
         ("scheduler_config", '{"beta_schedule": "wavy"}'),
+        ("scheduler_config", '{"num_train_timesteps": 1000000000000}'),
+        ("window_boundaries", "[" * 100_000),
         ("scheduler_config", '{"beta_start": "small"}'),
     ],
 )

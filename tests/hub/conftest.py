@@ -10,27 +10,19 @@ from typing import Any
 
 import pytest
 from diffusers.utils import dynamic_modules_utils
-from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from perflow_blocks import load_workflow
-from perflow_blocks.hub import loading
-from perflow_blocks.hub.manifest import write_manifest
-from perflow_blocks.hub.publish import PushReport, push_workflow
 from perflow_blocks.testing import load_tiny_ip_adapter, tiny_sdxl_unet
 from perflow_blocks.testing.tiny import IMAGE_WIDTH
 from tests.conftest import make_pipeline
-from tests.hub.loopback.server import LoopbackHub
-
-SUBJECTS = ("prompt_embeds", "image", "mask_image")
 
 
 def use_own_modules(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Has diffusers copy the code of repositories to a folder of the test's, which other processes do not write to."""
-    for module in (dynamic_modules_utils, loading):
-        monkeypatch.setattr(module, "HF_MODULES_CACHE", str(folder))
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(folder))
     for name in [name for name in sys.modules if name.split(".")[0] == "diffusers_modules"]:
         monkeypatch.delitem(sys.modules, name)
     folder.mkdir()  # Python remembers of a place in sys.path that it is none
@@ -69,46 +61,6 @@ def text_of(directory: Path) -> str:
     files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
     texts = [path.read_text() for path in files if path.suffix in {".json", ".md", ".py", ".txt"}]
     return "\n".join([*(str(path.relative_to(directory)) for path in files), *texts])
-
-
-REPO = "someone/workflow"
-CONTENT = {
-    "README.md": b"---\nlicense: mit\n---\n# Workflow\n",
-    "block.py": b"from .perflow_part import Blocks\n",
-    "perflow_part.py": b"class Blocks: ...\n",
-    "modular_config.json": b'{"auto_map": {"ModularPipelineBlocks": "block.Blocks"}}\n',
-    "modular_model_index.json": b'{"unet": ["diffusers", "UNet", {"pretrained_model_name_or_path": null}]}\n',
-    "unet/first.safetensors": b"\2\0\0\0\0\0\0\0{}" + bytes(range(256)) * 40,
-    "unet/second.safetensors": b"\2\0\0\0\0\0\0\0{}" + bytes(range(255)) * 80,
-}
-
-
-def write_workflow(directory: Path, content: dict[str, bytes]) -> Path:
-    for name, data in content.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_bytes(data)
-    write_manifest(directory, blocks="block.Blocks", mode="self-contained")
-    return directory
-
-
-def files_of(directory: Path | str) -> dict[str, bytes]:
-    """All files of a directory, but for what the Hub adds."""
-    paths = (path for path in Path(directory).rglob("*") if path.is_file() and path.name != ".gitattributes")
-    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
-
-
-def push(hub: LoopbackHub, directory: Path, **options: Any) -> PushReport:
-    return push_workflow(directory, REPO, **{"endpoint": hub.endpoint, "token": hub.token, **options})
-
-
-def download(hub: LoopbackHub, cache: Path, revision: str | None = None) -> str:
-    return snapshot_download(
-        REPO, revision=revision, cache_dir=cache, endpoint=hub.endpoint, token=hub.token, max_workers=1
-    )
-
-
-def changes(report: PushReport) -> dict[str, str]:
-    return {file.path: file.change for file in report.changes}
 
 
 def save_ip_adapter(path: Path, unet: Any = None) -> None:

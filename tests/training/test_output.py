@@ -13,8 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from perflow_blocks import PeRFlowScheduler, merge_delta
-from perflow_blocks.hub.publishable import require_publishable
+from perflow_blocks import PeRFlowScheduler, merge_delta, push_workflow
 from perflow_blocks.training import output
 from perflow_blocks.training.config import DistillConfig
 from perflow_blocks.training.loop import train
@@ -108,8 +107,7 @@ def test_the_workflow_draws_as_the_student_does(
     use_own_modules(tmp_path / "modules", monkeypatch)
     _, result, outputs = full
     assert outputs.workflow is not None and result.student is not None
-    manifest = require_publishable(outputs.workflow)
-    assert manifest.mode == "thin" and "delta/perflow_delta.safetensors" in manifest.files
+    assert "delta/delta.safetensors" in push_workflow(outputs.workflow, "me/flow", dry_run=True).files
     pipe = loaded(outputs.workflow)
     plain: Any = StableDiffusionXLPipeline.from_pretrained(
         teachers["sdxl"], unet=UNet2DConditionModel.from_pretrained(result.student), add_watermarker=False
@@ -139,8 +137,8 @@ def test_a_teacher_of_the_hub_is_referred_to(
     monkeypatch.chdir(tmp_path)
     outputs = write_outputs(config, replace(result, directory=tmp_path / "hub"))
     assert outputs.workflow is not None
-    manifest = require_publishable(outputs.workflow)
-    weights = [name for name in manifest.files if name.endswith(".safetensors")]
+    files = push_workflow(outputs.workflow, "me/flow", dry_run=True).files
+    weights = [name for name in files if name.endswith(".safetensors")]
     assert weights == ["delta/delta.safetensors"]
     index = index_of(outputs.workflow)
     for name, variant in [("unet", "fp16"), ("vae", "fp16"), ("text_encoder_2", "fp16"), ("tokenizer", None)]:
