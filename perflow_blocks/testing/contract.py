@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -28,8 +28,8 @@ LISTS = {
     "expected_components": "ComponentSpec",
     "expected_configs": "ConfigSpec",
 }
-STOCK_PROBES, STOCK_ATTRIBUTES = frozenset({"watermark"}), frozenset({"_progress_bar_config"})
-"""What diffusers' own steps look for without declaring it, and set: a block that extends one is not to blame."""
+STOCK_PROBES = frozenset({"watermark"})
+"""What diffusers' own steps look for without declaring it; a block that extends such a step is not to blame."""
 
 
 class BlockContractError(AssertionError):
@@ -47,9 +47,9 @@ def check_block(
 
     The rules: a block reads only inputs, components and configuration values that it declares, directly or through a
     property of the pipeline (such as `vae_scale_factor`, which looks at the VAE); writes all the outputs that it
-    declares, of their types, and no others; changes no tensor of its inputs in place unless that is an output; sets
-    none of its own attributes, and leaves the same at the second call; returns `(components, state)`; is described, as
-    are its typed parameters; declares no name twice.
+    declares, of their types, and no others; changes no tensor of its inputs in place unless that is an output; leaves
+    the same at the second call; returns `(components, state)`; is described, as are its typed parameters; declares no
+    name twice. It runs as a shallow copy.
 
     A block of a loop, called as `block(components, block_state, i=i, t=t)`, runs one step; what the loop provides,
     `window_index` and `stop_requested`, it reads without declaring it. Of an assembled block the declarations and the
@@ -78,14 +78,9 @@ def check_block(
     fill_components(pipe, block, components or {})
     states = [_run(runner, pipe, inputs or {}, i) for _ in range(2)]
     first, second = map(_public, states)
-    kept = {name for name, value in vars(runner).items() if vars(block).get(name, runner) is not value}
-    other = [name for name, value in first.items() if not _same(value, second.get(name))]
-    faults = _fault(
-        kept - STOCK_ATTRIBUTES,
-        "sets its own attribute {}, which the calls of all threads share; keep it on the state",
-    )
-    more = _fault(other, "leaves another {} at the second call; keep nothing between calls, and use the generator")
-    _raise_if(block, [*faults, *more])
+    other = {name for name, value in first.items() if not _same(value, second.get(name))}
+    text = "leaves another {} at the second call; keep nothing between calls, and draw from the generator"
+    _raise_if(block, _faults({text: other}))
     return states[0]
 
 
@@ -99,10 +94,6 @@ class _Recording:
             if not name.startswith("_"):
                 vars(self).setdefault("_asked", set()).add(name)
             raise AttributeError(f"{type(self).__name__} has no {name!r}") from None
-
-
-class _RecordingBlockState(_Recording, BlockState):
-    pass
 
 
 class _RecordingState(_Recording, PipelineState):
@@ -128,7 +119,7 @@ def _run(block: ModularPipelineBlocks, pipe: Any, inputs: Mapping[str, Any], i: 
     state: Any = _RecordingState(values=dict(before), kwargs_mapping=kinds)
     if in_loop:
         before = {**of_loop, **vars(block.get_block_state(state))}
-        state = _RecordingBlockState(**before)
+        state = type("BlockState", (_Recording, BlockState), {})(**before)
 
     def steps(first: int) -> Any:
         return [block(pipe, state, i=k, t=known["timesteps"][k]) for k in range(first, i + 1)]
@@ -151,69 +142,70 @@ def _run(block: ModularPipelineBlocks, pipe: Any, inputs: Mapping[str, Any], i: 
     return state
 
 
-def _read_faults(block: Any, pipe: Any, state: Any, error: Exception | None = None) -> Iterator[str]:
+def _read_faults(block: Any, pipe: Any, state: Any, error: Exception | None = None) -> list[str]:
     if _is_assembled(block):
-        return
+        return []
     holder, name = getattr(error, "obj", None), getattr(error, "name", None)
-    reads = vars(state).get("_asked", set()) | ({name} if isinstance(holder, BlockState) else set())
-    touched = vars(pipe).get("_asked", set()) - STOCK_PROBES
+    inputs = vars(state).get("_asked", set()) | ({name} if isinstance(holder, BlockState) else set())
+    components = vars(pipe).get("_asked", set()) - STOCK_PROBES
     configs = {name} if isinstance(holder, FrozenDict) else set()
-    yield from _fault(reads, "reads {} without declaring it; add InputParam({first}, ...) to `inputs`")
-    yield from _fault(
-        touched,
-        "touches the component {} without declaring it, directly or through a property or method of the pipeline; "
-        "add ComponentSpec({first}, ...) to `expected_components`",
-    )
-    yield from _fault(
-        configs, "reads the configuration {} without declaring it; add ConfigSpec({first}, ...) to `expected_configs`"
+    return _faults(
+        {
+            "reads {} without declaring it; add InputParam({first}, ...) to `inputs`": inputs,
+            "touches the component {} without declaring it, directly or through a property or method of the pipeline; "
+            "add ComponentSpec({first}, ...) to `expected_components`": components,
+            "reads the configuration {} without declaring it; add ConfigSpec({first}, ...) to `expected_configs`": (
+                configs
+            ),
+        }
     )
 
 
-def _write_faults(block: Any, after: Mapping[str, Any], before: Mapping[str, Any], given: Any) -> Iterator[str]:
+def _write_faults(block: Any, after: Mapping[str, Any], before: Mapping[str, Any], given: Any) -> list[str]:
     if _is_assembled(block):
-        return
+        return []
     outputs = {output.name: output.type_hint for output in block.intermediate_outputs if output.name}
     written = {name: value for name, value in after.items() if value is not before.get(name, block)}
-    in_place = [name for name, value in given.items() if name not in outputs and not _same(before.get(name), value)]
-    yield from _fault(
-        written.keys() - outputs.keys(),
-        "writes {} without declaring it; add OutputParam({first}, ...) to `intermediate_outputs`",
+    in_place = {name for name in given.keys() - outputs.keys() if not _same(before.get(name), given[name])}
+    kinds = {name: hint for name, hint in outputs.items() if type(hint) is type and written.get(name) is not None}
+    wrong = {name for name, hint in kinds.items() if not isinstance(written[name], hint)}
+    return _faults(
+        {
+            "writes {} without declaring it; add OutputParam({first}, ...) to `intermediate_outputs`": (
+                written.keys() - outputs.keys()
+            ),
+            "changes {} in place, which is no output; work on a copy, or add OutputParam({first}, ...)": in_place,
+            "does not write {}, declared in `intermediate_outputs`; set it on the block state, and in a block of a "
+            "pipeline end with `self.set_block_state(state, block_state)`": outputs.keys() - after.keys(),
+            "writes {}, which is not of the declared type_hint; make the two agree": wrong,
+        }
     )
-    yield from _fault(
-        in_place, "changes {} in place, which is no output; work on a copy, or add OutputParam({first}, ...)"
-    )
-    yield from _fault(
-        outputs.keys() - after.keys(),
-        "does not write {}, declared in `intermediate_outputs`; set it on the block state, and in a block of a "
-        "pipeline end with `self.set_block_state(state, block_state)`",
-    )
-    for name, value in written.items():
-        hint = outputs.get(name)
-        if type(hint) is type and value is not None and not isinstance(value, hint):
-            yield f"writes {name!r} as {type(value).__name__}, declared as {hint.__name__}; make the two agree"
 
 
-def _declaration_faults(block: ModularPipelineBlocks) -> Iterator[str]:
-    """What is wrong with the declarations of a block and of those inside it; diffusers' steps are taken as they are."""
+def _declaration_faults(block: ModularPipelineBlocks) -> list[str]:
+    """What is wrong with the declarations of a block and of those inside it; diffusers' are taken as they are."""
+    faults = []
     base = next(kind for kind in type(block).__mro__ if kind.__module__.startswith("diffusers."))
-    for attribute, kind in LISTS.items():
-        declared = getattr(
-            block, f"loop_{attribute}" if isinstance(block, LoopSequentialPipelineBlocks) else attribute
-        )
-        names = [entry.name or entry.kwargs_type for entry in declared]
-        if attribute == "inputs" or not _is_assembled(block):  # whose blocks may name one component each
-            twice = {name for name in names if names.count(name) > 1}
-            yield from _fault(twice, f"declares {{}} more than once in `{attribute}`; keep one of each")
-        if _is_assembled(block) or base.__module__ != ModularPipelineBlocks.__module__:
-            continue
-        untyped = [name for name, entry in zip(names, declared, strict=True) if not getattr(entry, "type_hint", True)]
-        silent = [name for name, entry in zip(names, declared, strict=True) if not (entry.description or "").strip()]
-        yield from _fault(untyped, f"declares {{}} in `{attribute}` without a type; pass type_hint= to {kind}")
-        yield from _fault(silent, f"declares {{}} in `{attribute}` without a description; pass description= to {kind}")
-    if not block.description and not _is_assembled(block):
-        yield "has no description; add a property `description` that says what the block does"
+    if not _is_assembled(block) and base.__module__ == ModularPipelineBlocks.__module__:
+        prefix = "loop_" if block.sub_blocks else ""
+        for attribute, kind in LISTS.items():
+            declared = [(entry.name or entry.kwargs_type, entry) for entry in getattr(block, prefix + attribute)]
+            names = [name for name, _ in declared]
+            untyped = {name for name, entry in declared if getattr(entry, "type_hint", entry) is None}
+            silent = {name for name, entry in declared if not (entry.description or "").strip()}
+            place = f"declares {{}} in `{attribute}`"
+            faults += _faults(
+                {
+                    f"{place} more than once; keep one of each": {name for name in names if names.count(name) > 1},
+                    f"{place} without a type; pass type_hint= to {kind}": untyped,
+                    f"{place} without a description; pass description= to {kind}": silent,
+                }
+            )
+        if not block.description:
+            faults.append("has no description; add a property `description` that says what the block does")
     for inner in block.sub_blocks.values():
-        yield from (f"holds {type(inner).__name__}, which {fault}" for fault in _declaration_faults(inner))
+        faults += [f"holds {type(inner).__name__}, which {fault}" for fault in _declaration_faults(inner)]
+    return faults
 
 
 def _is_assembled(block: ModularPipelineBlocks) -> bool:
@@ -248,9 +240,9 @@ def _quoted(names: Iterable[str]) -> str:
     return " and ".join(map(repr, names))
 
 
-def _fault(names: Iterable[str], text: str) -> Iterator[str]:
-    if listed := sorted(names):
-        yield text.format(_quoted(listed), first=f'"{listed[0]}"')
+def _faults(found: Mapping[str, Set[str]]) -> list[str]:
+    """The sentences whose names are not none, filled in."""
+    return [text.format(_quoted(sorted(names)), first=f'"{min(names)}"') for text, names in found.items() if names]
 
 
 def _raise_if(block: ModularPipelineBlocks, faults: Iterable[str], cause: Exception | None = None) -> None:

@@ -5,32 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, ControlNetUnionModel, SchedulerMixin, UNet2DConditionModel
+import transformers
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 from torch import Tensor
-from transformers import (
-    CLIPImageProcessor,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionModelWithProjection,
-)
 
 from ..schedulers import PeRFlowScheduler
 from . import tiny
 
 TINY: dict[type, Callable[[], Any]] = {
-    AutoencoderKL: tiny.tiny_vae,
-    CLIPImageProcessor: tiny.tiny_feature_extractor,
-    CLIPTextModel: lambda: tiny.tiny_sdxl_components()["text_encoder"],
-    CLIPTextModelWithProjection: lambda: tiny.tiny_sdxl_components()["text_encoder_2"],
-    CLIPTokenizer: tiny.tiny_tokenizer,
-    CLIPVisionModelWithProjection: tiny.tiny_image_encoder,
-    ControlNetModel: tiny.tiny_controlnet,
-    ControlNetUnionModel: tiny.tiny_controlnet_union,
-    UNet2DConditionModel: tiny.tiny_sdxl_unet,
+    diffusers.AutoencoderKL: tiny.tiny_vae,
+    diffusers.ControlNetModel: tiny.tiny_controlnet,
+    diffusers.ControlNetUnionModel: tiny.tiny_controlnet_union,
+    diffusers.UNet2DConditionModel: tiny.tiny_sdxl_unet,
+    transformers.CLIPImageProcessor: tiny.tiny_feature_extractor,
+    transformers.CLIPTextModel: lambda: tiny.tiny_sdxl_components()["text_encoder"],
+    transformers.CLIPTextModelWithProjection: lambda: tiny.tiny_sdxl_components()["text_encoder_2"],
+    transformers.CLIPTokenizer: tiny.tiny_tokenizer,
+    transformers.CLIPVisionModelWithProjection: tiny.tiny_image_encoder,
 }
 NUM_STEPS = 4
 NEGATIVE = frozenset({"negative_prompt_embeds", "negative_pooled_prompt_embeds", "negative_add_time_ids"})
@@ -51,7 +45,7 @@ def fill_components(pipe: Any, block: ModularPipelineBlocks, given: Mapping[str,
             components[name] = given[name]
         elif kind in TINY:
             components[name] = TINY[kind]()
-        elif isinstance(kind, type) and issubclass(kind, SchedulerMixin):
+        elif isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin):
             components[name] = kind(**tiny.BETAS)
         elif getattr(pipe, name) is None:
             raise ValueError(
