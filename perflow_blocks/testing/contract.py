@@ -145,7 +145,7 @@ def _run(block: ModularPipelineBlocks, pipe: Any, inputs: Mapping[str, Any], i: 
 def _read_faults(block: Any, pipe: Any, state: Any, error: Exception | None = None) -> list[str]:
     if _is_assembled(block):
         return []
-    holder, name = getattr(error, "obj", None), getattr(error, "name", None)
+    holder, name = getattr(error, "obj", None), str(getattr(error, "name", None))
     inputs = vars(state).get("_asked", set()) | ({name} if isinstance(holder, BlockState) else set())
     components = vars(pipe).get("_asked", set()) - STOCK_PROBES
     configs = {name} if isinstance(holder, FrozenDict) else set()

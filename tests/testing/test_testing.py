@@ -207,7 +207,7 @@ def test_what_is_neither_known_nor_given_is_asked_for() -> None:
     with pytest.raises(ValueError, match=r"needs the component 'net', .* pass components="):
         check_block(leaf(lambda c, s, b: None, expected_components=[ComponentSpec("net", torch.nn.Linear, "One.")]))
     with pytest.raises(ValueError, match=r"is not a block; pass an instance of a block class, such as MyStep\(\)"):
-        check_block(ModularPipelineBlocks)  # type: ignore[arg-type]
+        check_block(ModularPipelineBlocks)
 
 
 def test_blocks_inside_a_loop_and_an_assembly_are_checked_too() -> None:
