@@ -23,12 +23,13 @@ from diffusers.utils.torch_utils import get_device
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..atomic_files import atomic_directory, atomic_path
 from ..delta.files import DIGEST_KEY
 from ..delta.merge import merge_records
 from .block_source import block_files, load_blocks
 from .precision import is_offloaded
 from .repository import require_sound
-from .saving import prepare, save_delta_file
+from .saving import carry_over, prepare, save_delta_file
 
 CPU = torch.device("cpu")
 
@@ -221,22 +222,30 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
 
         Load it with `PeRFlowModularPipeline.from_pretrained(directory)`, or with diffusers'
         `ModularPipeline.from_pretrained(directory, trust_remote_code=True)`, and `load_components()`. A merged delta
-        stays merged, and its file is copied. The pipeline itself does not change.
+        stays merged, and its file is copied. The pipeline itself does not change. A directory that is there already
+        is replaced as a whole, at the end, and keeps its other files.
 
         Args:
             save_directory: where to.
             args, kwargs: as in diffusers: `safe_serialization`, `variant`, `max_shard_size`, and `push_to_hub` with
-                `repo_id`, `token`, `private`, `commit_message`, `create_pr`.
+                `repo_id`, `token`, `private`, `commit_message`, `create_pr`. It uploads what is saved now, not other
+                files of the directory; if it fails, the directory stays as it was.
 
         Raises:
             ValueError: names all that would not come back, such as a LoRA, before anything is written.
         """
         saver, delta = prepare(self)
         directory = Path(save_directory)
-        if delta is not None:
-            save_delta_file(delta, directory / saver.config.delta)
-        options = {"overwrite_modular_index": True, **kwargs}
-        super(PeRFlowModularPipeline, saver).save_pretrained(str(directory), *args, **options)
+        options = {"overwrite_modular_index": True, "repo_id": Path(os.path.abspath(directory)).name, **kwargs}
+        with atomic_directory(directory) as folder:
+            if delta is not None:
+                save_delta_file(delta, folder / saver.config.delta)
+            super(PeRFlowModularPipeline, saver).save_pretrained(str(folder), *args, **options)
+            index = folder / self.config_name
+            text = index.read_text(encoding="utf-8").replace(json.dumps(str(folder)), json.dumps(str(directory)))
+            index.write_text(text, encoding="utf-8", newline="\n")
+            if directory.is_dir():
+                carry_over(directory, folder)
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes the index and the blocks, without components; `save_pretrained` writes both.
@@ -244,11 +253,11 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
         Raises:
             ValueError: a block whose class or arguments no file can name.
         """
-        files = block_files(self.blocks)
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (Path(save_directory) / name).write_text(text, encoding="utf-8", newline="\n")
-        super().save_config(str(save_directory), push_to_hub, **kwargs)
+        for name, text in {**block_files(self.blocks), self.config_name: self.to_json_string()}.items():
+            with atomic_path(Path(save_directory) / name) as temporary:
+                temporary.write_text(text, encoding="utf-8", newline="\n")
+        if push_to_hub:
+            super().save_config(str(save_directory), push_to_hub, **kwargs)
 
     def to_json_string(self) -> str:
         """The index, with a class that diffusers has and without unset values."""

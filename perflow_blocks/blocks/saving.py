@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from copy import copy
@@ -18,7 +19,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from safetensors.torch import save_file
 from torch import nn
 
-from ..delta.files import Weights, open_weights
+from ..delta.files import Weights, open_weights, variants_of
 from ..delta.merge import find_merged, merge_records
 from ..schedulers.scheduling_perflow import (
     BASE_TYPE,
@@ -214,10 +215,30 @@ def _target(path: str | Path) -> str:
 
 def save_delta_file(weights: Weights, path: Path) -> None:
     """Copies a delta: a file as it is, a folder or shards as one file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir()
     source = Path(weights.label)
-    if source.suffix != ".safetensors" or not source.is_file():
+    if source.suffix == ".safetensors" and source.is_file():
+        shutil.copyfile(source, path)
+    else:
         tensors = {name: weights.tensor(name).contiguous() for name in weights.shapes}
         save_file(tensors, path, metadata=dict(weights.metadata))
-    elif not path.exists() or not path.samefile(source):
-        shutil.copyfile(source, path)
+
+
+def carry_over(old: Path, new: Path) -> None:
+    """Links into a new directory what is in the old one besides, but for weights of the variants that are new."""
+
+    def replaced(folder: str, names: list[str]) -> set[str]:
+        place = new / Path(folder).relative_to(old)
+        written = os.listdir(place) if place.is_dir() else []
+        variants = set(variants_of(written).values())
+        both = {name for name in written if not (place / name).is_dir() or not Path(folder, name).is_dir()}
+        return both | {name for name, own in variants_of(names).items() if own in variants} | {new.parent.name}
+
+    shutil.copytree(old, new, symlinks=True, ignore=replaced, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)

@@ -105,13 +105,7 @@ def save_unet(unet: UNet2DConditionModel, out: Path, variant: str | None) -> Non
         ValueError: it cannot be written.
     """
     with atomic_directory(out) as temporary:
-        try:
-            unet.save_pretrained(temporary, variant=variant)
-            usual = (temporary / CONFIG).stat().st_mode
-            for file in temporary.iterdir():  # safetensors makes files that only their owner may read
-                file.chmod(usual)
-        except OSError as error:
-            raise ValueError(f"cannot write {out}: {error}; check the disk's free space and permissions.") from error
+        unet.save_pretrained(temporary, variant=variant)
 
 
 def require_free_directory(out: Path, force: bool, variant: str | None) -> str | None:
