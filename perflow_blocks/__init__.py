@@ -23,7 +23,7 @@ _PUBLIC = {
     "PeRFlowLoopSolverStep": "blocks.denoise",
     "PeRFlowMergeDeltaStep": "blocks.merge_delta",
     "PeRFlowModularPipeline": "blocks.pipeline",
-    "PeRFlowPipelineBuilder": "builder.pipeline_builder",
+    "PeRFlowPipelineBuilder": "builder",
     "PeRFlowSDXLAutoBlocks": "blocks.auto_blocks",
     "PeRFlowScheduler": "schedulers.scheduling_perflow",
     "PeRFlowSetTimestepsStep": "blocks.set_timesteps",

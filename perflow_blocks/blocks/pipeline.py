@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ComponentsManager, ConfigMixin, ModelMixin, StableDiffusionXLModularPipeline
+from diffusers import (
+    ComponentsManager,
+    ConfigMixin,
+    ModelMixin,
+    SchedulerMixin,
+    StableDiffusionXLModularPipeline,
+)
 from diffusers.hooks import apply_group_offloading
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, _best_guess_weight_name
 from diffusers.modular_pipelines.components_manager import custom_offload_with_hook
@@ -155,9 +161,9 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
         specs = pipe._component_specs
         taken = {name: value for name, value in components.items() if name in specs and value is not None}
         if "scheduler" in taken:
-            scheduler = deepcopy(taken.pop("scheduler"))
+            scheduler = deepcopy(taken["scheduler"])
             scheduler._diffusers_load_id = "null"  # diffusers' mark of components that no user set
-            pipe.register_components(scheduler=scheduler)
+            taken["scheduler"] = scheduler
         put_components(pipe, taken)
         pipe.update_components(
             **{name: value for name, value in pipeline.config.items() if name in pipe._config_specs}
@@ -432,7 +438,7 @@ def offload_in_groups(model: nn.Module, **settings: Any) -> None:
 
 def _has_no_record(pipe: Any, name: str, component: Any) -> bool:
     """Whether it has neither a configuration nor a place that it was loaded from: update_components refuses such."""
-    if isinstance(component, (ConfigMixin, nn.Module)):
+    if isinstance(component, (ConfigMixin, nn.Module)) and not isinstance(component, SchedulerMixin):
         return False
     load_id = getattr(component, "_diffusers_load_id", None)
     return load_id == "null" or (load_id is None and name in pipe.config_component_names)
