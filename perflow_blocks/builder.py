@@ -454,15 +454,17 @@ def _resolve_dtype(pipe: Any, settings: _Settings, device: torch.device, problem
 
 def _check_places(pipe: PeRFlowModularPipeline, settings: _Settings, problems: Problems) -> None:
     """Files and directories that are not there."""
-    places = [("with_lora", location) for location, *_ in settings.loras.values()]
+    places = {location: "with_lora" for location, *_ in settings.loras.values()}
+    if (source := settings.source) and source.is_file and Path(source.location).is_dir():
+        problems.add(f"from_single_file: {source.location} is a directory; pass a file, or call from_pretrained.")
     if settings.ip_adapter is not None:
         location, subfolder, names, _ = settings.ip_adapter
         files = [str(Path(location, subfolder, name)) for name in names] if Path(location).is_dir() else [location]
-        places += [("with_ip_adapter", file) for file in files]
+        places |= dict.fromkeys(files, "with_ip_adapter")
     for name, spec in _pending(pipe).items():
         root = Path(str(spec.pretrained_model_name_or_path))
-        places.append((name, str(root / (spec.subfolder or "") if root.is_dir() else root)))
-    for about, place in places:
+        places.setdefault(str(root / (spec.subfolder or "") if root.is_dir() else root), name)
+    for place, about in places.items():
         is_local = Path(place).is_absolute() or place.startswith(".") or place.count("/") != 1
         if (is_local or place.endswith(".safetensors")) and not Path(place).exists():
             problems.add(f"{about}: {place} does not exist; pass a file, directory, or a repository as owner/name.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -111,6 +112,9 @@ class PeRFlowIPAdapterStep(StableDiffusionXLIPAdapterStep):
     """
 
     inputs = declared(*StableDiffusionXLIPAdapterStep().inputs, shared_input("guider"))
+    intermediate_outputs = declared(
+        *(replace(output, type_hint=list[Tensor]) for output in StableDiffusionXLIPAdapterStep().intermediate_outputs)
+    )
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:

@@ -85,9 +85,15 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        if pretrained_model_name_or_path is not None and Path(pretrained_model_name_or_path).is_dir():
-            require_sound(Path(pretrained_model_name_or_path))
-        super().__init__(blocks, pretrained_model_name_or_path, *args, **kwargs)
+        place = pretrained_model_name_or_path
+        if is_directory := place is not None and Path(place).is_dir():
+            require_sound(Path(place))
+        try:
+            super().__init__(blocks, place, *args, **kwargs)
+        except (AttributeError, TypeError) as error:
+            if not is_directory:
+                raise
+            raise ValueError(f"the index of {place} has a broken entry ({error}); save it again.") from error
         # diffusers takes its own blocks, in silence, for a class of blocks that it does not know.
         self.register_to_config(_blocks_class_name=None)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..core.noise_schedule import make_alphas_cumprod
 from ..delta.files import leads_out, read_json, shard_names
 from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS
 
@@ -40,15 +41,18 @@ def require_sound(directory: Path, *, portable: bool = False) -> None:
         for shards in (directory / folder).glob("*.index*.json"):
             shard_names(shards)
     scheduler = directory / "scheduler" / "scheduler_config.json"
-    if scheduler.is_file() and read_json(scheduler).keys().isdisjoint(NOISE_SCHEDULE_KEYS):
-        raise ValueError(f"{scheduler} is not a scheduler's: it has none of {', '.join(NOISE_SCHEDULE_KEYS)}.")
+    if scheduler.is_file():
+        config = read_json(scheduler)
+        if config.keys().isdisjoint(NOISE_SCHEDULE_KEYS):
+            raise ValueError(f"{scheduler} is not a scheduler's: it has none of {', '.join(NOISE_SCHEDULE_KEYS)}.")
+        make_alphas_cumprod(num_train_timesteps=config.get("num_train_timesteps", 1000))  # before it fills the memory
 
 
 def index_paths(index: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """Every path that an index names, after the component's name and what the path is for."""
     for name, value in index.items():
         if is_entry(value):
-            for key in (LOCATION, "subfolder", "variant"):
+            for key in (LOCATION, "repo", "subfolder", "variant", "revision"):
                 if value[2].get(key) is not None:
                     yield name, key, value[2][key]
         elif isinstance(value, list) and len(value) == 2:  # of a classic pipeline, in a folder of its own

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -125,7 +126,7 @@ def export_workflow(
     except ValueError as error:
         problems.append(str(error))
     image = None if picture is None else _image(picture, problems)
-    problems += _option_problems(name, repo_id, extras, {*code, INDEX, MELLON, CARD, IMAGE})
+    problems += _option_problems(name, repo_id, extras, {*code, INDEX, MELLON, CARD, IMAGE, "delta", *saved})
     if problems:
         raise ValueError(complaint("exported", problems))
     folder_name = target.absolute().name
@@ -202,7 +203,7 @@ def require_target(target: Path, *, overwrite: bool = False, files: Collection[s
 def _option_problems(
     name: str | None, repo_id: str | None, files: Sequence[Path], taken: Collection[str]
 ) -> Iterator[str]:
-    if name is not None and not name.isidentifier():
+    if name is not None and (not name.isidentifier() or not name.isascii() or iskeyword(name)):
         yield f"name={name!r} must be the name of a class, such as MyWorkflow."
     if repo_id is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) is None:
         yield f"repo_id={repo_id!r} must be the name of a repository with its owner, owner/name."

@@ -30,7 +30,7 @@ LEFT_OUT = (".git", ".cache", ".ipynb_checkpoints", "__pycache__", "*.pyc", ".DS
 """Names of files and folders that are not uploaded."""
 
 CREDENTIALS = (".env*", ".npmrc", ".pypirc", ".netrc", ".git-credentials")
-PRIVATE = (*CREDENTIALS, ".aws", ".ssh", "*.pem", "id_rsa*", "id_ecdsa*", "id_ed25519*")
+PRIVATE = (*CREDENTIALS, ".aws", ".ssh", "*.pem", "*.key", "id_[rd]sa*", "id_ecdsa*", "id_ed25519*")
 """Names of files and folders for which a directory is refused."""
 
 TOKENS = {
@@ -38,9 +38,10 @@ TOKENS = {
     for kind, pattern in {
         "a Hugging Face token": rb"hf_(?:oauth_|jwt_)?[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}",
         "a GitHub token": rb"gh[oprsu]_[A-Za-z0-9]{36}|github_pat_\w{40}",
-        "an AWS key": rb"AKIA[0-9A-Z]{16}",
-        "an API key": rb"sk-[A-Za-z0-9_-]{32}",
-        "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+        "an AWS key": rb"A[KS]IA[0-9A-Z]{16}",
+        "an API key": rb"sk-(?=[A-Za-z_-]{,31}[0-9])[A-Za-z0-9_-]{32}|AIza[\w-]{35}",
+        "an access token": rb"npm_[A-Za-z0-9]{36}|pypi-AgE[\w-]{40}|glpat-[\w-]{20}|xox[abp]-[\w-]{20}",
+        "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----",
     }.items()
 }
 
@@ -213,9 +214,9 @@ def _name_repository(staged: Path, paths: Collection[str], repo_id: str) -> None
     """
     if INDEX in paths:
         index = read_json(staged / INDEX)
-        folders = {path.rpartition("/")[0] for path in paths}
+        folders = [path.rpartition("/")[0] for path in paths if "/" in path]
         for entry in filter(is_entry, index.values()):
-            if entry[2].get("subfolder") in folders - {""}:
+            if entry[2].get("subfolder") in folders:
                 entry[2].update({LOCATION: repo_id, "revision": None})
         _replace(staged / INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
     if MELLON in paths:

@@ -40,7 +40,8 @@ def carried_modules(blocks: ModularPipelineBlocks, with_package: bool) -> tuple[
             modules[".".join(parts).removesuffix(".__init__")] = path
     texts = {name: path.read_text(encoding="utf-8-sig") for name, path in sorted(modules.items())}
     tag = hashlib.sha256(repr((__version__, texts)).encode()).hexdigest()[:8]
-    siblings = {name: f"perflow_{tag}_{re.sub(r'[^0-9A-Za-z]', '_', name)}" for name in texts}
+    own = {name: re.sub(r"^diffusers_modules\..*\.perflow_", "", name) for name in texts}  # of an export, loaded
+    siblings = {name: f"perflow_{tag}_{re.sub(r'[^0-9A-Za-z]', '_', own[name])}" for name in texts}
     files = {}
     for name, text in texts.items():
         package = name if modules[name].name == "__init__.py" else name.rpartition(".")[0]
@@ -76,7 +77,7 @@ def _source_of_the_user(name: str) -> Path | None:
     top = name.partition(".")[0]
     if top in ("", "__main__", PACKAGE) or top in sys.stdlib_module_names:
         return None
-    path = _source(top) and _source(name)
+    path = _source(name)
     return path if path is not None and path.suffix == ".py" and not INSTALLED & set(path.resolve().parts) else None
 
 
@@ -103,7 +104,7 @@ def _imported(node: ast.AST, package: str) -> Iterator[tuple[str, str | None, st
             here = alias.asname or alias.name
             if base == PACKAGE:  # which hands on the names of its modules
                 yield getattr(getattr(sys.modules[PACKAGE], alias.name, None), "__module__", base), alias.name, here
-            elif (base.startswith(PACKAGE) or _source_of_the_user(base)) and _source(f"{base}.{alias.name}"):
+            elif (_source if base.startswith(PACKAGE) else _source_of_the_user)(f"{base}.{alias.name}"):
                 yield f"{base}.{alias.name}", None, here
             else:
                 yield base, alias.name, here

@@ -167,7 +167,7 @@ def _write_faults(block: Any, after: Mapping[str, Any], before: Mapping[str, Any
     outputs = {output.name: output.type_hint for output in block.intermediate_outputs if output.name}
     written = {name: value for name, value in after.items() if value is not before.get(name, block)}
     in_place = {name for name in given.keys() - outputs.keys() if not _same(before.get(name), given[name])}
-    kinds = {name: hint for name, hint in outputs.items() if type(hint) is type and written.get(name) is not None}
+    kinds = {name: hint for name, hint in outputs.items() if isinstance(hint, type) and written.get(name) is not None}
     wrong = {name for name, hint in kinds.items() if not isinstance(written[name], hint)}
     return _faults(
         {

@@ -53,6 +53,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         "unet, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2 missing; call from_pretrained",
     ),
     "checkpoint": (lambda it, at: it.from_single_file(at / "x.safetensors"), "unet: .*x.safetensors does not exist"),
+    "checkpoint of folders": (lambda it, at: it.from_single_file(at), "is a directory; pass a file, or call from_pre"),
     "lora": (lambda it, at: it.with_lora(at / "x.safetensors"), "with_lora: .*x.safetensors does not exist"),
     "ip-adapter": (
         lambda it, at: it.with_ip_adapter(at, subfolder="", weight_name="ip.bin", image_encoder_folder=None),

@@ -83,6 +83,8 @@ def test_lookup_keeps_the_shape_of_any_tensor() -> None:
 def test_boundaries_that_are_no_windows(boundaries: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match=rf"window_boundaries=\({boundaries[0]},"):
         TimeWindows(boundaries=boundaries)
+    with pytest.raises(ValueError, match="has 10000 windows, and must have at most num_train_timesteps=1000"):
+        TimeWindows(boundaries=(0.5,) * 10_001)
 
 
 def test_windows_are_frozen_and_keyword_only() -> None:

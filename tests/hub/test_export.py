@@ -277,6 +277,7 @@ def test_weights_that_others_do_not_have_are_refused_together(
         ({"mode": "fat"}, "mode='fat' is unknown; pass one of thin, self-contained."),
         ({"weights": "some"}, "weights='some' is unknown; pass one of reference, include, delta-only."),
         ({"name": "not a name"}, "name='not a name' must be the name of a class"),
+        ({"name": "class"}, "name='class' must be the name of a class"),
         ({"repo_id": 'me/x", "y'}, "must be the name of a repository with its owner"),
         ({"picture": "absent.png"}, "picture='absent.png' cannot be read"),
         ({"files": ["absent.py"]}, "files names absent.py; pass files that exist"),
@@ -322,7 +323,7 @@ from typing import Any
 from diffusers.modular_pipelines import InputParam, OutputParam
 from perflow_blocks import LoopBlock, StepInfo
 from perflow_blocks.blocks import PreviewStep as Preview
-import own_factor_{number} as helper
+from own_folder_{number} import factor as helper
 
 class Doubling(LoopBlock):
     description = "Loop step that makes the latents larger."
@@ -334,7 +335,7 @@ class Doubling(LoopBlock):
         self.steps = steps
 
     def __call__(self, components: Any, block_state: Any, i: int, t: Any) -> Any:
-        from own_factor_{number} import FACTOR
+        from own_folder_{number}.factor import FACTOR
         if i < self.steps:
             block_state.latents = FACTOR * block_state.latents + 0 * helper.FACTOR
         return components, block_state
@@ -342,15 +343,19 @@ class Doubling(LoopBlock):
 
 
 def own_blocks(folder: Path, factor: float, patch: pytest.MonkeyPatch, number: int = 0) -> Any:
-    """Blocks with a user's own in the loop, whose module is there in the version that multiplies by `factor`."""
-    folder.mkdir()
-    (folder / f"own_block_{number}.py").write_text(OWN_BLOCK.format(number=number))
-    (folder / f"own_factor_{number}.py").write_text(f"FACTOR = {factor}\n")
+    """Blocks with a user's own in the loop, whose module is there in the version that multiplies by `factor`.
+
+    It lies in a folder without an `__init__.py`, which Python takes for a package too.
+    """
+    package = folder / f"own_folder_{number}"
+    package.mkdir(parents=True)
+    (package / "block.py").write_text(OWN_BLOCK.format(number=number))
+    (package / "factor.py").write_text(f"FACTOR = {factor}\n")
     patch.syspath_prepend(folder)
-    for module in (f"own_block_{number}", f"own_factor_{number}"):
-        patch.delitem(sys.modules, module, raising=False)
+    for module in ("", ".block", ".factor"):
+        patch.delitem(sys.modules, package.name + module, raising=False)
     blocks = PeRFlowSDXLAutoBlocks()
-    block = importlib.import_module(f"own_block_{number}").Doubling(2)
+    block = importlib.import_module(f"{package.name}.block").Doubling(2)
     insert_loop_block(blocks, "double", block, after="solver")
     insert_loop_block(blocks, "log", WindowLogStep(level=10), before="solver")
     return blocks
@@ -412,12 +417,14 @@ def test_own_modules_go_with_an_export(
         expected = run(pipe)
         directory = export_workflow(pipe, tmp_path / "flow", mode=mode, weights="include", name="Doubled")
         shutil.rmtree(tmp_path / "own")
-    sys.modules.pop("own_block_1", None)
-    sys.modules.pop("own_factor_1", None)
+    for module in ("", ".block", ".factor"):
+        sys.modules.pop(f"own_folder_1{module}", None)
     assert "block.Doubled" in (directory / "modular_config.json").read_text()
     copy = again(directory)
     assert torch.equal(run(copy), expected)
-    assert torch.equal(run(again(export_workflow(copy, tmp_path / "twice", mode=mode, weights="include"))), expected)
+    twice = export_workflow(copy, tmp_path / "twice", mode=mode, weights="include")
+    assert torch.equal(run(again(twice)), expected)
+    assert not list(twice.glob("*diffusers_modules*"))  # names would become longer with each export
 
 
 def test_files_are_found_in_a_repository_with_a_dot_in_its_name(tmp_path: Path) -> None:

@@ -155,6 +155,9 @@ def write(path: Path, text: str) -> None:
         (unet_with(subfolder="/etc"), "as the subfolder of unet"),
         (unet_with(subfolder=5), "names 5 as the subfolder of unet"),
         (unet_with(variant="x/../../y"), "as the variant of unet"),
+        (unet_with(revision="../../x"), "as the revision of unet"),
+        (unet_with(location=None, repo="../x"), "as the repo of unet"),
+        (index_with(unet=["diffusers", "UNet2DConditionModel", 5]), "has a broken entry"),
         (unet_with(location="../other"), "as the pretrained_model_name_or_path of unet"),
         (shards_with("../x.safetensors"), "names files outside its folder (../x.safetensors)"),
         (shards_with("C:\\x.safetensors"), "names files outside its folder"),
@@ -165,6 +168,7 @@ def write(path: Path, text: str) -> None:
         (lambda flow: write(flow / "modular_config.json", '{"auto_map": 5}'), "must name the blocks"),
         (lambda flow: write(flow / "scheduler/scheduler_config.json", '{"_class_name": "UNet"}'), "not a scheduler's"),
         (lambda flow: write(flow / "scheduler/scheduler_config.json", DEEP), "cannot be read as JSON"),
+        (lambda flow: change(flow, "scheduler/scheduler_config.json", num_train_timesteps=10**9), "must be at most"),
     ],
 )
 @pytest.mark.parametrize("load", [load_workflow, PeRFlowModularPipeline.from_pretrained])

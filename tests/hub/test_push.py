@@ -145,10 +145,20 @@ def test_private_files_tokens_and_links_are_named_all_at_once(
     loopback_hub: LoopbackHub, workflow: Path, tmp_path: Path
 ) -> None:
     header = json.dumps({"__metadata__": {"token": SECRET}}).encode()
-    private = [".env", ".env.local", ".npmrc", "sub/.git-credentials", ".aws/credentials", ".ssh/x", "a.pem", "id_rsa"]
+    private = [
+        ".env",
+        ".env.local",
+        ".npmrc",
+        "sub/.git-credentials",
+        ".aws/credentials",
+        ".ssh/x",
+        "a.pem",
+        "a.key",
+        "id_rsa",
+    ]
     tokens = {
-        "line 2": [SECRET, "ghp_" + "a1" * 18, "github_pat_" + "a" * 60, "AKIA" + "A1" * 8, "sk-" + "a1" * 20],
-        "line 1": ["-----BEGIN RSA PRIVATE KEY-----"],
+        "line 2": [SECRET, "ghp_" + "a1" * 18, "github_pat_" + "a" * 60, "ASIA" + "A1" * 8, "sk-" + "a1" * 20],
+        "line 1": ["-----BEGIN RSA PRIVATE KEY-----", "npm_" + "a1" * 18],
     }
     texts = [(line, secret) for line, secrets in tokens.items() for secret in secrets]
     write(workflow, dict.fromkeys(private, b"x"))
@@ -171,7 +181,7 @@ def test_private_files_tokens_and_links_are_named_all_at_once(
 def test_what_is_no_secret_is_pushed_and_caches_are_left_out(loopback_hub: LoopbackHub, workflow: Path) -> None:
     left_out = [".git/config", ".cache/x", "__pycache__/a.pyc", ".ipynb_checkpoints/x", ".DS_Store", ".gitattributes"]
     write(workflow, dict.fromkeys(left_out, SECRET.encode()))
-    harmless = f"x{SECRET} def hf_hub_download_with_a_very_long_name_indeed(): ..."
+    harmless = f"x{SECRET} def hf_hub_download_with_a_very_long_name_indeed(): ... #sk-a-heading-with-a-very-long-name"
     write(workflow, {"notes.md": harmless.encode(), "image.png": b"\0\0 " + SECRET.encode()})
     (workflow / "again.md").symlink_to("notes.md")
     push(loopback_hub, workflow)

@@ -150,6 +150,10 @@ FAULTS: dict[str, tuple[ModularPipelineBlocks, str]] = {
         leaf(lambda c, s, b: setattr(b, "mask", "1"), **outputs(MASK_OUT)),
         "writes 'mask', which is not of the declared type_hint",
     ),
+    "tensor of another type": (
+        leaf(lambda c, s, b: setattr(b, "latents", [b.latents]), **outputs(LATENTS_OUT)),
+        "writes 'latents', which is not of the declared type_hint",
+    ),
     "component": (leaf(lambda c, s, b: c.unet), r"touches the component 'unet'.*add ComponentSpec\(\"unet\""),
     "component, if there": (leaf(lambda c, s, b: getattr(c, "unet", None)), "touches the component 'unet'"),
     "component through a property": (leaf(lambda c, s, b: c.vae_scale_factor), "touches the component 'vae'"),
