@@ -118,12 +118,15 @@ def _temporary_directory(target: Path, place: Path) -> Iterator[tuple[Path, int]
 
 
 def _remove_litter(name: str, place: Path) -> None:
-    """Removes the temporary directories of dead writers of this name."""
+    """Removes the temporary directories of dead writers of this name; an old directory in one moves back."""
     for entry in os.scandir(place):
         if re.fullmatch(rf"\.{re.escape(name)}\.\w{{8}}\.tmp", entry.name) and entry.is_dir(follow_symlinks=False):
             with suppress(OSError):
                 descriptor, locked = _lock(Path(entry.path))
                 if locked:
+                    old = Path(entry.path, "new.old")
+                    if old.exists() and not os.path.lexists(place / name):  # killed between the two moves of `_put`
+                        old.rename(place / name)
                     shutil.rmtree(entry.path, ignore_errors=True)
                 os.close(descriptor)
 

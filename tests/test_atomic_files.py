@@ -39,6 +39,17 @@ def target(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     return folder
 
 
+def test_a_writer_killed_between_two_moves_loses_nothing(tmp_path: Path) -> None:
+    """Where the system cannot exchange directories."""
+    old = tmp_path / ".saved.abcdefgh.tmp" / "new.old"
+    old.mkdir(parents=True)
+    (old / "notes.txt").write_text("of the user")
+    with atomic_directory(tmp_path / "saved") as new:
+        assert (tmp_path / "saved" / "notes.txt").read_text() == "of the user"
+        (new / "x").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["saved", "x"]
+
+
 @pytest.mark.usefixtures("_exchange")
 def test_a_directory_appears_whole_or_stays_as_it_was(target: Path) -> None:
     with atomic_directory(target) as folder:
