@@ -38,7 +38,7 @@ class TimeWindows:
         object.__setattr__(self, "boundaries", tuple(float(b) for b in self.boundaries))
         if len(self.boundaries) < 2:
             raise ValueError(f"window_boundaries={self.boundaries} must hold at least two times, such as (1.0, 0.0).")
-        if len(self.boundaries) - 1 > self.num_train_timesteps:  # before a text repeats so many
+        if len(self.boundaries) - 1 > self.num_train_timesteps:  # the messages below would repeat all of them
             most = f"at most num_train_timesteps={self.num_train_timesteps}"
             raise ValueError(f"window_boundaries has {len(self.boundaries) - 1} windows, and must have {most}.")
         if not all(math.isfinite(b) and 0.0 <= b <= 1.0 for b in self.boundaries):
