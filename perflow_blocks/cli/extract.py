@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,8 +65,7 @@ def extract(
                 "config.json."
             )
     difference = open_difference(weights[0], weights[1])
-    recipe = replace(recipe, base_sha256=_sha256(base, base_variant))
-    save_delta(difference, out, recipe, precision, base=unet, progress=True)
+    save_delta(difference, out, recipe, precision, progress=True)
     typer.echo(f"{out}: {len(difference.shapes)} tensors, {out.stat().st_size / 1e6:,.1f} MB")
 
 
@@ -85,12 +83,3 @@ def _noise_schedule(scheduler: Path | None, base: Path) -> dict[str, Any] | None
         return noise_schedule_of(json.loads(file.read_text())) or None
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{file} is no scheduler's configuration ({error}); pass --scheduler.") from error
-
-
-def _sha256(base: Path, variant: str | None) -> str | None:
-    """Of the base's file; None where it is in several."""
-    from ..delta.files import find_weights
-    from ..hub.manifest import sha256_of
-
-    file = base if base.is_file() else find_weights(base, variant)
-    return None if file.suffix == ".json" else sha256_of(file)

@@ -66,7 +66,6 @@ def inspect(
     if base is not None:
         options.require_weights("base", base)
     from ..delta.files import open_weights, read_recipe
-    from ..delta.recipe import ARCHITECTURE_KEY
     from .unets import find_config
 
     weights = open_weights(path, variant, allow_pickle=allow_pickle)
@@ -77,8 +76,6 @@ def inspect(
     tensors = summarize(weights, own, None if unet is None else unet.config)
     what = what_weights_are(weights)
     lines = [f"{path}: {_folder_kind(path)}{what}", *_totals(tensors), _recipe_line(recipe)]
-    if architecture := weights.metadata.get(ARCHITECTURE_KEY):
-        lines.append(f"architecture: {architecture[:12]}")
     lines += records
     if what == "LoRA":
         lines.append(_ranks(weights))
@@ -132,14 +129,12 @@ def summarize(
 
 def what_weights_are(weights: Weights) -> str:
     """ "LoRA", "delta", "weights" (of a model), or "delta or weights" where no normalization layer tells."""
-    from ..delta.files import WHOLE_NORM, is_lora, mean_norm_scale
+    from ..delta.files import holds_differences, is_lora
 
     if is_lora(weights.shapes):
         return "LoRA"
-    mean = mean_norm_scale(weights)
-    if mean is None:
-        return "delta or weights"
-    return "weights" if mean > WHOLE_NORM else "delta"
+    kinds = {None: "delta or weights", True: "delta", False: "weights"}
+    return kinds[holds_differences(weights)]
 
 
 def kind_of(name: str, shape: tuple[int, ...]) -> str:

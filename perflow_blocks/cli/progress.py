@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from ..delta.files import Weights
+from ..delta.files import RenamedWeights, Weights
 
 
 @contextmanager
@@ -29,19 +29,15 @@ def read_with_bar(weights: Weights, what: str) -> Iterator[Weights]:
         yield CountedWeights(weights, lambda: bar.advance(task))
 
 
-class CountedWeights(Weights):
+class CountedWeights(RenamedWeights):
     """Weights that say when a tensor is read for the first time."""
 
     def __init__(self, weights: Weights, count: Callable[[], Any]) -> None:
-        self.sources, self._count = (weights,), count
-        self._read: set[str] = set()
-        self.label, self.shapes, self.metadata = weights.label, weights.shapes, weights.metadata
+        super().__init__(weights, {name: name for name in weights.shapes})
+        self._count, self._read = count, set[str]()
 
     def tensor(self, name: str) -> Tensor:
         if name not in self._read:
             self._read.add(name)
             self._count()
-        return self.sources[0].tensor(name)
-
-    def sample(self, name: str) -> Tensor:
-        return self.sources[0].sample(name)
+        return super().tensor(name)

@@ -20,14 +20,13 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import logging
 from diffusers.utils.peft_utils import get_peft_kwargs
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
-from safetensors.torch import save
 from torch import Tensor
 
 from ..atomic_files import atomic_path
 from ..core import low_rank
 from ..core.windows import require_positive_int
 from . import files
-from .extract import header_bytes, save_delta
+from .extract import save_delta, write_tensors
 from .recipe import DeltaRecipe
 
 PREFIX = "unet."
@@ -50,7 +49,6 @@ class LoraLayer:
         energy: share of dW's squared Frobenius norm in the singular values that were kept, in [0, 1].
         squared_norm: dW's squared Frobenius norm.
         relative_error: norm of dW less the product of the factors as they are stored, over norm of dW; at least 0.
-        note: why the rank is not the one asked for; empty where it is.
     """
 
     name: str
@@ -59,52 +57,32 @@ class LoraLayer:
     energy: float
     squared_norm: float
     relative_error: float
-    note: str = ""
-
-    @property
-    def full_rank(self) -> int:
-        """The largest rank that the shape allows, min(out, in * k * k)."""
-        return min(self.shape[0], math.prod(self.shape[1:]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraReport:
-    """The layers of a LoRA of a delta, in its order, and the residual's size and squared norm; prints as text."""
+    """What was kept and lost; prints as a line of text.
+
+    Attributes:
+        layers: in the delta's order.
+        parameters, residual_parameters, delta_parameters: numbers in the LoRA, beside it, and in the whole delta.
+        energy: share of the squared norm of all factorized layers that was kept, in [0, 1].
+        relative_error: norm of the error over that of the whole delta, including the residual, which has no error.
+    """
 
     layers: tuple[LoraLayer, ...] = ()
+    parameters: int = 0
     residual_parameters: int = 0
-    residual_squared_norm: float = 0.0
-
-    @property
-    def energy(self) -> float:
-        """Share of the squared norm of all factorized layers that was kept, in [0, 1]."""
-        total = sum(layer.squared_norm for layer in self.layers)
-        return sum(layer.energy * layer.squared_norm for layer in self.layers) / total if total else 1.0
-
-    @property
-    def relative_error(self) -> float:
-        """Norm of the error over that of the whole delta, including the residual, which has no error."""
-        error = sum(layer.relative_error**2 * layer.squared_norm for layer in self.layers)
-        whole = sum(layer.squared_norm for layer in self.layers) + self.residual_squared_norm
-        return math.sqrt(error / whole) if whole else 0.0
-
-    @property
-    def parameters(self) -> int:
-        """Numbers in the LoRA, without the residual."""
-        return sum(layer.rank * (layer.shape[0] + math.prod(layer.shape[1:])) for layer in self.layers)
-
-    @property
-    def delta_parameters(self) -> int:
-        """Numbers in the whole delta."""
-        return self.residual_parameters + sum(math.prod(layer.shape) for layer in self.layers)
+    delta_parameters: int = 0
+    energy: float = 1.0
+    relative_error: float = 0.0
 
     def __str__(self) -> str:
         ranks = [layer.rank for layer in self.layers if layer.rank] or [0]
         return (
             f"{len(self.layers)} layers, rank {min(ranks)} to {max(ranks)}, {self.parameters:,} numbers; "
             f"{self.residual_parameters:,} numbers kept in full; of {self.delta_parameters:,} in the delta. "
-            f"Energy kept {100 * self.energy:.2f} %, relative error {self.relative_error:.4f}, "
-            f"{sum(1 for layer in self.layers if layer.note)} layers of another rank than asked for."
+            f"Energy kept {100 * self.energy:.2f} %, relative error {self.relative_error:.4f}."
         )
 
 
@@ -158,21 +136,16 @@ def delta_to_lora(
         config: the configuration of the UNet, to translate the original Latent Diffusion names of a delta.
 
     Raises:
-        ValueError: neither or both of rank and energy, or one out of range; an unusable file or device; a delta that
-            is empty, not of a UNet, whole weights, without a changed layer, or not finite (in `dtype`).
+        ValueError: neither or both of rank and energy, or one out of range; an unusable file; a delta that is empty,
+            not of a UNet, whole weights, without a changed layer, or not finite (in `dtype`).
     """
     if (rank is None) == (energy is None):
         raise ValueError(f"rank={rank} and energy={energy}: pass exactly one of the two.")
     require_positive_int("max_rank", max_rank)
-    require_positive_int("rank", max_rank if rank is None else rank)
+    bound = max_rank if rank is None else rank
+    require_positive_int("rank", bound)
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy={energy!r} must be a share in (0, 1], for example 0.9.")
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype} must be a floating-point type: torch.float16, bfloat16 or float32.")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device!r} cannot be used here; pass 'cpu' or leave it out.") from error
     given = files.opened(delta)
     weights = files.named_as_model(given, files.unet_names(given.shapes), config or {})
     modules = _factorized_modules(weights, keep)
@@ -185,7 +158,6 @@ def delta_to_lora(
         if not files.is_finite(tensor):
             raise ValueError(f"the delta is not finite ({name}); extract it again.")
         if name in modules:
-            bound = max_rank if rank is None else rank
             layer, pair = _factorize(modules[name], tensor.to(device), bound, energy, dtype)
             layers.append(layer)
             lora |= pair
@@ -194,8 +166,16 @@ def delta_to_lora(
             residual_norm += float(tensor.double().square().sum())
     if not lora:
         raise ValueError("the delta changes no linear or convolution layer; merge it as it is.")
-    numbers = sum(tensor.numel() for tensor in residual.values())
-    report = LoraReport(layers=tuple(layers), residual_parameters=numbers, residual_squared_norm=residual_norm)
+    norm = sum(layer.squared_norm for layer in layers)
+    error = sum(layer.relative_error**2 * layer.squared_norm for layer in layers)
+    report = LoraReport(
+        layers=tuple(layers),
+        parameters=sum(tensor.numel() for tensor in lora.values()),
+        residual_parameters=sum(tensor.numel() for tensor in residual.values()),
+        delta_parameters=sum(math.prod(shape) for shape in weights.shapes.values()),
+        energy=sum(layer.energy * layer.squared_norm for layer in layers) / norm,
+        relative_error=math.sqrt(error / (norm + residual_norm)),
+    )
     recipe, digest = recipe or files.read_recipe(given), files.identity_of(weights)
     return DeltaLora(lora=lora, residual=residual, report=report, recipe=recipe, digest=digest)
 
@@ -207,14 +187,12 @@ def _factorized_modules(weights: files.Weights, keep: Sequence[str]) -> dict[str
         raise ValueError(
             f"{len(foreign)} tensors are not weights of a UNet ({files.listed(foreign)}); pass a UNet's delta."
         )
-    if isinstance(keep, str):
-        raise ValueError(f"keep={keep!r} must be a list of patterns: keep=[{keep!r}].")
     shapes = {name: shape for name, shape in weights.shapes.items() if name.endswith(".weight") and 0 not in shape}
     modules = {name: name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) in (2, 4)}
     unmatched = [pattern for pattern in keep if not any(fnmatchcase(m, pattern) for m in modules.values())]
     if unmatched:
         raise ValueError(f"keep={list(keep)}: {files.listed(unmatched)} matches no linear or convolution layer.")
-    if (files.mean_norm_scale(weights) or 0.0) > files.WHOLE_NORM:
+    if files.holds_differences(weights) is False:
         raise ValueError(
             "these are a model's whole weights, not their difference from a base; pass a delta, such as what "
             "open_difference(it, base) or perflow extract gives."
@@ -233,14 +211,6 @@ def _factorize(
     spectrum = low_rank.leading_spectrum(matrix, most)
     norm = spectrum.squared_norm
     rank = 0 if not norm else most if energy is None else low_rank.rank_for_energy(spectrum, energy)
-    kept = low_rank.kept_energy(spectrum, rank)
-    note = ""
-    if not rank:
-        note = "not changed"
-    elif energy is None and rank < bound:
-        note = f"clipped from {bound}"
-    elif energy is not None and kept < energy and rank == bound < min(matrix.shape):
-        note = f"stopped at max_rank={bound}"
     pair: dict[str, Tensor] = {}
     error = 0.0
     if rank:
@@ -254,9 +224,8 @@ def _factorize(
             f"{name}A.weight": down.reshape(rank, *shape[1:]),
             f"{name}B.weight": up.reshape(shape[0], rank, *(1 for _ in shape[2:])),
         }
-    layer = LoraLayer(
-        name=module, shape=shape, rank=rank, energy=kept, squared_norm=norm, relative_error=error, note=note
-    )
+    kept = low_rank.kept_energy(spectrum, rank)
+    layer = LoraLayer(name=module, shape=shape, rank=rank, energy=kept, squared_norm=norm, relative_error=error)
     return layer, pair
 
 
@@ -279,20 +248,17 @@ def save_lora(converted: DeltaLora, path: str | os.PathLike[str], layout: Layout
     Raises:
         ValueError: an unknown layout, factors too large for their type in the kohya layout, or an unwritable path.
     """
-    metadata = {"format": "pt", **converted.recipe.to_metadata()}
-    if converted.digest:
-        metadata[files.DIGEST_KEY] = converted.digest
     if layout not in get_args(Layout):
         raise ValueError(f"layout={layout!r} must be one of {', '.join(get_args(Layout))}.")
+    metadata = converted.recipe.to_metadata()
+    if converted.digest:
+        metadata[files.DIGEST_KEY] = converted.digest
     if layout == "peft":
         metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(peft_settings(converted.lora), sort_keys=True)
     tensors = converted.lora if layout == "peft" else kohya_state_dict(converted.lora)
-    plain = memoryview(save(dict(tensors)))
-    values = 8 + int.from_bytes(plain[:8], "little")
-    entries = {"__metadata__": metadata, **json.loads(bytes(plain[8:values]))}
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        file.write(header_bytes(entries))
-        file.write(plain[values:])
+    types = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        write_tensors(temporary, types, tensors.__getitem__, metadata)
 
 
 def save_residual(converted: DeltaLora, path: str | os.PathLike[str]) -> None:

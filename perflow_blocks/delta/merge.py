@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import reduce
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -25,34 +26,35 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from .apply import (
+    INPUT_WEIGHT,
     LATENT_CHANNELS,
     Applied,
     Term,
+    add_terms,
     change,
+    factors,
     fit_base,
     fit_delta,
     own_weights,
-    require_difference,
-    require_finite,
     restore,
-    sum_of_terms,
+    under_own_names,
 )
 from .files import (
     Delta,
-    Stamp,
     Weights,
     floating_entries,
+    holds_differences,
     identity_of,
     listed,
     loaded_weights,
-    named_as_model,
     open_weights,
     opened,
     read_recipe,
     rows_of,
     stamp_of,
+    weight_files,
 )
-from .model_lock import model_lock
+from .model_lock import model_lock, uncompiled
 from .recipe import DeltaRecipe
 
 logger = logging.get_logger(__name__)
@@ -121,32 +123,23 @@ class MergeRecord:
 
 @dataclass
 class MergeState(Applied):
-    """What is merged into a model, kept on it. The base is that without the deltas of `weights`.
+    """What is merged into a model, kept on it. The base is that without the deltas of `terms`.
 
     Attributes:
         records: in the order of merging, which is the order of the sum.
-        weights: the deltas by digest, under the model's names.
-        seen: by path and variant, the stamp and digest of files that were read, which need not be opened again.
+        weights: the deltas by digest, under the model's names, as they were read last.
         witness: values of a few weights, "with" the deltas and "without".
-        loaded: the witness that the model was saved with; empty where a delta that it was saved with was taken out.
-        signature: of the witness's weights when they were last compared.
+        signature: of the witness's weights when they were last compared; None if they were not.
     """
 
     records: tuple[MergeRecord, ...] = ()
     weights: dict[str, Weights] = field(default_factory=dict)
-    seen: dict[tuple[str, str | None], tuple[Stamp, str]] = field(default_factory=dict)
     witness: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    loaded: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    signature: tuple[Any, ...] = ()
+    signature: tuple[Any, ...] | None = None
 
     def terms(self) -> list[Term]:
         """Those deltas that are not part of the base; reloaded ones are."""
         return [Term(self.weights[r.digest], r.scale, r.scales) for r in self.records if not r.reloaded]
-
-
-def uncompiled(module: nn.Module) -> nn.Module:
-    """The module that `torch.compile` wrapped, whose weights and names are the model's own; else the module."""
-    return getattr(module, "_orig_mod", module)
 
 
 @contextmanager
@@ -209,29 +202,25 @@ def merge_delta(
                 return rescale_delta(module, scale, weights, scales=scales, base=base)
             logger.warning(f"{known.source} is merged into this {type(module).__name__} already; nothing was changed.")
             return known
-        fitted, targets, extra = fit_delta(weights, module)
+        fitted, targets = fit_delta(weights, module)
         _require_matches(pairs, fitted)
         # Not resolved: in the Hub's cache a link has the file's name, and what it leads to has not.
-        source = os.path.abspath(weights.label) if weights.place else weights.label
+        source = os.path.abspath(weights.label) if os.path.exists(weights.label) else weights.label
         record = MergeRecord(source, identity_of(fitted), float(scale), pairs, read_recipe(weights))
         if not scale:
             return record
-        require_difference(fitted, targets)
-        old = [known.source for known in state.records if not known.digest]
-        seen = state.seen | _seen(weights, record.digest)
-        state = replace(state, weights={**state.weights, record.digest: fitted}, seen=seen)
-        _exchange(module, state, (*state.records, record))
-        if old:
-            logger.warning(
-                f"{listed(old)} was merged by version 0.1.0 and cannot be compared with {source}: if they are the "
-                "same delta, it is in the weights twice now, and unmerge_delta takes this one out again."
+        if holds_differences(fitted) is False:
+            raise ValueError(
+                f"{weights.label} holds a model's whole weights, not their difference from a base; pass a delta, as "
+                "extract_delta or perflow extract makes."
             )
-        if extra:
+        state = replace(state, weights={**state.weights, record.digest: fitted})
+        _exchange(module, state, (*state.records, record))
+        if INPUT_WEIGHT in targets and targets[INPUT_WEIGHT].numel() < own_weights(module)[INPUT_WEIGHT].numel():
             logger.warning(
                 f"{source} is the delta of a UNet with {LATENT_CHANNELS} input channels, and this "
-                f"{type(module).__name__} has {LATENT_CHANNELS + extra}: it is added to the first {LATENT_CHANNELS}, "
-                f"the noisy latents, and the other {extra} stay as they are. Quality at few steps suffers, since it "
-                "was distilled without them, not for inpainting."
+                f"{type(module).__name__} has more, as for inpainting: it is added to the first {LATENT_CHANNELS}, "
+                "the noisy latents. Quality at few steps suffers, since it was distilled without the others."
             )
         logger.info(f"merged {weights.label} into {type(module).__name__} at scale {scale:g}.")
         return record
@@ -260,7 +249,7 @@ def rescale_delta(
         record = _chosen(module, state, delta)
         position = state.records.index(record)
         if record.reloaded:
-            state = _adopted(module, state, record, delta, base, exact)
+            state = _adopted(module, state, record, base, exact)
         records = list(state.records)
         records[position] = record = replace(records[position], scale=float(scale), scales=pairs)
         _require_matches(pairs, state.weights[record.digest])
@@ -287,7 +276,7 @@ def unmerge_delta(
         left = tuple(record for record in state.records if record not in gone)
         for record in gone:
             if record.reloaded:
-                state = _adopted(module, state, record, delta, base, exact)
+                state = _adopted(module, state, record, base, exact)
         _exchange(module, state, left, warn=exact)
         return gone
 
@@ -324,15 +313,13 @@ def find_merged(module: nn.Module, delta: Delta, variant: str | None = None) -> 
     A file, or a folder and its variant, that was read before and has not changed since is not opened.
     """
     with _locked(module) as (module, state):
-        if not state.records:
-            return None
-        if isinstance(delta, (str, os.PathLike)):
-            stamp, digest = state.seen.get((os.path.realpath(Path(delta).expanduser()), variant), ((), ""))
-            with suppress(OSError):  # a file that is gone, which opening it names
-                if stamp and stamp_of([path for path, _, _ in stamp]) == stamp:
-                    return next((record for record in state.records if record.digest == digest), None)
+        if state.records and isinstance(delta, (str, os.PathLike)):
+            stamp = stamp_of(weight_files(delta, variant))
+            known = next((digest for digest, weights in state.weights.items() if weights.stamp == stamp), None)
+            if known is not None:
+                return next(record for record in state.records if record.digest == known)
             delta = open_weights(delta, variant)
-        return _find(module, state, opened(delta))
+        return _find(module, state, opened(delta)) if state.records else None
 
 
 def require_factor(name: str, value: object) -> None:
@@ -342,8 +329,6 @@ def require_factor(name: str, value: object) -> None:
 
 
 def _pairs(scale: float, scales: Mapping[str, float] | None) -> tuple[tuple[str, float], ...]:
-    if scales is not None and not isinstance(scales, Mapping):
-        raise ValueError(f"scales={scales!r} must be factors by pattern, as in {{'up_blocks.*': 0.5}}.")
     for name, factor in {"scale": scale, **(scales or {})}.items():
         require_factor(name, factor)
     return tuple((scales or {}).items())
@@ -356,21 +341,17 @@ def _require_matches(pairs: Sequence[tuple[str, float]], weights: Weights) -> No
         raise ValueError(f"scales names {listed(idle)}, which match no weight of {weights.label}, such as {example}.")
 
 
-def _seen(weights: Weights, digest: str) -> dict[tuple[str, str | None], tuple[Stamp, str]]:
-    stamp = weights.stamp
-    return {weights.place: (stamp, digest)} if weights.place and stamp else {}
-
-
 def _find(module: nn.Module, state: MergeState, weights: Weights) -> MergeRecord | None:
     if not state.records:
         return None
-    digest = identity_of(named_as_model(weights, own_weights(module), getattr(module, "config", {})))
+    weights = under_own_names(weights, module)
+    digest = identity_of(weights)
     for record in state.records:
         if not record.digest and record.source == Path(weights.label).name and record.recipe == read_recipe(weights):
             old, record = record, replace(record, digest=digest)  # saved by version 0.1.0
             state.records = tuple(record if entry is old else entry for entry in state.records)
         if record.digest == digest:
-            state.seen |= _seen(weights, digest)
+            state.weights[digest] = weights
             return record
     return None
 
@@ -391,62 +372,42 @@ def _chosen(module: nn.Module, state: MergeState, delta: Delta | MergeRecord | N
 
 
 def _adopted(
-    module: nn.Module,
-    state: MergeState,
-    record: MergeRecord,
-    delta: Delta | MergeRecord | None,
-    base: Delta | None,
-    exact: bool = True,
+    module: nn.Module, state: MergeState, record: MergeRecord, base: Delta | None, exact: bool
 ) -> MergeState:
-    """The state with a reloaded delta as one of its own, whose values are known."""
-    if delta is None or isinstance(delta, MergeRecord) or (exact and base is None):
+    """The state with a reloaded delta as one of its own, to be taken out of the weights."""
+    if record.digest not in state.weights or (exact and base is None):
         raise ValueError(
             f"this {type(module).__name__} was loaded with {record.source} in its weights at scale {record.scale:g}: "
             "pass the delta (a file or mapping) and base=, the base's files; unmerge_delta with exact=False wants the "
             "delta alone; or load the base."
         )
-    weights, _, _ = fit_delta(opened(delta), module)
-    own = replace(record, digest=identity_of(weights), reloaded=False)
-    records = tuple(own if entry is record else entry for entry in state.records)
+    records = tuple(replace(entry, reloaded=False) if entry is record else entry for entry in state.records)
     # Without a base of the user's: the files that the model was loaded from hold the delta too.
-    known = None if base is None else state.base
-    return replace(state, records=records, weights={**state.weights, own.digest: weights}, base=known, loaded={})
+    return replace(state, records=records, base=None if base is None else state.base)
 
 
 def _state(module: nn.Module, base: Delta | None = None) -> MergeState:
     """The model's state, with `base` if one is given, once the weights are what it says. The lock is held."""
     state: MergeState | None = vars(module).get(STATE_ATTRIBUTE)
     if state is None:
-        state = _loaded_state(module)
+        config: Mapping[str, Any] = module.config if isinstance(module, ConfigMixin) else {}
+        records = saved_records(config)
+        state = MergeState(records=records, witness=config[CONFIG_KEY].get("witness", {}) if records else {})
     if base is not None:
         state.base = fit_base(opened(base, "base"), module)
     if state.writing:
         _repair(module, state, base_given=base is not None)
-    if state.records and _signature(module, state.witness) != state.signature:
-        if not _holds(module, state.witness):
-            # Other weights were loaded: those that the model was saved with still have the deltas that it had then.
-            left = tuple(r for r in state.records if r.reloaded and _holds(module, state.loaded))
-            gone = [record.source for record in state.records if record not in left]
+    if state.records and (signature := _signature(module, state.witness)) != state.signature:
+        if not _holds(module, state.witness):  # other weights were loaded since, or the configuration alone
             logger.warning(
-                f"{listed(gone)} is not in the weights of this {type(module).__name__} any more: other weights were "
-                "loaded since it was merged."
+                f"{listed([record.source for record in state.records])} is not in the weights of this "
+                f"{type(module).__name__}, though its record says so: it has other weights now."
             )
-            state = MergeState(base=state.base, records=left, loaded=state.loaded)
+            state = MergeState(base=state.base)
             _remember(module, state)
-        state.signature = _signature(module, state.witness)
-    return state
-
-
-def _loaded_state(module: nn.Module) -> MergeState:
-    """What the configuration of a model that was saved says; it may have got that without the weights."""
-    config: Mapping[str, Any] = module.config if isinstance(module, ConfigMixin) else {}
-    records = saved_records(config)
-    witness = config[CONFIG_KEY].get("witness", {}) if records else {}
-    if not records or not _holds(module, witness):
-        return MergeState()
-    signature = _signature(module, witness)
-    state = MergeState(records=records, witness=witness, loaded=witness, signature=signature)
-    setattr(module, STATE_ATTRIBUTE, state)
+        else:
+            state.signature = signature
+            setattr(module, STATE_ATTRIBUTE, state)
     return state
 
 
@@ -455,13 +416,10 @@ def _remember(module: nn.Module, state: MergeState) -> None:
 
     In this order: where it is interrupted the module still has a state that names rows to restore.
     """
-    terms = state.terms()
-    state.witness = state.loaded if state.loaded and not terms else _witness(module, terms)
-    state.loaded = state.loaded if terms else state.witness
+    state.witness = _witness(module, state)
     state.signature = _signature(module, state.witness)
     digests = {record.digest for record in state.records}
     state.weights = {digest: weights for digest, weights in state.weights.items() if digest in digests}
-    state.seen = {place: known for place, known in state.seen.items() if known[1] in digests}
     if isinstance(module, ConfigMixin):
         # In place, past the freezing: a new FrozenDict would lose what diffusers set as attributes of this one, such
         # as the kind of projection when an IP-Adapter was loaded.
@@ -470,26 +428,32 @@ def _remember(module: nn.Module, state: MergeState) -> None:
             witness = {n: {k: values[:SAVED_VALUES] for k, values in w.items()} for n, w in state.witness.items()}
             saved = {"deltas": [record.to_config() for record in state.records], "witness": witness}
             OrderedDict.__setitem__(module._internal_dict, CONFIG_KEY, saved)
-    state.writing = []
+    state.writing = {}
     if state.records:
         setattr(module, STATE_ATTRIBUTE, state)
     else:  # no trace
         vars(module).pop(STATE_ATTRIBUTE, None)
 
 
-def _witness(module: nn.Module, terms: Sequence[Term]) -> dict[str, dict[str, list[float]]]:
+def _witness(module: nn.Module, state: MergeState) -> dict[str, dict[str, list[float]]]:
     """Some values of weights as they now are, "with" the deltas, and where it is known as they would be "without"."""
-    weights = {name: w for name, w in floating_entries(own_weights(module)).items() if w.dim() > 1}
-    whole = [n for n, w in weights.items() if all(term.weights.shapes.get(n, w.shape) == w.shape for term in terms)]
-    changed = [name for name in whole if _factors(name, terms)] or whole
+    weights, terms = _readable(module), state.terms()
+    if any(record.reloaded for record in state.records):  # what is known of the base is what was saved
+        known = {name: saved for name, saved in state.witness.items() if name in weights}
+        return {n: {**w, "with": _values(weights[n], len(w["with"])).tolist()} for n, w in known.items()}
+    changed = [name for name in weights if factors(terms, name)]
     found = {}
     for name in changed[:: max(1, len(changed) // WITNESSES)][:WITNESSES]:
         values = _values(weights[name])
-        found[name] = {"with": values.tolist()}
-        parts = [(_values(term.weights.tensor(name)), factor) for term in terms if (factor := term.factor(name))]
-        if parts:
-            found[name]["without"] = (values - sum_of_terms(parts, values)).tolist()
+        minus = [(_values(delta.tensor(name)), -factor) for delta, factor in factors(terms, name)]
+        found[name] = {"with": values.tolist(), "without": add_terms(values, minus).tolist()}
     return found
+
+
+def _readable(module: nn.Module) -> dict[str, Tensor]:
+    """The matrices and kernels that are not quantized or elsewhere; not the input layer, of which a part may change."""
+    own = {n: w for n, w in floating_entries(own_weights(module)).items() if w.dim() > 1 and n != INPUT_WEIGHT}
+    return {n: w for n, w in own.items() if type(w) in (Tensor, nn.Parameter) and not w.is_meta}
 
 
 def _values(weight: Tensor, count: int = WITNESS_VALUES) -> Tensor:
@@ -502,28 +466,22 @@ def _holds(module: nn.Module, witness: Mapping[str, Mapping[str, list[float]]]) 
 
     Training further, another type or a fused LoRA change weights too, and a delta stays in them.
     """
-    own = floating_entries(own_weights(module))
-    plain = (Tensor, nn.Parameter)  # not quantized
-    known = [name for name in witness if name in own and type(own[name]) in plain and not own[name].is_meta]
+    weights = _readable(module)
+    known = [name for name in witness if name in weights and "without" in witness[name]]
     if not known:
         return True
-    found = torch.cat([_values(own[name], len(witness[name]["with"])) for name in known])
-    merged, base = (
-        torch.tensor([value for name in known for value in witness[name].get(kind, ())])
-        for kind in ("with", "without")
-    )
+    found = torch.cat([_values(weights[name], len(witness[name]["with"])) for name in known])
+    merged, base = (torch.tensor([v for name in known for v in witness[name][kind]]) for kind in ("with", "without"))
     if found.shape != merged.shape or torch.cosine_similarity(found, merged, dim=0) < RELATED:
         return False
-    return base.shape != found.shape or bool(torch.dist(found, merged) <= torch.dist(found, base))
+    return bool(torch.dist(found, merged) <= torch.dist(found, base))
 
 
 def _signature(module: nn.Module, names: Iterable[str]) -> tuple[Any, ...]:
     """Identity and version of weights: differs once one was replaced or written to. Nothing is read of a device."""
-    found: list[tuple[int, int | None]] = []
-    for name in names:
-        weight: Any = module
-        for part in name.split("."):
-            weight = getattr(weight, part, None)  # which peft's layers pass on from the layer that they wrap
+    found = []
+    for name in names:  # peft's layers pass on the weight of the layer that they wrap
+        weight: Any = reduce(lambda part, attribute: getattr(part, attribute, None), name.split("."), module)
         known = isinstance(weight, Tensor) and not weight.is_inference()
         found.append((id(weight), weight._version if known else None))
     return tuple(found)
@@ -532,12 +490,12 @@ def _signature(module: nn.Module, names: Iterable[str]) -> tuple[Any, ...]:
 @torch.no_grad()
 def _exchange(module: nn.Module, state: MergeState, records: tuple[MergeRecord, ...], warn: bool = True) -> None:
     """Makes `records` what is merged; `state` has the weights of all of them. The lock is held."""
-    new = replace(state, records=records, writing=[])
+    new = replace(state, records=records, writing={})
     before, after = state.terms(), new.terms()
     targets = {
         name: target
-        for name, target in _targets(module, state.weights).items()
-        if _factors(name, before) != _factors(name, after)
+        for name, target in _targets(module, state).items()
+        if factors(before, name) != factors(after, name)
     }
     if state.base is None and not before:
         with suppress(ValueError):  # files of another model: this one only has their configuration
@@ -547,16 +505,12 @@ def _exchange(module: nn.Module, state: MergeState, records: tuple[MergeRecord, 
     try:
         setattr(module, STATE_ATTRIBUTE, state)
         inexact = change(state, targets, before, after)
-        another = not before and bool(targets) and len(inexact) == len(targets)  # the files are another model's
-        new.base = None if another else state.base
-        new.dtypes = {**state.dtypes, **{name: target.dtype for name, target in targets.items()}}
+        new.base, new.dtypes = state.base, {**state.dtypes, **{name: t.dtype for name, t in targets.items()}}
         _remember(module, new)
-    except BaseException as error:
+    except BaseException:
         if vars(module).get(STATE_ATTRIBUTE) is state:
             with suppress(ValueError):  # what cannot be restored, which the next call names
                 _repair(module, state)
-        if isinstance(error, FloatingPointError):
-            require_finite(state, targets, before, after)
         raise
     if inexact and warn:
         known = state.base
@@ -568,28 +522,24 @@ def _exchange(module: nn.Module, state: MergeState, records: tuple[MergeRecord, 
         )
 
 
-def _factors(name: str, terms: Sequence[Term]) -> list[tuple[int, float]]:
-    return [(id(term.weights), factor) for term in terms if (factor := term.factor(name))]
-
-
-def _targets(module: nn.Module, weights: Mapping[str, Weights]) -> dict[str, Tensor]:
-    """By name, what the deltas go into."""
+def _targets(module: nn.Module, state: MergeState) -> dict[str, Tensor]:
+    """By name, what the deltas go into, once these are known to be what they were."""
     targets: dict[str, Tensor] = {}
-    for digest, delta in weights.items():
-        delta.require_unchanged()
-        if identity_of(delta) != digest:
-            raise ValueError(f"{delta.label} was changed since it was merged; load the model again.")
-        for name, target in fit_delta(delta, module)[1].items():
-            if targets.setdefault(name, target).shape != target.shape:
-                raise ValueError(f"{name} of {delta.label} and of another delta differ in shape; take one out.")
+    reloaded = {record.digest for record in state.records if record.reloaded}
+    for digest, delta in state.weights.items():
+        if digest not in reloaded:
+            delta.require_unchanged()
+            if identity_of(delta) != digest:
+                raise ValueError(f"{delta.label} was changed since it was merged; load the model again.")
+            targets = {**fit_delta(delta, module)[1], **targets}
     return targets
 
 
 def _repair(module: nn.Module, state: MergeState, base_given: bool = False) -> None:
     """Restores the weights that an interrupted change wrote; with a base that the user gave, all of them."""
     if base_given:
-        state.writing = [(name, start, stop, True) for name, start, stop, _ in state.writing]
-    lost = restore(state, _targets(module, state.weights), state.terms())
+        state.writing = dict.fromkeys(state.writing, True)
+    lost = restore(state, _targets(module, state), state.terms())
     if lost:
         raise ValueError(
             f"changing the deltas of this {type(module).__name__} was interrupted and left weights half merged "

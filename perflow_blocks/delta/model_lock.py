@@ -80,6 +80,11 @@ class ModelLock:
         return any(thread != me for thread in (*self._running, *self._changing))
 
 
+def uncompiled(model: Any) -> Any:
+    """The module that `torch.compile` wrapped, whose weights and names are the model's own; else the model."""
+    return getattr(model, "_orig_mod", model)
+
+
 def model_lock(model: Any) -> ModelLock:
     """The lock of a model, compiled or not, or of another object that pipelines share, such as a tokenizer."""
-    return vars(getattr(model, "_orig_mod", model)).setdefault(LOCK_ATTRIBUTE, ModelLock())
+    return vars(uncompiled(model)).setdefault(LOCK_ATTRIBUTE, ModelLock())

@@ -57,7 +57,7 @@ def publish(run: Path, weights: Path, base: Path | None = None) -> None:
     recipe = replace(read_recipe(run / RUN_DELTA), base_model=BASE_NAME)
     if base is not None:
         shutil.copytree(base, weights, dirs_exist_ok=True)
-    save_delta(delta, weights / DELTA, recipe, partial=partial, base=unet)
+    save_delta(delta, weights / DELTA, recipe, partial=partial)
 
 
 def read_matching_delta(run: Path, base: UNet2DConditionModel) -> tuple[dict[str, Tensor], bool]:

@@ -127,12 +127,12 @@ def ranks_report(measured: LoraRanks) -> str:
 
 def layers_table(layers: Sequence[LoraLayer]) -> str:
     """A Markdown table of layers, energy in per cent."""
-    lines = ["| layer | shape | rank | energy kept % | relative error | note |", "|---|---|---|---|---|---|"]
+    lines = ["| layer | shape | rank | energy kept % | relative error |", "|---|---|---|---|---|"]
     for layer in layers:
         shape = " x ".join(map(str, layer.shape))
         lines.append(
-            f"| {layer.name} | {shape} | {layer.rank} of {layer.full_rank} | {100 * layer.energy:.2f} | "
-            f"{layer.relative_error:.4f} | {layer.note} |"
+            f"| {layer.name} | {shape} | {layer.rank} | {100 * layer.energy:.2f} | "
+            f"{layer.relative_error:.4f} |"
         )
     return "\n".join(lines)
 

@@ -114,13 +114,12 @@ def _write_full(session: Session, state: Mapping[str, Tensor], folder: Path, del
     difference = {
         name: tensor for name, tensor in extract_delta(student, base).items() if name not in frozen or tensor.any()
     }
-    save_delta(difference, delta, recipe, _dtype(session), partial=bool(frozen), base=base)
+    save_delta(difference, delta, recipe, _dtype(session), partial=bool(frozen))
 
 
 def _write_lora(session: Session, factors: Mapping[str, Tensor], lora: Path, delta: Path, recipe: DeltaRecipe) -> None:
     named = {f"unet.{name}": tensor.detach().float().cpu().contiguous() for name, tensor in factors.items()}
-    base = session.source.load_unet(torch.float32)
-    save_delta(lora_delta(factors), delta, recipe, _dtype(session), partial=True, base=base)
+    save_delta(lora_delta(factors), delta, recipe, _dtype(session), partial=True)
     save_lora(DeltaLora(lora=named, recipe=recipe, digest=identity_of(open_weights(delta))), lora)
 
 

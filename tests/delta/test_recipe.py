@@ -22,7 +22,6 @@ RECIPE = DeltaRecipe(
     num_inference_steps=6,
     guidance_scale=2.0,
     base_model="stabilityai/stable-diffusion-xl-base-1.0",
-    base_sha256="0123456789abcdef" * 4,
     scheduler_config={"beta_start": 0.00085, "beta_schedule": "scaled_linear"},
 )
 
@@ -50,7 +49,6 @@ def test_the_recipe_travels_in_the_metadata(tmp_path: Path, recipe: DeltaRecipe)
         ("window_boundaries", "[0, 1]"),
         ("window_boundaries", "3"),
         ("window_boundaries", "[1, null]"),
-        ("base_sha256", "abc"),
         ("scheduler_config", "[1]"),
         ("scheduler_config", '{"beta_schedule": "wavy"}'),
         ("scheduler_config", '{"beta_start": "small"}'),
