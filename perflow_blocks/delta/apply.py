@@ -7,22 +7,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import reduce
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from .files import (
-    RenamedWeights,
-    Weights,
-    describe_mismatch,
-    floating_entries,
-    is_finite,
-    listed,
-    named_as_model,
-    row_chunks,
-    rows_of,
-)
+from . import files
+from .files import Weights, listed
+from .recipe import DeltaRecipe
 
 INPUT_WEIGHT = "conv_in.weight"
 """The one UNet weight, (output channels, input channels, k, k), whose shape depends on what the UNet is fed."""
@@ -40,6 +34,12 @@ WRAPPED = ".base_layer."
 PARTIAL_KEY = "perflow.partial"
 """In a file's metadata, with the value "true": the model may have weights that the file does not name."""
 
+CONFIG_KEY = "_perflow_merges"
+"""In the model's configuration. diffusers saves and reads keys with an underscore and gives them to no constructor."""
+
+NO_RECIPE = DeltaRecipe()
+"""Of a delta that does not say how to sample."""
+
 _INTEGERS = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
@@ -56,23 +56,62 @@ Piece = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
-class Term:
-    """A delta, under the model's names, with its factors."""
+class MergeRecord:
+    """A delta that is merged into a model.
 
-    weights: Weights
+    Attributes:
+        source: where it was read from: the path, absolute unless the model was saved since.
+        digest: its `identity_of`; this, not the path, tells deltas apart. Empty for a model that version 0.1.0 saved,
+            until the delta is seen again.
+        scale: the factor of dW in the weights.
+        scales: further factors, (pattern, factor) for names of weights; the first pattern that matches counts.
+        recipe: the sampling settings that came with it.
+        reloaded: whether the model was saved with it and loaded again, so that it is part of the base.
+        weights: the delta under the model's names, as it was read last; None until it is seen again.
+    """
+
+    source: str
+    digest: str
     scale: float
     scales: tuple[tuple[str, float], ...] = ()
+    recipe: DeltaRecipe = NO_RECIPE
+    reloaded: bool = False
+    weights: Weights | None = field(default=None, compare=False, repr=False)
 
     def factor(self, name: str) -> float:
         """Of one weight; 0 where the delta does not hold it."""
-        if name not in self.weights.shapes:
+        if self.weights is None or name not in self.weights.shapes:
             return 0.0
         return self.scale * next((factor for pattern, factor in self.scales if fnmatchcase(name, pattern)), 1.0)
 
+    def to_config(self) -> dict[str, Any]:
+        """For the model's configuration, in JSON's types. Of the path only the name, as the rest is this machine's."""
+        source, recipe = Path(self.source).name, self.recipe.to_metadata()
+        known = {"source": source, "digest": self.digest, "sampled": True, "scale": self.scale}
+        return {**known, "scales": [list(pair) for pair in self.scales], "recipe": recipe}
 
-def factors(terms: Sequence[Term], name: str) -> list[tuple[Weights, float]]:
-    """Which deltas change a weight, and by what factor."""
-    return [(term.weights, factor) for term in terms if (factor := term.factor(name))]
+    @classmethod
+    def from_config(cls, entry: Mapping[str, Any]) -> MergeRecord:
+        """The inverse of `to_config`, for a model that was loaded; ValueError for an entry that lacks something.
+
+        Version 0.1.0 wrote a digest of all values, which cannot be compared with today's: such a record is matched by
+        the delta's file name and recipe.
+        """
+        try:
+            digest = str(entry["digest"]) if entry.get("sampled") else entry["digest"] and ""
+            scales = tuple((str(pattern), float(factor)) for pattern, factor in entry["scales"])
+            recipe = DeltaRecipe.from_metadata(entry["recipe"])
+            return cls(entry["source"], digest, float(entry["scale"]), scales, recipe, reloaded=True)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{CONFIG_KEY} in the model's config.json is damaged ({error!r}); restore it, or remove the entry if "
+                "no delta is in the weights."
+            ) from error
+
+
+def factors(records: Sequence[MergeRecord], name: str) -> list[tuple[Weights, float]]:
+    """The deltas that change a weight beside its base, and by what factor."""
+    return [(r.weights, factor) for r in records if r.weights and not r.reloaded and (factor := r.factor(name))]
 
 
 def own_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -83,7 +122,7 @@ def own_weights(module: nn.Module) -> dict[str, Tensor]:
 
 def under_own_names(weights: Weights, module: nn.Module) -> Weights:
     """The weights under the model's names, as far as they are in another layout of them."""
-    return named_as_model(weights, own_weights(module), getattr(module, "config", {}))
+    return files.named_as_model(weights, own_weights(module), getattr(module, "config", {}))
 
 
 def require_architecture(weights: Weights, module: nn.Module) -> Weights:
@@ -103,7 +142,7 @@ def fit_delta(weights: Weights, module: nn.Module) -> tuple[Weights, dict[str, T
 
 def _fit(weights: Weights, module: nn.Module) -> tuple[Weights, dict[str, Tensor]]:
     weights = under_own_names(weights, module)
-    targets = floating_entries(own_weights(module))
+    targets = files.floating_entries(own_weights(module))
     whole = targets.get(INPUT_WEIGHT)
     if whole is not None and whole.dim() == 4:
         part = whole[:, :LATENT_CHANNELS]  # a view: no copy, and writable in place
@@ -111,7 +150,7 @@ def _fit(weights: Weights, module: nn.Module) -> tuple[Weights, dict[str, Tensor
             targets[INPUT_WEIGHT] = part
     own = {name: tuple(weight.shape) for name, weight in targets.items()}
     partial = weights.metadata.get(PARTIAL_KEY) == "true"
-    mismatch = describe_mismatch(weights.shapes, own, given="the file", expected="the model", partial=partial)
+    mismatch = files.describe_mismatch(weights.shapes, own, given="the file", expected="the model", partial=partial)
     if mismatch:
         raise ValueError(
             f"{weights.label} does not fit this {type(module).__name__}: {mismatch}. Pass a delta that was extracted "
@@ -131,7 +170,7 @@ def fit_base(weights: Weights, module: nn.Module) -> Weights:
             f"base={weights.label} shares its memory with the model, which merging changes; pass the files, or copies "
             "of the weights."
         )
-    return RenamedWeights(weights, fitting)
+    return files.RenamedWeights(weights, fitting)
 
 
 def _require_mergeable(module: nn.Module, weights: Weights) -> None:
@@ -151,19 +190,32 @@ def _require_mergeable(module: nn.Module, weights: Weights) -> None:
 
 
 @dataclass
-class Applied:
-    """How a model's weights can be computed again.
+class MergeState:
+    """What is merged into a model, kept on it.
 
     Attributes:
-        base: the weights without any delta, as far as they can be read again.
+        records: in the order of merging, which is the order of the sum.
+        base: the weights without these deltas, but with the reloaded ones, as far as they can be read again.
         dtypes: of weights that were changed: the type at that time, which the model may have been converted from.
-        writing: the rows that an unfinished change may have written, and whether they were base plus sum before;
-            empty when the weights are what they should be.
+        after: what an unfinished change was to make of the records.
+        writing: the rows that it may have written, and whether they were base plus sum before; empty when the weights
+            are what they should be.
+        witness: values of a few weights, "with" the deltas and "without".
+        signature: of the witness's weights when they were last compared; None if they were not.
     """
 
+    records: tuple[MergeRecord, ...] = ()
     base: Weights | None = None
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    after: tuple[MergeRecord, ...] = ()
     writing: dict[Piece, bool] = field(default_factory=dict)
+    witness: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    signature: tuple[Any, ...] | None = None
+
+    def put(self, old: MergeRecord, new: MergeRecord) -> MergeRecord:
+        """Puts a record in the place of another one; returns the new."""
+        self.records = tuple(new if record is old else record for record in self.records)
+        return new
 
 
 def add_terms(weight: Tensor, terms: Sequence[tuple[Tensor, float]], out: Tensor | None = None) -> Tensor:
@@ -211,18 +263,18 @@ class _Rows:
             add_terms(value, terms, out=self.live)
 
 
-def _rows(
-    state: Applied, targets: Mapping[str, Tensor], before: Sequence[Term], after: Sequence[Term] = ()
-) -> Iterator[_Rows]:
+def _rows(state: MergeState, targets: Mapping[str, Tensor], after: Sequence[MergeRecord] = ()) -> Iterator[_Rows]:
     for name, target in targets.items():
-        old, new = ([(weights.tensor(name), f) for weights, f in factors(terms, name)] for terms in (before, after))
+        old, new = (
+            [(weights.tensor(name), f) for weights, f in factors(records, name)] for records in (state.records, after)
+        )
         stored = state.base.tensor(name) if state.base is not None and name in state.base.shapes else None
-        for start, stop in row_chunks(target.shape, 1 if target.device.type == "cpu" else GPU_CHUNKS):
-            live, held, exact = rows_of(target.detach(), start, stop), None, False
+        for start, stop in files.row_chunks(target.shape, 1 if target.device.type == "cpu" else GPU_CHUNKS):
+            live, held, exact = files.rows_of(target.detach(), start, stop), None, False
             value = live
-            minus, plus = ([(rows_of(tensor, start, stop), f) for tensor, f in terms] for terms in (old, new))
+            minus, plus = ([(files.rows_of(tensor, start, stop), f) for tensor, f in terms] for terms in (old, new))
             if stored is not None:  # of more input channels where the target is a part of the weight
-                base = rows_of(stored, start, stop)[tuple(map(slice, live.shape))].to(live.device)
+                base = files.rows_of(stored, start, stop)[tuple(map(slice, live.shape))].to(live.device)
                 held = add_terms(base.to(state.dtypes.get(name, live.dtype)), minus).to(live.dtype)
                 if exact := same_bits(held, live):
                     value = base.to(live.dtype)
@@ -230,30 +282,32 @@ def _rows(
             yield _Rows((name, start, stop), live, held, exact, value, terms)
 
 
-def change(state: Applied, targets: Mapping[str, Tensor], before: Sequence[Term], after: Sequence[Term]) -> list[str]:
-    """Writes all rows, each noted in the state first; returns the names of weights that were not base plus `before`.
+def change(state: MergeState, targets: Mapping[str, Tensor]) -> list[str]:
+    """Writes base plus the state's `after` to all rows, each noted in the state first.
+
+    Returns the names of weights that were not base plus the state's records; they get the difference added.
 
     Raises:
         ValueError: a weight would not be finite; what was written until then can be restored.
     """
     inexact: dict[str, None] = {}
-    for rows in _rows(state, targets, before, after):
+    for rows in _rows(state, targets, state.after):
         if not rows.exact and not inexact:  # what is written from here on cannot be read again: try it all first
-            for other in _rows(state, targets, before, after):
+            for other in _rows(state, targets, state.after):
                 if other.piece not in state.writing:
-                    _require_finite(add_terms(other.start, other.terms), other.piece[0], after)
+                    _require_finite(add_terms(other.start, other.terms), other.piece[0], state.after)
         if not rows.exact:
             inexact[rows.piece[0]] = None
         state.writing[rows.piece] = rows.exact
         rows.write(rows.start, rows.terms)
-        _require_finite(rows.live, rows.piece[0], after)
+        _require_finite(rows.live, rows.piece[0], state.after)
     return list(inexact)
 
 
-def restore(state: Applied, targets: Mapping[str, Tensor], before: Sequence[Term]) -> list[str]:
-    """Writes base plus `before` to all rows that were written; returns the names of weights without a base."""
+def restore(state: MergeState, targets: Mapping[str, Tensor]) -> list[str]:
+    """Writes base plus the state's records to all rows that were written; returns the weights without a base."""
     lost: dict[str, None] = {}
-    for rows in _rows(state, {name: targets[name] for name, _, _ in state.writing}, before):
+    for rows in _rows(state, {name: targets[name] for name, _, _ in state.writing}):
         if state.writing.get(rows.piece) and rows.held is not None:
             rows.write(rows.held)
         elif rows.piece in state.writing:
@@ -261,10 +315,10 @@ def restore(state: Applied, targets: Mapping[str, Tensor], before: Sequence[Term
     return list(lost)
 
 
-def _require_finite(weight: Tensor, name: str, after: Sequence[Term]) -> None:
-    if not is_finite(weight):
+def _require_finite(weight: Tensor, name: str, after: Sequence[MergeRecord]) -> None:
+    if not files.is_finite(weight):
         raise ValueError(
-            f"with {listed([term.weights.label for term in after])} added, {name} would not be finite: the delta's "
+            f"with {listed([record.source for record in after])} added, {name} would not be finite: the delta's "
             "values are not finite, or too large for the weights' type; extract it again, lower the scale, or load a "
             "wider dtype."
         )

@@ -113,8 +113,8 @@ def write_tensors(
 ) -> None:
     """Writes a safetensors file (https://huggingface.co/docs/safetensors) of tensors with these types and shapes.
 
-    It starts with the header's length in 8 bytes, little endian, and the header in JSON. The library's own writer needs
-    all tensors in memory, and its metadata come in random order.
+    It starts with the header's length in 8 bytes, little endian, and the header in JSON. The library's own writer
+    needs all tensors in memory, and its metadata come in random order.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     start = 0

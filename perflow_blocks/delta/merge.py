@@ -13,7 +13,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import reduce
 from numbers import Real
@@ -25,121 +25,19 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from .apply import (
-    INPUT_WEIGHT,
-    LATENT_CHANNELS,
-    Applied,
-    Term,
-    add_terms,
-    change,
-    factors,
-    fit_base,
-    fit_delta,
-    own_weights,
-    restore,
-    under_own_names,
-)
-from .files import (
-    Delta,
-    Weights,
-    floating_entries,
-    holds_differences,
-    identity_of,
-    listed,
-    loaded_weights,
-    open_weights,
-    opened,
-    read_recipe,
-    rows_of,
-    stamp_of,
-    weight_files,
-)
+from . import apply, files
+from .apply import CONFIG_KEY, INPUT_WEIGHT, LATENT_CHANNELS, NO_RECIPE, MergeState
+from .apply import MergeRecord as MergeRecord
+from .files import Delta, Weights, listed
 from .model_lock import model_lock, uncompiled
-from .recipe import DeltaRecipe
 
 logger = logging.get_logger(__name__)
 
 STATE_ATTRIBUTE = "_perflow_merges"
-CONFIG_KEY = "_perflow_merges"
-"""In the model's configuration. diffusers saves and reads keys with an underscore and gives them to no constructor."""
-
 WITNESSES, WITNESS_VALUES, SAVED_VALUES, RELATED = 8, 1024, 32, 0.5
 """How many weights are noted to recognise a merged model, how many values of each, how many of them are saved, and the
 cosine above which values are still those of the model that was noted, perhaps trained further; of other models it is
 near 0."""
-
-NO_RECIPE = DeltaRecipe()
-"""Of a delta that does not say how to sample."""
-
-
-@dataclass(frozen=True)
-class MergeRecord:
-    """A delta that is merged into a model.
-
-    Attributes:
-        source: where it was read from: the path, absolute unless the model was saved since.
-        digest: its `identity_of`; this, not the path, tells deltas apart. Empty for a model that version 0.1.0 saved,
-            until the delta is seen again.
-        scale: the factor of dW in the weights.
-        scales: further factors, (pattern, factor) for names of weights; the first pattern that matches counts.
-        recipe: the sampling settings that came with it.
-        reloaded: whether the model was saved with it and loaded again.
-    """
-
-    source: str
-    digest: str
-    scale: float
-    scales: tuple[tuple[str, float], ...] = ()
-    recipe: DeltaRecipe = NO_RECIPE
-    reloaded: bool = False
-
-    def to_config(self) -> dict[str, Any]:
-        """For the model's configuration, in JSON's types. Of the path only the name, as the rest is this machine's."""
-        source, recipe = Path(self.source).name, self.recipe.to_metadata()
-        known = {"source": source, "digest": self.digest, "sampled": True, "scale": self.scale}
-        return {**known, "scales": [list(pair) for pair in self.scales], "recipe": recipe}
-
-    @classmethod
-    def from_config(cls, entry: Mapping[str, Any]) -> MergeRecord:
-        """The inverse of `to_config`, for a model that was loaded.
-
-        Version 0.1.0 wrote a digest of all values, which cannot be compared with today's: such a record is matched by
-        the delta's file name and recipe. Under another name the same delta is not recognised, and merging it warns.
-
-        Raises:
-            ValueError: the entry lacks something.
-        """
-        try:
-            digest = str(entry["digest"]) if entry.get("sampled") else entry["digest"] and ""
-            scales = tuple((str(pattern), float(factor)) for pattern, factor in entry["scales"])
-            recipe = DeltaRecipe.from_metadata(entry["recipe"])
-            return cls(entry["source"], digest, float(entry["scale"]), scales, recipe, reloaded=True)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{CONFIG_KEY} in the model's config.json is damaged ({error!r}); restore it, or remove the entry if "
-                "no delta is in the weights."
-            ) from error
-
-
-@dataclass
-class MergeState(Applied):
-    """What is merged into a model, kept on it. The base is that without the deltas of `terms`.
-
-    Attributes:
-        records: in the order of merging, which is the order of the sum.
-        weights: the deltas by digest, under the model's names, as they were read last.
-        witness: values of a few weights, "with" the deltas and "without".
-        signature: of the witness's weights when they were last compared; None if they were not.
-    """
-
-    records: tuple[MergeRecord, ...] = ()
-    weights: dict[str, Weights] = field(default_factory=dict)
-    witness: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    signature: tuple[Any, ...] | None = None
-
-    def terms(self) -> list[Term]:
-        """Those deltas that are not part of the base; reloaded ones are."""
-        return [Term(self.weights[r.digest], r.scale, r.scales) for r in self.records if not r.reloaded]
 
 
 @contextmanager
@@ -193,8 +91,7 @@ def merge_delta(
         ValueError: a factor or file is unusable, the delta does not fit, the weights cannot be changed, or an
             interrupted merge left weights that only the base can restore.
     """
-    pairs = _pairs(scale, scales)
-    weights = opened(delta)
+    pairs, weights = _pairs(scale, scales), files.opened(delta)
     with _changing(module, base) as (module, state):
         known = _find(module, state, weights)
         if known is not None:
@@ -202,21 +99,20 @@ def merge_delta(
                 return rescale_delta(module, scale, weights, scales=scales, base=base)
             logger.warning(f"{known.source} is merged into this {type(module).__name__} already; nothing was changed.")
             return known
-        fitted, targets = fit_delta(weights, module)
-        _require_matches(pairs, fitted)
+        fitted, targets = apply.fit_delta(weights, module)
         # Not resolved: in the Hub's cache a link has the file's name, and what it leads to has not.
         source = os.path.abspath(weights.label) if os.path.exists(weights.label) else weights.label
-        record = MergeRecord(source, identity_of(fitted), float(scale), pairs, read_recipe(weights))
+        digest, recipe = files.identity_of(fitted), files.read_recipe(weights)
+        record = MergeRecord(source, digest, float(scale), pairs, recipe, weights=fitted)
         if not scale:
             return record
-        if holds_differences(fitted) is False:
+        if files.holds_differences(fitted) is False:
             raise ValueError(
                 f"{weights.label} holds a model's whole weights, not their difference from a base; pass a delta, as "
                 "extract_delta or perflow extract makes."
             )
-        state = replace(state, weights={**state.weights, record.digest: fitted})
         _exchange(module, state, (*state.records, record))
-        if INPUT_WEIGHT in targets and targets[INPUT_WEIGHT].numel() < own_weights(module)[INPUT_WEIGHT].numel():
+        if INPUT_WEIGHT in targets and targets[INPUT_WEIGHT].numel() < apply.own_weights(module)[INPUT_WEIGHT].numel():
             logger.warning(
                 f"{source} is the delta of a UNet with {LATENT_CHANNELS} input channels, and this "
                 f"{type(module).__name__} has more, as for inpainting: it is added to the first {LATENT_CHANNELS}, "
@@ -247,14 +143,10 @@ def rescale_delta(
     pairs = _pairs(scale, scales)
     with _changing(module, base) as (module, state):
         record = _chosen(module, state, delta)
-        position = state.records.index(record)
-        if record.reloaded:
-            state = _adopted(module, state, record, base, exact)
-        records = list(state.records)
-        records[position] = record = replace(records[position], scale=float(scale), scales=pairs)
-        _require_matches(pairs, state.weights[record.digest])
-        _exchange(module, state, tuple(entry for entry in records if entry.scale), warn=exact)
-        return record
+        new = replace(record, scale=float(scale), scales=pairs, reloaded=False)
+        records = tuple(new if entry is record else entry for entry in state.records)
+        _exchange(module, state, tuple(entry for entry in records if entry.scale), base, exact)
+        return new
 
 
 def unmerge_delta(
@@ -262,8 +154,7 @@ def unmerge_delta(
 ) -> tuple[MergeRecord, ...]:
     """Takes one delta, or all, out of the model and returns their records; the rest stays merged.
 
-    `base` as in `merge_delta`. A model that was saved with a delta and loaded again needs the delta and the base;
-    without the base, `exact=False` subtracts the delta and rounds once more.
+    `base` and `exact` as in `rescale_delta`.
 
     Raises:
         ValueError: nothing is merged, delta or base files were written to meanwhile, or the model was loaded with the
@@ -273,11 +164,7 @@ def unmerge_delta(
         if not state.records:
             raise ValueError(f"no delta is merged into this {type(module).__name__}; there is nothing to take out.")
         gone = state.records if delta is None else (_chosen(module, state, delta),)
-        left = tuple(record for record in state.records if record not in gone)
-        for record in gone:
-            if record.reloaded:
-                state = _adopted(module, state, record, base, exact)
-        _exchange(module, state, left, warn=exact)
+        _exchange(module, state, tuple(record for record in state.records if record not in gone), base, exact)
         return gone
 
 
@@ -303,8 +190,7 @@ def recipe_record(records: Sequence[MergeRecord]) -> MergeRecord | None:
 
 def saved_records(config: Mapping[str, Any]) -> tuple[MergeRecord, ...]:
     """What the configuration of a saved model says is merged into it; its weights are not looked at."""
-    saved = config.get(CONFIG_KEY)
-    return tuple(MergeRecord.from_config(entry) for entry in saved.get("deltas", ())) if saved else ()
+    return tuple(MergeRecord.from_config(entry) for entry in (config.get(CONFIG_KEY) or {}).get("deltas", ()))
 
 
 def find_merged(module: nn.Module, delta: Delta, variant: str | None = None) -> MergeRecord | None:
@@ -314,12 +200,10 @@ def find_merged(module: nn.Module, delta: Delta, variant: str | None = None) -> 
     """
     with _locked(module) as (module, state):
         if state.records and isinstance(delta, (str, os.PathLike)):
-            stamp = stamp_of(weight_files(delta, variant))
-            known = next((digest for digest, weights in state.weights.items() if weights.stamp == stamp), None)
-            if known is not None:
-                return next(record for record in state.records if record.digest == known)
-            delta = open_weights(delta, variant)
-        return _find(module, state, opened(delta)) if state.records else None
+            stamp = files.stamp_of(files.weight_files(delta, variant))
+            known = next((r for r in state.records if r.weights is not None and r.weights.stamp == stamp), None)
+            return known or _find(module, state, files.open_weights(delta, variant))
+        return _find(module, state, files.opened(delta))
 
 
 def require_factor(name: str, value: object) -> None:
@@ -334,56 +218,36 @@ def _pairs(scale: float, scales: Mapping[str, float] | None) -> tuple[tuple[str,
     return tuple((scales or {}).items())
 
 
-def _require_matches(pairs: Sequence[tuple[str, float]], weights: Weights) -> None:
-    idle = [pattern for pattern, _ in pairs if not any(fnmatchcase(name, pattern) for name in weights.shapes)]
-    if idle:
-        example = next(iter(weights.shapes))
-        raise ValueError(f"scales names {listed(idle)}, which match no weight of {weights.label}, such as {example}.")
-
-
 def _find(module: nn.Module, state: MergeState, weights: Weights) -> MergeRecord | None:
     if not state.records:
         return None
-    weights = under_own_names(weights, module)
-    digest = identity_of(weights)
+    weights = apply.under_own_names(weights, module)
+    digest = files.identity_of(weights)
     for record in state.records:
-        if not record.digest and record.source == Path(weights.label).name and record.recipe == read_recipe(weights):
-            old, record = record, replace(record, digest=digest)  # saved by version 0.1.0
-            state.records = tuple(record if entry is old else entry for entry in state.records)
-        if record.digest == digest:
-            state.weights[digest] = weights
-            return record
+        # Version 0.1.0 saved another digest.
+        old = (
+            not record.digest
+            and record.source == Path(weights.label).name
+            and record.recipe == files.read_recipe(weights)
+        )
+        if old or record.digest == digest:
+            return state.put(record, replace(record, digest=digest, weights=weights))
     return None
 
 
 def _chosen(module: nn.Module, state: MergeState, delta: Delta | MergeRecord | None) -> MergeRecord:
     names = listed([record.source for record in state.records]) or "none"
+    if delta is None and len(state.records) != 1:
+        raise ValueError(f"{len(state.records)} deltas are merged ({names}); name the one that is meant.")
     if delta is None:
-        if len(state.records) != 1:
-            raise ValueError(f"{len(state.records)} deltas are merged ({names}); name the one that is meant.")
         return state.records[0]
     if isinstance(delta, MergeRecord):
         found = next((record for record in state.records if record.digest == delta.digest), None)
     else:
-        found = _find(module, state, opened(delta))
+        found = _find(module, state, files.opened(delta))
     if found is None:
         raise ValueError(f"that delta is not merged into this {type(module).__name__}; merged are: {names}.")
     return found
-
-
-def _adopted(
-    module: nn.Module, state: MergeState, record: MergeRecord, base: Delta | None, exact: bool
-) -> MergeState:
-    """The state with a reloaded delta as one of its own, to be taken out of the weights."""
-    if record.digest not in state.weights or (exact and base is None):
-        raise ValueError(
-            f"this {type(module).__name__} was loaded with {record.source} in its weights at scale {record.scale:g}: "
-            "pass the delta (a file or mapping) and base=, the base's files; unmerge_delta with exact=False wants the "
-            "delta alone; or load the base."
-        )
-    records = tuple(replace(entry, reloaded=False) if entry is record else entry for entry in state.records)
-    # Without a base of the user's: the files that the model was loaded from hold the delta too.
-    return replace(state, records=records, base=None if base is None else state.base)
 
 
 def _state(module: nn.Module, base: Delta | None = None) -> MergeState:
@@ -394,20 +258,18 @@ def _state(module: nn.Module, base: Delta | None = None) -> MergeState:
         records = saved_records(config)
         state = MergeState(records=records, witness=config[CONFIG_KEY].get("witness", {}) if records else {})
     if base is not None:
-        state.base = fit_base(opened(base, "base"), module)
+        state.base = apply.fit_base(files.opened(base, "base"), module)
     if state.writing:
         _repair(module, state, base_given=base is not None)
     if state.records and (signature := _signature(module, state.witness)) != state.signature:
-        if not _holds(module, state.witness):  # other weights were loaded since, or the configuration alone
-            logger.warning(
-                f"{listed([record.source for record in state.records])} is not in the weights of this "
-                f"{type(module).__name__}, though its record says so: it has other weights now."
-            )
-            state = MergeState(base=state.base)
-            _remember(module, state)
-        else:
+        if _holds(module, state.witness):
             state.signature = signature
             setattr(module, STATE_ATTRIBUTE, state)
+        else:  # other weights were loaded since, or the configuration alone
+            names, model = listed([record.source for record in state.records]), type(module).__name__
+            logger.warning(f"{names} is not in the weights of this {model}, though its record says so: others are.")
+            state = MergeState(base=state.base)
+            _remember(module, state)
     return state
 
 
@@ -418,8 +280,6 @@ def _remember(module: nn.Module, state: MergeState) -> None:
     """
     state.witness = _witness(module, state)
     state.signature = _signature(module, state.witness)
-    digests = {record.digest for record in state.records}
-    state.weights = {digest: weights for digest, weights in state.weights.items() if digest in digests}
     if isinstance(module, ConfigMixin):
         # In place, past the freezing: a new FrozenDict would lose what diffusers set as attributes of this one, such
         # as the kind of projection when an IP-Adapter was loaded.
@@ -428,7 +288,7 @@ def _remember(module: nn.Module, state: MergeState) -> None:
             witness = {n: {k: values[:SAVED_VALUES] for k, values in w.items()} for n, w in state.witness.items()}
             saved = {"deltas": [record.to_config() for record in state.records], "witness": witness}
             OrderedDict.__setitem__(module._internal_dict, CONFIG_KEY, saved)
-    state.writing = {}
+    state.after, state.writing = (), {}
     if state.records:
         setattr(module, STATE_ATTRIBUTE, state)
     else:  # no trace
@@ -436,29 +296,30 @@ def _remember(module: nn.Module, state: MergeState) -> None:
 
 
 def _witness(module: nn.Module, state: MergeState) -> dict[str, dict[str, list[float]]]:
-    """Some values of weights as they now are, "with" the deltas, and where it is known as they would be "without"."""
-    weights, terms = _readable(module), state.terms()
+    """Some values of weights as they now are, "with" the deltas, and as they would be "without"."""
+    weights = _readable(module)
     if any(record.reloaded for record in state.records):  # what is known of the base is what was saved
         known = {name: saved for name, saved in state.witness.items() if name in weights}
         return {n: {**w, "with": _values(weights[n], len(w["with"])).tolist()} for n, w in known.items()}
-    changed = [name for name in weights if factors(terms, name)]
+    changed = [name for name in weights if apply.factors(state.records, name)]
     found = {}
     for name in changed[:: max(1, len(changed) // WITNESSES)][:WITNESSES]:
         values = _values(weights[name])
-        minus = [(_values(delta.tensor(name)), -factor) for delta, factor in factors(terms, name)]
-        found[name] = {"with": values.tolist(), "without": add_terms(values, minus).tolist()}
+        minus = [(_values(delta.tensor(name)), -factor) for delta, factor in apply.factors(state.records, name)]
+        found[name] = {"with": values.tolist(), "without": apply.add_terms(values, minus).tolist()}
     return found
 
 
 def _readable(module: nn.Module) -> dict[str, Tensor]:
-    """The matrices and kernels that are not quantized or elsewhere; not the input layer, of which a part may change."""
-    own = {n: w for n, w in floating_entries(own_weights(module)).items() if w.dim() > 1 and n != INPUT_WEIGHT}
+    """The matrices and kernels that are not quantized or offloaded; not the input layer, which may change in part."""
+    own = files.floating_entries(apply.own_weights(module))
+    own = {name: weight for name, weight in own.items() if weight.dim() > 1 and name != INPUT_WEIGHT}
     return {n: w for n, w in own.items() if type(w) in (Tensor, nn.Parameter) and not w.is_meta}
 
 
 def _values(weight: Tensor, count: int = WITNESS_VALUES) -> Tensor:
     rows = math.ceil(count / max(1, weight.shape[1:].numel()))
-    return rows_of(weight.detach(), 0, rows).flatten()[:count].float().cpu()
+    return files.rows_of(weight.detach(), 0, rows).flatten()[:count].float().cpu()
 
 
 def _holds(module: nn.Module, witness: Mapping[str, Mapping[str, list[float]]]) -> bool:
@@ -488,23 +349,43 @@ def _signature(module: nn.Module, names: Iterable[str]) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def _exchange(module: nn.Module, state: MergeState, records: tuple[MergeRecord, ...], warn: bool = True) -> None:
+def _exchange(
+    module: nn.Module,
+    state: MergeState,
+    records: tuple[MergeRecord, ...],
+    base: Delta | None = None,
+    exact: bool = True,
+) -> None:
     """Makes `records` what is merged; `state` has the weights of all of them. The lock is held."""
-    new = replace(state, records=records, writing={})
-    before, after = state.terms(), new.terms()
+    state = replace(state, after=records)
+    for record in [record for record in state.records if record.reloaded and record not in records]:
+        if record.weights is None or (exact and base is None):
+            raise ValueError(
+                f"this {type(module).__name__} was loaded with {record.source} in its weights at scale "
+                f"{record.scale:g}: load the base, or pass the delta (a file or mapping) and base=, the base's files; "
+                "with exact=False the delta alone is enough."
+            )
+        state.put(record, replace(record, reloaded=False))
+        if base is None:
+            state.base = None  # the files that the model was loaded from hold the delta too
+    for record in records:
+        for pattern, _ in record.scales:
+            if record.weights and not any(fnmatchcase(name, pattern) for name in record.weights.shapes):
+                raise ValueError(f"scales names {pattern}, which matches no weight of {record.source}.")
+    new = replace(state, records=records, after=(), writing={})
     targets = {
         name: target
         for name, target in _targets(module, state).items()
-        if factors(before, name) != factors(after, name)
+        if apply.factors(state.records, name) != apply.factors(records, name)
     }
-    if state.base is None and not before:
+    if state.base is None and all(record.reloaded for record in state.records):
         with suppress(ValueError):  # files of another model: this one only has their configuration
-            state.base = fit_base(found, module) if (found := loaded_weights(module)) else None
+            state.base = apply.fit_base(found, module) if (found := files.loaded_weights(module)) else None
     if state.base is not None:
         state.base.require_unchanged()
     try:
         setattr(module, STATE_ATTRIBUTE, state)
-        inexact = change(state, targets, before, after)
+        inexact = apply.change(state, targets)
         new.base, new.dtypes = state.base, {**state.dtypes, **{name: t.dtype for name, t in targets.items()}}
         _remember(module, new)
     except BaseException:
@@ -512,7 +393,7 @@ def _exchange(module: nn.Module, state: MergeState, records: tuple[MergeRecord, 
             with suppress(ValueError):  # what cannot be restored, which the next call names
                 _repair(module, state)
         raise
-    if inexact and warn:
+    if inexact and exact:
         known = state.base
         reason = f"differ from {known.label} plus what is merged" if known else "have no base that can be read"
         logger.warning(
@@ -525,13 +406,12 @@ def _exchange(module: nn.Module, state: MergeState, records: tuple[MergeRecord, 
 def _targets(module: nn.Module, state: MergeState) -> dict[str, Tensor]:
     """By name, what the deltas go into, once these are known to be what they were."""
     targets: dict[str, Tensor] = {}
-    reloaded = {record.digest for record in state.records if record.reloaded}
-    for digest, delta in state.weights.items():
-        if digest not in reloaded:
-            delta.require_unchanged()
-            if identity_of(delta) != digest:
-                raise ValueError(f"{delta.label} was changed since it was merged; load the model again.")
-            targets = {**fit_delta(delta, module)[1], **targets}
+    records = [record for record in (*state.records, *state.after) if not record.reloaded]
+    for digest, delta in {record.digest: record.weights for record in records if record.weights}.items():
+        delta.require_unchanged()
+        if files.identity_of(delta) != digest:
+            raise ValueError(f"{delta.label} was changed since it was merged; load the model again.")
+        targets = {**apply.fit_delta(delta, module)[1], **targets}
     return targets
 
 
@@ -539,7 +419,7 @@ def _repair(module: nn.Module, state: MergeState, base_given: bool = False) -> N
     """Restores the weights that an interrupted change wrote; with a base that the user gave, all of them."""
     if base_given:
         state.writing = dict.fromkeys(state.writing, True)
-    lost = restore(state, _targets(module, state), state.terms())
+    lost = apply.restore(state, _targets(module, state))
     if lost:
         raise ValueError(
             f"changing the deltas of this {type(module).__name__} was interrupted and left weights half merged "

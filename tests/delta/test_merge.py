@@ -517,7 +517,7 @@ def test_after_an_interrupt_at_any_tensor_the_next_call_is_right_or_names_the_re
 
 
 def test_an_interrupt_while_weights_are_put_back_is_known_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    from perflow_blocks.delta import apply, merge
+    from perflow_blocks.delta import apply, files
 
     model = Small(0, torch.float16)
     before, delta = state(model), difference(1)
@@ -526,8 +526,8 @@ def test_an_interrupt_while_weights_are_put_back_is_known_too(monkeypatch: pytes
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(apply, "is_finite", failing)  # after the first rows are written
-        patch.setattr(merge, "restore", failing)
+        patch.setattr(files, "is_finite", failing)  # after the first rows are written
+        patch.setattr(apply, "restore", failing)
         with pytest.raises(KeyboardInterrupt):
             merge_delta(model, delta, base=before)
     assert not torch.equal(model.state_dict()["up_w"], before["up_w"])
@@ -638,7 +638,7 @@ def test_a_delta_file_may_be_deleted_and_is_not_opened_to_know_it(
     merge_delta(model, path, base=base)
     with monkeypatch.context() as patch:
         patch.setattr("perflow_blocks.delta.files.safe_open", lambda *_, **__: pytest.fail("opened"))
-        patch.setattr("perflow_blocks.delta.merge.opened", lambda *_: pytest.fail("opened"))
+        patch.setattr("perflow_blocks.delta.files.opened", lambda *_: pytest.fail("opened"))
         monkeypatch.chdir(tmp_path)
         record = merge_record(model)
         assert record is not None and record.scale == 1.0
