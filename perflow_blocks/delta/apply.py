@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -18,28 +17,17 @@ from . import files
 from .files import Weights, listed
 from .recipe import DeltaRecipe
 
-INPUT_WEIGHT = "conv_in.weight"
-"""The one UNet weight, (output channels, input channels, k, k), whose shape depends on what the UNet is fed."""
-
-LATENT_CHANNELS = 4
-"""Input channels of a UNet that is fed noisy latents only. An inpainting UNet has 9: these, then the mask and the
-latents of the masked image."""
-
+INPUT_WEIGHT = "conv_in.weight"  # the one UNet weight whose shape depends on what the UNet is fed
+LATENT_CHANNELS = 4  # of its input; an inpainting UNet has 9: then come the mask and the masked image's latents
 BESIDE = (".processor.", ".encoder_hid_proj.", ".to_qkv.", ".to_kv.", ".lora_")
 """Parts of the names of weights that stand beside a model's own: of IP-Adapters, fused projections, LoRA."""
 
-WRAPPED = ".base_layer."
-"""What peft puts into the name of a weight that it has wrapped."""
-
-PARTIAL_KEY = "perflow.partial"
-"""In a file's metadata, with the value "true": the model may have weights that the file does not name."""
-
+WRAPPED = ".base_layer."  # what peft puts into the name of a weight that it has wrapped
+PARTIAL_KEY = "perflow.partial"  # in a file's metadata: "true" if the model may have weights that the file lacks
 CONFIG_KEY = "_perflow_merges"
 """In the model's configuration. diffusers saves and reads keys with an underscore and gives them to no constructor."""
 
-NO_RECIPE = DeltaRecipe()
-"""Of a delta that does not say how to sample."""
-
+NO_RECIPE = DeltaRecipe()  # of a delta that does not say how to sample
 _INTEGERS = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
@@ -48,11 +36,8 @@ _INTEGERS = {
 }
 """The types of weights that a delta can be merged into, and integers of their size."""
 
-GPU_CHUNKS = 8
-"""How many chunks at a time on a GPU, where every one costs some waiting."""
-
-Piece = tuple[str, int, int]
-"""Rows of a weight: its name, the first row, the last row + 1."""
+GPU_CHUNKS = 8  # how many chunks at a time on a GPU, where every one costs some waiting
+Piece = tuple[str, int, int]  # rows of a weight: its name, the first row, the last row + 1
 
 
 @dataclass(frozen=True)
@@ -127,20 +112,14 @@ def under_own_names(weights: Weights, module: nn.Module) -> Weights:
 
 def require_architecture(weights: Weights, module: nn.Module) -> Weights:
     """The delta under the model's names, once those and the shapes fit; the model may be without values, on "meta"."""
-    return _fit(weights, module)[0]
+    return fit_delta(weights, module)[0]
 
 
 def fit_delta(weights: Weights, module: nn.Module) -> tuple[Weights, dict[str, Tensor]]:
-    """The delta under the model's names, and what its tensors are added to, once that can be changed.
+    """The delta under the model's names, and what its tensors are added to, once names and shapes fit.
 
     This is the model's weight, or of an input layer with more channels than the delta's the part for the latents.
     """
-    weights = under_own_names(weights, module)
-    _require_mergeable(module, weights)
-    return _fit(weights, module)
-
-
-def _fit(weights: Weights, module: nn.Module) -> tuple[Weights, dict[str, Tensor]]:
     weights = under_own_names(weights, module)
     targets = files.floating_entries(own_weights(module))
     whole = targets.get(INPUT_WEIGHT)
@@ -173,7 +152,8 @@ def fit_base(weights: Weights, module: nn.Module) -> Weights:
     return files.RenamedWeights(weights, fitting)
 
 
-def _require_mergeable(module: nn.Module, weights: Weights) -> None:
+def require_mergeable(module: nn.Module, weights: Weights) -> None:
+    """Raises ValueError where values that the delta names are kept in another way than as plain floating point."""
     targets = {name: tensor for name, tensor in own_weights(module).items() if name in weights.shapes}
     attentions = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, Attention))
     fused = [name for name, layer in attentions if "Fused" in type(layer.processor).__name__]
@@ -244,35 +224,25 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(*pair)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Some rows of a weight, as they are in the model and as the start of a sum, and the terms to add to that.
-
-    `held` is base plus the deltas that are in it, perhaps converted to another type since; None without a base.
-    """
+class _Rows(NamedTuple):
+    """Some rows of a weight, and what a change makes of them: start + sum of the terms."""
 
     piece: Piece
-    live: Tensor
-    held: Tensor | None
-    exact: bool
+    live: Tensor  # in the model
+    held: Tensor | None  # base plus the deltas that are in it, perhaps converted since; None without a base
+    exact: bool  # whether the live rows are this
     start: Tensor
     terms: list[tuple[Tensor, float]]
-
-    def write(self, value: Tensor, terms: Sequence[tuple[Tensor, float]] = ()) -> None:
-        with torch.inference_mode() if self.live.is_inference() else nullcontext():
-            add_terms(value, terms, out=self.live)
 
 
 def _rows(state: MergeState, targets: Mapping[str, Tensor], after: Sequence[MergeRecord] = ()) -> Iterator[_Rows]:
     for name, target in targets.items():
-        old, new = (
-            [(weights.tensor(name), f) for weights, f in factors(records, name)] for records in (state.records, after)
-        )
+        old, new = ([(w.tensor(name), f) for w, f in factors(records, name)] for records in (state.records, after))
         stored = state.base.tensor(name) if state.base is not None and name in state.base.shapes else None
         for start, stop in files.row_chunks(target.shape, 1 if target.device.type == "cpu" else GPU_CHUNKS):
-            live, held, exact = files.rows_of(target.detach(), start, stop), None, False
-            value = live
+            live = value = files.rows_of(target.detach(), start, stop)
             minus, plus = ([(files.rows_of(tensor, start, stop), f) for tensor, f in terms] for terms in (old, new))
+            held, exact = None, False
             if stored is not None:  # of more input channels where the target is a part of the weight
                 base = files.rows_of(stored, start, stop)[tuple(map(slice, live.shape))].to(live.device)
                 held = add_terms(base.to(state.dtypes.get(name, live.dtype)), minus).to(live.dtype)
@@ -299,7 +269,7 @@ def change(state: MergeState, targets: Mapping[str, Tensor]) -> list[str]:
         if not rows.exact:
             inexact[rows.piece[0]] = None
         state.writing[rows.piece] = rows.exact
-        rows.write(rows.start, rows.terms)
+        add_terms(rows.start, rows.terms, out=rows.live)
         _require_finite(rows.live, rows.piece[0], state.after)
     return list(inexact)
 
@@ -309,7 +279,7 @@ def restore(state: MergeState, targets: Mapping[str, Tensor]) -> list[str]:
     lost: dict[str, None] = {}
     for rows in _rows(state, {name: targets[name] for name, _, _ in state.writing}):
         if state.writing.get(rows.piece) and rows.held is not None:
-            rows.write(rows.held)
+            rows.live.copy_(rows.held)
         elif rows.piece in state.writing:
             lost[rows.piece[0]] = None
     return list(lost)

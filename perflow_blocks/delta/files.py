@@ -21,14 +21,9 @@ from torch import Tensor, nn
 
 from .recipe import DeltaRecipe
 
-CHUNK = 1 << 20
-"""Values that are worked on at a time: few enough for a processor's cache, enough to keep its cores busy."""
-
-SAMPLE = 32
-"""How many values at either end of a tensor identify it."""
-
-DIGEST_KEY = "perflow_delta"
-"""In a LoRA file's metadata: the `identity_of` the delta that it was made from."""
+CHUNK = 1 << 20  # values that are worked on at a time: few enough for a processor's cache, enough for all its cores
+SAMPLE = 32  # how many values at either end of a tensor identify it
+DIGEST_KEY = "perflow_delta"  # in a LoRA file's metadata: the `identity_of` the delta that it was made from
 
 # What distributed training, compilation, pipelines and checkpoints put before the names of all weights.
 _PREFIXES = re.compile(r"^(module\.|_orig_mod\.|unet\.|_fsdp_wrapped_module\.|model\.diffusion_model\.)+")
@@ -50,19 +45,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Weights(ABC):
-    """Floating-point tensors by name, one of them in memory at a time. A deep copy is the same object.
+    """Floating-point tensors by name, one of them in memory at a time. A deep copy is the same object."""
 
-    Attributes:
-        label: their name in messages, for example a path.
-        shapes: of the tensors, by name.
-        metadata: text by key, as in a safetensors header.
-        stamp: identifies their files without reading them; empty for weights that are not files.
-    """
-
-    label: str
+    label: str  # in messages, for example a path
     shapes: Shapes
     metadata: Mapping[str, str]
-    stamp: Stamp = ()
+    stamp: Stamp = ()  # of their files; empty for weights that are not files
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
@@ -117,8 +105,6 @@ class FileWeights(Weights):
                 raise ValueError(
                     f"{path} is not a complete safetensors file ({error}); download or extract it again."
                 ) from error
-            if twice := [name for name in shapes if name in self.shapes]:
-                raise ValueError(f"{self.label} holds {listed(twice)} in two shards; download it again.")
             self.shapes |= shapes
             self._files |= dict.fromkeys(shapes, file)
         if not self.shapes:
@@ -230,13 +216,12 @@ def loaded_weights(model: Any) -> Weights | None:
     place: Mapping[str, Any] = {} if load_id == "null" else ComponentSpec.decode_load_id(load_id)
     named = getattr(getattr(model, "config", None), "_name_or_path", None)
     source = place.get("pretrained_model_name_or_path") if place else named
-    if not source:
-        return None
     try:
-        path = Path(source)
-        if not path.exists():
+        path = Path(source or "")
+        if source and not path.exists():
             path = Path(snapshot_download(source, revision=place.get("revision"), local_files_only=True))
-        return open_weights(path if path.is_file() else path / (place.get("subfolder") or ""), place.get("variant"))
+        path = path if path.is_file() else path / (place.get("subfolder") or "")
+        return open_weights(path, place.get("variant")) if source else None
     except (ValueError, OSError):
         return None
 
@@ -256,18 +241,16 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
     A single variant need not be named.
     """
     for place in (folder, folder / "unet"):
-        names = [file.name for file in place.glob(f"{_STEM}*") if not _SHARD.search(file.name)]
-        names.sort(key=lambda name: (name.endswith(".json"), name))  # an index replaces a file, as in diffusers
+        names = sorted(file.name for file in place.glob(f"{_STEM}*") if not _SHARD.search(file.name))
+        names.sort(key=lambda name: name.endswith(".json"))  # an index replaces a file, as in diffusers
         variants = {own: place / name for name, own in variants_of(names).items()}
-        if len(variants) == 1 and variant is None:
-            return next(iter(variants.values()))
-        if variant in variants:
-            return variants[variant]
+        if variant in variants or (variant is None and len(variants) == 1):
+            return variants.get(variant) or next(iter(variants.values()))
         if variants:
             held = ", ".join("the one without a name" if own is None else repr(own) for own in variants)
             raise ValueError(
-                f"{place} holds the variants {held}, and variant={variant!r} was asked for; name one of them, or pass "
-                f"its file, for example {next(iter(variants.values()))}."
+                f"{place} holds the variants {held}, not variant={variant!r}; name one of them, or pass its file, for "
+                f"example {next(iter(variants.values()))}."
             )
         if names:
             raise ValueError(f"{place} holds pickles only ({listed(names)}); pass the file.")
@@ -323,27 +306,15 @@ def named_alike(one: Weights, other: Weights, config: Mapping[str, Any]) -> tupl
 
 
 def _from_latent_diffusion(unet: dict[str, str], config: Mapping[str, Any], label: str) -> dict[str, str]:
-    if "block_out_channels" not in config or "layers_per_block" not in config:
+    if "layers_per_block" not in config:
         raise ValueError(
             f"{label} has original Latent Diffusion names; to translate them pass config= with the UNet's "
             "configuration (on the command line --config with its folder)."
         )
-    # The converter counts the blocks, which a partial delta may leave out: give it a name in every block.
-    count = len(config["block_out_channels"]) * (config["layers_per_block"] + 1)
-    numbers = {"input_blocks": count, "middle_block": 3, "output_blocks": count}
-    every = {f"{_LDM_PREFIX}{kind}.{i}.9.none": "" for kind, number in numbers.items() for i in range(number)}
-    try:
-        # The converter moves values from name to name: given the old names for values it returns the translation.
-        translated = convert_ldm_unet_checkpoint({**every, **unet}, dict(config))
-        lost = sorted(set(unet.values()) - set(translated.values()))
+    try:  # the converter moves values from name to name: given the old names for values it returns the translation
+        return convert_ldm_unet_checkpoint(dict(unet), dict(config))
     except (KeyError, IndexError) as error:
-        translated, lost = {}, [f"{error} is missing"]
-    if lost:
-        raise ValueError(
-            f"{label} has Latent Diffusion names that are not this UNet's ({listed(lost)}); pass a delta of its "
-            "architecture."
-        )
-    return {new: old for new, old in translated.items() if old}
+        raise ValueError(f"{label} is of another architecture than this UNet: it lacks {error}.") from error
 
 
 def unet_names(names: Iterable[str]) -> set[str]:
@@ -360,7 +331,7 @@ def identity_of(weights: Weights) -> str:
     for name in sorted(weights.shapes):
         sample = weights.sample(name).cpu()
         digest.update(f"{name} {list(weights.shapes[name])} {sample.dtype}\n".encode())
-        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(sample.contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -395,17 +366,12 @@ def describe_mismatch(
     given_shapes: Shapes, own_shapes: Shapes, *, given: str, expected: str, partial: bool = False
 ) -> str:
     """How `given` differs from `expected` in keys and shapes, "" if it does not; `partial` may leave keys out."""
-    missing = [] if partial else [name for name in own_shapes if name not in given_shapes]
-    unexpected = [name for name in given_shapes if name not in own_shapes]
-    misshapen = [
-        f"{name} is {list(shape)} instead of {list(own_shapes[name])}"
-        for name, shape in given_shapes.items()
-        if shape != own_shapes.get(name, shape)
-    ]
+    both = given_shapes.keys() & own_shapes.keys()
+    shapes = {n: f"{n} is {list(given_shapes[n])} instead of {list(own_shapes[n])}" for n in given_shapes if n in both}
     kinds = {
-        f"missing from {given}": missing,
-        f"unexpected, not in {expected}": unexpected,
-        "of another shape": misshapen,
+        f"missing from {given}": [] if partial else [name for name in own_shapes if name not in both],
+        f"unexpected, not in {expected}": [name for name in given_shapes if name not in both],
+        "of another shape": [text for name, text in shapes.items() if given_shapes[name] != own_shapes[name]],
     }
     return "; ".join(f"{len(names)} {kind} ({listed(names)})" for kind, names in kinds.items() if names)
 

@@ -12,7 +12,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import reduce
@@ -41,17 +41,12 @@ near 0."""
 
 
 @contextmanager
-def _locked(module: nn.Module) -> Iterator[tuple[nn.Module, MergeState]]:
-    """The module without its compiled wrapper, and its state, while the lock is held."""
-    with model_lock(module):
-        module = uncompiled(module)
-        yield module, _state(module)
-
-
-@contextmanager
-def _changing(module: nn.Module, base: Delta | None) -> Iterator[tuple[nn.Module, MergeState]]:
-    """The same, to change the weights, once no thread runs the model."""
-    with model_lock(module).changing(), model_lock(module):
+def _opened(
+    module: nn.Module, base: Delta | None = None, change: bool = True
+) -> Iterator[tuple[nn.Module, MergeState]]:
+    """The module without its compiled wrapper, and its state; to change the weights, once no thread runs the model."""
+    lock = model_lock(module)
+    with lock.changing() if change else nullcontext(), lock:
         module = uncompiled(module)
         yield module, _state(module, base)
 
@@ -66,25 +61,22 @@ def merge_delta(
 ) -> MergeRecord:
     """Adds `scale * dW` to a model's weights in place: summed in float32, rounded once to each weight's type.
 
-    Several deltas may be merged one after another; the weights are always the base plus the sum of all, rounded once.
-    Merging the same delta again changes nothing and logs a warning; with another scale it is rescaled. A delta is
-    recognised by its values, in whatever file or mapping they are. Threads may share the model. If a merge is refused
-    or interrupted, the weights stay as they were, or the next call restores them.
+    Of several deltas the weights are the base plus the sum, rounded once. The same delta, which is recognised by its
+    values, is not merged twice but rescaled. Threads may share the model. If a merge is refused or interrupted, the
+    weights stay as they were, or the next call restores them.
 
     To undo a merge exactly, the base must be readable: the files that the model was loaded from, which are found for
     models that diffusers loaded, or `base`. It stays open, a mapping by reference, until the delta is taken out. If
     its files are written to meanwhile, undoing raises an error. For weights that differ from the base, or without one,
     a warning says that undoing is exact to one rounding.
 
-    The delta of a UNet with 4 input channels goes into the first 4 of one with more (inpainting UNets have 9) and
-    leaves the others as they are; a warning says so, as quality at few steps suffers.
+    The delta of a UNet with 4 input channels goes into the first 4 of one with more (inpainting UNets have 9).
 
     Args:
         module: a UNet, or a module that holds weights under the delta's names.
         delta: a file, a folder, a mapping from `extract_delta`, or what `open_weights` or `open_difference` gave.
         scale: the factor of dW: 1 as it was extracted, 0 for none.
-        scales: further factors by pattern of a weight's name, as in {"up_blocks.*": 0.5}; the first that matches
-            counts.
+        scales: further factors by pattern of a weight's name, as in {"up_blocks.*": 0.5}; the first match counts.
         base: the model's weights without any delta: files, a folder, or a mapping, in any type.
 
     Raises:
@@ -92,13 +84,14 @@ def merge_delta(
             interrupted merge left weights that only the base can restore.
     """
     pairs, weights = _pairs(scale, scales), files.opened(delta)
-    with _changing(module, base) as (module, state):
+    with _opened(module, base) as (module, state):
         known = _find(module, state, weights)
         if known is not None:
             if (known.scale, known.scales) != (scale, pairs):
                 return rescale_delta(module, scale, weights, scales=scales, base=base)
             logger.warning(f"{known.source} is merged into this {type(module).__name__} already; nothing was changed.")
             return known
+        apply.require_mergeable(module, apply.under_own_names(weights, module))
         fitted, targets = apply.fit_delta(weights, module)
         # Not resolved: in the Hub's cache a link has the file's name, and what it leads to has not.
         source = os.path.abspath(weights.label) if os.path.exists(weights.label) else weights.label
@@ -131,17 +124,16 @@ def rescale_delta(
     base: Delta | None = None,
     exact: bool = True,
 ) -> MergeRecord:
-    """Changes the factors of a merged delta, exactly as if it had been merged with them.
+    """Changes the factors of a merged delta, exactly as if it had been merged with them; scale 0 takes it out.
 
-    `delta` says which one where several are merged; scale 0 takes it out. `base` as in `merge_delta`. A model that was
-    saved with the delta and loaded again needs both; without the base, `exact=False` adds the difference and rounds
-    once more.
+    `delta` says which one where several are merged. `base` is as in `merge_delta`. A model that was saved with the
+    delta and loaded again needs both; without the base, `exact=False` adds the difference, with one more rounding.
 
     Raises:
         ValueError: nothing is merged, `delta` is not, or it is not clear which one is meant.
     """
     pairs = _pairs(scale, scales)
-    with _changing(module, base) as (module, state):
+    with _opened(module, base) as (module, state):
         record = _chosen(module, state, delta)
         new = replace(record, scale=float(scale), scales=pairs, reloaded=False)
         records = tuple(new if entry is record else entry for entry in state.records)
@@ -160,7 +152,7 @@ def unmerge_delta(
         ValueError: nothing is merged, delta or base files were written to meanwhile, or the model was loaded with the
             delta in it and there is no base.
     """
-    with _changing(module, base) as (module, state):
+    with _opened(module, base) as (module, state):
         if not state.records:
             raise ValueError(f"no delta is merged into this {type(module).__name__}; there is nothing to take out.")
         gone = state.records if delta is None else (_chosen(module, state, delta),)
@@ -174,7 +166,7 @@ def merge_records(module: nn.Module) -> tuple[MergeRecord, ...]:
     An interrupted merge is undone first, and records are dropped if other weights were loaded since. Costs
     microseconds otherwise.
     """
-    with _locked(module) as (_, state):
+    with _opened(module, change=False) as (_, state):
         return state.records
 
 
@@ -198,7 +190,7 @@ def find_merged(module: nn.Module, delta: Delta, variant: str | None = None) -> 
 
     A file, or a folder and its variant, that was read before and has not changed since is not opened.
     """
-    with _locked(module) as (module, state):
+    with _opened(module, change=False) as (module, state):
         if state.records and isinstance(delta, (str, os.PathLike)):
             stamp = files.stamp_of(files.weight_files(delta, variant))
             known = next((r for r in state.records if r.weights is not None and r.weights.stamp == stamp), None)
@@ -274,7 +266,7 @@ def _state(module: nn.Module, base: Delta | None = None) -> MergeState:
 
 
 def _remember(module: nn.Module, state: MergeState) -> None:
-    """Puts the state on the module, without what its records do not need, and these in the module's configuration.
+    """Puts the state on the module, and its records in the module's configuration.
 
     In this order: where it is interrupted the module still has a state that names rows to restore.
     """
@@ -394,12 +386,11 @@ def _exchange(
                 _repair(module, state)
         raise
     if inexact and exact:
-        known = state.base
-        reason = f"differ from {known.label} plus what is merged" if known else "have no base that can be read"
+        reason = f"differ from {state.base.label} plus what is merged" if state.base else "have no base"
         logger.warning(
-            f"{len(inexact)} weights ({listed(inexact)}) {reason}: taking deltas out of them is exact to one "
-            "rounding. For exact results pass base=, the files that the model was loaded from, to the first "
-            "merge_delta, and merge before training or fusing a LoRA."
+            f"{len(inexact)} weights ({listed(inexact)}) {reason}: taking deltas out of them is exact to one rounding. "
+            "For exact results pass base=, the files that the model was loaded from, and merge before training or "
+            "fusing a LoRA."
         )
 
 
@@ -411,6 +402,7 @@ def _targets(module: nn.Module, state: MergeState) -> dict[str, Tensor]:
         delta.require_unchanged()
         if files.identity_of(delta) != digest:
             raise ValueError(f"{delta.label} was changed since it was merged; load the model again.")
+        apply.require_mergeable(module, delta)
         targets = {**apply.fit_delta(delta, module)[1], **targets}
     return targets
 

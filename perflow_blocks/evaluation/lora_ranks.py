@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..blocks.merge_delta import delta_path
 from ..delta.files import read_recipe
-from ..delta.lora import DeltaLora, Layout, LoraLayer, delta_to_lora, save_lora, save_residual
+from ..delta.lora import DeltaLora, Layout, delta_to_lora, save_lora, save_residual
 from ..demo import perflow_pipeline
 from .classifier import ShapeClassifier
 from .comparison import EvaluationSet, Row, evaluate_samplers, markdown_differences, markdown_table
@@ -120,21 +120,8 @@ def ranks_report(measured: LoraRanks) -> str:
         markdown_differences(measured.rows, measured.rows[0]),
     ]
     for rank, converted in measured.conversions.items():
-        worst = sorted(converted.report.layers, key=lambda layer: layer.energy)[:5]
-        parts += [f"Rank {rank}: {converted.report} The layers that lose most:", layers_table(worst)]
+        parts.append(f"Rank {rank}: {converted.report}")
     return "\n\n".join(parts)
-
-
-def layers_table(layers: Sequence[LoraLayer]) -> str:
-    """A Markdown table of layers, energy in per cent."""
-    lines = ["| layer | shape | rank | energy kept % | relative error |", "|---|---|---|---|---|"]
-    for layer in layers:
-        shape = " x ".join(map(str, layer.shape))
-        lines.append(
-            f"| {layer.name} | {shape} | {layer.rank} | {100 * layer.energy:.2f} | "
-            f"{layer.relative_error:.4f} |"
-        )
-    return "\n".join(lines)
 
 
 def _sizes_table(measured: LoraRanks) -> str:
