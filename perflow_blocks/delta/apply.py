@@ -77,21 +77,15 @@ class MergeRecord:
 
     @classmethod
     def from_config(cls, entry: Mapping[str, Any]) -> MergeRecord:
-        """The inverse of `to_config`, for a model that was loaded; ValueError for an entry that lacks something.
+        """The inverse of `to_config`, for a model that was loaded.
 
         Version 0.1.0 wrote a digest of all values, which cannot be compared with today's: such a record is matched by
         the delta's file name and recipe.
         """
-        try:
-            digest = str(entry["digest"]) if entry.get("sampled") else entry["digest"] and ""
-            scales = tuple((str(pattern), float(factor)) for pattern, factor in entry["scales"])
-            recipe = DeltaRecipe.from_metadata(entry["recipe"])
-            return cls(entry["source"], digest, float(entry["scale"]), scales, recipe, reloaded=True)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{CONFIG_KEY} in the model's config.json is damaged ({error!r}); restore it, or remove the entry if "
-                "no delta is in the weights."
-            ) from error
+        digest = str(entry["digest"]) if entry.get("sampled") else ""
+        scales = tuple((str(pattern), float(factor)) for pattern, factor in entry["scales"])
+        recipe = DeltaRecipe.from_metadata(entry["recipe"])
+        return cls(entry["source"], digest, float(entry["scale"]), scales, recipe, reloaded=True)
 
 
 def factors(records: Sequence[MergeRecord], name: str) -> list[tuple[Weights, float]]:

@@ -56,11 +56,6 @@ class Weights(ABC):
     def tensor(self, name: str) -> Tensor:
         """One tensor. The caller must not write to it."""
 
-    def sample(self, name: str) -> Tensor:
-        """The first and last `SAMPLE` values of a tensor; all values of a small one."""
-        flat = self.tensor(name).detach().reshape(-1)
-        return flat if len(flat) <= 2 * SAMPLE else torch.cat([flat[:SAMPLE], flat[-SAMPLE:]])
-
     def require_unchanged(self) -> None:
         """Raises ValueError if a file was written to since it was opened."""
         for path, inode, state in self.stamp:
@@ -129,9 +124,6 @@ class RenamedWeights(Weights):
     def tensor(self, name: str) -> Tensor:
         return self._weights.tensor(self._names[name])
 
-    def sample(self, name: str) -> Tensor:
-        return self._weights.sample(self._names[name])
-
 
 class DifferenceWeights(Weights):
     """`student - base` in float32 on the student's device, formed when it is read."""
@@ -146,15 +138,9 @@ class DifferenceWeights(Weights):
         self.stamp = student.stamp + base.stamp
 
     def tensor(self, name: str) -> Tensor:
-        return self._subtract(*(weights.tensor(name) for weights in self._pair))
-
-    def sample(self, name: str) -> Tensor:
-        return self._subtract(*(weights.sample(name) for weights in self._pair))
-
-    @staticmethod
-    def _subtract(student: Tensor, base: Tensor) -> Tensor:
+        student, base = (weights.tensor(name).detach() for weights in self._pair)
         # In half precision the small difference would be rounded to the spacing of the large weights.
-        return student.detach().float() - base.detach().to(student.device).float()
+        return student.float() - base.to(student.device).float()
 
 
 def stamp_of(paths: Sequence[str | Path]) -> Stamp:
@@ -329,7 +315,8 @@ def identity_of(weights: Weights) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(weights.shapes):
-        sample = weights.sample(name).cpu()
+        flat = weights.tensor(name).detach().reshape(-1)
+        sample = flat.cpu() if len(flat) <= 2 * SAMPLE else torch.cat([flat[:SAMPLE], flat[-SAMPLE:]]).cpu()
         digest.update(f"{name} {list(weights.shapes[name])} {sample.dtype}\n".encode())
         digest.update(sample.contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

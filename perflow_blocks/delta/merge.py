@@ -216,30 +216,23 @@ def _find(module: nn.Module, state: MergeState, weights: Weights) -> MergeRecord
     weights = apply.under_own_names(weights, module)
     digest = files.identity_of(weights)
     for record in state.records:
-        # Version 0.1.0 saved another digest.
-        old = (
-            not record.digest
-            and record.source == Path(weights.label).name
-            and record.recipe == files.read_recipe(weights)
-        )
-        if old or record.digest == digest:
+        known = record.digest == digest
+        if not record.digest:  # saved by version 0.1.0, with another digest
+            known = (record.source, record.recipe) == (Path(weights.label).name, files.read_recipe(weights))
+        if known:
             return state.put(record, replace(record, digest=digest, weights=weights))
     return None
 
 
 def _chosen(module: nn.Module, state: MergeState, delta: Delta | MergeRecord | None) -> MergeRecord:
-    names = listed([record.source for record in state.records]) or "none"
-    if delta is None and len(state.records) != 1:
-        raise ValueError(f"{len(state.records)} deltas are merged ({names}); name the one that is meant.")
-    if delta is None:
-        return state.records[0]
-    if isinstance(delta, MergeRecord):
-        found = next((record for record in state.records if record.digest == delta.digest), None)
-    else:
-        found = _find(module, state, files.opened(delta))
-    if found is None:
-        raise ValueError(f"that delta is not merged into this {type(module).__name__}; merged are: {names}.")
-    return found
+    digest = delta.digest if isinstance(delta, MergeRecord) else None
+    if delta is not None and digest is None:
+        digest = record.digest if (record := _find(module, state, files.opened(delta))) else None
+    found = [record for record in state.records if delta is None or record.digest == digest]
+    if len(found) != 1:
+        merged = listed([record.source for record in state.records]) or "none"
+        raise ValueError(f"name one delta of those that are merged into this {type(module).__name__}: {merged}.")
+    return found[0]
 
 
 def _state(module: nn.Module, base: Delta | None = None) -> MergeState:
@@ -388,9 +381,9 @@ def _exchange(
     if inexact and exact:
         reason = f"differ from {state.base.label} plus what is merged" if state.base else "have no base"
         logger.warning(
-            f"{len(inexact)} weights ({listed(inexact)}) {reason}: taking deltas out of them is exact to one rounding. "
-            "For exact results pass base=, the files that the model was loaded from, and merge before training or "
-            "fusing a LoRA."
+            f"{len(inexact)} weights ({listed(inexact)}) {reason}: taking deltas out of them is exact to one "
+            "rounding. For exact results pass base=, the files that the model was loaded from, and merge before "
+            "training or fusing a LoRA."
         )
 
 
