@@ -235,8 +235,8 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
         if variants:
             held = ", ".join("the one without a name" if own is None else repr(own) for own in variants)
             raise ValueError(
-                f"{place} holds the variants {held}, not variant={variant!r}; name one of them, or pass its file, for "
-                f"example {next(iter(variants.values()))}."
+                f"{place} holds the variants {held}; name one as the variant, or pass its file, for example "
+                f"{next(iter(variants.values()))}."
             )
         if names:
             raise ValueError(f"{place} holds pickles only ({listed(names)}); pass the file.")
