@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from perflow_blocks.delta.apply import add_terms
 from perflow_blocks.delta.extract import extract_delta, save_delta
 from perflow_blocks.delta.merge import merge_delta, merge_record, merge_records, unmerge_delta
 from perflow_blocks.delta.recipe import DeltaRecipe
@@ -58,20 +53,6 @@ def delta_file(tmp_path: Path) -> Path:
     path = tmp_path / "delta.safetensors"
     save_delta(extract_delta(network(1), network(0)), path, RECIPE, dtype=torch.float32)
     return path
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(4096, generator=generator).to(dtype)
-    delta = (torch.randn(4096, generator=generator) * 1e-2).to(dtype)
-    once = (weight.double() + 0.3 * delta.double()).to(dtype)
-    twice = weight + (0.3 * delta).to(dtype)
-    merged = add_terms(weight, [(delta, 0.3)])
-    assert merged.dtype == dtype
-    # float32 sums decide a tie of the last bit differently from float64 at most once in a long while.
-    assert (merged != once).sum() <= 2
-    assert (twice != once).sum() > 20
 
 
 def test_a_copy_of_the_file_counts_as_the_same_delta(delta_file: Path, tmp_path: Path) -> None:
@@ -146,21 +127,6 @@ def test_a_partial_delta_leaves_the_rest_alone(tmp_path: Path) -> None:
     assert_same(model, expected)
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_found_before_anything_changes(tmp_path: Path, poison: float) -> None:
-    path, model = tmp_path / "delta.safetensors", network(0)
-    delta = extract_delta(network(1), model)
-    delta["running"][1] = poison  # the last tensor, so that a merge without a check first would have changed others
-    with pytest.raises(ValueError, match=r"not finite .*running"):
-        save_delta(delta, path)
-    assert not path.exists()
-    save_file(delta, path)
-    before = values(model)
-    with pytest.raises(ValueError, match="running would not be finite"):
-        merge_delta(model, path)
-    assert_same(model, before)
-
-
 def test_offloaded_and_quantized_weights_are_refused(delta_file: Path) -> None:
     with pytest.raises(ValueError, match="merge before enabling offload"):
         merge_delta(network(0).to("meta"), delta_file)
@@ -168,35 +134,6 @@ def test_offloaded_and_quantized_weights_are_refused(delta_file: Path) -> None:
     quantized[1].weight = nn.Parameter(torch.zeros(4, 16, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"quantized .*\(1\.weight\)"):
         merge_delta(quantized, delta_file)
-
-
-class LiveMemory(TorchDispatchMode):
-    """The most bytes of tensors made by operations that were alive at once; views and inputs are not counted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in known:
-                self._sizes[id(tensor)] = tensor.nbytes
-                weakref.finalize(tensor, self._sizes.pop, id(tensor), None)
-        self.peak = max(self.peak, sum(self._sizes.values()))
-        return out
-
-
-def test_merging_holds_no_more_than_a_few_tensors_at_once(tmp_path: Path) -> None:
-    path, layers, width = tmp_path / "delta.safetensors", 40, 32
-    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
-    save_delta({name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}, path)
-    one = width * width * 4
-    with LiveMemory() as memory:
-        merge_delta(model, path)
-    assert one <= memory.peak <= 4 * one  # of 40
 
 
 def test_extraction_wants_a_pair() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from perflow_blocks.delta.extract import extract_delta, save_delta
 from perflow_blocks.delta.merge import merge_delta, merge_record
@@ -81,70 +81,31 @@ def test_the_first_channels_become_the_students_and_the_others_stay(
     assert model.conv_in.weight.is_leaf and model.conv_in.weight.requires_grad
 
 
-def test_one_warning_names_the_channels_and_the_loss_of_quality(
-    delta_file: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_one_warning_names_the_loss_of_quality(delta_file: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = inpainting()
-    before = values(model)
-    merge_delta(model, delta_file, scale=0.0)
-    assert warnings(caplog) == []
-    merge_delta(model, delta_file, scale=0.5, base=before)
+    merge_delta(model, delta_file, scale=0.5, base=values(model))
     (warning,) = warnings(caplog)
-    assert str(delta_file) in warning and "\n" not in warning
-    assert "4 input channels, and this UNet2DConditionModel has more" in warning
-    assert "Quality at few steps suffers" in warning and "inpainting" in warning
+    assert str(delta_file) in warning and "4 input channels, and this UNet2DConditionModel has more" in warning
+    assert "Quality at few steps suffers" in warning
     for scale in (1.0, 0.0):  # rescaled, taken out
         merge_delta(model, delta_file, scale=scale)
-    assert warnings(caplog) == []
-    merge_delta(model, delta_file, base=before)
-    assert len(warnings(caplog)) == 1
     merge_delta(plain(0), delta_file, base=values(plain(0)))
     assert warnings(caplog) == []
 
 
-def refused(model: nn.Module, path: Path, message: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Checks that the file is refused in one line that names it, before a weight changes or a warning is logged."""
-    before = values(model)
-    with pytest.raises(ValueError, match=message) as caught:
-        merge_delta(model, path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    assert_same(model, before)
-    assert merge_record(model) is None
-    assert warnings(caplog) == []
-
-
-def test_the_delta_of_an_inpainting_unet_is_refused_by_a_plain_one(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / "inpainting.safetensors"
-    save_delta(extract_delta(inpainting(1), inpainting(0)), path)
-    message = r"conv_in\.weight is \[16, 9, 3, 3\] instead of \[16, 4, 3, 3\]\)\. Pass a delta"
-    refused(plain(0), path, message, caplog)
-    model = inpainting(0)
-    merge_delta(model, path, base=values(model))  # it fits its own kind, in all channels
+def test_the_delta_of_an_inpainting_unet_is_for_its_own_kind(tmp_path: Path) -> None:
+    path, model = tmp_path / "inpainting.safetensors", inpainting(0)
+    save_delta(extract_delta(inpainting(1), model), path)
+    with pytest.raises(ValueError, match=r"conv_in\.weight is \[16, 9, 3, 3\] instead of \[16, 4, 3, 3\]"):
+        merge_delta(plain(0), path)
+    merge_delta(model, path)
     torch.testing.assert_close(model.state_dict()[KEY], inpainting(1).state_dict()[KEY], rtol=0, atol=1e-3)
-    assert warnings(caplog) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        pytest.param(KEY, (16, 3, 3, 3), id="fewer_than_the_latents"),
-        pytest.param(KEY, (16, 8, 3, 3), id="other_inputs"),
-        pytest.param(KEY, (16, 10, 3, 3), id="more_than_the_model"),
-        pytest.param(KEY, (16, 4, 1, 1), id="another_kernel"),
-        pytest.param(KEY, (16, 4, 1, 3), id="another_height"),
-        pytest.param(KEY, (8, 4, 3, 3), id="other_outputs"),
-        pytest.param(KEY, (4, 16, 3, 3), id="transposed"),
-        pytest.param(KEY, (16, 4), id="linear"),
-        pytest.param(KEY, (4,), id="vector"),
-        pytest.param("conv_out.weight", (4, 4, 3, 3), id="another_weight"),
-    ],
-)
-def test_any_other_shape_is_refused(
-    tmp_path: Path, name: str, shape: tuple[int, ...], caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("shape", [(16, 3, 3, 3), (16, 8, 3, 3), (16, 4, 1, 1), (8, 4, 3, 3)])
+def test_any_other_shape_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
     path, model = tmp_path / "delta.safetensors", inpainting()
-    save_delta({name: torch.ones(shape), "conv_in.bias": torch.ones(16)}, path, partial=True)
-    message = rf"1 of another shape \({name} is .* instead of .*extracted from the same architecture"
-    refused(model, path, message, caplog)
+    save_delta({KEY: torch.ones(shape)}, path, partial=True)
+    with pytest.raises(ValueError, match=r"1 of another shape \(conv_in\.weight is .*the same architecture"):
+        merge_delta(model, path)
+    assert_same(model, values(inpainting()))

@@ -14,17 +14,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from perflow_blocks import extract_delta, merge_delta, rescale_delta, unmerge_delta
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.files import MappingWeights, open_weights
 from perflow_blocks.delta.merge import find_merged, merge_record, merge_records
-from perflow_blocks.demo import weights_directory
-from perflow_blocks.demo.models import build_unet
 from perflow_blocks.testing.tiny import tiny_sdxl_unet
-from tests.builder.conftest import checkpoint_components, save_checkpoint
 
 pytestmark = pytest.mark.behaviour
 
@@ -179,30 +176,6 @@ def test_without_a_base_a_delta_comes_out_to_one_rounding(
     assert_near(model, before, delta, roundings=3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_the_demo_models_delta_comes_out_exactly_and_gives_the_student(dtype: torch.dtype) -> None:
-    """In float32 the student's every bit; in half precision one rounding."""
-    folder = weights_directory()
-    unet = build_unet()
-    unet.load_state_dict(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
-    base = {name: tensor.float() for name, tensor in state(unet).items()}
-    student = dict(base)
-    for name, tensor in load_file(folder / "perflow_delta.safetensors").items():
-        student[name] = base[name] + tensor.float()
-    delta = extract_delta(student, base)
-    unet.to(dtype)
-    before = state(unet)
-    for scale in (0.5, 1.0):
-        merge_delta(unet, delta, scale, base=before)
-        expected = {name: (before[name].float() + scale * delta[name]).to(dtype) for name in base}
-        for name, tensor in unet.state_dict().items():
-            assert torch.equal(tensor, expected[name]), name
-    if dtype == torch.float32:
-        assert all(torch.equal(tensor, student[name]) for name, tensor in unet.state_dict().items())
-    merge_delta(unet, delta, 0.0)
-    assert_bits(unet, before)
-
-
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_a_model_that_diffusers_loaded_finds_its_base(
     tmp_path: Path, dtype: torch.dtype | None, caplog: pytest.LogCaptureFixture
@@ -224,51 +197,8 @@ def test_a_model_that_diffusers_loaded_finds_its_base(
     assert "differ from" in warnings(caplog)[0] or "no base" in warnings(caplog)[0]
 
 
-def test_a_whole_checkpoint_in_original_names_is_a_base(tmp_path: Path) -> None:
-    """As DreamBooth models come: UNet, VAE and encoders in one file, named as Latent Diffusion did."""
-    components = checkpoint_components()
-    unet = components["unet"]
-    path = save_checkpoint(tmp_path / "checkpoint.safetensors", components)
-    before = state(unet)
-    merge_delta(unet, {name: torch.full_like(tensor, 0.01) for name, tensor in before.items()}, base=path)
-    assert not torch.equal(unet.conv_in.weight, before["conv_in.weight"])
-    unmerge_delta(unet)
-    assert_bits(unet, before)
-
-
 def fuse(model: nn.Module, name: str = "up_w") -> None:
     model.get_parameter(name).data[0, 0] += 0.25
-
-
-def test_weights_that_are_not_the_bases_are_named_and_come_back_to_one_rounding(
-    model: Small, base: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As with a LoRA fused before the merge; the other weights come back exactly."""
-    fuse(model)
-    before, delta = state(model), difference(1)
-    merge_delta(model, delta, base=base)
-    (warning,) = warnings(caplog)
-    assert "up_w" in warning and "base.safetensors" in warning and "down_b" not in warning
-    assert_bits(model, summed(before, [(delta, 1.0)]))
-    unmerge_delta(model)
-    (warning,) = warnings(caplog)
-    assert "up_w" in warning and "down_b" not in warning
-    assert_near(model, before, delta)
-    assert_bits(model, {**before, "up_w": model.state_dict()["up_w"]})
-
-
-def test_what_was_added_after_the_merge_stays(model: Small, base: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A LoRA fused since, or training."""
-    before, delta = state(model), difference(1)
-    merge_delta(model, delta, base=base)
-    fuse(model)
-    unmerge_delta(model)
-    (warning,) = warnings(caplog)
-    assert "up_w" in warning and "down_b" not in warning
-    fused = {**before, "up_w": before["up_w"].clone()}
-    fused["up_w"][0, 0] += 0.25
-    assert_near(model, fused, delta, roundings=4)
-    assert_bits(model, {**before, "up_w": model.state_dict()["up_w"]})
 
 
 def test_a_base_that_is_written_to_meanwhile_is_found_out(model: Small, base: Path) -> None:
@@ -424,7 +354,7 @@ def test_patterns_scale_blocks(caplog: pytest.LogCaptureFixture) -> None:
     assert "already; nothing was changed" in caplog.text
     rescale_delta(model, 1.0)
     assert_bits(model, summed(base, [(delta, 1.0)]))
-    for bad, message in (({"mid.*": 1.0}, r"mid\.\*, which match no weight"), ({"up_w": float("nan")}, "up_w=nan")):
+    for bad, message in (({"mid.*": 1.0}, r"mid\.\*, which matches no weight"), ({"up_w": float("nan")}, "up_w=nan")):
         with pytest.raises(ValueError, match=message):
             rescale_delta(model, 1.0, scales=bad)
     unmerge_delta(model)
@@ -522,6 +452,26 @@ def test_a_sum_that_is_not_finite_leaves_no_trace(model: Small, base: Path, know
         rescale_delta(model, 1e6)
     assert_bits(model, half)
     assert [record.scale for record in merge_records(model)] == [0.5]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_fused_lora_stays_and_its_weights_are_named(
+    model: Small, base: Path, when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other weights come back exactly."""
+    delta, expected = difference(1), state(model)
+    expected["up_w"][0, 0] += 0.25
+    if when == "before":
+        fuse(model)
+    merge_delta(model, delta, base=base)
+    if when == "after":
+        assert not warnings(caplog)
+        fuse(model)
+    unmerge_delta(model)
+    warning = warnings(caplog)[0]
+    assert "up_w" in warning and "base.safetensors" in warning and "down_b" not in warning
+    assert_near(model, expected, delta, roundings=4)
+    assert_bits(model, {**expected, "up_w": model.state_dict()["up_w"]})
 
 
 @pytest.mark.parametrize("given_base", [True, False])

@@ -97,19 +97,6 @@ def test_training_further_does_not_make_the_model_forget(tmp_path: Path, delta: 
     assert all(torch.equal(tensor, before[name]) for name, tensor in again.state_dict().items())
 
 
-def test_a_saved_pipeline_that_names_the_delta_draws_the_same(tmp_path: Path, delta: Path) -> None:
-    pipe = make_pipeline()
-    expected = run(pipe, delta=delta)
-    other = make_pipeline(unet=reloaded(pipe.unet, tmp_path / "unet"))
-    for inputs in ({"delta": delta}, {"delta": delta}, {}):
-        # Weights in a mapped file begin at other addresses, for which some processors' kernels round differently.
-        torch.testing.assert_close(run(other, **inputs), expected, rtol=1e-4, atol=1e-4)
-    assert same(other.unet, pipe.unet)
-    assert other.guider.guidance_scale == 1.0
-    with pytest.raises(ValueError, match="was loaded with"):
-        run(other, delta=False)
-
-
 @pytest.mark.parametrize("known", [True, False])
 def test_a_reloaded_delta_comes_out_exactly_with_the_base(tmp_path: Path, delta: Path, known: bool) -> None:
     unet, base = tiny_sdxl_unet(0), tiny_sdxl_unet(0).state_dict()
