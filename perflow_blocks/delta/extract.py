@@ -50,9 +50,9 @@ def open_difference(student: files.Delta, base: files.Delta, config: Mapping[str
     """
     pair = files.named_alike(files.opened(student), files.opened(base), config or {})
     difference = files.DifferenceWeights(*pair)
-    for weights in pair:
+    for what, weights in zip(("student", "base"), pair, strict=True):
         if files.holds_differences(weights):
-            raise ValueError(f"{weights.label} holds differences, as a delta does; pass a model's weights.")
+            raise ValueError(f"the {what} {weights.label} holds differences, as a delta does; pass a model's weights.")
     return difference
 
 

@@ -234,9 +234,10 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
             return variants.get(variant) or next(iter(variants.values()))
         if variants:
             held = ", ".join("the one without a name" if own is None else repr(own) for own in variants)
+            asked = "no variant was named" if variant is None else f"not {variant!r}"
             raise ValueError(
-                f"{place} holds the variants {held}; name one as the variant, or pass its file, for example "
-                f"{next(iter(variants.values()))}."
+                f"{place} holds the variants {held} and {asked}; name one as the variant, or pass its file, for "
+                f"example {next(iter(variants.values()))}."
             )
         if names:
             raise ValueError(f"{place} holds pickles only ({listed(names)}); pass the file.")
@@ -318,7 +319,7 @@ def identity_of(weights: Weights) -> str:
         flat = weights.tensor(name).detach().reshape(-1)
         sample = flat.cpu() if len(flat) <= 2 * SAMPLE else torch.cat([flat[:SAMPLE], flat[-SAMPLE:]]).cpu()
         digest.update(f"{name} {list(weights.shapes[name])} {sample.dtype}\n".encode())
-        digest.update(sample.contiguous().view(torch.uint8).numpy())
+        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

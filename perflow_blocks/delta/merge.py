@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import reduce
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -191,7 +190,9 @@ def find_merged(module: nn.Module, delta: Delta, variant: str | None = None) -> 
     A file, or a folder and its variant, that was read before and has not changed since is not opened.
     """
     with _opened(module, change=False) as (module, state):
-        if state.records and isinstance(delta, (str, os.PathLike)):
+        if not state.records:
+            return None
+        if isinstance(delta, (str, os.PathLike)):
             stamp = files.stamp_of(files.weight_files(delta, variant))
             known = next((r for r in state.records if r.weights is not None and r.weights.stamp == stamp), None)
             return known or _find(module, state, files.open_weights(delta, variant))
@@ -225,13 +226,16 @@ def _find(module: nn.Module, state: MergeState, weights: Weights) -> MergeRecord
 
 
 def _chosen(module: nn.Module, state: MergeState, delta: Delta | MergeRecord | None) -> MergeRecord:
-    digest = delta.digest if isinstance(delta, MergeRecord) else None
-    if delta is not None and digest is None:
-        digest = record.digest if (record := _find(module, state, files.opened(delta))) else None
-    found = [record for record in state.records if delta is None or record.digest == digest]
+    if delta is None:
+        found = list(state.records)
+    elif isinstance(delta, MergeRecord):
+        found = [record for record in state.records if record.digest == delta.digest]
+    else:
+        found = [record for record in (_find(module, state, files.opened(delta)),) if record]
     if len(found) != 1:
         merged = listed([record.source for record in state.records]) or "none"
-        raise ValueError(f"name one delta of those that are merged into this {type(module).__name__}: {merged}.")
+        problem = "name the delta that is meant" if delta is None else "that delta is not merged"
+        raise ValueError(f"{problem}; into this {type(module).__name__} are merged: {merged}.")
     return found[0]
 
 
@@ -327,7 +331,9 @@ def _signature(module: nn.Module, names: Iterable[str]) -> tuple[Any, ...]:
     """Identity and version of weights: differs once one was replaced or written to. Nothing is read of a device."""
     found = []
     for name in names:  # peft's layers pass on the weight of the layer that they wrap
-        weight: Any = reduce(lambda part, attribute: getattr(part, attribute, None), name.split("."), module)
+        weight: Any = module
+        for part in name.split("."):
+            weight = getattr(weight, part, None)
         known = isinstance(weight, Tensor) and not weight.is_inference()
         found.append((id(weight), weight._version if known else None))
     return tuple(found)

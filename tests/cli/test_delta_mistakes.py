@@ -98,7 +98,7 @@ def test_a_delta_twice_or_another_is_found_before_anything_is_written(run: Run, 
     for arguments, message in (
         (("merge", merged, delta), "is merged into"),
         (("unmerge", merged, other), "that delta is not merged"),
-        (("merge", base, base), "holds whole weights"),
+        (("merge", base, base), "a model's whole weights"),
     ):
         status, _, err = run(*arguments, "-o", new)
         assert status == 2 and message in err.splitlines()[-1]

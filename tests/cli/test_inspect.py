@@ -78,7 +78,7 @@ def test_a_lora_is_told_with_its_ranks(run: Run, delta: dict[str, Tensor], tmp_p
     path = tmp_path / "lora.safetensors"
     converted = delta_to_lora(delta, energy=0.6, recipe=RECIPE)
     save_lora(converted, path, layout)  # type: ignore[arg-type]
-    ranks = [layer.rank for layer in converted.report.layers if layer.rank]
+    ranks = list(converted.report.ranks.values())
     lines = inspected(run, path)
     assert lines[0] == f"{path}: LoRA"
     assert f"layers: {len(ranks)}, rank {min(ranks)} to {max(ranks)}" in lines

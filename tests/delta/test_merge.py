@@ -530,10 +530,10 @@ def test_which_delta_is_meant_must_be_clear(model: Small) -> None:
     with pytest.raises(ValueError, match="no delta is merged into this Small"):
         unmerge_delta(model)
     merge_delta(model, one, base=base)
-    with pytest.raises(ValueError, match="name one delta of those that are merged into this Small"):
+    with pytest.raises(ValueError, match="that delta is not merged; into this Small are merged"):
         unmerge_delta(model, two)
     record = merge_delta(model, two)
-    with pytest.raises(ValueError, match="name one delta"):
+    with pytest.raises(ValueError, match="name the delta that is meant"):
         rescale_delta(model, 1.0)
     unmerge_delta(model, record)
     assert_bits(model, summed(base, [(one, 1.0)]))

@@ -30,7 +30,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def delta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("delta") / "accelerator.safetensors"
     base = tiny_sdxl_unet()
-    save_delta(extract_delta(tiny_sdxl_unet(1), base), path, RECIPE, torch.float32, base=base)
+    save_delta(extract_delta(tiny_sdxl_unet(1), base), path, RECIPE, torch.float32)
     return path
 
 
