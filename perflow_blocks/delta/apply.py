@@ -223,8 +223,8 @@ class _Rows(NamedTuple):
 
     piece: Piece
     live: Tensor  # in the model
-    held: Tensor | None  # base plus the deltas that are in it, perhaps converted since; None without a base
-    exact: bool  # whether the live rows are this
+    held: Tensor | None  # what they should be: base plus records, perhaps converted since; None without a base
+    exact: bool  # whether they are
     start: Tensor
     terms: list[tuple[Tensor, float]]
 

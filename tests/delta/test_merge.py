@@ -354,9 +354,6 @@ def test_patterns_scale_blocks(caplog: pytest.LogCaptureFixture) -> None:
     assert "already; nothing was changed" in caplog.text
     rescale_delta(model, 1.0)
     assert_bits(model, summed(base, [(delta, 1.0)]))
-    for bad, message in (({"mid.*": 1.0}, r"mid\.\*, which matches no weight"), ({"up_w": float("nan")}, "up_w=nan")):
-        with pytest.raises(ValueError, match=message):
-            rescale_delta(model, 1.0, scales=bad)
     unmerge_delta(model)
     assert_bits(model, base)
 

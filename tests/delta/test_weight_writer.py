@@ -1,4 +1,4 @@
-"""Writing weights tensor by tensor, and directories that appear whole."""
+"""Writing weights tensor by tensor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from perflow_blocks.atomic_files import atomic_directory
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.files import MappingWeights
 from perflow_blocks.delta.recipe import DeltaRecipe
@@ -64,20 +63,3 @@ def test_what_cannot_be_stored_leaves_the_old_file(
     with pytest.raises(ValueError, match=message):
         save_delta(tensors, path, dtype=dtype)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
-
-
-def test_a_directory_appears_whole_or_stays_as_it_was(tmp_path: Path) -> None:
-    target = tmp_path / "deep" / "folder"
-    with atomic_directory(target) as folder:
-        (folder / "one").write_text("1")
-        assert not target.exists()
-    with pytest.raises(KeyboardInterrupt), atomic_directory(target) as folder:
-        (folder / "two").write_text("2")
-        raise KeyboardInterrupt
-    assert [file.name for file in target.iterdir()] == ["one"]
-    with atomic_directory(target) as folder:
-        (folder / "three").write_text("3")
-    assert [file.name for file in target.iterdir()] == ["three"]
-    assert list(target.parent.iterdir()) == [target]
-    with pytest.raises(ValueError, match="it is a file; name a directory"), atomic_directory(target / "three"):
-        pytest.fail("entered")
