@@ -29,7 +29,7 @@ from perflow_blocks import PeRFlowPipelineBuilder
 from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
 from perflow_blocks.cli import main
 from perflow_blocks.testing.tiny import tiny_sdxl_components
-from tests.hub.loopback.server import LoopbackHub
+from tests.hub.loopback import LoopbackHub
 
 
 @pytest.fixture(name="run")
@@ -85,11 +85,10 @@ def fresh_accelerate() -> Iterator[None]:
 
 @pytest.fixture
 def loopback_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    """A Hub that tests ask by `endpoint=`; huggingface_hub uses plain LFS, waits for no retry and finds no token."""
+    """A Hub that tests ask by `endpoint=`; huggingface_hub uses plain LFS and finds no token."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nowhere/token")
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

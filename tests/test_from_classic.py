@@ -14,6 +14,7 @@ import transformers
 from diffusers import StableDiffusionXLPipeline
 
 import perflow_blocks
+from perflow_blocks.blocks.repository import INDEX
 from perflow_blocks.testing import tiny_controlnet, tiny_mask, tiny_picture, tiny_sdxl_components, tiny_vae
 from perflow_blocks.testing.tiny import IMAGE_WIDTH, MAX_TOKENS, TEXT_WIDTH, load_tiny_ip_adapter
 from tests.blocks.conftest import layers, write_delta
@@ -88,20 +89,20 @@ def names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """What is uploaded, as (folder, repository), without a network."""
-    uploads: list[tuple[str, str]] = []
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """What is uploaded without a network: the repository, and whether the folder holds an index."""
+    uploads: list[tuple[str, bool]] = []
     module, card = "diffusers.modular_pipelines.modular_pipeline", SimpleNamespace(save=lambda path: None)
     monkeypatch.setattr(f"{module}.create_repo", lambda name, **_: SimpleNamespace(repo_id=name))
     monkeypatch.setattr(f"{module}.load_or_create_model_card", lambda *_, **__: card)
     monkeypatch.setattr(f"{module}.populate_model_card", lambda card, **_: card)
-    upload = lambda self, folder, repository, **_: uploads.append((folder, repository))  # noqa: E731
+    upload = lambda _, folder, name, **__: uploads.append((name, (Path(folder) / INDEX).is_file()))  # noqa: E731
     monkeypatch.setattr(diffusers.ModularPipeline, "_upload_folder", upload)
     return uploads
 
 
 @pytest.mark.parametrize("habit", rows())
-def test_each_row_runs(habit: str, names: dict[str, Any], hub: list[tuple[str, str]]) -> None:
+def test_each_row_runs(habit: str, names: dict[str, Any], hub: list[tuple[str, bool]]) -> None:
     code = rows()[habit]
     assert code
     if habit.startswith("LoRA "):
@@ -115,7 +116,7 @@ def test_each_row_runs(habit: str, names: dict[str, Any], hub: list[tuple[str, s
         with torch.compiler.set_stance("force_eager"):
             exec(compile(line, f"{DOCUMENT.name}: {habit}", "exec"), names)
     pipe = names["pipe"]
-    assert hub == ([("folder", "me/fast")] if habit == "publish" else [])
+    assert hub == ([("me/fast", True)] if habit == "publish" else [])
     assert not {"unet", "vae", "text_encoder", "text_encoder_2", "scheduler"} & set(pipe.null_component_names)
     if pipe.unet.dtype == torch.float32:
         pipe.set_progress_bar_config(disable=True)

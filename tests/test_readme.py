@@ -17,12 +17,12 @@ import perflow_blocks
 from perflow_blocks.attention import strategies
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.demo import perflow_pipeline, teacher_pipeline, weights_directory
-from perflow_blocks.hub.publish import push_workflow
+from perflow_blocks.hub.push import push_workflow
 from perflow_blocks.testing import tiny_picture
 from tests.builder.conftest import checkpoint_components, save_checkpoint
 from tests.conftest import run, save_repository
 from tests.hub.conftest import save_ip_adapter, use_own_modules
-from tests.hub.loopback.server import LoopbackHub
+from tests.hub.loopback import LoopbackHub
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

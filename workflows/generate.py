@@ -12,11 +12,11 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perflow_blocks import CardExample, export_workflow
+from perflow_blocks import export_workflow
 from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
 from perflow_blocks.blocks.workflows import (
     PeRFlowSDXLControlNetBlocks,
@@ -27,24 +27,28 @@ from perflow_blocks.blocks.workflows import (
     PeRFlowSDXLTileUpscalerBlocks,
 )
 from perflow_blocks.demo.blocks import PeRFlowDemoBlocks
-from perflow_blocks.hub.entries import Entry
-from perflow_blocks.hub.index import make_index
-from perflow_blocks.hub.json_files import INDEX, write_json
-from perflow_blocks.hub.manifest import MANIFEST, read_manifest
+from perflow_blocks.hub.card import OWNER
+from perflow_blocks.hub.export import INDEX, referring_pipeline
 
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = ROOT / "workflows"
 ROOT_FILES = ("block.py", "modular_config.json", INDEX, "mellon_pipeline_config.json")
-"""What the root has of a repository; its README.md is the project's, and a manifest would list the checkout."""
+"""What the root has of a repository; its README.md is the project's."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
+def place(location: str, subfolder: str = "", variant: str | None = None) -> dict[str, str | None]:
     """Where a component is published."""
+    return {"pretrained_model_name_or_path": location, "subfolder": subfolder, "variant": variant}
 
-    location: str
-    subfolder: str = ""
-    variant: str | None = None
+
+def example(name: str, code: str, imports: str = "from diffusers import ModularPipeline", device: str = "cuda") -> str:
+    """The Python on a card: loading, and then `code`."""
+    dtype = "float32" if device == "cpu" else "float16"
+    return (
+        f"import torch\n{imports}\n\n"
+        f'pipe = ModularPipeline.from_pretrained("{OWNER}/{name}", trust_remote_code=True)\n'
+        f'pipe.load_components(dtype=torch.{dtype})\npipe.to("{device}")\n{code}\nimage.save("image.png")'
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +59,7 @@ class Workflow:
         blocks: the class of its blocks.
         title: heading of its card.
         notes: what its card says besides.
-        example: how its card shows it in use; None for a prompt and pictures.
+        example: the Python on its card; None for a call with a prompt and images.
         sources: its components.
         config: its configuration values.
     """
@@ -63,20 +67,20 @@ class Workflow:
     blocks: type[Any]
     title: str
     notes: str = ""
-    example: CardExample | None = None
-    sources: Mapping[str, Source] = field(default_factory=dict)
+    example: str | None = None
+    sources: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 SDXL = {
-    "unet": Source(location="hansyan/perflow-sdxl-base", subfolder="unet", variant="v0-fix"),
-    "vae": Source(location="madebyollin/sdxl-vae-fp16-fix"),
-    "text_encoder": Source(location=BASE, subfolder="text_encoder", variant="fp16"),
-    "text_encoder_2": Source(location=BASE, subfolder="text_encoder_2", variant="fp16"),
-    "tokenizer": Source(location=BASE, subfolder="tokenizer"),
-    "tokenizer_2": Source(location=BASE, subfolder="tokenizer_2"),
-    "scheduler": Source(location=BASE, subfolder="scheduler"),
+    "unet": place("hansyan/perflow-sdxl-base", "unet", "v0-fix"),
+    "vae": place("madebyollin/sdxl-vae-fp16-fix"),
+    "text_encoder": place(BASE, "text_encoder", "fp16"),
+    "text_encoder_2": place(BASE, "text_encoder_2", "fp16"),
+    "tokenizer": place(BASE, "tokenizer"),
+    "tokenizer_2": place(BASE, "tokenizer_2"),
+    "scheduler": place(BASE, "scheduler"),
 }
 RECIPE = {
     "prediction_type": "ddim_eps",
@@ -105,12 +109,12 @@ PUBLISHED = {
         blocks=PeRFlowSDXLControlNetBlocks,
         title="PeRFlow SDXL with a ControlNet for edges",
         notes=(
-            "The control picture shows white edges on black; `recipe.py` has a function that makes one of a photo.\n"
+            "The control image shows white edges on black; `recipe.py` has a function that makes one of a photo.\n"
             "Another kind of control takes another ControlNet: `pipe.update_components(controlnet=...)`."
         ),
         sources={
             **SDXL,
-            "controlnet": Source(location="diffusers/controlnet-canny-sdxl-1.0", variant="fp16"),
+            "controlnet": place("diffusers/controlnet-canny-sdxl-1.0", variant="fp16"),
         },
         config=RECIPE,
     ),
@@ -118,18 +122,18 @@ PUBLISHED = {
         blocks=PeRFlowSDXLTileUpscalerBlocks,
         title="PeRFlow SDXL, tiled upscaler",
         notes=(
-            "Enlarge the picture first, two or four times, and pass it both as `image` and as `control_image`, with\n"
+            "Enlarge the image first, two or four times, and pass it both as `image` and as `control_image`, with\n"
             "`strength=0.6`. Above 2048 pixels a side call `pipe.vae.enable_tiling()`. `recipe.py` does all this."
         ),
-        example=CardExample(
-            setup=[
-                "",
-                'photo = load_image("photo.png")',
-                "large = photo.resize((photo.width * 2 // 8 * 8, photo.height * 2 // 8 * 8))",
-            ],
-            arguments={"image": "large", "control_image": "large", "strength": "0.6"},
+        example=example(
+            "sdxl-tile-upscaler",
+            'photo = load_image("photo.png")\n'
+            "large = photo.resize((photo.width * 2 // 8 * 8, photo.height * 2 // 8 * 8))\n"
+            'prompt = "a lighthouse at dusk"\n'
+            'image = pipe(prompt=prompt, image=large, control_image=large, strength=0.6, output="images")[0]',
+            imports="from diffusers import ModularPipeline\nfrom diffusers.utils import load_image",
         ),
-        sources={**SDXL, "controlnet": Source(location="xinsir/controlnet-tile-sdxl-1.0")},
+        sources={**SDXL, "controlnet": place("xinsir/controlnet-tile-sdxl-1.0")},
         config=RECIPE,
     ),
     "sdxl-ip-adapter": Workflow(
@@ -139,16 +143,16 @@ PUBLISHED = {
             "The adapter itself is loaded into the UNet, after the components, and `pipe.set_ip_adapter_scale` sets\n"
             "its weight: 0 for none, 1 for most."
         ),
-        example=CardExample(
-            prompt="a bear in a forest",
-            setup=[
-                "",
-                'weights = {"subfolder": "sdxl_models", "weight_name": "ip-adapter_sdxl.safetensors"}',
-                'pipe.load_ip_adapter("h94/IP-Adapter", **weights)',
-                "pipe.set_ip_adapter_scale(0.6)",
-            ],
+        example=example(
+            "sdxl-ip-adapter",
+            'weights = {"subfolder": "sdxl_models", "weight_name": "ip-adapter_sdxl.safetensors"}\n'
+            'pipe.load_ip_adapter("h94/IP-Adapter", **weights)\n'
+            "pipe.set_ip_adapter_scale(0.6)\n"
+            'style = load_image("style.png")\n'
+            'image = pipe(prompt="a bear in a forest", ip_adapter_image=style, output="images")[0]',
+            imports="from diffusers import ModularPipeline\nfrom diffusers.utils import load_image",
         ),
-        sources={**SDXL, "image_encoder": Source(location="h94/IP-Adapter", subfolder="sdxl_models/image_encoder")},
+        sources={**SDXL, "image_encoder": place("h94/IP-Adapter", "sdxl_models/image_encoder")},
         config=RECIPE,
     ),
     "sdxl-base-refiner": Workflow(
@@ -158,21 +162,17 @@ PUBLISHED = {
             "Two pipelines of this repository share all but the UNet. The first draws until a window boundary, the\n"
             "second goes on from its latents with a UNet of its own, which has to be distilled as well."
         ),
-        example=CardExample(
-            imports=["UNet2DConditionModel"],
-            setup=[
-                "",
-                'own = {"subfolder": "unet", "variant": "v0-fix", "dtype": torch.float16}',
-                'unet = UNet2DConditionModel.from_pretrained("hansyan/perflow-sdxl-dreamshaper", **own)',
-                'refiner = ModularPipeline.from_pretrained("{repository}", trust_remote_code=True)',
-                'names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")',
-                'refiner.update_components(unet=unet.to("cuda"), **{name: getattr(pipe, name) for name in names})',
-                "",
-                'prompt = "a lighthouse at dusk"',
-                'latents = pipe(prompt=prompt, denoising_end=0.5, output_type="latent", output="images")',
-            ],
-            arguments={"prompt": "prompt", "image_latents": "latents", "denoising_start": "0.5"},
-            pipeline="refiner",
+        example=example(
+            "sdxl-base-refiner",
+            'own = {"subfolder": "unet", "variant": "v0-fix", "dtype": torch.float16}\n'
+            'unet = UNet2DConditionModel.from_pretrained("hansyan/perflow-sdxl-dreamshaper", **own)\n'
+            f'refiner = ModularPipeline.from_pretrained("{OWNER}/sdxl-base-refiner", trust_remote_code=True)\n'
+            'names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")\n'
+            'refiner.update_components(unet=unet.to("cuda"), **{name: getattr(pipe, name) for name in names})\n\n'
+            'prompt = "a lighthouse at dusk"\n'
+            'latents = pipe(prompt=prompt, denoising_end=0.5, output_type="latent", output="images")\n'
+            'image = refiner(prompt=prompt, image_latents=latents, denoising_start=0.5, output="images")[0]',
+            imports="from diffusers import ModularPipeline, UNet2DConditionModel",
         ),
         sources=SDXL,
         config=RECIPE,
@@ -181,7 +181,11 @@ PUBLISHED = {
         blocks=PeRFlowDemoBlocks,
         title="PeRFlow demo, text-to-image",
         notes="The weights are those of the installed package; nothing is downloaded, and a CPU will do.",
-        example=CardExample(prompt="a red star on a black background", dtype="float32", device="cpu"),
+        example=example(
+            "demo-text2image",
+            'image = pipe(prompt="a red star on a black background", output="images")[0]',
+            device="cpu",
+        ),
     ),
 }
 
@@ -192,7 +196,6 @@ def generate(name: str, folder: Path) -> Path:
     return export_workflow(
         make_pipeline(workflow),
         folder / name,
-        mode="thin",
         title=workflow.title,
         notes=workflow.notes,
         example=workflow.example,
@@ -203,23 +206,12 @@ def generate(name: str, folder: Path) -> Path:
 
 def generate_root(folder: Path) -> Path:
     """Writes the root's repository to `folder/root`; of it the checkout has `ROOT_FILES`."""
-    return export_workflow(make_pipeline(ROOT_WORKFLOW), folder / "root", mode="thin", title=ROOT_WORKFLOW.title)
+    return export_workflow(make_pipeline(ROOT_WORKFLOW), folder / "root", title=ROOT_WORKFLOW.title)
 
 
 def make_pipeline(workflow: Workflow) -> Any:
     """The pipeline of a workflow, with nothing loaded."""
-    blocks = workflow.blocks()
-    kinds = {spec.name: spec.type_hint for spec in blocks.expected_components}
-    entries = [_entry(name, source, kinds[name]) for name, source in workflow.sources.items()]
-    pipeline_class = type(blocks.init_pipeline()).__name__
-    with tempfile.TemporaryDirectory() as folder:
-        write_json(Path(folder) / INDEX, make_index(pipeline_class, entries, workflow.config))
-        return blocks.init_pipeline(folder)
-
-
-def _entry(name: str, source: Source, kind: type | None) -> Entry:
-    entry = Entry(name=name, kind=kind, location=source.location)
-    return replace(entry, subfolder=source.subfolder, variant=source.variant)
+    return referring_pipeline(workflow.blocks(), workflow.sources, **workflow.config)
 
 
 def main(root: Path = ROOT) -> list[Path]:
@@ -228,7 +220,7 @@ def main(root: Path = ROOT) -> list[Path]:
     with tempfile.TemporaryDirectory() as temporary:
         for name in PUBLISHED:
             made = generate(name, Path(temporary))
-            names = {MANIFEST, *read_manifest(made).files} - {"recipe.py"}
+            names = {path.name for path in made.iterdir()} - {"recipe.py"}
             changed += _copied(made, root / "workflows" / name, sorted(names))
         changed += _copied(generate_root(Path(temporary)), root, ROOT_FILES)
     return changed

@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Mapping
 from importlib import import_module
 from operator import attrgetter
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -20,6 +22,9 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import InsertableDict
 from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME
 from huggingface_hub.errors import EntryNotFoundError
+
+from ..delta.files import read_json
+from .repository import BLOCKS_CONFIG, class_reference
 
 PRESET_KEY = "perflow_preset"
 """In `modular_config.json`: the preset that `PeRFlowModularPipeline.from_pretrained` makes without remote code."""
@@ -29,6 +34,15 @@ PRESET_MODULES = tuple(f"{PACKAGE}.{name}" for name in ("blocks.auto_blocks", "b
 DEFAULT_PRESET = f"{PACKAGE}.blocks.auto_blocks.PeRFlowSDXLAutoBlocks"
 STRUCTURE = frozenset({"sub_blocks", "block_classes"})
 CODE, SAVED_BLOCKS = "block.py", "SavedBlocks"
+FIND_SIBLINGS = """
+# diffusers gives modules the name of their repository. Python does not find them if there is a dot in it.
+package = ModuleType(__package__)
+package.__path__ = [str(Path(__file__).parent)]
+sys.modules.setdefault(__package__, package)
+
+"""
+"""Goes before the imports of the files beside `block.py`."""
+
 _ABSENT = object()
 
 
@@ -36,7 +50,7 @@ def preset_of(blocks: ModularPipelineBlocks) -> str | None:
     """The dotted name of the preset that these blocks are, unchanged; None for other blocks."""
     kind = type(blocks)
     name = f"{kind.__module__}.{kind.__qualname__}"
-    return name if kind.__module__ in PRESET_MODULES and _expression(blocks, "", set()) == f"{name}()" else None
+    return name if kind.__module__ in PRESET_MODULES and _expression(blocks, "", set(), {}) == f"{name}()" else None
 
 
 def make_preset(name: str) -> ModularPipelineBlocks:
@@ -59,58 +73,78 @@ def load_blocks(place: str, trust_remote_code: bool | None, **hub: Any) -> Modul
     """The blocks of a directory or repository; `PeRFlowSDXLAutoBlocks` where it is a model without blocks.
 
     Raises:
-        ValueError: it has code of its own and `trust_remote_code` is not set.
+        ValueError: it has code of its own and `trust_remote_code` is not set, or its `modular_config.json` is broken.
     """
+    local = Path(place, hub.get("subfolder") or "", BLOCKS_CONFIG)
     try:
-        config: Mapping[str, Any] = ModularPipelineBlocks.load_config(place, **hub)
+        config = read_json(local) if local.is_file() else ModularPipelineBlocks.load_config(place, **hub)
     except OSError as error:
         if isinstance(error.__context__, EntryNotFoundError) or error.__context__ is None:
             return make_preset(DEFAULT_PRESET)
         raise
     if config.get(PRESET_KEY) is not None:
         return make_preset(config[PRESET_KEY])
+    class_reference(config)
     return ModularPipelineBlocks.from_pretrained(place, trust_remote_code=bool(trust_remote_code), **hub)
 
 
-def block_files(blocks: ModularPipelineBlocks) -> dict[str, str]:
+def block_files(
+    blocks: ModularPipelineBlocks, name: str | None = None, siblings: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, str]:
     """`modular_config.json` and `block.py`, with which diffusers makes these blocks again.
+
+    Args:
+        blocks: a preset of this package, or any other blocks.
+        name: the class in `block.py`; by default a preset's own, or `SavedBlocks`.
+        siblings: modules that lie beside `block.py`, each with the name of its file without the suffix.
 
     Raises:
         ValueError: a block whose class or arguments no file can name.
     """
-    preset, modules = preset_of(blocks), set[str]()
+    modules = set[str]()
+    expression = _expression(blocks, "", modules, siblings)
+    preset = preset_of(blocks) if name in (None, type(blocks).__name__) and not siblings else None
     if preset is not None:
         module, _, name = preset.rpartition(".")
-        code = f"from {module} import {name}\n"
+        code = f'from {module} import {name}\n\n__all__ = ["{name}"]\n'
     else:
-        name = SAVED_BLOCKS
-        made = _expression(blocks, "", modules)
-        imports = "".join(
-            f"import {module}\n" for module in sorted({*modules, __name__, ModularPipelineBlocks.__module__})
-        )
+        name = name or SAVED_BLOCKS
+        used = sorted({*modules, __name__, ModularPipelineBlocks.__module__})
+        imports = [f"import {module}\n" for module in used if module not in siblings]
+        if siblings:
+            imports += ["import sys\n", "from pathlib import Path\n", "from types import ModuleType\n", FIND_SIBLINGS]
+            imports += [f"from .{sibling} import __name__ as _\n" for sibling in sorted(siblings.values())]
+            imports += [f"from . import {siblings[module]}\n" for module in used if module in siblings]
         code = (
-            f"{imports}\n\nclass {name}({ModularPipelineBlocks.__module__}.ModularPipelineBlocks):\n"
+            f"{''.join(imports)}\n\nclass {name}({ModularPipelineBlocks.__module__}.ModularPipelineBlocks):\n"
             '    """Makes the saved blocks, which are of their own classes."""\n\n'
-            f"    def __new__(cls):\n        return {made}\n"
+            f"    def __new__(cls):\n        return {expression}\n"
         )
-    version = vars(sys.modules[PACKAGE])["__version__"]
-    config = blocks_config(name, {"perflow-blocks": f">={'.'.join(version.split('.')[:2])}"}, preset)
-    docstring = f'"""The blocks of a saved pipeline; needs the package {PACKAGE}."""\n\n'
-    return {
-        ModularPipelineBlocks.config_name: json.dumps(config, indent=2) + "\n",
-        CODE: with_own_size(docstring + code),
-    }
-
-
-def blocks_config(class_name: str, requirements: Mapping[str, str], preset: str | None) -> dict[str, Any]:
-    """What `modular_config.json` holds: the class to run, the packages that it needs, and the preset that it is."""
-    return {
-        "_class_name": class_name,
+    is_complete = __name__ in siblings
+    needed = {"diffusers": diffusers.__version__}
+    if not is_complete:
+        needed = {"perflow-blocks": vars(sys.modules[PACKAGE])["__version__"]}
+    requirements = {package: f">={'.'.join(version.split('.')[:2])}" for package, version in needed.items()}
+    config = {
+        "_class_name": name,
         "_diffusers_version": diffusers.__version__,
-        "auto_map": {"ModularPipelineBlocks": f"{CODE.removesuffix('.py')}.{class_name}"},
-        "requirements": dict(requirements),
+        "auto_map": {"ModularPipelineBlocks": f"{CODE.removesuffix('.py')}.{name}"},
+        "requirements": requirements | _requirements(blocks),
         **({} if preset is None else {PRESET_KEY: preset}),
     }
+    source = "the files beside this one" if is_complete else f"the package {PACKAGE}"
+    return {
+        ModularPipelineBlocks.config_name: json.dumps(config, indent=2) + "\n",
+        CODE: with_own_size(f'"""The blocks of a saved pipeline; needs {source}."""\n\n{code}'),
+    }
+
+
+def _requirements(block: ModularPipelineBlocks) -> dict[str, str]:
+    """The packages that the blocks declare to need."""
+    found = {} if block.sub_blocks else dict(block._requirements or {})
+    for inner in block.sub_blocks.values():
+        found |= _requirements(inner)
+    return found
 
 
 def with_own_size(text: str) -> str:
@@ -132,21 +166,22 @@ def arranged(block: Any, inside: Mapping[str, ModularPipelineBlocks], **attribut
     return block
 
 
-def _expression(block: ModularPipelineBlocks, place: str, modules: set[str]) -> str:
+def _expression(block: ModularPipelineBlocks, place: str, modules: set[str], siblings: Mapping[str, str]) -> str:
     """The code that makes a block again. Notes the modules that it needs."""
     kind = type(block)
-    _require_importable(kind, _label(block, place))
+    _require_importable(kind, _label(block, place), kind.__module__ in siblings)
     modules.add(kind.__module__)
     values = _arguments(block, place)
-    call = f"{kind.__module__}.{kind.__qualname__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+    arguments = ", ".join(f"{name}={value!r}" for name, value in values.items())
+    call = f"{siblings.get(kind.__module__, kind.__module__)}.{kind.__qualname__}({arguments})"
     usual = kind(**values)
     attributes = _changed_attributes(block, usual, place)
-    inside, made = _inside(block, place, modules), _inside(usual, place, modules)
+    inside, made = (_inside(each, place, modules, siblings) for each in (block, usual))
     if inside == made and not attributes:
         return call
     pairs = ", ".join(f"{name!r}: {code}" for name, code in inside)
     given = "".join(f", {name}={value!r}" for name, value in attributes.items())
-    return f"{__name__}.arranged({call}, {{{pairs}}}{given})"
+    return f"{siblings.get(__name__, __name__)}.arranged({call}, {{{pairs}}}{given})"
 
 
 def _changed_attributes(block: ModularPipelineBlocks, usual: ModularPipelineBlocks, place: str) -> dict[str, Any]:
@@ -166,9 +201,11 @@ def _changed_attributes(block: ModularPipelineBlocks, usual: ModularPipelineBloc
     return changed
 
 
-def _inside(block: ModularPipelineBlocks, place: str, modules: set[str]) -> list[tuple[str, str]]:
+def _inside(
+    block: ModularPipelineBlocks, place: str, modules: set[str], siblings: Mapping[str, str]
+) -> list[tuple[str, str]]:
     places = {name: f"{place}.{name}" if place else name for name in block.sub_blocks}
-    return [(name, _expression(inner, places[name], modules)) for name, inner in block.sub_blocks.items()]
+    return [(name, _expression(inner, places[name], modules, siblings)) for name, inner in block.sub_blocks.items()]
 
 
 def _arguments(block: ModularPipelineBlocks, place: str) -> dict[str, Any]:
@@ -182,7 +219,7 @@ def _arguments(block: ModularPipelineBlocks, place: str) -> dict[str, Any]:
             state = "is not kept on the block" if value is _ABSENT else f"is {value!r}, which no file can hold"
             raise ValueError(
                 f"{_label(block, place)} cannot be saved: its constructor argument {name!r} {state}; keep it as an "
-                f"attribute self.{name} of numbers, texts and lists of these, or use export_workflow."
+                f"attribute self.{name} of numbers, texts and lists of these."
             )
         if value is not parameter.default and value != parameter.default:
             found[name] = value
@@ -197,17 +234,17 @@ def _is_plain(value: Any) -> bool:
         return False
 
 
-def _require_importable(kind: type, label: str) -> None:
+def _require_importable(kind: type, label: str, is_carried: bool) -> None:
     module = sys.modules.get(kind.__module__)
     try:
         found = attrgetter(kind.__qualname__)(module)
     except AttributeError:  # defined inside a function
         found = None
-    run_only = kind.__module__.split(".")[0] in ("__main__", DIFFUSERS_DYNAMIC_MODULE_NAME)
-    if run_only or found is not kind or getattr(module, "__spec__", None) is None:
+    is_temporary = not is_carried and kind.__module__.split(".")[0] == DIFFUSERS_DYNAMIC_MODULE_NAME
+    if is_temporary or found is not kind or getattr(module, "__spec__", None) is None or kind.__module__ == "__main__":
         raise ValueError(
             f"{label} cannot be saved: no other process can import {kind.__qualname__} from {kind.__module__}; define "
-            "it at the top of a .py file and import it from there, or use export_workflow."
+            "it at the top of a .py file and import it from there."
         )
 
 

@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ..delta.apply import own_weights
-from ..delta.files import DIGEST_KEY, Weights, identity_of, named_as_model, open_weights, read_recipe
+from ..delta.files import DIGEST_KEY, Weights, identity_of, leads_out, named_as_model, open_weights, read_recipe
 from ..delta.merge import (
     NO_RECIPE,
     MergeRecord,
@@ -206,6 +206,8 @@ def delta_path(given: Any, components: Any) -> Path | None:
     require_configured_delta(named)
     if Path(named).is_absolute():
         return Path(named)
+    if leads_out(named):
+        raise ValueError(f"the configuration's delta={named!r} must be in the pipeline's directory; pass delta=.")
     if origin is None:
         raise ValueError(
             f"the configuration names delta={named!r}, but this pipeline was not loaded from a directory; "

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ComponentsManager, ConfigMixin, ModelMixin, StableDiffusionXLModularPipeline
+from diffusers import (
+    ComponentsManager,
+    ConfigMixin,
+    ModelMixin,
+    SchedulerMixin,
+    StableDiffusionXLModularPipeline,
+)
 from diffusers.hooks import apply_group_offloading
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, _best_guess_weight_name
 from diffusers.modular_pipelines.components_manager import custom_offload_with_hook
@@ -23,11 +29,13 @@ from diffusers.utils.torch_utils import get_device
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..atomic_files import atomic_directory, atomic_path
 from ..delta.files import DIGEST_KEY
 from ..delta.merge import merge_records
 from .block_source import block_files, load_blocks
 from .precision import is_offloaded
-from .saving import prepare, save_delta_file
+from .repository import require_sound
+from .saving import carry_over, prepare, save_delta_file
 
 CPU = torch.device("cpu")
 
@@ -70,8 +78,16 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
     default_blocks_name = None
     _offload_hooks: tuple[Any, ...] = ()
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        blocks: ModularPipelineBlocks | None = None,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if pretrained_model_name_or_path is not None and Path(pretrained_model_name_or_path).is_dir():
+            require_sound(Path(pretrained_model_name_or_path))
+        super().__init__(blocks, pretrained_model_name_or_path, *args, **kwargs)
         # diffusers takes its own blocks, in silence, for a class of blocks that it does not know.
         self.register_to_config(_blocks_class_name=None)
 
@@ -98,7 +114,8 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
             kwargs: `revision`, `token`, `cache_dir` and the other options of downloads.
 
         Raises:
-            ValueError: the repository has code of its own, and `trust_remote_code` is not set.
+            ValueError: the repository has code of its own, and `trust_remote_code` is not set; or the index of a
+                directory is broken, or names files outside it.
         """
         unknown = sorted(kwargs.keys() - HUB_OPTIONS)
         if unknown:
@@ -144,9 +161,9 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
         specs = pipe._component_specs
         taken = {name: value for name, value in components.items() if name in specs and value is not None}
         if "scheduler" in taken:
-            scheduler = deepcopy(taken.pop("scheduler"))
+            scheduler = deepcopy(taken["scheduler"])
             scheduler._diffusers_load_id = "null"  # diffusers' mark of components that no user set
-            pipe.register_components(scheduler=scheduler)
+            taken["scheduler"] = scheduler
         put_components(pipe, taken)
         pipe.update_components(
             **{name: value for name, value in pipeline.config.items() if name in pipe._config_specs}
@@ -211,22 +228,30 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
 
         Load it with `PeRFlowModularPipeline.from_pretrained(directory)`, or with diffusers'
         `ModularPipeline.from_pretrained(directory, trust_remote_code=True)`, and `load_components()`. A merged delta
-        stays merged, and its file is copied. The pipeline itself does not change.
+        stays merged, and its file is copied. The pipeline itself does not change. A directory that is there already
+        is replaced as a whole, at the end, and keeps its other files.
 
         Args:
             save_directory: where to.
             args, kwargs: as in diffusers: `safe_serialization`, `variant`, `max_shard_size`, and `push_to_hub` with
-                `repo_id`, `token`, `private`, `commit_message`, `create_pr`.
+                `repo_id`, `token`, `private`, `commit_message`, `create_pr`. It uploads what is saved now, not other
+                files of the directory; if it fails, the directory stays as it was.
 
         Raises:
             ValueError: names all that would not come back, such as a LoRA, before anything is written.
         """
         saver, delta = prepare(self)
         directory = Path(save_directory)
-        if delta is not None:
-            save_delta_file(delta, directory / saver.config.delta)
-        options = {"overwrite_modular_index": True, **kwargs}
-        super(PeRFlowModularPipeline, saver).save_pretrained(str(directory), *args, **options)
+        options = {"overwrite_modular_index": True, "repo_id": Path(os.path.abspath(directory)).name, **kwargs}
+        with atomic_directory(directory) as folder:
+            if delta is not None:
+                save_delta_file(delta, folder / saver.config.delta)
+            super(PeRFlowModularPipeline, saver).save_pretrained(str(folder), *args, **options)
+            index = folder / self.config_name
+            text = index.read_text(encoding="utf-8").replace(json.dumps(str(folder)), json.dumps(str(directory)))
+            index.write_text(text, encoding="utf-8", newline="\n")
+            if directory.is_dir():
+                carry_over(directory, folder)
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes the index and the blocks, without components; `save_pretrained` writes both.
@@ -234,11 +259,11 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
         Raises:
             ValueError: a block whose class or arguments no file can name.
         """
-        files = block_files(self.blocks)
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (Path(save_directory) / name).write_text(text, encoding="utf-8", newline="\n")
-        super().save_config(str(save_directory), push_to_hub, **kwargs)
+        for name, text in {**block_files(self.blocks), self.config_name: self.to_json_string()}.items():
+            with atomic_path(Path(save_directory) / name) as temporary:
+                temporary.write_text(text, encoding="utf-8", newline="\n")
+        if push_to_hub:
+            super().save_config(str(save_directory), push_to_hub, **kwargs)
 
     def to_json_string(self) -> str:
         """The index, with a class that diffusers has and without unset values."""
@@ -413,7 +438,7 @@ def offload_in_groups(model: nn.Module, **settings: Any) -> None:
 
 def _has_no_record(pipe: Any, name: str, component: Any) -> bool:
     """Whether it has neither a configuration nor a place that it was loaded from: update_components refuses such."""
-    if isinstance(component, (ConfigMixin, nn.Module)):
+    if isinstance(component, (ConfigMixin, nn.Module)) and not isinstance(component, SchedulerMixin):
         return False
     load_id = getattr(component, "_diffusers_load_id", None)
     return load_id == "null" or (load_id is None and name in pipe.config_component_names)

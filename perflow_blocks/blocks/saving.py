@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffusers import ConfigMixin, EulerDiscreteScheduler
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models import MultiControlNetModel
+from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from diffusers.utils.torch_utils import unwrap_module
 from safetensors.torch import save_file
 from torch import nn
 
-from ..delta.files import Weights, open_weights
+from ..delta.files import Weights, open_weights, variants_of
 from ..delta.merge import find_merged, merge_records
 from ..schedulers.scheduling_perflow import (
     BASE_TYPE,
@@ -36,18 +39,45 @@ DELTA_FILE = "delta/perflow_delta.safetensors"
 def prepare(pipe: Any) -> tuple[Any, Weights | None]:
     """A copy of the pipeline that holds what is to be saved, and the delta to copy to its `config.delta`.
 
-    The components are the pipeline's own, but for the scheduler, which is the stock one that the window set-up
-    converts again, and a guider that the configuration does not express.
-
     Raises:
         ValueError: names all that cannot be saved.
     """
-    blocks, problems = pipe.blocks, list[str]()
+    problems = list[str]()
+    saver, values, delta = settled(pipe, problems)
+    try:
+        block_files(pipe.blocks)
+    except ValueError as error:
+        problems.append(str(error))
+    index: dict[str, Any] = {}
+    for name, spec in saver._component_specs.items():
+        component = unwrapped(getattr(saver, name, None))
+        if spec.default_creation_method != "from_pretrained":
+            continue
+        place = spec.pretrained_model_name_or_path
+        if component is not None:
+            problems += component_problems(name, component)
+            index[name] = index_entry(spec, type(component))
+        elif place and spec.type_hint is not None:  # keeps the place that it can be loaded from
+            here = str(Path(place).absolute()) if Path(place).exists() else place
+            index[name] = index_entry(replace(spec, pretrained_model_name_or_path=here), None)
+    if problems:
+        raise ValueError(complaint("saved", problems))
+    saver._internal_dict = FrozenDict({**index, **values})
+    return saver, delta
+
+
+def settled(pipe: Any, problems: list[str]) -> tuple[Any, dict[str, Any], Weights | None]:
+    """A copy of the pipeline whose components can be saved, the configuration values, and the delta to copy.
+
+    The components are the pipeline's own, but for the scheduler, which is the stock one that the window set-up
+    converts again, and a guider that the configuration does not express. Adds what cannot be kept to `problems`.
+    """
+    blocks = pipe.blocks
     declared = {spec.name: spec for spec in blocks.expected_components}
     saver = copy(pipe)
     saver._component_specs = dict(pipe._component_specs)
+    values, delta = dict[str, Any](), None
     try:
-        block_files(blocks)
         values = config_values(pipe, blocks, problems.append)
         delta_values, delta = _delta(pipe, problems)
         values |= delta_values
@@ -60,24 +90,14 @@ def prepare(pipe: Any) -> tuple[Any, Weights | None]:
         saver._component_specs["guider"] = declared["guider"]
     if pipe.components.get("scheduler") is not None:
         _put(saver, "scheduler", stock_scheduler(pipe.scheduler))
-    index: dict[str, Any] = {}
     for name, spec in saver._component_specs.items():
-        component = getattr(saver, name, None)
-        component = unwrap_module(component) if isinstance(component, nn.Module) else component
-        if spec.default_creation_method == "from_pretrained":
-            if component is not None:
-                problems += component_problems(name, component)
-            if component is not None or (spec.pretrained_model_name_or_path and spec.type_hint is not None):
-                index[name] = _index_entry(saver, spec, component)
-        elif name not in ("guider", "attention") and not _is_as_declared(component, declared[name]):
+        is_made = spec.default_creation_method != "from_pretrained" and name not in ("guider", "attention")
+        if is_made and not _is_as_declared(getattr(saver, name, None), declared[name]):
             problems.append(
                 f"{name} was made with settings of its own, which are not saved; use a component that was loaded with "
                 "from_pretrained, or take the one that the blocks make."
             )
-    if problems:
-        raise ValueError(complaint("saved", problems))
-    saver._internal_dict = FrozenDict({**index, **values})
-    return saver, delta
+    return saver, values, delta
 
 
 def _put(saver: Any, name: str, component: Any) -> None:
@@ -85,15 +105,18 @@ def _put(saver: Any, name: str, component: Any) -> None:
     saver._component_specs[name] = ComponentSpec(name, type_hint=type(component))
 
 
-def _index_entry(saver: Any, spec: ComponentSpec, component: Any) -> tuple[Any, ...]:
-    source = saver._component_spec_to_dict(spec)
-    if component is None:  # keeps the place that it can be loaded from
-        place = spec.pretrained_model_name_or_path
-        if place and Path(place).exists():
-            source["pretrained_model_name_or_path"] = str(Path(place).absolute())
-        return (None, None, source)
-    kind = library_of(type(component)), type(component).__name__
-    return (*kind, {**source, "type_hint": kind})
+def unwrapped(component: Any) -> Any:
+    """A compiled model's own; other components as they are."""
+    return unwrap_module(component) if isinstance(component, nn.Module) else component
+
+
+def index_entry(spec: ComponentSpec, kind: type | None) -> list[Any]:
+    """A component's entry in the index: its class, or None for one that is not loaded, and its place."""
+    source = ModularPipeline._component_spec_to_dict(spec)
+    if kind is None:
+        return [None, None, source]
+    names = [library_of(kind), kind.__name__]
+    return [*names, {**source, "type_hint": names}]
 
 
 def _is_as_declared(component: Any, spec: ComponentSpec) -> bool:
@@ -192,10 +215,30 @@ def _target(path: str | Path) -> str:
 
 def save_delta_file(weights: Weights, path: Path) -> None:
     """Copies a delta: a file as it is, a folder or shards as one file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir()
     source = Path(weights.label)
-    if source.suffix != ".safetensors" or not source.is_file():
+    if source.suffix == ".safetensors" and source.is_file():
+        shutil.copyfile(source, path)
+    else:
         tensors = {name: weights.tensor(name).contiguous() for name in weights.shapes}
         save_file(tensors, path, metadata=dict(weights.metadata))
-    elif not path.exists() or not path.samefile(source):
-        shutil.copyfile(source, path)
+
+
+def carry_over(old: Path, new: Path) -> None:
+    """Links into a new directory what is in the old one besides, but for weights of the variants that are new."""
+
+    def replaced(folder: str, names: list[str]) -> set[str]:
+        place = new / Path(folder).relative_to(old)
+        written = os.listdir(place) if place.is_dir() else []
+        variants = set(variants_of(written).values())
+        both = {name for name in written if not (place / name).is_dir() or not Path(folder, name).is_dir()}
+        return both | {name for name, own in variants_of(names).items() if own in variants} | {new.parent.name}
+
+    shutil.copytree(old, new, symlinks=True, ignore=replaced, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)

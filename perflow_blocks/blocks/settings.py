@@ -6,7 +6,8 @@ Components that blocks make from a configuration are not saved, so their setting
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -166,6 +167,21 @@ def _in_json(name: str, value: Any, complain: Complain) -> Any:
 def python_number(value: Any) -> Any:
     """A number of NumPy, which JSON does not know, as Python's; other values as they are."""
     return value.item() if isinstance(value, np.generic) else value
+
+
+class Problems(list[str]):
+    """A sentence for each mistake, so that a user reads all of them at once."""
+
+    add = list[str].append
+
+    @contextmanager
+    def noted(self, *kinds: type[Exception], about: str = "") -> Iterator[None]:
+        """Turns an error that ends the block into a problem: ValueError, ImportError, OSError, and further `kinds`."""
+        caught: tuple[type[Exception], ...] = (ValueError, ImportError, OSError, *kinds)
+        try:
+            yield
+        except caught as error:
+            self.append(f"{about}{error}")
 
 
 def complaint(done: str, problems: list[str]) -> str:

@@ -9,16 +9,11 @@ import typer
 
 from . import options
 
-NOT_SHOWN = 12
-"""Of more files than this, those in folders are counted by folder."""
-
 
 def export(
     source: Annotated[str, typer.Argument(help="Directory or repository of an SDXL model or workflow.")],
     directory: Annotated[Path, typer.Argument(help="Directory for the repository.")],
-    mode: Annotated[
-        str, typer.Option(help="self-contained needs diffusers only, thin this package.")
-    ] = "self-contained",
+    mode: Annotated[str, typer.Option(help="thin needs this package, self-contained diffusers only.")] = "thin",
     weights: Annotated[
         str, typer.Option(help="reference names repositories, include saves weights, delta-only copies the delta.")
     ] = "reference",
@@ -28,8 +23,8 @@ def export(
         str | None, typer.Option(help="Heading of the model card. By default the directory's name.")
     ] = None,
     notes: Annotated[Path | None, typer.Option(help="Markdown file with what users have to know.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Picture for the model card.")] = None,
-    licence: Annotated[str | None, typer.Option(help="Licence for the model card, apache-2.0 say.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Image for the model card.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence for the model card, such as apache-2.0.")] = None,
     repo_id: Annotated[str | None, typer.Option(help="Repository that this will be, owner/name, if known.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository with code.")] = None,
     trust_remote_code: Annotated[
@@ -38,12 +33,12 @@ def export(
     dtype: Annotated[str, typer.Option(help="Type of included weights: float16, float32 or bfloat16.")] = "float16",
     force: options.Force = False,
 ) -> None:
-    """Write a repository that loads anywhere from SOURCE: blocks, index, model card, manifest, weights if asked."""
+    """Write a repository that loads anywhere from SOURCE: blocks, index, model card, weights if asked."""
     precision = options.parse_dtype(dtype)
     if revision is not None and not trust_remote_code:
         raise ValueError(f"--revision {revision} is for the blocks of SOURCE; pass --trust-remote-code with it.")
     if notes is not None and not notes.is_file():
-        raise ValueError(f"--notes {notes} is no file; pass a Markdown file.")
+        raise ValueError(f"--notes {notes} is not a file; pass a Markdown file.")
     from ..hub.export import export_workflow
     from .pipeline import model_location, quiet_libraries
     from .progress import busy
@@ -52,7 +47,7 @@ def export(
     location = model_location(source)
     with busy(f"reading {source}"):
         if trust_remote_code:
-            from ..hub.loading import load_workflow
+            from ..hub.load import load_workflow
 
             pipe = load_workflow(location, revision=revision, trust_remote_code=True, load_components=False)
         else:
@@ -78,20 +73,16 @@ def export(
 
 
 def list_written(directory: Path) -> list[str]:
-    """A line for each file, or folder where there are many, with its size."""
-    from ..hub.manifest import MANIFEST, read_manifest
-
-    manifest = read_manifest(directory)
-    sizes: dict[str, int] = {MANIFEST: (directory / MANIFEST).stat().st_size}
-    many = len(manifest.files) > NOT_SHOWN
-    for path, entry in manifest.files.items():
-        folder, _, file = path.partition("/")
-        place = f"{folder}/" if file and many else path
-        sizes[place] = sizes.get(place, 0) + entry.size
+    """A line for each file at the top and each folder, with its size in bytes."""
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    sizes: dict[str, int] = {}
+    for path in files:
+        top, *inner = path.relative_to(directory).parts
+        place = f"{top}/" if inner else top
+        sizes[place] = sizes.get(place, 0) + path.stat().st_size
     width = max(map(len, sizes))
-    lines = [f"  {place:<{width}}  {size:>15,} bytes" for place, size in sorted(sizes.items())]
-    total = f"{len(manifest.files) + 1} files, {sum(sizes.values()):,} bytes"
-    return [f"{directory}: {manifest.blocks}, {manifest.mode}, {total}", *lines]
+    lines = [f"  {place:<{width}}  {size:>15,} bytes" for place, size in sizes.items()]
+    return [f"{directory}: {len(files)} files, {sum(sizes.values()):,} bytes", *lines]
 
 
 def _sources(pipe: Any) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,9 +76,7 @@ def _noise_schedule(scheduler: Path | None, base: Path) -> dict[str, Any] | None
         if scheduler is not None:
             raise ValueError(f"--scheduler {scheduler} holds no {SCHEDULER}; pass a pipeline's scheduler folder.")
         return None
+    from ..delta.files import read_json
     from ..delta.recipe import noise_schedule_of
 
-    try:
-        return noise_schedule_of(json.loads(file.read_text())) or None
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{file} is no scheduler's configuration ({error}); pass --scheduler.") from error
+    return noise_schedule_of(read_json(file)) or None

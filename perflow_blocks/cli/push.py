@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from ..hub.publish import PushReport
 
 
 def push(
@@ -21,8 +18,9 @@ def push(
     message: Annotated[str | None, typer.Option("--message", "-m", help="The commit's message.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be uploaded.")] = False,
 ) -> None:
-    """Publish DIRECTORY as the repository REPO on the Hub, in one commit; refuses tokens and users' paths in it."""
-    from ..hub.publish import push_workflow
+    """Publish DIRECTORY as the repository REPO on the Hub; refuses private files and tokens in it."""
+    from ..hub.push import push_workflow
+    from .tables import aligned
 
     report = push_workflow(
         directory,
@@ -34,20 +32,7 @@ def push(
         commit_message=message,
         dry_run=dry_run,
     )
-    typer.echo("\n".join(_lines(report)))
-
-
-def _lines(report: PushReport) -> list[str]:
-    from .tables import aligned
-
-    rows = [["file", "bytes", ""], *([file.path, f"{file.size:,}", file.change] for file in report.files)]
-    if report.up_to_date:
-        outcome = f"{report.repo_id} is up to date"
-    else:
-        sizes = f"{report.uploaded_bytes:,} of {report.total_bytes:,} bytes are new or changed"
-        outcome = (
-            f"{sizes}; nothing was uploaded (--dry-run)" if report.dry_run else f"{sizes}; commit {report.commit}"
-        )
-    if not report.compared:
-        outcome += "; the Hub could not be reached, so that every file counts as new"
-    return [*aligned(rows), "", outcome, report.url]
+    rows = [["file", "bytes"], *([path, f"{size:,}"] for path, size in report.files.items())]
+    outcome = f"commit {report.commit}" if report.commit else "nothing was uploaded (--dry-run)"
+    total = f"{len(report.files)} files, {sum(report.files.values()):,} bytes; {outcome}"
+    typer.echo("\n".join([*aligned(rows), "", total, report.url]))

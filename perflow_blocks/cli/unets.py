@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from ..atomic_files import atomic_directory
 from ..delta.apply import require_architecture
-from ..delta.files import find_weights, listed, open_weights, variants_of
+from ..delta.files import find_weights, listed, open_weights, read_json, variants_of
 
 CONFIG = "config.json"
 
@@ -106,13 +105,7 @@ def save_unet(unet: UNet2DConditionModel, out: Path, variant: str | None) -> Non
         ValueError: it cannot be written.
     """
     with atomic_directory(out) as temporary:
-        try:
-            unet.save_pretrained(temporary, variant=variant)
-            usual = (temporary / CONFIG).stat().st_mode
-            for file in temporary.iterdir():  # safetensors makes files that only their owner may read
-                file.chmod(usual)
-        except OSError as error:
-            raise ValueError(f"cannot write {out}: {error}; check the disk's free space and permissions.") from error
+        unet.save_pretrained(temporary, variant=variant)
 
 
 def require_free_directory(out: Path, force: bool, variant: str | None) -> str | None:
@@ -150,10 +143,9 @@ def require_free_directory(out: Path, force: bool, variant: str | None) -> str |
 def read_config(folder: Path) -> dict[str, Any]:
     """A folder's configuration; empty where none can be read."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / CONFIG)
+    except ValueError:
         return {}
-    return config if isinstance(config, dict) else {}
 
 
 def _is_unet(folder: Path) -> bool:

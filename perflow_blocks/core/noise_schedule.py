@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MAX_TRAIN_TIMESTEPS = 1_000_000
+"""Far more than any model has. A larger number from a file would fill the memory."""
+
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 # In timesteps: far below one step, far above the rounding of t*T in float32 (1e-4 at T = 1000).
@@ -36,9 +39,11 @@ def make_alphas_cumprod(
     cosine schedule of arXiv 2102.09672 with beta capped at 0.999. `trained_betas` replaces all of these.
 
     Raises:
-        ValueError: an unknown schedule, or betas that are not `num_train_timesteps` numbers within (0, 1).
+        ValueError: an unknown schedule, more than `MAX_TRAIN_TIMESTEPS` timesteps, or betas that are not
+            `num_train_timesteps` numbers within (0, 1).
     """
-    require_positive_int("num_train_timesteps", num_train_timesteps)
+    if require_positive_int("num_train_timesteps", num_train_timesteps) > MAX_TRAIN_TIMESTEPS:
+        raise ValueError(f"{num_train_timesteps=} must be at most {MAX_TRAIN_TIMESTEPS}.")
     if trained_betas is not None:
         betas = torch.as_tensor(trained_betas, dtype=torch.float64).flatten()
         if len(betas) != num_train_timesteps:

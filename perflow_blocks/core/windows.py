@@ -50,7 +50,9 @@ class TimeWindows:
         cls, num_windows: int, *, t_noise: float = 1.0, t_clean: float = 0.0, num_train_timesteps: int = 1000
     ) -> TimeWindows:
         """`num_windows` windows of one width from `t_noise` down to `t_clean`, both in [0, 1]."""
-        require_positive_int("num_windows", num_windows)
+        require_positive_int("num_train_timesteps", num_train_timesteps)
+        if require_positive_int("num_windows", num_windows) > num_train_timesteps:  # before so many are made
+            raise ValueError(f"num_windows={num_windows} must be at most {num_train_timesteps=}.")
         width = (t_noise - t_clean) / num_windows
         inner = (t_noise - k * width for k in range(num_windows))
         return cls(boundaries=(*inner, t_clean), num_train_timesteps=num_train_timesteps)

@@ -8,7 +8,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -251,14 +251,43 @@ def variants_of(names: Iterable[str]) -> dict[str, str | None]:
 
 
 def _shards_of(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of shards ({error}); download it again.") from error
+    names = shard_names(index)
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing or not names:
         raise ValueError(f"{index} names shards that are not there ({listed(missing)}); download them too.")
     return [index.parent / name for name in names]
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of shards names; ValueError for one outside the index's folder."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{index} is not an index of shards: it needs a weight_map; download it again.")
+    names = sorted(set(shards.values()))
+    if outside := [name for name in names if leads_out(name)]:
+        raise ValueError(f"{index} names files outside its folder ({listed(outside)}); do not use these weights.")
+    return names
+
+
+def leads_out(path: str) -> bool:
+    """Whether a path is absolute or climbs out of the folder that it is relative to, on any operating system."""
+    depth, parsed = 0, PureWindowsPath(path)  # which takes both / and \ for separators
+    for part in parsed.parts:
+        depth += -1 if part == ".." else 1
+        if depth < 0:
+            return True
+    return bool(parsed.anchor)
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in a file; ValueError for a file that cannot be read or holds anything else."""
+    try:
+        values = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}); download or write it again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(values).__name__}; download or write it again.")
+    return values
 
 
 def is_lora(names: Iterable[str]) -> bool:

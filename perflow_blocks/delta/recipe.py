@@ -100,8 +100,8 @@ class DeltaRecipe:
             if (value := metadata.get(PREFIX + name)) is not None:
                 try:
                     values[name] = value if name in _TEXT else json.loads(value)
-                except ValueError as error:
-                    raise ValueError(f"{name}={value!r} is not JSON ({error}); save the delta again.") from error
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{name}={value[:99]!r} is not JSON ({error}); save the delta again.") from error
         try:
             return cls(**values)
         except TypeError as error:

@@ -2,144 +2,151 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import html
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from diffusers.modular_pipelines.modular_pipeline_utils import generate_modular_model_card_content
 from huggingface_hub import ModelCardData
 
-from .card_example import CardExample, example_code, example_inputs, loader_code
-from .card_tables import component_table, config_table, input_table, output_table, table
-from .entries import Entry
+from ..blocks.merge_delta import guidance_in_effect
+from ..blocks.specs import DEFAULT_NUM_INFERENCE_STEPS
+from ..delta.recipe import DeltaRecipe
 
+OWNER = "your-name"
+"""Whom a card names where the repository is not known yet."""
+RIGHTS = "The code of perflow-blocks is licensed under Apache-2.0."
 TAGS = ("diffusers", "modular-diffusers", "perflow", "few-step")
+IMAGES = {
+    "image": 'load_image("photo.png")',
+    "mask_image": 'load_image("mask.png")',
+    "control_image": 'load_image("control.png")',
+    "ip_adapter_image": 'load_image("style.png")',
+}
+"""The images that a call may be about, and what the example passes."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CardFacts:
-    """What the card says beyond the blocks.
+def make_card(
+    blocks: Any,
+    title: str,
+    *,
+    description: str,
+    notes: str,
+    recipe: Mapping[str, str],
+    repository: str,
+    index: Mapping[str, Any],
+    saved: Collection[str],
+    requirements: Mapping[str, str],
+    example: str | None,
+    image: str | None,
+    licence: str | None,
+) -> str:
+    """The text of README.md, with its front matter.
 
-    Attributes:
-        title: heading.
-        mode: "self-contained" or "thin".
-        blocks: the workflow's blocks.
-        description: what they do.
-        class_name: their class in the repository.
-        entries: components of the index.
-        config: configuration values of the index.
-        recipe: names of sampling settings to their values, as text.
-        repository: what the examples load.
-        licence: identifier for the front matter; None where the user names none.
-        picture: file name of a picture in the repository.
-        notes: what users of this workflow have to know, in Markdown.
-        requirements: packages that the code needs, and their versions.
-        example: how the workflow is used.
+    `saved` are the components that the repository itself holds, `requirements` the packages that the code needs. The
+    other arguments are those of `export_workflow`, or files of the repository.
     """
-
-    title: str
-    mode: str
-    blocks: Any
-    description: str
-    class_name: str
-    entries: Sequence[Entry]
-    config: Mapping[str, Any]
-    recipe: Mapping[str, str]
-    repository: str
-    licence: str | None = None
-    picture: str | None = None
-    notes: str = ""
-    requirements: Mapping[str, str] = field(default_factory=dict)
-    example: CardExample = field(default_factory=CardExample)
-
-
-def make_card(facts: CardFacts) -> str:
-    """The text of README.md, with its YAML front matter."""
-    blocks = facts.blocks
-    sections = [
-        f"# {facts.title}",
-        "" if facts.picture is None else f"![{facts.title}]({facts.picture})",
-        facts.description.strip(),
-        facts.notes.strip(),
-        _section("Recipe", table(tuple(facts.recipe), [tuple(facts.recipe.values())]) if facts.recipe else ""),
-        _section("Run", _run(facts)),
-        _section("Workflows", _workflows(blocks)),
-        _section("Inputs", input_table(blocks.inputs)),
-        _section("Outputs", output_table(blocks.outputs)),
-        _section("Components", _components(facts)),
-        _section("Configuration", config_table(blocks.expected_configs, facts.config)),
-        _section("Code", _code(facts)),
-        _section("Licence", _licence(facts)),
+    title = html.escape(" ".join(title.split()), quote=False).replace("[", "\\[").replace("]", "\\]")
+    triggers = getattr(blocks, "_workflow_map", None) or {}
+    workflows = [(f"`{name}`", ", ".join(f"`{given}`" for given in inputs)) for name, inputs in triggers.items()]
+    entries = {spec.name: index[spec.name] for spec in blocks.expected_components if spec.name in index}
+    places = {name: entry[2] for name, entry in entries.items() if name not in saved}
+    components = [
+        (f"`{name}`", f"`{kind}`", _link(places[name]) if name in places else f"this repository, `{name}`")
+        for name, (_, kind, _) in entries.items()
     ]
-    front = f"---\n{_front_matter(facts).to_yaml()}\n---\n\n"
-    return front + "\n\n".join(section for section in sections if section) + "\n"
+    rights = f"This repository: {licence}. {RIGHTS}" if licence else RIGHTS
+    sections = [
+        f"# {title}",
+        f"![{title}]({image})" if image else "",
+        description.strip(),
+        notes.strip(),
+        _table("Recipe", tuple(recipe), [tuple(recipe.values())] if recipe else []),
+        _run(requirements, example or example_code(blocks, repository), repository),
+        _table("Workflows", ("workflow", "inputs that ask for it"), workflows),
+        generate_modular_model_card_content(blocks)["io_specification_section"].strip(),
+        _table("Components", ("component", "class", "from"), components)
+        or "The index names no components: set your own with `pipe.update_components(...)`.",
+        f"## Licence\n\n{rights}"
+        + (" Weights that are referred to keep their repositories' licences." if places else ""),
+    ]
+    front = _front_matter(blocks, licence, places.values()).to_yaml()
+    return f"---\n{front}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _components(facts: CardFacts) -> str:
-    if facts.entries:
-        return component_table(facts.entries)
-    if any(spec.pretrained_model_name_or_path for spec in facts.blocks.expected_components):
-        return "The blocks name their components themselves; the index names none."
-    return "The index names no components: load your own, and set them with `pipe.update_components(...)`."
+def make_recipe(pipe: Any, config: Mapping[str, Any], recipe: DeltaRecipe, guider: Any) -> dict[str, str]:
+    """The sampling settings of a call that gives none, for blocks of this package."""
+    if not {"prediction_type", "default_num_inference_steps"} <= {spec.name for spec in pipe.blocks.expected_configs}:
+        return {}
+    windows = config if {"num_time_windows", "window_boundaries"} & config.keys() else vars(recipe)
+    boundaries = windows.get("window_boundaries")
+    equal = f"{windows.get('num_time_windows') or 4}, equal"
+    given = f"{len(boundaries) - 1}, from {', '.join(f'{time:g}' for time in boundaries)}" if boundaries else equal
+    steps = config.get("default_num_inference_steps") or recipe.num_inference_steps or DEFAULT_NUM_INFERENCE_STEPS
+    scale = guidance_in_effect(pipe.guider, config.get("guidance_scale"), recipe)
+    return {
+        "steps": str(steps),
+        "guidance": type(guider).__name__ if guider is not None else f"{scale:g}",
+        "prediction type": config.get("prediction_type") or recipe.prediction_type or "ddim_eps",
+        "time windows": given,
+    }
 
 
-def _section(heading: str, text: str) -> str:
-    return f"## {heading}\n\n{text}" if text else ""
+def example_code(blocks: Any, repository: str) -> str:
+    """Python that loads a workflow and calls it; blocks for one task get the images that the task is about."""
+    about = {"prompt"} if getattr(blocks, "_workflow_map", None) else {"prompt", *IMAGES}
+    given = {"prompt": '"a lighthouse at dusk"', **IMAGES}
+    names = [param.name for param in blocks.inputs if param.required or param.name in about]
+    arguments = [f"{name}={given.get(name, '...')}" for name in names]
+    draws = "images" in [param.name for param in blocks.outputs]
+    lines = [
+        "import torch",
+        "from diffusers import ModularPipeline",
+        *(["from diffusers.utils import load_image"] if any("load_image" in text for text in arguments) else []),
+        "",
+        f'pipe = ModularPipeline.from_pretrained("{repository}", trust_remote_code=True)',
+        "pipe.load_components(dtype=torch.float16)",
+        'pipe.to("cuda")',
+        f"{'image' if draws else 'state'} = pipe(",
+        *(f"    {argument}," for argument in [*arguments, *(['output="images"'] if draws else [])]),
+        *([")[0]", 'image.save("image.png")'] if draws else [")"]),
+    ]
+    return "\n".join(lines)
 
 
-def _front_matter(facts: CardFacts) -> ModelCardData:
-    names = {param.name for param in example_inputs(facts.blocks)}
-    task = "image-to-image" if names & {"image", "control_image"} else "text-to-image"
-    bases = [entry.location for entry in facts.entries if entry.location and not entry.location.startswith("https")]
-    return ModelCardData(
-        license=facts.licence,
-        library_name="diffusers",
-        pipeline_tag=task,
-        base_model=list(dict.fromkeys(bases)) or None,
-        tags=[*TAGS, *(["stable-diffusion-xl"] if facts.blocks.model_name == "stable-diffusion-xl" else []), task],
+def _run(requirements: Mapping[str, str], code: str, repository: str) -> str:
+    packages = " ".join(f'"{name}{version}"' for name, version in {"diffusers": "", **requirements}.items())
+    return (
+        f"## Run\n\nIt needs `pip install {packages}`.\n\n```py\n{code.strip()}\n```\n\n"
+        f'With the package perflow-blocks, `load_workflow("{repository}", trust_remote_code=True)` loads blocks and '
+        "components, or says which of them failed. Pass `revision=` with a commit to pin code and weights."
     )
 
 
-def _run(facts: CardFacts) -> str:
-    needed = {"diffusers": "", **facts.requirements}
-    packages = " ".join(f'"{name}{version}"' if version else name for name, version in needed.items())
-    code = example_code(facts.example, facts.blocks, facts.repository)
-    loader = _LOADER.format(code=loader_code(facts.example, facts.repository))
-    return f"It needs `pip install {packages}`.\n\n```py\n{code}\n```\n\n{loader}"
+def _front_matter(blocks: Any, licence: str | None, places: Iterable[Mapping[str, Any]]) -> ModelCardData:
+    names = {param.name for param in blocks.inputs if param.required or not getattr(blocks, "_workflow_map", None)}
+    task = "image-to-image" if names & {"image", "control_image"} else "text-to-image"
+    model = ["stable-diffusion-xl"] if blocks.model_name == "stable-diffusion-xl" else []
+    sources = dict.fromkeys(place["pretrained_model_name_or_path"] for place in places)
+    return ModelCardData(
+        license=licence,
+        library_name="diffusers",
+        pipeline_tag=task,
+        base_model=[source for source in sources if not source.startswith("https://")] or None,
+        tags=[*TAGS, *model, task],
+    )
 
 
-_LOADER = """With the package perflow-blocks the files are compared with `perflow_manifest.json` before any code runs,
-components that fail to load are an error, and a `revision` counts for code and weights alike (with plain
-`from_pretrained` it does not for weights that lie in the repository, which come from its main branch):
-
-```py
-import torch
-from perflow_blocks import load_workflow
-
-{code}
-```"""
+def _link(place: Mapping[str, Any]) -> str:
+    source = place["pretrained_model_name_or_path"]
+    link = source if source.startswith("https://") else f"[{source}](https://huggingface.co/{source})"
+    details = {"": place["subfolder"], "variant ": place["variant"], "revision ": place["revision"]}
+    return ", ".join([link, *(f"{what}`{value}`" for what, value in details.items() if value)])
 
 
-def _workflows(blocks: Any) -> str:
-    names = getattr(blocks, "_workflow_map", None)
-    if not names:
+def _table(heading: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
         return ""
-    rows = [(f"`{name}`", ", ".join(f"`{trigger}`" for trigger in triggers)) for name, triggers in names.items()]
-    return "What a call is given decides what it does.\n\n" + table(("workflow", "inputs that ask for it"), rows)
-
-
-def _code(facts: CardFacts) -> str:
-    described = {
-        "thin": f"`block.py` takes `{facts.class_name}` from the installed package perflow-blocks.",
-        "self-contained": (
-            f"`block.py` defines `{facts.class_name}`; the files beside it are all that it runs besides diffusers and "
-            "what diffusers needs, generated from perflow-blocks and to be read before they are trusted."
-        ),
-    }
-    return f"{described[facts.mode]} `perflow_manifest.json` has the SHA-256 of every file."
-
-
-def _licence(facts: CardFacts) -> str:
-    code = "The code of perflow-blocks is licensed under Apache-2.0."
-    if any(entry.location for entry in facts.entries):
-        code += " Weights that are referred to keep the licences of their repositories."
-    return code if facts.licence is None else f"This repository: {facts.licence}. {code}"
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    lines = [header, ["---"] * len(header), *cells]
+    return f"## {heading}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)

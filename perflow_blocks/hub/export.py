@@ -4,33 +4,53 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal, get_args
 
+import diffusers
+from diffusers.configuration_utils import FrozenDict
+from diffusers.modular_pipelines.mellon_node_utils import MellonPipelineConfig
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
+from PIL import Image
 
 from ..atomic_files import atomic_directory
-from ..blocks.block_source import blocks_config
+from ..blocks.block_source import CODE, block_files
 from ..blocks.pipeline import stock_class_name
-from ..blocks.saving import DELTA_FILE
-from .address import CARD, OWNER, require_repo_id
-from .card import CardFacts, make_card
-from .card_example import CardExample, require_example
-from .entries import WeightsMode
-from .index import make_index, make_mellon_config
-from .json_files import BLOCKS_CONFIG, INDEX, MELLON, to_json, write_json
-from .manifest import MANIFEST, list_files, read_manifest, write_manifest
-from .picture import PICTURE, require_picture, save_picture
-from .plan import ExportPlan, make_plan, recipe_table
-from .sources import Mode
+from ..blocks.saving import adapter_problems, component_problems, index_entry, save_delta_file, settled, unwrapped
+from ..blocks.set_timesteps import scheduler_source
+from ..blocks.settings import complaint, foreign, is_stock, python_number
+from ..delta.files import Weights, read_recipe
+from ..delta.merge import MergeRecord, find_merged, merge_records, recipe_record
+from ..delta.recipe import DeltaRecipe
+from .card import OWNER, make_card, make_recipe
+from .sources import carried_modules
+
+Mode = Literal["thin", "self-contained"]
+WeightsMode = Literal["reference", "include", "delta-only"]
+
+INDEX = "modular_model_index.json"
+MELLON = "mellon_pipeline_config.json"
+CARD = "README.md"
+IMAGE = "picture.png"
+FILES = (CODE, ModularPipelineBlocks.config_name, INDEX, MELLON, CARD, IMAGE)
+MAX_SIDE = 1024  # of the card's image, in pixels
+MELLON_STAGES = frozenset({"text_encoder", "denoise", "decode"})
+"""The top-level blocks that make one node each in Mellon; blocks without them are one node as a whole."""
+_IN_CACHE = re.compile(r"/models--(?P<id>[\w.-]+)/snapshots/(?P<sha>[0-9a-f]{40})/?$")
+"""A repository of the Hub, as it lies in the cache."""
 
 
 def export_workflow(
     pipe_or_blocks: ModularPipeline | ModularPipelineBlocks,
     directory: str | os.PathLike[str],
     *,
-    mode: Mode = "self-contained",
+    mode: Mode = "thin",
     weights: WeightsMode = "reference",
     name: str | None = None,
     description: str | None = None,
@@ -38,35 +58,37 @@ def export_workflow(
     notes: str = "",
     picture: str | os.PathLike[str] | None = None,
     licence: str | None = None,
-    example: CardExample | None = None,
+    example: str | None = None,
     delta: str | os.PathLike[str] | None = None,
     repo_id: str | None = None,
     files: Sequence[str | os.PathLike[str]] = (),
     exclude: Collection[str] = (),
     overwrite: bool = False,
 ) -> Path:
-    """Writes a workflow repository: code, index, Mellon's configuration, model card, manifest, and weights if asked.
+    """Writes a workflow repository: code, index, Mellon's configuration, model card, and weights if asked.
 
-    The directory appears complete or not at all. What was set on the pipeline is kept: windows, prediction type,
+    The directory appears complete or not at all. What `save_pretrained` keeps is kept: windows, prediction type,
     steps, guidance and guider, attention plan, delta, and every configuration value of the blocks.
 
     Args:
         pipe_or_blocks: a pipeline, or blocks without components.
-        directory: where to; it may not exist yet, or be empty.
-        mode: "self-contained" needs only diffusers where it is loaded, "thin" needs this package.
-        weights: "reference" names the repositories that components came from; "include" saves them here, with a
-            merged delta in them; "delta-only" names the repositories and copies the delta.
-        name: class of the workflow's blocks; by default that of the given blocks.
-        description: what the blocks say of themselves, in their `doc` and on the card; by default what they say now.
+        directory: where to; a new or empty directory.
+        mode: "thin" needs this package where it is loaded, "self-contained" only diffusers. Your own modules that
+            define blocks are copied in both.
+        weights: "reference" names the repositories that components came from; "include" saves the components that
+            are loaded, with a merged delta in them and a copy of it; "delta-only" names the repositories and copies
+            the delta.
+        name: class in `block.py`; by default a preset's own, or `SavedBlocks`.
+        description: what the card says of the blocks; by default what they say.
         title: heading of the model card; by default the directory's name.
         notes: what the card tells users besides, in Markdown.
-        picture: shown on the card; one larger than 1024 pixels a side is made smaller.
-        licence: identifier as the Hub knows it, "apache-2.0" say, for the card.
-        example: how the card shows the workflow in use, where a prompt and pictures alone would not do.
+        picture: image file for the card; one larger than 1024 pixels a side is made smaller.
+        licence: identifier as the Hub knows it, for example "apache-2.0", for the card.
+        example: Python that the card shows, from the imports on; by default a call with a prompt and images.
         delta: the delta file, in place of the pipeline's own.
-        repo_id: the repository of the Hub that this will be, "owner/name", if it is known. Publishing fills it in.
+        repo_id: the repository of the Hub that this will be, "owner/name", if it is known. Pushing fills it in.
         files: further files to copy beside the others, such as a script that uses the workflow.
-        exclude: names of components that the index shall not have.
+        exclude: names of components that the index leaves out.
         overwrite: replace a workflow repository that is there, as a whole.
 
     Returns:
@@ -76,71 +98,100 @@ def export_workflow(
         ValueError: names all that cannot be exported, before anything is written.
     """
     target = Path(directory).expanduser()
-    if repo_id is not None:
-        require_repo_id(repo_id)
-    plan = make_plan(pipe_or_blocks, target, mode, weights, name, delta, description, exclude)
-    require_target(target, overwrite=overwrite)
-    extras = _named_files(files, plan)
-    if picture is not None:
-        require_picture(picture)
-    if example is not None:
-        require_example(example, plan.blocks)
+    for option, given, known in (("mode", mode, get_args(Mode)), ("weights", weights, get_args(WeightsMode))):
+        if given not in known:
+            raise ValueError(f"{option}={given!r} is unknown; pass one of {', '.join(known)}.")
+    if not isinstance(pipe_or_blocks, (ModularPipeline, ModularPipelineBlocks)):
+        raise ValueError(f"{pipe_or_blocks!r} is neither a modular pipeline nor blocks; pass one of them.")
+    extras = [Path(file) for file in files]
+    require_target(target, overwrite=overwrite, files=[file.name for file in extras])
+    pipe: Any = pipe_or_blocks if isinstance(pipe_or_blocks, ModularPipeline) else pipe_or_blocks.init_pipeline()
+    blocks, problems = pipe.blocks, list[str]()
+    if delta is not None:
+        pipe = _with_delta(pipe, Path(delta).expanduser(), problems)
+    saver, values, delta_weights = settled(pipe, problems)
+    records = () if pipe.components.get("unet") is None else merge_records(pipe.unet)
+    record = recipe_record(records)
+    recipe = read_recipe(delta_weights) if delta_weights is not None else record.recipe if record else DeltaRecipe()
+    if weights != "include":
+        values, delta_weights = _unmerged(pipe, records, values, delta_weights, weights, problems)
+    components, saved = _components(pipe, saver, weights == "include", exclude, problems)
+    if weights == "include" and not saved:
+        problems.append("no component is loaded; pass a pipeline, after pipe.load_components(), or another weights=.")
+    code = dict[str, str]()
+    try:
+        siblings, modules = carried_modules(blocks, mode == "self-contained")
+        code = {**block_files(blocks, name, siblings), **modules}
+    except ValueError as error:
+        problems.append(str(error))
+    image = None if picture is None else _image(picture, problems)
+    problems += _option_problems(name, repo_id, extras, {*code, INDEX, MELLON, CARD, IMAGE})
+    if problems:
+        raise ValueError(complaint("exported", problems))
     folder_name = target.absolute().name
-    facts = CardFacts(
-        title=title or folder_name,
-        mode=mode,
-        blocks=plan.blocks,
-        description=description or plan.blocks.description,
-        class_name=plan.class_name,
-        entries=plan.entries,
-        config=plan.config,
-        recipe=recipe_table(plan),
-        repository=repo_id or f"{OWNER}/{folder_name}",
-        licence=licence,
-        picture=None if picture is None else PICTURE,
-        notes=notes,
-        requirements=plan.sources.requirements,
-        example=example or CardExample(),
-    )
-    texts = _texts(plan, facts, repo_id)
+    title = title or folder_name
+    index = {"_class_name": stock_class_name(pipe), "_diffusers_version": diffusers.__version__}
+    for component, (spec, kind) in components.items():
+        here = ComponentSpec(component, pretrained_model_name_or_path=repo_id, subfolder=component)
+        index[component] = index_entry(here if component in saved else spec, kind)
+    index |= values
+    texts = {
+        **code,
+        INDEX: json.dumps(index, indent=2, ensure_ascii=False) + "\n",
+        MELLON: _mellon_config(blocks, title, repo_id).to_json_string(),
+        CARD: make_card(
+            blocks,
+            title,
+            description=description or blocks.description,
+            notes=notes,
+            recipe=make_recipe(pipe, values, recipe, guider=saver.guider if "guider" in saved else None),
+            repository=repo_id or f"{OWNER}/{re.sub(r'[^A-Za-z0-9.-]+', '-', folder_name).strip('-.') or 'workflow'}",
+            index=index,
+            saved=saved.keys(),
+            requirements=json.loads(code[ModularPipelineBlocks.config_name])["requirements"],
+            example=example,
+            image=None if image is None else IMAGE,
+            licence=licence,
+        ),
+    }
     with atomic_directory(target) as folder:
-        for file, text in texts.items():
-            (folder / file).write_text(text, encoding="utf-8", newline="\n")
-        for file, source in extras.items():
-            shutil.copyfile(source, folder / file)
-        if picture is not None:
-            save_picture(picture, folder / PICTURE)
-        _save_weights(plan, folder)
-        write_manifest(folder, blocks=plan.class_name, mode=mode)
+        for text_file, text in texts.items():
+            (folder / text_file).write_text(text, encoding="utf-8", newline="\n")
+        for component, value in saved.items():
+            _save(value, folder / component)
+        if delta_weights is not None:
+            save_delta_file(delta_weights, folder / values["delta"])
+        for file in extras:
+            shutil.copyfile(file, folder / file.name)
+        if image is not None:
+            image.save(folder / IMAGE, "PNG")
     return target
 
 
-def _texts(plan: ExportPlan, facts: CardFacts, repo_id: str | None) -> dict[str, str]:
-    """The text files of the repository by their names."""
-    return {
-        **plan.sources.files,
-        BLOCKS_CONFIG: to_json(blocks_config(plan.class_name, plan.sources.requirements, plan.preset)),
-        INDEX: to_json(make_index(stock_class_name(plan.pipe), plan.entries, plan.config, repo_id)),
-        MELLON: make_mellon_config(plan.blocks, facts.title, repo_id).to_json_string(),
-        CARD: make_card(facts),
-    }
+def referring_pipeline(blocks: ModularPipelineBlocks, places: Mapping[str, Mapping[str, Any]], **values: Any) -> Any:
+    """A pipeline with nothing loaded: the fields of each component's specification, and configuration values."""
+    pipe: Any = blocks.init_pipeline()
+    for name, place in places.items():
+        pipe._component_specs[name] = replace(pipe._component_specs[name], **place)
+    pipe.update_components(**values)
+    return pipe
 
 
-def require_target(target: Path, *, overwrite: bool = False) -> None:
-    """Refuses to replace what is no workflow repository, or holds files that an export did not write.
-
-    Raises:
-        ValueError: what is at `target`, and what to do about it.
-    """
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+def require_target(target: Path, *, overwrite: bool = False, files: Collection[str] = ()) -> None:
+    """Raises ValueError where an export would replace other things than an export, of which `files` are a part."""
+    there = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if not there and not target.is_file():
         return
-    if not target.is_dir() or not (target / MANIFEST).is_file():
-        raise ValueError(f"{target} exists and is no workflow repository; name a new or empty directory.")
+    if not {CODE, INDEX} <= there:
+        raise ValueError(f"{target} exists and is not a workflow repository; name a new or empty directory.")
     if not overwrite:
-        raise ValueError(
-            f"{target} holds a workflow already; pass overwrite=True to replace it, or another directory."
-        )
-    others = sorted(set(list_files(target)) - read_manifest(target).files.keys())
+        raise ValueError(f"{target} holds a workflow; pass overwrite=True to replace it, or name another directory.")
+    try:
+        components = set(json.loads((target / INDEX).read_text(encoding="utf-8")))
+    except ValueError:
+        components = set()
+    known = {*FILES, "delta", "perflow_manifest.json", *components, *files}
+    others = sorted(name for name in there - known if not re.fullmatch(r"perflow_\w+\.py", name))
     if others:
         raise ValueError(
             f"{target} holds files that no export wrote ({', '.join(others[:5])}), which would be lost; move them "
@@ -148,32 +199,142 @@ def require_target(target: Path, *, overwrite: bool = False) -> None:
         )
 
 
-def _named_files(files: Sequence[str | os.PathLike[str]], plan: ExportPlan) -> dict[str, Path]:
-    """Further files by their names in the repository."""
-    taken = {*plan.sources.files, BLOCKS_CONFIG, INDEX, MELLON, CARD, MANIFEST, PICTURE}
-    named: dict[str, Path] = {}
-    for file in map(Path, files):
-        if not file.is_file():
-            raise ValueError(f"{file} is no file; pass files that exist.")
-        if file.name in taken or file.name in named:
-            raise ValueError(f"the repository has a file {file.name} already; rename {file}.")
-        named[file.name] = file
-    return named
+def _option_problems(
+    name: str | None, repo_id: str | None, files: Sequence[Path], taken: Collection[str]
+) -> Iterator[str]:
+    if name is not None and not name.isidentifier():
+        yield f"name={name!r} must be the name of a class, such as MyWorkflow."
+    if repo_id is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) is None:
+        yield f"repo_id={repo_id!r} must be the name of a repository with its owner, owner/name."
+    names = [*taken, *(file.name for file in files)]
+    for file in files:
+        if not file.is_file() or names.count(file.name) > 1:
+            yield f"files names {file}; pass files that exist, each of another name than the repository's other files."
 
 
-def _save_weights(plan: ExportPlan, folder: Path) -> None:
-    for entry in plan.entries:
-        if entry.component is not None:
-            entry.component.save_pretrained(folder / entry.subfolder)
-            for file in (folder / entry.subfolder).glob("*.json"):
-                _forget_origin(file)
-    if plan.delta is not None:
-        (folder / DELTA_FILE).parent.mkdir()
-        shutil.copyfile(plan.delta, folder / DELTA_FILE)
+def _with_delta(pipe: Any, path: Path, problems: list[str]) -> Any:
+    """A copy of the pipeline with this delta in its configuration."""
+    if "delta" not in pipe._config_specs:
+        problems.append("the blocks merge no delta; insert a PeRFlowMergeDeltaStep, or leave delta= out.")
+    with_delta = copy(pipe)
+    with_delta._internal_dict = FrozenDict({**pipe.config, "delta": str(path.absolute()), "delta_variant": None})
+    return with_delta
 
 
-def _forget_origin(file: Path) -> None:
-    """Takes out where a component was loaded from, which the libraries write into its configuration."""
-    values = json.loads(file.read_text(encoding="utf-8"))
-    if isinstance(values, dict) and {"_name_or_path", "name_or_path"} & values.keys():
-        write_json(file, {key: value for key, value in values.items() if key not in ("_name_or_path", "name_or_path")})
+def _unmerged(
+    pipe: Any,
+    records: Sequence[MergeRecord],
+    values: dict[str, Any],
+    delta: Weights | None,
+    weights: WeightsMode,
+    problems: list[str],
+) -> tuple[dict[str, Any], Weights | None]:
+    """Configuration values and delta for weights that are read from elsewhere, without what is merged here."""
+    merged = [record for record in records if not record.reloaded]
+    own = find_merged(pipe.unet, delta) if records and delta is not None else None
+    default = {spec.name: spec.default for spec in pipe.blocks.expected_configs}.get("delta")
+    if weights == "reference":
+        if merged or (delta is not None and own is None and pipe.config.get("delta") != default):
+            names = [record.source for record in merged] or [delta.label if delta is not None else ""]
+            problems.append(
+                f"the delta {', '.join(Path(name).name for name in names)} is not part of the weights that are "
+                "referred to; pass weights='delta-only' to copy it, or 'include' to save the merged weights."
+            )
+        return {name: value for name, value in values.items() if name != "delta"}, None
+    if delta is None:
+        problems.append(
+            "weights='delta-only' needs one delta of one file, merged or in the configuration; pass delta= with its "
+            "file, or weights='include'."
+        )
+    elif [record for record in merged if record != own or record.scales]:
+        problems.append(
+            "deltas are merged that the index cannot name: it names one, at one scale; pass weights='include', or "
+            "leave out delta=."
+        )
+    elif own is not None:
+        values = {**values, "delta_scale": python_number(own.scale)}
+    return values, delta
+
+
+def _components(
+    pipe: Any, saver: Any, include: bool, exclude: Collection[str], problems: list[str]
+) -> tuple[dict[str, tuple[ComponentSpec, type | None]], dict[str, Any]]:
+    """Place and class of each component of the index, and the components that the repository itself holds."""
+    declared = {spec.name: spec for spec in pipe.blocks.expected_components}
+    if unknown := sorted(set(exclude) - declared.keys()):
+        problems.append(f"exclude names {', '.join(unknown)}; the components are {', '.join(declared)}.")
+    entries, saved = dict[str, tuple[ComponentSpec, type | None]](), dict[str, Any]()
+    private: dict[str, list[str]] = {}
+    for name, spec in saver._component_specs.items():
+        component = unwrapped(getattr(saver, name, None))
+        is_absent = component is None and spec.type_hint is None  # as model_index.json says it
+        if spec.default_creation_method != "from_pretrained" or name in exclude or is_absent:
+            continue
+        place = (scheduler_source(pipe) if name == "scheduler" else None) or spec
+        location, public = place.pretrained_model_name_or_path, _public(place)
+        if component is not None and (include or (public is None and name in ("scheduler", "guider"))):
+            problems += component_problems(name, component)
+            entries[name], saved[name] = (spec, type(component)), component
+        elif location is None and component is not None:
+            problems.append(
+                f"{name} was put in as an object, so no repository is known for it; pass weights='include', or load "
+                "it with pipe.load_components()."
+            )
+        elif location is None or location == declared[name].pretrained_model_name_or_path:
+            continue  # there is none, or the blocks name it themselves
+        elif public is None:
+            private.setdefault(str(location), []).append(name)
+        else:
+            problems += adapter_problems(name, component)
+            if public.type_hint is not None and not is_stock(public.type_hint):
+                problems.append(foreign(name, public.type_hint))
+            entries[name] = (public, public.type_hint)
+    for location, names in private.items():
+        problems.append(
+            f"{location}, where {', '.join(names)} came from, is a place that others do not have; call "
+            "pipe.load_components() and pass weights='include'."
+        )
+    return entries, saved
+
+
+def _public(spec: ComponentSpec) -> ComponentSpec | None:
+    """The place of a component as everyone can read it: an id of the Hub or a URL. None for a path."""
+    place = str(spec.pretrained_model_name_or_path or "")
+    if found := _IN_CACHE.search(Path(place).as_posix()):
+        name = found["id"].replace("--", "/")
+        return replace(spec, pretrained_model_name_or_path=name, revision=found["sha"])
+    is_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", place) is not None and not Path(place).exists()
+    return spec if is_id or place.startswith("https://") else None
+
+
+def _image(path: str | os.PathLike[str], problems: list[str]) -> Image.Image | None:
+    """An image of at most `MAX_SIDE` pixels a side, without the prompts and paths that programs write into images."""
+    try:
+        with Image.open(path) as given:
+            image = given.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        problems.append(f"picture={str(path)!r} cannot be read ({error}); pass an image file, such as a PNG.")
+        return None
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    return image
+
+
+def _save(component: Any, folder: Path) -> None:
+    """Saves a component without where it was loaded from, which the libraries write into its configuration."""
+    component.save_pretrained(folder)
+    for file in folder.glob("*.json"):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        origin = {"_name_or_path", "name_or_path"}
+        if isinstance(values, dict) and origin & values.keys():
+            kept = {key: value for key, value in values.items() if key not in origin}
+            file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+
+
+def _mellon_config(blocks: Any, label: str, repo_id: str | None) -> MellonPipelineConfig:
+    """The nodes of the workflow in Mellon: one for each stage, or one for all where blocks have no such stages."""
+    if MELLON_STAGES <= set(blocks.sub_blocks):
+        return MellonPipelineConfig.from_blocks(blocks, label=label, default_repo=repo_id or "")
+    widgets: dict[str, Any] = {"input_types": {"prompt": "textbox"}, "output_types": {"images": "image"}}
+    config = MellonPipelineConfig.from_custom_block(blocks, node_label=label, **widgets)
+    config.default_repo = repo_id or ""
+    return config

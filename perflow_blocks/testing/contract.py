@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+import inspect
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
-from diffusers.modular_pipelines.modular_pipeline import BlockState, ModularPipelineBlocks, PipelineState
+from diffusers import StableDiffusionXLModularPipeline
+from diffusers.configuration_utils import FrozenDict
+from diffusers.modular_pipelines.modular_pipeline import (
+    BlockState,
+    LoopSequentialPipelineBlocks,
+    ModularPipeline,
+    ModularPipelineBlocks,
+    PipelineState,
+)
+from torch import Tensor
 
-from .components import make_pipeline
-from .declarations import declaration_faults
-from .trial import Trial
-from .watch import watched_pipeline
+from ..blocks.loop_block import LoopBlock
+from .inputs import fill_components, fill_inputs, tiny_inputs
+
+LISTS = {
+    "inputs": "InputParam",
+    "intermediate_outputs": "OutputParam",
+    "expected_components": "ComponentSpec",
+    "expected_configs": "ConfigSpec",
+}
+STOCK_PROBES = frozenset({"watermark"})
+"""What diffusers' own steps look for without declaring it; a block that extends such a step is not to blame."""
 
 
 class BlockContractError(AssertionError):
@@ -25,75 +43,208 @@ def check_block(
     inputs: Mapping[str, Any] | None = None,
     i: int = 0,
 ) -> PipelineState | BlockState:
-    """Runs one block alone on tiny components, and checks that it keeps its contract.
+    """Runs one block alone on tiny components, twice, and checks that it keeps its contract.
 
-    The rules: a block reads only inputs that it declares, in whatever way it reads them; writes all the outputs that
-    it declares and no others, and changes no tensor of its inputs in place unless that is an output; touches only
-    components and configuration values that it declares, directly or through a property of the pipeline (such as
-    `vae_scale_factor`, which looks at the VAE); returns `(components, state)`; is described, as are its typed
-    parameters; declares no name twice.
+    The rules: a block reads only inputs, components and configuration values that it declares, directly or through a
+    property of the pipeline (such as `vae_scale_factor`, which looks at the VAE); writes all the outputs that it
+    declares, of their types, and no others; changes no tensor of its inputs in place unless that is an output; leaves
+    the same at the second call; returns `(components, state)`; is described, as are its typed parameters; declares no
+    name twice. It runs as a shallow copy.
 
-    Three kinds of block are known by what they are: those of a pipeline, called as `block(components, state)`; those
-    of a loop, called as `block(components, block_state, i=i, t=t)`, for one step; and loops and assembled blocks,
-    whose blocks run together, those of diffusers without blame. What the loop itself provides, `window_index` and
-    `stop_requested`, is read without declaring it. The block runs as a shallow copy, so that it stays as it is.
-
-    Example:
-        >>> import torch
-        >>> from diffusers.modular_pipelines import InputParam, ModularPipelineBlocks, OutputParam
-        >>> from perflow_blocks.testing import check_block
-        >>> class DampStep(ModularPipelineBlocks):
-        ...     @property
-        ...     def description(self):
-        ...         return "Loop step that makes the prediction smaller."
-        ...     @property
-        ...     def inputs(self):
-        ...         return [
-        ...             InputParam("noise_pred", required=True, type_hint=torch.Tensor, description="The prediction."),
-        ...             InputParam("damping", type_hint=float, default=0.5, description="Factor on the prediction."),
-        ...         ]
-        ...     @property
-        ...     def intermediate_outputs(self):
-        ...         return [OutputParam("noise_pred", type_hint=torch.Tensor, description="The smaller prediction.")]
-        ...     def __call__(self, components, block_state, i, t):
-        ...         block_state.noise_pred = block_state.noise_pred * block_state.damping
-        ...         return components, block_state
-        >>> block_state = check_block(DampStep(), inputs={"noise_pred": torch.ones(1, 4, 16, 16)})
-        >>> block_state.noise_pred.mean().item()
-        0.5
+    A block of a loop, called as `block(components, block_state, i=i, t=t)`, runs one step; what the loop provides,
+    `window_index` and `stop_requested`, it reads without declaring it. Of an assembled block the declarations and the
+    result are checked; check what its own blocks read and write one by one.
 
     Args:
         block: the block, of this project, of diffusers or of yours.
-        components: components and configuration values to use in place of the tiny ones and the defaults, by name.
-            What the block does not declare is left out.
-        inputs: values of inputs, in place of the tiny ones and the defaults, and where there are none.
+        components: components and configuration values in place of the tiny ones and the defaults, by name.
+        inputs: values of inputs in place of the tiny ones and the defaults, and where there are none.
         i: the number of the step, for a block of a loop.
 
     Returns:
-        The state that the block leaves: the pipeline's, or for a block of a loop the block state.
+        The state that the block leaves after its first call: the pipeline's, or for a block of a loop the block state.
 
     Raises:
-        BlockContractError: the block breaks a rule. One line for each fault; those of its declarations, if it has
-            any, are named before it runs.
+        BlockContractError: the block breaks a rule. Faults of its declarations are named before it runs.
         ValueError: an input or a component that it requires is neither given nor known, or `inputs` names one that
-            it does not declare; or `block` is none.
+            it does not declare; or `block` is not a block.
     """
     if not isinstance(block, ModularPipelineBlocks):
-        raise ValueError(f"{block!r} is no block; pass an instance of a block class, such as MyStep().")
-    _raise_if(block, declaration_faults(block))
-    trial = Trial(block, inputs or {}, i)
-    pipe = watched_pipeline(trial.watch, make_pipeline(block, components or {}))
+        raise ValueError(f"{block!r} is not a block; pass an instance of a block class, such as MyStep().")
+    _raise_if(block, _declaration_faults(block))
+    runner, kind = copy.copy(block), type(block.init_pipeline())
+    kind = StableDiffusionXLModularPipeline if kind is ModularPipeline else kind
+    pipe = type(kind.__name__, (_Recording, kind), {})(block)
+    fill_components(pipe, block, components or {})
+    states = [_run(runner, pipe, inputs or {}, i) for _ in range(2)]
+    first, second = map(_public, states)
+    other = {name for name, value in first.items() if not _same(value, second.get(name))}
+    text = "leaves another {} at the second call; keep nothing between calls, and draw from the generator"
+    _raise_if(block, _faults({text: other}))
+    return states[0]
+
+
+class _Recording:
+    """Mixed into a pipeline or a state that holds what the block declares: notes what is asked for and not there."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            if not name.startswith("_"):
+                vars(self).setdefault("_asked", set()).add(name)
+            raise AttributeError(f"{type(self).__name__} has no {name!r}") from None
+
+
+class _RecordingState(_Recording, PipelineState):
+    def get(self, keys: str | list[str], default: Any = None) -> Any:
+        for name in [keys] if isinstance(keys, str) else keys:
+            hasattr(self, name)
+        return super().get(keys, default)
+
+
+def _run(block: ModularPipelineBlocks, pipe: Any, inputs: Mapping[str, Any], i: int) -> Any:
+    """One call of a block on values of its own; gives the state that it leaves.
+
+    Raises:
+        BlockContractError: what it did differs from what it declares.
+    """
+    in_loop = len(inspect.signature(block.__call__).parameters) > 2
+    known = {**tiny_inputs(), **inputs}
+    of_loop = {"window_index": known["step_plan"].window_index[i], "stop_requested": False} if in_loop else {}
+    given, kinds = fill_inputs(block.inputs, {**of_loop, **inputs}, type(block).__name__)
+    if unknown := [name for name in inputs if name not in given]:
+        raise ValueError(f"{type(block).__name__} declares no input {_quoted(unknown)}; leave it out of `inputs`.")
+    before = {name: _copied(value) for name, value in given.items()}
+    state: Any = _RecordingState(values=dict(before), kwargs_mapping=kinds)
+    if in_loop:
+        before = {**of_loop, **vars(block.get_block_state(state))}
+        state = type("BlockState", (_Recording, BlockState), {})(**before)
+
+    def steps(first: int) -> Any:
+        return [block(pipe, state, i=k, t=known["timesteps"][k]) for k in range(first, i + 1)]
+
+    vars(pipe).pop("_asked", None)
     try:
         with torch.no_grad():
-            trial.run(pipe)
+            if isinstance(block, LoopBlock):
+                block.start(pipe, state)
+            result = steps(i)[0] if in_loop else block(pipe, state)
+            if isinstance(block, LoopBlock):
+                block.finish(pipe, state, steps)
     except Exception as error:
-        _raise_if(block, trial.faults(), error)
+        _raise_if(block, _read_faults(block, pipe, state, error), error)
         raise
-    _raise_if(block, trial.faults())
-    return trial.state
+    faults = [*_read_faults(block, pipe, state), *_write_faults(block, _public(state), before, given)]
+    if not isinstance(result, tuple) or len(result) != 2 or result[0] is not pipe or result[1] is not state:
+        faults.append(f"returns something else; end with `return components, {'block_state' if in_loop else 'state'}`")
+    _raise_if(block, faults)
+    return state
+
+
+def _read_faults(block: Any, pipe: Any, state: Any, error: Exception | None = None) -> list[str]:
+    if _is_assembled(block):
+        return []
+    holder, name = getattr(error, "obj", None), str(getattr(error, "name", None))
+    inputs = vars(state).get("_asked", set()) | ({name} if isinstance(holder, BlockState) else set())
+    components = vars(pipe).get("_asked", set()) - STOCK_PROBES
+    configs = {name} if isinstance(holder, FrozenDict) else set()
+    return _faults(
+        {
+            "reads {} without declaring it; add InputParam({first}, ...) to `inputs`": inputs,
+            "touches the component {} without declaring it, directly or through a property or method of the pipeline; "
+            "add ComponentSpec({first}, ...) to `expected_components`": components,
+            "reads the configuration {} without declaring it; add ConfigSpec({first}, ...) to `expected_configs`": (
+                configs
+            ),
+        }
+    )
+
+
+def _write_faults(block: Any, after: Mapping[str, Any], before: Mapping[str, Any], given: Any) -> list[str]:
+    if _is_assembled(block):
+        return []
+    outputs = {output.name: output.type_hint for output in block.intermediate_outputs if output.name}
+    written = {name: value for name, value in after.items() if value is not before.get(name, block)}
+    in_place = {name for name in given.keys() - outputs.keys() if not _same(before.get(name), given[name])}
+    kinds = {name: hint for name, hint in outputs.items() if type(hint) is type and written.get(name) is not None}
+    wrong = {name for name, hint in kinds.items() if not isinstance(written[name], hint)}
+    return _faults(
+        {
+            "writes {} without declaring it; add OutputParam({first}, ...) to `intermediate_outputs`": (
+                written.keys() - outputs.keys()
+            ),
+            "changes {} in place, which is no output; work on a copy, or add OutputParam({first}, ...)": in_place,
+            "does not write {}, declared in `intermediate_outputs`; set it on the block state, and in a block of a "
+            "pipeline end with `self.set_block_state(state, block_state)`": outputs.keys() - after.keys(),
+            "writes {}, which is not of the declared type_hint; make the two agree": wrong,
+        }
+    )
+
+
+def _declaration_faults(block: ModularPipelineBlocks) -> list[str]:
+    """What is wrong with the declarations of a block and of those inside it; diffusers' are taken as they are."""
+    faults = []
+    base = next(kind for kind in type(block).__mro__ if kind.__module__.startswith("diffusers."))
+    if not _is_assembled(block) and base.__module__ == ModularPipelineBlocks.__module__:
+        prefix = "loop_" if block.sub_blocks else ""
+        for attribute, kind in LISTS.items():
+            declared = [(entry.name or entry.kwargs_type, entry) for entry in getattr(block, prefix + attribute)]
+            names = [name for name, _ in declared]
+            untyped = {name for name, entry in declared if getattr(entry, "type_hint", entry) is None}
+            silent = {name for name, entry in declared if not (entry.description or "").strip()}
+            place = f"declares {{}} in `{attribute}`"
+            faults += _faults(
+                {
+                    f"{place} more than once; keep one of each": {name for name in names if names.count(name) > 1},
+                    f"{place} without a type; pass type_hint= to {kind}": untyped,
+                    f"{place} without a description; pass description= to {kind}": silent,
+                }
+            )
+        if not block.description:
+            faults.append("has no description; add a property `description` that says what the block does")
+    for inner in block.sub_blocks.values():
+        faults += [f"holds {type(inner).__name__}, which {fault}" for fault in _declaration_faults(inner)]
+    return faults
+
+
+def _is_assembled(block: ModularPipelineBlocks) -> bool:
+    return bool(block.sub_blocks) and not isinstance(block, LoopSequentialPipelineBlocks)
+
+
+def _copied(value: Any) -> Any:
+    """A value for one call: tensors and generators of its own, also in lists."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_copied, value))
+    if isinstance(value, Tensor):
+        return value.clone()
+    return value.clone_state() if isinstance(value, torch.Generator) else value
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether tensors, alone or in lists, are equal but for rounding; other values count as equal."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.allclose(one.float(), other.float(), 1e-3, 1e-4, equal_nan=True)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return True
+
+
+def _public(state: Any) -> dict[str, Any]:
+    """What a state holds; a name with an underscore in front is the block's own affair."""
+    held = state.values if isinstance(state, PipelineState) else vars(state)
+    return {name: value for name, value in held.items() if not name.startswith("_")}
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return " and ".join(map(repr, names))
+
+
+def _faults(found: Mapping[str, Set[str]]) -> list[str]:
+    """The sentences whose names are not none, filled in."""
+    return [text.format(_quoted(sorted(names)), first=f'"{min(names)}"') for text, names in found.items() if names]
 
 
 def _raise_if(block: ModularPipelineBlocks, faults: Iterable[str], cause: Exception | None = None) -> None:
-    lines = [f"{type(block).__name__} {fault}." for fault in faults]
-    if lines:
+    if lines := [f"{type(block).__name__} {fault}." for fault in faults]:
         raise BlockContractError("\n".join(lines)) from cause

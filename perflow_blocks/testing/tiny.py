@@ -1,7 +1,7 @@
-"""Tiny random diffusion components that load in well under a second: the right shapes, meaningless pictures.
+"""Tiny random diffusion components that are made in well under a second: the right shapes, meaningless images.
 
-Every function is deterministic (fixed seeds, the caller's random state is left alone) and builds new objects at each
-call, so that a test may change what it gets. Pictures are `IMAGE_SIZE` pixels wide and high; latents are half of that.
+Every function is deterministic (fixed seeds, the caller's random state is left alone) and makes new objects at each
+call, so that a test may change what it gets. Images are `IMAGE_SIZE` pixels wide and high; latents are half of that.
 """
 
 from __future__ import annotations
@@ -40,25 +40,56 @@ TIME_ID_WIDTH = 8
 IMAGE_WIDTH = 24
 """Size of the image encoder's embeddings, which IP-Adapters take."""
 CONTROL_TYPES = 6
-"""Kinds of picture that a ControlNet-Union knows."""
+"""Kinds of image that a ControlNet-Union knows."""
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def tiny_vocab() -> dict[str, int]:
+_LAYOUT: dict[str, Any] = {
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "attention_head_dim": (2, 4),
+    "transformer_layers_per_block": 1,
+    "norm_num_groups": 8,
+}
+"""What a UNet and the ControlNets beside it share."""
+
+_UNET = {
+    **_LAYOUT,
+    "sample_size": LATENT_SIZE,
+    "out_channels": 4,
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+_SDXL_CONDITIONING: dict[str, Any] = {
+    "cross_attention_dim": 2 * TEXT_WIDTH,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": TIME_ID_WIDTH,
+    "projection_class_embeddings_input_dim": TEXT_WIDTH + 6 * TIME_ID_WIDTH,
+    "use_linear_projection": True,
+}
+
+
+def _vocab() -> dict[str, int]:
     """Special tokens, then every lower-case letter, digit and punctuation mark, alone and as the end of a word."""
     characters = string.ascii_lowercase + string.digits + string.punctuation
     tokens = ["<|startoftext|>", "<|endoftext|>", *characters, *(f"{c}</w>" for c in characters)]
     return {token: index for index, token in enumerate(tokens)}
 
 
+def _made(seed: int, make: Any, *arguments: Any, **settings: Any) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make(*arguments, **settings).eval()
+
+
 def tiny_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer that splits text into characters; no file is read."""
-    return CLIPTokenizer(vocab=tiny_vocab(), merges=[], model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab=_vocab(), merges=[], model_max_length=MAX_TOKENS)
 
 
 def tiny_text_config() -> CLIPTextConfig:
-    vocab = tiny_vocab()
+    vocab = _vocab()
     return CLIPTextConfig(
         vocab_size=len(vocab),
         bos_token_id=vocab["<|startoftext|>"],
@@ -75,45 +106,41 @@ def tiny_text_config() -> CLIPTextConfig:
 
 def tiny_vae(seed: int = 0) -> AutoencoderKL:
     """Three channels to four latent channels at half the size."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoencoderKL(
-            block_out_channels=(8, 8),
-            in_channels=3,
-            out_channels=3,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=IMAGE_SIZE,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-        ).eval()
+    return _made(
+        seed,
+        AutoencoderKL,
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=IMAGE_SIZE,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
 
 
 def tiny_sdxl_unet(seed: int = 0) -> UNet2DConditionModel:
     """SDXL's conditioning (`text_time`, two text encoders) on two small levels."""
-    return _tiny_unet(seed, **_SDXL_CONDITIONING)
+    return _made(seed, UNet2DConditionModel, **_UNET, **_SDXL_CONDITIONING)
 
 
 def tiny_inpainting_unet(seed: int = 0) -> UNet2DConditionModel:
-    """The SDXL UNet with nine input channels: latents, mask, latents of the masked picture."""
-    return _tiny_unet(seed, in_channels=9, **_SDXL_CONDITIONING)
+    """The SDXL UNet with nine input channels: latents, mask, latents of the masked image."""
+    return _made(seed, UNet2DConditionModel, in_channels=9, **_UNET, **_SDXL_CONDITIONING)
 
 
 def tiny_sd_unet(seed: int = 0) -> UNet2DConditionModel:
     """Stable Diffusion 1.5's conditioning on two small levels."""
-    return _tiny_unet(seed, cross_attention_dim=TEXT_WIDTH)
+    return _made(seed, UNet2DConditionModel, cross_attention_dim=TEXT_WIDTH, **_UNET)
 
 
 def tiny_sdxl_components(scheduler: Any = None) -> dict[str, Any]:
     """What `StableDiffusionXLPipeline(**components)` and its img2img form need; the default scheduler is Euler."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        text_encoder = CLIPTextModel(tiny_text_config()).eval()
-        text_encoder_2 = CLIPTextModelWithProjection(tiny_text_config()).eval()
+    config = tiny_text_config()
+    encoders = _made(1, lambda: nn.ModuleList([CLIPTextModel(config), CLIPTextModelWithProjection(config)]))
     return {
         "vae": tiny_vae(),
-        "text_encoder": text_encoder,
-        "text_encoder_2": text_encoder_2,
+        "text_encoder": encoders[0],
+        "text_encoder_2": encoders[1],
         "tokenizer": tiny_tokenizer(),
         "tokenizer_2": tiny_tokenizer(),
         "unet": tiny_sdxl_unet(),
@@ -123,12 +150,9 @@ def tiny_sdxl_components(scheduler: Any = None) -> dict[str, Any]:
 
 def tiny_sd_components(scheduler: Any = None) -> dict[str, Any]:
     """What `StableDiffusionPipeline(**components)` and its img2img form need; the default scheduler is DDIM."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        text_encoder = CLIPTextModel(tiny_text_config()).eval()
     return {
         "vae": tiny_vae(),
-        "text_encoder": text_encoder,
+        "text_encoder": _made(1, CLIPTextModel, tiny_text_config()),
         "tokenizer": tiny_tokenizer(),
         "unet": tiny_sd_unet(),
         "scheduler": scheduler or DDIMScheduler(**BETAS, steps_offset=1, clip_sample=False, set_alpha_to_one=False),
@@ -143,31 +167,30 @@ def tiny_controlnet(seed: int = 0) -> ControlNetModel:
 
     Several together: `diffusers.MultiControlNetModel([tiny_controlnet(1), tiny_controlnet(2)])`.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        controlnet = ControlNetModel(**_LAYOUT, **_SDXL_CONDITIONING, conditioning_embedding_out_channels=(8, 16))
-        return _give_voice(controlnet).eval()
+    return _made(seed, _controlnet, ControlNetModel)
 
 
 def tiny_controlnet_union(seed: int = 0) -> ControlNetUnionModel:
     """A ControlNet-Union for `tiny_sdxl_unet` that knows `CONTROL_TYPES` kinds; its output is not zero."""
-    width = _LAYOUT["block_out_channels"][0]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        controlnet = ControlNetUnionModel(
-            **_LAYOUT,
-            **_SDXL_CONDITIONING,
-            conditioning_embedding_out_channels=(8, 16),
-            num_control_type=CONTROL_TYPES,
-            num_trans_channel=width,
-            num_trans_head=2,
-            num_proj_channel=width,
-        )
-        return _give_voice(controlnet).eval()
+    union = {"num_control_type": CONTROL_TYPES, "num_trans_channel": 16, "num_trans_head": 2, "num_proj_channel": 16}
+    return _made(seed, _controlnet, ControlNetUnionModel, **union)
+
+
+def _controlnet(kind: Any, **settings: Any) -> Any:
+    """A ControlNet that tells images apart; the outer layers of a fresh one are zero."""
+    controlnet = kind(**_LAYOUT, **_SDXL_CONDITIONING, conditioning_embedding_out_channels=(8, 16), **settings)
+    for layer in controlnet.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and not layer.weight.any():
+            nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
+    # With torch's own initialisation the layers that see the image would let little of it through.
+    for layer in controlnet.controlnet_cond_embedding.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+    return controlnet
 
 
 def tiny_image_encoder(seed: int = 0) -> CLIPVisionModelWithProjection:
-    """Pictures of `IMAGE_SIZE` to embeddings (batch, IMAGE_WIDTH), for IP-Adapters."""
+    """Images of `IMAGE_SIZE` to embeddings (batch, IMAGE_WIDTH), for IP-Adapters."""
     config = CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=32,
@@ -177,13 +200,11 @@ def tiny_image_encoder(seed: int = 0) -> CLIPVisionModelWithProjection:
         image_size=IMAGE_SIZE,
         patch_size=8,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return CLIPVisionModelWithProjection(config).eval()
+    return _made(seed, CLIPVisionModelWithProjection, config)
 
 
 def tiny_feature_extractor() -> CLIPImageProcessor:
-    """What brings pictures to the size of `tiny_image_encoder`."""
+    """What brings images to the size of `tiny_image_encoder`."""
     return CLIPImageProcessor(size=IMAGE_SIZE, crop_size=IMAGE_SIZE)
 
 
@@ -205,7 +226,7 @@ def load_tiny_ip_adapter(pipe: Any, count: int = 1, seed: int = 0) -> None:
 
 
 def tiny_picture(seed: int = 0, size: int | tuple[int, int] = IMAGE_SIZE) -> Image.Image:
-    """A smooth RGB picture of random colours; `size` is (width, height) in pixels, or one number for both."""
+    """A smooth RGB image of random colours; `size` is (width, height) in pixels, or one number for both."""
     colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(colours).resize(_width_and_height(size), Image.Resampling.BICUBIC)
 
@@ -216,50 +237,6 @@ def tiny_mask(size: int | tuple[int, int] = IMAGE_SIZE) -> Image.Image:
     mask = Image.new("L", (width, height), 0)
     mask.paste(255, (width // 2, height // 4, width, height))
     return mask
-
-
-_LAYOUT: dict[str, Any] = {
-    "block_out_channels": (16, 32),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "attention_head_dim": (2, 4),
-    "transformer_layers_per_block": 1,
-    "norm_num_groups": 8,
-}
-"""What a UNet and the ControlNets beside it share."""
-
-_SDXL_CONDITIONING: dict[str, Any] = {
-    "cross_attention_dim": 2 * TEXT_WIDTH,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": TIME_ID_WIDTH,
-    "projection_class_embeddings_input_dim": TEXT_WIDTH + 6 * TIME_ID_WIDTH,
-    "use_linear_projection": True,
-}
-
-
-def _tiny_unet(seed: int, in_channels: int = 4, **conditioning: Any) -> UNet2DConditionModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return UNet2DConditionModel(
-            sample_size=LATENT_SIZE,
-            in_channels=in_channels,
-            out_channels=4,
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            **_LAYOUT,
-            **conditioning,
-        ).eval()
-
-
-def _give_voice(controlnet: Any) -> Any:
-    """A fresh ControlNet says nothing, its outer layers being zero; this one tells pictures apart."""
-    for layer in controlnet.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)) and not layer.weight.any():
-            nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
-    # With torch's own initialisation the layers that see the picture would let little of it through.
-    for layer in controlnet.controlnet_cond_embedding.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight)
-    return controlnet
 
 
 def _ip_adapter_weights(unet: UNet2DConditionModel, seed: int) -> dict[str, dict[str, Tensor]]:

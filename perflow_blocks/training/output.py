@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,10 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
-from ..blocks.pipeline import stock_class_name
 from ..blocks.settings import is_stock
 from ..delta.files import identity_of, open_weights, read_recipe
 from ..delta.lora import DeltaLora, delta_to_lora, save_lora, save_residual
-from ..hub.entries import Entry
-from ..hub.export import export_workflow
-from ..hub.index import make_index
-from ..hub.json_files import INDEX
+from ..hub.export import export_workflow, referring_pipeline
 from .config import DistillConfig
 from .families import SDXL
 from .layout import LORA, LORA_KOHYA, LORA_RESIDUAL, WORKFLOW, sheet_path
@@ -127,7 +121,6 @@ def _notes(config: DistillConfig, result: TrainingResult, source: TeacherSource)
 
 def _referring(source: TeacherSource) -> Any:
     """A pipeline that names the teacher's repository; nothing is loaded or asked for."""
-    blocks = PeRFlowSDXLAutoBlocks()
     scheduler = getattr(diffusers, str(source.scheduler_config.get("_class_name")), None)
     kinds: dict[str, type] = {
         "unet": UNet2DConditionModel,
@@ -136,21 +129,17 @@ def _referring(source: TeacherSource) -> Any:
         **dict.fromkeys(source.family.tokenizers, CLIPTokenizer),
         "scheduler": scheduler if scheduler is not None and is_stock(scheduler) else EulerDiscreteScheduler,
     }
-    entries = [
-        Entry(
-            name=name,
-            kind=kind,
-            location=source.location,
-            subfolder=name,
-            variant=None if name == "scheduler" or kind is CLIPTokenizer else source.variant,
-            revision=source.revision,
-        )
+    places = {
+        name: {
+            "type_hint": kind,
+            "pretrained_model_name_or_path": source.location,
+            "subfolder": name,
+            "variant": None if name == "scheduler" or kind is CLIPTokenizer else source.variant,
+            "revision": source.revision,
+        }
         for name, kind in kinds.items()
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        index = make_index(stock_class_name(blocks.init_pipeline()), entries, _settings(source))
-        (Path(folder) / INDEX).write_text(json.dumps(index), encoding="utf-8")
-        return blocks.init_pipeline(folder)
+    }
+    return referring_pipeline(PeRFlowSDXLAutoBlocks(), places, **_settings(source))
 
 
 def pipeline_of(source: TeacherSource, dtype: torch.dtype) -> Any:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, ConfigMixin, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
+from safetensors import SafetensorError, safe_open
 from transformers import CLIPTokenizer
 
-from ..builder.single_file import config_location, read_shapes
 from .config import ModelConfig
 from .families import SDXL, ModelFamily, family_of
 
@@ -131,7 +132,7 @@ def open_teacher(model: ModelConfig) -> TeacherSource:
         label, location = path.resolve().name, str(path)
     elif path.suffix in (".safetensors", ".ckpt"):
         label, single_file = path.stem, str(path)
-        location = config_location(model.config, read_shapes(single_file))
+        location = _config_location(single_file, model.config)
     elif path.is_absolute() or model.teacher.startswith((".", "~")) or model.teacher.count("/") != 1:
         raise ValueError(f"model.teacher={model.teacher} does not exist; pass a directory, or owner/name.")
     unet_config, scheduler_config, vae_config = (
@@ -148,6 +149,17 @@ def open_teacher(model: ModelConfig) -> TeacherSource:
         scheduler_config=scheduler_config,
         vae_config=vae_config,
     )
+
+
+def _config_location(file: str, config: str | None) -> str:
+    """Where the configurations of a single file are: `config`, or what diffusers infers from the file's header."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            shapes = {name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in opened.keys()}
+    except (SafetensorError, OSError) as error:
+        fault = "is not a complete .safetensors file" if Path(file).exists() else "does not exist"
+        raise ValueError(f"model.teacher={file} {fault} ({error}); pass another one.") from error
+    return config or str(fetch_diffusers_config(shapes)["pretrained_model_name_or_path"])
 
 
 def _part_config(location: str, folder: str, revision: str | None) -> dict[str, Any]:

@@ -136,9 +136,12 @@ def test_a_scale_that_is_no_number_is_an_error(tmp_path: Path, delta: Path, scal
     assert merge_records(pipe.unet) == ()
 
 
-def test_a_configuration_that_names_no_path_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the configuration's delta=False"):
-        run(index_pipeline(tmp_path, {"delta": False}))
+@pytest.mark.parametrize("value", [False, "../delta.safetensors"])
+def test_a_configuration_that_names_no_path_beside_it_is_an_error(value: Any) -> None:
+    pipe = make_pipeline()
+    pipe.update_components(delta=value)
+    with pytest.raises(ValueError, match=f"the configuration's delta={value!r}"):
+        run(pipe)
 
 
 def test_an_index_names_a_variant_in_a_folder(tmp_path: Path, delta: Path) -> None:

@@ -175,4 +175,4 @@ def test_the_preview_keeps_its_contract() -> None:
         inputs={"preview_callback": lambda i, images: seen.append(images[0].width)},
         components={"preview_decoder": tiny_autoencoder()},
     )
-    assert seen == [1, 32]
+    assert seen == [1, 1, 32, 32]  # each block is called twice

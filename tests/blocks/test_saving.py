@@ -42,7 +42,7 @@ from perflow_blocks.demo.blocks import PeRFlowDemoBlocks
 from perflow_blocks.testing.tiny import load_tiny_ip_adapter, tiny_controlnet
 from tests.blocks.conftest import write_delta
 from tests.conftest import latents, make_pipeline, python
-from tests.hub.loopback.server import LoopbackHub
+from tests.hub.loopback import LoopbackHub
 
 ROOT = Path(__file__).parent.parent.parent
 INDEX = "modular_model_index.json"

@@ -1,14 +1,25 @@
-"""The builder: what it builds is what the parts say, whatever the order of its steps."""
+"""The builder: what it builds is what the parts say, and what one pipeline changes no other one sees."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import AdaptiveProjectedGuidance, ClassifierFreeGuidance, ControlNetModel, MultiControlNetModel
+from diffusers import (
+    AdaptiveProjectedGuidance,
+    ClassifierFreeGuidance,
+    ComponentsManager,
+    ControlNetModel,
+    MultiControlNetModel,
+)
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 
 from perflow_blocks import (
@@ -17,246 +28,412 @@ from perflow_blocks import (
     PeRFlowPipelineBuilder,
     PeRFlowScheduler,
     PeRFlowSDXLAutoBlocks,
+    StepCallbackStep,
+    WindowLogStep,
 )
+from perflow_blocks.blocks.recombine import find_loops
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.demo import perflow_pipeline, weights_directory
+from perflow_blocks.testing import load_tiny_ip_adapter
 from perflow_blocks.testing.tiny import (
     BETAS,
     tiny_controlnet,
-    tiny_inpainting_unet,
+    tiny_controlnet_union,
+    tiny_feature_extractor,
+    tiny_image_encoder,
     tiny_picture,
     tiny_sdxl_components,
     tiny_sdxl_unet,
     tiny_vae,
 )
 from tests.blocks.conftest import write_delta
-from tests.conftest import WHOLE, builder, generator, latents, make_pipeline, save_repository
+from tests.blocks.test_features_lora import write_lora
+from tests.builder.conftest import MODELS, checkpoint_components, save_checkpoint
+from tests.conftest import WHOLE, builder, generator, latents, make_pipeline, problems, python, run, save_repository
+from tests.hub.conftest import save_ip_adapter
+
+ROOT = Path(__file__).parent.parent.parent
+LORA_MODELS = ["CLIPTextModel", "CLIPTextModelWithProjection", "UNet2DConditionModel"]
+Step = Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipelineBuilder]
 
 
-def test_the_embedded_model_draws_what_its_own_pipeline_draws() -> None:
-    inputs = {"prompt": "a red star on a white background", "output_type": "pt", "output": "images"}
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A delta, two LoRAs and an IP-Adapter."""
+    folder = tmp_path_factory.mktemp("files")
+    write_delta(folder / "delta.safetensors")
+    for seed, name in enumerate(("ink", "oil.v2"), start=1):
+        write_lora(folder / name, seed)
+    save_ip_adapter(folder / "adapter")
+    return folder
+
+
+def with_ip_adapter(chain: PeRFlowPipelineBuilder, files: Path, **more: Any) -> PeRFlowPipelineBuilder:
+    options = {"subfolder": "sdxl_models", "weight_name": "ip-adapter_sdxl.safetensors", **more}
+    return chain.with_ip_adapter(files / "adapter", **options)
+
+
+# What is built
+
+
+def test_the_embedded_model_draws_what_its_own_pipeline_draws_and_comes_back_from_a_save(tmp_path: Path) -> None:
+    inputs: dict[str, Any] = {"prompt": "a red star on a white background", "output_type": "pt", "output": "images"}
     pipe: Any = PeRFlowPipelineBuilder().from_pretrained(weights_directory()).build()
-    own: Any = perflow_pipeline()
-    for each in (pipe, own):
-        each.set_progress_bar_config(disable=True)
-    assert type(pipe) is PeRFlowModularPipeline
-    assert torch.equal(pipe(generator=generator(), **inputs), own(generator=generator(), **inputs))
+    pipe.save_pretrained(tmp_path)
+    again = PeRFlowModularPipeline.from_pretrained(tmp_path)
+    again.load_components()
+    expected = perflow_pipeline()(generator=generator(), **inputs)
+    for each in (pipe, again):
+        assert type(each) is PeRFlowModularPipeline
+        assert torch.equal(each(generator=generator(), **inputs), expected)
 
 
-def test_a_repository_is_built_as_diffusers_loads_it(repository: Path, loads: list[str]) -> None:
-    pipe = builder(repository).build()
-    assert sorted(loads) == WHOLE
-    assert torch.equal(latents(pipe), latents(make_pipeline()))
-    assert {str(getattr(pipe, name).dtype) for name in ("unet", "vae", "text_encoder")} == {"torch.float32"}
-    assert set(pipe.null_component_names) == {"controlnet", "image_encoder"}
-
-
-def test_nothing_is_loaded_before_build(repository: Path, loads: list[str], tmp_path: Path) -> None:
-    delta = write_delta(tmp_path / "delta.safetensors")
-    first = builder(repository).with_delta(delta).with_attention("sliced").with_guidance(1.5)
-    text = first.describe()
-    assert first.problems() == []
-    assert loads == []
-    assert first.components_manager.components == {}
-    for part in (str(delta), "sliced", "guidance_scale=1.5", str(repository / "unet"), "torch.float32", "on cpu"):
+def test_nothing_is_loaded_before_build(repository: Path, loads: list[str], files: Path) -> None:
+    chain = builder(repository).with_delta(files / "delta.safetensors").with_attention("sliced").with_guidance(1.5)
+    text = chain.describe()
+    assert chain.problems() == loads == []
+    assert chain.components_manager.components == {}
+    for part in ("delta.safetensors", "sliced", "'guidance_scale': 1.5", f"{repository} unet", "float32 on cpu"):
         assert part in text
-    assert "problems" not in text
+    chain.build()
+    assert sorted(loads) == WHOLE
+    assert "shared from" in chain.describe()
 
 
-def test_steps_leave_their_builder_as_it_is(repository: Path) -> None:
-    first = builder(repository)
-    before = first.settings
-    second = (
-        first.with_guidance(1.5)
-        .with_unet(tiny_sdxl_unet(1))
-        .with_config(num_time_windows=2)
-        .with_workflow("inpainting")
-    )
-    assert first.settings is before
-    assert first.describe() != second.describe()
-    assert first.components_manager is second.components_manager
-
-
-STEPS = {
-    "source": lambda it, where: it.from_pretrained(where["repository"], dtype=torch.float32),
-    "delta": lambda it, where: it.with_delta(where["delta"], scale=0.5),
-    "guidance": lambda it, where: it.with_guidance(1.5, stop=0.5),
-    "vae": lambda it, where: it.with_vae(tiny_vae(3)),
-    "workflow": lambda it, where: it.with_workflow("text2image"),
-    "config": lambda it, where: it.with_config(num_time_windows=2),
-    "attention": lambda it, where: it.with_attention({"self": "sliced"}),
+STEPS: dict[str, Step] = {
+    "source": lambda it, files: it,
+    "delta": lambda it, files: it.with_delta(files / "delta.safetensors", scale=0.5),
+    "guidance": lambda it, files: it.with_guidance(1.5, stop=0.5),
+    "vae": lambda it, files: it.with_vae(tiny_vae(3)),
+    "workflow": lambda it, files: it.with_workflow("text2image"),
+    "config": lambda it, files: it.with_config(num_time_windows=2),
+    "attention": lambda it, files: it.with_attention({"self": "sliced"}),
 }
 
 
-def test_the_order_of_steps_does_not_matter(repository: Path, tmp_path: Path) -> None:
-    where = {"repository": repository, "delta": write_delta(tmp_path / "delta.safetensors")}
+def test_the_order_of_steps_does_not_matter_and_each_leaves_its_builder_as_it_is(
+    repository: Path, files: Path
+) -> None:
     orders = list(permutations(STEPS))
     made = []
     for order in (orders[0], orders[-1], orders[len(orders) // 3]):
         chain = PeRFlowPipelineBuilder()
         for step in order:
-            chain = STEPS[step](chain, where)
-        made.append((chain.describe(), chain.build()))
-    first = latents(made[0][1])
-    assert len({text for text, _ in made}) == 1
-    assert all(torch.equal(latents(pipe), first) for _, pipe in made[1:])
+            before, settings = chain, chain.settings
+            chain = chain.from_pretrained(repository) if step == "source" else STEPS[step](chain, files)
+            assert before.settings is settings
+        made.append(chain)
+    assert len({chain.describe() for chain in made}) == 1
     by_hand = make_pipeline(guider=ClassifierFreeGuidance(guidance_scale=1.5, stop=0.5))
     by_hand.update_components(num_time_windows=2, attention=AttentionConfig({"self": "sliced"}))
-    assert torch.equal(first, latents(by_hand, delta=where["delta"], delta_scale=0.5))
+    expected = latents(by_hand, delta=files / "delta.safetensors", delta_scale=0.5)
+    assert all(torch.equal(latents(chain.build()), expected) for chain in made)
 
 
-def test_a_step_that_is_taken_again_replaces_the_first(repository: Path) -> None:
-    one, two = tiny_sdxl_unet(1), tiny_sdxl_unet(2)
-    chain = builder(repository).with_unet(one).with_unet(two).with_config(num_time_windows=2)
-    pipe = chain.with_config(num_time_windows=3).with_guidance(1.5).with_guidance(3.0).build()
-    assert pipe.unet is two
-    assert (pipe.config.num_time_windows, pipe.guider.guidance_scale) == (3, 3.0)
+def test_the_last_of_steps_that_set_the_same_thing_counts(repository: Path, files: Path) -> None:
+    unet, guider = tiny_sdxl_unet(2), AdaptiveProjectedGuidance(guidance_scale=1.5)
+    chain = PeRFlowPipelineBuilder().from_single_file("x.safetensors").from_pretrained(repository)
+    chain = chain.with_unet(tiny_sdxl_unet(1)).with_unet(unet).with_config(num_time_windows=2)
+    chain = chain.with_delta(files / "delta.safetensors").with_config(num_time_windows=3, delta_scale=0.5, delta=None)
+    pipe = chain.with_guidance(3.0).with_guider(guider).build()
+    assert (pipe.unet, pipe.guider) == (unet, guider)
+    assert (pipe.config.num_time_windows, pipe.config.delta, pipe.config.delta_scale) == (3, None, 0.5)
+    assert chain.with_guider(guider).with_component("guider", None).build().guider.guidance_scale == 2.0
 
 
-def test_the_delta_is_merged_by_the_first_call_at_its_scale(repository: Path, tmp_path: Path) -> None:
-    recipe = DeltaRecipe(num_inference_steps=5, guidance_scale=1.5, num_time_windows=2)
-    delta = write_delta(tmp_path / "delta.safetensors", recipe)
-    for scale in (1.0, 0.5, 0.0):
-        pipe = builder(repository).with_delta(delta, scale).build()
-        expected = latents(make_pipeline(), delta=delta, delta_scale=scale, num_inference_steps=None)
-        assert torch.equal(latents(pipe, num_inference_steps=None), expected)
-        assert torch.equal(latents(pipe, num_inference_steps=None), expected)
-    assert torch.equal(
-        latents(builder(repository).with_delta(delta, 0.5).build(), delta_scale=1.0),
-        latents(make_pipeline(), delta=delta),
-    )
-
-
-def test_a_delta_goes_into_a_unet_for_inpainting(repository: Path, tmp_path: Path) -> None:
-    chain = builder(repository).with_delta(write_delta(tmp_path / "delta.safetensors"))
-    assert chain.with_unet(tiny_inpainting_unet()).problems() == []
-
-
-@pytest.mark.parametrize("guided", [None, 2.0, 3.0])
-def test_guidance_that_is_asked_for_wins_over_the_recipe(
-    repository: Path, tmp_path: Path, guided: float | None
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.0])
+def test_calls_merge_the_delta_and_a_saved_pipeline_does_so_too(
+    repository: Path, tmp_path: Path, files: Path, scale: float
 ) -> None:
+    delta = files / "delta.safetensors"
+    pipe: Any = builder(repository).with_delta(delta, scale).build()
+    expected = latents(make_pipeline(), delta=delta, delta_scale=scale)
+    assert torch.equal(latents(pipe), expected)
+    builder(repository).with_delta(delta, scale).build().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "modular_model_index.json").read_text())
+    assert (index["delta"], index["delta_scale"]) == (f"delta/{delta.name}", scale)
+    assert torch.equal(latents(builder(tmp_path).build()), expected)
+
+
+@pytest.mark.parametrize("guided", [None, 3.0])
+def test_guidance_that_is_asked_for_wins_over_the_recipe(repository: Path, tmp_path: Path, guided: Any) -> None:
     delta = write_delta(tmp_path / "delta.safetensors", DeltaRecipe(guidance_scale=1.5))
     chain = builder(repository).with_delta(delta)
     pipe = (chain if guided is None else chain.with_guidance(guided)).build()
     latents(pipe)
-    assert pipe.guider.guidance_scale == (1.5 if guided is None else guided)
+    assert pipe.guider.guidance_scale == (guided or 1.5)
 
 
-def test_a_guider_of_ones_own(repository: Path) -> None:
-    guider = AdaptiveProjectedGuidance(guidance_scale=1.5)
-    assert builder(repository).with_guider(guider).build().guider is guider
-    chain = builder(repository).with_component("guider", guider)
-    assert chain.build().guider is guider
-    spec = ComponentSpec(
-        "guider", ClassifierFreeGuidance, config={"guidance_scale": 3.0}, default_creation_method="from_config"
-    )
-    assert chain.with_component("guider", spec).build().guider.guidance_scale == 3.0
-    assert chain.with_component("guider", spec).with_guider(guider).build().guider is guider
-    assert chain.with_component("guider", None).build().guider.guidance_scale == 2.0
-    assert chain.with_component("guider", spec).with_component("guider", None).build().guider.guidance_scale == 2.0
+def test_all_models_have_one_type_but_for_a_given_vae(repository: Path) -> None:
+    half = PeRFlowPipelineBuilder().from_pretrained(repository, dtype=torch.float16).with_vae(tiny_vae()).build()
+    assert {half.unet.dtype, half.text_encoder.dtype, half.text_encoder_2.dtype} == {torch.float16}
+    assert half.vae.dtype == torch.float32
+    given = builder(repository).with_unet(tiny_sdxl_unet().to(torch.bfloat16)).build()
+    assert given.vae.dtype == given.text_encoder.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.float16, torch.bfloat16, "auto"],
-    ids=lambda value: str(value).removeprefix("torch."),
-)
-def test_all_models_are_loaded_in_one_type(repository: Path, dtype: Any) -> None:
-    pipe = PeRFlowPipelineBuilder().from_pretrained(repository, dtype=dtype).build()
-    expected = torch.float32 if dtype == "auto" else dtype
-    assert {getattr(pipe, n).dtype for n in ("unet", "vae", "text_encoder", "text_encoder_2")} == {expected}
-
-
-def test_the_type_of_given_models_is_that_of_all(repository: Path) -> None:
-    pipe = builder(repository).with_unet(tiny_sdxl_unet().to(torch.bfloat16)).build()
-    assert pipe.vae.dtype == pipe.text_encoder.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("form", ["object", "spec", "directory", "named"])
+@pytest.mark.parametrize("form", ["object", "spec", "directory", "union"])
 def test_a_component_is_given_in_several_forms(repository: Path, tmp_path: Path, form: str) -> None:
-    model = tiny_controlnet(4)
-    model.save_pretrained(tmp_path / "models" / "edges")
-    forms: dict[str, tuple[Any, dict[str, Any]]] = {
-        "object": (model, {}),
-        "spec": (
-            ComponentSpec(
-                "anything",
-                ControlNetModel,
-                pretrained_model_name_or_path=str(tmp_path / "models"),
-                subfolder="edges",
-            ),
-            {},
-        ),
-        "directory": (tmp_path / "models", {"subfolder": "edges"}),
-        "named": (str(tmp_path / "models" / "edges"), {}),
-    }
-    given, loading = forms[form]
-    pipe = builder(repository).with_controlnet(given, freeze=True, **loading).build()
-    assert all(not weight.requires_grad for weight in pipe.controlnet.parameters())
-    assert any(weight.requires_grad for weight in pipe.unet.parameters())
-    image = tiny_picture(1)
-    expected = latents(make_pipeline(controlnet=tiny_controlnet(4)), control_image=image)
-    assert torch.equal(latents(pipe, control_image=image), expected)
+    model = tiny_controlnet_union() if form == "union" else tiny_controlnet(4)
+    model.save_pretrained(tmp_path / "edges")
+    spec = ComponentSpec("x", ControlNetModel, pretrained_model_name_or_path=str(tmp_path), subfolder="edges")
+    chain = builder(repository)
+    match form:
+        case "object":
+            chain = chain.with_controlnet(model, freeze=True)
+        case "spec":
+            chain = chain.with_controlnet(spec, freeze=True)
+        case _:
+            chain = chain.with_controlnet(tmp_path, subfolder="edges", freeze=True)
+    pipe = chain.build()
+    assert type(pipe.controlnet) is type(model)
+    assert all(torch.equal(w, pipe.controlnet.state_dict()[name]) for name, w in model.state_dict().items())
+    assert not any(weight.requires_grad for weight in pipe.controlnet.parameters())
+    assert all(weight.requires_grad for weight in pipe.unet.parameters())
 
 
-def test_several_controlnets_are_given_as_a_list(repository: Path) -> None:
-    models = [tiny_controlnet(1), tiny_controlnet(2)]
-    pipe = builder(repository).with_controlnet(models).build()
-    assert isinstance(pipe.controlnet, MultiControlNetModel)
-    assert list(pipe.controlnet.nets) == models
-
-
-def test_named_forms_reach_their_components(repository: Path) -> None:
+def test_named_steps_reach_their_components(repository: Path) -> None:
     parts = tiny_sdxl_components(PeRFlowScheduler(**BETAS))
-    pipe = (
-        builder(repository)
-        .with_unet(parts["unet"])
-        .with_vae(parts["vae"])
-        .with_text_encoder(parts["text_encoder"], tokenizer=parts["tokenizer"])
-        .with_text_encoder(parts["text_encoder_2"], tokenizer=parts["tokenizer_2"], number=2)
-        .with_scheduler(parts["scheduler"])
-        .build()
-    )
+    chain = builder(repository).with_unet(parts["unet"]).with_vae(parts["vae"]).with_scheduler(parts["scheduler"])
+    chain = chain.with_text_encoder(parts["text_encoder"], tokenizer=parts["tokenizer"])
+    chain = chain.with_text_encoder(parts["text_encoder_2"], tokenizer=parts["tokenizer_2"], number=2)
+    pipe = chain.with_controlnet([tiny_controlnet(1), tiny_controlnet(2)]).build()
     assert all(getattr(pipe, name) is part for name, part in parts.items())
+    assert isinstance(pipe.controlnet, MultiControlNetModel)
 
 
 def test_a_component_that_is_left_out_is_not_loaded(repository: Path, loads: list[str]) -> None:
-    blocks = PeRFlowSDXLAutoBlocks()
-    blocks.sub_blocks.pop("decode")
-    pipe = builder(repository).with_blocks(blocks).with_component("text_encoder", None).build()
-    assert pipe.text_encoder is None
+    assert builder(repository).with_component("text_encoder", None).build().text_encoder is None
     assert "CLIPTextModel" not in loads
 
 
-def test_other_weights_of_the_repository(tmp_path: Path) -> None:
+def test_a_variant_of_the_weights(tmp_path: Path) -> None:
     folder = save_repository(tmp_path / "tiny")
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        (weights,) = (folder / name).glob("*.safetensors")
-        weights.rename(weights.with_name(weights.name.replace(".safetensors", ".fp16.safetensors")))
+    for weights in list(folder.glob("*/*.safetensors")):
+        weights.rename(weights.with_suffix(".fp16.safetensors"))
     pipe = PeRFlowPipelineBuilder().from_pretrained(folder, variant="fp16").build()
     assert torch.equal(latents(pipe), latents(make_pipeline()))
-    assert pipe.get_component_spec("unet").variant == "fp16"
-    assert pipe.get_component_spec("tokenizer").variant is None
 
 
-def test_components_without_a_pipeline_have_the_delta_merged(repository: Path, tmp_path: Path) -> None:
-    chain = builder(repository).with_delta(write_delta(tmp_path / "delta.safetensors"))
-    components = chain.with_attention("sliced").build_components()
-    student = tiny_sdxl_unet(1).state_dict()
-    torch.testing.assert_close(components["unet"].state_dict(), student)
+def test_components_without_a_pipeline_have_the_delta_merged(repository: Path, files: Path) -> None:
+    chain = builder(repository).with_delta(files / "delta.safetensors").with_attention("sliced")
+    components = chain.build_components()
+    torch.testing.assert_close(components["unet"].state_dict(), tiny_sdxl_unet(1).state_dict())
     assert components["attention"].config.plan == ["self=sliced", "cross=sliced"]
     assert "controlnet" not in components
 
 
 def test_settings_reach_the_pipeline(repository: Path) -> None:
-    chain = builder(repository).with_config(window_boundaries=[1.0, 0.5, 0.0])
-    pipe = chain.with_compile(backend="eager").with_prompt_cache(2).with_attention(["self=sliced"]).build()
+    chain = builder(repository).with_config(window_boundaries=[1.0, 0.5, 0.0]).with_attention(["self=sliced"])
+    pipe = chain.with_compile(backend="eager").with_prompt_cache(2).build()
     blocks = pipe.unet.mid_block.attentions[0].transformer_blocks
     assert all(block._compiled_call_impl is not None for block in [*blocks, pipe.vae.decoder])
-    assert pipe.config.attention_plan == ["self=sliced"]
     latents(pipe)
     latents(pipe)
     assert pipe.blocks.sub_blocks["text_encoder"].hits == 1
     assert pipe.scheduler.windows.boundaries == (1.0, 0.5, 0.0)
     assert {row.asked for row in pipe.attention.report().rows} == {"sliced", None}
+
+
+def test_inserted_blocks_are_copies_that_stand_where_they_are_to_run(repository: Path) -> None:
+    blocks, steps = PeRFlowSDXLAutoBlocks(), list[int]()
+    chain = builder(repository).with_blocks(blocks).insert_block("watch", StepCallbackStep, after="solver")
+    chain = chain.insert_block("log", WindowLogStep(), before="watch")
+    chain = chain.insert_block("again", blocks.sub_blocks["merge_delta"], before="decode")
+    pipe = chain.build()
+    assert list(pipe.blocks.sub_blocks)[-2:] == ["again", "decode"]
+    loops = [list(loop.sub_blocks) for loop in find_loops(pipe.blocks)]
+    assert loops and all(loop[loop.index("solver") :][:3] == ["solver", "log", "watch"] for loop in loops)
+    assert not any("log" in loop.sub_blocks for loop in find_loops(blocks))
+    latents(chain.with_workflow("text2image").build(), step_callback=lambda info: steps.append(info.step))
+    assert steps == [0, 1, 2, 3]
+
+
+def test_loras_are_loaded_with_their_weights_in_any_order(repository: Path, files: Path) -> None:
+    ink, oil = files / "ink", files / "oil.v2"
+    by_hand = make_pipeline()
+    by_hand.load_lora_weights(ink, adapter_name="ink")
+    by_hand.load_lora_weights(oil, adapter_name="paint")
+    by_hand.set_adapters(["ink", "paint"], [0.5, -0.25])
+    expected = latents(by_hand)
+    assert not torch.equal(expected, latents(make_pipeline()))
+    for chain in (
+        builder(repository).with_lora(ink, 0.5).with_lora(oil, -0.25, "paint"),
+        builder(repository).with_lora(ink, 3.0).with_lora(oil, -0.25, "paint").with_lora(ink, 0.5),
+    ):
+        assert torch.equal(latents(chain.build()), expected)
+    assert builder(repository).with_lora(oil).build().get_active_adapters() == ["oil"]
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["encoder beside it", "encoder given"])
+def test_an_ip_adapter_comes_with_its_encoder(repository: Path, files: Path, given: bool) -> None:
+    chain = with_ip_adapter(builder(repository), files, scale=0.7)
+    if not given:
+        assert chain.build().image_encoder.config.image_size == 224
+        return
+    chain = chain.with_component("image_encoder", tiny_image_encoder())
+    pipe = chain.with_component("feature_extractor", tiny_feature_extractor()).build()
+    by_hand = make_pipeline()
+    load_tiny_ip_adapter(by_hand)
+    by_hand.set_ip_adapter_scale(0.7)
+    image = tiny_picture(1)
+    assert torch.equal(latents(pipe, ip_adapter_image=image), latents(by_hand, ip_adapter_image=image))
+
+
+# What is shared
+
+
+CHANGES: dict[str, tuple[Step, list[str]]] = {
+    "guidance": (lambda it, files: it.with_guidance(1.5), []),
+    "attention": (lambda it, files: it.with_attention("sliced"), []),
+    "workflow": (lambda it, files: it.with_workflow("text2image"), []),
+    "delta": (lambda it, files: it.with_delta(files / "delta.safetensors"), ["UNet2DConditionModel"]),
+    "lora": (lambda it, files: it.with_lora(files / "ink", 0.5), LORA_MODELS),
+    "ip-adapter": (
+        lambda it, files: with_ip_adapter(it, files).with_component("image_encoder", tiny_image_encoder()),
+        ["UNet2DConditionModel"],
+    ),
+    "compiled": (lambda it, files: it.with_compile(backend="eager"), ["UNet2DConditionModel", "AutoencoderKL"]),
+    "frozen": (
+        lambda it, files: it.with_component("vae", it.settings.source.location, subfolder="vae", freeze=True),
+        ["AutoencoderKL"],
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_a_model_is_not_shared(repository: Path, loads: list[str], files: Path, change: str) -> None:
+    """And the pipelines do not disturb one another, in whatever order they run."""
+    step, expected = CHANGES[change]
+    names = ("ip_adapter_embeds", "negative_ip_adapter_embeds") if change == "ip-adapter" else ()
+    inputs = {name: [torch.ones(1, 1, 24)] for name in names}
+    plain, alone = builder(repository), latents(step(builder(repository), files).build(), **inputs)
+    one = plain.build()
+    loads.clear()
+    changed = step(plain, files)
+    two = changed.build()
+    assert sorted(loads) == sorted(expected)
+    loads.clear()
+    assert torch.equal(latents(two, **inputs), alone)
+    assert torch.equal(latents(one), latents(make_pipeline()))
+    assert torch.equal(latents(changed.build(), **inputs), alone)  # a second build shares all of it
+    assert loads == []
+
+
+def test_collections_and_types_keep_models_apart(repository: Path) -> None:
+    manager = ComponentsManager()
+    first = builder(repository, components_manager=manager, collection="sdxl").build()
+    assert manager.get_one(name="unet", collection="sdxl") is first.unet
+    chain = builder(repository, components_manager=manager).from_pretrained(repository, dtype=torch.bfloat16)
+    assert (chain.build().unet.dtype, first.unet.dtype) == (torch.bfloat16, torch.float32)
+
+
+OUTSIDE: dict[str, Callable[[Any, Path], Any]] = {
+    "type": lambda pipe, files: pipe.unet.to(torch.float16),
+    "unloaded": lambda pipe, files: pipe.unload_lora_weights(),
+    "another one": lambda pipe, files: pipe.load_lora_weights(files / "oil.v2", adapter_name="other"),
+}
+
+
+@pytest.mark.parametrize("change", OUTSIDE)
+def test_what_was_changed_since_is_loaded_again(repository: Path, files: Path, change: str) -> None:
+    chain = builder(repository).with_lora(files / "ink")
+    first = chain.build()
+    expected = latents(first)
+    OUTSIDE[change](first, files)
+    again = chain.build()
+    assert again.unet is not first.unet and again.vae is first.vae
+    assert torch.equal(latents(again), expected)
+
+
+def test_a_given_model_gets_its_loras_once_and_no_others(repository: Path, files: Path) -> None:
+    given = builder(repository).with_unet(tiny_sdxl_unet())
+    chain = given.with_lora(files / "ink", 0.5)
+    first = chain.build()
+    expected = latents(builder(repository).with_lora(files / "ink", 0.5).build())
+    assert torch.equal(latents(chain.build()), expected)
+    for other in (given, given.with_lora(files / "oil.v2")):
+        assert "unet holds ink already" in problems(other)
+    first.unload_lora_weights()
+    assert torch.equal(latents(given.build()), latents(make_pipeline()))
+
+
+def test_adapters_of_ones_own_stay(repository: Path, files: Path) -> None:
+    own = make_pipeline()
+    own.load_lora_weights(files / "ink", adapter_name="own")
+    chain = builder(repository).with_unet(own.unet).with_text_encoder(own.text_encoder)
+    chain = chain.with_text_encoder(own.text_encoder_2, number=2)
+    assert torch.equal(latents(chain.build()), latents(own))
+    assert chain.with_guidance(1.5).problems() == []
+    assert "unet holds own already" in problems(chain.with_lora(files / "oil.v2"))
+
+
+# Where models are
+
+
+def test_the_manager_moves_models_to_its_device(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a manager that notes what it is asked for, since a machine may have no accelerator."""
+    asked: list[Any] = []
+    monkeypatch.setattr(ComponentsManager, "enable_auto_cpu_offload", lambda self, device: asked.append(device))
+    pipe = builder(repository).on("meta").offload("auto").build()
+    assert asked == [torch.device("meta")]
+    assert pipe.unet.device.type == "cpu"
+
+
+# Original checkpoints
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Configurations, tokenizers and scheduler, without weights."""
+    whole = save_repository(tmp_path_factory.mktemp("whole") / "sdxl", **checkpoint_components())
+    folder = tmp_path_factory.mktemp("config") / "sdxl"
+    return Path(shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("*.safetensors")))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tuned.safetensors", checkpoint_components())
+
+
+def test_a_checkpoint_is_the_models_it_was_written_from(
+    checkpoint: Path, config: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its scheduler is none that a user set, which calls would warn of."""
+    chain = PeRFlowPipelineBuilder().from_single_file(checkpoint, config=config)
+    pipe = chain.build()
+    for name in MODELS:
+        expected = checkpoint_components()[name].state_dict()
+        assert all(torch.equal(weight, expected[key]) for key, weight in getattr(pipe, name).state_dict().items())
+    found = latents(pipe)
+    assert "the scheduler that was set" not in caplog.text
+    assert torch.equal(found, latents(make_pipeline(**checkpoint_components())))
+    assert chain.with_guidance(1.5).build().unet is pipe.unet
+    half = PeRFlowPipelineBuilder().from_single_file(checkpoint, config=config, dtype=torch.float16).build()
+    assert {getattr(half, name).dtype for name in MODELS} == {torch.float16}
+
+
+def test_a_checkpoint_without_a_vae_takes_one_that_is_given(config: Path, tmp_path: Path) -> None:
+    parts = checkpoint_components()
+    file = save_checkpoint(tmp_path / "part.safetensors", parts, leave_out=("vae",))
+    chain = PeRFlowPipelineBuilder().from_single_file(file, config=config)
+    scheduler = PeRFlowScheduler(**BETAS)
+    pipe = chain.with_vae(parts["vae"]).with_scheduler(scheduler).build()
+    assert (pipe.vae, pipe.scheduler) == (parts["vae"], scheduler)
+    with pytest.raises(SingleFileComponentError, match="Weights for this component appear to be missing"):
+        chain.build()
+    assert run(pipe).isfinite().all()
+
+
+def test_nothing_is_fetched_for_a_checkpoint(checkpoint: Path, config: Path, tmp_path: Path) -> None:
+    """In a process with an empty cache, where every connection is an error."""
+    code = (
+        "import socket, sys\n"
+        "def refuse(*args, **kwargs): raise AssertionError('network')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "from perflow_blocks import PeRFlowPipelineBuilder\n"
+        "pipe = PeRFlowPipelineBuilder().from_single_file(sys.argv[1], config=sys.argv[2]).build()\n"
+        "print(pipe.unet.dtype, pipe.null_component_names)\n"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    assert "torch.float32" in python("-c", code, checkpoint, config, environment=environment)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,16 +109,6 @@ def test_another_unets_folder_is_replaced_where_it_holds_only_that(run: Run, del
     done(run, "merge", tmp_path / "base", delta, "-o", tmp_path / "old", "--force")
     assert names(tmp_path / "old") == ["config.json", f"{STEM}.safetensors"]
     assert_merged(tmp_path / "old")
-
-
-def test_written_weights_have_the_permissions_of_any_new_file(run: Run, delta: Path, tmp_path: Path) -> None:
-    tiny_sdxl_unet(0).save_pretrained(tmp_path / "base")
-    done(run, "merge", tmp_path / "base", delta, "-o", tmp_path / "one")
-    done(run, "unmerge", tmp_path / "one", delta, "-o", tmp_path / "two")
-    (tmp_path / "file").touch()
-    usual = stat.S_IMODE((tmp_path / "file").stat().st_mode)
-    for folder in ("one", "two"):
-        assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / folder).iterdir()} == {usual}
 
 
 def test_a_delta_as_it_is_published_goes_in_and_out(run: Run, published: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from perflow_blocks.delta.extract import save_delta
-from perflow_blocks.hub.manifest import read_manifest
 from perflow_blocks.testing import tiny_picture, tiny_sdxl_unet
 from tests.hub.conftest import index_of, use_own_modules
 
@@ -30,18 +29,15 @@ def mistake(run: Run, *arguments: object) -> str:
 
 def test_a_plain_model_becomes_a_workflow_with_its_weights(run: Run, repository: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    options = ("--weights", "include", "--dtype", "float32", "--mode", "thin", "--title", "Mine", "--licence", "mit")
+    options = ("--weights", "include", "--dtype", "float32", "--title", "Mine", "--licence", "mit")
     status, out, err = run("export", repository, target, *options)
     assert status == 0, err
-    manifest = read_manifest(target)
-    assert (manifest.blocks, manifest.mode) == ("PeRFlowSDXLAutoBlocks", "thin")
-    lines = out.splitlines()
-    assert f"{len(manifest.files) + 1} files" in lines[0] and str(target) in lines[0]
+    files = [path for path in target.rglob("*") if path.is_file()]
+    assert out.startswith(f"{target}: {len(files)} files")
     listed = {path: int(size.replace(",", "")) for path, size in re.findall(r"^  (\S+) +([\d,]+) bytes$", out, re.M)}
-    assert listed["block.py"] == manifest.files["block.py"].size
-    unet = sum(entry.size for path, entry in manifest.files.items() if path.startswith("unet/"))
-    assert listed["unet/"] == unet
-    assert sum(listed.values()) == sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    assert listed["block.py"] == (target / "block.py").stat().st_size
+    assert listed["unet/"] == sum(path.stat().st_size for path in (target / "unet").iterdir())
+    assert sum(listed.values()) == sum(path.stat().st_size for path in files)
     assert "# Mine" in (target / "README.md").read_text()
 
 
@@ -53,13 +49,13 @@ def test_a_workflow_is_exported_with_its_own_blocks_and_a_delta(run: Run, tmp_pa
     target = tmp_path / "out"
     status, _, err = run(
         "export", WORKFLOW, target, "--trust-remote-code", "--weights", "delta-only", "--delta", delta,
-        "--picture", picture, "--notes", notes, "--name", "Flow", "--repo-id", "me/flow",
+        "--picture", picture, "--notes", notes, "--name", "Flow", "--mode", "self-contained", "--repo-id", "me/flow",
     )  # fmt: skip
     assert status == 0, err
-    assert read_manifest(target).blocks == "Flow" and read_manifest(target).mode == "self-contained"
+    assert "block.Flow" in (target / "modular_config.json").read_text() and list(target.glob("perflow_*.py"))
     index = index_of(target)
     assert index["unet"][2]["pretrained_model_name_or_path"] == "hansyan/perflow-sdxl-base"
-    assert index["delta"] == "delta/perflow_delta.safetensors" and index["num_time_windows"] == 4
+    assert index["delta"] == "delta/d.safetensors" and index["num_time_windows"] == 4
     assert (target / "picture.png").is_file()
     card = (target / "README.md").read_text()
     assert "Take care." in card and '"me/flow"' in card
@@ -73,13 +69,13 @@ def test_mistakes_are_one_line_and_leave_nothing(run: Run, repository: Path, tmp
     assert "does not exist" in mistake(run, tmp_path / "absent", out)
     assert "--notes" in mistake(run, repository, out, "--notes", tmp_path / "absent.md")
     assert "--trust-remote-code" in mistake(run, WORKFLOW, out, "--revision", "main")
-    assert "holds no perflow_manifest.json" in mistake(run, repository, out, "--trust-remote-code")
+    assert "it has no modular_config.json" in mistake(run, repository, out, "--trust-remote-code")
     assert not out.exists()
 
 
 def test_an_export_is_replaced_with_force_alone(run: Run, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    assert run("export", WORKFLOW, target, "--mode", "thin")[0] == 0
-    assert "holds a workflow already" in mistake(run, WORKFLOW, target, "--mode", "thin")
-    assert run("export", WORKFLOW, target, "--mode", "thin", "--title", "New", "--force")[0] == 0
+    assert run("export", WORKFLOW, target)[0] == 0
+    assert "holds a workflow; pass" in mistake(run, WORKFLOW, target)
+    assert run("export", WORKFLOW, target, "--title", "New", "--force")[0] == 0
     assert "# New" in (target / "README.md").read_text()

@@ -123,6 +123,13 @@ def test_counts_are_positive_integers(value: object) -> None:
         TimeWindows.equal(value)  # type: ignore[arg-type]
 
 
+def test_numbers_that_would_fill_the_memory_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_windows=1000000000000 must be at most num_train_timesteps=1000"):
+        TimeWindows.equal(10**12)
+    with pytest.raises(ValueError, match="num_train_timesteps=1000000000000 must be at most 1000000"):
+        make_alphas_cumprod(num_train_timesteps=10**12)
+
+
 @pytest.mark.parametrize("schedule", BETA_SCHEDULES)
 def test_alphas_are_those_of_diffusers(schedule: str) -> None:
     ours = make_alphas_cumprod(beta_schedule=schedule)

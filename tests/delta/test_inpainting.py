@@ -13,7 +13,7 @@ from perflow_blocks.delta.extract import extract_delta, save_delta
 from perflow_blocks.delta.merge import merge_delta, merge_record
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.testing.tiny import tiny_inpainting_unet, tiny_sdxl_unet
-from tests.delta.test_delta import assert_same, values
+from tests.delta.test_delta import values
 
 pytestmark = pytest.mark.behaviour
 
@@ -100,12 +100,3 @@ def test_the_delta_of_an_inpainting_unet_is_for_its_own_kind(tmp_path: Path) -> 
         merge_delta(plain(0), path)
     merge_delta(model, path)
     torch.testing.assert_close(model.state_dict()[KEY], inpainting(1).state_dict()[KEY], rtol=0, atol=1e-3)
-
-
-@pytest.mark.parametrize("shape", [(16, 3, 3, 3), (16, 8, 3, 3), (16, 4, 1, 1), (8, 4, 3, 3)])
-def test_any_other_shape_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    path, model = tmp_path / "delta.safetensors", inpainting()
-    save_delta({KEY: torch.ones(shape)}, path, partial=True)
-    with pytest.raises(ValueError, match=r"1 of another shape \(conv_in\.weight is .*the same architecture"):
-        merge_delta(model, path)
-    assert_same(model, values(inpainting()))

@@ -51,6 +51,8 @@ def test_the_recipe_travels_in_the_metadata(tmp_path: Path, recipe: DeltaRecipe)
         ("window_boundaries", "[1, null]"),
         ("scheduler_config", "[1]"),
         ("scheduler_config", '{"beta_schedule": "wavy"}'),
+        ("scheduler_config", '{"num_train_timesteps": 1000000000000}'),
+        ("window_boundaries", "[" * 100_000),
         ("scheduler_config", '{"beta_start": "small"}'),
     ],
 )

@@ -1,45 +1,47 @@
-"""`export_workflow`: what is written, and that the settings of a pipeline come back with it."""
+"""Exported workflows: what they hold, that they come back as they were, and what is refused."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import shutil
+import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from diffusers import AdaptiveProjectedGuidance, ClassifierFreeGuidance, DDIMScheduler, ModularPipeline
+from diffusers import AdaptiveProjectedGuidance, ModularPipeline
+from diffusers.modular_pipelines import ModularPipelineBlocks
 from diffusers.modular_pipelines.mellon_node_utils import MellonPipelineConfig
 from huggingface_hub import ModelCard
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from perflow_blocks import AttentionConfig, PeRFlowScheduler, PeRFlowSDXLAutoBlocks, export_workflow
-from perflow_blocks.blocks.workflows import PeRFlowSDXLImage2ImageBlocks, PeRFlowSDXLText2ImageBlocks
-from perflow_blocks.hub.manifest import read_manifest, verify_manifest
-from perflow_blocks.testing import tiny_picture
-from perflow_blocks.testing.tiny import BETAS
-from tests.conftest import run
-from tests.hub.conftest import (
-    hub_entry,
-    index_of,
-    loaded,
-    referring_pipeline,
-    text_of,
-    tiny_pipeline,
-    use_own_modules,
+from perflow_blocks import (
+    PeRFlowScheduler,
+    PeRFlowSDXLAutoBlocks,
+    PeRFlowSetTimestepsStep,
+    WindowLogStep,
+    export_workflow,
+    insert_loop_block,
+    merge_delta,
+    rescale_delta,
 )
+from perflow_blocks.blocks.workflows import PeRFlowSDXLImage2ImageBlocks, PeRFlowSDXLText2ImageBlocks
+from perflow_blocks.delta.extract import save_delta
+from perflow_blocks.delta.merge import merge_records
+from perflow_blocks.delta.recipe import DeltaRecipe
+from perflow_blocks.hub.export import referring_pipeline
+from perflow_blocks.testing import tiny_sdxl_unet
+from tests.conftest import make_pipeline, python, run
+from tests.hub.conftest import index_of, use_own_modules
 
-FILES = {
-    "README.md",
-    "block.py",
-    "mellon_pipeline_config.json",
-    "modular_config.json",
-    "modular_model_index.json",
-    "perflow_manifest.json",
-}
-UNET = hub_entry("UNet2DConditionModel", "owner/model", subfolder="unet", variant="v0-fix", revision="abc")
+FILES = {"README.md", "block.py", "mellon_pipeline_config.json", "modular_config.json", "modular_model_index.json"}
+PLACE = {"pretrained_model_name_or_path": "owner/model", "subfolder": "unet", "variant": "v0-fix", "revision": "abc"}
+RECIPE = DeltaRecipe(prediction_type="ddim_eps", num_time_windows=2, num_inference_steps=3, guidance_scale=1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -49,256 +51,403 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def pipe(repository: Path) -> Any:
-    """Tiny text-to-image from a directory: weights that were read from a file compute the same to the bit again."""
-    return loaded_from(repository)
+    """Weights that were read from a file, which compute the same to the bit when they are read again."""
+    return loaded_from(repository, PeRFlowSDXLText2ImageBlocks())
 
 
-def loaded_from(repository: Path, **components: Any) -> Any:
-    pipe = PeRFlowSDXLText2ImageBlocks().init_pipeline(str(repository))
-    pipe.load_components()
-    pipe.update_components(**components)
+@pytest.fixture
+def referring() -> Any:
+    return referring_pipeline(PeRFlowSDXLText2ImageBlocks(), {"unet": PLACE}, num_time_windows=2)
+
+
+@pytest.fixture(scope="module")
+def delta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("delta") / "accelerator.safetensors"
+    save_delta({name: torch.full_like(w, 1e-3) for name, w in tiny_sdxl_unet().state_dict().items()}, path, RECIPE)
+    return path
+
+
+def loaded_from(place: Path, blocks: Any) -> Any:
+    pipe = blocks.init_pipeline(str(place))
+    pipe.load_components(dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def exported(pipe: Any, directory: Path, **options: Any) -> Path:
-    return export_workflow(pipe, directory, **{"mode": "thin", "weights": "include", **options})
+def again(directory: Path) -> Any:
+    """What diffusers loads from an export."""
+    pipe: Any = ModularPipeline.from_pretrained(str(directory), trust_remote_code=True)
+    pipe.load_components(dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-def test_a_repository_by_reference(tmp_path: Path) -> None:
-    index = {"_class_name": "StableDiffusionXLModularPipeline", "unet": UNET, "num_time_windows": 2}
-    pipe = referring_pipeline(PeRFlowSDXLText2ImageBlocks(), index, tmp_path / "given")
-    directory = export_workflow(pipe, tmp_path / "out", mode="thin", title="A title", licence="mit", notes="A note.")
+def text_of(directory: Path) -> str:
+    files = [path for path in sorted(directory.rglob("*")) if path.suffix in {".json", ".md", ".py"}]
+    return "\n".join(path.read_text() for path in files)
+
+
+def refused(given: Any, tmp_path: Path, **options: Any) -> str:
+    with pytest.raises(ValueError) as caught:
+        export_workflow(given, tmp_path / "no", **options)
+    assert not (tmp_path / "no").exists() and not list(tmp_path.glob(".no*"))
+    return str(caught.value)
+
+
+def test_a_repository_by_reference(tmp_path: Path, referring: Any) -> None:
+    directory = export_workflow(referring, tmp_path / "out")
     assert {path.name for path in directory.iterdir()} == FILES
-    written = index_of(directory)
-    assert written["unet"] == UNET and "vae" not in written and "_blocks_class_name" not in written
-    assert (written["_class_name"], written["num_time_windows"]) == ("StableDiffusionXLModularPipeline", 2)
-    assert "delta" not in written
-    manifest = verify_manifest(directory, weights=True)
-    assert (manifest.blocks, manifest.mode, set(manifest.files)) == (
-        "PeRFlowSDXLText2ImageBlocks",
-        "thin",
-        FILES - {"perflow_manifest.json"},
-    )
+    index = index_of(directory)
+    assert index["unet"][:2] == ["diffusers", "UNet2DConditionModel"] and index["unet"][2].items() >= PLACE.items()
+    assert "vae" not in index and "delta" not in index and "_blocks_class_name" not in index
+    assert (index["_class_name"], index["num_time_windows"]) == ("StableDiffusionXLModularPipeline", 2)
     config = json.loads((directory / "modular_config.json").read_text())
     assert config["auto_map"] == {"ModularPipelineBlocks": "block.PeRFlowSDXLText2ImageBlocks"}
     assert config["requirements"] == {"perflow-blocks": ">=0.1"}
-    assert str(tmp_path) not in text_of(directory)
-    again = loaded(directory, load_components=False)
-    assert type(again.blocks) is PeRFlowSDXLText2ImageBlocks
-    assert again.get_component_spec("unet").revision == "abc"
-    assert again.config["num_time_windows"] == 2
-
-
-def test_the_card_says_what_it_is_and_how_to_run_it(tmp_path: Path) -> None:
-    index = {
-        "unet": UNET,
-        "vae": hub_entry("AutoencoderKL", "madebyollin/sdxl-vae-fp16-fix"),
-        "default_num_inference_steps": 5,
-        "prediction_type": "velocity",
-        "window_boundaries": [1.0, 0.3, 0.0],
-    }
-    pipe = referring_pipeline(PeRFlowSDXLImage2ImageBlocks(), index, tmp_path / "given")
-    options: dict[str, Any] = {"repo_id": "me/mine", "title": "A title", "licence": "mit", "notes": "A note."}
-    directory = export_workflow(pipe, tmp_path / "out", mode="thin", **options)
-    card = ModelCard.load(directory / "README.md")
-    assert card.data.license == "mit" and card.data.library_name == "diffusers"
-    assert card.data.pipeline_tag == "image-to-image"
-    assert card.data.base_model == ["owner/model", "madebyollin/sdxl-vae-fp16-fix"]
-    assert {"diffusers", "modular-diffusers", "perflow"} <= set(card.data.tags)
-    assert card.text.startswith("\n# A title") and "A note." in card.text
-    assert "| 5 | 2 | velocity | 2, from 1, 0.3, 0 |" in card.text
-    assert "[owner/model](https://huggingface.co/owner/model), `unet`, variant `v0-fix`, revision `abc`" in card.text
-    assert "| mit |" in card.text and "| see the repository |" in card.text
-    for param in pipe.blocks.inputs:
-        assert f"| `{param.name}` |" in card.text
-    assert "Its block does not say." not in card.text and "| `images` |" in card.text
-    snippets = [part.split("\n```")[0] for part in card.text.split("```py\n")[1:]]
-    assert len(snippets) == 2 and 'image=load_image("photo.png")' in snippets[0]
-    assert 'ModularPipeline.from_pretrained("me/mine", trust_remote_code=True)' in snippets[0]
-    for snippet in snippets:
-        compile(snippet, "card", "exec")
-
-
-def test_mellon_reads_its_configuration_for_stages_and_for_one_node(tmp_path: Path) -> None:
-    whole = PeRFlowSDXLAutoBlocks()
-    for name, blocks in (("stages", whole), ("node", whole.get_workflow("text2image"))):
-        directory = export_workflow(blocks, tmp_path / name, mode="thin", title="Mine", repo_id="me/mine")
-        config = MellonPipelineConfig.load(directory)
-        assert (config.label, config.default_repo) == ("Mine", "me/mine")
-        nodes = {key: node for key, node in config.node_params.items() if node is not None}
-        assert set(nodes) == (
-            {"text_encoder", "denoise", "vae_encoder", "decoder"} if name == "stages" else {"custom"}
-        )
-    params = nodes["custom"]["params"]
-    assert params["prompt"]["display"] == "textarea" and params["images"]["type"] == "image"
-    assert params["width"]["type"] == "custom"  # a number would be 0 where the block means None
-
-
-def test_components_come_back_with_their_pictures(tmp_path: Path, pipe: Any) -> None:
-    expected = run(pipe)
-    directory = exported(pipe, tmp_path / "out")
-    names = {"unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"}
-    assert {path.name for path in directory.iterdir() if path.is_dir()} == names
-    assert str(tmp_path) not in text_of(directory)
-    again = loaded(directory)
-    assert again.null_component_names == []
-    assert torch.equal(run(again), expected)
     plain = ModularPipeline.from_pretrained(str(directory), trust_remote_code=True)
-    plain.load_components()
-    assert torch.equal(run(plain), expected)
+    assert type(plain.blocks) is PeRFlowSDXLText2ImageBlocks
+    assert plain.get_component_spec("unet").revision == "abc" and plain.config["num_time_windows"] == 2
+    assert "unet" not in index_of(export_workflow(referring, tmp_path / "without", exclude=["unet"]))
+    assert "no components" in (export_workflow(PeRFlowSetTimestepsStep(), tmp_path / "step") / "README.md").read_text()
 
 
-def test_the_type_of_weights_is_kept(tmp_path: Path) -> None:
-    pipe = tiny_pipeline(PeRFlowSDXLText2ImageBlocks())
-    pipe.unet.to(torch.float16)
-    directory = exported(pipe, tmp_path / "out")
-    assert loaded(directory, dtype=torch.float16).unet.state_dict().keys() == pipe.unet.state_dict().keys()
-    sizes = {path: entry.size for path, entry in read_manifest(directory).files.items() if "unet" in path}
-    weights = sum(tensor.numel() for tensor in pipe.unet.state_dict().values())
-    assert weights * 2 < sizes["unet/diffusion_pytorch_model.safetensors"] < weights * 3
+def test_a_repository_in_the_cache_is_referred_to_by_its_id_and_commit(tmp_path: Path) -> None:
+    snapshot = tmp_path / "hub" / "models--owner--flow" / "snapshots" / ("0123456789" * 4)
+    snapshot.mkdir(parents=True)
+    place = {"pretrained_model_name_or_path": f"{snapshot}{os.sep}", "subfolder": "unet"}
+    pipe = referring_pipeline(PeRFlowSDXLText2ImageBlocks(), {"unet": place})
+    source = index_of(export_workflow(pipe, tmp_path / "out"))["unet"][2]
+    assert (source["pretrained_model_name_or_path"], source["revision"]) == ("owner/flow", "0123456789" * 4)
 
 
-def test_where_components_came_from_is_nowhere(tmp_path: Path) -> None:
-    first = exported(tiny_pipeline(PeRFlowSDXLText2ImageBlocks()), tmp_path / "first")
-    again = loaded(first)
-    assert str(tmp_path) in str(again.unet.config)  # diffusers notes it, and saves it with the model
-    assert str(tmp_path) not in text_of(exported(again, tmp_path / "second"))
+def test_components_and_settings_come_back(tmp_path: Path, pipe: Any) -> None:
+    pipe.update_components(
+        guider=AdaptiveProjectedGuidance(guidance_scale=4.0, eta=0.5),
+        scheduler=PeRFlowScheduler.from_scheduler(pipe.scheduler, num_time_windows=3),
+        attention_plan={"self": "sliced"},
+        default_num_inference_steps=5,
+    )
+    expected = run(pipe)
+    directory = export_workflow(pipe, tmp_path / "out", weights="include", repo_id="me/mine")
+    folders = {"unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "guider"}
+    assert {path.name for path in directory.iterdir() if path.is_dir()} == folders
+    index = index_of(directory)
+    assert {index[name][2]["pretrained_model_name_or_path"] for name in folders} == {"me/mine"}
+    assert index["scheduler"][1] == "EulerDiscreteScheduler" and index["attention_plan"] == ["self=sliced"]
+    assert "| 5 | AdaptiveProjectedGuidance | ddim_eps | 3, equal |" in (directory / "README.md").read_text()
+    directory = export_workflow(pipe, directory, weights="include", overwrite=True)
+    assert torch.equal(run(again(directory)), expected)
+    twice = export_workflow(again(directory), tmp_path / "twice", weights="include")
+    assert str(tmp_path) not in text_of(twice) and index_of(twice) == index_of(directory)
 
 
 @pytest.mark.parametrize(
-    ("settings", "kept"),
+    ("title", "folder"),
+    [("<script>x</script>\n# Two [a](b)", "it's"), (None, 'a "quote"; import os'), ("it: - 'x'", "x")],
+)
+def test_titles_and_folder_names_are_escaped(title: str | None, folder: str, tmp_path: Path, referring: Any) -> None:
+    directory = export_workflow(referring, tmp_path / folder, title=title, licence="other", notes="A *note*.")
+    card = ModelCard.load(directory / "README.md")
+    assert card.data.license == "other" and card.data.base_model == ["owner/model"]
+    assert {"diffusers", "modular-diffusers", "perflow", "text-to-image"} == {*card.data.tags} - {
+        "few-step",
+        "stable-diffusion-xl",
+    }
+    headings = [line for line in card.text.splitlines() if line.startswith("# ")]
+    assert len(headings) == 1 and "<" not in card.text and "A *note*." in card.text
+    code = card.text.split("```py\n")[1].split("\n```")[0]
+    compile(code, "card", "exec")
+    assert f'"your-name/{ {"x": "x", "it" + chr(39) + "s": "it-s"}.get(folder, "a-quote-import-os") }"' in code
+
+
+def test_a_card_says_what_there_is_and_shows_the_given_example(tmp_path: Path) -> None:
+    places = {"unet": PLACE, "vae": {"pretrained_model_name_or_path": "owner/vae"}}
+    values = {"default_num_inference_steps": 5, "window_boundaries": [1.0, 0.3, 0.0], "prediction_type": "velocity"}
+    pipe = referring_pipeline(PeRFlowSDXLImage2ImageBlocks(), places, **values)
+    text = (export_workflow(pipe, tmp_path / "out", repo_id="me/mine") / "README.md").read_text()
+    assert "| 5 | 2 | velocity | 2, from 1, 0.3, 0 |" in text and "pipeline_tag: image-to-image" in text
+    assert "[owner/model](https://huggingface.co/owner/model), `unet`, variant `v0-fix`, revision `abc`" in text
+    assert 'from_pretrained("me/mine", trust_remote_code=True)' in text and 'image=load_image("photo.png"),' in text
+    assert all(f"- `{param.name}` (" in text for param in pipe.blocks.inputs)
+    own = export_workflow(pipe, tmp_path / "own", example="draw('x')", description="Draws again.")
+    text = (own / "README.md").read_text()
+    assert "```py\ndraw('x')\n```" in text and "Draws again." in text and "load_image" not in text
+
+
+def test_mellon_reads_its_configuration(tmp_path: Path) -> None:
+    stages = MellonPipelineConfig.load(export_workflow(PeRFlowSDXLAutoBlocks(), tmp_path / "a", title="Mine"))
+    nodes = {name for name, node in stages.node_params.items() if node is not None}
+    assert stages.label == "Mine" and nodes == {"text_encoder", "denoise", "vae_encoder", "decoder"}
+    node = MellonPipelineConfig.load(export_workflow(PeRFlowSetTimestepsStep(), tmp_path / "b", repo_id="me/mine"))
+    assert node.default_repo == "me/mine" and node.node_params["custom"]["params"]
+
+
+def test_an_image_is_small_and_tells_nothing_else(tmp_path: Path, referring: Any) -> None:
+    info = PngInfo()
+    info.add_text("prompt", "/home/somebody/model")
+    Image.new("RGB", (2048, 512)).save(tmp_path / "given.png", pnginfo=info)
+    directory = export_workflow(referring, tmp_path / "out", picture=tmp_path / "given.png", files=[__file__])
+    with Image.open(directory / "picture.png") as written:
+        assert written.size == (1024, 256) and written.info == {}
+    assert "(picture.png)" in (directory / "README.md").read_text()
+    assert (directory / Path(__file__).name).read_bytes() == Path(__file__).read_bytes()
+
+
+# Deltas
+
+
+def test_a_merged_delta_is_in_included_weights_and_copied(tmp_path: Path, pipe: Any, delta: Path) -> None:
+    expected = run(pipe, delta=delta)
+    directory = export_workflow(pipe, tmp_path / "out", weights="include")
+    assert (directory / "delta" / delta.name).read_bytes() == delta.read_bytes()
+    assert index_of(directory)["delta"] == f"delta/{delta.name}" and str(delta.parent) not in text_of(directory)
+    assert "| 3 | 1 | ddim_eps | 2, equal |" in (directory / "README.md").read_text()
+    copy = again(directory)
+    torch.testing.assert_close(run(copy), expected, rtol=1e-4, atol=1e-3)
+    assert [(record.source, record.reloaded) for record in merge_records(copy.unet)] == [(delta.name, True)]
+
+
+@pytest.mark.parametrize("how", ["configured", "given", "merged"])
+def test_a_delta_alone_lies_beside_references(tmp_path: Path, referring: Any, delta: Path, how: str) -> None:
+    if how == "configured":
+        referring.update_components(delta=str(delta), delta_scale=0.5)
+    if how == "merged":
+        referring.register_components(unet=merged_unet(referring, delta, 0.5))
+    given = delta if how == "given" else None
+    directory = export_workflow(referring, tmp_path / "out", weights="delta-only", delta=given)
+    index = index_of(directory)
+    assert (index["delta"], index["unet"][2]["pretrained_model_name_or_path"]) == (
+        f"delta/{delta.name}",
+        "owner/model",
+    )
+    assert index["delta_scale"] == (1.0 if how == "given" else 0.5)
+    assert (directory / index["delta"]).read_bytes() == delta.read_bytes()
+    assert "| 3 | 1 | ddim_eps |" in (directory / "README.md").read_text()
+
+
+def merged_unet(pipe: Any, delta: Path, scale: float) -> Any:
+    unet: Any = tiny_sdxl_unet()
+    merge_delta(unet, delta, scale)
+    unet._diffusers_load_id = pipe.get_component_spec("unet").load_id
+    return unet
+
+
+def test_deltas_that_would_be_lost_are_refused(tmp_path: Path, referring: Any, delta: Path) -> None:
+    assert "needs one delta of one file" in refused(referring, tmp_path, weights="delta-only")
+    assert "absent.safetensors does not exist" in refused(
+        referring, tmp_path, weights="delta-only", delta="absent.safetensors"
+    )
+    message = rf"the delta {delta.name} is not part of the weights that are referred to; pass weights='delta-only'"
+    assert message in refused(referring, tmp_path, delta=delta)
+    referring.register_components(unet=merged_unet(referring, delta, 1.0))
+    assert message in refused(referring, tmp_path)
+    rescale_delta(referring.unet, 0.5, scales={"up_blocks.*": 0.25})
+    assert "pass weights='include'" in refused(referring, tmp_path, weights="delta-only", delta=delta)
+    other = tmp_path / "other.safetensors"
+    save_delta({"conv_in.bias": torch.ones(32)}, other, RECIPE)
+    referring.register_components(unet=merged_unet(referring, delta, 1.0))
+    assert "that the index cannot name" in refused(referring, tmp_path, weights="delta-only", delta=other)
+
+
+# Refusals
+
+
+def test_weights_that_others_do_not_have_are_refused_together(
+    tmp_path: Path, repository: Path, referring: Any
+) -> None:
+    pipe = PeRFlowSDXLText2ImageBlocks().init_pipeline(str(repository))
+    text = refused(pipe, tmp_path)
+    names = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+    assert f"{repository}, where {', '.join(sorted(names, key=text.index))} came from" in text
+    assert text.startswith("nothing was exported: ") and "weights='include'" in text
+    assert "no component is loaded" in refused(pipe, tmp_path, weights="include") + refused(
+        pipe.blocks, tmp_path, weights="include"
+    )
+    referring.register_components(unet=tiny_sdxl_unet().to("meta"))
+    referring.update_components(vae=make_pipeline().vae, attention_plan="nonesuch")
+    text = refused(referring, tmp_path)
+    for part in ("vae was put in as an object", "strategy 'nonesuch' is unknown"):
+        assert part in text
+    assert "unet has weights without values" in refused(referring, tmp_path, weights="include")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
     [
-        ({"num_time_windows": np.int64(2), "default_num_inference_steps": 5}, {}),
-        (
-            {"window_boundaries": (1.0, 0.4, 0.0), "prediction_type": "velocity"},
-            {"window_boundaries": [1.0, 0.4, 0.0]},
-        ),
-        ({"attention_plan": {"self": "sliced"}}, {"attention_plan": ["self=sliced"]}),
-        ({"force_zeros_for_empty_prompt": False, "guidance_scale": 1.5}, {}),
+        ({"mode": "fat"}, "mode='fat' is unknown; pass one of thin, self-contained."),
+        ({"weights": "some"}, "weights='some' is unknown; pass one of reference, include, delta-only."),
+        ({"name": "not a name"}, "name='not a name' must be the name of a class"),
+        ({"repo_id": 'me/x", "y'}, "must be the name of a repository with its owner"),
+        ({"picture": "absent.png"}, "picture='absent.png' cannot be read"),
+        ({"files": ["absent.py"]}, "files names absent.py; pass files that exist"),
+        ({"files": [__file__, __file__]}, "test_export.py; pass files that exist, each of another name"),
+        ({"exclude": ["vea"]}, "exclude names vea; the components are "),
     ],
 )
-def test_configuration_values_come_back(
-    tmp_path: Path, pipe: Any, settings: dict[str, Any], kept: dict[str, Any]
-) -> None:
-    pipe.update_components(**settings)
-    expected = run(pipe)
-    again = loaded(exported(pipe, tmp_path / "out"))
-    assert {name: again.config[name] for name in settings} == {**settings, **kept}
-    assert torch.equal(run(again), expected)
+def test_options_that_make_no_sense(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    assert message in refused(PeRFlowSDXLText2ImageBlocks(), tmp_path, **options)
+    assert "is neither a modular pipeline nor blocks" in refused("owner/model", tmp_path)
 
 
-def test_a_converted_scheduler_leaves_the_entry_of_its_source(tmp_path: Path) -> None:
-    entry = hub_entry("DDIMScheduler", "owner/model", subfolder="scheduler")
-    pipe = referring_pipeline(PeRFlowSDXLText2ImageBlocks(), {"scheduler": entry}, tmp_path / "given")
-    donor = tiny_pipeline(PeRFlowSDXLText2ImageBlocks())
-    pipe.register_components(**{name: donor.components[name] for name in ("unet", "vae", "text_encoder")})
-    pipe.register_components(
-        **{name: donor.components[name] for name in ("text_encoder_2", "tokenizer", "tokenizer_2")}
+def test_a_directory_is_replaced_only_where_that_is_meant_and_loses_nothing(tmp_path: Path) -> None:
+    blocks, target = PeRFlowSDXLText2ImageBlocks(), tmp_path / "out"
+    target.mkdir()
+    export_workflow(blocks, target, mode="self-contained")
+    with pytest.raises(ValueError, match="pass overwrite=True"):
+        export_workflow(blocks, target)
+    (target / "mine.txt").write_text("kept")
+    with pytest.raises(ValueError, match=r"holds files that no export wrote \(mine.txt\)"):
+        export_workflow(blocks, target, overwrite=True)
+    (target / "mine.txt").unlink()
+    export_workflow(blocks, target, overwrite=True)
+    assert {path.name for path in target.iterdir()} == FILES
+    (target / "modular_model_index.json").unlink()
+    for path in (target, target / "block.py"):
+        with pytest.raises(ValueError, match="is not a workflow repository"):
+            export_workflow(blocks, path, overwrite=True)
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipe.vae, "save_pretrained", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        export_workflow(pipe, tmp_path / "out", weights="include")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+# Code
+
+
+OWN_BLOCK = """
+from typing import Any
+from diffusers.modular_pipelines import InputParam, OutputParam
+from perflow_blocks import LoopBlock, StepInfo
+from perflow_blocks.blocks import PreviewStep as Preview
+import own_factor_{number} as helper
+
+class Doubling(LoopBlock):
+    description = "Loop step that makes the latents larger."
+    inputs = [InputParam("latents", required=True, description="Latents.")]
+    intermediate_outputs = [OutputParam("latents", description="Larger latents.")]
+
+    def __init__(self, steps: int = 1) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def __call__(self, components: Any, block_state: Any, i: int, t: Any) -> Any:
+        from own_factor_{number} import FACTOR
+        if i < self.steps:
+            block_state.latents = FACTOR * block_state.latents + 0 * helper.FACTOR
+        return components, block_state
+"""
+
+
+def own_blocks(folder: Path, factor: float, patch: pytest.MonkeyPatch, number: int = 0) -> Any:
+    """Blocks with a user's own in the loop, whose module is there in the version that multiplies by `factor`."""
+    folder.mkdir()
+    (folder / f"own_block_{number}.py").write_text(OWN_BLOCK.format(number=number))
+    (folder / f"own_factor_{number}.py").write_text(f"FACTOR = {factor}\n")
+    patch.syspath_prepend(folder)
+    for module in (f"own_block_{number}", f"own_factor_{number}"):
+        patch.delitem(sys.modules, module, raising=False)
+    blocks = PeRFlowSDXLAutoBlocks()
+    block = importlib.import_module(f"own_block_{number}").Doubling(2)
+    insert_loop_block(blocks, "double", block, after="solver")
+    insert_loop_block(blocks, "log", WindowLogStep(level=10), before="solver")
+    return blocks
+
+
+SCRIPT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+try:
+    import perflow_blocks
+except ImportError:
+    import torch
+    from diffusers import ModularPipeline
+for place in sys.argv[2:]:
+    pipe = ModularPipeline.from_pretrained(place, trust_remote_code=True)
+    pipe.load_components(dtype=torch.float32)
+    latents = pipe(
+        prompt="a red star", generator=torch.Generator().manual_seed(0), output_type="latent", output="images"
     )
-    pipe.register_components(scheduler=DDIMScheduler(**BETAS))
-    run(pipe)
-    pipe.update_components(num_time_windows=2)
-    run(pipe)
-    assert isinstance(pipe.scheduler, PeRFlowScheduler)  # and one that was made from another one
-    assert index_of(exported(pipe, tmp_path / "out"))["scheduler"] == entry
+    torch.save(latents, place + "/latents.pt")
+    assert all(type(x).__module__.startswith("diffusers_modules.local.") for x in (pipe.blocks, pipe.scheduler))
+    assert pipe.null_component_names in ([], ["image_encoder", "controlnet"], ["controlnet", "image_encoder"])
+"""
 
 
-def test_a_schedule_without_a_source_is_saved_as_a_stock_scheduler(tmp_path: Path, repository: Path) -> None:
-    schedule: dict[str, Any] = {"beta_start": 0.001, "beta_end": 0.02, "beta_schedule": "linear"}
-    schedule |= {"prediction_type": "v_prediction", "steps_offset": 1}  # for the way back
-    pipe = loaded_from(repository, scheduler=DDIMScheduler(**schedule))
-    expected = run(pipe)
-    directory = exported(pipe, tmp_path / "out")
-    assert index_of(directory)["scheduler"][:2] == ["diffusers", "EulerDiscreteScheduler"]
-    assert "PeRFlowScheduler" not in text_of(directory)
-    again = loaded(directory)
-    assert {name: again.scheduler.config[name] for name in schedule} == schedule
-    assert torch.equal(run(again), expected)
+def test_self_contained_exports_need_no_package_and_do_not_mix(
+    repository: Path, tmp_path: Path, delta: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All in one process that cannot import this package: a preset, and two versions of a user's module."""
+    cases: dict[str, torch.Tensor] = {}
+    for name, factor in (("preset", None), ("version 1.0", 1.5), ("version 2.0", 0.5)):
+        blocks = PeRFlowSDXLAutoBlocks() if factor is None else own_blocks(tmp_path / f"{factor}", factor, monkeypatch)
+        pipe = loaded_from(repository, blocks)
+        if factor is None:
+            pipe.update_components(attention_plan="sliced", delta=str(delta))
+        export_workflow(pipe, tmp_path / name, mode="self-contained", weights="include")
+        cases[str(tmp_path / name)] = run(pipe)
+        assert all(path.name.startswith(("block", "perflow_")) for path in (tmp_path / name).glob("*.py"))
+    config = json.loads((tmp_path / "preset" / "modular_config.json").read_text())
+    assert list(config["requirements"]) == ["diffusers"]
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules")}
+    python("-S", "-c", SCRIPT, sysconfig.get_paths()["purelib"], *cases, environment=environment, cwd=home)
+    drawn = [torch.load(Path(place) / "latents.pt") for place in cases]
+    for latents, expected in zip(drawn, cases.values(), strict=True):
+        assert torch.equal(latents, expected)
+    assert not torch.equal(drawn[1], drawn[2])
 
 
-def test_a_scheduler_of_the_user_comes_back_as_configuration(tmp_path: Path, pipe: Any) -> None:
-    pipe.update_components(scheduler=PeRFlowScheduler(num_time_windows=3, prediction_type="velocity"))
-    expected = run(pipe)
-    again = loaded(exported(pipe, tmp_path / "out"))
-    assert (again.config["num_time_windows"], again.config["prediction_type"]) == (3, "velocity")
-    assert torch.equal(run(again), expected)
-    pipe.update_components(scheduler=PeRFlowScheduler(t_noise=0.9))
-    with pytest.raises(ValueError, match=r"the scheduler has t_noise=0.9, which no configuration value keeps"):
-        exported(pipe, tmp_path / "no")
+@pytest.mark.parametrize("mode", ["thin", "self-contained"])
+def test_own_modules_go_with_an_export(
+    mode: Any, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A self-contained export that was loaded can be exported again."""
+    with monkeypatch.context() as patch:
+        pipe = loaded_from(repository, own_blocks(tmp_path / "own", 2.0, patch, 1))
+        expected = run(pipe)
+        directory = export_workflow(pipe, tmp_path / "flow", mode=mode, weights="include", name="Doubled")
+        shutil.rmtree(tmp_path / "own")
+    sys.modules.pop("own_block_1", None)
+    sys.modules.pop("own_factor_1", None)
+    assert "block.Doubled" in (directory / "modular_config.json").read_text()
+    copy = again(directory)
+    assert torch.equal(run(copy), expected)
+    assert torch.equal(run(again(export_workflow(copy, tmp_path / "twice", mode=mode, weights="include"))), expected)
 
 
-@pytest.mark.parametrize("how", ["new", "attribute"])
-def test_the_scale_of_a_guider_comes_back(tmp_path: Path, pipe: Any, how: str) -> None:
-    if how == "new":
-        pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=3.5))
-    else:
-        pipe.guider.guidance_scale = 3.5
-    expected = run(pipe)
-    directory = exported(pipe, tmp_path / "out")
-    assert index_of(directory)["guidance_scale"] == 3.5 and "guider" not in index_of(directory)
-    assert "| 6 | 3.5 |" in (directory / "README.md").read_text()
-    assert torch.equal(run(loaded(directory)), expected)
+def test_files_are_found_in_a_repository_with_a_dot_in_its_name(tmp_path: Path) -> None:
+    """diffusers makes modules of such names, which Python takes for packages in packages."""
+    directory = export_workflow(PeRFlowSDXLText2ImageBlocks(), tmp_path / "flow", mode="self-contained")
+    name = "diffusers_modules.local.me--flow-1.0.abc.block"
+    spec = importlib.util.spec_from_file_location(name, directory / "block.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    assert type(module.SavedBlocks()).__name__ == "PeRFlowSDXLText2ImageBlocks"
 
 
-@pytest.mark.parametrize(
-    "guider",
-    [ClassifierFreeGuidance(guidance_scale=3.0, stop=0.5), AdaptiveProjectedGuidance(guidance_scale=4.0, eta=0.5)],
-    ids=["cfg", "apg"],
-)
-def test_a_guider_with_more_settings_is_a_component(tmp_path: Path, pipe: Any, guider: Any) -> None:
-    pipe.update_components(guider=guider)
-    pipe.guider.guidance_scale = 5.0
-    expected = run(pipe)
-    directory = exported(pipe, tmp_path / "out")
-    assert index_of(directory)["guider"][:2] == ["diffusers", type(guider).__name__]
-    assert type(guider).__name__ in (directory / "README.md").read_text()
-    again = loaded(directory)
-    assert type(again.guider) is type(guider) and again.guider.guidance_scale == 5.0
-    assert torch.equal(run(again), expected)
+def test_code_that_no_file_can_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Local(ModularPipelineBlocks):
+        pass
 
-
-def test_an_attention_component_that_was_not_run_comes_back(tmp_path: Path) -> None:
-    pipe = tiny_pipeline(PeRFlowSDXLText2ImageBlocks())
-    pipe.update_components(attention=AttentionConfig({"cross": "sliced"}))
-    assert index_of(exported(pipe, tmp_path / "out"))["attention_plan"] == ["cross=sliced"]
-
-
-def test_blocks_alone_are_a_repository_without_components(tmp_path: Path) -> None:
-    directory = export_workflow(PeRFlowSDXLText2ImageBlocks(), tmp_path / "out", mode="thin")
-    assert [value for value in index_of(directory).values() if isinstance(value, list)] == []
-    assert "The index names no components" in (directory / "README.md").read_text()
-
-
-def test_assembled_blocks_get_a_name_and_a_description(tmp_path: Path) -> None:
-    blocks = PeRFlowSDXLAutoBlocks().get_workflow("image2image")
-    directory = export_workflow(blocks, tmp_path / "my-flow", mode="thin", description="Draws again.")
-    assert read_manifest(directory).blocks == "MyFlowBlocks"
-    again = loaded(directory, load_components=False)
-    assert type(again.blocks).__name__ == "MyFlowBlocks" and again.blocks.description == "Draws again."
-    assert "Draws again." in (directory / "README.md").read_text()
-    assert read_manifest(export_workflow(blocks, tmp_path / "other", mode="thin", name="Named")).blocks == "Named"
-
-
-def test_a_picture_is_small_and_tells_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perflow_blocks.hub.picture.MAX_SIDE", 40)
-    noise = torch.randint(0, 256, (80, 80, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    info = PngInfo()
-    info.add_text("model", "/home/somebody/model")
-    Image.fromarray(noise.numpy()).save(tmp_path / "given.png", pnginfo=info)
     blocks = PeRFlowSDXLText2ImageBlocks()
-    picture = export_workflow(blocks, tmp_path / "out", mode="thin", picture=tmp_path / "given.png") / "picture.png"
-    with Image.open(picture) as written:
-        assert written.text == {} and written.size == (40, 40)  # type: ignore[attr-defined]
-    assert "(picture.png)" in (tmp_path / "out" / "README.md").read_text()
-    tiny_picture(1).save(tmp_path / "small.webp")
-    other = export_workflow(blocks, tmp_path / "small", mode="thin", picture=tmp_path / "small.webp") / "picture.png"
-    with Image.open(other) as written:
-        assert (written.format, written.size) == ("PNG", (32, 32))
-
-
-def test_the_same_export_gives_the_same_bytes(tmp_path: Path) -> None:
-    pipe = tiny_pipeline(PeRFlowSDXLText2ImageBlocks())
-    first, second = (exported(pipe, tmp_path / name / "flow", mode="self-contained") for name in ("a", "b"))
-    assert read_manifest(first) == read_manifest(second)
-    assert (first / "README.md").read_bytes() == (second / "README.md").read_bytes()
+    blocks.sub_blocks["own"] = Local()
+    assert "block 'own' (Local) cannot be saved" in refused(blocks, tmp_path)
+    Local.__module__, Local.__qualname__ = "__main__", "Local"
+    monkeypatch.setattr(sys.modules["__main__"], "Local", Local, raising=False)
+    assert "define it at the top of a .py file" in refused(blocks, tmp_path, mode="self-contained")
+    (tmp_path / "measured.py").write_text(
+        "from diffusers.modular_pipelines import ModularPipelineBlocks\n"
+        "from perflow_blocks.testing import check_block\n\n\nclass Measured(ModularPipelineBlocks): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    blocks.sub_blocks["own"] = importlib.import_module("measured").Measured()
+    text = refused(blocks, tmp_path, mode="self-contained")
+    assert "line 2 of measured imports perflow_blocks.testing" in text and 'pass mode="thin"' in text
+    assert export_workflow(blocks, tmp_path / "thin")

@@ -399,6 +399,7 @@ def test_unknown_settings_are_named() -> None:
         {"window_boundaries": (0.9, 0.5, 0.0)},
         {"num_time_windows": 0},
         {"num_time_windows": True},
+        {"num_time_windows": 10**12},
         {"num_train_timesteps": 1000.0},
     ):
         ((name, value),) = settings.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from perflow_blocks import PeRFlowScheduler, merge_delta
-from perflow_blocks.hub.publishable import require_publishable
+from perflow_blocks import PeRFlowScheduler, merge_delta, push_workflow
 from perflow_blocks.training import output
 from perflow_blocks.training.config import DistillConfig
 from perflow_blocks.training.loop import train
@@ -109,8 +107,7 @@ def test_the_workflow_draws_as_the_student_does(
     use_own_modules(tmp_path / "modules", monkeypatch)
     _, result, outputs = full
     assert outputs.workflow is not None and result.student is not None
-    manifest = require_publishable(outputs.workflow)
-    assert manifest.mode == "thin" and "delta/perflow_delta.safetensors" in manifest.files
+    assert "delta/delta.safetensors" in push_workflow(outputs.workflow, "me/flow", dry_run=True).files
     pipe = loaded(outputs.workflow)
     plain: Any = StableDiffusionXLPipeline.from_pretrained(
         teachers["sdxl"], unet=UNet2DConditionModel.from_pretrained(result.student), add_watermarker=False
@@ -140,23 +137,23 @@ def test_a_teacher_of_the_hub_is_referred_to(
     monkeypatch.chdir(tmp_path)
     outputs = write_outputs(config, replace(result, directory=tmp_path / "hub"))
     assert outputs.workflow is not None
-    manifest = require_publishable(outputs.workflow)
-    weights = [name for name in manifest.files if name.endswith(".safetensors")]
-    assert weights == ["delta/perflow_delta.safetensors"]
+    files = push_workflow(outputs.workflow, "me/flow", dry_run=True).files
+    weights = [name for name in files if name.endswith(".safetensors")]
+    assert weights == ["delta/delta.safetensors"]
     index = index_of(outputs.workflow)
     for name, variant in [("unet", "fp16"), ("vae", "fp16"), ("text_encoder_2", "fp16"), ("tokenizer", None)]:
         details = index[name][2]
         assert details["pretrained_model_name_or_path"] == "owner/model" and details["subfolder"] == name
         assert details["revision"] == "abc" and details["variant"] == variant
     assert index["scheduler"][1] == "DDIMScheduler"
-    assert index["force_zeros_for_empty_prompt"] is False and index["delta"] == "delta/perflow_delta.safetensors"
+    assert index["force_zeros_for_empty_prompt"] is False and index["delta"] == "delta/delta.safetensors"
 
 
 def test_writing_again_replaces_what_was_there(full: Trained) -> None:
     config, result, outputs = full
     assert outputs.workflow is not None and outputs.lora_residual is not None
-    before = json.loads((outputs.workflow / "perflow_manifest.json").read_text())
+    before = {path: path.read_bytes() for path in outputs.workflow.rglob("*") if path.is_file()}
     again = write_outputs(config, result)
     assert again == outputs
-    assert json.loads((outputs.workflow / "perflow_manifest.json").read_text())["files"] == before["files"]
+    assert {path: path.read_bytes() for path in outputs.workflow.rglob("*") if path.is_file()} == before
     assert not list(result.directory.glob(".*"))

@@ -144,7 +144,7 @@ def test_what_is_in_the_way_of_an_output_is_told(teacher: Path, tmp_path: Path) 
     assert len(problems) == 3
     assert any(f"{run / 'student'} is a file where a directory is written; move it" in p for p in problems)
     assert any(f"{run / 'delta.safetensors'} is a directory where a file is written" in p for p in problems)
-    assert any(f"output.workflow: {run / 'workflow'} exists and is no workflow repository" in p for p in problems)
+    assert any(f"output.workflow: {run / 'workflow'} exists and is not a workflow repository" in p for p in problems)
     assert len(found(path, output__workflow="false")) == 2
     for name in ("student", "workflow"):
         (run / name).unlink()
@@ -152,7 +152,7 @@ def test_what_is_in_the_way_of_an_output_is_told(teacher: Path, tmp_path: Path) 
     (run / "workflow").mkdir()
     load_config(path, inspect=preflight)
     (run / "workflow" / "mine.txt").write_text("mine")
-    assert any("exists and is no workflow repository" in p for p in found(path))
+    assert any("exists and is not a workflow repository" in p for p in found(path))
     load_config(path, {"output.workflow": "false"}, inspect=preflight)
 
 

@@ -1,4 +1,4 @@
-r"""A workflow's repository, loaded as one from the Hub is: verified, then run. It draws with the embedded demo model.
+r"""Loads a workflow's repository, from a directory or the Hub, and runs it. It draws with the embedded demo model.
 
     python workflows/demo-text2image/recipe.py "a red star on a white background"
     python workflows/demo-text2image/recipe.py "a lighthouse at dusk" --workflow workflows/sdxl-text2image \

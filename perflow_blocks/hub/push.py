@@ -1,0 +1,231 @@
+"""Publishing a workflow: its files are searched for secrets, and huggingface_hub uploads them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from urllib.parse import quote
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from .. import __version__
+from ..blocks.repository import INDEX, LOCATION, is_entry, require_sound, workflow_config
+from ..blocks.settings import complaint
+from ..delta.files import read_json
+
+CARD, MELLON = "README.md", "mellon_pipeline_config.json"
+PLACEHOLDER = re.compile(r'"your-name/[^"\n]*"')
+"""What a card names in place of the repository, where it was exported without `repo_id`."""
+
+LEFT_OUT = (".git", ".cache", ".ipynb_checkpoints", "__pycache__", "*.pyc", ".DS_Store", ".gitattributes")
+"""Names of files and folders that are not uploaded."""
+
+CREDENTIALS = (".env*", ".npmrc", ".pypirc", ".netrc", ".git-credentials")
+PRIVATE = (*CREDENTIALS, ".aws", ".ssh", "*.pem", "id_rsa*", "id_ecdsa*", "id_ed25519*")
+"""Names of files and folders for which a directory is refused."""
+
+TOKENS = {
+    kind: re.compile(rb"(?<![A-Za-z0-9])(?:" + pattern + rb")")
+    for kind, pattern in {
+        "a Hugging Face token": rb"hf_(?:oauth_|jwt_)?[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}",
+        "a GitHub token": rb"gh[oprsu]_[A-Za-z0-9]{36}|github_pat_\w{40}",
+        "an AWS key": rb"AKIA[0-9A-Z]{16}",
+        "an API key": rb"sk-[A-Za-z0-9_-]{32}",
+        "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    }.items()
+}
+
+REPLACED = ("*.py", "*.json", "*.safetensors")
+"""What the repository has of these and the directory has not is deleted: stale weights would be loaded again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushReport:
+    """What a push uploaded, or a dry run would.
+
+    Attributes:
+        files: the size in bytes of each file, by its path in the repository.
+        url: where to look at the result: the repository, the branch or the pull request.
+        commit: the commit that holds the files; None after a dry run.
+    """
+
+    files: dict[str, int]
+    url: str
+    commit: str | None
+
+
+def push_workflow(
+    directory: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    create_pr: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+    dry_run: bool = False,
+    endpoint: str | None = None,
+) -> PushReport:
+    """Publishes a workflow on the Hub, with `HfApi.upload_folder`. The repository is made if there is none.
+
+    Card, index and Mellon's configuration are uploaded with the repository's id in them; the directory stays as it
+    is. Code, JSON files and weights in the repository that the directory does not have are deleted; other files stay.
+
+    Args:
+        directory: what `export_workflow` or `save_pretrained` wrote.
+        repo_id: "owner/name".
+        private: whether a new repository is visible to its owners only; by default as the owner's account has it. A
+            repository that exists must be so already.
+        create_pr: opens a pull request instead of changing the branch.
+        revision: the branch, or the pull request ("refs/pr/1"), to push to; by default main.
+        token: an access token that may write; by default the one that huggingface_hub finds.
+        commit_message: by default one that names the workflow's class.
+        dry_run: only lists the files with their sizes, without a network.
+        endpoint: the Hub's address; by default huggingface_hub's.
+
+    Raises:
+        ValueError: the directory is not a workflow or holds private files, tokens or links that lead out of it; there
+            is no token, or it may not write; the repository must exist and does not, or is not as private as asked.
+        huggingface_hub.errors.HfHubHTTPError: the Hub refuses something else.
+    """
+    validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"repo_id={repo_id!r} names no owner; pass owner/name.")
+    root = Path(directory).expanduser()
+    _, _, kind = workflow_config(root)
+    paths = sorted(_listed(root))
+    problems = [problem for path in paths for problem in _problems(root, path)]
+    if problems:
+        raise ValueError(complaint("pushed", problems))
+    with tempfile.TemporaryDirectory(prefix="perflow-push-") as temporary:
+        staged = Path(temporary)
+        _stage(root, paths, staged)
+        _name_repository(staged, paths, repo_id)
+        require_sound(staged, portable=True)
+        token = (token or get_token() or "").strip()
+        api = HfApi(endpoint=endpoint, token=token, library_name="perflow-blocks", library_version=__version__)
+        url = f"{api.endpoint}/{repo_id}" + (f"/tree/{quote(revision, safe='')}" if revision else "")
+        sizes = {path: (staged / path).stat().st_size for path in paths}
+        if dry_run:
+            return PushReport(files=sizes, url=url, commit=None)
+        if not re.fullmatch(r"[\x21-\x7e]+", token):  # the error about a token with a line break would repeat it
+            raise ValueError("no token for the Hub was found; run `hf auth login`, or pass token=.")
+        try:
+            if not create_pr and revision in (None, "main") and not api.repo_exists(repo_id):
+                api.create_repo(repo_id, private=private, exist_ok=True)
+            if private is not None and api.repo_info(repo_id).private != private:
+                raise ValueError(
+                    f"{repo_id} exists and is {'public' if private else 'private'}; change that in its settings, or "
+                    "leave private out."
+                )
+            done = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=staged,
+                commit_message=commit_message or f"Push the workflow {kind}",
+                revision=revision,
+                create_pr=create_pr,
+                delete_patterns=list(REPLACED),
+            )
+        except HfHubHTTPError as error:
+            if (advice := _advice(error, repo_id)) is None:
+                raise
+            raise ValueError(advice) from error
+    return PushReport(files=sizes, url=done.pr_url or url, commit=done.oid)
+
+
+def _advice(error: HfHubHTTPError, repo_id: str) -> str | None:
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"{repo_id} does not exist, or the token may not see it; for a new repository push without create_pr and "
+            "revision first, else check the name and the token."
+        )
+    match error.response.status_code:
+        case 401:
+            return "the Hub does not accept the token; run `hf auth login`, or pass another token."
+        case 403:
+            return f"the token may not write to {repo_id} ({error.server_message}); pass one that may write there."
+    return None
+
+
+def _listed(root: Path) -> Iterator[str]:
+    """The POSIX paths of all files to upload, and of links to folders."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not _is_any(name, LEFT_OUT)]
+        links = [name for name in folders if (Path(folder) / name).is_symlink()]
+        for name in [*files, *links]:
+            if not _is_any(name, LEFT_OUT):
+                yield (Path(folder) / name).relative_to(root).as_posix()
+
+
+def _is_any(name: str, patterns: Collection[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _problems(root: Path, path: str) -> Iterator[str]:
+    """A sentence for each reason against uploading a file. Tokens are not repeated."""
+    file = root / path
+    if any(_is_any(part, PRIVATE) for part in PurePosixPath(path).parts):
+        yield f"{path} is a private file; move it out of the directory."
+    elif file.is_dir() or not file.resolve().is_relative_to(root.resolve()):
+        yield f"{path} is a link that leads elsewhere; put a copy in its place."
+    else:
+        for line, kind in _tokens(file):
+            place = "the metadata" if file.suffix == ".safetensors" else f"line {line}"
+            yield f"{path} holds what looks like {kind} in {place}; take it out."
+
+
+def _tokens(file: Path) -> Iterator[tuple[int, str]]:
+    """Line and kind of each token in a text file, or in the header of a safetensors file."""
+    with file.open("rb") as opened:
+        if file.suffix == ".safetensors":
+            content = opened.read(min(int.from_bytes(opened.read(8), "little"), file.stat().st_size))
+        else:
+            content = opened.read(8192)
+            content = b"" if b"\0" in content else content + opened.read()
+    for kind, pattern in TOKENS.items():
+        for match in pattern.finditer(content):
+            yield content.count(b"\n", 0, match.start()) + 1, kind
+
+
+def _stage(root: Path, paths: Collection[str], staged: Path) -> None:
+    """Lays out the files in another directory, as links where the system allows them."""
+    for path in paths:
+        (staged / path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            (staged / path).symlink_to((root / path).resolve())
+        except OSError:
+            shutil.copyfile(root / path, staged / path)
+
+
+def _name_repository(staged: Path, paths: Collection[str], repo_id: str) -> None:
+    """Puts the repository's id into index, card and Mellon's configuration; without it, its weights do not load by id.
+
+    A component whose folder is here belongs to this repository, as diffusers sees it when it loads a directory.
+    """
+    if INDEX in paths:
+        index = read_json(staged / INDEX)
+        folders = {path.rpartition("/")[0] for path in paths}
+        for entry in filter(is_entry, index.values()):
+            if entry[2].get("subfolder") in folders - {""}:
+                entry[2].update({LOCATION: repo_id, "revision": None})
+        _replace(staged / INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+    if MELLON in paths:
+        mellon = {**read_json(staged / MELLON), "default_repo": repo_id}
+        _replace(staged / MELLON, json.dumps(mellon, indent=2, ensure_ascii=False) + "\n")
+    if CARD in paths:
+        card = (staged / CARD).read_text(encoding="utf-8")
+        _replace(staged / CARD, PLACEHOLDER.sub(f'"{repo_id}"', card))
+
+
+def _replace(file: Path, text: str) -> None:
+    file.unlink()  # the link, not what it leads to
+    file.write_text(text, encoding="utf-8", newline="\n")
