@@ -13,8 +13,17 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from . import files
-from .files import Weights, listed
+from .files import (
+    RenamedWeights,
+    Weights,
+    describe_mismatch,
+    floating_entries,
+    is_finite,
+    listed,
+    named_as_model,
+    row_chunks,
+    rows_of,
+)
 from .recipe import DeltaRecipe
 
 INPUT_WEIGHT = "conv_in.weight"  # the one UNet weight whose shape depends on what the UNet is fed
@@ -101,7 +110,7 @@ def own_weights(module: nn.Module) -> dict[str, Tensor]:
 
 def under_own_names(weights: Weights, module: nn.Module) -> Weights:
     """The weights under the model's names, as far as they are in another layout of them."""
-    return files.named_as_model(weights, own_weights(module), getattr(module, "config", {}))
+    return named_as_model(weights, own_weights(module), getattr(module, "config", {}))
 
 
 def require_architecture(weights: Weights, module: nn.Module) -> Weights:
@@ -115,7 +124,7 @@ def fit_delta(weights: Weights, module: nn.Module) -> tuple[Weights, dict[str, T
     This is the model's weight, or of an input layer with more channels than the delta's the part for the latents.
     """
     weights = under_own_names(weights, module)
-    targets = files.floating_entries(own_weights(module))
+    targets = floating_entries(own_weights(module))
     whole = targets.get(INPUT_WEIGHT)
     if whole is not None and whole.dim() == 4:
         part = whole[:, :LATENT_CHANNELS]  # a view: no copy, and writable in place
@@ -123,7 +132,7 @@ def fit_delta(weights: Weights, module: nn.Module) -> tuple[Weights, dict[str, T
             targets[INPUT_WEIGHT] = part
     own = {name: tuple(weight.shape) for name, weight in targets.items()}
     partial = weights.metadata.get(PARTIAL_KEY) == "true"
-    mismatch = files.describe_mismatch(weights.shapes, own, given="the file", expected="the model", partial=partial)
+    mismatch = describe_mismatch(weights.shapes, own, given="the file", expected="the model", partial=partial)
     if mismatch:
         raise ValueError(
             f"{weights.label} does not fit this {type(module).__name__}: {mismatch}. Pass a delta that was extracted "
@@ -143,7 +152,7 @@ def fit_base(weights: Weights, module: nn.Module) -> Weights:
             f"base={weights.label} shares its memory with the model, which merging changes; pass the files, or copies "
             "of the weights."
         )
-    return files.RenamedWeights(weights, fitting)
+    return RenamedWeights(weights, fitting)
 
 
 def require_mergeable(module: nn.Module, weights: Weights) -> None:
@@ -233,12 +242,12 @@ def _rows(state: MergeState, targets: Mapping[str, Tensor], after: Sequence[Merg
     for name, target in targets.items():
         old, new = ([(w.tensor(name), f) for w, f in factors(records, name)] for records in (state.records, after))
         stored = state.base.tensor(name) if state.base is not None and name in state.base.shapes else None
-        for start, stop in files.row_chunks(target.shape, 1 if target.device.type == "cpu" else GPU_CHUNKS):
-            live = value = files.rows_of(target.detach(), start, stop)
-            minus, plus = ([(files.rows_of(tensor, start, stop), f) for tensor, f in terms] for terms in (old, new))
+        for start, stop in row_chunks(target.shape, 1 if target.device.type == "cpu" else GPU_CHUNKS):
+            live = value = rows_of(target.detach(), start, stop)
+            minus, plus = ([(rows_of(tensor, start, stop), f) for tensor, f in terms] for terms in (old, new))
             held, exact = None, False
             if stored is not None:  # of more input channels where the target is a part of the weight
-                base = files.rows_of(stored, start, stop)[tuple(map(slice, live.shape))].to(live.device)
+                base = rows_of(stored, start, stop)[tuple(map(slice, live.shape))].to(live.device)
                 held = add_terms(base.to(state.dtypes.get(name, live.dtype)), minus).to(live.dtype)
                 if exact := same_bits(held, live):
                     value = base.to(live.dtype)
@@ -280,7 +289,7 @@ def restore(state: MergeState, targets: Mapping[str, Tensor]) -> list[str]:
 
 
 def _require_finite(weight: Tensor, name: str, after: Sequence[MergeRecord]) -> None:
-    if not files.is_finite(weight):
+    if not is_finite(weight):
         raise ValueError(
             f"with {listed([record.source for record in after])} added, {name} would not be finite: the delta's "
             "values are not finite, or too large for the weights' type; extract it again, lower the scale, or load a "

@@ -24,10 +24,38 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from . import apply, files
-from .apply import CONFIG_KEY, INPUT_WEIGHT, LATENT_CHANNELS, NO_RECIPE, MergeState
+from .apply import (
+    CONFIG_KEY,
+    INPUT_WEIGHT,
+    LATENT_CHANNELS,
+    NO_RECIPE,
+    MergeState,
+    add_terms,
+    change,
+    factors,
+    fit_base,
+    fit_delta,
+    own_weights,
+    require_mergeable,
+    restore,
+    under_own_names,
+)
 from .apply import MergeRecord as MergeRecord
-from .files import Delta, Weights, listed
+from .files import (
+    Delta,
+    Weights,
+    floating_entries,
+    holds_differences,
+    identity_of,
+    listed,
+    loaded_weights,
+    open_weights,
+    opened,
+    read_recipe,
+    rows_of,
+    stamp_of,
+    weight_files,
+)
 from .model_lock import model_lock, uncompiled
 
 logger = logging.get_logger(__name__)
@@ -41,11 +69,11 @@ near 0."""
 
 @contextmanager
 def _opened(
-    module: nn.Module, base: Delta | None = None, change: bool = True
+    module: nn.Module, base: Delta | None = None, write: bool = True
 ) -> Iterator[tuple[nn.Module, MergeState]]:
-    """The module without its compiled wrapper, and its state; to change the weights, once no thread runs the model."""
+    """The module without its compiled wrapper, and its state; to write, once no thread runs the model."""
     lock = model_lock(module)
-    with lock.changing() if change else nullcontext(), lock:
+    with lock.changing() if write else nullcontext(), lock:
         module = uncompiled(module)
         yield module, _state(module, base)
 
@@ -82,7 +110,7 @@ def merge_delta(
         ValueError: a factor or file is unusable, the delta does not fit, the weights cannot be changed, or an
             interrupted merge left weights that only the base can restore.
     """
-    pairs, weights = _pairs(scale, scales), files.opened(delta)
+    pairs, weights = _pairs(scale, scales), opened(delta)
     with _opened(module, base) as (module, state):
         known = _find(module, state, weights)
         if known is not None:
@@ -90,21 +118,21 @@ def merge_delta(
                 return rescale_delta(module, scale, weights, scales=scales, base=base)
             logger.warning(f"{known.source} is merged into this {type(module).__name__} already; nothing was changed.")
             return known
-        apply.require_mergeable(module, apply.under_own_names(weights, module))
-        fitted, targets = apply.fit_delta(weights, module)
+        require_mergeable(module, under_own_names(weights, module))
+        fitted, targets = fit_delta(weights, module)
         # Not resolved: in the Hub's cache a link has the file's name, and what it leads to has not.
         source = os.path.abspath(weights.label) if os.path.exists(weights.label) else weights.label
-        digest, recipe = files.identity_of(fitted), files.read_recipe(weights)
+        digest, recipe = identity_of(fitted), read_recipe(weights)
         record = MergeRecord(source, digest, float(scale), pairs, recipe, weights=fitted)
         if not scale:
             return record
-        if files.holds_differences(fitted) is False:
+        if holds_differences(fitted) is False:
             raise ValueError(
                 f"{weights.label} holds a model's whole weights, not their difference from a base; pass a delta, as "
                 "extract_delta or perflow extract makes."
             )
         _exchange(module, state, (*state.records, record))
-        if INPUT_WEIGHT in targets and targets[INPUT_WEIGHT].numel() < apply.own_weights(module)[INPUT_WEIGHT].numel():
+        if INPUT_WEIGHT in targets and targets[INPUT_WEIGHT].numel() < own_weights(module)[INPUT_WEIGHT].numel():
             logger.warning(
                 f"{source} is the delta of a UNet with {LATENT_CHANNELS} input channels, and this "
                 f"{type(module).__name__} has more, as for inpainting: it is added to the first {LATENT_CHANNELS}, "
@@ -165,7 +193,7 @@ def merge_records(module: nn.Module) -> tuple[MergeRecord, ...]:
     An interrupted merge is undone first, and records are dropped if other weights were loaded since. Costs
     microseconds otherwise.
     """
-    with _opened(module, change=False) as (_, state):
+    with _opened(module, write=False) as (_, state):
         return state.records
 
 
@@ -189,14 +217,14 @@ def find_merged(module: nn.Module, delta: Delta, variant: str | None = None) -> 
 
     A file, or a folder and its variant, that was read before and has not changed since is not opened.
     """
-    with _opened(module, change=False) as (module, state):
+    with _opened(module, write=False) as (module, state):
         if not state.records:
             return None
         if isinstance(delta, (str, os.PathLike)):
-            stamp = files.stamp_of(files.weight_files(delta, variant))
+            stamp = stamp_of(weight_files(delta, variant))
             known = next((r for r in state.records if r.weights is not None and r.weights.stamp == stamp), None)
-            return known or _find(module, state, files.open_weights(delta, variant))
-        return _find(module, state, files.opened(delta))
+            return known or _find(module, state, open_weights(delta, variant))
+        return _find(module, state, opened(delta))
 
 
 def require_factor(name: str, value: object) -> None:
@@ -214,12 +242,12 @@ def _pairs(scale: float, scales: Mapping[str, float] | None) -> tuple[tuple[str,
 def _find(module: nn.Module, state: MergeState, weights: Weights) -> MergeRecord | None:
     if not state.records:
         return None
-    weights = apply.under_own_names(weights, module)
-    digest = files.identity_of(weights)
+    weights = under_own_names(weights, module)
+    digest = identity_of(weights)
     for record in state.records:
         known = record.digest == digest
         if not record.digest:  # saved by version 0.1.0, with another digest
-            known = (record.source, record.recipe) == (Path(weights.label).name, files.read_recipe(weights))
+            known = (record.source, record.recipe) == (Path(weights.label).name, read_recipe(weights))
         if known:
             return state.put(record, replace(record, digest=digest, weights=weights))
     return None
@@ -231,7 +259,7 @@ def _chosen(module: nn.Module, state: MergeState, delta: Delta | MergeRecord | N
     elif isinstance(delta, MergeRecord):
         found = [record for record in state.records if record.digest == delta.digest]
     else:
-        found = [record for record in (_find(module, state, files.opened(delta)),) if record]
+        found = [record for record in (_find(module, state, opened(delta)),) if record]
     if len(found) != 1:
         merged = listed([record.source for record in state.records]) or "none"
         problem = "name the delta that is meant" if delta is None else "that delta is not merged"
@@ -247,7 +275,7 @@ def _state(module: nn.Module, base: Delta | None = None) -> MergeState:
         records = saved_records(config)
         state = MergeState(records=records, witness=config[CONFIG_KEY].get("witness", {}) if records else {})
     if base is not None:
-        state.base = apply.fit_base(files.opened(base, "base"), module)
+        state.base = fit_base(opened(base, "base"), module)
     if state.writing:
         _repair(module, state, base_given=base is not None)
     if state.records and (signature := _signature(module, state.witness)) != state.signature:
@@ -290,25 +318,25 @@ def _witness(module: nn.Module, state: MergeState) -> dict[str, dict[str, list[f
     if any(record.reloaded for record in state.records):  # what is known of the base is what was saved
         known = {name: saved for name, saved in state.witness.items() if name in weights}
         return {n: {**w, "with": _values(weights[n], len(w["with"])).tolist()} for n, w in known.items()}
-    changed = [name for name in weights if apply.factors(state.records, name)]
+    changed = [name for name in weights if factors(state.records, name)]
     found = {}
     for name in changed[:: max(1, len(changed) // WITNESSES)][:WITNESSES]:
         values = _values(weights[name])
-        minus = [(_values(delta.tensor(name)), -factor) for delta, factor in apply.factors(state.records, name)]
-        found[name] = {"with": values.tolist(), "without": apply.add_terms(values, minus).tolist()}
+        minus = [(_values(delta.tensor(name)), -factor) for delta, factor in factors(state.records, name)]
+        found[name] = {"with": values.tolist(), "without": add_terms(values, minus).tolist()}
     return found
 
 
 def _readable(module: nn.Module) -> dict[str, Tensor]:
     """The matrices and kernels that are not quantized or offloaded; not the input layer, which may change in part."""
-    own = files.floating_entries(apply.own_weights(module))
+    own = floating_entries(own_weights(module))
     own = {name: weight for name, weight in own.items() if weight.dim() > 1 and name != INPUT_WEIGHT}
     return {n: w for n, w in own.items() if type(w) in (Tensor, nn.Parameter) and not w.is_meta}
 
 
 def _values(weight: Tensor, count: int = WITNESS_VALUES) -> Tensor:
     rows = math.ceil(count / max(1, weight.shape[1:].numel()))
-    return files.rows_of(weight.detach(), 0, rows).flatten()[:count].float().cpu()
+    return rows_of(weight.detach(), 0, rows).flatten()[:count].float().cpu()
 
 
 def _holds(module: nn.Module, witness: Mapping[str, Mapping[str, list[float]]]) -> bool:
@@ -367,16 +395,16 @@ def _exchange(
     targets = {
         name: target
         for name, target in _targets(module, state).items()
-        if apply.factors(state.records, name) != apply.factors(records, name)
+        if factors(state.records, name) != factors(records, name)
     }
     if state.base is None and all(record.reloaded for record in state.records):
         with suppress(ValueError):  # files of another model: this one only has their configuration
-            state.base = apply.fit_base(found, module) if (found := files.loaded_weights(module)) else None
+            state.base = fit_base(found, module) if (found := loaded_weights(module)) else None
     if state.base is not None:
         state.base.require_unchanged()
     try:
         setattr(module, STATE_ATTRIBUTE, state)
-        inexact = apply.change(state, targets)
+        inexact = change(state, targets)
         new.base, new.dtypes = state.base, {**state.dtypes, **{name: t.dtype for name, t in targets.items()}}
         _remember(module, new)
     except BaseException:
@@ -399,10 +427,10 @@ def _targets(module: nn.Module, state: MergeState) -> dict[str, Tensor]:
     records = [record for record in (*state.records, *state.after) if not record.reloaded]
     for digest, delta in {record.digest: record.weights for record in records if record.weights}.items():
         delta.require_unchanged()
-        if files.identity_of(delta) != digest:
+        if identity_of(delta) != digest:
             raise ValueError(f"{delta.label} was changed since it was merged; load the model again.")
-        apply.require_mergeable(module, delta)
-        targets = {**apply.fit_delta(delta, module)[1], **targets}
+        require_mergeable(module, delta)
+        targets = {**fit_delta(delta, module)[1], **targets}
     return targets
 
 
@@ -410,7 +438,7 @@ def _repair(module: nn.Module, state: MergeState, base_given: bool = False) -> N
     """Restores the weights that an interrupted change wrote; with a base that the user gave, all of them."""
     if base_given:
         state.writing = dict.fromkeys(state.writing, True)
-    lost = apply.restore(state, _targets(module, state))
+    lost = restore(state, _targets(module, state))
     if lost:
         raise ValueError(
             f"changing the deltas of this {type(module).__name__} was interrupted and left weights half merged "

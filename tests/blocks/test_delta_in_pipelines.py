@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
 from perflow_blocks.blocks.merge_delta import PeRFlowMergeDeltaStep
-from perflow_blocks.delta import apply, files
+from perflow_blocks.delta import apply, files, merge
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.merge import merge_records, unmerge_delta
 from perflow_blocks.delta.recipe import DeltaRecipe
@@ -39,13 +39,13 @@ def delta(tmp_path: Path) -> Path:
 def rewrites(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every change of a model's weights."""
     made: list[int] = []
-    inner = apply.change
+    inner = merge.change
 
     def counted(*args: Any) -> list[str]:
         made.append(1)
         return inner(*args)
 
-    monkeypatch.setattr(apply, "change", counted)
+    monkeypatch.setattr(merge, "change", counted)
     return made
 
 
@@ -245,8 +245,8 @@ def test_an_interrupted_merge_is_put_right_by_the_next_call(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "is_finite", interrupted)  # after the first rows are written
-        patch.setattr(apply, "restore", interrupted)
+        patch.setattr(apply, "is_finite", interrupted)  # after the first rows are written
+        patch.setattr(merge, "restore", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(pipe, delta=delta)
     assert not same(state(pipe), before)
