@@ -2,28 +2,75 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.utils import logging
 from torch import Tensor
 
-from .checkpoints import Checkpoints, Position, find_checkpoint, list_checkpoints
+from .checkpoints import Checkpoints, find_checkpoint, list_checkpoints
 from .config import DistillConfig
-from .config_file import by_name, to_tree
-from .guard import DivergenceGuard, advice
-from .layout import METRICS, READINGS
-from .optimizers import set_learning_rate
-from .preflight import require_possible
-from .progress import Meter, MetricsFile, Progress
-from .result import TrainingResult, write_result
-from .session import TRACKER_NAME, Session, open_session
+from .layout import METRICS, append_line, trim
+from .output import write_result
+from .session import Session
 from .step import distillation_step
+from .student import set_learning_rate
 
 logger = logging.get_logger(__name__)
+
+TRACKER_NAME = "perflow_distill"
+EXPLOSION = 30.0
+"""The training ends where the last losses are this many times all earlier ones, in geometric means."""
+_JUDGED = 20  # updates that are judged together: with a row or two in each, single ones jump by orders of magnitude
+
+
+class DivergenceError(ValueError):
+    """The training diverged; the message says where, what is kept, and what to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """The updates since the last reading."""
+
+    step: int
+    max_steps: int
+    losses: list[float]  # weighted loss of each update, over all processes
+    window_losses: list[float | None]  # unweighted; None for a window that had no row
+    gradient_norms: list[float]  # before clipping, of each update
+    learning_rate: float
+    samples_per_second: float  # rows of all processes
+    eta_seconds: float
+
+    @property
+    def loss(self) -> float:
+        """The mean of `losses`."""
+        return sum(self.losses) / len(self.losses)
+
+    def describe(self) -> str:
+        """One line for a terminal."""
+        windows = " ".join("-" if loss is None else f"{loss:.4g}" for loss in self.window_losses)
+        eta = timedelta(seconds=round(self.eta_seconds))
+        return (
+            f"step {self.step}/{self.max_steps}  loss {self.loss:.4g}  windows {windows}  "
+            f"lr {self.learning_rate:.3g}  {self.samples_per_second:.3g} samples/s  ETA {eta}"
+        )
+
+    def figures(self) -> dict[str, float]:
+        """Numbers by name, for a tracker."""
+        return {
+            "loss": self.loss,
+            **{f"loss/window_{i}": loss for i, loss in enumerate(self.window_losses) if loss is not None},
+            "gradient_norm": self.gradient_norms[-1],
+            "learning_rate": self.learning_rate,
+            "samples_per_second": self.samples_per_second,
+        }
 
 
 class Observer:
@@ -39,146 +86,165 @@ class Observer:
         """After the losses were read."""
 
 
-def train(config: DistillConfig, observers: Sequence[Observer] = ()) -> TrainingResult:
+def train(config: DistillConfig, observers: Sequence[Observer] = ()) -> None:
     """Distils a student as configured and writes the result; every process of the launch calls it.
 
     Raises:
-        ConfigError: with everything that stands in the way, before any weight is read.
         DivergenceError: the training diverged; the last checkpoint before is kept.
-        ValueError: weights or data that cannot be read after all.
+        ValueError: weights, data or a checkpoint that cannot be read.
     """
-    require_possible(config)
     checkpoint = find_checkpoint(config)
-    session = open_session(config)
-    session.accelerator.init_trackers(TRACKER_NAME, config=_flat(config))
+    session = Session(config)
+    settings = {name: value if isinstance(value, (int, float)) else str(value) for name, value in config.flat().items()}
+    session.accelerator.init_trackers(TRACKER_NAME, config=settings)
     try:
-        run = _Run(session, observers)
+        run = TrainingRun(session, observers)
         run.start(checkpoint)
         run.finish()
-        return write_result(session, run.position.step, Path(config.output.directory) / METRICS)
+        write_result(session)
     finally:
         session.accelerator.end_training()
 
 
-class _Run:
+class TrainingRun:
     """The updates of a session, with what is read and saved between them."""
 
-    def __init__(self, session: Session, observers: Sequence[Observer]) -> None:
-        config = session.config
+    def __init__(self, session: Session, observers: Sequence[Observer] = ()) -> None:
         self.session = session
         self.observers = observers
-        self.meter = Meter(session.accelerator, config.optimizer.max_steps)
-        self.checkpoints = Checkpoints(session.accelerator, config, session.data, session.pairs)
-        self.position = Position()
-        self.saved = 0
+        self.checkpoints = Checkpoints(session)
+        self.guard = DivergenceGuard(session.config)
+        self.parameters = list(session.student.parameters())  # a walk over all modules takes milliseconds
+        self.step = 0
         self.rate = 0.0
-        self.guard = DivergenceGuard(advice(config))
-        self.metrics: MetricsFile | None = None
+        self._forget()
 
     def start(self, checkpoint: Path | None) -> None:
         """Takes up a checkpoint, if there is one."""
-        session = self.session
+        session, directory = self.session, Path(self.session.config.output.directory)
         if checkpoint is not None:
-            self.position = self.checkpoints.load(checkpoint)
-            self.saved = self.position.step
-            if session.ema is not None:
-                session.ema.to(session.accelerator.device)
+            self.step = self.checkpoints.load(checkpoint)
             rate = session.config.optimizer.learning_rate
             set_learning_rate(session.optimizer, session.schedule.scheduler, rate)
-            self.guard = DivergenceGuard(advice(session.config), self.position.losses)
         elif session.config.output.resume is not None:
-            logger.warning("there is no checkpoint in %s yet; starting anew.", session.config.output.directory)
+            logger.warning("there is no checkpoint in %s yet; starting anew.", directory)
         if session.accelerator.is_main_process:
-            directory = Path(session.config.output.directory)
-            self.metrics = MetricsFile(directory, self.position.step)
-            if (directory / READINGS).exists():  # what is beyond goes, whether this run validates or not
-                MetricsFile(directory, self.position.step, READINGS)
-        self._tell(lambda observer: observer.started(session, self.position.step))
+            directory.mkdir(parents=True, exist_ok=True)
+            trim(directory, self.step)
+        self._tell(lambda observer: observer.started(session, self.step))
 
     def finish(self) -> None:
         """All updates that are left."""
         settings, output = self.session.config.optimizer, self.session.config.output
-        while self.position.step < settings.max_steps:
+        while self.step < settings.max_steps:
             self.rate = self.session.schedule.get_last_lr()[0]
-            norm = self._update()
-            self.meter.finish_update(norm)
-            step = self.position.step + 1
-            self.position = replace(
-                self.position, step=step, micro_step=self.position.micro_step + settings.gradient_accumulation_steps
-            )
-            last = step == settings.max_steps
-            saving = last or step % output.checkpoint_every == 0
-            if saving or step % output.log_every == 0:
-                self._read()
+            self.update()
+            self.step += 1
+            saving = self.step == settings.max_steps or self.step % output.checkpoint_every == 0
+            if saving or self.step % output.log_every == 0:
+                self._report()
             if saving:
-                self._save()
-            self._tell(lambda observer: observer.updated(self.session, self.position.step))
+                self.checkpoints.save(self.step)
+            self._tell(lambda observer: observer.updated(self.session, self.step))
 
-    def _save(self) -> None:
-        self.checkpoints.save(replace(self.position, losses=tuple(self.guard.losses)))
-        self.saved = self.position.step
-
-    def _tell(self, what: Callable[[Observer], None]) -> None:
-        """Tells all observers; the time that they take is none of the training's.
-
-        What an observer raises ends the training, whose updates are saved before.
-        """
-        began = time.perf_counter()
-        try:
-            for observer in self.observers:
-                what(observer)
-        except Exception:
-            self._rescue()
-            raise
-        self.meter.leave_out(time.perf_counter() - began)
-
-    def _rescue(self) -> None:
-        """Saves what was not saved yet, unless other processes would have to take part: they know of no failure."""
-        if self.session.accelerator.num_processes == 1 and self.position.step > self.saved:
-            if self.meter.pending:
-                self._read()
-            self._save()
-
-    def _update(self) -> Tensor | float:
-        """One update of the student; the norm of its gradient, on the device."""
+    def update(self) -> None:
+        """One update of the student, whose figures stay on the device."""
         session = self.session
         accelerator, settings = session.accelerator, session.config.optimizer
-        progress = self.position.step / settings.max_steps
+        micro_steps = settings.gradient_accumulation_steps
+        losses: list[Tensor] = []
         norm: Any = None
-        for number in range(settings.gradient_accumulation_steps):
-            pairs = session.pairs.next(self.position.micro_step + number, progress, session.student)
+        for number in range(self.step * micro_steps, (self.step + 1) * micro_steps):
+            pairs = session.pairs.next(number, self.step / settings.max_steps, session.student)
             with accelerator.accumulate(session.student):
                 step = distillation_step(session.student, pairs, session.geometry, session.config.loss)
                 accelerator.backward(step.loss)
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(session.student.parameters(), settings.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(self.parameters, settings.max_grad_norm)
                 session.optimizer.step()
                 session.optimizer.zero_grad()
-            self.meter.add(step, len(pairs.index))
+            losses.append(step.loss.detach().float())
+            self._windows.append(torch.stack([step.window_sums, step.window_counts]))
+            self._rows += len(pairs.index)
         session.schedule.step()
         if session.ema is not None:
             session.ema.step(session.trained.values())
-        return 0.0 if norm is None else norm  # DeepSpeed clips by itself and tells none
+        self._losses.append(torch.stack(losses).mean())
+        # DeepSpeed clips by itself and tells no norm.
+        self._norms.append(torch.as_tensor(0.0 if norm is None else norm, device=self._losses[-1].device).float())
 
-    def _read(self) -> None:
+    def read(self) -> Progress:
+        """Waits for the device and all processes; the one place where losses are read."""
+        accelerator, max_steps = self.session.accelerator, self.session.config.optimizer.max_steps
+        losses = accelerator.reduce(torch.stack(self._losses), "mean").tolist()
+        sums, counts = accelerator.reduce(torch.stack(self._windows).sum(0), "sum").tolist()
+        seconds = time.perf_counter() - self._since
+        progress = Progress(
+            step=self.step,
+            max_steps=max_steps,
+            losses=losses,
+            window_losses=[total / count if count else None for total, count in zip(sums, counts, strict=True)],
+            gradient_norms=torch.stack(self._norms).tolist(),
+            learning_rate=self.rate,
+            samples_per_second=self._rows * accelerator.num_processes / seconds,
+            eta_seconds=(max_steps - self.step) * seconds / len(losses),
+        )
+        self._forget()
+        return progress
+
+    def _report(self) -> None:
         """Reads the losses, makes sure that they are sound, and tells of them."""
-        session = self.session
-        step, pending = self.position.step, self.meter.pending
-        progress, windows = self.meter.read(step, self.rate)
+        session, output = self.session, Path(self.session.config.output.directory)
+        progress = self.read()
         # In half precision the gradient scaler skips updates whose gradients overflow, which is no divergence.
-        norms = () if session.accelerator.mixed_precision == "fp16" else progress.gradient_norms
-        self.guard.check(progress.losses, windows, norms, step - pending + 1, self._kept())
-        if self.metrics is not None:
-            self.metrics.append(progress)
-        session.accelerator.log(progress.figures(), step=step)
+        norms = [] if session.accelerator.mixed_precision == "fp16" else progress.gradient_norms
+        if problem := self.guard.problem(progress.losses, norms):
+            present = list_checkpoints(output)
+            kept = f"{present[-1]} is kept" if present else "there is no checkpoint yet"
+            raise DivergenceError(f"the training diverged by step {self.step}: {problem}; {kept}. {self.guard.advice}")
+        if session.accelerator.is_main_process:
+            append_line(output / METRICS, asdict(progress))
+        session.accelerator.log(progress.figures(), step=self.step)
         self._tell(lambda observer: observer.read(progress))
 
-    def _kept(self) -> str:
-        present = list_checkpoints(self.checkpoints.directory)
-        return f"{present[-1]} is kept" if present else "no checkpoint was written before"
+    def _tell(self, what: Callable[[Observer], None]) -> None:
+        """Tells all observers, whose time is no part of the speed."""
+        began = time.perf_counter()
+        for observer in self.observers:
+            what(observer)
+        self._since += time.perf_counter() - began
+
+    def _forget(self) -> None:
+        self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
+        self._windows: list[Tensor] = []
+        self._rows = 0
+        self._since = time.perf_counter()
 
 
-def _flat(config: DistillConfig) -> dict[str, Any]:
-    """The settings for a tracker, which takes numbers and text."""
-    settings = by_name(to_tree(config))
-    return {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in settings}
+class DivergenceGuard:
+    """Finds losses that are not finite, or have exploded, in the order in which they come."""
+
+    def __init__(self, config: DistillConfig) -> None:
+        changes = [f"lower optimizer.learning_rate (now {config.optimizer.learning_rate:g})"]
+        if "fp16" == config.optimizer.mixed_precision or config.teacher.dtype == "float16":
+            changes.append("use bf16 instead of half precision")
+        if config.teacher.cfg_mode == "fixed":
+            changes.append(f"lower teacher.guidance_scale (now {config.teacher.guidance_scale:g})")
+        self.advice = f"To go on, {' or '.join(changes)}, and pass output.resume=latest."
+        self._earlier = [0.0, 0]  # sum of logarithms, and how many
+        self._recent = deque[float]()
+
+    def problem(self, losses: Sequence[float], norms: Sequence[float]) -> str | None:
+        """What is wrong with the next updates, if anything."""
+        if not all(map(math.isfinite, (*losses, *norms))):
+            return "a loss or the norm of a gradient is not finite"
+        for loss in losses:
+            self._recent.append(math.log(max(loss, 1e-20)))
+            if len(self._recent) > _JUDGED:
+                self._earlier = [self._earlier[0] + self._recent.popleft(), self._earlier[1] + 1]
+            if self._earlier[1] >= _JUDGED:
+                ratio = math.exp(sum(self._recent) / _JUDGED - self._earlier[0] / self._earlier[1])
+                if ratio > EXPLOSION:
+                    return f"its losses are {ratio:.3g} times the earlier ones"
+        return None

@@ -3,184 +3,113 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 from ..atomic_files import atomic_path
 from .config import DistillConfig
-from .config_file import to_tree
-from .layout import PLOTS, READINGS, REPORT, SHEETS, by_step
-from .output import Outputs
-from .plots import Curve, save_plot
-from .progress import read_lines
-from .result import TrainingResult
+from .layout import METRICS, PLOTS, READINGS, REPORT, RESULTS, SHEETS, by_step, read_lines
+from .output import describe
 
 _SHOWN_SHEETS = 4
+_ABOUT = """The mean squared deviation of the velocity of a student's path from that of its chord, over the squared
+speed along the chord: 0 is a line, which one Euler step solves exactly (arXiv 2209.03003, section 2). A line may lead
+to a wrong place, so the endpoint error is beside it: the squared distance between where one step of the student and
+where the teacher end, over the squared length of the teacher's chord."""
 
-Lines = list[dict[str, Any]]
+Curves = Mapping[str, Sequence[float | None]]
 
 
-def write_report(
-    config: DistillConfig, result: TrainingResult, outputs: Outputs | None = None, evaluation: str | None = None
-) -> Path:
-    """Writes `report.md` into the training's directory and its plots beside.
+def write_report(config: DistillConfig, lora_summary: str = "", evaluation: str = "") -> Path:
+    """Writes `report.md` into the training's directory, and its plots beside.
 
     Args:
         config: of the training.
-        result: what it left; its metrics are read.
-        outputs: further files, if there are any.
+        lora_summary: what the LoRA keeps of the delta.
         evaluation: tables in Markdown, if the student was evaluated.
     """
-    metrics, readings = read_lines(result.metrics), read_lines(result.directory / READINGS)
-    plots = _draw(metrics, readings, result.directory) if find_spec("matplotlib") is not None else {}
+    directory = Path(config.output.directory)
+    metrics, readings = read_lines(directory / METRICS), read_lines(directory / READINGS)
+    present = [[f"`{name}`", what] for name, what in RESULTS.items() if (directory / name).exists()]
     parts = [
         f"# Distillation of {config.model.teacher}",
-        _summary(config, result, metrics),
-        "## Loss",
-        *_losses(metrics, plots),
-        *_straightness(readings, plots),
-        *(["## Learning rate and speed", plots["learning_rate"], plots["speed"]] if "speed" in plots else []),
-        *_sheets(result.directory),
+        f"{describe(config)}.",
+        *(["## Loss", *_loss(metrics, directory)] if metrics else []),
+        *(["## Straightness", _ABOUT, *_straightness(readings, directory)] if readings else []),
+        *_sheets(directory),
         *(["## Evaluation", evaluation.strip()] if evaluation else []),
         "## Files",
-        _files(result, outputs),
+        _table(["file", "what it is"], present),
+        lora_summary,
         "## Settings",
-        f"```json\n{json.dumps(to_tree(config), indent=2)}\n```",
+        f"```json\n{json.dumps(config.model_dump(mode='json'), indent=2)}\n```",
     ]
-    path = result.directory / REPORT
-    with atomic_path(path) as temporary:
-        temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return path
+    with atomic_path(directory / REPORT) as temporary:
+        temporary.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
+    return directory / REPORT
 
 
-def _summary(config: DistillConfig, result: TrainingResult, metrics: Lines) -> str:
-    windows, teacher = config.windows, config.teacher
-    student = "all weights" if config.model.student == "full" else f"LoRA of rank {config.model.lora_rank}"
-    guidance = f"{teacher.guidance_scale:g}, baked in" if teacher.cfg_mode == "fixed" else "left to sampling"
-    rows = {
-        "updates": str(result.steps),
-        "student": student,
-        "windows": f"{windows.tile().num_windows} ({', '.join(f'{t:g}' for t in windows.tile().boundaries)})",
-        "prediction type": windows.prediction_type,
-        "teacher steps a window": str(teacher.steps_per_window),
-        "guidance": guidance,
-        "window starts": teacher.starts,
-        "data": config.data.kind,
-    }
-    if metrics:
-        rows["samples a second"] = f"{median(line['samples_per_second'] for line in metrics):.3g} (median)"
-    return _table(["", ""], rows.items())
-
-
-def _losses(metrics: Lines, plots: Mapping[str, str]) -> list[str]:
-    if not metrics:
-        return ["No losses were written down."]
-    found = [plots["loss"]] if "loss" in plots else []
-    losses = [loss for line in metrics for loss in line["losses"]]
-    third = max(1, len(losses) // 3)
-    first, last = (sum(part) / len(part) for part in (losses[:third], losses[-third:]))
-    found.append(
-        f"Mean loss of the first third of the updates: {first:.4g}; of the last third: {last:.4g}"
-        + (f" ({last / first:.2f} times the first)." if first else ".")
-    )
-    rows = []
+def _loss(metrics: list[dict[str, Any]], directory: Path) -> list[str]:
+    steps = [line["step"] for line in metrics]
+    curves: dict[str, list[float | None]] = {"weighted, all": [fmean(line["losses"]) for line in metrics]}
     for number in range(len(metrics[0]["window_losses"])):
-        values = [line["window_losses"][number] for line in metrics if line["window_losses"][number] is not None]
-        if values:
-            part = max(1, len(values) // 3)
-            rows.append([number + 1, f"{sum(values[:part]) / part:.4g}", f"{sum(values[-part:]) / part:.4g}"])
-    found.append(_table(["window", "first third", "last third"], rows))
-    return found
-
-
-def _straightness(readings: Lines, plots: Mapping[str, str]) -> list[str]:
-    if not readings:
-        return []
-    first, last = readings[0], readings[-1]
-    rows = [
-        [
-            number + 1,
-            *(f"{values[number]:.3g}" for values in (last["teacher"], first["student"], last["student"])),
-            *(f"{values[number]:.3g}" for values in (first["endpoint_error"], last["endpoint_error"])),
-        ]
-        for number in range(len(last["student"]))
-    ]
-    header = ["window", "teacher's path", f"student's, {first['step']} updates", f"student's, {last['step']} updates"]
-    header += [f"endpoint error, {first['step']} updates", f"endpoint error, {last['step']} updates"]
+        curves[f"window {number + 1}"] = [line["window_losses"][number] for line in metrics]
+    rows = [[name, *_thirds([value for value in curve if value is not None])] for name, curve in curves.items()]
+    rates = {"learning rate": [line["learning_rate"] for line in metrics]}
+    speed = {"samples a second": [line["samples_per_second"] for line in metrics]}
     return [
-        "## Straightness",
-        "The mean squared deviation of a path's velocity from that of its chord, over the squared speed along the "
-        "chord: 0 is a line, which one Euler step solves exactly (arXiv 2209.03003, section 2). A line may lead to a "
-        "wrong place, so the endpoint error stands beside it: the squared distance between where one step of the "
-        "student and where the teacher end, over the squared length of the teacher's chord.",
-        *(plots[name] for name in ("straightness", "endpoint_error") if name in plots),
-        _table(header, rows),
+        _plot(directory, "loss", steps, curves),
+        _table(["", "mean loss in the first third", "in the last third"], rows),
+        _plot(directory, "learning_rate", steps, rates, "linear"),
+        _plot(directory, "speed", steps, speed, "linear"),
     ]
+
+
+def _thirds(values: list[float]) -> list[str]:
+    part = max(1, len(values) // 3)
+    return [f"{fmean(some):.4g}" if some else "-" for some in (values[:part], values[-part:])]
+
+
+def _straightness(readings: list[dict[str, Any]], directory: Path) -> list[str]:
+    names, first, last = ("straightness", "endpoint_error"), readings[0], readings[-1]
+    count = range(len(last[names[0]]))
+    rows = [[i + 1, *(f"{reading[name][i]:.3g}" for name in names for reading in (first, last))] for i in count]
+    header = [f"{name.replace('_', ' ')}, {reading['step']} updates" for name in names for reading in (first, last)]
+    steps = [line["step"] for line in readings]
+    curves = {name: {f"window {i + 1}": [line[name][i] for line in readings] for i in count} for name in names}
+    return [*(_plot(directory, name, steps, curves[name]) for name in names), _table(["window", *header], rows)]
 
 
 def _sheets(directory: Path) -> list[str]:
     """The first sheet, the last, and some between, by links."""
     found = [path for _, path in by_step(directory / SHEETS, ".png")]
-    if not found:
-        return []
     count = min(_SHOWN_SHEETS, len(found))
     chosen = dict.fromkeys(found[round(i * (len(found) - 1) / max(1, count - 1))] for i in range(count))
-    return ["## Validation", *(f"![{path.stem}]({SHEETS}/{path.name})" for path in chosen)]
+    return ["## Validation", *(f"![{path.stem}]({SHEETS}/{path.name})" for path in chosen)] if found else []
 
 
-def _files(result: TrainingResult, outputs: Outputs | None) -> str:
-    named: dict[str, Path | None] = {
-        "student, a UNet": result.student,
-        "delta (student less teacher, with the recipe)": result.delta,
-        "scheduler": result.scheduler,
-        "LoRA": result.lora,
-        "readings during the training": result.metrics,
-    }
-    if outputs is not None:
-        named |= {
-            "LoRA": outputs.lora,
-            "LoRA in kohya's keys": outputs.lora_kohya,
-            "residual, to be merged beside the LoRA": outputs.lora_residual,
-            "workflow repository, for `perflow push`": outputs.workflow,
-        }
-    rows = [[f"`{os.path.relpath(path, result.directory)}`", what] for what, path in named.items() if path is not None]
-    note = f"\n\n{outputs.lora_summary}" if outputs is not None else ""
-    return _table(["file", "what it is"], rows) + note
+def _plot(directory: Path, name: str, steps: Sequence[int], curves: Curves, scale: str = "log") -> str:
+    """Draws curves over the updates, with gaps for None, into a PNG file; the link to it. Needs matplotlib."""
+    if find_spec("matplotlib") is None:
+        return ""
+    from matplotlib.figure import Figure  # by itself: no backend is set for anyone
+
+    figure: Any = Figure(figsize=(7.0, 3.6), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for label, curve in curves.items():
+        values = [float("nan") if value is None or (scale == "log" and value <= 0) else value for value in curve]
+        axes.plot(steps, values, label=label, marker="o" if len(values) < 12 else None, markersize=3, linewidth=1.2)
+    axes.set(yscale=scale, xlabel="updates", ylabel=name.replace("_", " "))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    with atomic_path(directory / PLOTS / f"{name}.png") as temporary:
+        figure.savefig(temporary, format="png")
+    return f"![{name}]({PLOTS}/{name}.png)"
 
 
-def _draw(metrics: Lines, readings: Lines, directory: Path) -> dict[str, str]:
-    """Links to the plots by their names."""
-    links: dict[str, str] = {}
-
-    def plot(name: str, curves: Mapping[str, Curve], label: str, **options: Any) -> None:
-        save_plot(directory / PLOTS / f"{name}.png", curves, label=label, **options)
-        links[name] = f"![{label}]({PLOTS}/{name}.png)"
-
-    if metrics:
-        steps = [line["step"] for line in metrics]
-        count = len(metrics[0]["window_losses"])
-        means: list[float | None] = [sum(line["losses"]) / len(line["losses"]) for line in metrics]
-        windows = {f"window {i + 1}": (steps, [line["window_losses"][i] for line in metrics]) for i in range(count)}
-        plot("loss", {"weighted, all": (steps, means), **windows}, "loss", logarithmic=True)
-        plot("learning_rate", {"rate": (steps, [line["learning_rate"] for line in metrics])}, "learning rate")
-        plot("speed", {"speed": (steps, [line["samples_per_second"] for line in metrics])}, "samples a second")
-    if readings:
-        steps = [line["step"] for line in readings]
-        count = len(readings[0]["student"])
-        curves: dict[str, Curve] = {}
-        for who in ("student", "teacher"):
-            curves |= {f"{who}, window {i + 1}": (steps, [line[who][i] for line in readings]) for i in range(count)}
-        dashed = frozenset(name for name in curves if name.startswith("teacher"))
-        plot("straightness", curves, "relative straightness", logarithmic=True, dashed=dashed)
-        errors = {f"window {i + 1}": (steps, [line["endpoint_error"][i] for line in readings]) for i in range(count)}
-        plot("endpoint_error", errors, "relative endpoint error", logarithmic=True)
-    return links
-
-
-def _table(header: Sequence[str], rows: Any) -> str:
+def _table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)

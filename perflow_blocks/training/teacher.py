@@ -1,33 +1,135 @@
-"""The frozen teacher: windows solved with or without guidance, in its own type."""
+"""The frozen teacher: it encodes prompts and images, and solves windows with or without guidance, in its own type."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from ..core.parameterization import WindowAlpha
 from ..schedulers import PFODESolver
-from ..schedulers.pfode_solver import Conditioning
-from .conditioning import PromptEncoder, TextRow, cast
+from ..schedulers.pfode_solver import Conditioning, sdxl_conditioning
 from .config import TeacherConfig
-from .geometry import WindowGeometry
+from .data.batch import Size
+from .step import WindowGeometry, cast
+
+Offload = Callable[[], Any]
+"""Takes models back to the host's memory."""
+
+Sizes = tuple[Size, Size, Size]
+"""What SDXL's time ids say of an image, each (height, width): original size, corner of the crop, size of the crop."""
+
+
+class PromptEncoder:
+    """Encodes prompts as the teacher's pipeline does.
+
+    Args:
+        pipeline: with the text encoders, on their device or offloaded from it.
+        device: where the embeddings go.
+        cache: how many prompts' embeddings are kept.
+        offload: called when prompts were encoded.
+    """
+
+    def __init__(self, pipeline: Any, device: torch.device, cache: int, offload: Offload | None = None) -> None:
+        self._pipeline = pipeline
+        self._device = device
+        self._added_conditions = isinstance(pipeline, StableDiffusionXLPipeline)
+        self._offload = offload or (lambda: None)
+        self._row = lru_cache(maxsize=cache)(self._encode)
+        self._empty = self._encode("", negative=True)  # as the pipeline has it for guidance: of SDXL mostly zeros
+        self._offload()
+
+    def conditioning(
+        self, prompts: Sequence[str], sizes: Sequence[Sizes], drop: Sequence[bool] | None = None
+    ) -> Conditioning:
+        """The conditions (batch, ...) of a prompt and the sizes for each row; the empty prompt where `drop` says so.
+
+        Each prompt is encoded by itself: its rounding depends on what else is in a batch, and a run that is resumed,
+        with nothing kept, has to get the same embeddings.
+        """
+        before = self._row.cache_info().misses
+        dropped = drop or [False] * len(prompts)
+        rows = [self._empty if out else self._row(prompt) for prompt, out in zip(prompts, dropped, strict=True)]
+        if self._row.cache_info().misses > before:
+            self._offload()
+        embeds, pooled = (torch.stack(parts) for parts in zip(*rows, strict=True))
+        if not self._added_conditions:
+            return Conditioning(prompt_embeds=embeds)
+        time_ids = torch.tensor([[side for size in three for side in size] for three in sizes], dtype=torch.float32)
+        return sdxl_conditioning(embeds, pooled, time_ids.to(self._device, non_blocking=True))
+
+    def empty(self, like: Conditioning) -> Conditioning:
+        """The conditions that guidance leads away from, with the time ids of `like`."""
+        embeds, pooled = (part.expand(len(like.prompt_embeds), *part.shape) for part in self._empty)
+        if not self._added_conditions:
+            return Conditioning(prompt_embeds=embeds)
+        return sdxl_conditioning(embeds, pooled, like.added["time_ids"])
+
+    @torch.no_grad()
+    def _encode(self, prompt: str, *, negative: bool = False) -> tuple[Tensor, Tensor]:
+        """A prompt's embeddings (tokens, width) and, of SDXL, pooled (width,); or those of the negative prompt."""
+        found = self._pipeline.encode_prompt(
+            prompt=[prompt], device=self._device, num_images_per_prompt=1, do_classifier_free_guidance=negative
+        )
+        # Positive and negative embeddings, and for SDXL then the same pooled.
+        own = found[int(negative) :: 2]
+        return own[0][0], own[1][0] if self._added_conditions else own[0].new_zeros(0)
+
+
+class LatentEncoder:
+    """The teacher's VAE, with the distributions of latents kept for images that come again.
+
+    Args:
+        vae: on its device, or offloaded from it.
+        device: where it runs and the latents go.
+        cache: images to keep, by their pixels: useful for few images without random crops.
+        offload: called after encoding.
+    """
+
+    def __init__(self, vae: Any, device: torch.device, cache: int = 0, offload: Offload | None = None) -> None:
+        self._vae, self._device, self._cache = vae, device, cache
+        self._kept: dict[bytes, Tensor] = {}
+        self._offload = offload or (lambda: None)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        """Latents (batch, 4, height/f, width/f) float32 of pixels (batch, 3, height, width) in [-1, 1] on the host."""
+        moments = torch.stack([self._moments(row) for row in pixels]) if self._cache else self._encode(pixels)
+        latents = DiagonalGaussianDistribution(moments).sample(generator)
+        return latents * self._vae.config.scaling_factor
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Mean and logarithmic variance, (batch, 8, height/f, width/f) float32."""
+        distribution = self._vae.encode(pixels.to(self._device, self._vae.dtype)).latent_dist
+        self._offload()
+        return distribution.parameters.float()
+
+    def _moments(self, row: Tensor) -> Tensor:
+        """Of one image: in a batch its rounding would depend on which others are missing."""
+        key = hashlib.blake2b(row.contiguous().numpy().data, digest_size=16).digest()
+        found = self._kept.pop(key, None)
+        self._kept[key] = self._encode(row[None])[0] if found is None else found
+        if len(self._kept) > self._cache:
+            del self._kept[next(iter(self._kept))]
+        return self._kept[key]
 
 
 class Teacher:
     """Solves the probability-flow ODE of a frozen UNet across windows.
 
     Args:
-        unet: the teacher's.
+        unet: called within the context that `at_hand` makes for each solve.
         scheduler: of the teacher.
         encoder: of its prompts.
         geometry: the windows.
         config: steps and guidance.
-        at_hand: makes a context in which the UNet can be called, entered for each solve.
     """
 
     def __init__(
@@ -39,77 +141,45 @@ class Teacher:
         config: TeacherConfig,
         at_hand: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.encoder = encoder
-        self.geometry = geometry
-        self.config = config
-        self._unet = unet
+        self.unet, self.encoder, self.geometry, self.config = unet, encoder, geometry, config
         self._at_hand = at_hand
         self._solver = PFODESolver(scheduler)
-        self._num_windows = geometry.solver_windows(config.steps_per_window)
 
-    def solve(self, z_start: Tensor, window: WindowAlpha, rows: list[TextRow], time_ids: Tensor) -> Tensor:
-        """The ends (batch, channels, height, width) of windows that begin at `z_start`, for a prompt each.
+    def solve(self, z_start: Tensor, window: WindowAlpha, conditioning: Conditioning) -> Tensor:
+        """The ends (batch, channels, height, width) of windows that begin at `z_start`; each row has its own window.
 
         Under "fixed" guidance a prompt that was dropped is solved like any other: guidance from it to itself is none.
         """
         start, end = (self.geometry.solver_times(torch.as_tensor(t)) for t in (window.start, window.end))
-        return self._solve(z_start, start, end, rows, time_ids, self.config.steps_per_window)
+        scale = self.config.guidance_scale if self.config.cfg_mode == "fixed" else 1.0
+        steps = self.config.steps_per_window
+        windows = self.geometry.solver_windows(steps)
+        return self.solve_between(z_start, start, end, conditioning, steps, windows, scale)
 
-    def path(
-        self,
-        z_start: Tensor,
-        times: Tensor,
-        rows: list[TextRow],
-        time_ids: Tensor,
-        guidance_scale: float | None = None,
-    ) -> Tensor:
-        """The points (steps + 1, batch, channels, height, width) of a solve with a DDIM step between two times.
-
-        Args:
-            z_start: at the first time.
-            times: (steps + 1, batch), descending; the first and the last have the noise of the windows' numbers there.
-            rows: a prompt each.
-            time_ids: of the pictures.
-            guidance_scale: by default that of `solve`.
-        """
-        points = [z_start]
-        first, last = (self.geometry.solver_times(t).expand_as(times) for t in (times[0], times[-1]))
-        shares = (times - times[0]) / (times[-1] - times[0])
-        for start, end in itertools.pairwise(torch.lerp(first, last, shares)):
-            points.append(self._solve(points[-1], start, end, rows, time_ids, None, guidance_scale))
-        return torch.stack(points)
-
-    @torch.no_grad()
-    def _solve(
+    def solve_between(
         self,
         z_start: Tensor,
         start: Tensor,
         end: Tensor,
-        rows: list[TextRow],
-        time_ids: Tensor,
-        steps: int | None,
-        guidance_scale: float | None = None,
+        conditioning: Conditioning,
+        num_steps: int,
+        num_windows: int | None,
+        scale: float,
     ) -> Tensor:
-        """By the steps of a window, or for None in one step of any length."""
-        scale = guidance_scale
-        if scale is None:
-            scale = self.config.guidance_scale if self.config.cfg_mode == "fixed" else 1.0
+        """As `PFODESolver.solve_conditioned` with a guidance of `scale`."""
         dtype = getattr(torch, self.config.dtype)
-        positive = cast(self.encoder.conditioning(rows, time_ids), dtype)
-        negative: Conditioning | None = None
-        if scale > 1.0:
-            negative = cast(self.encoder.conditioning([self.encoder.empty] * len(rows), time_ids), dtype)
+        negative = cast(self.encoder.empty(conditioning), dtype) if scale > 1.0 else None
         with self._at_hand():
             return self._solver.solve_conditioned(
                 z_start,
-                self._unet,
+                self.unet,
                 start,
                 end,
-                positive,
+                cast(conditioning, dtype),
                 negative,
                 guidance_scale=scale,
-                num_steps=steps or 1,
-                num_windows=None if steps is None else self._num_windows,
+                num_steps=num_steps,
+                num_windows=num_windows,
             )
 
 
@@ -124,7 +194,7 @@ def without_factors(student: Any) -> Iterator[None]:
 
 
 @contextmanager
-def then(after: Callable[[], Any]) -> Iterator[None]:
+def then(after: Offload) -> Iterator[None]:
     """Calls a function at the end, to take an offloaded model back to the host."""
     try:
         yield

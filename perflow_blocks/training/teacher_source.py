@@ -6,36 +6,69 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.configuration_utils import FrozenDict
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..builder.single_file import config_location, read_shapes
 from .config import ModelConfig
-from .families import SDXL, ModelFamily, family_of
 
-_DEMO = "demo"
+LATENT_CHANNELS = 4
+
+
+class ModelFamily(NamedTuple):
+    """What differs between families beside the weights."""
+
+    pipeline: Any  # diffusers' class of the teacher's pipeline
+    text_encoders: Mapping[str, Any]  # classes by folder; a tokenizer's folder is named alike
+    guidance_scale: float  # at which students are usually sampled, where guidance is not baked in
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        return tuple(name.replace("text_encoder", "tokenizer") for name in self.text_encoders)
+
+
+_SDXL_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+SDXL = ModelFamily(StableDiffusionXLPipeline, _SDXL_ENCODERS, 2.0)
+SD = ModelFamily(StableDiffusionPipeline, {"text_encoder": CLIPTextModel}, 4.5)
+SD2 = SD._replace(guidance_scale=7.5)
+
+
+def family_of(unet_config: Mapping[str, Any]) -> ModelFamily:
+    """The family of a UNet's configuration.
+
+    Raises:
+        ValueError: not a text-to-image UNet of SD 1.5, 2.1 or SDXL, or itself distilled.
+    """
+    wanted = {"_class_name": "UNet2DConditionModel", "in_channels": LATENT_CHANNELS, "time_cond_proj_dim": None}
+    wrong = [f"{key}={unet_config[key]}" for key, value in wanted.items() if unet_config.get(key, value) != value]
+    added = unet_config.get("addition_embed_type")
+    if wrong or added not in (None, "text_time"):
+        raise ValueError(
+            f"model.teacher: its UNet with {', '.join(wrong) or f'addition_embed_type={added}'} cannot be distilled; "
+            "pass a text-to-image model of Stable Diffusion 1.5, 2.1 or XL that is not distilled itself."
+        )
+    if added is None:
+        return SD2 if unet_config.get("cross_attention_dim") == 1024 else SD
+    return SDXL
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSource:
-    """A teacher whose configurations were read and whose weights were not.
+    """A teacher whose configurations were read, and whose weights were not."""
 
-    Attributes:
-        label: its name for the recipe: the repository, or the last part of a path.
-        location: repository or directory of the parts; for a single file of their configurations.
-        single_file: the checkpoint, if it is one.
-        family: its family.
-        unet_config: configuration of the UNet.
-        scheduler_config: configuration of the scheduler.
-        vae_config: configuration of the autoencoder.
-    """
-
-    label: str
-    location: str
+    label: str  # its name for the recipe: the repository, or the last part of a path
+    location: str  # repository or directory of the parts; for a single file that of their configurations
     single_file: str | None
     revision: str | None
     variant: str | None
@@ -60,93 +93,75 @@ class TeacherSource:
 
     def load_unet(self, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
         """A new copy of the teacher's UNet on the CPU, in evaluation mode."""
-        if self.single_file is not None:
-            unet = UNet2DConditionModel.from_single_file(
-                self.single_file, config=self.location, subfolder="unet", dtype=dtype
-            )
-        else:
-            unet = UNet2DConditionModel.from_pretrained(self.location, subfolder="unet", dtype=dtype, **self._where)
-        return unet.eval()
+        return self._load(UNet2DConditionModel, "unet", dtype)
 
     def load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
         """The autoencoder on the CPU; one that overflows in half precision comes in float32."""
-        if self.vae_config.get("force_upcast", True):
-            dtype = torch.float32
-        if self.single_file is not None:
-            vae = AutoencoderKL.from_single_file(self.single_file, config=self.location, subfolder="vae", dtype=dtype)
-        else:
-            vae = AutoencoderKL.from_pretrained(self.location, subfolder="vae", dtype=dtype, **self._where)
-        return vae.eval().requires_grad_(False)
+        upcast = self.vae_config.get("force_upcast", True)
+        return self._load(AutoencoderKL, "vae", torch.float32 if upcast else dtype).requires_grad_(False)
 
     def load_text_pipeline(self, dtype: torch.dtype) -> Any:
         """The family's pipeline with text encoders and tokenizers alone, on the CPU."""
-        tokenizers = {
+        absent = dict.fromkeys(("unet", "vae", *(() if self.family is SDXL else ("safety_checker", "feature_extractor"))))
+        parts: dict[str, Any] = {
             name: CLIPTokenizer.from_pretrained(self.location, subfolder=name, revision=self.revision)
             for name in self.family.tokenizers
         }
-        absent = {"unet": None, "vae": None}
-        if self.family is not SDXL:
-            absent |= {"safety_checker": None, "feature_extractor": None}
         if self.single_file is not None:
-            pipeline = self.family.pipeline.from_single_file(
-                self.single_file, config=self.location, dtype=dtype, **tokenizers, **absent
-            )
-            encoders = {name: getattr(pipeline, name) for name in self.family.text_encoders}
+            kind, file = self.family.pipeline, self.single_file
+            whole = kind.from_single_file(file, config=self.location, dtype=dtype, **parts, **absent)
+            encoders = {name: getattr(whole, name) for name in self.family.text_encoders}
         else:
-            encoders = {
-                name: kind.from_pretrained(self.location, subfolder=name, dtype=dtype, **self._where)
-                for name, kind in self.family.text_encoders.items()
-            }
+            encoders = {name: self._load(kind, name, dtype) for name, kind in self.family.text_encoders.items()}
         for encoder in encoders.values():
             encoder.eval().requires_grad_(False)
-        return self.family.pipeline(
-            **encoders, **tokenizers, **absent, scheduler=self.scheduler(), **self.pipeline_settings()
-        )
-
-    @property
-    def _where(self) -> dict[str, Any]:
-        return {"revision": self.revision, "variant": self.variant}
+        parts |= encoders | absent | self.pipeline_settings()
+        return self.family.pipeline(scheduler=self.scheduler(), **parts)
 
     def pipeline_settings(self) -> dict[str, Any]:
-        """What the family's pipeline is made with beside its parts."""
+        """The arguments of the family's pipeline beside its parts."""
         if self.family is not SDXL:
             return {"requires_safety_checker": False}
         zeros = _index(self.location, self.revision).get("force_zeros_for_empty_prompt", True)
         return {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+
+    def _load(self, kind: Any, folder: str, dtype: torch.dtype) -> Any:
+        if self.single_file is not None:
+            return kind.from_single_file(self.single_file, config=self.location, subfolder=folder, dtype=dtype).eval()
+        where = {"subfolder": folder, "revision": self.revision, "variant": self.variant}
+        return kind.from_pretrained(self.location, dtype=dtype, **where).eval()
 
 
 def open_teacher(model: ModelConfig) -> TeacherSource:
     """Reads the configurations of the teacher's parts, from the Hub where it is there.
 
     Raises:
-        ValueError: nothing is there, a part is missing, or the model is of no family that can be distilled.
+        ValueError: nothing is there, a part is missing, or the model's family cannot be distilled.
     """
     label, location, single_file = model.teacher, model.teacher, None
     path = Path(model.teacher)
-    if model.teacher == _DEMO:
+    if model.teacher == "demo":
         from ..demo import weights_directory
 
         location = str(weights_directory())
     elif path.is_dir():
-        label, location = path.resolve().name, str(path)
+        label = path.resolve().name
     elif path.suffix in (".safetensors", ".ckpt"):
         label, single_file = path.stem, str(path)
         location = config_location(model.config, read_shapes(single_file))
     elif path.is_absolute() or model.teacher.startswith((".", "~")) or model.teacher.count("/") != 1:
         raise ValueError(f"model.teacher={model.teacher} does not exist; pass a directory, or owner/name.")
-    unet_config, scheduler_config, vae_config = (
-        _part_config(location, folder, model.revision) for folder in ("unet", "scheduler", "vae")
-    )
+    unet, scheduler, vae = (_part_config(location, part, model.revision) for part in ("unet", "scheduler", "vae"))
     return TeacherSource(
         label=label,
         location=location,
         single_file=single_file,
         revision=model.revision,
         variant=model.variant,
-        family=family_of(unet_config),
-        unet_config=unet_config,
-        scheduler_config=scheduler_config,
-        vae_config=vae_config,
+        family=family_of(unet),
+        unet_config=unet,
+        scheduler_config=scheduler,
+        vae_config=vae,
     )
 
 
@@ -155,20 +170,16 @@ def _part_config(location: str, folder: str, revision: str | None) -> dict[str, 
     try:
         return dict(loader.load_config(location, subfolder=folder, revision=revision))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"model.teacher: cannot read the {folder}'s configuration in {location} ({reason}); pass a pipeline with "
-            "a folder for each part."
+            f"model.teacher: cannot read the {folder}'s configuration in {location} ({str(error).splitlines()[0]}); "
+            "pass a pipeline with a folder for each part."
         ) from error
 
 
 def _index(location: str, revision: str | None) -> dict[str, Any]:
     """The pipeline's own settings; empty where it has none."""
-    names = (DiffusionPipeline.config_name, "modular_model_index.json")
-    for file in (Path(location) / name for name in names):
+    for file in (Path(location) / name for name in ("model_index.json", "modular_model_index.json")):
         if file.is_file():
             return json.loads(file.read_text(encoding="utf-8"))
-    if Path(location).is_dir():
-        return {}
-    loader: type[ConfigMixin] = DiffusionPipeline
-    return dict(loader.load_config(location, revision=revision))
+    loader: Any = DiffusionPipeline
+    return {} if Path(location).is_dir() else dict(loader.load_config(location, revision=revision))
