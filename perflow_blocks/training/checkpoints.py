@@ -18,7 +18,6 @@ from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 
 from .config import DistillConfig
-from .config_file import by_name, to_tree
 from .data.batch import BatchSource
 from .layout import CHECKPOINTS, SHEETS, by_step, checkpoint_path
 from .progress import WindowLosses
@@ -104,7 +103,7 @@ class Checkpoints:
                 "step": position.step,
                 "window_losses": position.losses,
                 "num_processes": accelerator.num_processes,
-                "config": to_tree(self._config),
+                "config": self._config.flat(),
             }
             (temporary / _STATE).write_text(json.dumps(state, indent=2))
             self._drop_abandoned()
@@ -161,7 +160,7 @@ class Checkpoints:
         self._pairs.load(path)
         self._abandoned = self._later(state["step"])
         losses: tuple[WindowLosses, ...] = ()
-        if not any(key.startswith(_OTHER_LOSSES) for key, *_ in differences(state["config"], to_tree(self._config))):
+        if not any(key.startswith(_OTHER_LOSSES) for key, *_ in differences(state["config"], self._config.flat())):
             losses = tuple(map(tuple, state.get("window_losses", ())))
         return Position(step=state["step"], micro_step=own["micro_step"], losses=losses)
 
@@ -201,7 +200,7 @@ def find_checkpoint(config: DistillConfig) -> Path | None:
                 )
     if path is not None:
         state = read_state(path)
-        require_same(state["config"], to_tree(config), path)
+        require_same(state["config"], config.flat(), path)
         if state["step"] > config.optimizer.max_steps:
             raise ValueError(
                 f"optimizer.max_steps={config.optimizer.max_steps} is below the {state['step']} updates of "
@@ -217,9 +216,9 @@ def read_state(path: Path) -> dict[str, Any]:
 def require_same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
     """
     Raises:
-        ValueError: configurations, as of `to_tree`, that differ in a setting that has to stay; all of these are named.
+        ValueError: configurations, as of `flat`, that differ in a setting that has to stay; all of these are named.
     """
-    full = new["model"]["student"] == "full"
+    full = new["model.student"] == "full"
     changed = [
         f"{key} is {json.dumps(there)} there and {json.dumps(here)} here"
         for key, there, here in differences(old, new)
@@ -234,10 +233,9 @@ def require_same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """The settings of `old`, by "section.name", that `new` has otherwise: both values."""
-    here = dict(by_name(new))
-    for key, value in by_name(old):
-        if here.get(key) != value:
-            yield key, value, here.get(key)
+    for key, value in old.items():
+        if new.get(key) != value:
+            yield key, value, new.get(key)
 
 
 def _may_change(key: str, old: Any, new: Any, full: bool) -> bool:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .checkpoints import Checkpoints, Position, find_checkpoint, list_checkpoints
 from .config import DistillConfig
-from .config_file import by_name, to_tree
 from .guard import DivergenceGuard, advice
 from .layout import METRICS, READINGS
 from .optimizers import set_learning_rate
@@ -180,5 +179,7 @@ class _Run:
 
 def _flat(config: DistillConfig) -> dict[str, Any]:
     """The settings for a tracker, which takes numbers and text."""
-    settings = by_name(to_tree(config))
-    return {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in settings}
+    return {
+        name: value if isinstance(value, (int, float, str, bool)) else str(value)
+        for name, value in config.flat().items()
+    }

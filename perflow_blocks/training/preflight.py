@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,19 @@ from ..hub.export import require_target
 from ..schedulers import PFODESolver
 from .checkpoints import find_checkpoint
 from .config import (
+    ConfigError,
     DataConfig,
     DistillConfig,
     ModelConfig,
     OptimizerConfig,
     OutputConfig,
     WindowConfig,
-    cross_problems,
 )
-from .data.config import value_problems
 from .data.opening import problems as data_problems
 from .families import SDXL
 from .geometry import WindowGeometry
 from .layout import WORKFLOW, in_the_way
 from .optimizers import optimizer_problem
-from .rules import ConfigError
 from .student import frozen_weights, lora_modules
 from .teacher_source import TeacherSource, open_teacher
 
@@ -61,7 +58,7 @@ def preflight(sections: Mapping[str, Any]) -> Iterator[str]:
             _note_student(problems, source, model)
             _note_size(problems, source, sections)
     data, optimizer, output = sections.get("data"), sections.get("optimizer"), sections.get("output")
-    if isinstance(data, DataConfig) and not value_problems(data):
+    if isinstance(data, DataConfig):
         for sentence in data_problems(data):
             problems.add(sentence)
     if isinstance(optimizer, OptimizerConfig) and (problem := optimizer_problem(optimizer)):
@@ -147,7 +144,5 @@ def _note_output(problems: Problems, output: OutputConfig, sections: Mapping[str
         problems.add(sentence)
     if output.tracker is not None and find_spec(output.tracker) is None:
         problems.add(f"output.tracker={output.tracker!r} is not installed; install it, or leave it out.")
-    complete = all(field.name in sections for field in fields(DistillConfig))
-    if complete and not list(cross_problems(sections)):
-        with problems.noted():
-            find_checkpoint(DistillConfig(**sections))
+    with problems.noted():
+        find_checkpoint(DistillConfig(**sections))

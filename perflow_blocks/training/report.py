@@ -12,7 +12,6 @@ from typing import Any
 
 from ..atomic_files import atomic_path
 from .config import DistillConfig
-from .config_file import to_tree
 from .layout import PLOTS, READINGS, REPORT, SHEETS, by_step
 from .output import Outputs
 from .plots import Curve, save_plot
@@ -49,7 +48,7 @@ def write_report(
         "## Files",
         _files(result, outputs),
         "## Settings",
-        f"```json\n{json.dumps(to_tree(config), indent=2)}\n```",
+        f"```json\n{json.dumps(config.model_dump(mode='json'), indent=2)}\n```",
     ]
     path = result.directory / REPORT
     with atomic_path(path) as temporary:
