@@ -38,10 +38,8 @@ from perflow_blocks.evaluation.comparison import (
 )
 from perflow_blocks.evaluation.samplers import Sampler, perflow_sampler, teacher_sampler
 from perflow_blocks.training.conditioning import PromptEncoder, batch_time_ids
-from perflow_blocks.training.config import DistillConfig
-from perflow_blocks.training.config_file import load_config
+from perflow_blocks.training.config import DataConfig, DistillConfig, load_config
 from perflow_blocks.training.data.batch import TrainingBatch
-from perflow_blocks.training.data.config import DataConfig
 from perflow_blocks.training.data.opening import open_dataset
 from perflow_blocks.training.latents import LatentEncoder
 

@@ -18,8 +18,14 @@ from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 
 from perflow_blocks.demo.models import SCHEDULE
-from perflow_blocks.training.config import DistillConfig, ModelConfig, OptimizerConfig, OutputConfig, TeacherConfig
-from perflow_blocks.training.data.config import DataConfig
+from perflow_blocks.training.config import (
+    DataConfig,
+    DistillConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OutputConfig,
+    TeacherConfig,
+)
 from perflow_blocks.training.loop import Observer, train
 from perflow_blocks.training.optimizers import optimizer_problem
 from perflow_blocks.training.session import Session

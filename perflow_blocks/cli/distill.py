@@ -25,14 +25,13 @@ def distill(
     from .pipeline import quiet_libraries
 
     quiet_libraries()
-    from ..training.config_file import load_config
+    from ..training.config import load_config
     from ..training.distillation import distill as run
     from ..training.families import SD, SDXL
-    from ..training.preflight import preflight
 
     for family in (SD, SDXL):
         logging.getLogger(family.pipeline.__module__).addFilter(FirstOfItsKind())
-    settings = load_config(config, overrides, inspect=preflight)
+    settings = load_config(config, overrides)
     done = run(settings, [_observer()])
     result, outputs = done.result, done.outputs
     if outputs is None:

@@ -20,8 +20,7 @@ from perflow_blocks.core.noise_schedule import make_alphas_cumprod
 from perflow_blocks.schedulers.pfode_solver import Conditioning
 from perflow_blocks.testing.tiny import BETAS, tiny_sd_components
 from perflow_blocks.training.conditioning import TextRow
-from perflow_blocks.training.config import DistillConfig, TeacherConfig, WindowConfig
-from perflow_blocks.training.config_file import load_config
+from perflow_blocks.training.config import DistillConfig, TeacherConfig, WindowConfig, load_config
 from perflow_blocks.training.data import BatchSource, DataConfig, TrainingBatch
 from perflow_blocks.training.geometry import WindowGeometry
 from perflow_blocks.training.teacher import Teacher

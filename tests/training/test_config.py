@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from perflow_blocks.training.config_file import load_config, to_tree
+from perflow_blocks.training.rules import ConfigError
 
 from perflow_blocks.training.config import (
     DistillConfig,
@@ -16,9 +18,7 @@ from perflow_blocks.training.config import (
     TeacherConfig,
     WindowConfig,
 )
-from perflow_blocks.training.config_file import load_config, to_tree
 from perflow_blocks.training.data.config import DataConfig
-from perflow_blocks.training.rules import ConfigError
 
 TREE = {
     "model": {"teacher": "owner/name", "student": "lora", "lora_targets": ["to_q", "to_k"]},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -103,9 +102,5 @@ def test_advice_names_what_this_run_can_change(tmp_path: Path) -> None:
     plain = advice(config)
     assert "lower optimizer.learning_rate (now 0.001)" in plain and "optimizer.warmup_steps" in plain
     assert "guidance" not in plain and "bf16" not in plain and "weighting" not in plain
-    other = dataclasses.replace(
-        config,
-        teacher=dataclasses.replace(config.teacher, cfg_mode="fixed", dtype="float16"),
-        loss=dataclasses.replace(config.loss, weighting="endpoint"),
-    )
+    other = config.changed({"teacher.cfg_mode": "fixed", "teacher.dtype": "float16", "loss.weighting": "endpoint"})
     assert all(part in advice(other) for part in ("guidance_scale (now 7.5)", "bf16", "loss.weighting='endpoint'"))

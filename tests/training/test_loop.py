@@ -240,7 +240,7 @@ def test_only_the_last_checkpoints_stay_and_half_written_ones_are_never_taken(
     class Sabotages(Observer):
         def updated(self, session: Session, step: int) -> None:
             if step == 4:
-                monkeypatch.setattr("perflow_blocks.training.checkpoints.to_tree", stop)
+                monkeypatch.setattr("perflow_blocks.training.config.DistillConfig.flat", stop)
 
     with pytest.raises(Broken):
         train(tiny_config(tmp_path, teachers["sd"], **settings), [Sabotages()])

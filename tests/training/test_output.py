@@ -77,7 +77,7 @@ def test_lora_and_residual_are_the_student(form: str, full: Trained, teachers: d
 
 def test_the_rank_is_that_of_the_configuration(teachers: dict[str, Path], full: Trained, tmp_path: Path) -> None:
     config, result, _ = full
-    low = replace(config, model=replace(config.model, lora_rank=2), output=replace(config.output, workflow=False))
+    low = config.changed({"model.lora_rank": 2, "output.workflow": False})
     outputs = write_outputs(low, replace(result, directory=tmp_path))
     ranks = {len(tensor) for name, tensor in load_file(outputs.lora).items() if ".lora_A." in name}
     assert max(ranks) == 2 and "rank 2 to 2" in outputs.lora_summary

@@ -201,12 +201,7 @@ def test_a_teacher_of_parts_alone_is_judged_too(
     monkeypatch.setattr(distilled, "make_evaluation_set", small_set)
     monkeypatch.setattr(distilled, "evaluate_samplers", lambda given, *rest: samplers.extend(given))
     monkeypatch.setattr(distilled, "report", lambda rows: "| the table |")
-    config = replace(
-        config,
-        model=replace(config.model, teacher=str(parts)),
-        data=replace(config.data, resolution=64),
-        output=replace(config.output, evaluation_prompts=2),
-    )
+    config = config.changed({"model.teacher": str(parts), "data.resolution": 64, "output.evaluation_prompts": 2})
     result = replace(result, delta=weights_directory() / "perflow_delta.safetensors")
     assert distillation._evaluate(config, result) == "| the table |"
     prompts, noise = ["a red star"], torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from perflow_blocks.training.checkpoints import list_checkpoints, require_same
-from perflow_blocks.training.config_file import load_config, to_tree
+from perflow_blocks.training.config import ConfigError, load_config
 from perflow_blocks.training.layout import sheet_path
 from perflow_blocks.training.loop import Observer, _Run, train
-from perflow_blocks.training.preflight import preflight
-from perflow_blocks.training.rules import ConfigError
+from perflow_blocks.training.preflight import require_possible
 from perflow_blocks.training.session import Session, open_session
 from tests.training.conftest import tiny_config, write_config
 
@@ -87,7 +86,7 @@ def test_checkpoints_of_another_run_are_not_gone_on_with_where_there_are_some(te
     path = write_config(tmp_path, teacher)
     texts = {name.replace("__", "."): str(value) for name, value in settings.items()}
     with pytest.raises(ConfigError, match=r"holds other checkpoints .* up to step_00000002; pass output.resume"):
-        load_config(path, texts, inspect=preflight)
+        require_possible(load_config(path, texts))
 
 
 def test_another_schedule_counts_from_the_first_update(teacher: Path, tmp_path: Path) -> None:
@@ -123,7 +122,7 @@ def test_losses_of_another_kind_are_not_compared(
 def test_the_rank_that_a_full_student_is_written_with_may_change(tmp_path: Path) -> None:
     for student in ("full", "lora"):
         old, new = (
-            to_tree(tiny_config(tmp_path, "demo", data__resolution=64, model__student=student, model__lora_rank=rank))
+            tiny_config(tmp_path, "demo", data__resolution=64, model__student=student, model__lora_rank=rank).flat()
             for rank in (4, 8)
         )
         if student == "full":

@@ -22,10 +22,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from perflow_blocks import PeRFlowScheduler
+from perflow_blocks.training.config import ConfigError
 from perflow_blocks.training.drawing import Painter, resulting_student
 from perflow_blocks.training.loop import Observer, train
 from perflow_blocks.training.result import TrainingResult, make_scheduler, recipe_of
-from perflow_blocks.training.rules import ConfigError
 from perflow_blocks.training.session import Session, open_session
 from perflow_blocks.training.validation import Validation, fixed_inputs, sheet_path, student_steps
 from tests.training.conftest import tiny_config

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,7 +125,7 @@ class TableStream:
 def table_problems(config: DataConfig) -> list[str]:
     """What keeps a data set from being used, found from its columns; nothing but its first rows is read."""
     # A stream knows no slices such as "train[:10]+test", and the columns are those of the first split.
-    whole = replace(config, split=re.split(r"[\[+]", config.split)[0])
+    whole = config.model_copy(update={"split": re.split(r"[\[+]", config.split)[0]})
     try:
         _stream_columns(_load(whole, streaming=True), whole)
     except ValueError as error:
