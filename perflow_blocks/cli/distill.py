@@ -5,12 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from ..training.loop import Observer
 
 
 def distill(
@@ -25,21 +22,34 @@ def distill(
     from .pipeline import quiet_libraries
 
     quiet_libraries()
+    from accelerate import PartialState
+
+    from ..training.checkpoints import RESULTS
     from ..training.config import load_config
     from ..training.distillation import distill as run
-    from ..training.families import SD, SDXL
+    from ..training.loop import Observer, Progress, Session
+    from ..training.teacher import SD, SDXL
+
+    class Lines(Observer):
+        """A line for each reading, by the main process."""
+
+        def started(self, session: Session, step: int) -> None:
+            if PartialState().is_main_process:
+                typer.echo(session.data.describe())
+                if step:
+                    typer.echo(f"going on after step {step}")
+
+        def read(self, progress: Progress) -> None:
+            if PartialState().is_main_process:
+                typer.echo(progress.describe())
 
     for family in (SD, SDXL):
-        logging.getLogger(family.pipeline.__module__).addFilter(FirstOfItsKind())
-    settings = load_config(config, overrides)
-    done = run(settings, [_observer()])
-    result, outputs = done.result, done.outputs
-    if outputs is None:
-        return
-    loras = (outputs.lora, outputs.lora_kohya, outputs.lora_residual)
-    for path in (result.student, result.delta, result.scheduler, *loras, outputs.workflow, done.report):
-        if path is not None:
-            typer.echo(path)
+        logging.getLogger(family.pipeline.__module__).addFilter(first_of_its_kind())
+    directory = run(load_config(config, overrides), [Lines()])
+    if PartialState().is_main_process:
+        for path in (directory / name for name in RESULTS):
+            if path.exists():
+                typer.echo(path)
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
@@ -54,7 +64,9 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
         argument = left.pop(0)
         name, equals, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or "." not in name:
-            raise ValueError(f"{argument} is no setting; write --section.field VALUE, --optimizer.max_steps 100 say.")
+            raise ValueError(
+                f"{argument} is no setting; write --section.field VALUE, such as --optimizer.max_steps 9."
+            )
         if not equals:
             if not left:
                 raise ValueError(f"{argument} has no value; write {argument} VALUE.")
@@ -63,42 +75,12 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     return found
 
 
-class FirstOfItsKind(logging.Filter):
-    """Lets the first message of each kind through: that prompts are cut is told for every single one of them."""
+def first_of_its_kind() -> Any:
+    """A filter that lets the first message of each kind through: that prompts are cut is told for each of them."""
+    seen: set[str] = set()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
+    def is_new(record: logging.LogRecord) -> bool:
         kind = str(record.msg)[:60]
-        new = kind not in self._seen
-        self._seen.add(kind)
-        return new
+        return not (kind in seen or seen.add(kind))
 
-
-def _is_main_process() -> bool:
-    from accelerate import PartialState
-
-    return PartialState().is_main_process
-
-
-def _observer() -> Observer:
-    from ..training.loop import Observer
-    from ..training.progress import Progress
-    from ..training.session import Session
-
-    class Lines(Observer):
-        """A line for each reading, by the main process."""
-
-        def started(self, session: Session, step: int) -> None:
-            if _is_main_process():
-                typer.echo(session.data.describe())
-                if step:
-                    typer.echo(f"going on after step {step}")
-
-        def read(self, progress: Progress) -> None:
-            if _is_main_process():
-                typer.echo(progress.describe())
-
-    return Lines()
+    return is_new

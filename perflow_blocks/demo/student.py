@@ -9,13 +9,10 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..atomic_files import atomic_path
+from ..training.checkpoints import REPORT
 from ..training.config import load_config
-from ..training.distillation import distill
-from ..training.layout import REPORT
-from ..training.loop import Observer
-from ..training.preflight import require_possible
-from ..training.progress import Progress
-from ..training.session import Session
+from ..training.distillation import distill, require_possible
+from ..training.loop import Observer, Progress, Session
 
 SETTINGS = Path(__file__).parent / "distill.toml"
 SETTINGS_NAME = "settings.json"

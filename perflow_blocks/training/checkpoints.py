@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import load as load_plain
@@ -21,10 +22,29 @@ from pydantic import BaseModel, NonNegativeInt, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..atomic_files import atomic_path
 from .config import DistillConfig
-from .layout import CHECKPOINTS, by_step, checkpoint_path
-from .session import Session
 
+if TYPE_CHECKING:
+    from .loop import Session
+
+CHECKPOINTS, SHEETS, PLOTS = "checkpoints", "validation", "plots"
+STUDENT, SCHEDULER, WORKFLOW = "student", "scheduler", "workflow"
+DELTA, LORA = "delta.safetensors", "lora.safetensors"
+LORA_KOHYA, LORA_RESIDUAL = "lora_kohya.safetensors", "lora_residual.safetensors"
+METRICS, READINGS, REPORT = "metrics.jsonl", "validation.jsonl", "report.md"
+RESULTS = {
+    STUDENT: "student, a UNet",
+    DELTA: "delta (student less teacher, with the recipe)",
+    SCHEDULER: "scheduler",
+    LORA: "LoRA",
+    LORA_KOHYA: "LoRA in kohya's keys",
+    LORA_RESIDUAL: "residual, to be merged beside the LoRA",
+    WORKFLOW: "workflow repository, for `perflow push`",
+    REPORT: "this report",
+}
+"""What a finished training has in its directory; not every one has all."""
+_STEP = re.compile(r"step_(\d{8,})")
 _STATE, _STUDENT, _AVERAGES = "state.json", "student.safetensors", "averages.safetensors"
 _MAY_CHANGE = tuple(
     """output. loss. data.num_workers teacher.guidance_scale teacher.dtype teacher.offload teacher.on_policy_
@@ -32,6 +52,60 @@ _MAY_CHANGE = tuple(
     optimizer.max_grad_norm optimizer.max_steps optimizer.gradient_checkpointing optimizer.compile""".split()
 )
 """Settings that may differ from those of the run that is resumed."""
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """The checkpoint of a step in an output directory."""
+    return directory / CHECKPOINTS / f"step_{step:08d}"
+
+
+def sheet_path(directory: Path, step: int) -> Path:
+    """The validation sheet of a step in an output directory."""
+    return directory / SHEETS / f"step_{step:08d}.png"
+
+
+def by_step(directory: Path, suffix: str = "") -> Iterator[tuple[int, Path]]:
+    """The steps and paths in a directory of checkpoints or of sheets (suffix ".png"), in order of the steps."""
+    if directory.is_dir():
+        found = [(int(match[1]), path) for path in directory.iterdir() if (match := _STEP.fullmatch(path.stem))]
+        yield from sorted(entry for entry in found if entry[1].suffix == suffix)
+
+
+def append_line(path: Path, reading: Mapping[str, Any]) -> None:
+    """Adds a reading, which has a `step`, to a file of JSON lines."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(reading) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The readings in a file; none where there is no file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    complete = data[: data.rfind(b"\n") + 1]  # a run that was killed may have left half a line
+    try:
+        lines = [json.loads(line) for line in complete.decode().splitlines()]
+        if all(type(line["step"]) is int for line in lines):
+            return lines
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    raise ValueError(f"{path} is damaged; move it away, which loses its curves alone.")
+
+
+def trim(directory: Path, step: int) -> None:
+    """Removes readings and sheets of later steps, which a run left that is now gone on with from `step`."""
+    for path in (directory / METRICS, directory / READINGS):
+        if lines := read_lines(path):
+            with atomic_path(path) as temporary:
+                kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
+                temporary.write_text("".join(kept), encoding="utf-8")
+    for number, sheet in by_step(directory / SHEETS, ".png"):
+        if number > step:
+            sheet.unlink()
 
 
 class State(BaseModel):
@@ -72,8 +146,7 @@ class Checkpoints:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             if session.ema is not None:
-                averages = dict(zip(session.trained, session.ema.shadow_params, strict=True))
-                save_file(averages, temporary / _AVERAGES)
+                _write(temporary / _AVERAGES, dict(zip(session.trained, session.ema.shadow_params, strict=True)))
             state = State(
                 step=step,
                 average_steps=session.ema.optimization_step if session.ema else 0,
@@ -99,7 +172,9 @@ class Checkpoints:
         state, accelerator = read_state(path), self._session.accelerator
         processes, scaled = accelerator.num_processes, (path / SCALER_NAME).is_file()
         if state.num_processes != processes:
-            raise ValueError(f"{path} is of {state.num_processes} processes and this run has {processes}; launch as many.")
+            raise ValueError(
+                f"{path} is of {state.num_processes} processes and this run has {processes}; launch as many."
+            )
         if scaled != (accelerator.scaler is not None):
             raise ValueError(
                 f"{path} was written {'with' if scaled else 'without'} mixed precision fp16 and this run has "
@@ -138,8 +213,7 @@ class Checkpoints:
         if weights:
             weights.clear()
             if self._session.accelerator.is_main_process:
-                trained = {name: value.detach().contiguous() for name, value in self._session.trained.items()}
-                save_file(trained, Path(directory) / _STUDENT)
+                _write(Path(directory) / _STUDENT, self._session.trained)
 
     def _load_student(self, models: list[Any], directory: str) -> None:
         if models:
@@ -170,7 +244,9 @@ def find_checkpoint(config: DistillConfig) -> Path | None:
         if not (path / _STATE).is_file():
             raise ValueError(f"output.resume={resume} is not a checkpoint; pass the folder of one, or latest.")
         if present and path.resolve().parent != (output / CHECKPOINTS).resolve():
-            raise ValueError(f"output.directory={output} holds checkpoints of another run than output.resume; {advice}")
+            raise ValueError(
+                f"output.directory={output} holds checkpoints of another run than output.resume; {advice}"
+            )
     if path is None:
         return None
     state = read_state(path)
@@ -217,6 +293,10 @@ def _may_change(key: str, old: Any, new: Mapping[str, Any]) -> bool:
     return key.startswith(_MAY_CHANGE) or (new["model.student"] == "full" and key == "model.lora_rank")
 
 
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path)
+
+
 def _take_up(path: Path, into: Mapping[str, Tensor]) -> None:
     found = load_file(path)
     if {name: value.shape for name, value in found.items()} != {name: value.shape for name, value in into.items()}:
@@ -236,4 +316,3 @@ def _remove(path: Path) -> None:
 def _damaged(path: Path, error: Exception) -> ValueError:
     reason = " ".join(str(error).split())[:160]
     return ValueError(f"{path} cannot be read ({type(error).__name__}: {reason}); pass another checkpoint.")
-

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from accelerate import PartialState
 
-from ..atomic_files import require_writable_directory
-from ..hub.export import require_target
+from ..atomic_files import atomic_path, require_writable_directory
 from ..schedulers import PFODESolver
-from .checkpoints import find_checkpoint
+from .checkpoints import (
+    DELTA,
+    METRICS,
+    PLOTS,
+    READINGS,
+    REPORT,
+    RESULTS,
+    SHEETS,
+    WORKFLOW,
+    by_step,
+    find_checkpoint,
+    read_lines,
+)
 from .config import ConfigError, DistillConfig
 from .data.opening import problems as data_problems
-from .layout import DELTA, WORKFLOW
 from .loop import Observer, train
-from .output import write_outputs
-from .report import write_report
-from .step import WindowGeometry
+from .output import describe, write_outputs
 from .student import empty_unet, frozen_weights, lora_modules
-from .teacher_source import SDXL, open_teacher
+from .teacher import SDXL, WindowGeometry, open_teacher
 from .validation import Validation
 
 _FAR = 4  # times the teacher's own size: a step then takes more than 16 times as long
+_SHOWN_SHEETS = 4
+_ABOUT = """The mean squared deviation of the velocity of a student's path from that of its chord, over the squared
+speed along the chord: 0 is a line, which one Euler step solves exactly (arXiv 2209.03003, section 2). A line may lead
+to a wrong place, so the endpoint error is beside it: the squared distance between where one step of the student and
+where the teacher end, over the squared length of the teacher's chord."""
+
+Curves = Mapping[str, Sequence[float | None]]
 
 
 def distill(config: DistillConfig, observers: Sequence[Observer] = ()) -> Path:
@@ -101,6 +119,8 @@ def _require_teacher(config: DistillConfig) -> None:
             f"pass a multiple of {source.vae_factor} near its own size."
         )
     if config.output.workflow and source.family is SDXL:
+        from ..hub.export import require_target
+
         require_target(Path(config.output.directory) / WORKFLOW, overwrite=True)
 
 
@@ -110,3 +130,95 @@ def _evaluate(config: DistillConfig) -> str:
     from ..evaluation.distilled import evaluate_distilled  # with packages that nothing else here needs
 
     return evaluate_distilled(config, Path(config.output.directory) / DELTA)
+
+
+def write_report(config: DistillConfig, lora_summary: str = "", evaluation: str = "") -> Path:
+    """Writes `report.md` into the training's directory, and its plots beside.
+
+    Args:
+        config: of the training.
+        lora_summary: what the LoRA keeps of the delta.
+        evaluation: tables in Markdown, if the student was evaluated.
+    """
+    directory = Path(config.output.directory)
+    metrics, readings = read_lines(directory / METRICS), read_lines(directory / READINGS)
+    present = [[f"`{name}`", what] for name, what in RESULTS.items() if (directory / name).exists()]
+    parts = [
+        f"# Distillation of {config.model.teacher}",
+        f"{describe(config)}.",
+        *(["## Loss", *_loss(metrics, directory)] if metrics else []),
+        *(["## Straightness", _ABOUT, *_straightness(readings, directory)] if readings else []),
+        *_sheets(directory),
+        *(["## Evaluation", evaluation.strip()] if evaluation else []),
+        "## Files",
+        _table(["file", "what it is"], present),
+        lora_summary,
+        "## Settings",
+        f"```json\n{json.dumps(config.model_dump(mode='json'), indent=2)}\n```",
+    ]
+    with atomic_path(directory / REPORT) as temporary:
+        temporary.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
+    return directory / REPORT
+
+
+def _loss(metrics: list[dict[str, Any]], directory: Path) -> list[str]:
+    steps = [line["step"] for line in metrics]
+    curves: dict[str, list[float | None]] = {"weighted, all": [fmean(line["losses"]) for line in metrics]}
+    for number in range(len(metrics[0]["window_losses"])):
+        curves[f"window {number + 1}"] = [line["window_losses"][number] for line in metrics]
+    rows = [[name, *_thirds([value for value in curve if value is not None])] for name, curve in curves.items()]
+    rates = {"learning rate": [line["learning_rate"] for line in metrics]}
+    speed = {"samples a second": [line["samples_per_second"] for line in metrics]}
+    return [
+        _plot(directory, "loss", steps, curves),
+        _table(["", "mean loss in the first third", "in the last third"], rows),
+        _plot(directory, "learning_rate", steps, rates, "linear"),
+        _plot(directory, "speed", steps, speed, "linear"),
+    ]
+
+
+def _thirds(values: list[float]) -> list[str]:
+    part = max(1, len(values) // 3)
+    return [f"{fmean(some):.4g}" if some else "-" for some in (values[:part], values[-part:])]
+
+
+def _straightness(readings: list[dict[str, Any]], directory: Path) -> list[str]:
+    names, first, last = ("straightness", "endpoint_error"), readings[0], readings[-1]
+    count = range(len(last[names[0]]))
+    rows = [[i + 1, *(f"{reading[name][i]:.3g}" for name in names for reading in (first, last))] for i in count]
+    header = [f"{name.replace('_', ' ')}, {reading['step']} updates" for name in names for reading in (first, last)]
+    steps = [line["step"] for line in readings]
+    curves = {name: {f"window {i + 1}": [line[name][i] for line in readings] for i in count} for name in names}
+    return [*(_plot(directory, name, steps, curves[name]) for name in names), _table(["window", *header], rows)]
+
+
+def _sheets(directory: Path) -> list[str]:
+    """The first sheet, the last, and some between, by links."""
+    found = [path for _, path in by_step(directory / SHEETS, ".png")]
+    count = min(_SHOWN_SHEETS, len(found))
+    chosen = dict.fromkeys(found[round(i * (len(found) - 1) / max(1, count - 1))] for i in range(count))
+    return ["## Validation", *(f"![{path.stem}]({SHEETS}/{path.name})" for path in chosen)] if found else []
+
+
+def _plot(directory: Path, name: str, steps: Sequence[int], curves: Curves, scale: str = "log") -> str:
+    """Draws curves over the updates, with gaps for None, into a PNG file; the link to it. Needs matplotlib."""
+    if find_spec("matplotlib") is None:
+        return ""
+    from matplotlib.figure import Figure  # by itself: no backend is set for anyone
+
+    figure: Any = Figure(figsize=(7.0, 3.6), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for label, curve in curves.items():
+        values = [float("nan") if value is None or (scale == "log" and value <= 0) else value for value in curve]
+        axes.plot(steps, values, label=label, marker="o" if len(values) < 12 else None, markersize=3, linewidth=1.2)
+    axes.set(yscale=scale, xlabel="updates", ylabel=name.replace("_", " "))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    with atomic_path(directory / PLOTS / f"{name}.png") as temporary:
+        figure.savefig(temporary, format="png")
+    return f"![{name}]({PLOTS}/{name}.png)"
+
+
+def _table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)

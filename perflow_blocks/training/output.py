@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import logging
@@ -18,11 +18,13 @@ from ..delta.lora import DeltaLora, delta_to_lora, save_lora, save_residual
 from ..delta.recipe import DeltaRecipe
 from ..schedulers import PeRFlowScheduler
 from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS
+from .checkpoints import DELTA, LORA, LORA_KOHYA, LORA_RESIDUAL, SCHEDULER, STUDENT, WORKFLOW, sheet_path
 from .config import DistillConfig
-from .layout import DELTA, LORA, LORA_KOHYA, LORA_RESIDUAL, SCHEDULER, STUDENT, WORKFLOW, sheet_path
-from .session import Session
 from .student import frozen_weights, load_initial, lora_delta, lora_factors
-from .teacher_source import SDXL, TeacherSource, open_teacher
+from .teacher import SDXL, TeacherSource, open_teacher
+
+if TYPE_CHECKING:
+    from .loop import Session
 
 logger = logging.get_logger(__name__)
 

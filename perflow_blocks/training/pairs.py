@@ -1,28 +1,104 @@
-"""The pairs that the student is trained on: windows that start at noised images, or on trajectories from pure noise.
+"""What the student is trained on, pairs of window ends from the teacher, and its loss on them.
 
-Noised images are as published. Trajectories need prompts only and train on the path that sampling takes; of a share of
-them each window starts where the student ended the one before, so that the teacher shows how to go on from its errors.
+Windows start at noised images, as published, or on the teacher's own trajectories from pure noise, which need prompts
+only and train on the path that sampling takes. Of a share of the trajectories each window starts where the student
+ended the one before, so that the teacher shows how to go on from the student's errors.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import huber_loss
 
-from ..core.distillation import marginal, window_endpoint
+from ..core.distillation import endpoint_weight, make_student_example, marginal, window_endpoint
+from ..core.parameterization import WindowAlpha
+from ..schedulers.pfode_solver import Conditioning
+from .config import LossConfig
 from .data.batch import TrainingBatch
-from .step import UNet, WindowPairs, predict
-from .teacher import LatentEncoder, Sizes, Teacher
-from .teacher_source import LATENT_CHANNELS
+from .teacher import LATENT_CHANNELS, LatentEncoder, Sizes, Teacher, WindowGeometry, cast
+
+UNet = Callable[..., Any]
+
+RECIPROCAL_FLOOR = 0.1
+"""The least 1 - t that the "reciprocal" weighting divides by."""
+_RECIPROCAL_MEAN = 1.0 - math.log(RECIPROCAL_FLOOR)  # of 1 / max(1 - t, floor) over t in [0, 1], for a floor of 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowPairs:
+    """Windows that the teacher solved, one a row."""
+
+    z_start: Tensor  # where the window starts, (batch, channels, height, width) float32
+    z_end: Tensor  # where the teacher ended, of the same shape
+    index: Tensor  # number of the window, (batch,) long
+    conditioning: Conditioning  # what the teacher was given for the prompts
+    uniform: Tensor  # numbers (batch,) in [0, 1) that decide the training times
+
+
+class StepLoss(NamedTuple):
+    """What one micro-step gives; all tensors stay on the device."""
+
+    loss: Tensor  # the weighted mean, a scalar with its graph
+    window_sums: Tensor  # sum of the unweighted row losses of each window, (windows,)
+    window_counts: Tensor  # rows of each window, (windows,)
+
+
+def predict(student: UNet, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    """The student's output (batch, channels, height, width) at `timestep` (batch,), which is t T."""
+    return student(sample, timestep, **cast(conditioning, sample.dtype).unet_kwargs(), return_dict=False)[0]
+
+
+def distillation_step(student: UNet, pairs: WindowPairs, geometry: WindowGeometry, loss: LossConfig) -> StepLoss:
+    """The student's loss at a time of each window, on the line between what the teacher made of it."""
+    window = geometry.rows(pairs.index)
+    t = geometry.times(window, pairs.uniform)
+    kind, timesteps = geometry.config.prediction_type, geometry.num_train_timesteps
+    example = make_student_example(pairs.z_start, pairs.z_end, t, window, kind, num_train_timesteps=timesteps)
+    output = predict(student, example.sample, example.timestep, pairs.conditioning)
+    rows = row_losses(output, example.target, loss)
+    weights = row_weights(window, pairs.index, t, kind, loss)
+    zeros = torch.zeros(geometry.num_windows, device=rows.device)
+    return StepLoss(
+        loss=(rows * weights).mean(),
+        window_sums=zeros.index_add(0, pairs.index, rows.detach()),
+        window_counts=zeros.index_add(0, pairs.index, torch.ones_like(rows)),
+    )
+
+
+def row_losses(output: Tensor, target: Tensor, loss: LossConfig) -> Tensor:
+    """The mean loss of each row, (batch,) float32, not weighted."""
+    output, target = output.float(), target.float()
+    match loss.kind:
+        case "l2":
+            errors = (output - target).square()
+        case "huber":
+            errors = huber_loss(output, target, reduction="none", delta=loss.huber_c)
+    return errors.flatten(1).mean(1)
+
+
+def row_weights(window: WindowAlpha, index: Tensor, t: Tensor, prediction_type: str, loss: LossConfig) -> Tensor:
+    """What each row counts, (batch,) float32: of its window, that window's `index`, and the time t that was asked."""
+    match loss.weighting:
+        case "none":
+            return torch.ones_like(t)
+        case "reciprocal":
+            return 1.0 / (1.0 - t).clamp(min=RECIPROCAL_FLOOR) / _RECIPROCAL_MEAN
+        case "endpoint":
+            return endpoint_weight(window, prediction_type, maximum=loss.max_weight)
+        case "window":
+            return torch.tensor(loss.window_weights, dtype=torch.float32).to(t.device, non_blocking=True)[index]
 
 
 def generator_for(seed: int, process_index: int, number: int, purpose: int = 0) -> torch.Generator:
@@ -166,7 +242,9 @@ class TrajectoryStarts(PairSource):
         )
 
     def save(self, path: Path) -> None:
-        tensors = {f"{i}.{name}": getattr(row, name) for i, row in enumerate(self.buffer) for name in ("starts", "ends")}
+        tensors = {
+            f"{i}.{name}": getattr(row, name) for i, row in enumerate(self.buffer) for name in ("starts", "ends")
+        }
         rows = [(row.prompt, row.dropped, row.sizes) for row in self.buffer]
         save_file(tensors, path, metadata={"rows": json.dumps(rows)})
 

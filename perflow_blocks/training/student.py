@@ -13,7 +13,7 @@ from diffusers.training_utils import EMAModel, cast_training_params
 from torch import Tensor, nn
 
 from .config import ModelConfig, OptimizerConfig
-from .teacher_source import TeacherSource
+from .teacher import TeacherSource
 
 ADAPTER = "default"
 _BLOCKS = ("down_blocks.*", "mid_block.*", "up_blocks.*")

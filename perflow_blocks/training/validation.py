@@ -27,13 +27,11 @@ from ..core.distillation import window_endpoint
 from ..evaluation.sheet import contact_sheet
 from ..schedulers import PeRFlowScheduler
 from ..schedulers.pfode_solver import Conditioning
-from .layout import READINGS, append_line, sheet_path
-from .loop import Observer
+from .checkpoints import READINGS, append_line, sheet_path
+from .loop import Observer, Session
 from .output import make_scheduler, recipe_of
-from .session import Session
-from .step import UNet, WindowGeometry, predict
-from .teacher import Teacher
-from .teacher_source import LATENT_CHANNELS
+from .pairs import UNet, predict
+from .teacher import LATENT_CHANNELS, Teacher, WindowGeometry
 
 logger = logging.get_logger(__name__)
 
