@@ -18,7 +18,7 @@ from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 
 from .config import DistillConfig
-from .data.batch import BatchSource
+from .data import BatchSource
 from .layout import CHECKPOINTS, SHEETS, by_step, checkpoint_path
 from .progress import WindowLosses
 from .starts import PairSource

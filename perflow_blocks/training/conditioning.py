@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..schedulers.pfode_solver import Conditioning, sdxl_conditioning
-from .data.batch import Size, TrainingBatch
+from .buckets import Size, TrainingBatch
 
 
 class TextRow(NamedTuple):

@@ -24,7 +24,7 @@ from .config import (
     OutputConfig,
     WindowConfig,
 )
-from .data.opening import problems as data_problems
+from .data import open_rows
 from .families import SDXL
 from .geometry import WindowGeometry
 from .layout import WORKFLOW, in_the_way
@@ -59,8 +59,8 @@ def preflight(sections: Mapping[str, Any]) -> Iterator[str]:
             _note_size(problems, source, sections)
     data, optimizer, output = sections.get("data"), sections.get("optimizer"), sections.get("output")
     if isinstance(data, DataConfig):
-        for sentence in data_problems(data):
-            problems.add(sentence)
+        with problems.noted():
+            open_rows(data)
     if isinstance(optimizer, OptimizerConfig) and (problem := optimizer_problem(optimizer)):
         problems.add(problem)
     if isinstance(output, OutputConfig):

@@ -15,11 +15,11 @@ from accelerate import Accelerator, DistributedType, cpu_offload_with_hook
 from accelerate.utils import InitProcessGroupKwargs
 from diffusers.training_utils import EMAModel
 
+from .buckets import TrainingBatch
 from .checkpoints import save_adapters_alone
 from .conditioning import PromptEncoder
 from .config import DistillConfig
-from .data.batch import BatchSource, TrainingBatch
-from .data.opening import open_dataset
+from .data import BatchSource, open_dataset
 from .geometry import WindowGeometry
 from .latents import LatentEncoder
 from .optimizers import make_optimizer, make_schedule

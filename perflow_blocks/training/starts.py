@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..core.distillation import marginal
+from .buckets import TrainingBatch
 from .conditioning import batch_time_ids
-from .data.batch import TrainingBatch
 from .latents import LatentEncoder
 from .randomness import generator_for
 from .step import UNet, WindowPairs

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.distillation import window_endpoint
+from .buckets import Size, TrainingBatch
 from .conditioning import batch_time_ids
 from .config import TeacherConfig
-from .data.batch import Size, TrainingBatch
 from .families import LATENT_CHANNELS
 from .randomness import generator_for
 from .step import UNet, WindowPairs, predict
