@@ -37,10 +37,10 @@ from perflow_blocks.evaluation.comparison import (
     markdown_table,
 )
 from perflow_blocks.evaluation.samplers import Sampler, perflow_sampler, teacher_sampler
+from perflow_blocks.training.buckets import TrainingBatch
 from perflow_blocks.training.conditioning import PromptEncoder, batch_time_ids
 from perflow_blocks.training.config import DataConfig, DistillConfig, load_config
-from perflow_blocks.training.data.batch import TrainingBatch
-from perflow_blocks.training.data.opening import open_dataset
+from perflow_blocks.training.data import open_dataset
 from perflow_blocks.training.latents import LatentEncoder
 
 from .consistency import ConsistencyBatch, ConsistencyConfig, ConsistencyLoss, distill_consistency

@@ -27,7 +27,7 @@ from .checkpoints import (
     read_lines,
 )
 from .config import ConfigError, DistillConfig
-from .data.opening import problems as data_problems
+from .data import open_rows
 from .loop import Observer, train
 from .output import describe, write_outputs
 from .student import empty_unet, frozen_weights, lora_modules
@@ -87,10 +87,10 @@ def _problems(config: DistillConfig) -> Iterator[str]:
     for package, is_needed in optional.items():
         if is_needed and find_spec(str(package)) is None:
             yield f"{package}, which these settings need, is not installed; pip install {package}."
-    yield from data_problems(config.data)
     output = Path(config.output.directory)
     for check in (
         lambda: _require_teacher(config),
+        lambda: open_rows(config.data),
         lambda: require_writable_directory(output),
         lambda: find_checkpoint(config),
     ):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .checkpoints import METRICS, Checkpoints, append_line, find_checkpoint, list_checkpoints, trim
 from .config import DistillConfig
-from .data.opening import open_dataset
+from .data import open_dataset
 from .output import write_result
 from .pairs import NoisedStarts, PairSource, TrajectoryStarts, distillation_step
 from .student import build_student, make_ema, make_optimizer, make_schedule, set_learning_rate, trainable

@@ -25,8 +25,8 @@ from torch.nn.functional import huber_loss
 from ..core.distillation import endpoint_weight, make_student_example, marginal, window_endpoint
 from ..core.parameterization import WindowAlpha
 from ..schedulers.pfode_solver import Conditioning
+from .buckets import TrainingBatch
 from .config import LossConfig
-from .data.batch import TrainingBatch
 from .teacher import LATENT_CHANNELS, LatentEncoder, Sizes, Teacher, WindowGeometry, cast
 
 UNet = Callable[..., Any]

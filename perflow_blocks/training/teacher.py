@@ -25,15 +25,14 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from ..builder.single_file import config_location, read_shapes
 from ..core.distillation import draw_times
 from ..core.noise_schedule import make_alphas_cumprod
 from ..core.parameterization import WindowAlpha, window_table
 from ..schedulers import PFODESolver
 from ..schedulers.pfode_solver import Conditioning, sdxl_conditioning
 from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS
+from .buckets import Size
 from .config import ModelConfig, TeacherConfig, WindowConfig
-from .data.batch import Size
 
 LATENT_CHANNELS = 4
 _ROUNDING = 1e-3  # of a step between two discrete times: far above float32's rounding
@@ -168,6 +167,8 @@ def open_teacher(model: ModelConfig) -> TeacherSource:
     elif path.is_dir():
         label = path.resolve().name
     elif path.suffix in (".safetensors", ".ckpt"):
+        from ..builder.single_file import config_location, read_shapes
+
         label, single_file = path.stem, str(path)
         location = config_location(model.config, read_shapes(single_file))
     elif path.is_absolute() or model.teacher.startswith((".", "~")) or model.teacher.count("/") != 1:

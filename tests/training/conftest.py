@@ -19,9 +19,10 @@ from torch import Tensor
 from perflow_blocks.core.noise_schedule import make_alphas_cumprod
 from perflow_blocks.schedulers.pfode_solver import Conditioning
 from perflow_blocks.testing.tiny import BETAS, tiny_sd_components
+from perflow_blocks.training.buckets import TrainingBatch
 from perflow_blocks.training.conditioning import TextRow
-from perflow_blocks.training.config import DistillConfig, TeacherConfig, WindowConfig, load_config
-from perflow_blocks.training.data import BatchSource, DataConfig, TrainingBatch
+from perflow_blocks.training.config import DataConfig, DistillConfig, TeacherConfig, WindowConfig, load_config
+from perflow_blocks.training.data import BatchSource
 from perflow_blocks.training.geometry import WindowGeometry
 from perflow_blocks.training.teacher import Teacher
 from tests.conftest import save_repository

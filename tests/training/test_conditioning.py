@@ -10,9 +10,9 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from perflow_blocks.testing.tiny import tiny_sd_components, tiny_sdxl_components, tiny_vae
+from perflow_blocks.training.buckets import TrainingBatch
 from perflow_blocks.training.conditioning import PromptEncoder, batch_time_ids, cast
 from perflow_blocks.training.config import ModelConfig
-from perflow_blocks.training.data.batch import TrainingBatch
 from perflow_blocks.training.families import SD, SDXL, family_of
 from perflow_blocks.training.latents import LatentEncoder
 from perflow_blocks.training.teacher_source import open_teacher

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from perflow_blocks.core.distillation import window_endpoint
 from perflow_blocks.testing.tiny import tiny_vae
+from perflow_blocks.training.buckets import TrainingBatch
 from perflow_blocks.training.config import WindowConfig
-from perflow_blocks.training.data.batch import TrainingBatch
 from perflow_blocks.training.latents import LatentEncoder
 from perflow_blocks.training.randomness import generator_for
 from perflow_blocks.training.starts import NoisedStarts
