@@ -40,7 +40,6 @@ SIBLINGS = {
 NAMED = {
     ("training/data.py", "demo.pictures"),
     ("training/distillation.py", "evaluation.distilled"),
-    ("training/teacher.py", "demo.weights_directory"),
     ("training/validation.py", "evaluation.sheet"),
 }
 """Files that use one module of a package above theirs: rendered images as a data set, weights as a teacher, sheets of

@@ -19,9 +19,8 @@ def distill(
     For several processes: accelerate launch -m perflow_blocks.cli distill --config FILE
     """
     overrides = parse_overrides(context.args)
-    from .pipeline import quiet_libraries
-
-    quiet_libraries()
+    import diffusers
+    import transformers
     from accelerate import PartialState
 
     from ..training.checkpoints import RESULTS
@@ -43,6 +42,9 @@ def distill(
             if PartialState().is_main_process:
                 typer.echo(progress.describe())
 
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    diffusers.logging.disable_progress_bar()
     for family in (SD, SDXL):
         logging.getLogger(family.pipeline.__module__).addFilter(first_of_its_kind())
     directory = run(load_config(config, overrides), [Lines()])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,9 +162,7 @@ def open_teacher(model: ModelConfig) -> TeacherSource:
     label, location, single_file = model.teacher, model.teacher, None
     path = Path(model.teacher)
     if model.teacher == "demo":
-        from ..demo import weights_directory
-
-        location = str(weights_directory())
+        location = str(files("perflow_blocks.demo") / "weights")
     elif path.is_dir():
         label = path.resolve().name
     elif path.suffix in (".safetensors", ".ckpt"):
