@@ -170,6 +170,12 @@ def tiny_config(folder: Path, teacher: Path | str, name: str = "run", **override
     return load_config(write_config(folder, teacher, name), texts)
 
 
+def losses(run: Path) -> list[float]:
+    """The loss of every update that a run reported."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [loss for line in lines for loss in json.loads(line)["losses"]]
+
+
 class PlainEncoder:
     """In a `PromptEncoder`'s place: the embedding of a prompt is its number, that of the empty one 0."""
 
