@@ -151,14 +151,15 @@ def student_latents(
     student: UNet, teacher: Teacher, scheduler: PeRFlowScheduler, inputs: Inputs, steps: int, scale: float
 ) -> Tensor:
     """The student's, with guidance for a scale above 1, as a pipeline samples them."""
-    z = inputs.noise
+    z, conditions = inputs.noise, inputs.conditioning
+    if scale > 1.0:
+        conditions = conditions.join(teacher.encoder.empty(conditions))
+    rows = len(conditions.prompt_embeds)
     scheduler.set_timesteps(steps, z.device)
     for t in scheduler.timesteps:
-        output = predict(student, z, t[None], inputs.conditioning)
-        if scale > 1.0:
-            empty = predict(student, z, t[None], teacher.encoder.empty(inputs.conditioning))
-            output = empty + scale * (output - empty)
-        z = scheduler.step(output.float(), t, z).prev_sample
+        output = predict(student, z.expand(rows, -1, -1, -1), t.expand(rows), conditions).float()
+        guided = output[-1:] + scale * (output[:1] - output[-1:])  # of one row: that row
+        z = scheduler.step(guided, t, z).prev_sample
     return z
 
 
