@@ -152,11 +152,14 @@ def _export(config: DistillConfig, folder: Path, source: TeacherSource) -> None:
 
 def _referring(source: TeacherSource) -> Any:
     """A pipeline that names the teacher's repository; no weights are loaded."""
+    from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
     from ..blocks.pipeline import PeRFlowModularPipeline
 
-    pipe = PeRFlowModularPipeline.from_pretrained(source.location, revision=source.revision)
-    for name in ("unet", "vae", *source.family.text_encoders):
-        pipe._component_specs[name].variant = source.variant
+    pipe = PeRFlowModularPipeline(PeRFlowSDXLAutoBlocks(), source.location, revision=source.revision)
+    for name, spec in pipe._component_specs.items():
+        if spec.pretrained_model_name_or_path == source.location:
+            spec.revision = source.revision
+            spec.variant = source.variant if name in ("unet", "vae", *source.family.text_encoders) else None
     return pipe
 
 

@@ -19,16 +19,13 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from perflow_blocks import merge_delta
-from perflow_blocks.cli.distill import FirstOfItsKind, parse_overrides
+from perflow_blocks.cli.distill import first_of_its_kind, parse_overrides
 from perflow_blocks.core.distillation import window_endpoint
 from perflow_blocks.delta.files import read_recipe
 from perflow_blocks.demo import weights_directory
-from perflow_blocks.training.conditioning import PromptEncoder
 from perflow_blocks.training.config import ModelConfig, TeacherConfig, WindowConfig
-from perflow_blocks.training.geometry import WindowGeometry
-from perflow_blocks.training.step import predict
-from perflow_blocks.training.teacher import Teacher
-from perflow_blocks.training.teacher_source import open_teacher
+from perflow_blocks.training.pairs import predict
+from perflow_blocks.training.teacher import PromptEncoder, Teacher, WindowGeometry, open_teacher
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -73,23 +70,22 @@ def judge() -> Callable[[UNet2DConditionModel], float]:
     source = open_teacher(ModelConfig(teacher="demo"))
     geometry = WindowGeometry(WindowConfig(num_time_windows=2), source.scheduler_config)
     pipeline = source.load_text_pipeline(torch.float32)
-    encoder = PromptEncoder(pipeline, torch.device("cpu"), added_conditions=True, cache=8)
+    encoder = PromptEncoder(pipeline, torch.device("cpu"), 8)
     config = TeacherConfig(steps_per_window=2, cfg_mode="fixed", guidance_scale=3.0)
     teacher = Teacher(source.load_unet(), source.scheduler(), encoder, geometry, config)
-    rows = encoder.rows(PROMPTS)
-    ids = encoder.time_ids([(64, 64)] * 4, [(0, 0)] * 4, [(64, 64)] * 4)
+    prompts = encoder.conditioning(PROMPTS, [((64, 64), (0, 0), (64, 64))] * 4)
     starts = [torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(99))]
-    windows = [geometry.rows(torch.full((4,), number)) for number in range(2)]
+    windows = geometry.each(4)
     ends: list[Tensor] = []
     for window in windows:
-        ends.append(teacher.solve(starts[-1], window, rows, ids))
+        ends.append(teacher.solve(starts[-1], window, prompts))
         starts.append(ends[-1])
 
     @torch.no_grad()
     def error(unet: UNet2DConditionModel) -> float:
         total = 0.0
         for window, z_start, z_end in zip(windows, starts, ends, strict=False):
-            output = predict(unet, z_start, torch.as_tensor(window.start) * 1000, encoder.conditioning(rows, ids))
+            output = predict(unet, z_start, torch.as_tensor(window.start) * 1000, prompts)
             missed = (window_endpoint(z_start, output, window, "ddim_eps") - z_end).square().flatten(1).mean(1)
             total += float((missed / torch.as_tensor(window.alpha_end)).mean())
         return total
@@ -219,11 +215,7 @@ def test_full_weights_learn_in_two_processes_also_if_these_are_killed(
 def test_mistakes_are_all_told_and_nothing_is_written(run: Run, tmp_path: Path) -> None:
     config = write(tmp_path, "none")
     status, _, err = run("distill", "--config", config, "--optimizer.steps", 3, "--model.lora_rank", 0)
-    assert status == 2 and "optimizer.steps is unknown" in err
-    assert err.splitlines()[-3:-1] == [
-        "Error: 2 settings are wrong:",
-        "- model.lora_rank=0 is below 1; pass at least 1.",
-    ]
+    assert status == 2 and "optimizer.steps: unknown" in err and "model.lora_rank: " in err
     assert [path.name for path in tmp_path.iterdir()] == ["none.toml"]
     status, _, err = run("distill", "--config", config, "max_steps", 3)
     assert status == 2 and "max_steps is no setting" in err
@@ -232,12 +224,12 @@ def test_mistakes_are_all_told_and_nothing_is_written(run: Run, tmp_path: Path) 
 
 
 def test_of_what_is_told_again_and_again_the_first_is_shown() -> None:
-    watch = FirstOfItsKind()
+    watch = first_of_its_kind()
     texts = ["cut off: 'a cat'", "cut off: 'a dog'", "something else"]
     prefix = "The following part of your input was truncated because it is too long, "
     records = [logging.LogRecord("x", logging.WARNING, "", 0, prefix + text, None, None) for text in texts[:2]]
     records.append(logging.LogRecord("x", logging.WARNING, "", 0, texts[2], None, None))
-    assert [watch.filter(record) for record in records] == [True, False, True]
+    assert [watch(record) for record in records] == [True, False, True]
 
 
 def test_settings_of_the_command_line() -> None:
