@@ -274,10 +274,11 @@ def _shard_rows(urls: list[str], image: str | None, caption: str | None) -> Iter
     for url in urls:
         try:
             with fsspec.open(url, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
-                entries = (entry for entry in tar if entry.isfile())
-                for _, group in groupby(entries, lambda entry: re.sub(r"\.[^/]*$", "", entry.name)):
-                    fields = {e.name.rpartition("/")[2].partition(".")[2].lower(): tar.extractfile(e) for e in group}
-                    yield _shard_row({name: file.read() for name, file in fields.items() if file}, image, caption)
+                contents = ((entry.name, tar.extractfile(entry)) for entry in tar if entry.isfile())
+                files = ((name, content.read()) for name, content in contents if content is not None)
+                for _, group in groupby(files, lambda file: re.sub(r"\.[^/]*$", "", file[0])):
+                    fields = {name.rpartition("/")[2].partition(".")[2].lower(): data for name, data in group}
+                    yield _shard_row(fields, image, caption)
         except (tarfile.TarError, OSError, EOFError, zlib.error):
             yield {"image": {"bad": "damaged shard"}, "text": url}
 
