@@ -6,13 +6,14 @@ batches carry the true values, also for mirrored images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fsspec
 import numpy as np
 from diffusers.image_processor import VaeImageProcessor
 from numpy.typing import NDArray
@@ -23,8 +24,8 @@ from .config import DataConfig
 
 Size = tuple[int, int]
 """(height, width) in pixels; of a position, (top, left)."""
-StoredImage = bytes | Path | Image.Image
-"""An encoded image in memory, a file, or an image that is decoded already."""
+StoredImage = bytes | Path | str | Image.Image
+"""An encoded image in memory, a file, a URL, or an image that is decoded already."""
 Group = tuple[NDArray[np.int64], int]
 """Samples by number, and the bucket that all of them are cropped to."""
 
@@ -33,7 +34,7 @@ class BadSample(Exception):
     """A sample that is left out; its text is the reason, such as "missing file"."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TrainingBatch:
     """Prompts, their images, and what SDXL's time ids say about each image."""
 
@@ -46,17 +47,13 @@ class TrainingBatch:
 
 def image_size(stored: StoredImage) -> Size:
     """(height, width) of an image as it is shown, from its header; raises `BadSample`."""
-    image = _open(stored)
-    try:
-        # Looking for EXIF data decodes a whole PNG unless the data comes first.
-        exif = {} if image.format == "PNG" and "exif" not in image.info else image.getexif()
-        turned = exif.get(ExifTags.Base.Orientation) in range(5, 9)
-    except Exception:  # damaged EXIF data, which decoding ignores as well
-        turned = False
-    finally:
-        if image is not stored:
-            image.close()
-    return (image.width, image.height) if turned else (image.height, image.width)
+    turned = False
+    with _open(stored) as image:
+        # Looking for EXIF data decodes a whole PNG unless the data comes first. Damaged EXIF data is ignored.
+        with suppress(Exception):
+            if image.format != "PNG" or "exif" in image.info:
+                turned = image.getexif().get(ExifTags.Base.Orientation) in range(5, 9)
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def open_image(stored: StoredImage) -> Image.Image:
@@ -85,6 +82,8 @@ def _open(stored: StoredImage) -> Image.Image:
     if isinstance(stored, Path) and not stored.is_file():  # opening a pipe would wait for a writer
         raise BadSample("missing file")
     try:
+        if isinstance(stored, str):
+            stored = fsspec.open(stored, "rb").open()
         return Image.open(BytesIO(stored) if isinstance(stored, bytes) else stored)
     except Image.DecompressionBombError as error:
         raise BadSample("too large") from error
@@ -127,8 +126,8 @@ def plan_epoch(
 ) -> list[Group]:
     """Groups of `group_size` samples in random order, each sample in one group at most.
 
-    Whole groups come from one bucket; what buckets have left over is grouped with what is nearest in aspect ratio.
-    Fewer samples than a group remain, other ones each epoch, unless they are all there are: they are then repeated.
+    Whole groups come from one bucket. What buckets have left over is grouped by aspect ratio, in the bucket of the
+    middle one. Fewer samples than a group remain, unless they are all there are: they are then repeated.
 
     Args:
         homes: (count,) bucket of each sample.
@@ -142,27 +141,11 @@ def plan_epoch(
         groups += [(group, int(bucket)) for group in members[:whole].reshape(-1, group_size)]
         rest.append(members[whole:])
     left = rng.permutation(np.concatenate(rest))
-    groups += [
-        (left[group], bucket)
-        for group, bucket in group_leftovers(homes[left], aspects[left], group_size, repeat=not groups)
-    ]
+    whole = len(left) // group_size * group_size
+    left = left[:whole] if groups or whole else np.resize(left, group_size)
+    left = left[np.argsort(aspects[left], kind="stable")]
+    groups += [(group, int(homes[group[group_size // 2]])) for group in left.reshape(-1, group_size)]
     return [groups[number] for number in rng.permutation(len(groups))]
-
-
-def group_leftovers(
-    homes: NDArray[np.int64], aspects: NDArray[np.float64], group_size: int, *, repeat: bool
-) -> Iterator[Group]:
-    """Groups of neighbours in aspect ratio, each in the bucket of its middle member; the last few samples remain.
-
-    With `repeat`, samples that are fewer than a group are repeated to make one.
-    """
-    whole = len(homes) // group_size * group_size
-    chosen = np.arange(whole)
-    if repeat and whole == 0:
-        chosen = np.resize(np.arange(len(homes)), group_size)
-    order = chosen[np.argsort(aspects[chosen], kind="stable")]
-    for group in order.reshape(-1, group_size):
-        yield group, int(homes[group[group_size // 2]])
 
 
 class Sample(NamedTuple):
@@ -194,14 +177,7 @@ def make_batch(
         return None, bad
     prompts, images, originals, corners = map(list, zip(*rows, strict=True))
     pixels = None if images[0] is None else VaeImageProcessor(do_resize=False).preprocess(images)
-    batch = TrainingBatch(
-        prompts=prompts,
-        pixels=pixels,
-        original_sizes=originals,
-        crop_tops_lefts=corners,
-        target_sizes=[target] * len(rows),
-    )
-    return batch, bad
+    return TrainingBatch(prompts, pixels, originals, corners, [target] * len(rows)), bad
 
 
 def make_row(

@@ -23,13 +23,12 @@ import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import fsspec
@@ -41,18 +40,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .buckets import (
-    BadSample,
-    Buckets,
-    Sample,
-    Size,
-    StoredImage,
-    TrainingBatch,
-    group_leftovers,
-    image_size,
-    make_batch,
-    plan_epoch,
-)
+from .buckets import BadSample, Buckets, Sample, TrainingBatch, image_size, make_batch, plan_epoch
 from .config import DEMO_IMAGE_SIZE, DataConfig
 
 logger = logging.getLogger(__name__)
@@ -64,38 +52,6 @@ _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # as imagefo
 _MOST_SHARDS = 100_000
 _FIRST_LOOK = 200  # a stream none of whose first samples is usable is an error, without waiting for its end
 _CHUNK = 256
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Where rows hold the image (None for prompts only) and the captions; relative paths start at `folder`."""
-
-    image: str | None
-    caption: str
-    folder: Path
-
-    def sample(self, row: dict[str, Any], name: str) -> Sample:
-        """Raises `BadSample`."""
-        captions = _captions(row.get(self.caption))
-        if not captions:
-            raise BadSample("no caption")
-        return Sample(name, captions, None if self.image is None else self._stored(row[self.image]))
-
-    def _stored(self, value: Any) -> StoredImage:
-        if isinstance(value, Image.Image):
-            return value
-        value = {"path": value} if isinstance(value, str) else value or {}
-        if value.get("bytes"):
-            return value["bytes"]
-        if not value.get("path"):
-            raise BadSample(value.get("bad", "missing file"))
-        if "://" not in value["path"]:
-            return self.folder / value["path"]
-        try:
-            with fsspec.open(value["path"], "rb") as file:
-                return file.read()
-        except Exception as error:  # of the network or the archive
-            raise BadSample("unreadable") from error
 
 
 def _captions(value: Any) -> tuple[str, ...]:
@@ -129,88 +85,77 @@ class DemoRows:
         return {"image": render(scene, drawing_rng), "text": Prompt.describe(scene, caption_rng).text}
 
 
-def open_rows(config: DataConfig, seed: int = 0) -> tuple[Any, Columns]:
-    """The dataset, an IterableDataset for streams, and its columns; no image is opened.
+def open_rows(config: DataConfig, seed: int = 0) -> Any:
+    """Rows of "image" (left out for prompts) and "text", an IterableDataset for streams; no image is opened.
 
     Raises:
         ValueError: the data is not there, cannot be read, or lacks a column.
     """
-    path = Path(str(config.path))
-    columns = Columns("image", "text", path.parent if path.is_file() else path)
     if config.kind == "demo":
-        return DemoRows(config.max_samples or 10_000, seed), columns
+        return DemoRows(config.max_samples or 10_000, seed)
     try:
         if config.kind == "folder":
-            dataset: Any = _open_folder(path, config.caption_column)
+            dataset: Any = _open_folder(Path(str(config.path)), config.caption_column)
         elif config.kind == "webdataset":
             names = {"image": config.image_column, "caption": config.caption_column}
-            options = {"urls": _shard_urls(str(path) if path.exists() else str(config.path)), **names}
+            options = {"urls": _shard_urls(str(config.path)), **names}
             dataset = datasets.IterableDataset.from_generator(_shard_rows, gen_kwargs=options)
         else:
-            dataset, columns = _select(_load(path, config), config, columns.folder)
+            dataset = _select(_load(config), config)
     except (OSError, ValueError, RecursionError, DatasetsError) as error:
         reason = " ".join(f"{error} {error.__cause__ or ''}".split()).rstrip(".")
         raise ValueError(f"data.path={config.path} cannot be used: {reason}.") from error
     if config.max_samples is not None:
         most = min(config.max_samples, len(dataset)) if isinstance(dataset, datasets.Dataset) else config.max_samples
         dataset = dataset.take(most)
-    return dataset, columns
+    return dataset
 
 
-def _load(path: Path, config: DataConfig) -> Any:
-    """A dataset of the Hub, saved to disk, or of local files."""
+def _load(config: DataConfig) -> Any:
+    """A dataset of the Hub, or of local files."""
+    path, form = Path(str(config.path)), None
     options: dict[str, Any] = {"split": config.split, "streaming": config.streaming}
     if path.is_file():
-        return _load_file(path, **options)
-    if path.is_dir():
-        _check_json(path.rglob("*.json*"))
-    elif path.is_absolute() or path.suffix in _FORMATS:
-        raise ValueError("there is no such file or directory")
-    return datasets.load_dataset(str(config.path), name=config.subset, revision=config.revision, **options)
+        form = _FORMATS.get(path.suffix.lower())
+        if form is None:
+            raise ValueError(f"it is not a {', '.join(_FORMATS)} file")
+        options |= {"data_files": str(path)} | ({"encoding": "utf-8-sig"} if form == "text" else {})
+    elif not path.is_dir():
+        if path.is_absolute() or path.suffix in _FORMATS:
+            raise ValueError("there is no such file or directory")
+        options |= {"name": config.subset, "revision": config.revision}
+    for file in [path] if form == "json" else path.rglob("*.json*"):
+        _check_json(file)
+    return datasets.load_dataset(form or str(path), **options)
 
 
-def _load_file(path: Path, **options: Any) -> Any:
-    form = _FORMATS.get(path.suffix.lower())
-    if form is None:
-        raise ValueError(f"it is not a {', '.join(_FORMATS)} file")
-    if form == "json":
-        _check_json([path])
-    if form == "text":
-        options["encoding"] = "utf-8-sig"
-    return datasets.load_dataset(form, data_files=str(path), **options)
-
-
-def _check_json(paths: Iterable[Path]) -> None:
+def _check_json(path: Path) -> None:
     """Raises for JSON that is damaged, or nested so deeply that pyarrow would crash the process."""
-    for path in paths:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, text in enumerate(file if path.suffix == ".jsonl" else [file.read()], start=1):
-                try:
-                    json.loads(text if text.strip() else "null")
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"line {number} of {path.name} is not usable JSON ({error})") from error
+    with open(path, encoding="utf-8-sig") as file:
+        for number, text in enumerate(file if path.suffix == ".jsonl" else [file.read()], start=1):
+            try:
+                json.loads(text if text.strip() else "null")
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number} of {path.name} is not usable JSON ({error})") from error
 
 
-def _select(dataset: Any, config: DataConfig, folder: Path) -> tuple[Any, Columns]:
+def _select(dataset: Any, config: DataConfig) -> Any:
     """The columns of image and captions, with images as they are stored."""
     features, names = dataset.features, dataset.column_names
     if not isinstance(dataset, datasets.Dataset):  # a CSV file, say, tells its columns no earlier
         names = list(next(iter(dataset.decode(False) if features else dataset), ()))
-    elif not len(dataset):
-        names = []
-    if not names:
+    if not names or (isinstance(dataset, datasets.Dataset) and not len(dataset)):
         raise ValueError(f"data.split={config.split} has no rows")
-    caption = _caption_name(names, config.caption_column, "it")
-    if config.kind == "prompts":
-        return dataset.select_columns([caption]), Columns(None, caption, folder)
-    is_image = {name: isinstance(kind, datasets.Image) for name, kind in (features or {}).items()}
-    image = config.image_column or next((name for name in is_image if is_image[name]), "image")
-    if image not in names:
-        raise ValueError(f"it has no column {image} of images, only {', '.join(names)}; set data.image_column")
-    dataset = dataset.select_columns([image, caption])
-    if is_image.get(image):
-        dataset = dataset.cast_column(image, datasets.Image(decode=False))
-    return dataset, Columns(image, caption, folder)
+    chosen = {_caption_name(names, config.caption_column, "it"): "text"}
+    if config.kind != "prompts":
+        images = [name for name, kind in (features or {}).items() if isinstance(kind, datasets.Image)]
+        image = config.image_column or next(iter(images), "image")
+        if image not in names:
+            raise ValueError(f"it has no column {image} of images, only {', '.join(names)}; set data.image_column")
+        if image in images:
+            dataset = dataset.cast_column(image, datasets.Image(decode=False))
+        chosen[image] = "image"
+    return dataset.select_columns([*chosen]).rename_columns({old: new for old, new in chosen.items() if old != new})
 
 
 def _open_folder(root: Path, caption_column: str | None) -> datasets.Dataset:
@@ -224,7 +169,7 @@ def _open_folder(root: Path, caption_column: str | None) -> datasets.Dataset:
     captions: dict[str, tuple[str, ...]] = {}
     for path in files:
         if path.name in _METADATA and path.is_file():
-            table = _load_file(path, split="train")
+            table = _load(DataConfig(kind="datasets", path=str(path)))
             if "file_name" not in table.column_names:
                 raise ValueError(f"{path.name} has no column file_name, only {', '.join(table.column_names)}")
             texts = table[_caption_name(table.column_names, caption_column, path.name)]
@@ -259,10 +204,7 @@ def _shard_urls(path: str) -> list[str]:
         urls = [path.replace(span[0], str(number).zfill(len(span[1]))) for number in numbers]
     missing = [url for url in urls if "://" not in url and not Path(url).is_file()]
     if missing or not urls:
-        what = (
-            f"{len(missing)} of {len(urls)} shards are missing, the first is {missing[0]}" if urls else "no .tar files"
-        )
-        raise ValueError(what)
+        raise ValueError(f"{len(missing)} of its {len(urls)} .tar files are missing: {', '.join(missing[:1]) or path}")
     return urls
 
 
@@ -280,7 +222,7 @@ def _shard_rows(urls: list[str], image: str | None, caption: str | None) -> Iter
                     fields = {name.rpartition("/")[2].partition(".")[2].lower(): data for name, data in group}
                     yield _shard_row(fields, image, caption)
         except (tarfile.TarError, OSError, EOFError, zlib.error):
-            yield {"image": {"bad": "damaged shard"}, "text": url}
+            yield {"image": None, "text": None, "bad": "damaged shard"}
 
 
 def _shard_row(fields: dict[str, Any], image: str | None, caption: str | None) -> dict[str, Any]:
@@ -293,45 +235,25 @@ def _shard_row(fields: dict[str, Any], image: str | None, caption: str | None) -
     return row
 
 
-class _Task(NamedTuple):
-    """A batch to be read: its samples, their bucket's size, seeds of the rows' random draws, the position after it."""
-
-    members: Sequence[Any]
-    size: Size
-    seeds: list[tuple[int, ...]]
-    after: tuple[int, int]
-
-
 class BatchSource:
     """Endless epochs of batches for one process, with an exact position.
 
-    `iter` goes on from the position. Have one iterator at a time; after `load_state_dict` take a new one.
-
-    Attributes:
-        epoch: of the next batch, from 0.
-        num_samples: usable samples of all processes together; None for a stream.
+    `iter` goes on from the position. Have one iterator at a time; after `load_state_dict` take a new one. `epoch` is
+    that of the next batch, from 0.
     """
 
-    num_samples: int | None = None
-
-    def __init__(
-        self, dataset: Any, columns: Columns, config: DataConfig, batch_size: int, seed: int, process: tuple[int, int]
-    ) -> None:
-        index, count = process
-        self._dataset, self._columns, self._config, self._seed = dataset, columns, config, seed
+    def __init__(self, config: DataConfig, dataset: Any, batch_size: int, seed: int, process: tuple[int, int]) -> None:
+        self._config, self._dataset, self._batch_size, self._seed = config, dataset, batch_size, seed
+        self._process, self._num_processes = process
+        path = Path(str(config.path))
+        self._folder = path.parent if path.is_file() else path  # where relative paths of images start
         self._buckets = Buckets(config)
-        self._rows = range(index * batch_size, (index + 1) * batch_size)
-        self._num_rows = batch_size * count
-        self._skips: dict[str, str] = {}
-        self._identity: dict[str, Any] = {"seed": seed, "batch size": batch_size, "process": f"{index} of {count}"}
-        self._where = "the demo's images" if config.kind == "demo" else f"data.path={config.path}"
+        self._skips: dict[str, str] = {}  # reasons by the names of samples
+        self._content = ""  # tells the data from other data
         self.epoch, self._batch = 0, 0
 
     def _groups(self, epoch: int) -> Iterator[tuple[Sequence[Any], int]]:
         """This process' samples of each batch of an epoch, and their bucket."""
-        raise NotImplementedError
-
-    def _read(self, member: Any) -> Sample:
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[TrainingBatch]:
@@ -339,51 +261,71 @@ class BatchSource:
             self,  # type: ignore[arg-type]  # has no length: tasks are endless
             sampler=self._tasks(),
             batch_size=None,  # a task is a batch already
-            collate_fn=_unchanged,
             num_workers=self._config.num_workers,
             generator=torch.Generator(),  # torch's own, which training draws from, is left alone
         )
-        last_good = self.epoch
+        empty = 0
         for batch, bad, (self.epoch, self._batch) in loader:
             self._skips |= bad
-            if batch is not None:
-                last_good = self.epoch
-                yield batch
-            elif self.epoch > last_good + 1:
+            empty = 0 if batch is not None else empty + 1
+            if empty == _FIRST_LOOK:
                 raise self._nothing_usable()
+            if batch is not None:
+                yield batch
 
-    def __getitem__(self, task: _Task) -> tuple[TrainingBatch | None, dict[str, str], tuple[int, int]]:
-        """Reads a batch, in a worker or not; None if all of it is bad."""
-        return *make_batch(self._read, task.members, task.size, task.seeds, self._config), task.after
+    def __getitem__(self, task: tuple[Any, ...]) -> Any:
+        """Reads a batch, in a worker or not: the batch or None, what was bad and why, the position after it."""
+        *what, after = task
+        return *make_batch(self._read, *what, self._config), after
 
-    def _tasks(self) -> Iterator[_Task]:
+    def _read(self, member: Sample | int) -> Sample:
+        return member if isinstance(member, Sample) else self._sample(self._dataset[member], str(member))
+
+    def _sample(self, row: dict[str, Any], name: str) -> Sample:
+        """Raises `BadSample`."""
+        if not (captions := _captions(row["text"])):
+            raise BadSample(row.get("bad", "no caption"))
+        value = row.get("image")
+        if self._config.kind == "prompts":
+            return Sample(name, captions, None)
+        if not isinstance(value, Image.Image):
+            value = {"path": value} if isinstance(value, str) else value or {}
+            path = value.get("path")
+            value = value.get("bytes") or (path if not path or "://" in path else self._folder / path)
+        if not value:
+            raise BadSample("missing file")
+        return Sample(name, captions, value)
+
+    def _tasks(self) -> Iterator[tuple[Any, ...]]:
         epoch, first = self.epoch, self._batch
+        rows = range(self._process * self._batch_size, (self._process + 1) * self._batch_size)
         while True:
             number = -1
             for number, (members, bucket) in enumerate(self._groups(epoch)):
                 if number >= first:
-                    seeds = [(self._seed, epoch, number, row) for row in self._rows]
-                    yield _Task(members, self._buckets.sizes[bucket], seeds, (epoch, number + 1))
+                    seeds = [(self._seed, epoch, number, row) for row in rows]
+                    yield members, self._buckets.sizes[bucket], seeds, (epoch, number + 1)
             if number < 0:
                 raise self._nothing_usable()
             epoch, first = epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as values that JSON has. Each process saves and loads its own."""
-        return {"epoch": self.epoch, "batch": self._batch, "of": dict(self._identity)}
+        return {"epoch": self.epoch, "batch": self._batch, "content": self._content}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a position: the next batch is the one that an unbroken run would have had.
 
+        Settings must be those of the run that saved it.
+
         Raises:
-            ValueError: the position belongs to other data or settings.
+            ValueError: the position belongs to other data.
         """
-        for name, present in self._identity.items():
-            if (saved := state["of"].get(name)) != present:
-                raise ValueError(
-                    f"the position belongs to other data or settings: {name} was {saved} and is {present}; resume "
-                    "with those, or start anew."
-                )
+        if state["content"] != self._content:
+            raise ValueError(
+                f"data.path={self._config.path} has changed: it held {state['content']} and holds {self._content}; "
+                "resume with the same data, or start anew."
+            )
         self.epoch, self._batch = int(state["epoch"]), int(state["batch"])
 
     @property
@@ -394,17 +336,16 @@ class BatchSource:
     def describe(self) -> str:
         """One line for the log: what there is, and what was left out."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common()) or "none"
-        what = "stream" if self.num_samples is None else f"{self.num_samples} samples"
-        return f"{self._where}: {what}; left out: {reasons}"
+        return f"data.{self._config.kind} {self._config.path or ''}: {self._content}; left out: {reasons}"
 
     def _nothing_usable(self) -> ValueError:
         return ValueError(
             f"{self.describe()}. No sample is usable; give images with captions, large enough for data.resolution."
         )
 
-    def _look(self, row: dict[str, Any], name: str = "") -> tuple[Sample, Size]:
+    def _look(self, row: dict[str, Any], name: str = "") -> tuple[Sample, tuple[int, int]]:
         """A sample and its size, from the image's header; raises `BadSample`."""
-        sample = self._columns.sample(row, name)
+        sample = self._sample(row, name)
         size = (self._config.resolution,) * 2 if sample.image is None else image_size(sample.image)
         if min(size) < 1:
             raise BadSample("unreadable")
@@ -424,21 +365,20 @@ class _Indexed(BatchSource):
         self._skips |= {str(index): "too small" for index in indices[homes < 0]}
         self._indices, self._homes, sizes = indices[homes >= 0], homes[homes >= 0], sizes[homes >= 0]
         self._aspects = sizes[:, 0] / sizes[:, 1]
-        self.num_samples = len(sizes)
-        cropped = np.asarray(self._buckets.sizes)[self._homes].astype("<i8")
-        self._identity |= {"number of samples": len(sizes), "checksum of their sizes": zlib.crc32(cropped.tobytes())}
-        if not self.num_samples:
+        checksum = zlib.crc32(self._indices.astype("<i8").tobytes() + self._homes.astype("<i8").tobytes())
+        self._content = f"{len(sizes)} samples ({checksum:08x})"
+        if not len(sizes):
             raise self._nothing_usable()
         if 2 * len(self._skips) > len(found):
             logger.warning("most samples are bad: %s", self.describe())
 
-    def _scan(self) -> list[Size | str]:
+    def _scan(self) -> list[Any]:
         """The size of each sample, or why it is left out."""
         count = len(self._dataset)
         if self._config.kind == "demo":
             return [(DEMO_IMAGE_SIZE, DEMO_IMAGE_SIZE)] * count
 
-        def look(start: int) -> list[Size | str]:
+        def look(start: int) -> list[Any]:
             chunk, sizes = self._dataset[start : start + _CHUNK], []
             for values in zip(*chunk.values(), strict=True):
                 try:
@@ -449,16 +389,14 @@ class _Indexed(BatchSource):
 
         starts = range(0, count, _CHUNK)
         with ThreadPoolExecutor(8) as pool:
-            parts = tqdm(pool.map(look, starts), "look at data", len(starts), disable=self._rows.start > 0 or None)
+            parts = tqdm(pool.map(look, starts), "look at data", len(starts), disable=self._process > 0 or None)
             return [size for part in parts for size in part]
 
     def _groups(self, epoch: int) -> Iterator[tuple[Sequence[Any], int]]:
         rng = np.random.default_rng([self._seed, epoch])
-        for group, bucket in plan_epoch(self._homes, self._aspects, self._num_rows, rng):
-            yield self._indices[group[self._rows.start : self._rows.stop]].tolist(), bucket
-
-    def _read(self, member: int) -> Sample:
-        return self._columns.sample(self._dataset[member], str(member))
+        for group, bucket in plan_epoch(self._homes, self._aspects, self._batch_size * self._num_processes, rng):
+            own = group.reshape(self._num_processes, -1)[self._process]
+            yield self._indices[own].tolist(), bucket
 
 
 class _Streamed(BatchSource):
@@ -466,25 +404,24 @@ class _Streamed(BatchSource):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._identity |= {"shards": self._dataset.num_shards, "shuffle_buffer": self._config.shuffle_buffer}
+        self._content = f"a stream of {self._dataset.num_shards} shards"
         # `datasets` waits seconds at the end of an epoch where it reads several shards at a time.
         shuffled = self._dataset.shuffle(self._seed, None, self._config.shuffle_buffer, max_buffer_input_shards=1)
-        batch_size = len(self._rows)
-        self._dataset = split_dataset_by_node(shuffled, self._rows.start // batch_size, self._num_rows // batch_size)
+        self._dataset = split_dataset_by_node(shuffled, self._process, self._num_processes)
 
     def _groups(self, epoch: int) -> Iterator[tuple[Sequence[Any], int]]:
         waiting: dict[int, list[tuple[Sample, float]]] = {}
-        batch_size, any_group = len(self._rows), False
+        any_group = False
         for sample, bucket, aspect in self._usable(epoch):
             waiting.setdefault(bucket, []).append((sample, aspect))
-            if len(waiting[bucket]) == batch_size:
+            if len(waiting[bucket]) == self._batch_size:
                 any_group = True
                 yield [member for member, _ in waiting.pop(bucket)], bucket
         rest = [(sample, bucket, aspect) for bucket, part in waiting.items() for sample, aspect in part]
-        if rest:
+        if rest and (len(rest) >= self._batch_size or not any_group):
             homes, aspects = np.asarray([row[1] for row in rest]), np.asarray([row[2] for row in rest])
-            for chosen, bucket in group_leftovers(homes, aspects, batch_size, repeat=not any_group):
-                yield [rest[number][0] for number in chosen], bucket
+            for group, bucket in plan_epoch(homes, aspects, self._batch_size, np.random.default_rng(epoch)):
+                yield [rest[number][0] for number in group], bucket
 
     def _usable(self, epoch: int) -> Iterator[tuple[Sample, int, float]]:
         self._dataset.set_epoch(epoch)
@@ -498,18 +435,11 @@ class _Streamed(BatchSource):
                     raise BadSample("too small")
             except BadSample as bad:
                 self._skips[name] = str(bad)
+                if seen == _FIRST_LOOK and not any_good:
+                    raise self._nothing_usable() from bad
             else:
                 any_good = True
                 yield sample, home, size[0] / size[1]
-            if seen == _FIRST_LOOK and not any_good:
-                raise self._nothing_usable()
-
-    def _read(self, member: Sample) -> Sample:
-        return member
-
-
-def _unchanged(loaded: Any) -> Any:
-    return loaded
 
 
 def open_dataset(
@@ -526,6 +456,6 @@ def open_dataset(
     Raises:
         ValueError: the data cannot be read, or nothing in it is usable.
     """
-    dataset, columns = open_rows(config, seed)
+    dataset = open_rows(config, seed)
     kind = _Streamed if isinstance(dataset, datasets.IterableDataset) else _Indexed
-    return kind(dataset, columns, config, batch_size, seed, (process_index, num_processes))
+    return kind(config, dataset, batch_size, seed, (process_index, num_processes))

@@ -15,7 +15,6 @@ from perflow_blocks.training.buckets import (
     Buckets,
     Sample,
     bucket_sizes,
-    group_leftovers,
     image_size,
     make_batch,
     make_row,
@@ -149,4 +148,3 @@ def test_an_epoch_has_each_sample_once_in_groups_of_one_bucket() -> None:
 def test_fewer_samples_than_a_group_are_repeated_only_if_they_are_all() -> None:
     [(group, bucket)] = plan_epoch(np.asarray([3, 3]), np.ones(2), 5, np.random.default_rng(0))
     assert bucket == 3 and sorted(set(group.tolist())) == [0, 1] and len(group) == 5
-    assert list(group_leftovers(np.asarray([0, 1]), np.ones(2), 5, repeat=False)) == []
