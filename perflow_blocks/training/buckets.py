@@ -98,14 +98,18 @@ class Buckets:
         self.sizes: tuple[Size, ...] = ((config.resolution, config.resolution),)
         if config.bucketing and config.kind != "prompts":
             self.sizes = bucket_sizes(config.resolution, config.bucket_step, config.max_aspect)
+        self._log_aspects = np.log([height / width for height, width in self.sizes])
         self._max_enlargement = config.max_enlargement
 
-    def homes(self, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """For images of `sizes` (count, 2) the buckets (count,) of the nearest aspect ratio; -1 for too small ones."""
-        aspects = np.log([height / width for height, width in self.sizes])
-        homes = np.abs(np.log(sizes[:, 0] / sizes[:, 1])[:, None] - aspects).argmin(axis=1)
-        enlargement = (np.asarray(self.sizes)[homes] / sizes).max(axis=1)
-        return np.where(enlargement <= self._max_enlargement, homes, -1)
+    def place(self, size: Size) -> tuple[int, float]:
+        """The bucket whose aspect ratio is nearest to an image's, and that ratio; raises `BadSample`."""
+        if min(size) < 1:
+            raise BadSample("unreadable")
+        aspect = size[0] / size[1]
+        bucket = int(np.abs(self._log_aspects - np.log(aspect)).argmin())
+        if max(wanted / own for wanted, own in zip(self.sizes[bucket], size, strict=True)) > self._max_enlargement:
+            raise BadSample("too small")
+        return bucket, aspect
 
 
 def bucket_sizes(resolution: int, step: int, max_aspect: float) -> tuple[Size, ...]:
@@ -151,33 +155,31 @@ def plan_epoch(
 class Sample(NamedTuple):
     """A sample before its image is decoded; `image` is None where there are prompts only."""
 
-    name: str
     captions: tuple[str, ...]
     image: StoredImage | None
 
 
 def make_batch(
     read: Callable[[Any], Sample], members: Sequence[Any], target: Size, seeds: Sequence[Any], config: DataConfig
-) -> tuple[TrainingBatch | None, dict[str, str]]:
-    """The batch that `read` gives for `members`, and why samples are bad, by their names.
+) -> tuple[TrainingBatch | None, list[str]]:
+    """The batch of the samples that `read` gives for `members`, and why some are bad.
 
     The place of a bad sample is taken by the next good one of the batch; without a good one there is no batch.
     """
     rows, bad = [], {}
-    for number, seed in enumerate(seeds):
-        for member in (*members[number:], *members[:number]):
-            name = str(getattr(member, "name", member))
-            if name not in bad:
+    for row, seed in enumerate(seeds):
+        for place in (*range(row, len(members)), *range(row)):
+            if place not in bad:
                 try:
-                    rows.append(make_row(read(member), target, config, np.random.default_rng(seed)))
+                    rows.append(make_row(read(members[place]), target, config, np.random.default_rng(seed)))
                     break
                 except BadSample as error:
-                    bad[name] = str(error)
+                    bad[place] = str(error)
     if not rows:
-        return None, bad
+        return None, [*bad.values()]
     prompts, images, originals, corners = map(list, zip(*rows, strict=True))
     pixels = None if images[0] is None else VaeImageProcessor(do_resize=False).preprocess(images)
-    return TrainingBatch(prompts, pixels, originals, corners, [target] * len(rows)), bad
+    return TrainingBatch(prompts, pixels, originals, corners, [target] * len(rows)), [*bad.values()]
 
 
 def make_row(

@@ -238,8 +238,12 @@ def _shard_row(fields: dict[str, Any], image: str | None, caption: str | None) -
 class BatchSource:
     """Endless epochs of batches for one process, with an exact position.
 
-    `iter` goes on from the position. Have one iterator at a time; after `load_state_dict` take a new one. `epoch` is
-    that of the next batch, from 0.
+    `iter` goes on from the position. Have one iterator at a time; after `load_state_dict` take a new one.
+
+    Attributes:
+        epoch: of the next batch, from 0.
+        skipped: how many samples were left out so far, by reason. One that is found bad when it is decoded counts each
+            time.
     """
 
     def __init__(self, config: DataConfig, dataset: Any, batch_size: int, seed: int, process: tuple[int, int]) -> None:
@@ -248,8 +252,8 @@ class BatchSource:
         path = Path(str(config.path))
         self._folder = path.parent if path.is_file() else path  # where relative paths of images start
         self._buckets = Buckets(config)
-        self._skips: dict[str, str] = {}  # reasons by the names of samples
         self._content = ""  # tells the data from other data
+        self.skipped: Counter[str] = Counter()
         self.epoch, self._batch = 0, 0
 
     def _groups(self, epoch: int) -> Iterator[tuple[Sequence[Any], int]]:
@@ -266,37 +270,15 @@ class BatchSource:
         )
         empty = 0
         for batch, bad, (self.epoch, self._batch) in loader:
-            self._skips |= bad
+            self.skipped.update(bad)
             empty = 0 if batch is not None else empty + 1
             if empty == _FIRST_LOOK:
                 raise self._nothing_usable()
             if batch is not None:
                 yield batch
 
-    def __getitem__(self, task: tuple[Any, ...]) -> Any:
-        """Reads a batch, in a worker or not: the batch or None, what was bad and why, the position after it."""
-        *what, after = task
-        return *make_batch(self._read, *what, self._config), after
-
-    def _read(self, member: Sample | int) -> Sample:
-        return member if isinstance(member, Sample) else self._sample(self._dataset[member], str(member))
-
-    def _sample(self, row: dict[str, Any], name: str) -> Sample:
-        """Raises `BadSample`."""
-        if not (captions := _captions(row["text"])):
-            raise BadSample(row.get("bad", "no caption"))
-        value = row.get("image")
-        if self._config.kind == "prompts":
-            return Sample(name, captions, None)
-        if not isinstance(value, Image.Image):
-            value = {"path": value} if isinstance(value, str) else value or {}
-            path = value.get("path")
-            value = value.get("bytes") or (path if not path or "://" in path else self._folder / path)
-        if not value:
-            raise BadSample("missing file")
-        return Sample(name, captions, value)
-
     def _tasks(self) -> Iterator[tuple[Any, ...]]:
+        """Batches to be read: samples, size, seeds of the rows' random draws, and the position after it."""
         epoch, first = self.epoch, self._batch
         rows = range(self._process * self._batch_size, (self._process + 1) * self._batch_size)
         while True:
@@ -309,14 +291,40 @@ class BatchSource:
                 raise self._nothing_usable()
             epoch, first = epoch + 1, 0
 
+    def __getitem__(self, task: tuple[Any, ...]) -> Any:
+        """Reads a batch, in a worker or not: the batch or None, why samples are bad, and the position after it."""
+        *what, after = task
+        return *make_batch(self._read, *what, self._config), after
+
+    def _read(self, member: Sample | int) -> Sample:
+        return member if isinstance(member, Sample) else self._sample(self._dataset[member])
+
+    def _sample(self, row: dict[str, Any]) -> Sample:
+        """Raises `BadSample`."""
+        if not (captions := _captions(row["text"])):
+            raise BadSample(row.get("bad", "no caption"))
+        value = row.get("image")
+        if self._config.kind == "prompts":
+            return Sample(captions, None)
+        if not isinstance(value, Image.Image):
+            value = {"path": value} if isinstance(value, str) else value or {}
+            path = value.get("path")
+            value = value.get("bytes") or (path if not path or "://" in path else self._folder / path)
+        if not value:
+            raise BadSample("missing file")
+        return Sample(captions, value)
+
+    def _place(self, sample: Sample) -> tuple[int, float]:
+        """Bucket and aspect ratio of a sample, from the image's header; raises `BadSample`."""
+        square = (self._config.resolution, self._config.resolution)
+        return self._buckets.place(square if sample.image is None else image_size(sample.image))
+
     def state_dict(self) -> dict[str, Any]:
         """The position, as values that JSON has. Each process saves and loads its own."""
         return {"epoch": self.epoch, "batch": self._batch, "content": self._content}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a position: the next batch is the one that an unbroken run would have had.
-
-        Settings must be those of the run that saved it.
+        """Takes up a position: the next batch is the one that an unbroken run with these settings would have had.
 
         Raises:
             ValueError: the position belongs to other data.
@@ -328,11 +336,6 @@ class BatchSource:
             )
         self.epoch, self._batch = int(state["epoch"]), int(state["batch"])
 
-    @property
-    def skipped(self) -> Counter[str]:
-        """How many samples were left out so far, by reason; each counts once, in a stream once an epoch."""
-        return Counter(self._skips.values())
-
     def describe(self) -> str:
         """One line for the log: what there is, and what was left out."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common()) or "none"
@@ -343,54 +346,42 @@ class BatchSource:
             f"{self.describe()}. No sample is usable; give images with captions, large enough for data.resolution."
         )
 
-    def _look(self, row: dict[str, Any], name: str = "") -> tuple[Sample, tuple[int, int]]:
-        """A sample and its size, from the image's header; raises `BadSample`."""
-        sample = self._sample(row, name)
-        size = (self._config.resolution,) * 2 if sample.image is None else image_size(sample.image)
-        if min(size) < 1:
-            raise BadSample("unreadable")
-        return sample, size
-
 
 class _Indexed(BatchSource):
     """Samples that can be read in any order."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        found = dict(enumerate(self._scan()))
-        self._skips |= {str(index): size for index, size in found.items() if isinstance(size, str)}
-        indices = np.asarray([index for index in found if str(index) not in self._skips], np.int64)
-        sizes = np.asarray([found[index] for index in indices], np.int64).reshape(-1, 2)
-        homes = self._buckets.homes(sizes)
-        self._skips |= {str(index): "too small" for index in indices[homes < 0]}
-        self._indices, self._homes, sizes = indices[homes >= 0], homes[homes >= 0], sizes[homes >= 0]
-        self._aspects = sizes[:, 0] / sizes[:, 1]
-        checksum = zlib.crc32(self._indices.astype("<i8").tobytes() + self._homes.astype("<i8").tobytes())
-        self._content = f"{len(sizes)} samples ({checksum:08x})"
-        if not len(sizes):
+        found = self._scan()
+        self.skipped.update(place for place in found if isinstance(place, str))
+        usable = [(index, *place) for index, place in enumerate(found) if not isinstance(place, str)]
+        self._content = f"{len(usable)} samples ({zlib.crc32(repr(usable).encode()):08x})"
+        if not usable:
             raise self._nothing_usable()
-        if 2 * len(self._skips) > len(found):
+        if 2 * len(usable) < len(found):
             logger.warning("most samples are bad: %s", self.describe())
+        self._indices, self._homes, self._aspects = map(np.asarray, zip(*usable, strict=True))
 
-    def _scan(self) -> list[Any]:
-        """The size of each sample, or why it is left out."""
+    def _scan(self) -> list[tuple[int, float] | str]:
+        """The bucket and aspect ratio of each sample, or why it is left out."""
         count = len(self._dataset)
         if self._config.kind == "demo":
-            return [(DEMO_IMAGE_SIZE, DEMO_IMAGE_SIZE)] * count
+            return [self._buckets.place((DEMO_IMAGE_SIZE, DEMO_IMAGE_SIZE))] * count
 
-        def look(start: int) -> list[Any]:
-            chunk, sizes = self._dataset[start : start + _CHUNK], []
+        def look(start: int) -> list[tuple[int, float] | str]:
+            chunk = self._dataset[start : start + _CHUNK]
+            places: list[tuple[int, float] | str] = []
             for values in zip(*chunk.values(), strict=True):
                 try:
-                    sizes.append(self._look(dict(zip(chunk, values, strict=True)))[1])
+                    places.append(self._place(self._sample(dict(zip(chunk, values, strict=True)))))
                 except BadSample as bad:
-                    sizes.append(str(bad))
-            return sizes
+                    places.append(str(bad))
+            return places
 
         starts = range(0, count, _CHUNK)
         with ThreadPoolExecutor(8) as pool:
             parts = tqdm(pool.map(look, starts), "look at data", len(starts), disable=self._process > 0 or None)
-            return [size for part in parts for size in part]
+            return [place for part in parts for place in part]
 
     def _groups(self, epoch: int) -> Iterator[tuple[Sequence[Any], int]]:
         rng = np.random.default_rng([self._seed, epoch])
@@ -410,48 +401,38 @@ class _Streamed(BatchSource):
         self._dataset = split_dataset_by_node(shuffled, self._process, self._num_processes)
 
     def _groups(self, epoch: int) -> Iterator[tuple[Sequence[Any], int]]:
-        waiting: dict[int, list[tuple[Sample, float]]] = {}
-        any_group = False
-        for sample, bucket, aspect in self._usable(epoch):
-            waiting.setdefault(bucket, []).append((sample, aspect))
-            if len(waiting[bucket]) == self._batch_size:
-                any_group = True
-                yield [member for member, _ in waiting.pop(bucket)], bucket
-        rest = [(sample, bucket, aspect) for bucket, part in waiting.items() for sample, aspect in part]
-        if rest and (len(rest) >= self._batch_size or not any_group):
-            homes, aspects = np.asarray([row[1] for row in rest]), np.asarray([row[2] for row in rest])
-            for group, bucket in plan_epoch(homes, aspects, self._batch_size, np.random.default_rng(epoch)):
-                yield [rest[number][0] for number in group], bucket
-
-    def _usable(self, epoch: int) -> Iterator[tuple[Sample, int, float]]:
+        waiting: dict[int, list[tuple[Sample, int, float]]] = {}
+        good, size = 0, self._batch_size
         self._dataset.set_epoch(epoch)
-        any_good = False
         for seen, row in enumerate(self._dataset, start=1):
-            name = f"{epoch}.{seen}"  # rows of a stream have no number of their own
             try:
-                sample, size = self._look(row, name)
-                home = int(self._buckets.homes(np.asarray([size]))[0])
-                if home < 0:
-                    raise BadSample("too small")
+                sample = self._sample(row)
+                bucket, aspect = self._place(sample)
             except BadSample as bad:
-                self._skips[name] = str(bad)
-                if seen == _FIRST_LOOK and not any_good:
+                self.skipped[str(bad)] += 1
+                if seen == _FIRST_LOOK and not good:
                     raise self._nothing_usable() from bad
-            else:
-                any_good = True
-                yield sample, home, size[0] / size[1]
+                continue
+            good += 1
+            waiting.setdefault(bucket, []).append((sample, bucket, aspect))
+            if len(waiting[bucket]) == size:
+                yield [member for member, *_ in waiting.pop(bucket)], bucket
+        rest = [member for members in waiting.values() for member in members]
+        if len(rest) >= size or (rest and len(rest) == good):
+            samples, homes, aspects = zip(*rest, strict=True)
+            for group, bucket in plan_epoch(
+                np.asarray(homes), np.asarray(aspects), size, np.random.default_rng(epoch)
+            ):
+                yield [samples[number] for number in group], bucket
 
 
 def open_dataset(
     config: DataConfig, *, batch_size: int, seed: int, process_index: int = 0, num_processes: int = 1
 ) -> BatchSource:
-    """The batches that process `process_index` of `num_processes` trains on.
+    """The batches that process `process_index` of `num_processes` trains on, each of `batch_size` rows.
 
-    Unless the data is a stream, captions and the headers of images are looked at first.
-
-    Args:
-        batch_size: rows of a batch of this process.
-        seed: of the order, the crops, the mirroring and the captions drawn, together with the epoch.
+    Unless the data is a stream, captions and the headers of images are looked at first. `seed` settles the order, the
+    crops, the mirroring and the captions drawn, together with the epoch.
 
     Raises:
         ValueError: the data cannot be read, or nothing in it is usable.

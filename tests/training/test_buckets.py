@@ -84,15 +84,21 @@ def test_sdxl_buckets_are_those_of_its_paper() -> None:
 
 def test_images_go_to_the_bucket_of_their_aspect_ratio_unless_too_small() -> None:
     buckets = Buckets(small("folder", "x", resolution=1024, bucket_step=64))
-    shapes = np.asarray([(1000, 1000), (832, 1216), (2432, 1664), (900, 9000), (500, 500), (300, 4000)])
-    homes = buckets.homes(shapes)
-    assert [buckets.sizes[home] for home in homes[:3]] == [(1024, 1024), (832, 1216), (1216, 832)]
-    assert homes[3] == 0 and homes[4:].tolist() == [-1, -1]
+    shapes = {
+        (1000, 1000): (1024, 1024),
+        (832, 1216): (832, 1216),
+        (2432, 1664): (1216, 832),
+        (900, 9000): (704, 1408),
+    }
+    assert {size: buckets.sizes[buckets.place(size)[0]] for size in shapes} == shapes
+    for size, reason in (((500, 500), "too small"), ((300, 4000), "too small"), ((0, 9), "unreadable")):
+        with pytest.raises(BadSample, match=reason):
+            buckets.place(size)
     assert Buckets(small("folder", "x", bucketing=False)).sizes == ((64, 64),)
 
 
 def row(image: Any, target: tuple[int, int], seed: int, **settings: Any) -> Any:
-    return make_row(Sample("", ("a",), image), target, small("folder", "x", **settings), np.random.default_rng(seed))
+    return make_row(Sample(("a",), image), target, small("folder", "x", **settings), np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("center_crop", [False, True])
@@ -122,11 +128,11 @@ def test_the_crop_is_measured_in_the_resized_image() -> None:
 
 
 def test_a_batch_is_in_minus_one_to_one_and_fills_the_places_of_bad_samples() -> None:
-    samples = [Sample(name, ("a cat",), Image.new("RGB", (64, 48), name)) for name in ("black", "white", "red")]
-    samples[1] = Sample("cut", ("a cat",), truncated())
+    samples = [Sample(("a cat",), Image.new("RGB", (64, 48), name)) for name in ("black", "white", "red")]
+    samples[1] = Sample(("a cat",), truncated())
     config = small("folder", "x", trigger="sks")
     batch, bad = make_batch(lambda sample: sample, samples, (48, 64), [0, 1, 2], config)
-    assert bad == {"cut": "truncated"} and batch is not None
+    assert bad == ["truncated"] and batch is not None
     assert batch.pixels is not None and batch.pixels.shape == (3, 3, 48, 64)
     assert batch.pixels[:, :, 0, 0].tolist() == [[-1.0] * 3, [1.0, -1.0, -1.0], [1.0, -1.0, -1.0]]
     assert batch.prompts == ["sks, a cat"] * 3 and batch.target_sizes == [(48, 64)] * 3
