@@ -1,7 +1,7 @@
 """From stored images to batches of one shape: opening, buckets of about one area, crops, and what SDXL's time ids say.
 
 SDXL (arXiv 2307.01952) is told each image's original size, where its crop begins, and the size that it is trained at;
-batches carry the true values, also for mirrored images.
+batches carry the true values, of mirrored images too.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ Size = tuple[int, int]
 """(height, width) in pixels; of a position, (top, left)."""
 StoredImage = bytes | Path | str | Image.Image
 """An encoded image in memory, a file, a URL, or an image that is decoded already."""
-Group = tuple[NDArray[np.int64], int]
-"""Samples by number, and the bucket that all of them are cropped to."""
 
 
 class BadSample(Exception):
@@ -47,13 +45,12 @@ class TrainingBatch:
 
 def image_size(stored: StoredImage) -> Size:
     """(height, width) of an image as it is shown, from its header; raises `BadSample`."""
-    turned = False
     with _open(stored) as image:
-        # Looking for EXIF data decodes a whole PNG unless the data comes first. Damaged EXIF data is ignored.
-        with suppress(Exception):
+        size = image.height, image.width
+        with suppress(Exception):  # damaged EXIF data is ignored; looking for it would decode some PNGs as a whole
             if image.format != "PNG" or "exif" in image.info:
-                turned = image.getexif().get(ExifTags.Base.Orientation) in range(5, 9)
-        return (image.width, image.height) if turned else (image.height, image.width)
+                size = size[::-1] if image.getexif().get(ExifTags.Base.Orientation) in range(5, 9) else size
+        return size
 
 
 def open_image(stored: StoredImage) -> Image.Image:
@@ -82,9 +79,8 @@ def _open(stored: StoredImage) -> Image.Image:
     if isinstance(stored, Path) and not stored.is_file():  # opening a pipe would wait for a writer
         raise BadSample("missing file")
     try:
-        if isinstance(stored, str):
-            stored = fsspec.open(stored, "rb").open()
-        return Image.open(BytesIO(stored) if isinstance(stored, bytes) else stored)
+        file: Any = fsspec.open(stored, "rb").open() if isinstance(stored, str) else stored
+        return Image.open(BytesIO(file) if isinstance(file, bytes) else file)
     except Image.DecompressionBombError as error:
         raise BadSample("too large") from error
     except Exception as error:  # Pillow's plugins raise errors of many kinds
@@ -113,10 +109,7 @@ class Buckets:
 
 
 def bucket_sizes(resolution: int, step: int, max_aspect: float) -> tuple[Size, ...]:
-    """Sizes in multiples of `step`: for each side the longest other side that keeps within `resolution` squared.
-
-    None has more pixels than the square, or a side longer than `max_aspect` times the other.
-    """
+    """Sizes in multiples of `step`: for each side the longest other one within `resolution` squared pixels."""
     found = set()
     for side in range(step, int(resolution * max_aspect) + 1, step):
         other = resolution * resolution // side // step * step
@@ -127,17 +120,14 @@ def bucket_sizes(resolution: int, step: int, max_aspect: float) -> tuple[Size, .
 
 def plan_epoch(
     homes: NDArray[np.int64], aspects: NDArray[np.float64], group_size: int, rng: np.random.Generator
-) -> list[Group]:
-    """Groups of `group_size` samples in random order, each sample in one group at most.
+) -> list[tuple[NDArray[np.int64], int]]:
+    """Groups of `group_size` samples and their buckets in random order, each sample in one group at most.
 
     Whole groups come from one bucket. What buckets have left over is grouped by aspect ratio, in the bucket of the
-    middle one. Fewer samples than a group remain, unless they are all there are: they are then repeated.
-
-    Args:
-        homes: (count,) bucket of each sample.
-        aspects: (count,) height over width of each sample.
+    middle one. Fewer samples than a group remain, unless they are all there are: they are then repeated. Samples are
+    given by their buckets `homes` (count,) and `aspects` (count,), height over width.
     """
-    groups: list[Group] = []
+    groups: list[tuple[NDArray[np.int64], int]] = []
     rest = []
     for bucket in np.unique(homes):
         members = rng.permutation(np.flatnonzero(homes == bucket))
@@ -185,10 +175,7 @@ def make_batch(
 def make_row(
     sample: Sample, target: Size, config: DataConfig, rng: np.random.Generator
 ) -> tuple[str, Image.Image | None, Size, Size]:
-    """Prompt, image of size `target`, original size and crop's top left of a row; raises `BadSample`.
-
-    The image is resized to cover `target`, cropped, and perhaps mirrored.
-    """
+    """Prompt, image cropped to `target`, original size and the crop's top left; raises `BadSample`."""
     prompt = sample.captions[int(rng.integers(len(sample.captions)))]
     prompt = f"{config.trigger}, {prompt}" if config.trigger else prompt
     if sample.image is None:

@@ -17,7 +17,6 @@ Links to folders are not followed, and what is not a plain file counts as missin
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import tarfile
@@ -26,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -43,15 +43,13 @@ from tqdm.auto import tqdm
 from .buckets import BadSample, Buckets, Sample, TrainingBatch, image_size, make_batch, plan_epoch
 from .config import DEMO_IMAGE_SIZE, DataConfig
 
-logger = logging.getLogger(__name__)
-
 _CAPTIONS = ("text", "caption", "prompt", "txt")
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 _FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # as imagefolder has them
 _MOST_SHARDS = 100_000
 _FIRST_LOOK = 200  # a stream none of whose first samples is usable is an error, without waiting for its end
-_CHUNK = 256
+_CHUNK = 32
 
 
 def _captions(value: Any) -> tuple[str, ...]:
@@ -68,19 +66,20 @@ def _caption_name(names: Sequence[str], wanted: str | None, where: object) -> st
     return found[0]
 
 
+@dataclass(frozen=True)
 class DemoRows:
     """The embedded model's images, drawn when they are asked for, each with a caption that leaves some of it open."""
 
-    def __init__(self, count: int, seed: int) -> None:
-        self._count, self._seed = count, seed
+    count: int
+    seed: int
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         from ..demo.pictures import Prompt, Scene, render
 
-        scene_rng, caption_rng, drawing_rng = (np.random.default_rng([self._seed, index, part]) for part in range(3))
+        scene_rng, caption_rng, drawing_rng = (np.random.default_rng([self.seed, index, part]) for part in range(3))
         scene = Scene.random(scene_rng)
         return {"image": render(scene, drawing_rng), "text": Prompt.describe(scene, caption_rng).text}
 
@@ -97,17 +96,16 @@ def open_rows(config: DataConfig, seed: int = 0) -> Any:
         if config.kind == "folder":
             dataset: Any = _open_folder(Path(str(config.path)), config.caption_column)
         elif config.kind == "webdataset":
-            names = {"image": config.image_column, "caption": config.caption_column}
-            options = {"urls": _shard_urls(str(config.path)), **names}
-            dataset = datasets.IterableDataset.from_generator(_shard_rows, gen_kwargs=options)
+            columns = {"image": config.image_column, "caption": config.caption_column}
+            urls = _shard_urls(str(config.path))
+            dataset = datasets.IterableDataset.from_generator(_shard_rows, gen_kwargs={"urls": urls, **columns})
         else:
             dataset = _select(_load(config), config)
     except (OSError, ValueError, RecursionError, DatasetsError) as error:
         reason = " ".join(f"{error} {error.__cause__ or ''}".split()).rstrip(".")
         raise ValueError(f"data.path={config.path} cannot be used: {reason}.") from error
     if config.max_samples is not None:
-        most = min(config.max_samples, len(dataset)) if isinstance(dataset, datasets.Dataset) else config.max_samples
-        dataset = dataset.take(most)
+        return dataset.take(min(config.max_samples, getattr(dataset, "num_rows", config.max_samples)))
     return dataset
 
 
@@ -125,7 +123,8 @@ def _load(config: DataConfig) -> Any:
             raise ValueError("there is no such file or directory")
         options |= {"name": config.subset, "revision": config.revision}
     for file in [path] if form == "json" else path.rglob("*.json*"):
-        _check_json(file)
+        if file.is_file():
+            _check_json(file)
     return datasets.load_dataset(form or str(path), **options)
 
 
@@ -144,7 +143,7 @@ def _select(dataset: Any, config: DataConfig) -> Any:
     features, names = dataset.features, dataset.column_names
     if not isinstance(dataset, datasets.Dataset):  # a CSV file, say, tells its columns no earlier
         names = list(next(iter(dataset.decode(False) if features else dataset), ()))
-    if not names or (isinstance(dataset, datasets.Dataset) and not len(dataset)):
+    if not names or getattr(dataset, "num_rows", 1) == 0:
         raise ValueError(f"data.split={config.split} has no rows")
     chosen = {_caption_name(names, config.caption_column, "it"): "text"}
     if config.kind != "prompts":
@@ -173,17 +172,17 @@ def _open_folder(root: Path, caption_column: str | None) -> datasets.Dataset:
             if "file_name" not in table.column_names:
                 raise ValueError(f"{path.name} has no column file_name, only {', '.join(table.column_names)}")
             texts = table[_caption_name(table.column_names, caption_column, path.name)]
-            names = (os.path.normpath(path.parent / str(name)) for name in table["file_name"])
-            captions |= {name: _captions(text) for name, text in zip(names, texts, strict=True)}
+            for name, text in zip(table["file_name"], texts, strict=True):
+                captions[os.path.normpath(path.parent / str(name))] = _captions(text)
     bare = [path for path in files if path.suffix.lower() in _SUFFIXES and str(path) not in captions]
     with ThreadPoolExecutor(8) as pool:
         captions |= zip(map(str, bare), pool.map(_text_beside, bare), strict=True)
     if not any(captions.values()):
         what = f"captions; add {_METADATA[0]} or .txt files" if captions else f"images ({', '.join(_SUFFIXES)})"
         raise ValueError(f"the folder holds no {what}")
-    rows = {"image": sorted(captions, key=Path), "text": [captions[name] for name in sorted(captions, key=Path)]}
-    kinds = datasets.Features({"image": datasets.Value("string"), "text": datasets.List(datasets.Value("string"))})
-    return datasets.Dataset.from_dict(rows, features=kinds)
+    names = sorted(captions, key=Path)
+    rows = {"image": names, "text": [captions[name] for name in names]}
+    return datasets.Dataset.from_dict(rows)
 
 
 def _text_beside(image: Path) -> tuple[str, ...]:
@@ -216,8 +215,7 @@ def _shard_rows(urls: list[str], image: str | None, caption: str | None) -> Iter
     for url in urls:
         try:
             with fsspec.open(url, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
-                contents = ((entry.name, tar.extractfile(entry)) for entry in tar if entry.isfile())
-                files = ((name, content.read()) for name, content in contents if content is not None)
+                files = ((entry.name, tar.extractfile(entry).read()) for entry in tar if entry.isfile())  # type: ignore
                 for _, group in groupby(files, lambda file: re.sub(r"\.[^/]*$", "", file[0])):
                     fields = {name.rpartition("/")[2].partition(".")[2].lower(): data for name, data in group}
                     yield _shard_row(fields, image, caption)
@@ -239,11 +237,6 @@ class BatchSource:
     """Endless epochs of batches for one process, with an exact position.
 
     `iter` goes on from the position. Have one iterator at a time; after `load_state_dict` take a new one.
-
-    Attributes:
-        epoch: of the next batch, from 0.
-        skipped: how many samples were left out so far, by reason. One that is found bad when it is decoded counts each
-            time.
     """
 
     def __init__(self, config: DataConfig, dataset: Any, batch_size: int, seed: int, process: tuple[int, int]) -> None:
@@ -253,8 +246,8 @@ class BatchSource:
         self._folder = path.parent if path.is_file() else path  # where relative paths of images start
         self._buckets = Buckets(config)
         self._content = ""  # tells the data from other data
-        self.skipped: Counter[str] = Counter()
-        self.epoch, self._batch = 0, 0
+        self.skipped: Counter[str] = Counter()  # samples left out so far, by reason; undecodable ones count each time
+        self.epoch, self._batch = 0, 0  # of the next batch
 
     def _groups(self, epoch: int) -> Iterator[tuple[Sequence[Any], int]]:
         """This process' samples of each batch of an epoch, and their bucket."""
@@ -293,8 +286,7 @@ class BatchSource:
 
     def __getitem__(self, task: tuple[Any, ...]) -> Any:
         """Reads a batch, in a worker or not: the batch or None, why samples are bad, and the position after it."""
-        *what, after = task
-        return *make_batch(self._read, *what, self._config), after
+        return *make_batch(self._read, *task[:-1], self._config), task[-1]
 
     def _read(self, member: Sample | int) -> Sample:
         return member if isinstance(member, Sample) else self._sample(self._dataset[member])
@@ -303,16 +295,16 @@ class BatchSource:
         """Raises `BadSample`."""
         if not (captions := _captions(row["text"])):
             raise BadSample(row.get("bad", "no caption"))
-        value = row.get("image")
         if self._config.kind == "prompts":
             return Sample(captions, None)
-        if not isinstance(value, Image.Image):
-            value = {"path": value} if isinstance(value, str) else value or {}
-            path = value.get("path")
-            value = value.get("bytes") or (path if not path or "://" in path else self._folder / path)
-        if not value:
+        value = row["image"]
+        if isinstance(value, Image.Image):
+            return Sample(captions, value)
+        stored = value if isinstance(value, dict) else {"path": value}
+        path = stored.get("path")
+        if not stored.get("bytes") and not isinstance(path, str):
             raise BadSample("missing file")
-        return Sample(captions, value)
+        return Sample(captions, stored.get("bytes") or (path if "://" in path else self._folder / path))
 
     def _place(self, sample: Sample) -> tuple[int, float]:
         """Bucket and aspect ratio of a sample, from the image's header; raises `BadSample`."""
@@ -330,10 +322,8 @@ class BatchSource:
             ValueError: the position belongs to other data.
         """
         if state["content"] != self._content:
-            raise ValueError(
-                f"data.path={self._config.path} has changed: it held {state['content']} and holds {self._content}; "
-                "resume with the same data, or start anew."
-            )
+            what = f"it held {state['content']} and holds {self._content}"
+            raise ValueError(f"data.path={self._config.path} has changed ({what}); resume with the same data.")
         self.epoch, self._batch = int(state["epoch"]), int(state["batch"])
 
     def describe(self) -> str:
@@ -342,9 +332,7 @@ class BatchSource:
         return f"data.{self._config.kind} {self._config.path or ''}: {self._content}; left out: {reasons}"
 
     def _nothing_usable(self) -> ValueError:
-        return ValueError(
-            f"{self.describe()}. No sample is usable; give images with captions, large enough for data.resolution."
-        )
+        return ValueError(f"{self.describe()}. No sample is usable; give images of data.resolution with captions.")
 
 
 class _Indexed(BatchSource):
@@ -358,8 +346,6 @@ class _Indexed(BatchSource):
         self._content = f"{len(usable)} samples ({zlib.crc32(repr(usable).encode()):08x})"
         if not usable:
             raise self._nothing_usable()
-        if 2 * len(usable) < len(found):
-            logger.warning("most samples are bad: %s", self.describe())
         self._indices, self._homes, self._aspects = map(np.asarray, zip(*usable, strict=True))
 
     def _scan(self) -> list[tuple[int, float] | str]:
@@ -369,8 +355,7 @@ class _Indexed(BatchSource):
             return [self._buckets.place((DEMO_IMAGE_SIZE, DEMO_IMAGE_SIZE))] * count
 
         def look(start: int) -> list[tuple[int, float] | str]:
-            chunk = self._dataset[start : start + _CHUNK]
-            places: list[tuple[int, float] | str] = []
+            chunk, places = self._dataset[start : start + _CHUNK], list[tuple[int, float] | str]()
             for values in zip(*chunk.values(), strict=True):
                 try:
                     places.append(self._place(self._sample(dict(zip(chunk, values, strict=True)))))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -231,24 +230,19 @@ def test_slices_and_the_first_samples(paths: dict[str, Path]) -> None:
         assert sorted(epochs(opened(config, 1), 1)[0]) == list(range(8))
 
 
-def test_bad_images_are_left_out_and_counted_by_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_images_are_left_out_and_counted_by_reason(tmp_path: Path) -> None:
     make_folder(tmp_path, 6, captions=".txt")
     bad = {"900.png": b"no image", "902.png": encoded(picture(902, (20, 20))), "903.jpg": truncated()}
     for name, data in {**bad, "901.png": encoded(picture(901))}.items():
         (tmp_path / name).write_bytes(data)
         if name != "901.png":
             (tmp_path / name).with_suffix(".txt").write_text("number 900")
-    with caplog.at_level(logging.WARNING):
-        source = opened(small("folder", tmp_path), 2)
+    source = opened(small("folder", tmp_path), 2)
     known = Counter({"unreadable": 1, "no caption": 1, "too small": 1})
-    assert (source.skipped, caplog.text) == (known, "")
+    assert source.skipped == known
     assert all(number < 900 for number in numbers(take(source, 12)))
     assert source.skipped - known == Counter({"truncated": source.skipped["truncated"]})
     assert "7 samples (" in source.describe() and " truncated" in source.describe()
-    for number in range(5):
-        (tmp_path / f"{number:03}.txt").write_text("")
-    opened(small("folder", tmp_path), 2)
-    assert "most samples are bad" in caplog.text and "6 no caption" in caplog.text
 
 
 def test_bad_samples_and_damaged_shards_are_counted(tmp_path: Path) -> None:
