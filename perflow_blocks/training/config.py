@@ -404,7 +404,7 @@ def load_config(path: str | os.PathLike[str], overrides: Mapping[str, str] | Non
 
 
 def _read(path: Path) -> dict[str, Any]:
-    parsers = {".toml": tomllib.loads, ".json": json.loads, ".yaml": _load_yaml, ".yml": _load_yaml}
+    parsers: dict[str, Any] = {".toml": tomllib.loads, ".json": json.loads, ".yaml": _load_yaml, ".yml": _load_yaml}
     if path.suffix not in parsers:
         raise ConfigError([f"{path} is not a {', '.join(parsers)} file; name one."])
     if not path.is_file():

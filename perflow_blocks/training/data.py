@@ -97,8 +97,8 @@ def open_rows(config: DataConfig, seed: int = 0) -> Any:
             dataset: Any = _open_folder(Path(str(config.path)), config.caption_column)
         elif config.kind == "webdataset":
             columns = {"image": config.image_column, "caption": config.caption_column}
-            urls = _shard_urls(str(config.path))
-            dataset = datasets.IterableDataset.from_generator(_shard_rows, gen_kwargs={"urls": urls, **columns})
+            shards = {"urls": _shard_urls(str(config.path)), **columns}
+            dataset = datasets.IterableDataset.from_generator(_shard_rows, gen_kwargs=shards)
         else:
             dataset = _select(_load(config), config)
     except (OSError, ValueError, RecursionError, DatasetsError) as error:
@@ -286,7 +286,8 @@ class BatchSource:
 
     def __getitem__(self, task: tuple[Any, ...]) -> Any:
         """Reads a batch, in a worker or not: the batch or None, why samples are bad, and the position after it."""
-        return *make_batch(self._read, *task[:-1], self._config), task[-1]
+        members, size, seeds, after = task
+        return *make_batch(self._read, members, size, seeds, self._config), after
 
     def _read(self, member: Sample | int) -> Sample:
         return member if isinstance(member, Sample) else self._sample(self._dataset[member])
@@ -301,7 +302,7 @@ class BatchSource:
         if isinstance(value, Image.Image):
             return Sample(captions, value)
         stored = value if isinstance(value, dict) else {"path": value}
-        path = stored.get("path")
+        path: Any = stored.get("path")
         if not stored.get("bytes") and not isinstance(path, str):
             raise BadSample("missing file")
         return Sample(captions, stored.get("bytes") or (path if "://" in path else self._folder / path))

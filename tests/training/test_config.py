@@ -110,7 +110,7 @@ def test_a_changed_configuration_is_checked_again() -> None:
     with pytest.raises(ValidationError, match="greater than 0"):
         WANTED.changed({"optimizer.max_steps": 0})
     with pytest.raises(ValidationError, match="frozen"):
-        WANTED.data.resolution = 512  # type: ignore[misc]
+        WANTED.data.resolution = 512
 
 
 def test_the_home_directory_is_known_by_its_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
