@@ -152,7 +152,7 @@ def test_a_planted_violation_is_found(tmp_path: Path, file: str, source: str) ->
         ("hub.py", "from .builder import X"),
         ("cli/a.py", "import typer\nfrom ..demo import X\nfrom ..training import Y\nfrom ..core.windows import Z"),
         ("demo/train.py", "from ..training.losses import X"),
-        ("training/data.py", "from ...demo.pictures import X"),
+        ("training/data.py", "from ..demo.pictures import X"),
         ("__init__.py", "from .cli import main"),
     ],
 )

@@ -1,18 +1,19 @@
 """From stored images to batches of one shape: opening, buckets of about one area, crops, and what SDXL's time ids say.
 
 SDXL (arXiv 2307.01952) is told each image's original size, where its crop begins, and the size that it is trained at;
-batches carry the true values, also for mirrored images.
+batches carry the true values, of mirrored images too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fsspec
 import numpy as np
 from diffusers.image_processor import VaeImageProcessor
 from numpy.typing import NDArray
@@ -23,17 +24,15 @@ from .config import DataConfig
 
 Size = tuple[int, int]
 """(height, width) in pixels; of a position, (top, left)."""
-StoredImage = bytes | Path | Image.Image
-"""An encoded image in memory, a file, or an image that is decoded already."""
-Group = tuple[NDArray[np.int64], int]
-"""Samples by number, and the bucket that all of them are cropped to."""
+StoredImage = bytes | Path | str | Image.Image
+"""An encoded image in memory, a file, a URL, or an image that is decoded already."""
 
 
 class BadSample(Exception):
     """A sample that is left out; its text is the reason, such as "missing file"."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TrainingBatch:
     """Prompts, their images, and what SDXL's time ids say about each image."""
 
@@ -46,17 +45,12 @@ class TrainingBatch:
 
 def image_size(stored: StoredImage) -> Size:
     """(height, width) of an image as it is shown, from its header; raises `BadSample`."""
-    image = _open(stored)
-    try:
-        # Looking for EXIF data decodes a whole PNG unless the data comes first.
-        exif = {} if image.format == "PNG" and "exif" not in image.info else image.getexif()
-        turned = exif.get(ExifTags.Base.Orientation) in range(5, 9)
-    except Exception:  # damaged EXIF data, which decoding ignores as well
-        turned = False
-    finally:
-        if image is not stored:
-            image.close()
-    return (image.width, image.height) if turned else (image.height, image.width)
+    with _open(stored) as image:
+        size = image.height, image.width
+        with suppress(Exception):  # damaged EXIF data is ignored; looking for it would decode some PNGs as a whole
+            if image.format != "PNG" or "exif" in image.info:
+                size = size[::-1] if image.getexif().get(ExifTags.Base.Orientation) in range(5, 9) else size
+        return size
 
 
 def open_image(stored: StoredImage) -> Image.Image:
@@ -85,7 +79,8 @@ def _open(stored: StoredImage) -> Image.Image:
     if isinstance(stored, Path) and not stored.is_file():  # opening a pipe would wait for a writer
         raise BadSample("missing file")
     try:
-        return Image.open(BytesIO(stored) if isinstance(stored, bytes) else stored)
+        file: Any = fsspec.open(stored, "rb").open() if isinstance(stored, str) else stored
+        return Image.open(BytesIO(file) if isinstance(file, bytes) else file)
     except Image.DecompressionBombError as error:
         raise BadSample("too large") from error
     except Exception as error:  # Pillow's plugins raise errors of many kinds
@@ -99,21 +94,22 @@ class Buckets:
         self.sizes: tuple[Size, ...] = ((config.resolution, config.resolution),)
         if config.bucketing and config.kind != "prompts":
             self.sizes = bucket_sizes(config.resolution, config.bucket_step, config.max_aspect)
+        self._log_aspects = np.log([height / width for height, width in self.sizes])
         self._max_enlargement = config.max_enlargement
 
-    def homes(self, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """For images of `sizes` (count, 2) the buckets (count,) of the nearest aspect ratio; -1 for too small ones."""
-        aspects = np.log([height / width for height, width in self.sizes])
-        homes = np.abs(np.log(sizes[:, 0] / sizes[:, 1])[:, None] - aspects).argmin(axis=1)
-        enlargement = (np.asarray(self.sizes)[homes] / sizes).max(axis=1)
-        return np.where(enlargement <= self._max_enlargement, homes, -1)
+    def place(self, size: Size) -> tuple[int, float]:
+        """The bucket whose aspect ratio is nearest to an image's, and that ratio; raises `BadSample`."""
+        if min(size) < 1:
+            raise BadSample("unreadable")
+        aspect = size[0] / size[1]
+        bucket = int(np.abs(self._log_aspects - np.log(aspect)).argmin())
+        if max(wanted / own for wanted, own in zip(self.sizes[bucket], size, strict=True)) > self._max_enlargement:
+            raise BadSample("too small")
+        return bucket, aspect
 
 
 def bucket_sizes(resolution: int, step: int, max_aspect: float) -> tuple[Size, ...]:
-    """Sizes in multiples of `step`: for each side the longest other side that keeps within `resolution` squared.
-
-    None has more pixels than the square, or a side longer than `max_aspect` times the other.
-    """
+    """Sizes in multiples of `step`: for each side the longest other one within `resolution` squared pixels."""
     found = set()
     for side in range(step, int(resolution * max_aspect) + 1, step):
         other = resolution * resolution // side // step * step
@@ -124,17 +120,14 @@ def bucket_sizes(resolution: int, step: int, max_aspect: float) -> tuple[Size, .
 
 def plan_epoch(
     homes: NDArray[np.int64], aspects: NDArray[np.float64], group_size: int, rng: np.random.Generator
-) -> list[Group]:
-    """Groups of `group_size` samples in random order, each sample in one group at most.
+) -> list[tuple[NDArray[np.int64], int]]:
+    """Groups of `group_size` samples and their buckets in random order, each sample in one group at most.
 
-    Whole groups come from one bucket; what buckets have left over is grouped with what is nearest in aspect ratio.
-    Fewer samples than a group remain, other ones each epoch, unless they are all there are: they are then repeated.
-
-    Args:
-        homes: (count,) bucket of each sample.
-        aspects: (count,) height over width of each sample.
+    Whole groups come from one bucket. What buckets have left over is grouped by aspect ratio, in the bucket of the
+    middle one. Fewer samples than a group remain, unless they are all there are: they are then repeated. Samples are
+    given by their buckets `homes` (count,) and `aspects` (count,), height over width.
     """
-    groups: list[Group] = []
+    groups: list[tuple[NDArray[np.int64], int]] = []
     rest = []
     for bucket in np.unique(homes):
         members = rng.permutation(np.flatnonzero(homes == bucket))
@@ -142,75 +135,47 @@ def plan_epoch(
         groups += [(group, int(bucket)) for group in members[:whole].reshape(-1, group_size)]
         rest.append(members[whole:])
     left = rng.permutation(np.concatenate(rest))
-    groups += [
-        (left[group], bucket)
-        for group, bucket in group_leftovers(homes[left], aspects[left], group_size, repeat=not groups)
-    ]
+    whole = len(left) // group_size * group_size
+    left = left[:whole] if groups or whole else np.resize(left, group_size)
+    left = left[np.argsort(aspects[left], kind="stable")]
+    groups += [(group, int(homes[group[group_size // 2]])) for group in left.reshape(-1, group_size)]
     return [groups[number] for number in rng.permutation(len(groups))]
-
-
-def group_leftovers(
-    homes: NDArray[np.int64], aspects: NDArray[np.float64], group_size: int, *, repeat: bool
-) -> Iterator[Group]:
-    """Groups of neighbours in aspect ratio, each in the bucket of its middle member; the last few samples remain.
-
-    With `repeat`, samples that are fewer than a group are repeated to make one.
-    """
-    whole = len(homes) // group_size * group_size
-    chosen = np.arange(whole)
-    if repeat and whole == 0:
-        chosen = np.resize(np.arange(len(homes)), group_size)
-    order = chosen[np.argsort(aspects[chosen], kind="stable")]
-    for group in order.reshape(-1, group_size):
-        yield group, int(homes[group[group_size // 2]])
 
 
 class Sample(NamedTuple):
     """A sample before its image is decoded; `image` is None where there are prompts only."""
 
-    name: str
     captions: tuple[str, ...]
     image: StoredImage | None
 
 
 def make_batch(
     read: Callable[[Any], Sample], members: Sequence[Any], target: Size, seeds: Sequence[Any], config: DataConfig
-) -> tuple[TrainingBatch | None, dict[str, str]]:
-    """The batch that `read` gives for `members`, and why samples are bad, by their names.
+) -> tuple[TrainingBatch | None, list[str]]:
+    """The batch of the samples that `read` gives for `members`, and why some are bad.
 
     The place of a bad sample is taken by the next good one of the batch; without a good one there is no batch.
     """
     rows, bad = [], {}
-    for number, seed in enumerate(seeds):
-        for member in (*members[number:], *members[:number]):
-            name = str(getattr(member, "name", member))
-            if name not in bad:
+    for row, seed in enumerate(seeds):
+        for place in (*range(row, len(members)), *range(row)):
+            if place not in bad:
                 try:
-                    rows.append(make_row(read(member), target, config, np.random.default_rng(seed)))
+                    rows.append(make_row(read(members[place]), target, config, np.random.default_rng(seed)))
                     break
                 except BadSample as error:
-                    bad[name] = str(error)
+                    bad[place] = str(error)
     if not rows:
-        return None, bad
+        return None, [*bad.values()]
     prompts, images, originals, corners = map(list, zip(*rows, strict=True))
     pixels = None if images[0] is None else VaeImageProcessor(do_resize=False).preprocess(images)
-    batch = TrainingBatch(
-        prompts=prompts,
-        pixels=pixels,
-        original_sizes=originals,
-        crop_tops_lefts=corners,
-        target_sizes=[target] * len(rows),
-    )
-    return batch, bad
+    return TrainingBatch(prompts, pixels, originals, corners, [target] * len(rows)), [*bad.values()]
 
 
 def make_row(
     sample: Sample, target: Size, config: DataConfig, rng: np.random.Generator
 ) -> tuple[str, Image.Image | None, Size, Size]:
-    """Prompt, image of size `target`, original size and crop's top left of a row; raises `BadSample`.
-
-    The image is resized to cover `target`, cropped, and perhaps mirrored.
-    """
+    """Prompt, image cropped to `target`, original size and the crop's top left; raises `BadSample`."""
     prompt = sample.captions[int(rng.integers(len(sample.captions)))]
     prompt = f"{config.trigger}, {prompt}" if config.trigger else prompt
     if sample.image is None:

@@ -78,8 +78,7 @@ class ModelConfig(Section):
     init_student: PathText | None = None
     """Directory of a UNet to start from instead of the teacher's weights."""
     frozen: tuple[str, ...] = ()
-    """Patterns such as "*transformer_blocks*" of the weights of a full student that are not trained. The delta leaves
-    them out, and they need neither gradients nor averages."""
+    """Patterns such as "*transformer_blocks*" of a full student's weights that are not trained, nor in the delta."""
 
     def rules(self) -> Iterator[str]:
         if self.student == "lora" and self.init_student is not None:
@@ -312,8 +311,7 @@ class OutputConfig(Section):
     delta_dtype: DTypeName = "float16"
     """Type in which the delta, its LoRA forms and the workflow's weights are stored."""
     validation_every: PositiveInt | None = None
-    """Updates between two validations, each a sheet of images (teacher beside student) and the windows' straightness.
-    There is one before the first update too, and one after the last. By default none."""
+    """Updates between two validations: a sheet of images and the windows' straightness. The first comes before any."""
     validation_prompts: tuple[str, ...] = ()
     """Prompts of the sheets."""
     validation_steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
@@ -406,7 +404,7 @@ def load_config(path: str | os.PathLike[str], overrides: Mapping[str, str] | Non
 
 
 def _read(path: Path) -> dict[str, Any]:
-    parsers = {".toml": tomllib.loads, ".json": json.loads, ".yaml": _load_yaml, ".yml": _load_yaml}
+    parsers: dict[str, Any] = {".toml": tomllib.loads, ".json": json.loads, ".yaml": _load_yaml, ".yml": _load_yaml}
     if path.suffix not in parsers:
         raise ConfigError([f"{path} is not a {', '.join(parsers)} file; name one."])
     if not path.is_file():
@@ -414,8 +412,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         tree = parsers[path.suffix](path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError([f"{path} cannot be read as {path.suffix[1:]} ({reason}); fix the file."]) from error
+        raise ConfigError([f"{path} cannot be read as {path.suffix[1:]} ({' '.join(str(error).split())})."]) from error
     if not isinstance(tree, dict):
         raise ConfigError([f"{path} has no sections; write tables such as [model] and [output]."])
     return tree

@@ -17,19 +17,18 @@ Links to folders are not followed, and what is not a plain file counts as missin
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import fsspec
@@ -41,21 +40,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .buckets import (
-    BadSample,
-    Buckets,
-    Sample,
-    Size,
-    StoredImage,
-    TrainingBatch,
-    group_leftovers,
-    image_size,
-    make_batch,
-    plan_epoch,
-)
+from .buckets import BadSample, Buckets, Sample, TrainingBatch, image_size, make_batch, plan_epoch
 from .config import DEMO_IMAGE_SIZE, DataConfig
-
-logger = logging.getLogger(__name__)
 
 _CAPTIONS = ("text", "caption", "prompt", "txt")
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
@@ -63,39 +49,7 @@ _FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # as imagefolder has them
 _MOST_SHARDS = 100_000
 _FIRST_LOOK = 200  # a stream none of whose first samples is usable is an error, without waiting for its end
-_CHUNK = 256
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Where rows hold the image (None for prompts only) and the captions; relative paths start at `folder`."""
-
-    image: str | None
-    caption: str
-    folder: Path
-
-    def sample(self, row: dict[str, Any], name: str) -> Sample:
-        """Raises `BadSample`."""
-        captions = _captions(row.get(self.caption))
-        if not captions:
-            raise BadSample("no caption")
-        return Sample(name, captions, None if self.image is None else self._stored(row[self.image]))
-
-    def _stored(self, value: Any) -> StoredImage:
-        if isinstance(value, Image.Image):
-            return value
-        value = {"path": value} if isinstance(value, str) else value or {}
-        if value.get("bytes"):
-            return value["bytes"]
-        if not value.get("path"):
-            raise BadSample(value.get("bad", "missing file"))
-        if "://" not in value["path"]:
-            return self.folder / value["path"]
-        try:
-            with fsspec.open(value["path"], "rb") as file:
-                return file.read()
-        except Exception as error:  # of the network or the archive
-            raise BadSample("unreadable") from error
+_CHUNK = 32
 
 
 def _captions(value: Any) -> tuple[str, ...]:
@@ -112,105 +66,95 @@ def _caption_name(names: Sequence[str], wanted: str | None, where: object) -> st
     return found[0]
 
 
+@dataclass(frozen=True)
 class DemoRows:
     """The embedded model's images, drawn when they are asked for, each with a caption that leaves some of it open."""
 
-    def __init__(self, count: int, seed: int) -> None:
-        self._count, self._seed = count, seed
+    count: int
+    seed: int
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         from ..demo.pictures import Prompt, Scene, render
 
-        scene_rng, caption_rng, drawing_rng = (np.random.default_rng([self._seed, index, part]) for part in range(3))
+        scene_rng, caption_rng, drawing_rng = (np.random.default_rng([self.seed, index, part]) for part in range(3))
         scene = Scene.random(scene_rng)
         return {"image": render(scene, drawing_rng), "text": Prompt.describe(scene, caption_rng).text}
 
 
-def open_rows(config: DataConfig, seed: int = 0) -> tuple[Any, Columns]:
-    """The dataset, an IterableDataset for streams, and its columns; no image is opened.
+def open_rows(config: DataConfig, seed: int = 0) -> Any:
+    """Rows of "image" (left out for prompts) and "text", an IterableDataset for streams; no image is opened.
 
     Raises:
         ValueError: the data is not there, cannot be read, or lacks a column.
     """
-    path = Path(str(config.path))
-    columns = Columns("image", "text", path.parent if path.is_file() else path)
     if config.kind == "demo":
-        return DemoRows(config.max_samples or 10_000, seed), columns
+        return DemoRows(config.max_samples or 10_000, seed)
     try:
         if config.kind == "folder":
-            dataset: Any = _open_folder(path, config.caption_column)
+            dataset: Any = _open_folder(Path(str(config.path)), config.caption_column)
         elif config.kind == "webdataset":
-            names = {"image": config.image_column, "caption": config.caption_column}
-            options = {"urls": _shard_urls(str(path) if path.exists() else str(config.path)), **names}
-            dataset = datasets.IterableDataset.from_generator(_shard_rows, gen_kwargs=options)
+            columns = {"image": config.image_column, "caption": config.caption_column}
+            shards = {"urls": _shard_urls(str(config.path)), **columns}
+            dataset = datasets.IterableDataset.from_generator(_shard_rows, gen_kwargs=shards)
         else:
-            dataset, columns = _select(_load(path, config), config, columns.folder)
+            dataset = _select(_load(config), config)
     except (OSError, ValueError, RecursionError, DatasetsError) as error:
         reason = " ".join(f"{error} {error.__cause__ or ''}".split()).rstrip(".")
         raise ValueError(f"data.path={config.path} cannot be used: {reason}.") from error
     if config.max_samples is not None:
-        most = min(config.max_samples, len(dataset)) if isinstance(dataset, datasets.Dataset) else config.max_samples
-        dataset = dataset.take(most)
-    return dataset, columns
+        return dataset.take(min(config.max_samples, getattr(dataset, "num_rows", config.max_samples)))
+    return dataset
 
 
-def _load(path: Path, config: DataConfig) -> Any:
-    """A dataset of the Hub, saved to disk, or of local files."""
+def _load(config: DataConfig) -> Any:
+    """A dataset of the Hub, or of local files."""
+    path, form = Path(str(config.path)), None
     options: dict[str, Any] = {"split": config.split, "streaming": config.streaming}
     if path.is_file():
-        return _load_file(path, **options)
-    if path.is_dir():
-        _check_json(path.rglob("*.json*"))
-    elif path.is_absolute() or path.suffix in _FORMATS:
-        raise ValueError("there is no such file or directory")
-    return datasets.load_dataset(str(config.path), name=config.subset, revision=config.revision, **options)
+        form = _FORMATS.get(path.suffix.lower())
+        if form is None:
+            raise ValueError(f"it is not a {', '.join(_FORMATS)} file")
+        options |= {"data_files": str(path)} | ({"encoding": "utf-8-sig"} if form == "text" else {})
+    elif not path.is_dir():
+        if path.is_absolute() or path.suffix in _FORMATS:
+            raise ValueError("there is no such file or directory")
+        options |= {"name": config.subset, "revision": config.revision}
+    for file in [path] if form == "json" else path.rglob("*.json*"):
+        if file.is_file():
+            _check_json(file)
+    return datasets.load_dataset(form or str(path), **options)
 
 
-def _load_file(path: Path, **options: Any) -> Any:
-    form = _FORMATS.get(path.suffix.lower())
-    if form is None:
-        raise ValueError(f"it is not a {', '.join(_FORMATS)} file")
-    if form == "json":
-        _check_json([path])
-    if form == "text":
-        options["encoding"] = "utf-8-sig"
-    return datasets.load_dataset(form, data_files=str(path), **options)
-
-
-def _check_json(paths: Iterable[Path]) -> None:
+def _check_json(path: Path) -> None:
     """Raises for JSON that is damaged, or nested so deeply that pyarrow would crash the process."""
-    for path in paths:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, text in enumerate(file if path.suffix == ".jsonl" else [file.read()], start=1):
-                try:
-                    json.loads(text if text.strip() else "null")
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"line {number} of {path.name} is not usable JSON ({error})") from error
+    with open(path, encoding="utf-8-sig") as file:
+        for number, text in enumerate(file if path.suffix == ".jsonl" else [file.read()], start=1):
+            try:
+                json.loads(text if text.strip() else "null")
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number} of {path.name} is not usable JSON ({error})") from error
 
 
-def _select(dataset: Any, config: DataConfig, folder: Path) -> tuple[Any, Columns]:
+def _select(dataset: Any, config: DataConfig) -> Any:
     """The columns of image and captions, with images as they are stored."""
     features, names = dataset.features, dataset.column_names
     if not isinstance(dataset, datasets.Dataset):  # a CSV file, say, tells its columns no earlier
         names = list(next(iter(dataset.decode(False) if features else dataset), ()))
-    elif not len(dataset):
-        names = []
-    if not names:
+    if not names or getattr(dataset, "num_rows", 1) == 0:
         raise ValueError(f"data.split={config.split} has no rows")
-    caption = _caption_name(names, config.caption_column, "it")
-    if config.kind == "prompts":
-        return dataset.select_columns([caption]), Columns(None, caption, folder)
-    is_image = {name: isinstance(kind, datasets.Image) for name, kind in (features or {}).items()}
-    image = config.image_column or next((name for name in is_image if is_image[name]), "image")
-    if image not in names:
-        raise ValueError(f"it has no column {image} of images, only {', '.join(names)}; set data.image_column")
-    dataset = dataset.select_columns([image, caption])
-    if is_image.get(image):
-        dataset = dataset.cast_column(image, datasets.Image(decode=False))
-    return dataset, Columns(image, caption, folder)
+    chosen = {_caption_name(names, config.caption_column, "it"): "text"}
+    if config.kind != "prompts":
+        images = [name for name, kind in (features or {}).items() if isinstance(kind, datasets.Image)]
+        image = config.image_column or next(iter(images), "image")
+        if image not in names:
+            raise ValueError(f"it has no column {image} of images, only {', '.join(names)}; set data.image_column")
+        if image in images:
+            dataset = dataset.cast_column(image, datasets.Image(decode=False))
+        chosen[image] = "image"
+    return dataset.select_columns([*chosen]).rename_columns({old: new for old, new in chosen.items() if old != new})
 
 
 def _open_folder(root: Path, caption_column: str | None) -> datasets.Dataset:
@@ -224,21 +168,21 @@ def _open_folder(root: Path, caption_column: str | None) -> datasets.Dataset:
     captions: dict[str, tuple[str, ...]] = {}
     for path in files:
         if path.name in _METADATA and path.is_file():
-            table = _load_file(path, split="train")
+            table = _load(DataConfig(kind="datasets", path=str(path)))
             if "file_name" not in table.column_names:
                 raise ValueError(f"{path.name} has no column file_name, only {', '.join(table.column_names)}")
             texts = table[_caption_name(table.column_names, caption_column, path.name)]
-            names = (os.path.normpath(path.parent / str(name)) for name in table["file_name"])
-            captions |= {name: _captions(text) for name, text in zip(names, texts, strict=True)}
+            for name, text in zip(table["file_name"], texts, strict=True):
+                captions[os.path.normpath(path.parent / str(name))] = _captions(text)
     bare = [path for path in files if path.suffix.lower() in _SUFFIXES and str(path) not in captions]
     with ThreadPoolExecutor(8) as pool:
         captions |= zip(map(str, bare), pool.map(_text_beside, bare), strict=True)
     if not any(captions.values()):
         what = f"captions; add {_METADATA[0]} or .txt files" if captions else f"images ({', '.join(_SUFFIXES)})"
         raise ValueError(f"the folder holds no {what}")
-    rows = {"image": sorted(captions, key=Path), "text": [captions[name] for name in sorted(captions, key=Path)]}
-    kinds = datasets.Features({"image": datasets.Value("string"), "text": datasets.List(datasets.Value("string"))})
-    return datasets.Dataset.from_dict(rows, features=kinds)
+    names = sorted(captions, key=Path)
+    rows = {"image": names, "text": [captions[name] for name in names]}
+    return datasets.Dataset.from_dict(rows)
 
 
 def _text_beside(image: Path) -> tuple[str, ...]:
@@ -259,10 +203,7 @@ def _shard_urls(path: str) -> list[str]:
         urls = [path.replace(span[0], str(number).zfill(len(span[1]))) for number in numbers]
     missing = [url for url in urls if "://" not in url and not Path(url).is_file()]
     if missing or not urls:
-        what = (
-            f"{len(missing)} of {len(urls)} shards are missing, the first is {missing[0]}" if urls else "no .tar files"
-        )
-        raise ValueError(what)
+        raise ValueError(f"{len(missing)} of its {len(urls)} .tar files are missing: {', '.join(missing[:1]) or path}")
     return urls
 
 
@@ -274,12 +215,12 @@ def _shard_rows(urls: list[str], image: str | None, caption: str | None) -> Iter
     for url in urls:
         try:
             with fsspec.open(url, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
-                entries = (entry for entry in tar if entry.isfile())
-                for _, group in groupby(entries, lambda entry: re.sub(r"\.[^/]*$", "", entry.name)):
-                    fields = {e.name.rpartition("/")[2].partition(".")[2].lower(): tar.extractfile(e) for e in group}
-                    yield _shard_row({name: file.read() for name, file in fields.items() if file}, image, caption)
+                files = ((entry.name, tar.extractfile(entry).read()) for entry in tar if entry.isfile())  # type: ignore
+                for _, group in groupby(files, lambda file: re.sub(r"\.[^/]*$", "", file[0])):
+                    fields = {name.rpartition("/")[2].partition(".")[2].lower(): data for name, data in group}
+                    yield _shard_row(fields, image, caption)
         except (tarfile.TarError, OSError, EOFError, zlib.error):
-            yield {"image": {"bad": "damaged shard"}, "text": url}
+            yield {"image": None, "text": None, "bad": "damaged shard"}
 
 
 def _shard_row(fields: dict[str, Any], image: str | None, caption: str | None) -> dict[str, Any]:
@@ -292,45 +233,24 @@ def _shard_row(fields: dict[str, Any], image: str | None, caption: str | None) -
     return row
 
 
-class _Task(NamedTuple):
-    """A batch to be read: its samples, their bucket's size, seeds of the rows' random draws, the position after it."""
-
-    members: Sequence[Any]
-    size: Size
-    seeds: list[tuple[int, ...]]
-    after: tuple[int, int]
-
-
 class BatchSource:
     """Endless epochs of batches for one process, with an exact position.
 
     `iter` goes on from the position. Have one iterator at a time; after `load_state_dict` take a new one.
-
-    Attributes:
-        epoch: of the next batch, from 0.
-        num_samples: usable samples of all processes together; None for a stream.
     """
 
-    num_samples: int | None = None
-
-    def __init__(
-        self, dataset: Any, columns: Columns, config: DataConfig, batch_size: int, seed: int, process: tuple[int, int]
-    ) -> None:
-        index, count = process
-        self._dataset, self._columns, self._config, self._seed = dataset, columns, config, seed
+    def __init__(self, config: DataConfig, dataset: Any, batch_size: int, seed: int, process: tuple[int, int]) -> None:
+        self._config, self._dataset, self._batch_size, self._seed = config, dataset, batch_size, seed
+        self._process, self._num_processes = process
+        path = Path(str(config.path))
+        self._folder = path.parent if path.is_file() else path  # where relative paths of images start
         self._buckets = Buckets(config)
-        self._rows = range(index * batch_size, (index + 1) * batch_size)
-        self._num_rows = batch_size * count
-        self._skips: dict[str, str] = {}
-        self._identity: dict[str, Any] = {"seed": seed, "batch size": batch_size, "process": f"{index} of {count}"}
-        self._where = "the demo's images" if config.kind == "demo" else f"data.path={config.path}"
-        self.epoch, self._batch = 0, 0
+        self._content = ""  # tells the data from other data
+        self.skipped: Counter[str] = Counter()  # samples left out so far, by reason; undecodable ones count each time
+        self.epoch, self._batch = 0, 0  # of the next batch
 
     def _groups(self, epoch: int) -> Iterator[tuple[Sequence[Any], int]]:
         """This process' samples of each batch of an epoch, and their bucket."""
-        raise NotImplementedError
-
-    def _read(self, member: Any) -> Sample:
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[TrainingBatch]:
@@ -338,76 +258,82 @@ class BatchSource:
             self,  # type: ignore[arg-type]  # has no length: tasks are endless
             sampler=self._tasks(),
             batch_size=None,  # a task is a batch already
-            collate_fn=_unchanged,
             num_workers=self._config.num_workers,
             generator=torch.Generator(),  # torch's own, which training draws from, is left alone
         )
-        last_good = self.epoch
+        empty = 0
         for batch, bad, (self.epoch, self._batch) in loader:
-            self._skips |= bad
-            if batch is not None:
-                last_good = self.epoch
-                yield batch
-            elif self.epoch > last_good + 1:
+            self.skipped.update(bad)
+            empty = 0 if batch is not None else empty + 1
+            if empty == _FIRST_LOOK:
                 raise self._nothing_usable()
+            if batch is not None:
+                yield batch
 
-    def __getitem__(self, task: _Task) -> tuple[TrainingBatch | None, dict[str, str], tuple[int, int]]:
-        """Reads a batch, in a worker or not; None if all of it is bad."""
-        return *make_batch(self._read, task.members, task.size, task.seeds, self._config), task.after
-
-    def _tasks(self) -> Iterator[_Task]:
+    def _tasks(self) -> Iterator[tuple[Any, ...]]:
+        """Batches to be read: samples, size, seeds of the rows' random draws, and the position after it."""
         epoch, first = self.epoch, self._batch
+        rows = range(self._process * self._batch_size, (self._process + 1) * self._batch_size)
         while True:
             number = -1
             for number, (members, bucket) in enumerate(self._groups(epoch)):
                 if number >= first:
-                    seeds = [(self._seed, epoch, number, row) for row in self._rows]
-                    yield _Task(members, self._buckets.sizes[bucket], seeds, (epoch, number + 1))
+                    seeds = [(self._seed, epoch, number, row) for row in rows]
+                    yield members, self._buckets.sizes[bucket], seeds, (epoch, number + 1)
             if number < 0:
                 raise self._nothing_usable()
             epoch, first = epoch + 1, 0
 
+    def __getitem__(self, task: tuple[Any, ...]) -> Any:
+        """Reads a batch, in a worker or not: the batch or None, why samples are bad, and the position after it."""
+        members, size, seeds, after = task
+        return *make_batch(self._read, members, size, seeds, self._config), after
+
+    def _read(self, member: Sample | int) -> Sample:
+        return member if isinstance(member, Sample) else self._sample(self._dataset[member])
+
+    def _sample(self, row: dict[str, Any]) -> Sample:
+        """Raises `BadSample`."""
+        if not (captions := _captions(row["text"])):
+            raise BadSample(row.get("bad", "no caption"))
+        if self._config.kind == "prompts":
+            return Sample(captions, None)
+        value = row["image"]
+        if isinstance(value, Image.Image):
+            return Sample(captions, value)
+        stored = value if isinstance(value, dict) else {"path": value}
+        path: Any = stored.get("path")
+        if not stored.get("bytes") and not isinstance(path, str):
+            raise BadSample("missing file")
+        return Sample(captions, stored.get("bytes") or (path if "://" in path else self._folder / path))
+
+    def _place(self, sample: Sample) -> tuple[int, float]:
+        """Bucket and aspect ratio of a sample, from the image's header; raises `BadSample`."""
+        square = (self._config.resolution, self._config.resolution)
+        return self._buckets.place(square if sample.image is None else image_size(sample.image))
+
     def state_dict(self) -> dict[str, Any]:
         """The position, as values that JSON has. Each process saves and loads its own."""
-        return {"epoch": self.epoch, "batch": self._batch, "of": dict(self._identity)}
+        return {"epoch": self.epoch, "batch": self._batch, "content": self._content}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a position: the next batch is the one that an unbroken run would have had.
+        """Takes up a position: the next batch is the one that an unbroken run with these settings would have had.
 
         Raises:
-            ValueError: the position belongs to other data or settings.
+            ValueError: the position belongs to other data.
         """
-        for name, present in self._identity.items():
-            if (saved := state["of"].get(name)) != present:
-                raise ValueError(
-                    f"the position belongs to other data or settings: {name} was {saved} and is {present}; resume "
-                    "with those, or start anew."
-                )
+        if state["content"] != self._content:
+            what = f"it held {state['content']} and holds {self._content}"
+            raise ValueError(f"data.path={self._config.path} has changed ({what}); resume with the same data.")
         self.epoch, self._batch = int(state["epoch"]), int(state["batch"])
-
-    @property
-    def skipped(self) -> Counter[str]:
-        """How many samples were left out so far, by reason; each counts once, in a stream once an epoch."""
-        return Counter(self._skips.values())
 
     def describe(self) -> str:
         """One line for the log: what there is, and what was left out."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common()) or "none"
-        what = "stream" if self.num_samples is None else f"{self.num_samples} samples"
-        return f"{self._where}: {what}; left out: {reasons}"
+        return f"data.{self._config.kind} {self._config.path or ''}: {self._content}; left out: {reasons}"
 
     def _nothing_usable(self) -> ValueError:
-        return ValueError(
-            f"{self.describe()}. No sample is usable; give images with captions, large enough for data.resolution."
-        )
-
-    def _look(self, row: dict[str, Any], name: str = "") -> tuple[Sample, Size]:
-        """A sample and its size, from the image's header; raises `BadSample`."""
-        sample = self._columns.sample(row, name)
-        size = (self._config.resolution,) * 2 if sample.image is None else image_size(sample.image)
-        if min(size) < 1:
-            raise BadSample("unreadable")
-        return sample, size
+        return ValueError(f"{self.describe()}. No sample is usable; give images of data.resolution with captions.")
 
 
 class _Indexed(BatchSource):
@@ -415,49 +341,39 @@ class _Indexed(BatchSource):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        found = dict(enumerate(self._scan()))
-        self._skips |= {str(index): size for index, size in found.items() if isinstance(size, str)}
-        indices = np.asarray([index for index in found if str(index) not in self._skips], np.int64)
-        sizes = np.asarray([found[index] for index in indices], np.int64).reshape(-1, 2)
-        homes = self._buckets.homes(sizes)
-        self._skips |= {str(index): "too small" for index in indices[homes < 0]}
-        self._indices, self._homes, sizes = indices[homes >= 0], homes[homes >= 0], sizes[homes >= 0]
-        self._aspects = sizes[:, 0] / sizes[:, 1]
-        self.num_samples = len(sizes)
-        cropped = np.asarray(self._buckets.sizes)[self._homes].astype("<i8")
-        self._identity |= {"number of samples": len(sizes), "checksum of their sizes": zlib.crc32(cropped.tobytes())}
-        if not self.num_samples:
+        found = self._scan()
+        self.skipped.update(place for place in found if isinstance(place, str))
+        usable = [(index, *place) for index, place in enumerate(found) if not isinstance(place, str)]
+        self._content = f"{len(usable)} samples ({zlib.crc32(repr(usable).encode()):08x})"
+        if not usable:
             raise self._nothing_usable()
-        if 2 * len(self._skips) > len(found):
-            logger.warning("most samples are bad: %s", self.describe())
+        self._indices, self._homes, self._aspects = map(np.asarray, zip(*usable, strict=True))
 
-    def _scan(self) -> list[Size | str]:
-        """The size of each sample, or why it is left out."""
+    def _scan(self) -> list[tuple[int, float] | str]:
+        """The bucket and aspect ratio of each sample, or why it is left out."""
         count = len(self._dataset)
         if self._config.kind == "demo":
-            return [(DEMO_IMAGE_SIZE, DEMO_IMAGE_SIZE)] * count
+            return [self._buckets.place((DEMO_IMAGE_SIZE, DEMO_IMAGE_SIZE))] * count
 
-        def look(start: int) -> list[Size | str]:
-            chunk, sizes = self._dataset[start : start + _CHUNK], []
+        def look(start: int) -> list[tuple[int, float] | str]:
+            chunk, places = self._dataset[start : start + _CHUNK], list[tuple[int, float] | str]()
             for values in zip(*chunk.values(), strict=True):
                 try:
-                    sizes.append(self._look(dict(zip(chunk, values, strict=True)))[1])
+                    places.append(self._place(self._sample(dict(zip(chunk, values, strict=True)))))
                 except BadSample as bad:
-                    sizes.append(str(bad))
-            return sizes
+                    places.append(str(bad))
+            return places
 
         starts = range(0, count, _CHUNK)
         with ThreadPoolExecutor(8) as pool:
-            parts = tqdm(pool.map(look, starts), "look at data", len(starts), disable=self._rows.start > 0 or None)
-            return [size for part in parts for size in part]
+            parts = tqdm(pool.map(look, starts), "look at data", len(starts), disable=self._process > 0 or None)
+            return [place for part in parts for place in part]
 
     def _groups(self, epoch: int) -> Iterator[tuple[Sequence[Any], int]]:
         rng = np.random.default_rng([self._seed, epoch])
-        for group, bucket in plan_epoch(self._homes, self._aspects, self._num_rows, rng):
-            yield self._indices[group[self._rows.start : self._rows.stop]].tolist(), bucket
-
-    def _read(self, member: int) -> Sample:
-        return self._columns.sample(self._dataset[member], str(member))
+        for group, bucket in plan_epoch(self._homes, self._aspects, self._batch_size * self._num_processes, rng):
+            own = group.reshape(self._num_processes, -1)[self._process]
+            yield self._indices[own].tolist(), bucket
 
 
 class _Streamed(BatchSource):
@@ -465,66 +381,48 @@ class _Streamed(BatchSource):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._identity |= {"shards": self._dataset.num_shards, "shuffle_buffer": self._config.shuffle_buffer}
+        self._content = f"a stream of {self._dataset.num_shards} shards"
         # `datasets` waits seconds at the end of an epoch where it reads several shards at a time.
         shuffled = self._dataset.shuffle(self._seed, None, self._config.shuffle_buffer, max_buffer_input_shards=1)
-        batch_size = len(self._rows)
-        self._dataset = split_dataset_by_node(shuffled, self._rows.start // batch_size, self._num_rows // batch_size)
+        self._dataset = split_dataset_by_node(shuffled, self._process, self._num_processes)
 
     def _groups(self, epoch: int) -> Iterator[tuple[Sequence[Any], int]]:
-        waiting: dict[int, list[tuple[Sample, float]]] = {}
-        batch_size, any_group = len(self._rows), False
-        for sample, bucket, aspect in self._usable(epoch):
-            waiting.setdefault(bucket, []).append((sample, aspect))
-            if len(waiting[bucket]) == batch_size:
-                any_group = True
-                yield [member for member, _ in waiting.pop(bucket)], bucket
-        rest = [(sample, bucket, aspect) for bucket, part in waiting.items() for sample, aspect in part]
-        if rest:
-            homes, aspects = np.asarray([row[1] for row in rest]), np.asarray([row[2] for row in rest])
-            for chosen, bucket in group_leftovers(homes, aspects, batch_size, repeat=not any_group):
-                yield [rest[number][0] for number in chosen], bucket
-
-    def _usable(self, epoch: int) -> Iterator[tuple[Sample, int, float]]:
+        waiting: dict[int, list[tuple[Sample, int, float]]] = {}
+        good, size = 0, self._batch_size
         self._dataset.set_epoch(epoch)
-        any_good = False
         for seen, row in enumerate(self._dataset, start=1):
-            name = f"{epoch}.{seen}"  # rows of a stream have no number of their own
             try:
-                sample, size = self._look(row, name)
-                home = int(self._buckets.homes(np.asarray([size]))[0])
-                if home < 0:
-                    raise BadSample("too small")
+                sample = self._sample(row)
+                bucket, aspect = self._place(sample)
             except BadSample as bad:
-                self._skips[name] = str(bad)
-            else:
-                any_good = True
-                yield sample, home, size[0] / size[1]
-            if seen == _FIRST_LOOK and not any_good:
-                raise self._nothing_usable()
-
-    def _read(self, member: Sample) -> Sample:
-        return member
-
-
-def _unchanged(loaded: Any) -> Any:
-    return loaded
+                self.skipped[str(bad)] += 1
+                if seen == _FIRST_LOOK and not good:
+                    raise self._nothing_usable() from bad
+                continue
+            good += 1
+            waiting.setdefault(bucket, []).append((sample, bucket, aspect))
+            if len(waiting[bucket]) == size:
+                yield [member for member, *_ in waiting.pop(bucket)], bucket
+        rest = [member for members in waiting.values() for member in members]
+        if len(rest) >= size or (rest and len(rest) == good):
+            samples, homes, aspects = zip(*rest, strict=True)
+            for group, bucket in plan_epoch(
+                np.asarray(homes), np.asarray(aspects), size, np.random.default_rng(epoch)
+            ):
+                yield [samples[number] for number in group], bucket
 
 
 def open_dataset(
     config: DataConfig, *, batch_size: int, seed: int, process_index: int = 0, num_processes: int = 1
 ) -> BatchSource:
-    """The batches that process `process_index` of `num_processes` trains on.
+    """The batches that process `process_index` of `num_processes` trains on, each of `batch_size` rows.
 
-    Unless the data is a stream, captions and the headers of images are looked at first.
-
-    Args:
-        batch_size: rows of a batch of this process.
-        seed: of the order, the crops, the mirroring and the captions drawn, together with the epoch.
+    Unless the data is a stream, captions and the headers of images are looked at first. `seed` settles the order, the
+    crops, the mirroring and the captions drawn, together with the epoch.
 
     Raises:
         ValueError: the data cannot be read, or nothing in it is usable.
     """
-    dataset, columns = open_rows(config, seed)
+    dataset = open_rows(config, seed)
     kind = _Streamed if isinstance(dataset, datasets.IterableDataset) else _Indexed
-    return kind(dataset, columns, config, batch_size, seed, (process_index, num_processes))
+    return kind(config, dataset, batch_size, seed, (process_index, num_processes))
