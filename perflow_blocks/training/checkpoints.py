@@ -1,8 +1,8 @@
-"""Checkpoints of a training: whole or not there, rotated, exact to go on from, and unable to run code.
+"""What a training writes to go on from. Checkpoints are whole or not there, rotated, exact, and unable to run code.
 
 Weights, averages and trajectories are safetensors; how far the training is, and each process' position in the data,
 are JSON. accelerate saves optimizer, schedule, gradient scaler and random states, and reads them as tensors and plain
-values alone (`weights_only=True`). FSDP and DeepSpeed have formats of their own, which are as safe as pickles.
+values alone (`weights_only=True`). FSDP and DeepSpeed have formats of their own, which can run code as pickles can.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from .loop import Session
 
 CHECKPOINTS, SHEETS, PLOTS = "checkpoints", "validation", "plots"
+METRICS, READINGS, REPORT = "metrics.jsonl", "validation.jsonl", "report.md"
 STUDENT, SCHEDULER, WORKFLOW = "student", "scheduler", "workflow"
 DELTA, LORA = "delta.safetensors", "lora.safetensors"
 LORA_KOHYA, LORA_RESIDUAL = "lora_kohya.safetensors", "lora_residual.safetensors"
-METRICS, READINGS, REPORT = "metrics.jsonl", "validation.jsonl", "report.md"
 RESULTS = {
     STUDENT: "student, a UNet",
     DELTA: "delta (student less teacher, with the recipe)",
@@ -44,7 +44,6 @@ RESULTS = {
     REPORT: "this report",
 }
 """What a finished training has in its directory; not every one has all."""
-_STEP = re.compile(r"step_(\d{8,})")
 _STATE, _STUDENT, _AVERAGES = "state.json", "student.safetensors", "averages.safetensors"
 _MAY_CHANGE = tuple(
     """output. loss. data.num_workers teacher.guidance_scale teacher.dtype teacher.offload teacher.on_policy_
@@ -54,21 +53,15 @@ _MAY_CHANGE = tuple(
 """Settings that may differ from those of the run that is resumed."""
 
 
-def checkpoint_path(directory: Path, step: int) -> Path:
-    """The checkpoint of a step in an output directory."""
-    return directory / CHECKPOINTS / f"step_{step:08d}"
-
-
 def sheet_path(directory: Path, step: int) -> Path:
     """The validation sheet of a step in an output directory."""
     return directory / SHEETS / f"step_{step:08d}.png"
 
 
-def by_step(directory: Path, suffix: str = "") -> Iterator[tuple[int, Path]]:
+def by_step(directory: Path, suffix: str = "") -> list[tuple[int, Path]]:
     """The steps and paths in a directory of checkpoints or of sheets (suffix ".png"), in order of the steps."""
-    if directory.is_dir():
-        found = [(int(match[1]), path) for path in directory.iterdir() if (match := _STEP.fullmatch(path.stem))]
-        yield from sorted(entry for entry in found if entry[1].suffix == suffix)
+    found = [(re.fullmatch(r"step_(\d{8,})", path.stem), path) for path in directory.glob(f"step_*{suffix}")]
+    return sorted((int(match[1]), path) for match, path in found if match and path.suffix == suffix)
 
 
 def append_line(path: Path, reading: Mapping[str, Any]) -> None:
@@ -78,17 +71,10 @@ def append_line(path: Path, reading: Mapping[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The readings in a file; none where there is no file.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    complete = data[: data.rfind(b"\n") + 1]  # a run that was killed may have left half a line
-    try:
-        lines = [json.loads(line) for line in complete.decode().splitlines()]
+    """The readings in a file; none where there is no file. Raises ValueError if it is damaged."""
+    data = path.read_bytes() if path.exists() else b""
+    try:  # without half a line, which a run that was killed may have left
+        lines = [json.loads(line) for line in data[: data.rfind(b"\n") + 1].decode().splitlines()]
         if all(type(line["step"]) is int for line in lines):
             return lines
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -97,7 +83,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def trim(directory: Path, step: int) -> None:
-    """Removes readings and sheets of later steps, which a run left that is now gone on with from `step`."""
+    """Removes readings and sheets of later steps than `step`, from where a run goes on."""
     for path in (directory / METRICS, directory / READINGS):
         if lines := read_lines(path):
             with atomic_path(path) as temporary:
@@ -123,6 +109,7 @@ class Checkpoints:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._last = 0  # step of this run's newest checkpoint
+        self._index = session.accelerator.process_index
         session.accelerator.register_save_state_pre_hook(self._save_student)
         session.accelerator.register_load_state_pre_hook(self._load_student)
 
@@ -132,7 +119,8 @@ class Checkpoints:
         With the first one, a run that was resumed from an earlier step replaces the later checkpoints it found.
         """
         session, accelerator, output = self._session, self._session.accelerator, self._session.config.output
-        final = checkpoint_path(Path(output.directory), step)
+        directory = Path(output.directory)
+        final = directory / CHECKPOINTS / f"step_{step:08d}"
         temporary = final.with_name(f".{final.name}.tmp")
         if accelerator.is_main_process:
             for leftover in final.parent.glob(".*"):
@@ -140,25 +128,21 @@ class Checkpoints:
             temporary.mkdir(parents=True)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(temporary))
-        position, trajectories = self._files(temporary)
-        position.write_text(json.dumps(session.data.state_dict()), encoding="utf-8")
-        session.pairs.save(trajectories)
+        position = json.dumps(session.data.state_dict())
+        (temporary / f"data_{self._index}.json").write_text(position, encoding="utf-8")
+        session.pairs.save(temporary / f"trajectories_{self._index}.safetensors")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            if session.ema is not None:
-                _write(temporary / _AVERAGES, dict(zip(session.trained, session.ema.shadow_params, strict=True)))
-            state = State(
-                step=step,
-                average_steps=session.ema.optimization_step if session.ema else 0,
-                num_processes=accelerator.num_processes,
-                config=session.config.flat(),
-            )
+            _write(temporary / _AVERAGES, self._averages())
+            steps, config = session.ema.optimization_step if session.ema else 0, session.config.flat()
+            processes = accelerator.num_processes
+            state = State(step=step, average_steps=steps, num_processes=processes, config=config)
             (temporary / _STATE).write_text(state.model_dump_json(indent=2), encoding="utf-8")
             for number, path in by_step(final.parent):
                 if number > self._last:  # not this run's
                     _remove(path)
             temporary.rename(final)
-            for old in list_checkpoints(Path(output.directory))[: -output.keep_checkpoints]:
+            for old in list_checkpoints(directory)[: -output.keep_checkpoints]:
                 _remove(old)
         self._last = step
         accelerator.wait_for_everyone()
@@ -170,15 +154,11 @@ class Checkpoints:
             ValueError: it is damaged, or of another number of processes, or fp16 and this run is not, or the reverse.
         """
         state, accelerator = read_state(path), self._session.accelerator
-        processes, scaled = accelerator.num_processes, (path / SCALER_NAME).is_file()
-        if state.num_processes != processes:
+        scaled, processes = (path / SCALER_NAME).is_file(), accelerator.num_processes
+        if (state.num_processes, scaled) != (processes, accelerator.scaler is not None):
             raise ValueError(
-                f"{path} is of {state.num_processes} processes and this run has {processes}; launch as many."
-            )
-        if scaled != (accelerator.scaler is not None):
-            raise ValueError(
-                f"{path} was written {'with' if scaled else 'without'} mixed precision fp16 and this run has "
-                f"{accelerator.mixed_precision}; launch it as before."
+                f"{path} is of {state.num_processes} processes {'with' if scaled else 'without'} fp16, and this run "
+                f"has {processes} with precision {accelerator.mixed_precision}; launch it as before."
             )
         try:
             self._restore(path, state)
@@ -188,37 +168,32 @@ class Checkpoints:
         return state.step
 
     def _restore(self, path: Path, state: State) -> None:
-        session, index = self._session, self._session.accelerator.process_index
-        states = load_plain(path / f"{RNG_STATE_NAME}_{index}.pkl")
+        session, states = self._session, load_plain(path / f"{RNG_STATE_NAME}_{self._index}.pkl")
         session.accelerator.load_state(str(path))
         # accelerate goes on without random states that it cannot take up.
-        if random.getstate() != states["random_state"] or not torch.equal(
-            torch.get_rng_state(), states["torch_manual_seed"]
-        ):
-            raise ValueError(f"{RNG_STATE_NAME}_{index}.pkl holds no random states")
+        taken = torch.equal(torch.get_rng_state(), states["torch_manual_seed"])
+        if not taken or random.getstate() != states["random_state"]:
+            raise ValueError(f"{RNG_STATE_NAME}_{self._index}.pkl holds no random states")
+        _take_up(path / _AVERAGES, self._averages())
         if session.ema is not None:
-            _take_up(path / _AVERAGES, dict(zip(session.trained, session.ema.shadow_params, strict=True)))
             session.ema.optimization_step = state.average_steps
-        position, trajectories = self._files(path)
-        session.data.load_state_dict(json.loads(position.read_text(encoding="utf-8")))
-        session.pairs.load(trajectories)
+        session.data.load_state_dict(json.loads((path / f"data_{self._index}.json").read_text(encoding="utf-8")))
+        session.pairs.load(path / f"trajectories_{self._index}.safetensors")
 
-    def _files(self, directory: Path) -> tuple[Path, Path]:
-        """This process' position in the data and its trajectories."""
-        index = self._session.accelerator.process_index
-        return directory / f"data_{index}.json", directory / f"trajectories_{index}.safetensors"
+    def _averages(self) -> dict[str, Tensor]:
+        ema = self._session.ema
+        return {} if ema is None else dict(zip(self._session.trained, ema.shadow_params, strict=True))
 
     def _save_student(self, models: list[Any], weights: list[dict[str, Any]], directory: str) -> None:
         """Saves the trained weights in place of all, where accelerate has them: not under FSDP and DeepSpeed."""
-        if weights:
-            weights.clear()
-            if self._session.accelerator.is_main_process:
-                _write(Path(directory) / _STUDENT, self._session.trained)
+        if weights and self._session.accelerator.is_main_process:
+            _write(Path(directory) / _STUDENT, self._session.trained)
+        weights.clear()
 
     def _load_student(self, models: list[Any], directory: str) -> None:
         if models:
-            models.clear()
             _take_up(Path(directory) / _STUDENT, self._session.trained)
+        models.clear()
 
 
 def list_checkpoints(output: Path) -> list[Path]:
@@ -231,39 +206,34 @@ def find_checkpoint(config: DistillConfig) -> Path | None:
 
     Raises:
         ValueError: it is not there, is damaged, is of more steps than are wanted, or was made with settings that
-            cannot change; or there are checkpoints and none is asked for.
+            cannot change; or there are checkpoints and none of them is asked for.
     """
     resume, output = config.output.resume, Path(config.output.directory)
     present = list_checkpoints(output)
-    path = present[-1] if resume == "latest" and present else None
-    advice = "pass output.resume=latest to go on from there, or another directory."
-    if resume is None and present:
-        raise ValueError(f"output.directory={output} holds checkpoints up to {present[-1].name}; {advice}")
-    if resume not in (None, "latest"):
-        path = Path(str(resume))
-        if not (path / _STATE).is_file():
+    if resume == "latest":
+        path = present[-1] if present else None
+    else:
+        path = None if resume is None else Path(resume)
+        if path is not None and not (path / _STATE).is_file():
             raise ValueError(f"output.resume={resume} is not a checkpoint; pass the folder of one, or latest.")
-        if present and path.resolve().parent != (output / CHECKPOINTS).resolve():
+        if present and (path is None or path.resolve().parent != (output / CHECKPOINTS).resolve()):
             raise ValueError(
-                f"output.directory={output} holds checkpoints of another run than output.resume; {advice}"
+                f"output.directory={output} holds checkpoints up to {present[-1].name}; pass output.resume=latest to "
+                "go on from there, or another directory."
             )
-    if path is None:
-        return None
-    state = read_state(path)
-    require_same(state.config, config.flat(), path)
-    if state.step > config.optimizer.max_steps:
-        raise ValueError(
-            f"optimizer.max_steps={config.optimizer.max_steps} is below the {state.step} updates of {path.name}; pass "
-            "at least as many, or go on from an earlier checkpoint."
-        )
+    if path is not None:
+        state = read_state(path)
+        require_same(state.config, config.flat(), path)
+        if state.step > config.optimizer.max_steps:
+            raise ValueError(
+                f"optimizer.max_steps={config.optimizer.max_steps} is below the {state.step} updates of {path.name}; "
+                "pass at least as many, or go on from an earlier checkpoint."
+            )
     return path
 
 
 def read_state(path: Path) -> State:
-    """
-    Raises:
-        ValueError: the checkpoint is damaged.
-    """
+    """How far a checkpoint is. Raises ValueError if it is damaged."""
     try:
         return State.model_validate_json((path / _STATE).read_bytes())
     except (OSError, ValidationError) as error:

@@ -155,11 +155,11 @@ def _referring(source: TeacherSource) -> Any:
     from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
     from ..blocks.pipeline import PeRFlowModularPipeline
 
-    pipe = PeRFlowModularPipeline(PeRFlowSDXLAutoBlocks(), source.location, revision=source.revision)
+    pipe = PeRFlowModularPipeline(PeRFlowSDXLAutoBlocks(), source.location, revision=source.model.revision)
     for name, spec in pipe._component_specs.items():
         if spec.pretrained_model_name_or_path == source.location:
-            spec.revision = source.revision
-            spec.variant = source.variant if name in ("unet", "vae", *source.family.text_encoders) else None
+            spec.revision = source.model.revision
+            spec.variant = source.model.variant if name in ("unet", "vae", *source.family.text_encoders) else None
     return pipe
 
 

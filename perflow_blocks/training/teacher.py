@@ -82,15 +82,14 @@ def family_of(unet_config: Mapping[str, Any]) -> ModelFamily:
     return SDXL
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TeacherSource:
     """A teacher whose configurations were read, and whose weights were not."""
 
     label: str  # its name for the recipe: the repository, or the last part of a path
     location: str  # repository or directory of the parts; for a single file that of their configurations
     single_file: str | None
-    revision: str | None
-    variant: str | None
+    model: ModelConfig
     family: ModelFamily
     unet_config: Mapping[str, Any]
     scheduler_config: Mapping[str, Any]
@@ -121,11 +120,11 @@ class TeacherSource:
 
     def load_text_pipeline(self, dtype: torch.dtype) -> Any:
         """The family's pipeline with text encoders and tokenizers alone, on the CPU."""
-        absent = dict.fromkeys(
-            ("unet", "vae", *(() if self.family is SDXL else ("safety_checker", "feature_extractor")))
-        )
+        absent: dict[str, Any] = {"unet": None, "vae": None}
+        if self.family is not SDXL:
+            absent |= {"safety_checker": None, "feature_extractor": None}
         parts: dict[str, Any] = {
-            name: CLIPTokenizer.from_pretrained(self.location, subfolder=name, revision=self.revision)
+            name: CLIPTokenizer.from_pretrained(self.location, subfolder=name, revision=self.model.revision)
             for name in self.family.tokenizers
         }
         if self.single_file is not None:
@@ -143,13 +142,13 @@ class TeacherSource:
         """The arguments of the family's pipeline beside its parts."""
         if self.family is not SDXL:
             return {"requires_safety_checker": False}
-        zeros = _index(self.location, self.revision).get("force_zeros_for_empty_prompt", True)
+        zeros = _index(self.location, self.model.revision).get("force_zeros_for_empty_prompt", True)
         return {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
 
     def _load(self, kind: Any, folder: str, dtype: torch.dtype) -> Any:
         if self.single_file is not None:
             return kind.from_single_file(self.single_file, config=self.location, subfolder=folder, dtype=dtype).eval()
-        where = {"subfolder": folder, "revision": self.revision, "variant": self.variant}
+        where = {"subfolder": folder, "revision": self.model.revision, "variant": self.model.variant}
         return kind.from_pretrained(self.location, dtype=dtype, **where).eval()
 
 
@@ -173,17 +172,7 @@ def open_teacher(model: ModelConfig) -> TeacherSource:
     elif path.is_absolute() or model.teacher.startswith((".", "~")) or model.teacher.count("/") != 1:
         raise ValueError(f"model.teacher={model.teacher} does not exist; pass a directory, or owner/name.")
     unet, scheduler, vae = (_part_config(location, part, model.revision) for part in ("unet", "scheduler", "vae"))
-    return TeacherSource(
-        label=label,
-        location=location,
-        single_file=single_file,
-        revision=model.revision,
-        variant=model.variant,
-        family=family_of(unet),
-        unet_config=unet,
-        scheduler_config=scheduler,
-        vae_config=vae,
-    )
+    return TeacherSource(label, location, single_file, model, family_of(unet), unet, scheduler, vae)
 
 
 def _part_config(location: str, folder: str, revision: str | None) -> dict[str, Any]:
@@ -395,48 +384,25 @@ class Teacher:
         scale = self.config.guidance_scale if self.config.cfg_mode == "fixed" else 1.0
         steps = self.config.steps_per_window
         windows = self.geometry.solver_windows(steps)
-        return self.solve_between(z_start, start, end, conditioning, steps, windows, scale)
+        return self.solve_between(z_start, start, end, conditioning, scale, num_steps=steps, num_windows=windows)
 
     def solve_between(
-        self,
-        z_start: Tensor,
-        start: Tensor,
-        end: Tensor,
-        conditioning: Conditioning,
-        num_steps: int,
-        num_windows: int | None,
-        scale: float,
+        self, z_start: Tensor, start: Tensor, end: Tensor, conditioning: Conditioning, scale: float, **steps: Any
     ) -> Tensor:
-        """As `PFODESolver.solve_conditioned` with a guidance of `scale`."""
+        """As `PFODESolver.solve_conditioned`, with a guidance of `scale`."""
         dtype = getattr(torch, self.config.dtype)
-        negative = cast(self.encoder.empty(conditioning), dtype) if scale > 1.0 else None
+        positive, negative = cast(conditioning, dtype), None
+        if scale > 1.0:
+            negative = cast(self.encoder.empty(conditioning), dtype)
+        steps["guidance_scale"] = scale
         with self._at_hand():
-            return self._solver.solve_conditioned(
-                z_start,
-                self.unet,
-                start,
-                end,
-                cast(conditioning, dtype),
-                negative,
-                guidance_scale=scale,
-                num_steps=num_steps,
-                num_windows=num_windows,
-            )
+            return self._solver.solve_conditioned(z_start, self.unet, start, end, positive, negative, **steps)
 
 
 @contextmanager
-def without_factors(student: Any) -> Iterator[None]:
-    """A LoRA student as it was before its factors: the teacher, whose weights need not be in memory twice."""
-    student.disable_adapters()
-    try:
-        yield
-    finally:
-        student.enable_adapters()
-
-
-@contextmanager
-def then(after: Offload) -> Iterator[None]:
-    """Calls a function at the end, to take an offloaded model back to the host."""
+def between(before: Callable[[], Any], after: Callable[[], Any]) -> Iterator[None]:
+    """Calls one function at the beginning and one at the end."""
+    before()
     try:
         yield
     finally:

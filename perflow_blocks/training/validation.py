@@ -143,8 +143,8 @@ def teacher_latents(session: Session, inputs: Inputs) -> Tensor:
     config, one = session.config, torch.ones(1, device=inputs.noise.device)
     fixed = config.teacher.cfg_mode == "fixed"
     scale = config.teacher.guidance_scale if fixed else session.source.family.guidance_scale
-    steps = config.output.validation_teacher_steps
-    return session.teacher.solve_between(inputs.noise, one, 0 * one, inputs.conditioning, steps, None, scale)
+    steps = {"num_steps": config.output.validation_teacher_steps, "num_windows": None}
+    return session.teacher.solve_between(inputs.noise, one, 0 * one, inputs.conditioning, scale, **steps)
 
 
 def student_latents(
