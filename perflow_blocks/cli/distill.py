@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -27,7 +27,6 @@ def distill(
     from ..training.config import load_config
     from ..training.distillation import distill as run
     from ..training.loop import Observer, Progress, Session
-    from ..training.teacher import SD, SDXL
 
     class Lines(Observer):
         """A line for each reading, by the main process."""
@@ -45,8 +44,8 @@ def distill(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     diffusers.logging.disable_progress_bar()
-    for family in (SD, SDXL):
-        logging.getLogger(family.pipeline.__module__).addFilter(first_of_its_kind())
+    # That a prompt is cut to 77 tokens would be told for each one of them.
+    logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
     directory = run(load_config(config, overrides), [Lines()])
     if PartialState().is_main_process:
         for path in (directory / name for name in RESULTS):
@@ -75,14 +74,3 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
             value = left.pop(0)
         found[name] = value
     return found
-
-
-def first_of_its_kind() -> Any:
-    """A filter that lets the first message of each kind through: that prompts are cut is told for each of them."""
-    seen: set[str] = set()
-
-    def is_new(record: logging.LogRecord) -> bool:
-        kind = str(record.msg)[:60]
-        return not (kind in seen or seen.add(kind))
-
-    return is_new

@@ -87,15 +87,16 @@ def _problems(config: DistillConfig) -> Iterator[str]:
     for package, is_needed in optional.items():
         if is_needed and find_spec(str(package)) is None:
             yield f"{package}, which these settings need, is not installed; pip install {package}."
-    output = Path(config.output.directory)
-    for check in (
-        lambda: _require_teacher(config),
-        lambda: open_rows(config.data),
-        lambda: require_writable_directory(output),
-        lambda: find_checkpoint(config),
-    ):
+    writable = Path(config.output.directory)
+    checks = {
+        _require_teacher: config,
+        open_rows: config.data,
+        require_writable_directory: writable,
+        find_checkpoint: config,
+    }
+    for check, subject in checks.items():
         try:
-            check()
+            check(subject)
         except (ValueError, OSError, TypeError) as error:
             yield " ".join(str(error).split())
 

@@ -29,7 +29,7 @@ from .teacher import LatentEncoder, Offload, PromptEncoder, Teacher, WindowGeome
 logger = logging.get_logger(__name__)
 
 DIVERGED = 1000.0
-"""A mean loss above it ends the training: targets are of order one, so a student that gives zeros has a loss near 1."""
+"""A mean loss above it ends the training: targets are of order one, so a student of zeros has a loss near 1."""
 _PATIENCE = timedelta(hours=2)
 """How long processes wait for the main one, which alone draws validation sheets and writes the result."""
 
@@ -154,10 +154,9 @@ class Progress:
     def describe(self) -> str:
         """One line for a terminal."""
         windows = " ".join("-" if loss is None else f"{loss:.4g}" for loss in self.window_losses)
-        return (
-            f"step {self.step}/{self.max_steps}  loss {self.loss:.4g}  windows {windows}  lr {self.learning_rate:.3g}  "
-            f"{self.samples_per_second:.3g} samples/s  ETA {timedelta(seconds=round(self.eta_seconds))}"
-        )
+        eta, speed = timedelta(seconds=round(self.eta_seconds)), f"{self.samples_per_second:.3g} samples/s"
+        head = f"step {self.step}/{self.max_steps}  loss {self.loss:.4g}  windows {windows}"
+        return f"{head}  lr {self.learning_rate:.3g}  {speed}  ETA {eta}"
 
 
 class Observer:
@@ -281,12 +280,12 @@ class TrainingRun:
         # In half precision the gradient scaler skips updates whose gradients overflow, which is no divergence.
         norms = [] if accelerator.mixed_precision == "fp16" else progress.gradient_norms
         if not all(map(math.isfinite, (*progress.losses, *norms))) or progress.loss > DIVERGED:
-            kept = list_checkpoints(self.output)[-1:]
+            present = list_checkpoints(self.output)
             raise DivergenceError(
-                f"the training diverged by step {self.step}, with a loss of {progress.loss:.4g} and a gradient of norm "
-                f"{max(progress.gradient_norms):.4g}; {f'{kept[0]} is kept' if kept else 'there is no checkpoint yet'}. "
-                f"To go on, lower optimizer.learning_rate (now {config.optimizer.learning_rate:g}) or the teacher's "
-                "guidance, or use bf16 instead of fp16, and pass output.resume=latest."
+                f"the training diverged by step {self.step} (loss {progress.loss:.4g}, norm of the gradient "
+                f"{progress.gradient_norms[-1]:.4g}); {present[-1] if present else 'no checkpoint'} is kept. To go on, "
+                f"lower optimizer.learning_rate (now {config.optimizer.learning_rate:g}) or the teacher's guidance, or "
+                "use bf16 instead of fp16, and pass output.resume=latest."
             )
         if accelerator.is_main_process:
             append_line(self.output / METRICS, asdict(progress))

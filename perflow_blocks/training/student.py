@@ -1,4 +1,4 @@
-"""The student: the teacher's UNet with all weights free, or with low-rank factors beside frozen ones; its optimizer."""
+"""The student, the teacher's UNet with all weights free or with low-rank factors beside frozen ones; its optimizer."""
 
 from __future__ import annotations
 
@@ -22,14 +22,7 @@ _BLOCKS = ("down_blocks.*", "mid_block.*", "up_blocks.*")
 def build_student(
     source: TeacherSource, model: ModelConfig, optimizer: OptimizerConfig, base_dtype: torch.dtype
 ) -> Any:
-    """The student on the CPU; its trainable weights are float32 and those that require gradients.
-
-    Args:
-        source: of the teacher's weights.
-        model: which kind of student.
-        optimizer: its memory format, gradient checkpointing, compilation and seed.
-        base_dtype: of a LoRA's frozen weights.
-    """
+    """The student on the CPU; its trainable weights are float32, a LoRA's frozen ones `base_dtype`."""
     if model.student == "full":
         student = load_initial(source, model).train().requires_grad_(True)
         for name in frozen_weights(student, model.frozen):
@@ -50,16 +43,12 @@ def build_student(
 
 
 def load_initial(source: TeacherSource, model: ModelConfig) -> UNet2DConditionModel:
-    """The weights that a full student starts from, float32.
-
-    Raises:
-        ValueError: `model.init_student` has another architecture than the teacher.
-    """
+    """The weights that a full student starts from, float32. Raises ValueError for those of another architecture."""
     if model.init_student is None:
         return source.load_unet(torch.float32)
     student = UNet2DConditionModel.from_pretrained(model.init_student, dtype=torch.float32)
-    shapes = [{name: tensor.shape for name, tensor in u.state_dict().items()} for u in (student, empty_unet(source))]
-    if shapes[0] != shapes[1]:
+    own, wanted = student.state_dict(), empty_unet(source).state_dict()
+    if {name: own[name].shape for name in own} != {name: wanted[name].shape for name in wanted}:
         raise ValueError(f"model.init_student={model.init_student} has another architecture than the teacher.")
     return student
 
@@ -71,11 +60,7 @@ def empty_unet(source: TeacherSource) -> UNet2DConditionModel:
 
 
 def frozen_weights(unet: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
-    """Names of the weights that stay as they are; the UNet's weights may be on "meta".
-
-    Raises:
-        ValueError: a pattern that no weight has, or nothing is left to train.
-    """
+    """Names of the weights that are not trained. Raises ValueError for a pattern that no weight or every one has."""
     names = [name for name, _ in unet.named_parameters()]
     missing = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
     if missing:
@@ -89,25 +74,17 @@ def frozen_weights(unet: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
 
 
 def lora_modules(unet: nn.Module, targets: Sequence[str] | None) -> list[str]:
-    """Full names of the layers that get factors; the UNet's weights may be on "meta".
-
-    Raises:
-        ValueError: a target that names no linear layer or convolution.
-    """
+    """Full names of the layers that get factors. Raises ValueError for a target that is no linear or convolution."""
     layers = [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     if targets is None:
         return [name for name in layers if any(fnmatch(name, blocks) for blocks in _BLOCKS)]
-    missing = [target for target in targets if not any(_is_named(name, target) for name in layers)]
+    missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in layers)]
     if missing:
         raise ValueError(
             f"model.lora_targets: the UNet has no linear layer or convolution {', '.join(missing)}; name others, such "
             "as to_q, to_k, to_v and to_out.0."
         )
-    return [name for name in layers if any(_is_named(name, target) for target in targets)]
-
-
-def _is_named(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
+    return [name for name in layers if f".{name}".endswith(tuple(f".{target}" for target in targets))]
 
 
 def add_lora(unet: Any, rank: int, modules: list[str], seed: int) -> None:
@@ -127,38 +104,27 @@ def trainable(student: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def make_ema(trained: Mapping[str, nn.Parameter], decay: float) -> EMAModel | None:
-    """Averages of the trained weights, None for a decay of 0.
-
-    They are float32 also where the weights are not, as under DeepSpeed in half precision: the little that an average
-    moves in an update would be rounded away.
-    """
+    """Averages of the trained weights, None for a decay of 0."""
     if not decay:
         return None
     ema = EMAModel(trained.values(), decay=decay, foreach=True)
-    ema.to(dtype=torch.float32)
+    ema.to(
+        dtype=torch.float32
+    )  # weights may be in half precision (DeepSpeed), which would round an average's moves away
     return ema
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    settings: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "betas": config.betas,
-        "weight_decay": config.weight_decay,
-    }
-    match config.name:
-        case "adamw":
-            return torch.optim.AdamW(list(parameters), **settings)
-        case "adamw8bit":
-            from bitsandbytes.optim import AdamW8bit
-
-            return AdamW8bit(list(parameters), **settings)
+    kind: Any = torch.optim.AdamW
+    if config.name == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit as kind
+    return kind(list(parameters), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> Any:
     """The learning rate over the updates; to be stepped once after each."""
-    return get_scheduler(
-        config.schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
-    )
+    steps = {"num_warmup_steps": config.warmup_steps, "num_training_steps": config.max_steps}
+    return get_scheduler(config.schedule, optimizer, **steps)
 
 
 def set_learning_rate(optimizer: Any, schedule: Any, learning_rate: float) -> None:

@@ -101,7 +101,7 @@ class Validation(Observer):
 
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> Any:
-        """The image of latents (1, channels, height, width), by a VAE that waits on the host: the training has its own."""
+        """The image of latents (1, channels, height, width), by a VAE that waits on the host."""
         vae: Any = self._vae.to(latents.device)
         image = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
         vae.to("cpu")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from perflow_blocks import merge_delta
-from perflow_blocks.cli.distill import first_of_its_kind, parse_overrides
+from perflow_blocks.cli.distill import parse_overrides
 from perflow_blocks.core.distillation import window_endpoint
 from perflow_blocks.delta.files import read_recipe
 from perflow_blocks.demo import weights_directory
@@ -221,15 +220,6 @@ def test_mistakes_are_all_told_and_nothing_is_written(run: Run, tmp_path: Path) 
     assert status == 2 and "max_steps is no setting" in err
     status, _, err = run("distill")
     assert status == 2 and "--config" in err
-
-
-def test_of_what_is_told_again_and_again_the_first_is_shown() -> None:
-    watch = first_of_its_kind()
-    texts = ["cut off: 'a cat'", "cut off: 'a dog'", "something else"]
-    prefix = "The following part of your input was truncated because it is too long, "
-    records = [logging.LogRecord("x", logging.WARNING, "", 0, prefix + text, None, None) for text in texts[:2]]
-    records.append(logging.LogRecord("x", logging.WARNING, "", 0, texts[2], None, None))
-    assert [watch(record) for record in records] == [True, False, True]
 
 
 def test_settings_of_the_command_line() -> None:

@@ -151,6 +151,9 @@ def test_what_is_offloaded_leaves_the_device_after_use(
     encoders = [] if offload == "none" else ["CLIPTextModel", "CLIPTextModelWithProjection"]
     assert taken_back == encoders  # after the empty prompt
     pairs = session.pairs.next(0, 0.0, session.student)
-    vae, unet = ([] if offload == "none" else ["AutoencoderKL"]), (["UNet2DConditionModel"] if offload == "all" else [])
+    vae, unet = (
+        ([] if offload == "none" else ["AutoencoderKL"]),
+        (["UNet2DConditionModel"] if offload == "all" else []),
+    )
     assert taken_back == [*encoders, *vae, *encoders, *unet]
     assert pairs.z_end.isfinite().all()

@@ -97,7 +97,11 @@ def test_images_are_those_of_diffusers_pipelines(family: str, teachers: dict[str
     inputs = fixed_inputs(session)[1]
     size = session.config.data.resolution
     arguments: dict[str, Any] = {"height": size, "width": size, "latents": inputs.noise, "output_type": "latent"}
-    for scheduler, steps, scale in ((ddim, 5, 7.5), (make_scheduler(session), 6, 3.0), (make_scheduler(session), 4, 1.0)):
+    for scheduler, steps, scale in (
+        (ddim, 5, 7.5),
+        (make_scheduler(session), 6, 3.0),
+        (make_scheduler(session), 4, 1.0),
+    ):
         pipe.scheduler = scheduler
         wanted = pipe(PROMPTS[1], num_inference_steps=steps, guidance_scale=scale, **arguments).images
         with torch.no_grad():
