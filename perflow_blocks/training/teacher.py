@@ -372,7 +372,7 @@ class Teacher:
         at_hand: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.unet, self.encoder, self.geometry, self.config = unet, encoder, geometry, config
-        self._at_hand = at_hand
+        self.at_hand = at_hand
         self._solver = PFODESolver(scheduler)
 
     def solve(self, z_start: Tensor, window: WindowAlpha, conditioning: Conditioning) -> Tensor:
@@ -395,7 +395,7 @@ class Teacher:
         if scale > 1.0:
             negative = cast(self.encoder.empty(conditioning), dtype)
         steps["guidance_scale"] = scale
-        with self._at_hand():
+        with self.at_hand():
             return self._solver.solve_conditioned(z_start, self.unet, start, end, positive, negative, **steps)
 
 
