@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -87,11 +87,10 @@ def _problems(config: DistillConfig) -> Iterator[str]:
     for package, is_needed in optional.items():
         if is_needed and find_spec(str(package)) is None:
             yield f"{package}, which these settings need, is not installed; pip install {package}."
-    writable = Path(config.output.directory)
-    checks = {
+    checks: dict[Callable[[Any], object], object] = {
         _require_teacher: config,
         open_rows: config.data,
-        require_writable_directory: writable,
+        require_writable_directory: Path(config.output.directory),
         find_checkpoint: config,
     }
     for check, subject in checks.items():

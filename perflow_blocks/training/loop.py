@@ -28,8 +28,8 @@ from .teacher import LatentEncoder, Offload, PromptEncoder, Teacher, WindowGeome
 
 logger = logging.get_logger(__name__)
 
-DIVERGED = 1000.0
-"""A mean loss above it ends the training: targets are of order one, so a student of zeros has a loss near 1."""
+DIVERGED = 100.0
+"""A window's mean loss above it ends the training: targets are of order one, so a student of zeros has about 1."""
 _PATIENCE = timedelta(hours=2)
 """How long processes wait for the main one, which alone draws validation sheets and writes the result."""
 
@@ -279,13 +279,14 @@ class TrainingRun:
         accelerator, config, progress = self.session.accelerator, self.session.config, self.read()
         # In half precision the gradient scaler skips updates whose gradients overflow, which is no divergence.
         norms = [] if accelerator.mixed_precision == "fp16" else progress.gradient_norms
-        if not all(map(math.isfinite, (*progress.losses, *norms))) or progress.loss > DIVERGED:
+        worst = max(loss for loss in progress.window_losses if loss is not None)
+        if not all(map(math.isfinite, (*progress.losses, *norms))) or worst > DIVERGED:
             present = list_checkpoints(self.output)
             raise DivergenceError(
-                f"the training diverged by step {self.step} (loss {progress.loss:.4g}, norm of the gradient "
-                f"{progress.gradient_norms[-1]:.4g}); {present[-1] if present else 'no checkpoint'} is kept. To go on, "
-                f"lower optimizer.learning_rate (now {config.optimizer.learning_rate:g}) or the teacher's guidance, or "
-                "use bf16 instead of fp16, and pass output.resume=latest."
+                f"the training diverged by step {self.step} (loss {progress.loss:.4g}, in the worst window {worst:.4g}, "
+                f"norm of the gradient {progress.gradient_norms[-1]:.4g}); {present[-1] if present else 'nothing'} is "
+                f"kept. To go on, lower optimizer.learning_rate (now {config.optimizer.learning_rate:g}) or the "
+                "guidance, or use bf16 instead of fp16, and pass output.resume=latest."
             )
         if accelerator.is_main_process:
             append_line(self.output / METRICS, asdict(progress))

@@ -117,7 +117,9 @@ def make_ema(trained: Mapping[str, nn.Parameter], decay: float) -> EMAModel | No
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     kind: Any = torch.optim.AdamW
     if config.name == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit as kind
+        from bitsandbytes.optim import AdamW8bit
+
+        kind = AdamW8bit
     return kind(list(parameters), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
 
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from perflow_blocks.testing.tiny import tiny_picture
 from perflow_blocks.training.checkpoints import list_checkpoints, require_same, sheet_path
+from perflow_blocks.training.config import DistillConfig
 from perflow_blocks.training.loop import Observer, Session, TrainingRun, train
 from tests.training.conftest import losses, tiny_config, write_config
 
@@ -94,8 +95,8 @@ def test_a_broken_run_goes_on_to_the_same_losses_and_weights(
     assert_same(tmp_path / "whole", tmp_path / "broken")
 
 
-def killed_at(number: int, train_it: Callable[[], None]) -> None:
-    """Ends the process without a warning at the `number`-th change of a file."""
+def killed_at(number: int, config: DistillConfig) -> None:
+    """Trains, and ends the process without a warning at the `number`-th change of a file."""
     left = [number]
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -106,7 +107,7 @@ def killed_at(number: int, train_it: Callable[[], None]) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
-    train_it()
+    train(config)
 
 
 def test_a_run_that_is_killed_at_any_moment_goes_on_from_the_latest(teacher: Path, tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_from_the_latest(teacher: Pat
     while kills < 20:
         name = f"killed{finished}"
         config, before = tiny_config(tmp_path, teacher, name, **settings), names(tmp_path / name)
-        process = context.Process(target=killed_at, args=(numbers.randint(1, 60), lambda: train(config)))
+        process = context.Process(target=killed_at, args=(numbers.randint(1, 60), config))
         process.start()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -20,15 +18,7 @@ from perflow_blocks import PeRFlowScheduler, extract_delta, merge_delta
 from perflow_blocks.delta.files import read_recipe
 from perflow_blocks.testing.tiny import BETAS, tiny_sd_components, tiny_sdxl_components
 from perflow_blocks.training.checkpoints import list_checkpoints
-from perflow_blocks.training.loop import (
-    DivergenceError,
-    DivergenceGuard,
-    Observer,
-    Progress,
-    Session,
-    TrainingRun,
-    train,
-)
+from perflow_blocks.training.loop import DivergenceError, Observer, Progress, Session, TrainingRun, train
 from perflow_blocks.training.pairs import distillation_step
 from perflow_blocks.training.student import make_ema
 from perflow_blocks.training.teacher import Teacher
@@ -107,7 +97,10 @@ def test_frozen_weights_stay_and_are_no_part_of_the_delta(teachers: dict[str, Pa
     with torch.no_grad():
         start.conv_in.bias += 1.0
     start.save_pretrained(tmp_path / "start")
-    frozen = {"model__frozen": '["*transformer_blocks*", "conv_in.*"]', "model__init_student": tmp_path / "start"}
+    frozen: dict[str, Any] = {
+        "model__frozen": '["*transformer_blocks*", "conv_in.*"]',
+        "model__init_student": tmp_path / "start",
+    }
     train(tiny_config(tmp_path, teachers["sdxl"], **frozen))
     first, student = start.state_dict(), student_of(tmp_path / "run")
     kept = {name for name in first if "transformer_blocks" in name or name.startswith("conv_in.")}
@@ -142,7 +135,7 @@ def test_a_lora_s_frozen_weights_are_the_teacher_without_its_factors(
     assert shared.unet is session.accelerator.unwrap_model(session.student)
     with torch.no_grad():
         for factor in session.trained.values():
-            factor += 0.1
+            factor.add_(0.1)
     apart = Teacher(source.load_unet(), source.scheduler(), shared.encoder, shared.geometry, shared.config)
     pairs = session.pairs.next(0, 0.0, session.student)
     window = session.geometry.rows(pairs.index)
@@ -182,15 +175,14 @@ def test_the_averages_are_the_result(teachers: dict[str, Path], tmp_path: Path) 
 
 def test_averages_of_half_precision_weights_follow_them() -> None:
     """An average in bfloat16 would stay at 1: a thousandth of 0.05 is less than its rounding."""
-    layer = nn.Linear(3, 3, bias=False).to(torch.bfloat16)
-    nn.init.ones_(layer.weight)
-    ema = make_ema({"weight": layer.weight}, 0.999)
+    weight = nn.Parameter(torch.ones(3, 3, dtype=torch.bfloat16))
+    ema = make_ema({"weight": weight}, 0.999)
     assert ema is not None
     ema.optimization_step = 20_000  # the first averages are of little memory
     with torch.no_grad():
-        layer.weight.fill_(1.046875)
+        weight.fill_(1.046875)
     for _ in range(1000):
-        ema.step(layer.parameters())
+        ema.step([weight])
     torch.testing.assert_close(ema.shadow_params[0], torch.full((3, 3), 1 + 0.046875 * (1 - 0.999**1000)))
 
 
@@ -250,36 +242,12 @@ def test_repeated_blocks_of_both_unets_are_compiled(teachers: dict[str, Path], t
         assert model._compiled_call_impl is None
 
 
-@pytest.fixture
-def guard(tmp_path: Path) -> DivergenceGuard:
-    return DivergenceGuard(tiny_config(tmp_path, "demo", data__resolution=64))
-
-
-def test_what_is_not_finite_or_explodes_is_found(guard: DivergenceGuard) -> None:
-    assert guard.problem([1.0], [1.0]) is None
-    assert "not finite" in str(guard.problem([1.0, math.nan], [1.0, 1.0]))
-    assert "not finite" in str(guard.problem([1.0], [math.inf]))
-    assert guard.problem([1.0] * 99 + [1e6], []) is None  # one of a hundred
-    assert "times the earlier ones" in str(guard.problem([200.0] * 20, []))
-
-
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_sound_runs_go_on_and_real_explosions_are_found(batch_size: int, guard: DivergenceGuard) -> None:
-    """Losses such as a demo student's: by window medians and the factors by which rows are off, e or more."""
-    medians, scatters = np.array([5e-4, 3e-4, 8e-4, 1e-2]), np.array([1.2, 1.2, 1.1, 1.9])
-    numbers = np.random.default_rng(0)
-    for step in range(3000):
-        index = numbers.integers(4, size=batch_size)
-        rows = medians[index] * np.exp(scatters[index] * numbers.standard_normal(batch_size)) * 0.999**step
-        assert guard.problem([float(rows.mean())], []) is None
-    assert guard.problem([0.5] * 25, []) is not None
-
-
 def test_a_diverging_run_stops_and_keeps_its_checkpoint(teachers: dict[str, Path], tmp_path: Path) -> None:
     settings: dict[str, Any] = {"optimizer__max_steps": 40, "optimizer__max_grad_norm": 1e9}
     train(tiny_config(tmp_path, teachers["sd"]))
-    settings |= {"output__resume": "latest", "optimizer__learning_rate": 1e18}
-    with pytest.raises(DivergenceError, match=r"step_00000006 is kept. To go on, lower optimizer.learning_rate"):
-        train(tiny_config(tmp_path, teachers["sd"], **settings))
+    settings["output__resume"] = "latest"
+    for rate in (1e18, 30.0):  # to infinity, and to losses that are only large
+        with pytest.raises(DivergenceError, match=r"step_00000006 is kept. To go on, lower optimizer.learning_rate"):
+            train(tiny_config(tmp_path, teachers["sd"], optimizer__learning_rate=rate, **settings))
     kept = list_checkpoints(tmp_path / "run")[-1]
     assert all(tensor.isfinite().all() for tensor in load_file(kept / "student.safetensors").values())

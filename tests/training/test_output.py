@@ -1,4 +1,4 @@
-"""What a distillation leaves for its users: LoRA forms that are the student, a workflow that draws as it does, a report."""
+"""What a distillation leaves: LoRA forms that are the student, a workflow that draws as it does, and a report."""
 
 from __future__ import annotations
 
@@ -111,7 +111,8 @@ def test_the_workflow_draws_as_the_student_does(
 def test_a_teacher_of_the_hub_is_referred_to(
     full: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = replace(open_teacher(full.model), label="x", location="owner/model", revision="abc", variant="fp16")
+    model = full.model.model_copy(update={"revision": "abc", "variant": "fp16"})
+    source = replace(open_teacher(full.model), label="x", location="owner/model", model=model)
     model_index = json.loads((Path(full.model.teacher) / "model_index.json").read_text())
     index_on_hub = {**model_index, "force_zeros_for_empty_prompt": False}
     monkeypatch.setattr(ModularPipeline, "_load_pipeline_config", lambda *a, **k: (None, index_on_hub))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from perflow_blocks.training.teacher import open_teacher
 from tests.training.conftest import save_teacher, tiny_config
 
 
-def problems(folder: Path, teacher: Path | str, **overrides: object) -> tuple[str, ...]:
+def problems(folder: Path, teacher: Path | str, **overrides: Any) -> tuple[str, ...]:
     try:
         require_possible(tiny_config(folder, teacher, **overrides))
     except ConfigError as error:

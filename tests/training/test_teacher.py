@@ -67,9 +67,14 @@ def test_half_precision_leaves_time_ids_as_they_are() -> None:
 
 
 def test_prompts_are_encoded_once_while_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline, did = pipeline_of("sdxl"), []
+    pipeline, did = pipeline_of("sdxl"), list[str]()
     original = pipeline.encode_prompt
-    monkeypatch.setattr(pipeline, "encode_prompt", lambda **given: did.append(given["prompt"][0]) or original(**given))
+
+    def encode(**given: Any) -> Any:
+        did.append(given["prompt"][0])
+        return original(**given)
+
+    monkeypatch.setattr(pipeline, "encode_prompt", encode)
     encoder = PromptEncoder(pipeline, CPU, 2, offload=lambda: did.append("back"))
     for prompts in (["a", "b", "a"], ["a"], ["c"], ["a", "b"]):  # b has to go, as a was used since
         encoder.conditioning(prompts, [SIZES] * len(prompts))
@@ -144,9 +149,12 @@ def test_what_is_offloaded_leaves_the_device_after_use(
 ) -> None:
     taken_back: list[str] = []
     original = UserCpuOffloadHook.offload
-    monkeypatch.setattr(
-        UserCpuOffloadHook, "offload", lambda self: taken_back.append(type(self.model).__name__) or original(self)
-    )
+
+    def note(self: Any) -> None:
+        taken_back.append(type(self.model).__name__)
+        original(self)
+
+    monkeypatch.setattr(UserCpuOffloadHook, "offload", note)
     session = Session(tiny_config(tmp_path, teachers["sdxl"], teacher__offload=offload))
     encoders = [] if offload == "none" else ["CLIPTextModel", "CLIPTextModelWithProjection"]
     assert taken_back == encoders  # after the empty prompt
