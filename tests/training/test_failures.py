@@ -90,7 +90,7 @@ def test_an_observer_that_fails_at_the_start_leaves_no_checkpoint(teacher: Path,
 )
 def test_a_gradient_scaler_stays_what_it_is(old: str | None, new: str | None, possible: bool) -> None:
     there, here = (
-        {"model": {"student": "full"}, "optimizer": {"mixed_precision": value, "max_steps": 1}} for value in (old, new)
+        {"model.student": "full", "optimizer.mixed_precision": value, "optimizer.max_steps": 1} for value in (old, new)
     )
     if possible:
         require_same(there, here, Path("step_00000001"))

@@ -22,7 +22,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from perflow_blocks import PeRFlowScheduler
-from perflow_blocks.training.config import ConfigError
 from perflow_blocks.training.drawing import Painter, resulting_student
 from perflow_blocks.training.loop import Observer, train
 from perflow_blocks.training.result import TrainingResult, make_scheduler, recipe_of
@@ -206,20 +205,3 @@ def test_steps_go_with_the_windows(teachers: dict[str, Path], tmp_path: Path) ->
         settings |= {"windows__num_time_windows": str(windows)}
         config = tiny_config(tmp_path, teachers["sd"], **settings)
         assert student_steps(open_session(config)) == expected
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"validation_every": 5}, "output.validation_every needs output.validation_prompts"),
-        ({"validation_every": 0}, "output.validation_every=0 is below 1"),
-        ({"validation_steps": "[4, 3]"}, r"output.validation_steps\[1\]=3 is below 4"),
-        ({"validation_steps": "[]"}, "output.validation_steps is empty"),
-        ({"validation_teacher_steps": 0}, "output.validation_teacher_steps=0 is below 1"),
-        ({"evaluation_prompts": 1}, "output.evaluation_prompts=1 is below 2"),
-        ({"evaluation_prompts": 8}, "output.evaluation_prompts is for data.kind='demo' at data.resolution=64"),
-    ],
-)
-def test_mistakes_are_told_before_anything_is_loaded(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=message):
-        tiny_config(tmp_path, "demo", **{f"output__{name}": value for name, value in settings.items()})
