@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,8 @@ def distill(
     For several processes: accelerate launch -m perflow_blocks.cli distill --config FILE
     """
     overrides = parse_overrides(context.args)
+    if missing := [name for name in ("pydantic", "datasets") if find_spec(name) is None]:
+        raise ValueError(f"distill needs {' and '.join(missing)}; install with pip install 'perflow-blocks[train]'.")
     from .pipeline import quiet_libraries
 
     quiet_libraries()

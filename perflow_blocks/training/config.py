@@ -447,4 +447,4 @@ def _lines(error: ValidationError) -> Iterator[str]:
             case "value_error":  # of `rules`, which name their keys
                 yield from str(detail["ctx"]["error"]).split("\n")
             case _:
-                yield f"{key}: {detail['msg'][0].lower()}{detail['msg'][1:]} (given {str(detail['input'])[:80]})."
+                yield f"{key}: {detail['msg'][0].lower()}{detail['msg'][1:]} (given {repr(detail['input'])[:80]})."
