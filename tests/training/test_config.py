@@ -141,12 +141,12 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         learning_rate = nan
         [outputs]
     """
-    overrides = {"optimizer.batch_size": "many", "speed": "1", "output.validation_prompts": "a red star"}
+    overrides = {"optimizer.batch_size": "many", "speed": "1", "output.validation_prompts": "a red\nstar"}
     assert sorted(problems(write(tmp_path, text), overrides)) == sorted(
         [
             "--speed: not a setting; write --section.field VALUE.",
             "model.teacher: missing; set it.",
-            "model.student: input should be 'full' or 'lora' (given 'small').",
+            "model.student: input should be 'full' or 'lora' (given small).",
             "model.lora_rank: input should be greater than 0 (given 0).",
             "model.speed: unknown; leave it out.",
             "data.path: missing for data.kind=prompts; say where the data is.",
@@ -159,10 +159,10 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
             "optimizer.betas.1: input should be less than 1 (given 1.0).",
             "optimizer.learning_rate: input should be a finite number (given nan).",
             "optimizer.batch_size: input should be a valid integer, unable to parse string as an integer "
-            "(given 'many').",
+            "(given many).",
             "outputs: unknown; did you mean output?",
             "output.directory: missing; set it.",
-            "output.validation_prompts: input should be a valid tuple (given 'a red star').",
+            "output.validation_prompts: input should be a valid tuple (given a red star).",
         ]
     )
 
