@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,8 @@ def distill(
     For several processes: accelerate launch -m perflow_blocks.cli distill --config FILE
     """
     overrides = parse_overrides(context.args)
+    if missing := [name for name in ("pydantic", "datasets") if find_spec(name) is None]:
+        raise ValueError(f"distill needs {' and '.join(missing)}; install with pip install 'perflow-blocks[train]'.")
     import diffusers
     import transformers
     from accelerate import PartialState

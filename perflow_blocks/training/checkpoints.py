@@ -284,5 +284,5 @@ def _remove(path: Path) -> None:
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())[:160]
-    return ValueError(f"{path} cannot be read ({type(error).__name__}: {reason}); pass another checkpoint.")
+    reason = " ".join(str(error).split())[:240]
+    return ValueError(f"{path} cannot be resumed ({type(error).__name__}: {reason}); fix that, or pass another one.")

@@ -230,9 +230,8 @@ class LossConfig(Section):
     huber_c: PositiveFloat = 0.1
     """See `kind`."""
     weighting: Literal["none", "reciprocal", "endpoint", "window"] = "none"
-    """Weight of each row: "none"; "reciprocal", 1 / (1 - t) with t held back from 1 and a mean of 1 over all t;
-    "endpoint", which turns an error of the output into an error of the image at the window's end; "window", the weight
-    of its window."""
+    """Weight of each row: "none"; "reciprocal", 1 / (1 - t), of mean 1; "endpoint", which turns an error of the output
+    into one of the image at the window's end; "window", the weight of its window."""
     window_weights: tuple[NonNegativeFloat, ...] | None = None
     """One weight for each window, noisiest first, for "window"."""
     max_weight: PositiveFloat = 10.0
@@ -447,4 +446,5 @@ def _lines(error: ValidationError) -> Iterator[str]:
             case "value_error":  # of `rules`, which name their keys
                 yield from str(detail["ctx"]["error"]).split("\n")
             case _:
-                yield f"{key}: {detail['msg'][0].lower()}{detail['msg'][1:]} (given {str(detail['input'])[:80]})."
+                given = " ".join(str(detail["input"]).split())[:80]
+                yield f"{key}: {detail['msg'][0].lower()}{detail['msg'][1:]} (given {given})."

@@ -94,7 +94,7 @@ def open_rows(config: DataConfig, seed: int = 0) -> Any:
         return DemoRows(config.max_samples or 10_000, seed)
     try:
         if config.kind == "folder":
-            dataset: Any = _open_folder(Path(str(config.path)), config.caption_column)
+            dataset: Any = _open_folder(Path(str(config.path)).absolute(), config.caption_column)
         elif config.kind == "webdataset":
             columns = {"image": config.image_column, "caption": config.caption_column}
             shards = {"urls": _shard_urls(str(config.path)), **columns}
@@ -247,7 +247,7 @@ class BatchSource:
         self._buckets = Buckets(config)
         self._content = ""  # tells the data from other data
         self.skipped: Counter[str] = Counter()  # samples left out so far, by reason; undecodable ones count each time
-        self.epoch, self._batch = 0, 0  # of the next batch
+        self.epoch, self._batch = 0, 0  # the position
 
     def _groups(self, epoch: int) -> Iterator[tuple[Sequence[Any], int]]:
         """This process' samples of each batch of an epoch, and their bucket."""
@@ -322,8 +322,8 @@ class BatchSource:
         Raises:
             ValueError: the position belongs to other data.
         """
-        if state["content"] != self._content:
-            what = f"it held {state['content']} and holds {self._content}"
+        if state.get("content") != self._content:
+            what = f"it held {state.get('content')} and holds {self._content}"
             raise ValueError(f"data.path={self._config.path} has changed ({what}); resume with the same data.")
         self.epoch, self._batch = int(state["epoch"]), int(state["batch"])
 
@@ -405,11 +405,9 @@ class _Streamed(BatchSource):
                 yield [member for member, *_ in waiting.pop(bucket)], bucket
         rest = [member for members in waiting.values() for member in members]
         if len(rest) >= size or (rest and len(rest) == good):
-            samples, homes, aspects = zip(*rest, strict=True)
-            for group, bucket in plan_epoch(
-                np.asarray(homes), np.asarray(aspects), size, np.random.default_rng(epoch)
-            ):
-                yield [samples[number] for number in group], bucket
+            homes, aspects = np.asarray([row[1] for row in rest]), np.asarray([row[2] for row in rest])
+            for group, bucket in plan_epoch(homes, aspects, size, np.random.default_rng(epoch)):
+                yield [rest[number][0] for number in group], bucket
 
 
 def open_dataset(

@@ -283,7 +283,7 @@ class TrainingRun:
         if not all(map(math.isfinite, (*progress.losses, *norms))) or worst > DIVERGED:
             present = list_checkpoints(self.output)
             raise DivergenceError(
-                f"the training diverged by step {self.step} (loss {progress.loss:.4g}, in the worst window {worst:.4g}, "
+                f"the training diverged by step {self.step} (loss {progress.loss:.4g}, worst window {worst:.4g}, "
                 f"norm of the gradient {progress.gradient_norms[-1]:.4g}); {present[-1] if present else 'nothing'} is "
                 f"kept. To go on, lower optimizer.learning_rate (now {config.optimizer.learning_rate:g}) or the "
                 "guidance, or use bf16 instead of fp16, and pass output.resume=latest."

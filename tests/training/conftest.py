@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
@@ -24,6 +25,14 @@ from perflow_blocks.training.config import DataConfig, DistillConfig, TeacherCon
 from perflow_blocks.training.data import BatchSource
 from perflow_blocks.training.teacher import Teacher, WindowGeometry
 from tests.conftest import save_repository
+
+
+@pytest.fixture(autouse=True)
+def dataset_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` keeps to a temporary folder, and offline."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
 
 SHAPES = [(96, 96), (64, 128), (128, 64), (96, 80), (80, 96), (100, 130)]
 """(height, width) of pictures in turn."""

@@ -186,7 +186,7 @@ def test_no_file_of_a_checkpoint_can_run_code_and_damage_is_told_in_one_line(
     count = 0
     for contents, files in ((evil, [*pickles, *own, "custom_checkpoint_0.pkl"]), (garbage, pickles + own)):
         for damaged in damages(checkpoint, contents, files):
-            with pytest.raises(ValueError, match="cannot be read") as caught:
+            with pytest.raises(ValueError, match="cannot be resumed") as caught:
                 run.start(damaged)
             assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 + len(str(checkpoint))
             assert not trace.exists()

@@ -141,7 +141,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         learning_rate = nan
         [outputs]
     """
-    overrides = {"optimizer.batch_size": "many", "speed": "1", "output.validation_prompts": "a red star"}
+    overrides = {"optimizer.batch_size": "many", "speed": "1", "output.validation_prompts": "a red\nstar"}
     assert sorted(problems(write(tmp_path, text), overrides)) == sorted(
         [
             "--speed: not a setting; write --section.field VALUE.",

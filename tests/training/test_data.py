@@ -33,12 +33,6 @@ from tests.training.conftest import (
 FEATURES = Features({"picture": Image(), "label": Value("int64"), "text": Value("string")})
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-
-
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same 24 images: in a folder, in shards, in parquet files; and prompts."""
@@ -222,6 +216,16 @@ def test_csv_and_json_files(tmp_path: Path, name: str) -> None:
     for streaming in (False, True):
         source = opened(small("datasets", tmp_path / name, streaming=streaming), 1)
         assert sorted(epochs(source, 1)[0]) == list(range(6))
+
+
+def test_relative_paths_start_where_the_data_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path / "a" / "images", 3)
+    (tmp_path / "a" / "train.csv").write_text(
+        "image,text\n" + "".join(f"images/00{n}.png,number {n}\n" for n in range(3))
+    )
+    monkeypatch.chdir(tmp_path)
+    for config in (small("folder", "a/images"), small("datasets", "a/train.csv"), small("folder", ".")):
+        assert sorted(epochs(opened(config, 1), 1)[0]) == [0, 1, 2]
 
 
 def test_slices_and_the_first_samples(paths: dict[str, Path]) -> None:
