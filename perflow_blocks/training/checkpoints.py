@@ -28,7 +28,7 @@ from .config import DistillConfig
 if TYPE_CHECKING:
     from .loop import Session
 
-CHECKPOINTS, SHEETS, PLOTS = "checkpoints", "validation", "plots"
+CHECKPOINTS, SHEETS = "checkpoints", "validation"
 METRICS, READINGS, REPORT = "metrics.jsonl", "validation.jsonl", "report.md"
 STUDENT, SCHEDULER, WORKFLOW = "student", "scheduler", "workflow"
 DELTA, LORA = "delta.safetensors", "lora.safetensors"
@@ -241,10 +241,7 @@ def read_state(path: Path) -> State:
 
 
 def require_same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
-    """
-    Raises:
-        ValueError: settings by "section.field" that differ where they may not; all of these are named.
-    """
+    """Raises ValueError that names all settings by "section.field" that differ where they may not."""
     changed = [
         f"{key} is {json.dumps(value)} there and {json.dumps(new.get(key))} here"
         for key, value in old.items()

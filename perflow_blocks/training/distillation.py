@@ -16,7 +16,6 @@ from ..schedulers import PFODESolver
 from .checkpoints import (
     DELTA,
     METRICS,
-    PLOTS,
     READINGS,
     REPORT,
     RESULTS,
@@ -34,6 +33,7 @@ from .student import empty_unet, frozen_weights, lora_modules
 from .teacher import SDXL, WindowGeometry, open_teacher
 from .validation import Validation
 
+_PLOTS = "plots"
 _FAR = 4  # times the teacher's own size: a step then takes more than 16 times as long
 _SHOWN_SHEETS = 4
 _ABOUT = """The mean squared deviation of the velocity of a student's path from that of its chord, over the squared
@@ -68,11 +68,7 @@ def distill(config: DistillConfig, observers: Sequence[Observer] = ()) -> Path:
 
 
 def require_possible(config: DistillConfig) -> None:
-    """Looks at what is cheap to see and often wrong; reads no weights and no images.
-
-    Raises:
-        ConfigError: with everything that is wrong.
-    """
+    """Raises ConfigError with everything that is cheap to see and often wrong; reads no weights and no images."""
     if found := list(_problems(config)):
         raise ConfigError(found)
 
@@ -101,17 +97,16 @@ def _problems(config: DistillConfig) -> Iterator[str]:
 
 
 def _require_teacher(config: DistillConfig) -> None:
-    """
-    Raises:
-        ValueError: the teacher cannot be distilled, or not with these settings.
-    """
+    """Raises ValueError where the teacher cannot be distilled, or not with these settings."""
     source, side = open_teacher(config.model), config.data.resolution
     if source.scheduler_config.get("rescale_betas_zero_snr"):
         raise ValueError("model.teacher: its scheduler has rescale_betas_zero_snr, which makes a window singular.")
     PFODESolver(source.scheduler())
     WindowGeometry(config.windows, source.scheduler_config)
-    lora_modules(empty_unet(source), config.model.lora_targets)
-    frozen_weights(empty_unet(source), config.model.frozen)
+    if config.model.lora_targets or config.model.frozen:
+        unet = empty_unet(source)
+        lora_modules(unet, config.model.lora_targets)
+        frozen_weights(unet, config.model.frozen)
     own = source.unet_config.get("sample_size")
     if side % source.vae_factor or (isinstance(own, int) and side > _FAR * own * source.vae_factor):
         raise ValueError(
@@ -133,13 +128,7 @@ def _evaluate(config: DistillConfig) -> str:
 
 
 def write_report(config: DistillConfig, lora_summary: str = "", evaluation: str = "") -> Path:
-    """Writes `report.md` into the training's directory, and its plots beside.
-
-    Args:
-        config: of the training.
-        lora_summary: what the LoRA keeps of the delta.
-        evaluation: tables in Markdown, if the student was evaluated.
-    """
+    """Writes `report.md` and its plots, with what the LoRA keeps of the delta and tables of an evaluation."""
     directory = Path(config.output.directory)
     metrics, readings = read_lines(directory / METRICS), read_lines(directory / READINGS)
     present = [[f"`{name}`", what] for name, what in RESULTS.items() if (directory / name).exists()]
@@ -167,13 +156,11 @@ def _loss(metrics: list[dict[str, Any]], directory: Path) -> list[str]:
     for number in range(len(metrics[0]["window_losses"])):
         curves[f"window {number + 1}"] = [line["window_losses"][number] for line in metrics]
     rows = [[name, *_thirds([value for value in curve if value is not None])] for name, curve in curves.items()]
-    rates = {"learning rate": [line["learning_rate"] for line in metrics]}
-    speed = {"samples a second": [line["samples_per_second"] for line in metrics]}
+    others = {name: {name: [line[name] for line in metrics]} for name in ("learning_rate", "samples_per_second")}
     return [
         _plot(directory, "loss", steps, curves),
         _table(["", "mean loss in the first third", "in the last third"], rows),
-        _plot(directory, "learning_rate", steps, rates, "linear"),
-        _plot(directory, "speed", steps, speed, "linear"),
+        *(_plot(directory, name, steps, curve, "linear") for name, curve in others.items()),
     ]
 
 
@@ -214,9 +201,9 @@ def _plot(directory: Path, name: str, steps: Sequence[int], curves: Curves, scal
     axes.set(yscale=scale, xlabel="updates", ylabel=name.replace("_", " "))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    with atomic_path(directory / PLOTS / f"{name}.png") as temporary:
+    with atomic_path(directory / _PLOTS / f"{name}.png") as temporary:
         figure.savefig(temporary, format="png")
-    return f"![{name}]({PLOTS}/{name}.png)"
+    return f"![{name}]({_PLOTS}/{name}.png)"
 
 
 def _table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:

@@ -28,7 +28,7 @@ from .teacher import LatentEncoder, Offload, PromptEncoder, Teacher, WindowGeome
 
 logger = logging.get_logger(__name__)
 
-DIVERGED = 100.0
+DIVERGED = 1e4
 """A window's mean loss above it ends the training: targets are of order one, so a student of zeros has about 1."""
 _PATIENCE = timedelta(hours=2)
 """How long processes wait for the main one, which alone draws validation sheets and writes the result."""

@@ -56,10 +56,7 @@ def make_scheduler(session: Session) -> PeRFlowScheduler:
 
 
 def write_result(session: Session) -> None:
-    """Writes the student, averaged where there are averages, with delta and scheduler.
-
-    Each appears complete or not at all. Every process calls it, the main one writes.
-    """
+    """Writes student (its averages, if there are any), delta and scheduler, each whole; every process calls it."""
     state: dict[str, Tensor] = session.accelerator.get_state_dict(session.student)
     if session.ema is not None:
         state |= dict(zip(session.trained, session.ema.shadow_params, strict=True))
@@ -94,14 +91,7 @@ def _write_lora(session: Session, state: Mapping[str, Tensor], folder: Path) -> 
 
 
 def write_outputs(config: DistillConfig, device: torch.device | str | None = None) -> str:
-    """Writes the LoRA forms of the delta and, for SDXL, a workflow repository to push.
-
-    Args:
-        device: where a full student's delta is factorised; by default the CPU.
-
-    Returns:
-        What the LoRA keeps of the delta.
-    """
+    """Writes the LoRA forms of the delta and, for SDXL, a workflow to push; says what the LoRA keeps of the delta."""
     source, folder = open_teacher(config.model), Path(config.output.directory)
     if config.model.student == "lora":
         delta, lora = open_weights(folder / DELTA), load_file(folder / LORA)
@@ -111,6 +101,7 @@ def write_outputs(config: DistillConfig, device: torch.device | str | None = Non
         converted = delta_to_lora(folder / DELTA, rank=config.model.lora_rank, dtype=dtype, device=device)
         save_lora(converted, folder / LORA)
     save_lora(converted, folder / LORA_KOHYA, "kohya")
+    (folder / LORA_RESIDUAL).unlink(missing_ok=True)  # of an earlier run
     if converted.residual:
         save_residual(converted, folder / LORA_RESIDUAL)
     if config.output.workflow and source.family is SDXL:

@@ -12,15 +12,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
@@ -59,16 +53,12 @@ class ModelFamily(NamedTuple):
 
 _SDXL_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 SDXL = ModelFamily(StableDiffusionXLPipeline, _SDXL_ENCODERS, 2.0)
-SD = ModelFamily(StableDiffusionPipeline, {"text_encoder": CLIPTextModel}, 4.5)
+SD = ModelFamily(diffusers.StableDiffusionPipeline, {"text_encoder": CLIPTextModel}, 4.5)
 SD2 = SD._replace(guidance_scale=7.5)
 
 
 def family_of(unet_config: Mapping[str, Any]) -> ModelFamily:
-    """The family of a UNet's configuration.
-
-    Raises:
-        ValueError: not a text-to-image UNet of SD 1.5, 2.1 or SDXL, or itself distilled.
-    """
+    """The family of a UNet's configuration. Raises ValueError for any other, and for what is itself distilled."""
     wanted = {"_class_name": "UNet2DConditionModel", "in_channels": LATENT_CHANNELS, "time_cond_proj_dim": None}
     wrong = [f"{key}={unet_config[key]}" for key, value in wanted.items() if unet_config.get(key, value) != value]
     added = unet_config.get("addition_embed_type")
@@ -153,11 +143,7 @@ class TeacherSource:
 
 
 def open_teacher(model: ModelConfig) -> TeacherSource:
-    """Reads the configurations of the teacher's parts, from the Hub where it is there.
-
-    Raises:
-        ValueError: nothing is there, a part is missing, or the model's family cannot be distilled.
-    """
+    """Reads the configurations of the teacher's parts. Raises ValueError where they are not there or do not suit."""
     label, location, single_file = model.teacher, model.teacher, None
     path = Path(model.teacher)
     if model.teacher == "demo":
@@ -191,16 +177,12 @@ def _index(location: str, revision: str | None) -> dict[str, Any]:
     for file in (Path(location) / name for name in ("model_index.json", "modular_model_index.json")):
         if file.is_file():
             return json.loads(file.read_text(encoding="utf-8"))
-    loader: Any = DiffusionPipeline
+    loader: Any = diffusers.DiffusionPipeline
     return {} if Path(location).is_dir() else dict(loader.load_config(location, revision=revision))
 
 
 class WindowGeometry:
-    """The windows of a configuration on a teacher's noise schedule, with the numbers of each on a device.
-
-    Raises:
-        ValueError: windows and schedule do not fit together.
-    """
+    """The windows of a configuration on a teacher's noise schedule, with the numbers of each on a device."""
 
     def __init__(
         self, config: WindowConfig, scheduler_config: Mapping[str, Any], device: torch.device | str = "cpu"
@@ -258,13 +240,9 @@ def cast(conditioning: Conditioning, dtype: torch.dtype) -> Conditioning:
 
 
 class PromptEncoder:
-    """Encodes prompts as the teacher's pipeline does.
+    """Encodes prompts as the teacher's pipeline does, and keeps the embeddings of `cache` prompts on the device.
 
-    Args:
-        pipeline: with the text encoders, on their device or offloaded from it.
-        device: where the embeddings go.
-        cache: how many prompts' embeddings are kept.
-        offload: called when prompts were encoded.
+    `offload` is called when prompts were encoded.
     """
 
     def __init__(self, pipeline: Any, device: torch.device, cache: int, offload: Offload | None = None) -> None:
@@ -314,13 +292,9 @@ class PromptEncoder:
 
 
 class LatentEncoder:
-    """The teacher's VAE, with the distributions of latents kept for images that come again.
+    """The teacher's VAE, with the latents' distributions of `cache` images kept, which are known by their pixels.
 
-    Args:
-        vae: on its device, or offloaded from it.
-        device: where it runs and the latents go.
-        cache: images to keep, by their pixels: useful for few images without random crops.
-        offload: called after encoding.
+    `offload` is called when images were encoded.
     """
 
     def __init__(self, vae: Any, device: torch.device, cache: int = 0, offload: Offload | None = None) -> None:
@@ -352,15 +326,7 @@ class LatentEncoder:
 
 
 class Teacher:
-    """Solves the probability-flow ODE of a frozen UNet across windows.
-
-    Args:
-        unet: called within the context that `at_hand` makes for each solve.
-        scheduler: of the teacher.
-        encoder: of its prompts.
-        geometry: the windows.
-        config: steps and guidance.
-    """
+    """Solves the probability-flow ODE of a frozen UNet across windows, in the context that `at_hand` makes."""
 
     def __init__(
         self,

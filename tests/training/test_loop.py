@@ -20,7 +20,6 @@ from perflow_blocks.testing.tiny import BETAS, tiny_sd_components, tiny_sdxl_com
 from perflow_blocks.training.checkpoints import list_checkpoints
 from perflow_blocks.training.loop import DivergenceError, Observer, Progress, Session, TrainingRun, train
 from perflow_blocks.training.pairs import distillation_step
-from perflow_blocks.training.student import make_ema
 from perflow_blocks.training.teacher import Teacher
 from tests.conftest import no_host_reads
 from tests.training.conftest import losses, save_teacher, tiny_config
@@ -173,19 +172,6 @@ def test_the_averages_are_the_result(teachers: dict[str, Path], tmp_path: Path) 
     assert not torch.equal(saved["conv_in.weight"], student_of(tmp_path / "none")["conv_in.weight"])
 
 
-def test_averages_of_half_precision_weights_follow_them() -> None:
-    """An average in bfloat16 would stay at 1: a thousandth of 0.05 is less than its rounding."""
-    weight = nn.Parameter(torch.ones(3, 3, dtype=torch.bfloat16))
-    ema = make_ema({"weight": weight}, 0.999)
-    assert ema is not None
-    ema.optimization_step = 20_000  # the first averages are of little memory
-    with torch.no_grad():
-        weight.fill_(1.046875)
-    for _ in range(1000):
-        ema.step([weight])
-    torch.testing.assert_close(ema.shadow_params[0], torch.full((3, 3), 1 + 0.046875 * (1 - 0.999**1000)))
-
-
 def test_accumulated_micro_steps_are_one_batch(teachers: dict[str, Path], tmp_path: Path) -> None:
     """The update of two micro-steps has the mean of their gradients: its norm and loss are those of both together."""
     settings: dict[str, Any] = {"optimizer__gradient_accumulation_steps": 2, "optimizer__seed": 3}
@@ -246,7 +232,7 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoint(teachers: dict[str, Path
     settings: dict[str, Any] = {"optimizer__max_steps": 40, "optimizer__max_grad_norm": 1e9}
     train(tiny_config(tmp_path, teachers["sd"]))
     settings["output__resume"] = "latest"
-    for rate in (1e18, 30.0):  # to infinity, and to losses that are only large
+    for rate in (1e18, 1e3):  # to infinity, and to losses that are only large
         with pytest.raises(DivergenceError, match=r"step_00000006 is kept. To go on, lower optimizer.learning_rate"):
             train(tiny_config(tmp_path, teachers["sd"], optimizer__learning_rate=rate, **settings))
     kept = list_checkpoints(tmp_path / "run")[-1]

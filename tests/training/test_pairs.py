@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,17 +110,6 @@ def test_dropped_captions_are_dropped_for_teacher_and_student() -> None:
     assert torch.equal(unet.calls[0][1], seen)
 
 
-def test_processes_and_steps_draw_different_numbers() -> None:
-    draws = {
-        tuple(pairs.uniform.tolist())
-        for index in (0, 1)
-        for source in (noised(index=index),)
-        for pairs in (source.next(0, 0.0, student), source.next(1, 0.0, student))
-    }
-    assert len(draws) == 4
-    assert torch.equal(noised().next(0, 0.0, student).z_start, noised().next(0, 0.0, student).z_start)
-
-
 def test_each_window_of_a_trajectory_starts_where_the_last_one_ended() -> None:
     source = trajectories()
     source.next(0, 0.0, student)
@@ -149,13 +137,6 @@ def test_on_policy_windows_start_where_the_student_ended() -> None:
         assert not torch.allclose(row.starts[1:], row.ends[:-1])
 
 
-def test_a_share_of_the_trajectories_is_on_policy() -> None:
-    source = trajectories(share=0.5, rows=16)
-    source.next(0, 0.9, student)
-    following = [torch.equal(row.starts[1:], row.ends[:-1]) for row in source.buffer]
-    assert 3 < sum(following) < 13
-
-
 def test_new_trajectories_come_every_so_many_steps_and_old_ones_go() -> None:
     source = trajectories(solve_every=3, buffer_size=8)
     prompts = []
@@ -178,17 +159,6 @@ def test_pairs_are_drawn_with_the_prompt_of_their_trajectory_and_one_size() -> N
             row = next(row for row in source.buffer if row.prompt == str(int(prompt)))
             assert torch.equal(z_start, row.starts[index]) and torch.equal(z_end, row.ends[index])
     assert widths == {8, 16}
-
-
-def test_a_buffer_that_was_saved_gives_the_same_pairs(tmp_path: Path) -> None:
-    first, second = trajectories(dropout=0.3), trajectories(dropout=0.3)
-    for number in range(2):
-        first.next(number, 0.0, student)
-    first.save(tmp_path / "kept")
-    second.load(tmp_path / "kept")
-    one, other = (source.next(2, 0.0, student) for source in (first, second))
-    assert torch.equal(one.z_start, other.z_start) and torch.equal(one.z_end, other.z_end)
-    assert torch.equal(one.conditioning.prompt_embeds, other.conditioning.prompt_embeds)
 
 
 @pytest.mark.parametrize("kind", ["noised", "trajectory"])

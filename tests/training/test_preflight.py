@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
-from perflow_blocks.testing.tiny import BETAS, tiny_inpainting_unet, tiny_sd_unet, tiny_sdxl_unet
+from perflow_blocks.testing.tiny import BETAS, tiny_sd_unet, tiny_sdxl_unet
 from perflow_blocks.training.config import ConfigError, ModelConfig
 from perflow_blocks.training.distillation import distill, require_possible
 from perflow_blocks.training.student import load_initial, lora_modules
@@ -68,12 +68,6 @@ def test_noise_schedules_that_cannot_be_solved_are_refused(
 ) -> None:
     found = problems(tmp_path, save_teacher(tmp_path / "teacher", "sd", scheduler))
     assert (message is None and not found) or (len(found) == 1 and str(message) in found[0])
-
-
-def test_an_inpainting_teacher_is_refused(tmp_path: Path) -> None:
-    path = save_teacher(tmp_path / "teacher", "sdxl")
-    tiny_inpainting_unet().save_pretrained(path / "unet")
-    assert "in_channels=9 cannot be distilled" in problems(tmp_path, path)[0]
 
 
 def test_a_start_of_another_architecture_is_refused(teacher: Path, tmp_path: Path) -> None:
