@@ -165,10 +165,7 @@ def test_a_lora_learns_in_two_processes_that_see_different_rows(
     assert len(seen[0]) > 8 and len(seen[0] & seen[1]) < len(seen[0]) / 2
 
 
-def test_full_weights_learn_in_two_processes_also_if_these_are_killed(
-    tmp_path: Path, judge: Callable[[UNet2DConditionModel], float]
-) -> None:
-    """The run goes on to the losses and the student of an unbroken one, which learned."""
+def test_two_processes_that_are_killed_go_on_to_the_same_student(tmp_path: Path) -> None:
     common = ("--optimizer.max_steps", 12, "--output.checkpoint_every", 6, "--output.log_every", 1)
     finished(start("--config", write(tmp_path, "whole"), *common, processes=2))
     config, checkpoints = write(tmp_path, "killed"), tmp_path / "killed" / "checkpoints"
@@ -185,7 +182,6 @@ def test_full_weights_learn_in_two_processes_also_if_these_are_killed(
     assert len(losses(tmp_path / "whole")) == 12
     one, other = (UNet2DConditionModel.from_pretrained(tmp_path / name / "student") for name in ("whole", "killed"))
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
-    assert judge(one) < judge(base())
 
 
 def test_mistakes_are_all_told_and_nothing_is_written(run: Run, tmp_path: Path) -> None:
