@@ -123,7 +123,7 @@ class Checkpoints:
         final = directory / CHECKPOINTS / f"step_{step:08d}"
         temporary = final.with_name(f".{final.name}.tmp")
         if accelerator.is_main_process:
-            for leftover in final.parent.glob(".*"):
+            for leftover in final.parent.glob(".step_*"):
                 shutil.rmtree(leftover)
             temporary.mkdir(parents=True)
         accelerator.wait_for_everyone()

@@ -166,7 +166,7 @@ def test_the_report_holds_what_was_written_down(finished: DistillConfig) -> None
     links = {part.split(")")[0] for part in text.split("](")[1:]}
     assert all((path.parent / link).is_file() for link in links)
     plots = {Path(link).stem for link in links if link.startswith("plots/")}
-    assert plots == {"loss", "learning_rate", "speed", "straightness", "endpoint_error"}
+    assert plots == {"loss", "learning_rate", "samples_per_second", "straightness", "endpoint_error"}
 
 
 def test_the_report_does_without_plots_and_validation(
