@@ -82,7 +82,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, small_evaluation: None) -> Pa
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EMAModel, "step", interrupt_the_fourth)
-        patch.setattr(distilled, "evaluate_distilled", lambda config, delta: f"| {config.optimizer.max_steps} updates |")
+        patch.setattr(distilled, "evaluate_distilled", lambda given, _: f"| {given.optimizer.max_steps} updates |")
         with pytest.raises(KeyboardInterrupt):
             train.main(folder / "run", folder / "weights", settings=settings)
         assert not (folder / "weights").exists()  # what is published changes when all is there
