@@ -20,8 +20,8 @@ from torch import Tensor
 from ..atomic_files import atomic_directory
 from ..delta.extract import extract_delta, save_delta
 from ..delta.files import listed, read_recipe
-from ..training.layout import DELTA as RUN_DELTA
-from ..training.layout import STUDENT
+from ..training.checkpoints import DELTA as RUN_DELTA
+from ..training.checkpoints import STUDENT
 from .blocks import DELTA
 from .conditioning import CaptionEncoder
 from .models import build_teacher_scheduler

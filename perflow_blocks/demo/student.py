@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from ..atomic_files import atomic_path
-from ..training.config_file import load_config, to_tree
-from ..training.distillation import distill
-from ..training.layout import REPORT
-from ..training.loop import Observer
-from ..training.preflight import require_possible
-from ..training.progress import Progress
-from ..training.session import Session
+from ..training.checkpoints import REPORT
+from ..training.config import load_config
+from ..training.distillation import distill, require_possible
+from ..training.loop import Observer, Progress, Session
 
 SETTINGS = Path(__file__).parent / "distill.toml"
 SETTINGS_NAME = "settings.json"
@@ -36,18 +32,14 @@ def distil_student(base: Path, run: Path, settings: Path = SETTINGS) -> None:
     """
     given = load_config(settings)
     kept = run / SETTINGS_NAME
-    if kept.exists() and json.loads(kept.read_text(encoding="utf-8")) != to_tree(given):
+    if kept.exists() and json.loads(kept.read_text(encoding="utf-8")) != given.model_dump(mode="json"):
         raise ValueError(f"{run} was distilled with other settings; remove it, or pass another --out.")
     if (run / REPORT).exists():  # what is written last
         return
-    config = replace(
-        given,
-        model=replace(given.model, teacher=str(base)),
-        output=replace(given.output, directory=str(run), resume="latest"),
-    )
+    config = given.changed({"model.teacher": str(base), "output.directory": str(run), "output.resume": "latest"})
     require_possible(config)
     with atomic_path(kept) as temporary:
-        temporary.write_text(json.dumps(to_tree(given), indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(given.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
     with tqdm(desc="student", unit="step", total=config.optimizer.max_steps) as bar:
         distill(config, [_Bar(bar)])
 

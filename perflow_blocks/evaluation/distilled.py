@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from diffusers import StableDiffusionXLPipeline
 
 from ..training.config import DistillConfig
 from ..training.output import pipeline_of
-from ..training.result import TrainingResult
-from ..training.teacher_source import open_teacher
+from ..training.teacher import open_teacher
 from .classifier import load_classifier
 from .comparison import evaluate_samplers, make_evaluation_set, report
 from .samplers import SOLVERS, Sampler, perflow_sampler, teacher_sampler
 
 
-def evaluate_distilled(config: DistillConfig, result: TrainingResult) -> str:
+def evaluate_distilled(config: DistillConfig, delta: Path) -> str:
     """Tables in Markdown for `output.evaluation_prompts` prompts that no training draws.
 
     The teacher has its guidance under "fixed", and that which the student is sampled with otherwise.
@@ -28,7 +29,7 @@ def evaluate_distilled(config: DistillConfig, result: TrainingResult) -> str:
     )
     windows = config.windows.tile().num_windows
     steps = tuple(dict.fromkeys((windows, windows * 3 // 2, windows * 2)))
-    students = [perflow_sampler(student, number, delta=result.delta) for number in steps]
+    students = [perflow_sampler(student, number, delta=delta) for number in steps]
     scale = config.teacher.guidance_scale if config.teacher.cfg_mode == "fixed" else students[0].guidance_scale
     samplers: list[Sampler] = [teacher_sampler(teacher, "DDIM", 50, scale)]
     samplers += [teacher_sampler(teacher, solver, number, scale) for number in (8, 4) for solver in SOLVERS]

@@ -153,17 +153,18 @@ def test_lcm_samples_with_the_noise_that_is_given(teacher: Any) -> None:
 
 def counted_rows(config: Any) -> int:
     """The rows of a distillation, counted as they go through the UNets."""
-    from perflow_blocks.training.loop import _Run
-    from perflow_blocks.training.session import open_session
+    from perflow_blocks.training.loop import Session, TrainingRun
 
-    session = open_session(config)
+    session = Session(config)
     rows: list[int] = []
 
     def count(module: Any, args: Any) -> None:
         rows.append(len(args[0]))
 
-    hooks = [unet.register_forward_pre_hook(count) for unet in (session.student, session.teacher._unet)]
-    _Run(session, []).finish()
+    hooks = [unet.register_forward_pre_hook(count) for unet in (session.student, session.teacher.unet)]
+    run = TrainingRun(session)
+    run.start(None)
+    run.finish()
     for hook in hooks:
         hook.remove()
     return sum(rows)

@@ -30,7 +30,7 @@ from perflow_blocks.demo.models import (
 from perflow_blocks.demo.student import SETTINGS
 from perflow_blocks.demo.train_teacher import save_teacher
 from perflow_blocks.evaluation import distilled
-from perflow_blocks.training.config_file import load_config, to_tree
+from perflow_blocks.training.config import load_config
 
 DELTA = "perflow_delta.safetensors"
 SMALL: dict[str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def write_settings(folder: Path, name: str = "small", **optimizer: float) -> Path:
-    tree = to_tree(load_config(SETTINGS))
+    tree = load_config(SETTINGS).model_dump(mode="json")
     for section, values in SMALL.items():
         tree[section] |= values
     tree["optimizer"] |= optimizer
@@ -82,7 +82,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, small_evaluation: None) -> Pa
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EMAModel, "step", interrupt_the_fourth)
-        patch.setattr(distilled, "evaluate_distilled", lambda config, result: f"| {result.steps} updates |")
+        patch.setattr(distilled, "evaluate_distilled", lambda given, _: f"| {given.optimizer.max_steps} updates |")
         with pytest.raises(KeyboardInterrupt):
             train.main(folder / "run", folder / "weights", settings=settings)
         assert not (folder / "weights").exists()  # what is published changes when all is there

@@ -1,9 +1,8 @@
-"""Where windows start: noised pictures, and trajectories whose windows follow on each other."""
+"""Where windows start: noised images, and trajectories whose windows follow on each other."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,26 +11,24 @@ from torch import Tensor
 
 from perflow_blocks.core.distillation import window_endpoint
 from perflow_blocks.testing.tiny import tiny_vae
+from perflow_blocks.training.buckets import TrainingBatch
 from perflow_blocks.training.config import WindowConfig
-from perflow_blocks.training.data.batch import TrainingBatch
-from perflow_blocks.training.latents import LatentEncoder
-from perflow_blocks.training.randomness import generator_for
-from perflow_blocks.training.starts import NoisedStarts
-from perflow_blocks.training.trajectories import TrajectoryStarts
+from perflow_blocks.training.pairs import NoisedStarts, TrajectoryStarts, generator_for
+from perflow_blocks.training.teacher import LatentEncoder
 from tests.conftest import no_host_reads
 from tests.training.conftest import PointTeacher, toy_teacher
 
 CPU = torch.device("cpu")
 
 
-def batches(count: int = 64, rows: int = 4, side: int = 16, *, pictures: bool = True) -> Iterator[TrainingBatch]:
-    """Prompts are numbers, counted up; from the third batch on pictures are twice as wide."""
+def batches(count: int = 64, rows: int = 4, side: int = 16, *, images: bool = True) -> Iterator[TrainingBatch]:
+    """Prompts are numbers, counted up; from the third batch on images are twice as wide."""
     for number in range(count):
         size = (side, side if number < 2 else 2 * side)
         generator = torch.Generator().manual_seed(number)
         yield TrainingBatch(
             prompts=[str(number * rows + row) for row in range(rows)],
-            pixels=torch.rand(rows, 3, *size, generator=generator) * 2 - 1 if pictures else None,
+            pixels=torch.rand(rows, 3, *size, generator=generator) * 2 - 1 if images else None,
             original_sizes=[size] * rows,
             crop_tops_lefts=[(0, 0)] * rows,
             target_sizes=[size] * rows,
@@ -44,9 +41,14 @@ def student(sample: Tensor, timestep: Tensor, **_: object) -> tuple[Tensor]:
 
 
 def noised(windows: WindowConfig | None = None, dropout: float = 0.0, index: int = 0, **settings: Any) -> NoisedStarts:
-    teacher = toy_teacher(PointTeacher(), windows, steps_per_window=2)
-    latents = LatentEncoder(tiny_vae(), CPU)
-    return NoisedStarts(teacher, latents, batches(**settings), seed=0, process_index=index, caption_dropout=dropout)
+    return NoisedStarts(
+        teacher=toy_teacher(PointTeacher(), windows, steps_per_window=2),
+        latents=LatentEncoder(tiny_vae(), CPU),
+        batches=batches(**settings),
+        seed=0,
+        process_index=index,
+        caption_dropout=dropout,
+    )
 
 
 def trajectories(
@@ -56,8 +58,8 @@ def trajectories(
         PointTeacher(), steps_per_window=2, starts="trajectory", on_policy_share=share, on_policy_from=0.5, **settings
     )
     return TrajectoryStarts(
-        teacher,
-        batches(rows=rows, pictures=False),
+        teacher=teacher,
+        batches=batches(rows=rows, images=False),
         vae_factor=2,
         device=CPU,
         batch_size=6,
@@ -67,8 +69,8 @@ def trajectories(
     )
 
 
-def test_noised_starts_are_marginals_of_the_pictures() -> None:
-    """Over all seeds the mean of z_s / sqrt(abar) is the picture's latent, and the noise has a variance of one."""
+def test_noised_starts_are_marginals_of_the_images() -> None:
+    """Over all seeds the mean of z_s / sqrt(abar) is the image's latent, and the noise has a variance of one."""
     source = noised(count=64, rows=16)
     latents = LatentEncoder(tiny_vae(), CPU)
     for batch, number in zip(batches(count=64, rows=16), range(64), strict=True):
@@ -76,7 +78,7 @@ def test_noised_starts_are_marginals_of_the_pictures() -> None:
         pairs = source.next(number, 0.0, student)
         generator = generator_for(0, 0, number)
         x0 = latents.encode(batch.pixels, generator)
-        window = source._teacher.geometry.rows(pairs.index)
+        window = source.teacher.geometry.rows(pairs.index)
         alpha = torch.as_tensor(window.alpha_start)[:, None, None, None]
         noise = (pairs.z_start - alpha.sqrt() * x0) / (1 - alpha).sqrt()
         torch.testing.assert_close(noise, torch.randn(x0.shape, generator=generator), rtol=1e-3, atol=1e-3)
@@ -104,25 +106,14 @@ def test_dropped_captions_are_dropped_for_teacher_and_student() -> None:
     pairs = source.next(0, 0.0, student)
     seen = pairs.conditioning.prompt_embeds.flatten()
     assert 2 < int((seen == 0).sum()) < 14
-    unet: Any = source._teacher._unet
+    unet: Any = source.teacher.unet
     assert torch.equal(unet.calls[0][1], seen)
-
-
-def test_processes_and_steps_draw_different_numbers() -> None:
-    draws = {
-        tuple(pairs.uniform.tolist())
-        for index in (0, 1)
-        for source in (noised(index=index),)
-        for pairs in (source.next(0, 0.0, student), source.next(1, 0.0, student))
-    }
-    assert len(draws) == 4
-    assert torch.equal(noised().next(0, 0.0, student).z_start, noised().next(0, 0.0, student).z_start)
 
 
 def test_each_window_of_a_trajectory_starts_where_the_last_one_ended() -> None:
     source = trajectories()
     source.next(0, 0.0, student)
-    rows = list(source._buffer)
+    rows = list(source.buffer)
     assert len(rows) == 4 and rows[0].starts.shape == (4, 4, 8, 8)
     for row in rows:
         assert torch.equal(row.starts[1:], row.ends[:-1])
@@ -136,21 +127,14 @@ def test_on_policy_windows_start_where_the_student_ended() -> None:
     early, late = trajectories(share=1.0), trajectories(share=1.0)
     early.next(0, 0.4, student)
     late.next(0, 0.6, student)
-    geometry = late._teacher.geometry
-    for row in early._buffer:
+    geometry = late.teacher.geometry
+    for row in early.buffer:
         assert torch.equal(row.starts[1:], row.ends[:-1])
-    for row in late._buffer:
+    for row in late.buffer:
         window = geometry.rows(torch.arange(3))
         own = window_endpoint(row.starts[:3], torch.full((3, 4, 8, 8), -3.0), window, "ddim_eps")
         torch.testing.assert_close(row.starts[1:], own)
         assert not torch.allclose(row.starts[1:], row.ends[:-1])
-
-
-def test_a_share_of_the_trajectories_is_on_policy() -> None:
-    source = trajectories(share=0.5, rows=16)
-    source.next(0, 0.9, student)
-    following = [torch.equal(row.starts[1:], row.ends[:-1]) for row in source._buffer]
-    assert 3 < sum(following) < 13
 
 
 def test_new_trajectories_come_every_so_many_steps_and_old_ones_go() -> None:
@@ -158,7 +142,7 @@ def test_new_trajectories_come_every_so_many_steps_and_old_ones_go() -> None:
     prompts = []
     for number in range(7):
         source.next(number, 0.0, student)
-        prompts.append([row.prompt for row in source._buffer])
+        prompts.append([row.prompt for row in source.buffer])
     assert [len(row) for row in prompts] == [4, 4, 4, 8, 8, 8, 8]
     assert prompts[-1] == [str(i) for i in range(4, 12)]
 
@@ -172,20 +156,9 @@ def test_pairs_are_drawn_with_the_prompt_of_their_trajectory_and_one_size() -> N
         for z_start, z_end, index, prompt in zip(
             pairs.z_start, pairs.z_end, pairs.index, pairs.conditioning.prompt_embeds.flatten(), strict=True
         ):
-            row = next(row for row in source._buffer if row.prompt == str(int(prompt)))
+            row = next(row for row in source.buffer if row.prompt == str(int(prompt)))
             assert torch.equal(z_start, row.starts[index]) and torch.equal(z_end, row.ends[index])
     assert widths == {8, 16}
-
-
-def test_a_buffer_that_was_saved_gives_the_same_pairs(tmp_path: Path) -> None:
-    first, second = trajectories(dropout=0.3), trajectories(dropout=0.3)
-    for number in range(2):
-        first.next(number, 0.0, student)
-    first.save(tmp_path)
-    second.load(tmp_path)
-    one, other = (source.next(2, 0.0, student) for source in (first, second))
-    assert torch.equal(one.z_start, other.z_start) and torch.equal(one.z_end, other.z_end)
-    assert torch.equal(one.conditioning.prompt_embeds, other.conditioning.prompt_embeds)
 
 
 @pytest.mark.parametrize("kind", ["noised", "trajectory"])
