@@ -33,13 +33,12 @@ LAYERS = {
 }
 SIBLINGS = {
     "hub": {"builder"},
-    "evaluation": {"demo", "training"},
-    "demo": {"training"},
+    "demo": {"training", "evaluation"},
     "cli": {"demo", "training", "evaluation"},
 }
 NAMED = {
-    ("training/data/demo.py", "demo.pictures"),
-    ("training/distillation.py", "evaluation.distilled"),
+    ("training/data/demo.py", "demo.images"),
+    ("training/distillation.py", "demo.judge"),
     ("training/teacher_source.py", "demo.weights_directory"),
     ("training/validation.py", "evaluation.sheet"),
 }
@@ -128,7 +127,7 @@ def test_every_directory_has_a_layer_and_is_read() -> None:
         ("builder.py", "from .training.losses import X"),
         ("training/a.py", "from ..cli import X"),
         ("training/a.py", "from ..demo import X"),
-        ("training/a.py", "from ..demo.pictures import X"),
+        ("training/a.py", "from ..demo.images import X"),
         ("training/data/demo.py", "from ...demo.models import X"),
         ("blocks/a.py", "from perflow_blocks import PeRFlowScheduler"),
         ("elsewhere/a.py", "import torch"),
@@ -153,7 +152,7 @@ def test_a_planted_violation_is_found(tmp_path: Path, file: str, source: str) ->
         ("hub.py", "from .builder import X"),
         ("cli/a.py", "import typer\nfrom ..demo import X\nfrom ..training import Y\nfrom ..core.windows import Z"),
         ("demo/train.py", "from ..training.losses import X"),
-        ("training/data/demo.py", "from ...demo.pictures import X"),
+        ("training/data/demo.py", "from ...demo.images import X"),
         ("__init__.py", "from .cli import main"),
     ],
 )

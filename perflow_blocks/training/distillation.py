@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 
 from .config import DistillConfig
 from .loop import Observer, train
-from .output import Outputs, write_outputs
+from .output import Outputs, pipeline_of, write_outputs
 from .report import write_report
 from .result import TrainingResult
+from .teacher_source import open_teacher
 from .validation import Validation
 
 
@@ -55,6 +57,8 @@ def distill(config: DistillConfig, observers: Sequence[Observer] = ()) -> Distil
 def _evaluate(config: DistillConfig, result: TrainingResult) -> str | None:
     if not config.output.evaluation_prompts:
         return None
-    from ..evaluation.distilled import evaluate_distilled  # with packages that nothing else here needs
+    from ..demo.judge import evaluate_student  # with packages that nothing else here needs
 
-    return evaluate_distilled(config, result)
+    pipe = pipeline_of(open_teacher(config.model), torch.float32)
+    scale = config.teacher.guidance_scale if config.teacher.cfg_mode == "fixed" else None
+    return evaluate_student(pipe, result.delta, config.output.evaluation_prompts, scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from ...demo.pictures import PICTURE_SIZE, Prompt, Scene, render
+from ...demo.images import IMAGE_SIZE, Prompt, Scene, render
 from .batch import Size
 
 DEFAULT_COUNT = 10_000
@@ -15,7 +15,7 @@ class DemoRecords:
     """Random scenes of 64x64 pixels, each with a caption that leaves some of it open, settled by `seed`."""
 
     def __init__(self, count: int | None, seed: int) -> None:
-        self.size: Size | None = (PICTURE_SIZE, PICTURE_SIZE)
+        self.size: Size | None = (IMAGE_SIZE, IMAGE_SIZE)
         self._count = DEFAULT_COUNT if count is None else count
         self._seed = seed
 
