@@ -12,11 +12,7 @@ if TYPE_CHECKING:
 
 
 def weights_directory() -> Path:
-    """The embedded model: a directory that `PeRFlowModularPipeline.from_pretrained` loads offline.
-
-    Raises:
-        ValueError: the weights are not there, as in a checkout whose weights were removed.
-    """
+    """The embedded model: a directory that `PeRFlowModularPipeline.from_pretrained` loads offline."""
     directory = Path(__file__).parent / "weights"
     if not (directory / "unet").is_dir():
         raise ValueError(f"no embedded model in {directory}; run `make demo-weights`, or pass --model.")

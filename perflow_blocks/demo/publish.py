@@ -60,10 +60,7 @@ def publish(run: Path, weights: Path, base: Path | None = None) -> None:
 
 
 def save_base(vae: AutoencoderKL, unet: UNet2DConditionModel, encoder: CaptionEncoder, directory: Path) -> None:
-    """Writes the base as a folder for each part, in half precision, which the models have afterwards.
-
-    The student is distilled from that: a delta against weights before rounding would not fit those that are published.
-    """
+    """Writes the base as a folder for each part, in half precision, from which the student is distilled too."""
     with atomic_directory(directory) as temporary:
         unet.half().save_pretrained(temporary / "unet")
         vae.half().save_pretrained(temporary / "vae")
