@@ -28,14 +28,8 @@ from perflow_blocks.atomic_files import atomic_directory
 from perflow_blocks.blocks.workflows import PeRFlowSDXLText2ImageBlocks
 from perflow_blocks.delta.recipe import noise_schedule_of
 from perflow_blocks.demo import teacher_pipeline, weights_directory
-from perflow_blocks.evaluation.classifier import load_classifier
-from perflow_blocks.evaluation.comparison import (
-    Row,
-    evaluate_samplers,
-    make_evaluation_set,
-    markdown_differences,
-    markdown_table,
-)
+from perflow_blocks.demo.judge import BATCH, make_demo_set
+from perflow_blocks.evaluation.measure import Row, evaluate_samplers, markdown_differences, markdown_table
 from perflow_blocks.evaluation.samplers import Sampler, perflow_sampler, teacher_sampler
 from perflow_blocks.training.buckets import TrainingBatch
 from perflow_blocks.training.config import DataConfig, DistillConfig, load_config
@@ -135,7 +129,7 @@ def samplers(
     student.to(teacher.device)
     scheduler = lcm_scheduler(teacher, config.ddim_steps)
     return [
-        *(teacher_sampler(teacher, "DPM-Solver++", steps, config.guidance_scale) for steps in STEPS),
+        *(teacher_sampler(teacher, "dpm", steps, config.guidance_scale) for steps in STEPS),
         *(lcm_sampler(teacher, unet, scheduler, steps) for steps in STEPS),
         *(perflow_sampler(student, steps, delta=delta) for steps in STEPS),
     ]
@@ -185,11 +179,8 @@ def run(options: argparse.Namespace) -> str:
     unet = UNet2DConditionModel.from_pretrained(options.out / STUDENT, dtype=torch.float32).to(device).eval()
     teacher = teacher_pipeline(directory).to(device)
     teacher.set_progress_bar_config(disable=True)
-    rows = evaluate_samplers(
-        samplers(directory, teacher, unet, config, options.delta),
-        make_evaluation_set(options.prompts),
-        load_classifier(),
-    )
+    drawn = samplers(directory, teacher, unet, config, options.delta)
+    rows = evaluate_samplers(drawn, make_demo_set(options.prompts), batch_size=BATCH)
     text = "\n\n".join(
         [
             "# Latent consistency beside PeRFlow",

@@ -77,7 +77,7 @@ class DemoRows:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        from ..demo.pictures import Prompt, Scene, render
+        from ..demo.images import Prompt, Scene, render
 
         scene_rng, caption_rng, drawing_rng = (np.random.default_rng([self.seed, index, part]) for part in range(3))
         scene = Scene.random(scene_rng)

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from accelerate import PartialState
 
 from ..atomic_files import atomic_path, require_writable_directory
@@ -28,7 +29,7 @@ from .checkpoints import (
 from .config import ConfigError, DistillConfig
 from .data import open_rows
 from .loop import Observer, train
-from .output import describe, write_outputs
+from .output import describe, pipeline_of, write_outputs
 from .student import empty_unet, frozen_weights, lora_modules
 from .teacher import SDXL, WindowGeometry, open_teacher
 from .validation import Validation
@@ -122,9 +123,11 @@ def _require_teacher(config: DistillConfig) -> None:
 def _evaluate(config: DistillConfig) -> str:
     if not config.output.evaluation_prompts:
         return ""
-    from ..evaluation.distilled import evaluate_distilled  # with packages that nothing else here needs
+    from ..demo.judge import evaluate_student  # with packages that nothing else here needs
 
-    return evaluate_distilled(config, Path(config.output.directory) / DELTA)
+    pipe = pipeline_of(open_teacher(config.model), torch.float32)
+    scale = config.teacher.guidance_scale if config.teacher.cfg_mode == "fixed" else None
+    return evaluate_student(pipe, Path(config.output.directory) / DELTA, config.output.evaluation_prompts, scale)
 
 
 def write_report(config: DistillConfig, lora_summary: str = "", evaluation: str = "") -> Path:
