@@ -32,9 +32,8 @@ from torch import nn
 from ..atomic_files import atomic_directory, atomic_path
 from ..delta.files import DIGEST_KEY
 from ..delta.merge import merge_records
-from .block_source import block_files, load_blocks
+from .block_source import block_files, load_blocks, require_sound
 from .precision import is_offloaded
-from .repository import require_sound
 from .saving import carry_over, prepare, save_delta_file
 
 CPU = torch.device("cpu")
@@ -282,22 +281,14 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
 
         Args:
             gpu_id: index of the accelerator, by default that of `device`, else 0.
-            device: where models run, by default this machine's accelerator.
+            device: where models run, by default this machine's accelerator, else the CPU.
 
         Raises:
-            ValueError: no accelerator is found and no `device` is given, or models are offloaded in groups.
+            ValueError: models are offloaded in groups.
         """
         target = torch.device(get_device() if device is None else device)
-        if device is None and target == CPU:
-            raise ValueError(
-                "enable_model_cpu_offload found no accelerator; pass device=, or leave models on the CPU."
-            )
         if target.type != "cpu":
             target = torch.device(target.type, (target.index or 0) if gpu_id is None else gpu_id)
-        try:
-            torch.empty(0, device=target)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise ValueError(f"device={target} cannot be used here ({str(error).splitlines()[0]}).") from error
         self._maybe_raise_error_if_group_offload_active(raise_error=True)
         self.remove_all_hooks()
         self.to(CPU, silence_dtype_warnings=True)
@@ -346,12 +337,9 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
             settings: further ones of `diffusers.hooks.apply_group_offloading`, for example `use_stream=True`.
 
         Raises:
-            ValueError: `exclude_modules` names no component, or what diffusers raises.
+            ValueError: what diffusers raises.
         """
         excluded = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
-        for name in excluded:
-            if name not in self.components:
-                raise ValueError(f"exclude_modules: {name!r} is not a component{_nearest(name, self.components)}")
         places = {"onload_device": torch.device(onload_device), "offload_device": torch.device(offload_device)}
         for name, model in self.components.items():
             if not isinstance(model, nn.Module):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
-from ..blocks.settings import is_stock
+from ..blocks.saving import is_stock
 from ..delta.files import identity_of, open_weights, read_recipe
 from ..delta.lora import DeltaLora, delta_to_lora, save_lora, save_residual
 from ..hub.export import export_workflow, referring_pipeline

@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ..atomic_files import require_writable_directory
-from ..blocks.settings import Problems
+from ..blocks.saving import Problems
 from ..hub.export import require_target
 from ..schedulers import PFODESolver
 from .checkpoints import find_checkpoint
