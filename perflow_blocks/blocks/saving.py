@@ -172,17 +172,13 @@ def index_entry(spec: ComponentSpec, kind: type | None) -> list[Any]:
     source = ModularPipeline._component_spec_to_dict(spec)
     if kind is None:
         return [None, None, source]
-    names = [_library_of(kind), kind.__name__]
+    names = [kind.__module__.split(".")[0], kind.__name__]
     return [*names, {**source, "type_hint": names}]
-
-
-def _library_of(kind: type) -> str:
-    return kind.__module__.split(".")[0]
 
 
 def is_stock(kind: type) -> bool:
     """Whether a class can be named in an index."""
-    library = _library_of(kind)
+    library = kind.__module__.split(".")[0]
     return library in LIBRARIES and getattr(import_module(library), kind.__name__, None) is not None
 
 
@@ -237,8 +233,6 @@ def _attention(pipe: Any, values: dict[str, Any]) -> dict[str, Any]:
 def component_problems(name: str, component: Any) -> Iterator[str]:
     """A sentence for each reason why a saved component would not come back as it is."""
     yield from adapter_problems(name, component)
-    if isinstance(component, nn.Module) and any(weight.is_meta for weight in component.parameters()):
-        yield f"{name} has weights without values (device meta); load them first."
     if not is_stock(type(component)):
         yield foreign(name, component)
     elif not hasattr(component, "save_pretrained"):

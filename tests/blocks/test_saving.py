@@ -311,7 +311,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "local class": (with_own_class, r"\(Local\) cannot be saved: .* define it at the top of a \.py file"),
     "argument": (lambda: with_block(Forgetful(0.5)), "constructor argument 'strength' is not kept on the block"),
-    "attribute": (lambda: with_attribute(torch.zeros(1)), r"its attribute 'own' was set to tensor\(\[0.\]\)"),
+
     "delta": (
         lambda: make_pipeline_naming("/nowhere/delta.safetensors"),
         r"/nowhere/delta.safetensors does not exist",
