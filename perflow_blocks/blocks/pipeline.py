@@ -338,24 +338,6 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
             else:
                 offload_in_groups(model, offload_type=offload_type, **places, **settings)
 
-    # The VAE
-
-    def enable_vae_slicing(self) -> None:
-        """Decodes the images of a batch one at a time, to save memory."""
-        self.vae.enable_slicing()
-
-    def disable_vae_slicing(self) -> None:
-        """Decodes the images of a batch together."""
-        self.vae.disable_slicing()
-
-    def enable_vae_tiling(self) -> None:
-        """Decodes and encodes large images in overlapping tiles, to save memory."""
-        self.vae.enable_tiling()
-
-    def disable_vae_tiling(self) -> None:
-        """Decodes and encodes images whole."""
-        self.vae.disable_tiling()
-
     # LoRA
 
     def load_lora_weights(

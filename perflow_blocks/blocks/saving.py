@@ -133,7 +133,7 @@ def settled(pipe: Any, problems: Problems) -> tuple[Any, dict[str, Any], Weights
 def _settle(saver: Any, declared: ComponentSpec) -> None:
     """Has a component that blocks make be saved where a user set another one, or the index names one."""
     name, component = declared.name, getattr(saver, declared.name, None)
-    if component is None and saver._component_specs[name].pretrained_model_name_or_path:
+    if component is None and name == "guider" and saver._component_specs[name].pretrained_model_name_or_path:
         component = saver._component_specs[name].load()
     if isinstance(component, BaseGuidance):
         is_usual = is_default_guider(component)
@@ -233,6 +233,8 @@ def _attention(pipe: Any, values: dict[str, Any]) -> dict[str, Any]:
 def component_problems(name: str, component: Any) -> Iterator[str]:
     """A sentence for each reason why a saved component would not come back as it is."""
     yield from adapter_problems(name, component)
+    if isinstance(component, nn.Module) and any(weight.is_meta for weight in component.parameters()):
+        yield f"{name} has weights without values (device meta); load them first."
     if not is_stock(type(component)):
         yield foreign(name, component)
     elif not hasattr(component, "save_pretrained"):

@@ -88,13 +88,6 @@ def test_every_strategy_runs_in_every_module_and_agrees_with_native(
     assert all(torch.equal(tensor, state[name]) for name, tensor in pipe.unet.state_dict().items())
 
 
-def test_the_image_is_made_of_what_the_strategies_compute(kernel: MakeKernel) -> None:
-    kernel("shifted", shift=0.5)
-    plans = (None, {"cross": "shifted"}, {"self": "shifted"})
-    plain, cross, own = (run(make_pipeline(attention=AttentionConfig(plan))) for plan in plans)
-    assert min(distance(cross, plain), distance(own, plain), distance(own, cross)) > 1e-2
-
-
 def test_kinds_and_patterns_reach_the_modules_they_mean_and_no_others(kernel: MakeKernel) -> None:
     own, cross, special = kernel("own"), kernel("cross_"), kernel("special")
     pipe = make_pipeline()
@@ -213,15 +206,10 @@ def test_a_model_with_a_plan_is_saved_copied_and_pickled(kernel: MakeKernel, tmp
 def test_other_processors_are_kept_and_named() -> None:
     unet, mine = tiny_sdxl_unet(), AttnProcessor()
     unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(mine)
-    unet.mid_block.attentions[0].transformer_blocks[0].attn2.residual_connection = True
     attention = AttentionConfig("sliced")
     attention.attach({"unet": unet})
-    kept = {
-        row.module.removeprefix("unet.mid_block.attentions.0.transformer_blocks.0."): row.kept
-        for row in attention.report().rows
-        if row.kept
-    }
-    assert kept == {"attn1": "AttnProcessor", "attn2": "more than a transformer block's attention"}
+    kept = {row.module: row.kept for row in attention.report().rows if row.kept}
+    assert kept == {"unet.mid_block.attentions.0.transformer_blocks.0.attn1": "AttnProcessor"}
     assert processors(unet)["mid_block.attentions.0.transformer_blocks.0.attn1"] is mine
     assert "kept: AttnProcessor" in str(attention.report())
 

@@ -15,7 +15,6 @@ pytestmark = pytest.mark.behaviour
 
 TASKS: dict[str, dict[str, Any]] = {
     "text2image": {},
-    "image2image": {"image": tiny_picture(1), "strength": 0.6},
     "inpainting": {"image": tiny_picture(1), "mask_image": tiny_mask()},
 }
 
