@@ -65,7 +65,7 @@ def to_lora(
     if not converted.residual:
         if residual is not None:
             residual.unlink(missing_ok=True)  # an older one is not of this LoRA
-        typer.echo("Nothing is left beside it.")
+        typer.echo("Nothing is left beside it: no residual is written.")
     elif residual is None:
         typer.echo("The tensors kept in full are in no file; --residual writes them.")
     else:
