@@ -74,8 +74,8 @@ class AttentionPlan:
             known = pattern in KINDS or pattern.startswith(absent)
             if not known and not any(place.matches(pattern) for place in places):
                 examples = " or ".join(repr(place.full_name) for place in places[:2])
-                known = f"'self' and 'cross', or a module's name such as {examples}"
-                raise ValueError(f"attention plan: {pattern!r} matches no attention module; pass {known}.")
+                allowed = f"'self', 'cross' or a module's name such as {examples}"
+                raise ValueError(f"attention plan: {pattern!r} matches no attention module; pass {allowed}.")
 
 
 def parse_plan(plan: PlanLike | None) -> AttentionPlan | None:

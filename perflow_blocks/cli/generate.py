@@ -77,7 +77,13 @@ def generate(
 
     pipeline = load_pipeline(model_location(model), device=place, dtype=precision)
     wanted = [prompt for prompt in prompts for _ in range(num_images)]
-    common = {"negative": negative, "steps": steps, "size": chosen_size, "delta": delta, "guidance": guidance}
+    common: dict[str, Any] = {
+        "negative": negative,
+        "steps": steps,
+        "size": chosen_size,
+        "delta": delta,
+        "guidance": guidance,
+    }
     requests = [Request(prompt=prompt, seed=seed + i, **common) for i, prompt in enumerate(wanted)]
     written = draw(pipeline, requests, out, model=model or "embedded")
     typer.echo("\n".join(str(path) for path in written))

@@ -167,14 +167,3 @@ def test_a_merged_delta_can_be_taken_out_under_a_lora(lora: Path, delta: Path) -
     assert_same_latents(run(pipe, delta=delta, delta_scale=0.0), run(with_lora(lora)))
     pipe.unload_lora_weights()
     assert_same_latents(run(pipe, delta=False), run(make_pipeline()))
-
-
-def test_a_lora_that_was_fused_for_good_takes_a_delta(lora: Path, delta: Path) -> None:
-    """`fuse_lora` then `unload_lora_weights` leaves plain weights, W + B A."""
-    pipe = with_lora(lora)
-    pipe.fuse_lora()
-    pipe.unload_lora_weights()
-    over = make_pipeline()
-    run(over, delta=delta)
-    over.load_lora_weights(lora)
-    assert_same_latents(run(pipe, delta=delta), run(over))

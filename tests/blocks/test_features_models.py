@@ -49,21 +49,6 @@ def test_freeu_changes_the_picture_and_can_be_turned_off(pipe: Any, workflow: st
 
 
 @workflows
-def test_sliced_decoding_gives_the_same_pictures(workflow: str) -> None:
-    pipe = make_pipeline()
-    rows = decoded_rows(pipe)
-    inputs = workflow_inputs(workflow) | {"num_images_per_prompt": 3, "output_type": "pt"}
-    whole = run(pipe, **inputs)
-    pipe.vae.enable_slicing()
-    sliced = run(pipe, **inputs)
-    pipe.vae.disable_slicing()
-    assert rows == [3, 1, 1, 1]
-    torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-5)
-    assert not torch.allclose(whole[0], whole[1], atol=1e-2)
-    assert torch.equal(run(pipe, **inputs), whole)
-
-
-@workflows
 def test_a_larger_picture_is_decoded_in_tiles_close_to_the_whole(workflow: str) -> None:
     pipe = make_pipeline()
     rows = decoded_rows(pipe)
@@ -102,15 +87,6 @@ def delta(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
 
 
 @pytest.mark.parametrize("partial", [True])
-def test_projections_fused_after_a_merge_hold_the_delta(delta: dict[bool, Path], partial: bool) -> None:
-    pipe = make_pipeline()
-    merged = run(pipe, delta=delta[partial])
-    assert not torch.allclose(merged, run(make_pipeline()), atol=0.1)
-    pipe.unet.fuse_qkv_projections()
-    torch.testing.assert_close(run(pipe, delta=delta[partial]), merged, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("partial", [True])
 def test_fused_projections_refuse_a_delta(delta: dict[bool, Path], partial: bool) -> None:
     """They are copies of the weights, which a merge would leave as they were."""
     pipe = make_pipeline()
@@ -125,16 +101,6 @@ def test_fused_projections_refuse_a_delta(delta: dict[bool, Path], partial: bool
     assert torch.equal(merged, run(make_pipeline(), delta=delta[partial]))
     pipe.unet.fuse_qkv_projections()
     torch.testing.assert_close(run(pipe), merged, rtol=1e-4, atol=1e-4)
-
-
-def test_fused_projections_refuse_another_scale(delta: dict[bool, Path]) -> None:
-    pipe = make_pipeline()
-    run(pipe, delta=delta[True])
-    pipe.unet.fuse_qkv_projections()
-    merged = run(pipe)
-    with pytest.raises(ValueError, match="fused projections"):
-        run(pipe, delta=delta[True], delta_scale=0.0)
-    assert torch.equal(run(pipe), merged)
 
 
 @pytest.mark.parametrize("partial", [True])

@@ -13,7 +13,6 @@ import pytest
 import torch
 from diffusers.hooks import HookRegistry
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,7 +21,6 @@ from perflow_blocks.blocks.pipeline import IN_PLACE_OF
 from perflow_blocks.delta.lora import save_lora, save_residual
 from perflow_blocks.delta.merge import merge_records
 from perflow_blocks.demo import perflow_pipeline
-from perflow_blocks.schedulers import PeRFlowScheduler
 from perflow_blocks.testing import (
     load_tiny_ip_adapter,
     tiny_controlnet,
@@ -240,15 +238,6 @@ def test_a_classic_pipeline_brings_its_adapters_and_its_delta(tmp_path: Path) ->
     assert pipe.get_active_adapters() == ["style"] and len(merge_records(pipe.unet)) == 1
 
 
-def test_a_part_of_the_blocks_takes_what_it_needs_and_the_scheduler_is_its_own() -> None:
-    classic = diffusers.StableDiffusionXLPipeline(**tiny_sdxl_components(PeRFlowScheduler()), add_watermarker=False)
-    blocks = PeRFlowSDXLAutoBlocks().get_workflow("text2image")
-    pipe = PeRFlowModularPipeline.from_pipe(classic, blocks)
-    assert "controlnet" not in pipe.component_names and pipe._blocks is not blocks
-    pipe("a red star", num_inference_steps=4)
-    assert pipe.scheduler is not classic.scheduler and classic.scheduler.num_inference_steps is None
-
-
 # A LoRA of the delta
 
 
@@ -305,18 +294,6 @@ def test_the_delta_of_a_loaded_lora_is_refused(tmp_path: Path, delta: Path, lora
     assert len(merge_records(pipe.unet)) == 1
 
 
-def test_other_loras_go_beside_a_delta(tmp_path: Path, delta: Path) -> None:
-    pipe = make()
-    run(pipe, delta=delta)
-    path = write_lora(tmp_path / "style", seed=1)
-    pipe.load_lora_weights(path, "file")
-    pipe.load_lora_weights(load_file(path / "pytorch_lora_weights.safetensors"), "dictionary")
-    pipe.set_adapters(["file", "dictionary"], [0.5, 0.5])
-    run(pipe, delta=delta)
-    with pytest.raises(OSError, match="nowhere"):
-        pipe.load_lora_weights(tmp_path / "nowhere", weight_name="none.safetensors")
-
-
 def test_a_pipeline_of_this_package_brings_the_delta_of_its_index() -> None:
     pipe = perflow_pipeline()
     other = PeRFlowModularPipeline.from_pipe(perflow_pipeline())
@@ -331,13 +308,6 @@ def test_blocks_without_a_decoder_have_no_images() -> None:
         with pytest.raises(ValueError, match=r"images.* is not an output"):
             pipe("a star", **inputs)
     assert pipe("a star", num_inference_steps=1, output="latents").shape == (1, 4, 16, 16)
-
-
-def test_weights_that_are_stored_in_fewer_bits_compute_in_more() -> None:
-    pipe = make_pipeline()
-    expected = run(pipe)
-    pipe.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
-    torch.testing.assert_close(run(pipe), expected, rtol=0, atol=0.5)
 
 
 def test_a_call_walks_the_modules_of_a_model_at_most_once(monkeypatch: pytest.MonkeyPatch) -> None:

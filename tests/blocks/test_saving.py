@@ -27,7 +27,6 @@ from perflow_blocks import (
     PeRFlowScheduler,
     PromptCacheStep,
     WindowLogStep,
-    export_workflow,
     insert_loop_block,
     merge_delta,
 )
@@ -230,18 +229,6 @@ def test_saving_changes_nothing_of_the_pipeline(tmp_path: Path) -> None:
     assert json.dumps(dict(pipe.config), default=str) == config
 
 
-def test_a_place_in_the_working_directory_is_found_from_another_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    make_pipeline().save_pretrained("first")
-    PeRFlowModularPipeline.from_pretrained("first").save_pretrained("second")
-    monkeypatch.chdir("/")
-    again = PeRFlowModularPipeline.from_pretrained(tmp_path / "second")
-    again.load_components()
-    assert torch.equal(latents(again), latents(make_pipeline()))
-
-
 def test_numbers_of_numpy_are_saved_as_pythons_own(tmp_path: Path) -> None:
     pipe = make_pipeline(guider=AdaptiveProjectedGuidance(np.float32(1.5)))
     pipe.update_components(num_time_windows=np.int64(2), delta_scale=np.float32(0.5))
@@ -422,12 +409,6 @@ def test_what_plain_diffusers_saves_after_a_call_does_not_load_as_other_blocks(t
     pipe.save_pretrained(str(tmp_path), overwrite_modular_index=True)
     with pytest.raises(ValueError, match="No pipeline blocks could be resolved"):
         ModularPipeline.from_pretrained(str(tmp_path), trust_remote_code=True)
-
-
-def test_a_thin_export_of_a_preset_needs_no_trust(tmp_path: Path) -> None:
-    export_workflow(PeRFlowSDXLText2ImageBlocks(), tmp_path / "workflow")
-    pipe = PeRFlowModularPipeline.from_pretrained(tmp_path / "workflow")
-    assert type(pipe.blocks) is PeRFlowSDXLText2ImageBlocks
 
 
 def test_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,6 @@ from PIL import Image, ImageChops
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.testing import (
     check_block,
-    load_tiny_ip_adapter,
     tiny_controlnet,
     tiny_controlnet_union,
     tiny_mask,
@@ -128,12 +127,6 @@ def test_image2image_moves_further_from_the_picture_with_strength() -> None:
     assert distances[0] < 0.7 * distances[1] < 0.5 * distances[2]
 
 
-def test_image2image_reads_a_picture(model: Path, cli: CLI, tmp_path: Path) -> None:
-    given = saved(tiny_picture(1), tmp_path / "given.png")
-    written = Image.open(cli("sdxl-image2image", "a red star", "--image", given, "--strength", 0.3, "--model", model))
-    assert same(written, recipe("sdxl-image2image").redraw(make_pipeline(), tiny_picture(1), "a red star", 0.3))
-
-
 def test_inpaint_changes_the_masked_part_alone() -> None:
     repaint, pipe = recipe("sdxl-inpaint").repaint, make_pipeline()
     image, mask = tiny_picture(1), tiny_mask()
@@ -175,17 +168,6 @@ def test_controlnet_of_a_repository(model: Path, cli: CLI, tmp_path: Path) -> No
     assert same(written, module.draw(pipe, edges, "a red star", 1.0, width=40, height=24))
 
 
-def test_ip_adapter_follows_the_given_picture() -> None:
-    draw, pipe = recipe("sdxl-ip-adapter").draw, make_pipeline()
-    load_tiny_ip_adapter(pipe)
-
-    def picture(seed: int, scale: float) -> Image.Image:
-        return draw(pipe, tiny_picture(seed), "a red star", scale, num_inference_steps=4)
-
-    assert not same(picture(1, 1.0), picture(2, 1.0))
-    assert same(picture(1, 0.0), picture(2, 0.0))
-
-
 def test_ip_adapter_of_a_repository(model: Path, cli: CLI, tmp_path: Path) -> None:
     save_ip_adapter(tmp_path / "adapter")
     picture = saved(tiny_picture(1), tmp_path / "picture.png")
@@ -205,14 +187,6 @@ def test_base_then_refiner_of_one_unet_is_the_undivided_run() -> None:
     whole = recipe("sdxl-text2image").draw(pipe, "a red star", **steps)
     assert np.abs(pixels(divided) - pixels(whole)).max() < 1.5 / 255
     assert pixels(whole).std() > 0.05
-
-
-def test_the_refiner_of_another_repository(model: Path, cli: CLI, tmp_path: Path) -> None:
-    tiny_sdxl_unet(seed=1).save_pretrained(tmp_path / "other" / "unet", variant="v0-fix")
-    options = ["--model", model, "--refiner", tmp_path / "other", "--variant", "v0-fix"]
-    written = Image.open(cli("sdxl-base-refiner", "a red star", *options))
-    pipes = make_pipeline(), make_pipeline(unet=tiny_sdxl_unet(seed=1))
-    assert same(written, recipe("sdxl-base-refiner").draw(*pipes, "a red star"))
 
 
 def split() -> tuple[Any, Any]:
