@@ -29,7 +29,7 @@ from tests.attention.conftest import (
     embeddings,
     processors,
 )
-from tests.blocks.conftest import distance, guard_against_reads, loop_pipeline, poison
+from tests.blocks.conftest import distance, guard_against_reads, loop_pipeline
 from tests.conftest import make_pipeline, run
 
 MakeKernel = Callable[..., Kernel]
@@ -156,20 +156,6 @@ def test_a_call_that_a_strategy_does_not_take_runs_native_and_is_told_once(
     (told,) = [record.message for record in caplog.records if "native attention" in record.message]
     assert "attn2 runs native attention instead of maskless, which takes no mask." in told
     assert "takes no mask (2 native)" in str(attention.report())
-
-
-def test_the_guards_repetition_in_float32_runs_native(kernel: MakeKernel) -> None:
-    half = kernel("half", dtypes=HALF)
-    pipe = loop_pipeline("text2image", dtype=torch.bfloat16)
-    pipe.update_components(attention=AttentionConfig({"self": "half"}))
-    poison(pipe.unet, 500, dtypes=HALF)
-    result = run(pipe, num_inference_steps=5, on_nonfinite="fallback")
-    assert torch.isfinite(result).all()
-    rows = [row for row in pipe.attention.report().rows if row.kind == "self"]
-    assert len(half.calls) == 5 * len(rows) == 20
-    for row in rows:
-        assert row.calls == {"half": 5, "native": 5}
-        assert row.fallbacks == {"takes float16 or bfloat16, not float32": 5}
 
 
 def test_nothing_is_read_from_the_device_within_the_loop(kernel: MakeKernel) -> None:

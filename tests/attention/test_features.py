@@ -167,19 +167,6 @@ def test_a_plan_reaches_every_controlnet(kind: str, kernel: MakeKernel) -> None:
     assert_same_processors(pipe.controlnet, before)
 
 
-def test_a_call_without_a_control_image_leaves_the_controlnet_alone(kernel: MakeKernel) -> None:
-    kernel("counted")
-    pipe = make_pipeline(controlnet=tiny_controlnet())
-    before = processors(pipe.controlnet)
-    pipe.update_components(attention=AttentionConfig({"self": "counted", "controlnet.mid_block.*": "sliced"}))
-    run(pipe, **STEPS)
-    assert_same_processors(pipe.controlnet, before)
-    assert {module.split(".")[0] for module in calls_of(pipe)} == {"unet"}
-    run(make_pipeline(attention=AttentionConfig({"controlnet.mid_block.*": "sliced"})), **STEPS)  # there is none
-    run(pipe, **STEPS, control_image=tiny_picture(3))
-    assert {module.split(".")[0] for module in calls_of(pipe)} == {"unet", "controlnet"}
-
-
 def test_projections_fused_under_a_plan_run_it_and_come_apart(kernel: MakeKernel) -> None:
     counted = kernel("counted")
     pipe = make_pipeline()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models import attention_dispatch
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -120,31 +120,6 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch: pytest.M
     monkeypatch.setattr(attention_dispatch, "is_kernels_available", lambda: False)
     with pytest.raises(ImportError, match=f"^attention strategy '{name}': .*{INSTALLS[name]}"):
         get_attention_strategy(name).require(CUDA, torch.float16, 64)
-
-
-@pytest.mark.behaviour
-def test_a_hub_kernel_is_fetched_when_it_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = AttentionBackendName.FLASH_HUB
-    monkeypatch.setattr(attention_dispatch, "is_kernels_available", lambda: True)
-    monkeypatch.setattr(attention_dispatch, "is_kernels_version", lambda operation, version: True)
-
-    def no_route(asked: AttentionBackendName) -> None:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(attention_dispatch, "_maybe_download_kernel_for_backend", no_route)
-    hub = get_attention_strategy("flash_hub")
-    strategy = AttentionStrategy(hub.kernel, load=hub.load)  # on a CPU too
-    with pytest.raises(ValueError, match="does not run on cpu: no route to host"):
-        strategy.require(CPU, torch.float32, 64)
-
-    def download(asked: AttentionBackendName) -> None:
-        assert asked == backend
-        entry = attention_dispatch._HUB_KERNELS_REGISTRY[backend]
-        monkeypatch.setattr(entry, "kernel_fn", lambda q, k, v, **settings: attention(q, k, v).to(q.dtype))
-
-    monkeypatch.setattr(attention_dispatch, "_maybe_download_kernel_for_backend", download)
-    strategy.require(CPU, torch.float32, 64)
-    assert torch.allclose(strategy(*tensors(77)).double(), attention(*tensors(77)), atol=1e-6)
 
 
 seen: list[tuple[torch.dtype, int, int]] = []

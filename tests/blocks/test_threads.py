@@ -53,10 +53,10 @@ def test_calls_with_guidance_and_different_steps_give_the_serial_images(warm: bo
     pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=2.0))
     calls = [partial(drawn, pipe, request) for request in REQUESTS]
     if not warm:
-        found = in_threads(3, calls)
+        found = in_threads(4, calls)
     expected = [call() for call in calls]
     if warm:
-        found = in_threads(3, calls)
+        found = in_threads(4, calls)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
 
@@ -147,7 +147,7 @@ def test_threads_that_ask_for_different_scales_get_theirs_or_an_error(delta: Pat
             refused.append(str(error))
             return None
 
-    answers = in_threads(4, [partial(ask, scale) for scale in (1.0, 0.5) * 3])
+    answers = in_threads(4, [partial(ask, scale) for scale in (1.0, 0.5) * 4])
     for scale, drawn_then in filter(None, answers):
         torch.testing.assert_close(drawn_then, expected[scale], rtol=0, atol=1e-2)  # sums of a base that is not read
     assert all("thread" in message for message in refused)
