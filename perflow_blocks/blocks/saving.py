@@ -119,7 +119,8 @@ def settled(pipe: Any, problems: Problems) -> tuple[Any, dict[str, Any], Weights
         if "delta" in defaults:
             delta_values, delta = _delta(pipe, defaults["delta"])
             values |= delta_values
-    with problems.noted(TypeError, AttributeError, about="a configuration value is none of JSON: "):
+    about = "configuration values must be numbers, texts, booleans or lists: "
+    with problems.noted(TypeError, AttributeError, about=about):
         values = json.loads(json.dumps(values, default=methodcaller("item")))  # numbers of NumPy as Python's
     for spec in blocks.expected_components:
         if spec.default_creation_method == "from_config" and spec.name != "attention":
@@ -268,7 +269,7 @@ def _delta(pipe: Any, default: Any) -> tuple[dict[str, Any], Weights | None]:
     weights and their record are all that is saved.
 
     Raises:
-        ValueError: the configuration's delta cannot be read, and the UNet was not saved with it.
+        ValueError, OSError: the configuration's delta cannot be read and is not merged either.
     """
     config, unet = pipe.config, pipe.components.get("unet")
     records = () if unet is None else merge_records(unet)
@@ -282,7 +283,7 @@ def _delta(pipe: Any, default: Any) -> tuple[dict[str, Any], Weights | None]:
     else:
         try:
             weights = open_weights(delta_path(None, pipe) or "", values.get("delta_variant"))
-        except ValueError:
+        except (ValueError, OSError):
             if Path(named).name not in {Path(record.source).name for record in records}:
                 raise
             return {**values, "delta": _copy_of(Path(named).name)}, None  # the merged weights are what it names
