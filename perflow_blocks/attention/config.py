@@ -268,7 +268,9 @@ def _places(models: Mapping[str, nn.Module]) -> Iterator[AttentionPlace]:
         for label, part in parts.items():
             model, compiled = unwrap_module(part), is_compiled_module(part) or is_compiled_module(given)
             for path, block in model.named_modules():
-                for own in ("attn1", "attn2") if isinstance(block, BasicTransformerBlock) else ():
+                if not isinstance(block, BasicTransformerBlock):
+                    continue
+                for own in ("attn1", "attn2"):
                     attn = getattr(block, own)
                     if attn is not None and attn not in seen:
                         seen.add(attn)
