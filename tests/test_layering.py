@@ -147,7 +147,7 @@ def test_a_planted_violation_is_found(tmp_path: Path, file: str, source: str) ->
         ("core/a.py", "from . import windows\nfrom collections.abc import Mapping"),
         ("delta/sub/a.py", "from ..files import X\nfrom ...schedulers.scheduling_perflow import Y"),
         ("blocks/a.py", "from diffusers import X\nfrom perflow_blocks.core import windows"),
-        ("hub.py", "from .blocks.settings import X"),
+        ("hub.py", "from .blocks.saving import X"),
         ("cli/a.py", "import typer\nfrom ..demo import X\nfrom ..training import Y\nfrom ..core.windows import Z"),
         ("demo/train.py", "from ..training.losses import X"),
         ("training/data.py", "from ..demo.images import X"),

@@ -98,12 +98,7 @@ class Preset(Assembled, SequentialPipelineBlocks):
         collection: str | None = None,
     ) -> PeRFlowModularPipeline:
         """A `PeRFlowModularPipeline` of a copy of these blocks, with nothing loaded yet."""
-        return PeRFlowModularPipeline(
-            blocks=deepcopy(self),
-            pretrained_model_name_or_path=pretrained_model_name_or_path,
-            components_manager=components_manager,
-            collection=collection,
-        )
+        return PeRFlowModularPipeline(deepcopy(self), pretrained_model_name_or_path, components_manager, collection)
 
 
 class PeRFlowSDXLAutoBlocks(Preset):
@@ -131,16 +126,8 @@ class PeRFlowSDXLAutoBlocks(Preset):
         PeRFlowSDXLCoreDenoiseStep,
         PeRFlowAutoDecodeStep,
     ]
-    block_names = [
-        "check_inputs",
-        "apply_attention",
-        "merge_delta",
-        "text_encoder",
-        "ip_adapter",
-        "vae_encoder",
-        "denoise",
-        "decode",
-    ]
+    block_names = ["check_inputs", "apply_attention", "merge_delta", "text_encoder"]
+    block_names += ["ip_adapter", "vae_encoder", "denoise", "decode"]
     _workflow_map = StableDiffusionXLAutoBlocks._workflow_map
     description = (
         "PeRFlow few-step generation with Stable Diffusion XL: images in 4 to 8 steps.\n"

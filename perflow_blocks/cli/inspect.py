@@ -34,20 +34,15 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSummary:
-    """One tensor: its name, kind of layer, stored type, number of values, and norm.
-
-    Attributes:
-        squared_norm: sum of the squares; NaN or infinite where a value is.
-        size: norm over that of the base's tensor, or without a base the root mean square.
-    """
+    """One tensor of a file."""
 
     name: str
-    kind: str
+    kind: str  # of layer
     dtype: str
     parameters: int
     bytes: int
-    squared_norm: float
-    size: float
+    squared_norm: float  # NaN or infinite where a value is
+    size: float  # norm over that of the base's tensor, or without a base the root mean square
 
 
 def inspect(
@@ -91,14 +86,7 @@ def inspect(
 def summarize(
     weights: Weights, base: Weights | None = None, config: Mapping[str, Any] | None = None
 ) -> list[TensorSummary]:
-    """Reads every tensor once; sizes are relative to `base` where it is given.
-
-    The two may be named differently: for original Latent Diffusion names `config` is the configuration of the UNet.
-    diffusers' progress bar shows the tensors.
-
-    Raises:
-        ValueError: a tensor is missing from the base.
-    """
+    """Reads every tensor once; sizes are relative to `base`. `config` is the UNet's, to translate original names."""
     from diffusers.utils import logging
 
     from ..delta.files import named_alike
@@ -191,13 +179,13 @@ def _ranks(weights: Weights) -> str:
 
 def _kind_table(tensors: list[TensorSummary]) -> list[str]:
     """Number of tensors and values by kind, the kind with most values first."""
-    kinds: dict[str, list[TensorSummary]] = {}
+    count, numbers, squares = Counter[str](), Counter[str](), dict[str, float]()
     for tensor in tensors:
-        kinds.setdefault(tensor.kind, []).append(tensor)
-    rows = []
-    for kind, members in kinds.items():
-        numbers = sum(tensor.parameters for tensor in members)
-        mean = (sum(tensor.squared_norm for tensor in members) / numbers) ** 0.5 if numbers else 0.0
-        rows.append((numbers, [kind, str(len(members)), f"{numbers:,}", f"{mean:.3g}"]))
-    rows.sort(key=lambda row: -row[0])
-    return aligned([["kind", "tensors", "numbers", "root mean square"], *(row for _, row in rows)])
+        count[tensor.kind] += 1
+        numbers[tensor.kind] += tensor.parameters
+        squares[tensor.kind] = squares.get(tensor.kind, 0.0) + tensor.squared_norm
+    rows = [["kind", "tensors", "numbers", "root mean square"]]
+    for kind, total in numbers.most_common():
+        mean = (squares[kind] / total) ** 0.5 if total else 0.0
+        rows.append([kind, str(count[kind]), f"{total:,}", f"{mean:.3g}"])
+    return aligned(rows)

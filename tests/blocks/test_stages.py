@@ -15,7 +15,6 @@ pytestmark = pytest.mark.behaviour
 
 TASKS: dict[str, dict[str, Any]] = {
     "text2image": {},
-    "image2image": {"image": tiny_picture(1), "strength": 0.6},
     "inpainting": {"image": tiny_picture(1), "mask_image": tiny_mask()},
 }
 
@@ -45,15 +44,3 @@ def test_a_state_is_handed_from_pipeline_to_pipeline(task: str) -> None:
     assert torch.equal(state.get("latents"), whole.get("latents"))
     state = decode(state=state, output_type="pt")
     torch.testing.assert_close(state.get("images"), whole.get("images"))
-
-
-def test_a_pipeline_that_only_denoises_needs_no_vae() -> None:
-    blocks = PeRFlowSDXLAutoBlocks()
-    for name in ("text_encoder", "vae_encoder", "decode"):
-        blocks.sub_blocks.pop(name)
-    given = make_pipeline()(prompt="a star", output_type="latent").get_by_kwargs("denoiser_input_fields")
-    embeddings = {name: value for name, value in given.items() if "prompt_embeds" in name}
-    pipe = make_pipeline(blocks, vae=None)
-    start = torch.randn(1, 4, 16, 16, generator=generator())
-    latents = pipe(**embeddings, latents=start, output="latents")
-    assert latents.shape == (1, 4, 16, 16)

@@ -184,9 +184,8 @@ def test_an_old_residual_does_not_stay_beside_a_lora_without_one(
     assert "Nothing is left" in done(run, *arguments)
     residual.write_text("old")
     out = done(run, *arguments, "--residual", residual)
-    assert f"{residual}: removed, as the LoRA holds the whole delta" in out and not residual.exists()
-    assert f"{residual}: not written" in done(run, *arguments, "--residual", residual) and not residual.exists()
+    assert "no residual is written" in out and not residual.exists()
     shutil.copy(delta, residual)
     for option in (("-o", delta), ("--residual", delta)):
-        assert "is the delta itself" in refused(run, *arguments, *option)
+        assert "is the delta or another output" in refused(run, *arguments, *option)
         assert delta.read_bytes() == residual.read_bytes()
