@@ -3,6 +3,7 @@
 from .apply_attention import PeRFlowApplyAttentionStep, PeRFlowControlNetApplyAttentionStep
 from .auto_blocks import PeRFlowSDXLAutoBlocks, PeRFlowSDXLCoreDenoiseStep
 from .before_denoise import (
+    PeRFlowControlNetUnionInputStep,
     PeRFlowImg2ImgPrepareLatentsStep,
     PeRFlowInpaintPrepareLatentsStep,
     PeRFlowInputStep,
@@ -12,8 +13,6 @@ from .before_denoise import (
     PeRFlowSDXLInpaintBeforeDenoiseStep,
 )
 from .check_inputs import PeRFlowCheckInputsStep
-from .controlnet import PeRFlowControlNetLoopDenoiser, PeRFlowControlNetUnionInputStep
-from .decode import PeRFlowKeepKnownPixelsStep
 from .denoise import (
     PeRFlowControlNetDenoiseStep,
     PeRFlowDenoiseStep,
@@ -22,16 +21,19 @@ from .denoise import (
     PeRFlowLoopKeepKnownStep,
     PeRFlowLoopSolverStep,
 )
-from .denoiser import PeRFlowLoopDenoiser
-from .encode import PeRFlowEmbeddingsStep, PeRFlowInpaintVaeEncoderStep, PeRFlowIPAdapterStep, PeRFlowVaeEncoderStep
+from .denoiser import (
+    PeRFlowControlNetLoopDenoiser,
+    PeRFlowLoopDenoiser,
+    PeRFlowTiledControlNetLoopDenoiser,
+    PeRFlowTiledLoopDenoiser,
+)
+from .encode import PeRFlowEmbeddingsStep, PeRFlowIPAdapterStep, PromptCacheStep
 from .finite_guard import ControlNetFiniteGuardStep, FiniteGuardStep
 from .loop_block import LoopBlock as LoopBlock
 from .merge_delta import PeRFlowMergeDeltaStep
-from .preview import PreviewStep
-from .prompt_cache import PromptCacheStep
+from .observers import PreviewStep, StepCallbackStep, WindowLogStep
 from .set_timesteps import PeRFlowImg2ImgSetTimestepsStep, PeRFlowInpaintSetTimestepsStep, PeRFlowSetTimestepsStep
-from .step_callback import StepCallbackStep, WindowLogStep
-from .tiled_denoise import PeRFlowTiledControlNetLoopDenoiser, PeRFlowTiledLoopDenoiser
+from .vae import PeRFlowInpaintVaeEncoderStep, PeRFlowKeepKnownPixelsStep, PeRFlowVaeEncoderStep
 
 __all__ = [
     "ControlNetFiniteGuardStep",

@@ -1,7 +1,8 @@
-"""What runs before the loop: embeddings matched to the images, the starting latents, and the assembled stages."""
+"""What runs before the loop: embeddings matched to the images, starting latents, control images, assembled stages."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,26 +14,24 @@ from diffusers.modular_pipelines.modular_pipeline import (
 )
 from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import (
+    StableDiffusionXLControlNetInputStep,
+    StableDiffusionXLControlNetUnionInputStep,
     StableDiffusionXLImg2ImgPrepareAdditionalConditioningStep,
     StableDiffusionXLPrepareAdditionalConditioningStep,
     StableDiffusionXLPrepareLatentsStep,
 )
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..core.step_plan import apply_step
 from .declare import Assembled, declared
-from .images import require_count
-from .inputs import (
-    as_outputs,
-    batch_inputs,
-    embeddings_inputs,
-    ip_adapter_inputs,
-    param,
-    shared_inputs,
-)
+from .images import image_size, require_count
+from .inputs import as_outputs, batch_inputs, embeddings_inputs, ip_adapter_inputs, param, shared_inputs
 from .set_timesteps import PeRFlowImg2ImgSetTimestepsStep, PeRFlowInpaintSetTimestepsStep, PeRFlowSetTimestepsStep
-from .specs import guider_spec, unet_spec
+from .specs import guider_spec, unet_spec, vae_spec
+
+logger = logging.get_logger(__name__)
 
 
 class PeRFlowInputStep(ModularPipelineBlocks):
@@ -72,14 +71,7 @@ class PeRFlowInputStep(ModularPipelineBlocks):
 
 
 def one_for_each_image(name: str, tensor: Tensor, prompts: int, images_per_prompt: int) -> Tensor:
-    """The tensor with one row for each image, those of the first prompt first.
-
-    Args:
-        name: of the input, for the error.
-        tensor: one row for all images, one for each prompt, or one for each image; others raise a ValueError.
-        prompts: number of prompts.
-        images_per_prompt: number of images for each prompt.
-    """
+    """The tensor with one row for each image, those of the first prompt first, from one row for all or each prompt."""
     rows, images = tensor.shape[0], prompts * images_per_prompt
     if rows == images:
         return tensor
@@ -125,7 +117,7 @@ class PeRFlowInpaintPrepareLatentsStep(ModularPipelineBlocks):
     noise. A UNet of 9 channels is given mask and masked image beside the latents.
 
     Raises:
-        ValueError: mask, image and prompts differ in number, or the UNet takes neither 4 nor 9 channels.
+        ValueError: mask, image and prompts differ in number.
     """
 
     model_name = "stable-diffusion-xl"
@@ -187,14 +179,56 @@ def _one_for_each(block_state: Any, name: str, device: torch.device) -> Tensor:
 
 def _conditioning(unet: Any, block_state: Any, device: torch.device) -> Tensor | None:
     """Mask and masked image as a 9-channel UNet takes them; None for a UNet that takes the latents alone."""
-    channels, taken = block_state.image_latents.shape[1], unet.config.in_channels
-    if taken == channels:
+    if unet.config.in_channels == block_state.image_latents.shape[1]:
         return None
-    if taken != 2 * channels + 1:
-        raise ValueError(f"the UNet takes {taken} channels; inpainting needs one of {channels} or {2 * channels + 1}.")
     if block_state.masked_image_latents is None:
-        raise ValueError(f"masked_image_latents is missing for a UNet of {taken} channels; pass it, or mask_image.")
+        raise ValueError("masked_image_latents is missing for a UNet made for inpainting; pass it, or mask_image.")
     return torch.cat([block_state.mask, _one_for_each(block_state, "masked_image_latents", device)], dim=1)
+
+
+class WarnsOfSqueezing:
+    """Mixed in before diffusers' ControlNet input steps, which resize control images to the output's size."""
+
+    def prepare_control_image(self, components: Any, image: Any, width: int, height: int, **settings: Any) -> Tensor:
+        given_height, given_width = image_size(image)
+        # A crop keeps its proportions, and images are rounded to multiples of 8.
+        if settings.get("crops_coords") is None and abs(given_width * height / given_height - width) >= 8:
+            logger.warning(
+                f"control_image is {given_width}x{given_height}, the output {width}x{height}: the control image is "
+                "squeezed. To keep its proportions, crop it, or pass another height and width."
+            )
+        prepare: Callable[..., Tensor] = super().prepare_control_image  # type: ignore[misc]
+        return prepare(components, image=image, width=width, height=height, **settings)
+
+
+class PeRFlowControlNetInputStep(WarnsOfSqueezing, StableDiffusionXLControlNetInputStep):
+    """diffusers' step, with a warning of control images that are squeezed."""
+
+
+class PeRFlowControlNetUnionInputStep(WarnsOfSqueezing, StableDiffusionXLControlNetUnionInputStep):
+    """diffusers' step, which puts its tensors into the list `control_image`, on a list of its own."""
+
+    expected_components = declared(*StableDiffusionXLControlNetUnionInputStep().expected_components, vae_spec())
+    intermediate_outputs = declared(
+        *StableDiffusionXLControlNetUnionInputStep().intermediate_outputs,
+        OutputParam("control_image", list[Tensor], "The control images, as the ControlNet takes them."),
+        OutputParam("control_mode", list[int], "The kind of each control image."),
+    )
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        if isinstance(state.get("control_image"), list):
+            state.set("control_image", list(state.get("control_image")))
+        return super().__call__(components, state)
+
+
+class PeRFlowAutoControlNetInputStep(Assembled, AutoPipelineBlocks):
+    """Prepares the control images: for a ControlNet-Union with `control_mode`, else for one or more ControlNets."""
+
+    block_classes = [PeRFlowControlNetUnionInputStep, PeRFlowControlNetInputStep]
+    block_names = ["controlnet_union", "controlnet"]
+    block_trigger_inputs = ["control_mode", "control_image"]
+    description = "Prepares `control_image`, for a ControlNet-Union where `control_mode` is given; else is skipped."
 
 
 _STAGES = ["set_timesteps", "prepare_latents", "prepare_add_cond"]

@@ -31,11 +31,10 @@ from torch import Tensor
 from ..core.step_plan import apply_step
 from ..delta.merge import MergeRecord, merge_records
 from ..delta.model_lock import model_lock
-from .controlnet import PeRFlowControlNetLoopDenoiser
 from .declare import Assembled, declared
-from .denoiser import PeRFlowLoopDenoiser
+from .denoiser import PeRFlowControlNetLoopDenoiser, PeRFlowLoopDenoiser
 from .finite_guard import ControlNetFiniteGuardStep, FiniteGuardStep
-from .guiders import guider_of_call, is_batchable, warn_about_few_steps
+from .guiders import forget_step, guider_of_call, is_batchable, warn_about_few_steps
 from .inputs import shared_inputs
 from .loop_block import LOOP_PROVIDES, LoopBlock, Repeat
 from .specs import guider_spec, unet_spec
@@ -120,13 +119,12 @@ class PeRFlowDenoiseStep(Assembled, LoopSequentialPipelineBlocks):
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         block_state = self.get_block_state(state)
         guider, lock = guider_of_call(components, block_state), model_lock(components.unet)
-        _require_one_dtype(components.unet, block_state.latents)
         warn_about_few_steps(guider, len(block_state.step_plan))
         alone = not is_batchable(guider) or "scale" in (block_state.cross_attention_kwargs or {})
         with lock.changing() if alone else lock.running():
             _require_same_deltas(components.unet, block_state.merged_deltas)
             self._run_all(components, block_state)
-        guider.set_state(step=None, num_inference_steps=None, timestep=None)  # a stage may go on from this state
+        forget_step(guider)  # a stage may go on from this state
         self.set_block_state(state, block_state)
         return components, state
 
@@ -149,7 +147,9 @@ class PeRFlowDenoiseStep(Assembled, LoopSequentialPipelineBlocks):
                 block_state.window_index = window_index[i]
                 self.loop_step(components, block_state, i=i, t=timesteps[i])
                 if block_state.callback_on_step_end is not None:
-                    _call_back(components, block_state, i, timesteps[i])
+                    given = {"latents": block_state.latents}
+                    returned = block_state.callback_on_step_end(components, i, timesteps[i], given)
+                    block_state.latents = (returned or given).get("latents", block_state.latents)
                 progress_bar.update()
                 if block_state.stop_requested:
                     break
@@ -178,21 +178,6 @@ class PeRFlowInpaintControlNetDenoiseStep(PeRFlowInpaintDenoiseStep):
     block_classes = [*PeRFlowControlNetDenoiseStep.block_classes, PeRFlowLoopKeepKnownStep]
 
 
-def _call_back(components: Any, block_state: Any, i: int, t: Tensor) -> None:
-    """Calls `callback_on_step_end`, and takes the latents that it returns."""
-    latents = block_state.latents
-    returned = block_state.callback_on_step_end(components, i, t, {"latents": latents})
-    if not isinstance(returned, (dict, type(None))):
-        raise ValueError(f"callback_on_step_end returned {returned!r}; return None, or a dictionary with latents.")
-    given = (returned or {}).get("latents", latents)
-    if not isinstance(given, Tensor) or (given.shape, given.dtype) != (latents.shape, latents.dtype):
-        raise ValueError(
-            f"callback_on_step_end must return latents as it was given them: {latents.dtype} of shape "
-            f"{tuple(latents.shape)}."
-        )
-    block_state.latents = given
-
-
 def _predicted_clean(block_state: Any, i: int) -> Tensor:
     """The clean latents that step i predicts, from the latents after it: its start is (latents - B noise_pred) / A."""
     a, b, c, d = block_state.step_coefficients[i].unbind()
@@ -207,15 +192,4 @@ def _require_same_deltas(unet: Any, merged: tuple[MergeRecord, ...] | None) -> N
         raise ValueError(
             "another thread changed the deltas of this UNet during the call; use one delta and delta_scale in all "
             "threads, or give each thread a pipeline with a UNet of its own."
-        )
-
-
-def _require_one_dtype(unet: Any, latents: Tensor) -> None:
-    """Latents take the text encoders' type, and transformers loads what a file holds where diffusers loads float32."""
-    if latents.dtype == next(unet.parameters()).dtype or torch.is_autocast_enabled(latents.device.type):
-        return
-    if latents.dtype != unet.dtype:  # which walks all modules
-        raise ValueError(
-            f"the latents are {latents.dtype}, the UNet is {unet.dtype}; load all components with one type, "
-            f"pipe.load_components(dtype={unet.dtype}), and pass latents, if any, in that type."
         )

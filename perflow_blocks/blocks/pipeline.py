@@ -33,7 +33,7 @@ from ..atomic_files import atomic_directory, atomic_path
 from ..delta.files import DIGEST_KEY
 from ..delta.merge import merge_records
 from .block_source import block_files, load_blocks
-from .precision import is_offloaded
+from .finite_guard import is_offloaded
 from .repository import require_sound
 from .saving import carry_over, prepare, save_delta_file
 

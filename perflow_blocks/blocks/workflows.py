@@ -8,19 +8,19 @@ from __future__ import annotations
 from .apply_attention import PeRFlowApplyAttentionStep, PeRFlowControlNetApplyAttentionStep
 from .auto_blocks import PeRFlowSDXLCoreDenoiseStep, Preset
 from .before_denoise import (
+    PeRFlowControlNetInputStep,
     PeRFlowInputStep,
     PeRFlowSDXLBeforeDenoiseStep,
     PeRFlowSDXLImg2ImgBeforeDenoiseStep,
     PeRFlowSDXLInpaintBeforeDenoiseStep,
 )
 from .check_inputs import PeRFlowCheckInputsStep
-from .controlnet import PeRFlowControlNetInputStep
-from .decode import PeRFlowAutoDecodeStep, PeRFlowDecodeStep
 from .denoise import PeRFlowControlNetDenoiseStep, PeRFlowDenoiseStep, PeRFlowInpaintDenoiseStep, PeRFlowLoopSolverStep
-from .encode import PeRFlowInpaintVaeEncoderStep, PeRFlowIPAdapterStep, PeRFlowTextEncoderStep, PeRFlowVaeEncoderStep
+from .denoiser import PeRFlowTiledControlNetLoopDenoiser
+from .encode import PeRFlowIPAdapterStep, PeRFlowTextEncoderStep
 from .finite_guard import ControlNetFiniteGuardStep
 from .merge_delta import PeRFlowMergeDeltaStep
-from .tiled_denoise import PeRFlowTiledControlNetLoopDenoiser
+from .vae import PeRFlowAutoDecodeStep, PeRFlowDecodeStep, PeRFlowInpaintVaeEncoderStep, PeRFlowVaeEncoderStep
 
 _PREPARE = [PeRFlowCheckInputsStep, PeRFlowApplyAttentionStep, PeRFlowMergeDeltaStep, PeRFlowTextEncoderStep]
 _PREPARE_CONTROL = [_PREPARE[0], PeRFlowControlNetApplyAttentionStep, *_PREPARE[2:]]

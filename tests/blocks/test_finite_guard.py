@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from perflow_blocks import FiniteGuardStep
 from perflow_blocks.blocks import ControlNetFiniteGuardStep
-from perflow_blocks.blocks.precision import can_be_float32, in_float32
+from perflow_blocks.blocks.finite_guard import can_be_float32, in_float32
 from perflow_blocks.testing import check_block
 from perflow_blocks.testing.tiny import load_tiny_ip_adapter, tiny_picture
 from tests.blocks.conftest import (

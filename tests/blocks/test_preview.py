@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from perflow_blocks import LatentToRGB, PreviewStep, insert_loop_block
-from perflow_blocks.blocks.preview import SDXL_BIAS, SDXL_FACTORS, decode_preview
+from perflow_blocks.blocks.observers import SDXL_BIAS, SDXL_FACTORS, decode_preview
 from perflow_blocks.testing import check_block
 from perflow_blocks.testing.tiny import tiny_vae
 from tests.blocks.conftest import Spy, blocks_with, guard_against_reads, predicted_clean

@@ -13,7 +13,7 @@ from diffusers import ClassifierFreeGuidance, StableDiffusionXLAutoBlocks
 
 from perflow_blocks import PeRFlowSDXLAutoBlocks, PromptCacheStep
 from perflow_blocks.blocks.encode import PeRFlowAutoTextEncoderStep, PeRFlowTextEncoderStep
-from perflow_blocks.blocks.prompt_cache import PeRFlowCachedTextEncoderStep
+from perflow_blocks.blocks.encode import PeRFlowCachedTextEncoderStep
 from perflow_blocks.testing import check_block
 from perflow_blocks.testing.tiny import tiny_sdxl_components
 from tests.blocks.conftest import EMBEDS, TEXT, count_encodings, embedding, encode, same, text_pipeline, uncached

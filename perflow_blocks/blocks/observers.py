@@ -1,23 +1,27 @@
-"""The step of the loop that shows what the image is going to be, and the linear map that makes images of latents."""
+"""Blocks that watch the loop: previews of the result, a function that may end the run, a log of the windows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, VaeImageProcessor
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
-from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
+from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, OutputParam
+from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
 from ..core.step_plan import apply_step
-from ..core.windows import require_positive_int
 from .declare import declared
 from .inputs import param, shared_inputs
 from .loop_block import LoopBlock
+
+logger = logging.get_logger(__name__)
 
 # Measured for SDXL's VAE: https://github.com/comfyanonymous/ComfyUI/blob/master/comfy/latent_formats.py
 SDXL_FACTORS = (
@@ -41,9 +45,6 @@ class LatentToRGB(ConfigMixin):
         factors: (channels, 3), what each latent channel adds to red, green and blue, which run from -1 to 1.
         bias: the colour of latents that are zero.
         scaling_factor: what latents are divided by before they are decoded. 1: the map takes them as the UNet does.
-
-    Raises:
-        ValueError: factors or bias are not for three colours, or latents have another number of channels than factors.
     """
 
     config_name = "latent_to_rgb.json"
@@ -53,18 +54,12 @@ class LatentToRGB(ConfigMixin):
     def __init__(
         self, factors: Rows = SDXL_FACTORS, bias: Sequence[float] = SDXL_BIAS, scaling_factor: float = 1.0
     ) -> None:
-        if not factors or any(len(row) != 3 for row in factors) or len(bias) != 3:
-            raise ValueError(f"each row of {factors=} and {bias=} must hold three numbers: red, green, blue.")
+        pass
 
     def decode(self, latents: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Latents (batch, channels, height, width) as colours (batch, 3, height, width), float32 in [-1, 1]."""
         factors = torch.tensor(self.config.factors, dtype=torch.float32, device=latents.device)
         bias = torch.tensor(self.config.bias, dtype=torch.float32, device=latents.device)
-        if latents.shape[1] != factors.shape[0]:
-            raise ValueError(
-                f"the latents have {latents.shape[1]} channels, the preview's factors {factors.shape[0]}; set a "
-                "preview_decoder for this VAE, such as LatentToRGB(factors, bias)."
-            )
         sample = (torch.einsum("bchw,cr->brhw", latents.float(), factors) + bias[:, None, None]).clamp(-1.0, 1.0)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -81,8 +76,7 @@ class PreviewStep(LoopBlock):
     `pipe.update_components(preview_decoder=AutoModel.from_pretrained("madebyollin/taesdxl"))`.
 
     Raises:
-        ValueError: `preview_callback` cannot be called, `preview_every` is not a positive integer, or the decoder is a
-            VAE that overflows in float16.
+        ValueError: the decoder is a VAE that overflows in float16.
     """
 
     description = "Loop step that hands images of the predicted result to a callback; goes before the solver."
@@ -102,11 +96,8 @@ class PreviewStep(LoopBlock):
     )
 
     def start(self, components: Any, block_state: Any) -> None:
-        callback, decoder = block_state.preview_callback, components.preview_decoder
-        require_positive_int("preview_every", block_state.preview_every)
-        if callback is not None and not callable(callback):
-            raise ValueError(f"preview_callback={callback!r} cannot be called; pass a function of (i, images).")
-        if callback is not None and decoder.dtype == torch.float16 and decoder.config.get("force_upcast"):
+        used, decoder = block_state.preview_callback is not None, components.preview_decoder
+        if used and decoder.dtype == torch.float16 and decoder.config.get("force_upcast"):
             raise ValueError(
                 "preview_decoder overflows in torch.float16; use a tiny VAE, such as madebyollin/taesdxl, or float32."
             )
@@ -133,3 +124,92 @@ def _decoder_scaling(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     rows = (config.get("latents_mean") or [0.0], config.get("latents_std") or [1.0])
     shift, scale = (torch.tensor(row, dtype=torch.float64)[:, None, None] for row in rows)
     return shift, scale / config["scaling_factor"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepInfo:
+    """Where the run is. All fields but the latents are numbers on the host.
+
+    Attributes:
+        step: the step's number, from 0 to num_steps - 1.
+        num_steps: how many steps there are.
+        timestep: what the UNet was given, usually from 1 to 1000.
+        window_index: the number of the step's time window, from 0 (noise) on.
+        window_start, window_end: the window's two ends in time; 1 is noise, 0 is data.
+        alpha_start, alpha_end: the noise schedule's abar at these ends.
+        latents: (images, channels, height/f, width/f) on the device; after the solver those of the next step.
+    """
+
+    step: int
+    num_steps: int
+    timestep: int
+    window_index: int
+    window_start: float
+    window_end: float
+    alpha_start: float
+    alpha_end: float
+    latents: Tensor
+
+
+StepCallback = Callable[[StepInfo], bool | None]
+
+
+class StepCallbackStep(ModularPipelineBlocks):
+    """Calls `step_callback(info)` at each step. If it returns True, the run ends with this step.
+
+    A run that ends early has the clean latents that its last step predicts. After the solver
+    (`insert_loop_block(blocks, "callback", StepCallbackStep, after="solver")`) the callback sees each step's result.
+    Nothing is read from the device, unless the callback does so.
+
+    Raises:
+        ValueError: `step_callback` returns something other than True, False and None.
+    """
+
+    model_name = "stable-diffusion-xl"
+    description = "Loop step that calls a function with step, window and latents; if it returns True, the run ends."
+    inputs = declared(
+        *shared_inputs("latents", "step_plan", required=True),
+        param("step_callback", StepCallback, "Called with a StepInfo at each step; may return True to end the run."),
+    )
+    intermediate_outputs = declared(
+        OutputParam("stop_requested", bool, "Whether a block in the loop ended the run before its last step.")
+    )
+
+    @torch.no_grad()
+    def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
+        if block_state.step_callback is not None:
+            plan = block_state.step_plan
+            of_plan = ("window_index", "window_start", "window_end", "alpha_start", "alpha_end")
+            numbers = {"timestep": plan.timesteps[i], **{name: getattr(plan, name)[i] for name in of_plan}}
+            info = StepInfo(step=i, num_steps=len(plan), latents=block_state.latents, **numbers)
+            answer = block_state.step_callback(info)
+            if answer not in (True, False, None):  # the dictionary of another kind of callback would end the run
+                returned = f"step_callback returned a value of type {type(answer).__name__}"
+                raise ValueError(f"{returned}; return True to end the run, False or None to go on.")
+            block_state.stop_requested = block_state.stop_requested or bool(answer)
+        return components, block_state
+
+
+class WindowLogStep(ModularPipelineBlocks):
+    """Logs number, times and abar of each time window at its first step. Nothing is read from the device.
+
+    Args:
+        level: of Python's logging. INFO shows after, for example, `logging.basicConfig(level=logging.INFO)`.
+    """
+
+    model_name = "stable-diffusion-xl"
+    description = "Loop step that logs the number, the times and the noise schedule's abar of each time window."
+    inputs = declared(*shared_inputs("step_plan", required=True))
+
+    def __init__(self, level: int = logging.INFO) -> None:
+        super().__init__()
+        self.level = level
+
+    @torch.no_grad()
+    def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
+        plan = block_state.step_plan
+        if plan.begins_window(i):
+            window = f"window {plan.window_index[i]}: time {plan.window_start[i]:g} to {plan.window_end[i]:g}"
+            alphas = f"abar {plan.alpha_start[i]:.4g} to {plan.alpha_end[i]:.4g}"
+            logger.log(self.level, f"Step {i + 1} of {len(plan)} begins {window}, {alphas}.")
+        return components, block_state
