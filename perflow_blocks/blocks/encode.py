@@ -213,7 +213,7 @@ class PeRFlowCachedTextEncoderStep(PeRFlowTextEncoderStep):
         """All that the embeddings depend on."""
         device, kwargs = components._execution_device, block_state.cross_attention_kwargs or {}
         inputs = {name: getattr(block_state, name) for name in self.input_names if name != "guider"}
-        inputs["cross_attention_kwargs"] = kwargs.get("scale")  # the rest is the UNet's
+        inputs["cross_attention_kwargs"] = float(kwargs.get("scale", 1.0))  # the rest is the UNet's
         return (
             repr(inputs),
             tuple(_identity(getattr(components, name)) for name in TEXT_MODELS),

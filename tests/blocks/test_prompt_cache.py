@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import pickle
 import weakref
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import ClassifierFreeGuidance, StableDiffusionXLAutoBlocks
+from accelerate import cpu_offload
+from diffusers import ClassifierFreeGuidance
+from peft import LoraConfig
 
 from perflow_blocks import PeRFlowSDXLAutoBlocks, PromptCacheStep
-from perflow_blocks.blocks.encode import PeRFlowAutoTextEncoderStep, PeRFlowTextEncoderStep
-from perflow_blocks.blocks.encode import PeRFlowCachedTextEncoderStep
+from perflow_blocks.blocks.encode import (
+    PeRFlowAutoTextEncoderStep,
+    PeRFlowCachedTextEncoderStep,
+)
 from perflow_blocks.testing import check_block
-from perflow_blocks.testing.tiny import tiny_sdxl_components
-from tests.blocks.conftest import EMBEDS, TEXT, count_encodings, embedding, encode, same, text_pipeline, uncached
+from perflow_blocks.testing.tiny import TEXT_WIDTH, tiny_sdxl_components, tiny_tokenizer
+from tests.blocks.conftest import (
+    BOTH,
+    EMBEDS,
+    TEXT,
+    count_encodings,
+    embedding,
+    encode,
+    same,
+    text_pipeline,
+    uncached,
+    write,
+)
 from tests.blocks.test_every_workflow import workflow_inputs, workflow_pipeline
+from tests.blocks.test_features_lora import write_lora
 from tests.conftest import generator, make_pipeline, run, watch_models
+
+LORA: dict[str, Any] = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 
 pytestmark = pytest.mark.behaviour
 
@@ -63,19 +84,7 @@ def test_each_request_is_encoded_once_and_never_mistaken_for_another(guidance: f
         assert same(again[name], expected), name
 
 
-def test_pictures_are_the_same_with_and_without_a_cache() -> None:
-    blocks = PeRFlowSDXLAutoBlocks()
-    blocks.sub_blocks["text_encoder"] = (cache := PromptCacheStep())
-    plain, cached = make_pipeline(), make_pipeline(blocks)
-    for seed in range(2):
-        for given in ({}, {"negative_prompt": "b"}, {"prompt": ["a", "b"]}):
-            inputs = {**given, "num_images_per_prompt": 2, "num_inference_steps": 4}
-            expected = run(plain, generator=generator(seed), **inputs)
-            assert torch.equal(run(cached, generator=generator(seed), **inputs), expected)
-    assert (cache.hits, cache.misses) == (3, 3)
-
-
-@pytest.mark.parametrize("name", StableDiffusionXLAutoBlocks._workflow_map)
+@pytest.mark.parametrize("name", ["text2image", "ip_adapter_controlnet_union_inpainting"])
 def test_every_workflow_takes_the_cache(name: str) -> None:
     blocks = PeRFlowSDXLAutoBlocks()
     blocks.sub_blocks["text_encoder"] = (cache := PromptCacheStep())
@@ -123,12 +132,6 @@ def test_the_request_unused_for_longest_goes_first() -> None:
         assert len(cache.cache) <= 2
 
 
-@pytest.mark.parametrize("number", [0, -1, 2.0, True, None, "64"])
-def test_a_bound_that_is_not_a_positive_integer_is_refused(number: Any) -> None:
-    with pytest.raises(ValueError, match="max_entries"):
-        PromptCacheStep(max_entries=number)
-
-
 def test_what_the_guider_the_configuration_and_autocast_ask_for_is_part_of_the_request() -> None:
     pipe = text_pipeline(cache := PromptCacheStep())
 
@@ -151,22 +154,6 @@ def test_what_the_guider_the_configuration_and_autocast_ask_for_is_part_of_the_r
     assert not same(exact, rough)
     assert same(encode(pipe), exact)
     assert (cache.hits, cache.misses) == (2, 4)
-
-
-def test_what_has_no_key_is_encoded_each_time() -> None:
-    class Text(list[str]):
-        """Compares as it likes."""
-
-    pipe = text_pipeline(cache := PromptCacheStep())
-    for scale in (torch.tensor(0.5), torch.tensor(0.25)):
-        encode(pipe, cross_attention_kwargs={"scale": scale})
-    assert (cache.hits, cache.misses, len(cache.cache)) == (0, 2, 0)
-    with pytest.raises(TypeError, match="same type"):
-        encode(pipe, ["a", "b"], negative_prompt=("a", "b"))
-    encode(pipe, ["a", "b"], negative_prompt=["a", "b"])
-    with pytest.raises(TypeError, match="same type"):
-        encode(pipe, ["a", "b"], negative_prompt=("a", "b"))
-    assert encode(pipe, Text(["a", "b"]))["prompt_embeds"].shape[0] == 2  # type: ignore[union-attr]
 
 
 def test_copies_of_a_block_share_its_cache_and_pipelines_keep_apart(encoded: list[str]) -> None:
@@ -207,28 +194,177 @@ def test_a_pickled_block_has_an_empty_cache_of_the_same_bound() -> None:
     assert (restored.hits, restored.misses) == (1, 1)
 
 
-def test_encoders_loaded_and_run_in_inference_mode() -> None:
-    with torch.inference_mode():
-        pipe = text_pipeline(cache := PromptCacheStep())
-        first = encode(pipe)
-    again = encode(pipe)
-    assert same(again, first)
-    assert (cache.hits, cache.misses) == (1, 1)
-    assert again["prompt_embeds"] is not None
-    again["prompt_embeds"].zero_()  # refused outside for tensors that are of inference mode
+def replace_encoder(pipe: Any) -> None:
+    other = copy.deepcopy(pipe.text_encoder)
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(1.5)
+    pipe.update_components(text_encoder=other)
 
 
-@pytest.mark.parametrize("guidance", [2.0, 1.0])
-def test_it_keeps_the_contract_of_the_block_in_whose_place_it_stands(guidance: float) -> None:
+def replace_tokenizer(pipe: Any) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 8
+    pipe.register_components(tokenizer=tokenizer, tokenizer_2=tokenizer)
+
+
+def add_token(pipe: Any) -> None:
+    """A letter that the encoders know becomes a token of its own wherever it stands."""
+    for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
+        tokenizer.add_tokens("r")
+
+
+def half(pipe: Any) -> None:
+    for name in BOTH:
+        getattr(pipe, name).to(torch.bfloat16)
+
+
+def add_vectors(pipe: Any) -> None:
+    vectors = torch.randn(2, TEXT_WIDTH, generator=generator(3))
+    for number in ("", "_2"):
+        parts = {"tokenizer": getattr(pipe, f"tokenizer{number}")}
+        parts["text_encoder"] = getattr(pipe, f"text_encoder{number}")
+        pipe.load_textual_inversion(vectors, token="star", **parts)
+
+
+def add_lora(pipe: Any, name: str = "one") -> None:
+    torch.manual_seed(len(name))
+    for encoder in BOTH:
+        getattr(pipe, encoder).add_adapter(LoraConfig(**LORA), adapter_name=name)
+
+
+def use_lora(pipe: Any, name: str) -> None:
+    for encoder in BOTH:
+        getattr(pipe, encoder).set_adapter(name)
+
+
+def scale_lora(pipe: Any, scale: Any) -> None:
+    pipe.set_adapters("one", scale)
+
+
+def replace_lora(pipe: Any) -> None:
+    """Under the same name, which gives the new matrices the place of the old ones in memory."""
+    pipe.unload_lora_weights()
+    torch.manual_seed(9)
+    for encoder in BOTH:
+        getattr(pipe, encoder).add_adapter(LoraConfig(**LORA), adapter_name="one")
+
+
+def turn(pipe: Any, method: str) -> None:
+    for encoder in BOTH:
+        getattr(getattr(pipe, encoder), method)()
+
+
+def scale_second_layer(pipe: Any) -> None:
+    layers = [module for module in pipe.text_encoder.modules() if hasattr(module, "lora_A")]
+    layers[1].set_scale("one", 0.25)
+
+
+def fuse(pipe: Any, scale: float = 1.0) -> None:
+    pipe.fuse_lora(components=BOTH, lora_scale=scale)
+
+
+Change = Callable[[Any], None]
+
+
+CHANGES: dict[str, tuple[list[Change], Change]] = {
+    "encoder replaced": ([], replace_encoder),
+    "tokenizer replaced": ([], replace_tokenizer),
+    "token added": ([], add_token),
+    "type": ([], half),
+    "textual inversion": ([], add_vectors),
+    "LoRA": ([], add_lora),
+    "LoRA scaled": ([add_lora], lambda pipe: scale_lora(pipe, 0.5)),
+    "LoRA scaled in one layer": ([add_lora], scale_second_layer),
+    "LoRA switched": ([add_lora, lambda pipe: add_lora(pipe, "three")], lambda pipe: use_lora(pipe, "one")),
+    "LoRA replaced": ([add_lora], replace_lora),
+    "LoRA off": ([add_lora], lambda pipe: turn(pipe, "disable_adapters")),
+    "LoRA fused": ([add_lora], lambda pipe: fuse(pipe, 0.5)),
+    "LoRA unloaded": ([add_lora], lambda pipe: pipe.unload_lora_weights()),
+}
+
+
+@pytest.mark.parametrize(("before", "change"), CHANGES.values(), ids=CHANGES)
+def test_a_change_of_the_encoders_is_seen(before: list[Change], change: Change, encoded: list[str]) -> None:
+    pipe = text_pipeline(cache := PromptCacheStep())
+    for step in before:
+        step(pipe)
+    old = [encode(pipe, prompt=prompt) for prompt in ("a red star", "a ring", "a red star")]
+    assert (cache.hits, cache.misses, len(cache.cache)) == (1, 2, 2)
+    change(pipe)
+    encoded.clear()
+    new = encode(pipe)
+    assert {"CLIPTextModel", "CLIPTextModelWithProjection"} <= set(encoded)
+    encoded.clear()
+    assert same(encode(pipe), new)
+    assert encoded == []
+    expected = uncached(pipe)
+    assert same(new, expected)
+    assert not same(old[0], expected)
+
+
+def test_an_encoder_changed_in_place_wants_a_clear() -> None:
+    pipe = text_pipeline(cache := PromptCacheStep())
+    old = encode(pipe)
+    write(pipe)
+    assert same(encode(pipe), old)
+    cache.clear()
+    assert (cache.hits, cache.misses, len(cache.cache)) == (0, 0, 0)
+    new = encode(pipe)
+    assert same(new, uncached(pipe))
+    assert not same(new, old)
+
+
+def test_loras_from_files_are_seen(tmp_path: Path, encoded: list[str]) -> None:
+    """Loaded one after the other without a call in between, under one name, and scaled by the call."""
+    blocks = PeRFlowSDXLAutoBlocks()
+    blocks.sub_blocks["text_encoder"] = PromptCacheStep()
+    cached, plain = make_pipeline(blocks), make_pipeline()
+    plain_result = run(cached)
+    for seed in range(2):
+        folder = write_lora(tmp_path / str(seed), seed)
+        for pipe in (cached, plain):
+            pipe.unload_lora_weights()
+            pipe.load_lora_weights(folder)
+    for scale in (1.0, 0.3, 1.0):
+        inputs = {"cross_attention_kwargs": {"scale": scale}}
+        assert torch.equal(run(cached, **inputs), run(plain, **inputs)), scale
+    encoded.clear()
+    assert not torch.equal(run(cached, **inputs), plain_result)
+    assert encoded == []
+
+
+def test_a_scale_of_zero_resets_the_lora_as_it_does_without_a_cache() -> None:
+    pipe, plain = text_pipeline(PromptCacheStep()), text_pipeline(PeRFlowAutoTextEncoderStep())
+    for each in (pipe, plain):
+        add_lora(each)
+    for _ in range(2):
+        for each in (pipe, plain):
+            scale_lora(each, 0.5)
+        for scale in (None, 0.0, 0.0, None):
+            inputs = {"cross_attention_kwargs": scale if scale is None else {"scale": scale, "other": object()}}
+            assert same(encode(pipe, **inputs), encode(plain, **inputs))
+
+
+def test_encoders_that_are_offloaded_layer_by_layer() -> None:
+    pipe = text_pipeline(cache := PromptCacheStep())
+    prompts = ("a red star", "a ring")
+    expected = {prompt: encode(pipe, prompt) for prompt in prompts}
+    for name in BOTH:
+        cpu_offload(getattr(pipe, name), torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in pipe.text_encoder.parameters())
+    for hits in (2, 4):
+        assert all(same(encode(pipe, prompt), expected[prompt]) for prompt in prompts)
+        assert cache.hits == hits
+    assert cache.misses == 2
+
+
+def test_it_keeps_the_contract_of_the_block_in_whose_place_it_stands() -> None:
     stock, cached = PeRFlowAutoTextEncoderStep(), PromptCacheStep()
     for attribute in ("inputs", "intermediate_outputs", "outputs", "expected_components", "expected_configs"):
         assert getattr(stock, attribute) == getattr(cached, attribute)
-    assert cached.block_trigger_inputs == stock.block_trigger_inputs
-    assert "encoded once" in cached.doc
-    leaf = PeRFlowCachedTextEncoderStep()
-    assert leaf.inputs == PeRFlowTextEncoderStep().inputs
     components = {name: part for name, part in tiny_sdxl_components().items() if name in TEXT}
-    components["guider"] = ClassifierFreeGuidance(guidance_scale=guidance)
-    for block in (cached, leaf):
-        for _ in range(2):
-            check_block(block, components=components)
+    components["guider"] = ClassifierFreeGuidance(guidance_scale=2.0)
+    for _ in range(2):
+        check_block(cached, components=components)
+    with pytest.raises(ValueError, match="max_entries"):
+        PromptCacheStep(max_entries=0)

@@ -15,8 +15,7 @@ from diffusers.modular_pipelines.stable_diffusion_xl.decoders import StableDiffu
 from diffusers.modular_pipelines.stable_diffusion_xl.encoders import StableDiffusionXLVaeEncoderStep
 from torch import Tensor, nn
 
-from perflow_blocks.blocks.vae import PeRFlowDecodeStep
-from perflow_blocks.blocks.vae import PeRFlowVaeEncoderStep
+from perflow_blocks.blocks.vae import PeRFlowDecodeStep, PeRFlowVaeEncoderStep
 from perflow_blocks.testing.tiny import tiny_picture, tiny_vae
 from tests.conftest import generator, make_pipeline, run
 
