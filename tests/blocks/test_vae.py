@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny
 from diffusers.modular_pipelines.stable_diffusion_xl.decoders import StableDiffusionXLDecodeStep
 from diffusers.modular_pipelines.stable_diffusion_xl.encoders import StableDiffusionXLVaeEncoderStep
 from torch import Tensor, nn
@@ -81,17 +80,6 @@ def test_a_vae_of_another_type_decodes_beside_a_float16_unet(dtype: torch.dtype)
     assert (images.float() - expected).abs().mean() < 0.03
 
 
-def test_a_tiny_autoencoder_works_too() -> None:
-    vae = AutoencoderTiny(
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        num_encoder_blocks=(1, 1),
-        num_decoder_blocks=(1, 1),
-    ).eval()
-    assert torch.equal(decoded(vae), decoded(vae, kind=StableDiffusionXLDecodeStep))
-    assert torch.equal(encoded(vae), encoded(vae, StableDiffusionXLVaeEncoderStep))
-
-
 def test_an_overflow_is_decoded_again_in_float32(caplog: pytest.LogCaptureFixture) -> None:
     vae, latents = overflowing("decoder"), LATENTS.half()
     latents[1] = 0.0
@@ -114,12 +102,6 @@ def test_an_overflow_is_encoded_again_in_float32(caplog: pytest.LogCaptureFixtur
         "the encoded images are not finite in torch.float16 for images[0] of 1"
     ]
     torch.testing.assert_close(latents.float(), encoded(vae.float()), rtol=0.0, atol=0.01)
-
-
-def test_latents_are_not_decoded(caplog: pytest.LogCaptureFixture) -> None:
-    latents = LATENTS.half()
-    assert decoded(overflowing("decoder"), latents, output_type="latent") is latents
-    assert warnings_of(caplog) == []
 
 
 @pytest.mark.parametrize(
