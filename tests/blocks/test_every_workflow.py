@@ -94,7 +94,6 @@ def test_workflow(name: str) -> None:
     assert calls == [2] * 4
     assert first.shape == (1, 4, 16, 16)
     assert torch.isfinite(first).all()
-    assert torch.equal(first, run(pipe, **inputs))
     for key in WORKFLOWS[name]:
         other = run(pipe, **{**inputs, key: INPUTS[key][1]})
         assert (other - first).abs().max() > 1e-3, key

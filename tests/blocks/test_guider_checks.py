@@ -18,7 +18,7 @@ from diffusers.guiders import (
 from diffusers.utils import logging
 
 from perflow_blocks.blocks.guiders import check_guider, warn_about_few_steps
-from tests.blocks.conftest import draw, hooks_of, layers, perturbed, skip_layer, smoothed
+from tests.blocks.conftest import draw, layers, perturbed, skip_layer, smoothed
 from tests.conftest import make_pipeline, watch_models
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
@@ -55,14 +55,6 @@ def test_a_refusal_comes_before_any_model_runs() -> None:
     assert ran == []
 
 
-@pytest.mark.parametrize("config", [layers(fqn="nowhere"), [layers(), layers(fqn="down_blocks")]])
-def test_layers_that_cannot_be_skipped_are_diffusers_error_and_leave_no_hook(config: Any) -> None:
-    pipe = make_pipeline(guider=skip_layer(config=config))
-    with pytest.raises(ValueError, match=r"nowhere|DownBlock2D"):
-        pipe(prompt="a star", num_inference_steps=4)
-    assert hooks_of(pipe.unet) == []
-
-
 class Renamed(SmoothedEnergyGuidance):
     pass
 
@@ -76,7 +68,6 @@ class Repaired(SmoothedEnergyGuidance):
     "guider",
     [
         Repaired(seg_guidance_layers=[0]),
-        smoothed(seg_guidance_scale=0.0),
         SkipLayerGuidance(3.0, skip_layer_guidance_layers=[0], enabled=False),
         skip_layer(start=0.25, skip_layer_guidance_start=0.25, skip_layer_guidance_stop=0.75, stop=0.75),
         skip_layer(1.0, skip_layer_guidance_scale=0.0),

@@ -33,10 +33,6 @@ def hole_picture() -> Image.Image:
     return Image.fromarray(np.uint8(pixels.numpy() * 255), mode="L")
 
 
-def seeds(count: int) -> Any:
-    return generator() if count == 1 else [generator(seed) for seed in range(count)]
-
-
 class Recorder(LoopBlock):
     """Keeps the latents with which each step ends, in a list that the call gives it."""
 
@@ -60,8 +56,7 @@ def recording_pipeline(**components: Any) -> Any:
     return make_pipeline(blocks, **components)
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.8, 0.3])
-@pytest.mark.parametrize("steps", [4, 7])
+@pytest.mark.parametrize(("strength", "steps"), [(1.0, 4), (0.8, 7), (0.3, 4)])
 def test_the_known_part_follows_the_path_and_ends_untouched(strength: float, steps: int) -> None:
     pipe, recorded = recording_pipeline(), list[Tensor]()
     state = pipe(
@@ -93,13 +88,6 @@ def test_at_full_strength_the_hole_starts_as_pure_noise() -> None:
     assert torch.equal(seen[0][~KNOWN], NOISE[~KNOWN])
     known = PeRFlowScheduler(**BETAS).add_noise_chord(PICTURE, NOISE, torch.tensor(1000))
     torch.testing.assert_close(seen[0][KNOWN], known[KNOWN])
-
-
-def test_what_was_in_the_hole_matters_below_full_strength_only() -> None:
-    pipe, other = make_pipeline(), torch.where(KNOWN, PICTURE, PICTURE + 1.0)
-    for strength, matters in ((1.0, False), (0.6, True)):
-        results = [run(pipe, image_latents=picture, mask=HOLE, strength=strength) for picture in (PICTURE, other)]
-        assert ((results[0] - results[1]).abs().max() > 1e-2) == matters
 
 
 def as_array(images: Any) -> np.ndarray:
@@ -223,30 +211,6 @@ def test_a_split_run_goes_on_with_latents_and_noise() -> None:
     torch.testing.assert_close(rest.get("latents"), whole.get("latents"), rtol=1e-5, atol=1e-5)
 
 
-def test_pictures_masks_and_prompts_are_matched_in_order() -> None:
-    pipe = make_pipeline()
-    masks = [hole_picture(), hole_picture().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
-    pictures, prompts = [tiny_picture(1), tiny_picture(2)], ["a star", "a ring"]
-    together = run(
-        pipe,
-        prompt=prompts,
-        image=pictures,
-        mask_image=masks,
-        num_images_per_prompt=2,
-        generator=[generator(seed) for seed in (1, 2, 3, 4)],
-    )
-    for row in range(4):
-        which = row // 2
-        alone = run(
-            pipe,
-            prompt=prompts[which],
-            image=pictures[which],
-            mask_image=masks[which],
-            generator=[generator(row + 1)],
-        )
-        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4)
-
-
 TWO_PICTURES = [tiny_picture(1), tiny_picture(2)]
 TWO_HOLES = [hole_picture(), hole_picture().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
 HOLE_ARRAYS = np.stack([np.asarray(hole) / 255.0 for hole in TWO_HOLES])
@@ -257,24 +221,18 @@ def in_place(pictures: list[Image.Image]) -> list[Image.Image]:
     return [pictures[0], pictures[0], pictures[1], pictures[1]]
 
 
-@pytest.mark.parametrize("unet", [None, tiny_inpainting_unet()], ids=["4-channel", "9-channel"])
-@pytest.mark.parametrize("generators", [1, 4])
+@pytest.mark.parametrize("unet", [{}, {"unet": tiny_inpainting_unet()}], ids=["4-channel", "9-channel"])
 @pytest.mark.parametrize(
     ("pictures", "masks"),
     [
         (in_place(TWO_PICTURES), TWO_HOLES),
-        (TWO_PICTURES, in_place(TWO_HOLES)),
-        (TWO_PICTURES, HOLE_ARRAYS),
         (TWO_PICTURES, HOLE_ARRAYS[..., None]),
-        (TWO_PICTURES, torch.from_numpy(HOLE_ARRAYS)),
         (in_place(TWO_PICTURES), torch.from_numpy(HOLE_ARRAYS)[:, None]),
     ],
-    ids=["4-2", "2-4", "n-h-w-array", "n-h-w-1-array", "n-h-w-tensor", "4-2-tensor"],
+    ids=["4-2", "n-h-w-1-array", "4-2-tensor"],
 )
-def test_pictures_and_masks_of_other_numbers_are_matched(
-    unet: Any, generators: int, pictures: Any, masks: Any
-) -> None:
-    pipe = make_pipeline(**({} if unet is None else {"unet": unet}))
+def test_pictures_and_masks_of_other_numbers_are_matched(unet: dict[str, Any], pictures: Any, masks: Any) -> None:
+    pipe = make_pipeline(**unet)
     # The spread of the latents (log variance, the last four channels) is nothing: draws differ with the count.
     pipe.vae.quant_conv.register_forward_hook(
         lambda module, args, moments: moments.index_fill(1, torch.arange(4, 8), -30.0)
@@ -282,36 +240,26 @@ def test_pictures_and_masks_of_other_numbers_are_matched(
     noise = torch.randn(4, 4, 16, 16, generator=generator(5))
     inputs = {"prompt": ["a star", "a ring"], "num_images_per_prompt": 2, "latents": noise}
     results = [
-        run(pipe, **inputs, image=image, mask_image=mask, generator=seeds(generators))
+        run(pipe, **inputs, image=image, mask_image=mask, generator=[generator(seed) for seed in range(4)])
         for image, mask in ((pictures, masks), (in_place(TWO_PICTURES), in_place(TWO_HOLES)))
     ]
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["pil", "np", "pt"])
-def test_known_pixels_are_those_of_the_prompts_own_picture(kind: str) -> None:
+def test_known_pixels_are_those_of_the_prompts_own_picture() -> None:
     images = run(
         make_pipeline(),
         prompt=["a star", "a ring"],
         num_images_per_prompt=2,
         image=TWO_PICTURES,
         mask_image=TWO_HOLES,
-        output_type=kind,
+        output_type="np",
     )
     for row in range(4):
         given, known = np.asarray(TWO_PICTURES[row // 2]) / 255.0, np.asarray(TWO_HOLES[row // 2]) == 0
         difference = np.abs(as_array(images[row : row + 1]) - given)
         assert difference[known].max() < 1e-6
         assert difference[~known].max() > 0.05
-
-
-@pytest.mark.parametrize("kind", ["pil", "np", "pt"])
-def test_a_mask_may_be_of_half_precision(kind: str) -> None:
-    masks = [torch.from_numpy(HOLE_ARRAYS[:1]).to(dtype) for dtype in (torch.float32, torch.bfloat16)]
-    results = [
-        as_array(run(make_pipeline(), image=tiny_picture(3), mask_image=mask, output_type=kind)) for mask in masks
-    ]
-    np.testing.assert_array_equal(results[0], results[1])
 
 
 def test_a_crop_may_have_no_margin_and_a_list_of_generators() -> None:
@@ -323,7 +271,7 @@ def test_a_crop_may_have_no_margin_and_a_list_of_generators() -> None:
         height=32,
         width=32,
         num_images_per_prompt=2,
-        generator=seeds(2),
+        generator=[generator(seed) for seed in range(2)],
         output_type="pil",
     )
     assert [image.size for image in images] == [(32, 32)] * 2

@@ -53,15 +53,3 @@ def test_a_task_says_what_it_does_takes_and_gives(kind: type[Any]) -> None:
     assert blocks.description and [param.name for param in blocks.outputs] == ["images"]
     assert all(param.description for param in [*blocks.inputs, *blocks.outputs])
     assert {"text_encoder", "denoise", "decode"} <= set(blocks.sub_blocks)
-
-
-def test_a_task_needs_the_components_and_takes_the_inputs_of_its_own_alone() -> None:
-    blocks = PeRFlowSDXLText2ImageBlocks()
-    assert not {"controlnet", "image_encoder"} & set(blocks.component_names)
-    assert not {"image", "mask_image", "control_image", "strength"} & set(blocks.input_names)
-
-
-def test_the_progress_bar_is_reached() -> None:
-    pipe = workflow_pipeline("text2image", PeRFlowSDXLText2ImageBlocks())
-    pipe.set_progress_bar_config(disable=True)
-    assert pipe._blocks.sub_blocks["denoise"].sub_blocks["denoise"]._progress_bar_config == {"disable": True}

@@ -126,25 +126,6 @@ def test_weights_that_another_thread_changes_during_a_call_are_refused(delta: Pa
     run(pipe)
 
 
-def test_two_runs_that_both_want_to_change_the_model_are_refused() -> None:
-    blocks_of = make_pipeline()
-    lock, inside = model_lock(blocks_of.unet), threading.Barrier(2)
-
-    def ask() -> str:
-        with lock.running():
-            inside.wait(timeout=60)
-            try:
-                with lock.changing():
-                    return "changed"
-            except ValueError as error:
-                return str(error)
-            finally:
-                inside.wait(timeout=60)
-
-    answers = in_threads(2, [ask, ask])
-    assert all("another thread" in answer for answer in answers)
-
-
 def test_a_block_may_rescale_the_delta_of_its_own_run(delta: Path) -> None:
     blocks = make_pipeline().blocks
     insert_loop_block(blocks, "callback", StepCallbackStep, after="solver")
