@@ -196,7 +196,7 @@ def _check_prompts(request: Any, components: Any) -> int:
     if request.prompt_embeds is not None:
         return _check_embeddings(request, components)
     if request.prompt is None or request.prompt == []:
-        raise ValueError(f"prompt={request.prompt!r} must be a text or a list of at least one text.")
+        raise ValueError("prompt is missing; pass a text or a list of at least one text.")
     count = len(request.prompt) if isinstance(request.prompt, list) else 1
     for name in PROMPTS:
         text = getattr(request, name)

@@ -16,7 +16,7 @@ from ..core.tiles import Tiling, cut_plane
 from ..core.windows import require_positive_int
 from .declare import declared
 from .guiders import guider_of_call, is_batchable
-from .inputs import DENOISER_INPUT_FIELDS, conditioning_inputs, param, shared_inputs
+from .inputs import DENOISER_INPUT_FIELDS, guided_inputs, param, shared_inputs
 from .loop_block import LoopBlock
 from .specs import controlnet_spec, guider_spec, unet_spec, vae_spec
 
@@ -43,7 +43,8 @@ class PeRFlowLoopDenoiser(ModularPipelineBlocks):
     expected_components = declared(guider_spec(), unet_spec())
     inputs = declared(
         *shared_inputs("latents", "num_inference_steps", required=True),
-        *conditioning_inputs(),
+        *guided_inputs("prompt_embeds", "pooled_prompt_embeds", "add_time_ids"),
+        *guided_inputs("ip_adapter_embeds", required=False),
         param("timestep_cond", Tensor, "Guidance embedding (batch, width) for UNets that were distilled with one."),
         *shared_inputs("cross_attention_kwargs", "inpaint_conditioning", "guider"),
     )

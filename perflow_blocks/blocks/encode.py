@@ -23,7 +23,7 @@ from ..core.windows import require_positive_int
 from ..delta.model_lock import model_lock
 from .declare import Assembled, declared
 from .guiders import guider_of_call
-from .inputs import as_outputs, embeddings_inputs, shared_input
+from .inputs import as_outputs, guided_inputs, shared_input
 from .specs import guider_spec
 
 TEXT_MODELS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -32,6 +32,8 @@ DEFAULT_MAX_ENTRIES = 64
 """About 41 MB of SDXL's embeddings in half precision with guidance."""
 
 Embeddings = dict[str, Tensor | None]
+
+_EMBEDDINGS = guided_inputs("prompt_embeds", "pooled_prompt_embeds")
 
 
 class PeRFlowTextEncoderStep(StableDiffusionXLTextEncoderStep):
@@ -79,8 +81,8 @@ class PeRFlowEmbeddingsStep(ModularPipelineBlocks):
     expected_configs = declared(
         ConfigSpec("force_zeros_for_empty_prompt", True, "Whether an empty negative prompt is all zeros.")
     )
-    inputs = declared(*embeddings_inputs(), shared_input("guider"))
-    intermediate_outputs = declared(*as_outputs(embeddings_inputs()))
+    inputs = declared(*_EMBEDDINGS, shared_input("guider"))
+    intermediate_outputs = declared(*as_outputs(_EMBEDDINGS))
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
@@ -136,75 +138,45 @@ class PeRFlowAutoIPAdapterStep(Assembled, AutoPipelineBlocks):
     description = "Encodes `ip_adapter_image` where it is given, for the IP-Adapters that are loaded; else is skipped."
 
 
-class EmbeddingCache:
-    """Embeddings of the last `max_entries` requests. Threads may share it.
-
-    A deep copy is the same cache: `init_pipeline` and `pipe.blocks` copy blocks, and what a user holds must be what
-    the pipeline uses. Pickled it becomes an empty one.
-    """
-
-    def __init__(self, max_entries: int) -> None:
-        self.max_entries = require_positive_int("max_entries", max_entries)
-        self._lock = threading.Lock()
-        self.clear()
-
-    def clear(self) -> None:
-        with self._lock:
-            self._entries: OrderedDict[Hashable, Embeddings] = OrderedDict()
-            self.hits = self.misses = 0
-
-    def get(self, request: Hashable) -> Embeddings | None:
-        """Copies of what is kept for a request, or None. Counts a hit or a miss."""
-        with self._lock:
-            found = self._entries.get(request)
-            if found is None:
-                self.misses += 1
-                return None
-            self.hits += 1
-            self._entries.move_to_end(request)
-            return _copies(found)
-
-    def put(self, request: Hashable, embeddings: Embeddings) -> None:
-        """Keeps copies for a request, in place of those that were not used for longest."""
-        with self._lock:
-            self._entries[request] = _copies(embeddings)
-            while len(self._entries) > self.max_entries:
-                self._entries.popitem(last=False)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> EmbeddingCache:
-        return self
-
-    def __reduce__(self) -> tuple[type[EmbeddingCache], tuple[int]]:
-        return type(self), (self.max_entries,)
-
-
-def _copies(embeddings: Embeddings) -> Embeddings:
-    return {name: None if tensor is None else tensor.clone() for name, tensor in embeddings.items()}
-
-
 class PeRFlowCachedTextEncoderStep(PeRFlowTextEncoderStep):
-    """diffusers' text encoder, run once for each request: what `PromptCacheStep` runs where there is a prompt."""
+    """diffusers' text encoder, run once for each request: what `PromptCacheStep` runs where there is a prompt.
+
+    A deep copy is the same block: `init_pipeline` and `pipe.blocks` copy blocks, and what a user holds must be what
+    the pipeline uses. Threads may share it.
+    """
 
     description = f"{PeRFlowAutoTextEncoderStep.description} The same prompts with the same encoders are encoded once."
 
     def __init__(self, max_entries: int = DEFAULT_MAX_ENTRIES) -> None:
         super().__init__()
-        self.max_entries = max_entries  # where an export reads the argument
-        self.cache = EmbeddingCache(max_entries)
+        self.max_entries = require_positive_int("max_entries", max_entries)
+        self.cache: OrderedDict[Hashable, Embeddings] = OrderedDict()
+        self.hits = self.misses = 0
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PeRFlowCachedTextEncoderStep:
+        return self
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         block_state = self.get_block_state(state)
-        found = self.cache.get(self._request(components, block_state))
+        request = self._request(components, block_state)
+        with self._lock:
+            found = self.cache.get(request)
+            if found is None:
+                self.misses += 1
+            else:
+                self.hits += 1
+                self.cache.move_to_end(request)
         if found is None:
             super().__call__(components, state)
             request = self._request(components, block_state)  # the stock step resets a LoRA's scale after scale 0
-            self.cache.put(request, {name: state.get(name) for name in self.intermediate_output_names})
+            with self._lock:
+                self.cache[request] = _copies({name: state.get(name) for name in self.intermediate_output_names})
+                while len(self.cache) > self.max_entries:
+                    self.cache.popitem(last=False)
             return components, state
-        for name, embeddings in found.items():
+        for name, embeddings in _copies(found).items():
             setattr(block_state, name, embeddings)
         self.set_block_state(state, block_state)
         return components, state
@@ -256,20 +228,26 @@ class PromptCacheStep(PeRFlowAutoTextEncoderStep):
         self.sub_blocks["prompt"] = PeRFlowCachedTextEncoderStep(max_entries)
 
     @property
-    def cache(self) -> EmbeddingCache:
+    def cache(self) -> OrderedDict[Hashable, Embeddings]:
         return self.sub_blocks["prompt"].cache
 
     @property
     def hits(self) -> int:
-        return self.cache.hits
+        return self.sub_blocks["prompt"].hits
 
     @property
     def misses(self) -> int:
-        return self.cache.misses
+        return self.sub_blocks["prompt"].misses
 
     def clear(self) -> None:
         """Forgets all embeddings and counts from zero."""
-        self.cache.clear()
+        encoder = self.sub_blocks["prompt"]
+        encoder.cache.clear()
+        encoder.hits = encoder.misses = 0
+
+
+def _copies(embeddings: Embeddings) -> Embeddings:
+    return {name: None if tensor is None else tensor.clone() for name, tensor in embeddings.items()}
 
 
 def _identity(part: Any) -> Hashable:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from numbers import Real
 from typing import Any
 
@@ -24,12 +23,7 @@ logger = logging.get_logger(__name__)
 def guider_for_call(guider: Any, guidance_scale: float | None = None) -> Any:
     """A copy of a guider for one call, since guiders keep the step on themselves and threads share the component.
 
-    Args:
-        guider: the pipeline's.
-        guidance_scale: of this call, at least 0; None for the guider's own.
-
-    Raises:
-        ValueError: the scale is not a number of at least 0, or the guider has none.
+    `guidance_scale` is this call's, at least 0; None for the guider's own. Another one is a ValueError.
     """
     own = copy.copy(guider)
     has_scale = isinstance(guider, BaseGuidance) and "guidance_scale" in vars(own)
@@ -85,7 +79,7 @@ def check_guider(guider: Any) -> None:
     if inherits(SmoothedEnergyGuidance, "prepare_models"):
         fault = "its third prediction smooths nothing; use PerturbedAttentionGuidance"
     skips = inherits(SkipLayerGuidance, "is_conditional") or inherits(PerturbedAttentionGuidance, "is_conditional")
-    if skips and _skips_outside_guidance(guider):
+    if skips and guider.skip_layer_guidance_scale and _skips_outside_guidance(guider):
         fault = (
             "it guides by the wrong prediction where it skips layers without classifier-free guidance; set a "
             "guidance_scale with effect, and a start and stop that enclose those of the layers"
@@ -121,7 +115,5 @@ def forget_step(guider: BaseGuidance) -> None:
 
 def _skips_outside_guidance(guider: Any) -> bool:
     """Are there steps that skip layers while classifier-free guidance is off?"""
-    if math.isclose(guider.skip_layer_guidance_scale, 0.0):
-        return False
-    off = guider.num_conditions < 3
-    return off or guider.skip_layer_guidance_start < guider._start or guider.skip_layer_guidance_stop > guider._stop
+    starts, stops = guider.skip_layer_guidance_start, guider.skip_layer_guidance_stop
+    return guider.num_conditions < 3 or starts < guider._start or stops > guider._stop

@@ -42,8 +42,8 @@ def check_images(request: Any, prompts: int, images: int, channels: int) -> None
             continue
         _warn_of_empty_mask(mask_name, mask, soft=mask_name == "mask" or request.soft_mask)
         if image is not None and image_size(mask) != image_size(image):
-            given, wanted = (f"{width}x{height}" for height, width in map(image_size, (mask, image)))
-            raise ValueError(f"{mask_name} is {given}, {image_name} {wanted}; resize the mask to {wanted}.")
+            given, size = (f"{width}x{height}" for height, width in map(image_size, (mask, image)))
+            raise ValueError(f"{mask_name} is {given}, {image_name} {size}; resize the mask to {size}.")
         if request.denoising_start is not None and request.latents is None:
             raise ValueError("denoising_start and a mask are given without the latents of an earlier run; pass both.")
     if request.padding_mask_crop is not None:

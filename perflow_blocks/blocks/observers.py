@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +58,8 @@ class LatentToRGB(ConfigMixin):
 
     def decode(self, latents: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Latents (batch, channels, height, width) as colours (batch, 3, height, width), float32 in [-1, 1]."""
-        factors = torch.tensor(self.config.factors, dtype=torch.float32, device=latents.device)
-        bias = torch.tensor(self.config.bias, dtype=torch.float32, device=latents.device)
+        rows = (self.config.factors, self.config.bias)
+        factors, bias = (torch.tensor(row, dtype=torch.float32, device=latents.device) for row in rows)
         sample = (torch.einsum("bchw,cr->brhw", latents.float(), factors) + bias[:, None, None]).clamp(-1.0, 1.0)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -68,15 +68,9 @@ class PreviewStep(LoopBlock):
     """Decodes the clean latents that a step predicts and hands the images to `preview_callback(i, images)`.
 
     Insert it between denoiser and solver: `insert_loop_block(blocks, "preview", PreviewStep, before="solver")`. It
-    shows the first step and then every `preview_every`-th; without a callback it does nothing. Each preview waits for
-    the device, since the images are copied to the host.
-
-    The component `preview_decoder` makes the images: by default a linear map with SDXL's colours, one pixel for each
-    latent position. A tiny VAE shows more, at full size:
+    shows the first step and then every `preview_every`-th. Each preview waits for the device. By default one pixel
+    stands for each latent position; a tiny VAE shows more:
     `pipe.update_components(preview_decoder=AutoModel.from_pretrained("madebyollin/taesdxl"))`.
-
-    Raises:
-        ValueError: the decoder is a VAE that overflows in float16.
     """
 
     description = "Loop step that hands images of the predicted result to a callback; goes before the solver."
@@ -114,16 +108,11 @@ class PreviewStep(LoopBlock):
 @torch.no_grad()
 def decode_preview(decoder: Any, latents: Tensor) -> list[Image.Image]:
     """What a decoder, or a LatentToRGB, makes of clean latents (images, channels, height/f, width/f)."""
-    shift, scale = (row.to(device=latents.device, dtype=torch.float32) for row in _decoder_scaling(decoder.config))
+    rows = (decoder.config.get("latents_mean") or [0.0], decoder.config.get("latents_std") or [1.0])
+    shift, scale = (torch.tensor(row, dtype=torch.float64)[:, None, None] for row in rows)
+    scale, shift = (row.to(latents.device, torch.float32) for row in (scale / decoder.config["scaling_factor"], shift))
     sample = decoder.decode((scale * latents.float() + shift).to(decoder.dtype)).sample
     return VaeImageProcessor().postprocess(sample.float(), output_type="pil")
-
-
-def _decoder_scaling(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """(shift, scale), each (channels or 1, 1, 1): a decoder takes `scale latents + shift` of what the UNet sees."""
-    rows = (config.get("latents_mean") or [0.0], config.get("latents_std") or [1.0])
-    shift, scale = (torch.tensor(row, dtype=torch.float64)[:, None, None] for row in rows)
-    return shift, scale / config["scaling_factor"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -157,9 +146,8 @@ StepCallback = Callable[[StepInfo], bool | None]
 class StepCallbackStep(ModularPipelineBlocks):
     """Calls `step_callback(info)` at each step. If it returns True, the run ends with this step.
 
-    A run that ends early has the clean latents that its last step predicts. After the solver
+    A run that ends early has the clean latents that its last step predicts. Inserted after the solver
     (`insert_loop_block(blocks, "callback", StepCallbackStep, after="solver")`) the callback sees each step's result.
-    Nothing is read from the device, unless the callback does so.
 
     Raises:
         ValueError: `step_callback` returns something other than True, False and None.

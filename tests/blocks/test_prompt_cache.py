@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import pickle
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -182,16 +181,6 @@ def test_a_cache_does_not_hold_encoders() -> None:
     assert encoder() is None
     encode(text_pipeline(cache))
     assert (cache.hits, cache.misses) == (0, 2)
-
-
-def test_a_pickled_block_has_an_empty_cache_of_the_same_bound() -> None:
-    block = PromptCacheStep(max_entries=3)
-    encode(text_pipeline(block))
-    restored = pickle.loads(pickle.dumps(block))
-    assert (restored.misses, len(restored.cache), restored.cache.max_entries) == (0, 0, 3)
-    pipe = text_pipeline(restored)
-    assert same(encode(pipe), encode(pipe))
-    assert (restored.hits, restored.misses) == (1, 1)
 
 
 def replace_encoder(pipe: Any) -> None:

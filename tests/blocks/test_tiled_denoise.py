@@ -283,7 +283,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"tile_size": 18}, "tile_size=18 must be a multiple of 4,"),
     ({"tile_size": 16, "tile_overlap": 10}, "tile_overlap=10 must be a multiple of 2 from 0 to 8, .*tile_size=16"),
     ({"tile_overlap": -2}, "tile_overlap=-2 must be .* from 0 to 16"),
-    ({"controlnet_cond": torch.zeros(1, 3, 32, 30), **TILES}, "controlnet_cond is 30x32, .* 16x16 .* 32x32"),
+    ({"controlnet_cond": torch.zeros(1, 3, 32, 30), **TILES}, "controlnet_cond is 30x32, .* 16x16.* 32x32"),
     (
         {"cross_attention_kwargs": {"ip_adapter_masks": [torch.zeros(1, 1, 8, 8)]}, **TILES},
         "cross_attention_kwargs is 8x8,",
