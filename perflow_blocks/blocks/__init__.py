@@ -3,7 +3,6 @@
 from .apply_attention import PeRFlowApplyAttentionStep, PeRFlowControlNetApplyAttentionStep
 from .auto_blocks import PeRFlowSDXLAutoBlocks, PeRFlowSDXLCoreDenoiseStep
 from .before_denoise import (
-    PeRFlowControlNetUnionInputStep,
     PeRFlowImg2ImgPrepareLatentsStep,
     PeRFlowInpaintPrepareLatentsStep,
     PeRFlowInputStep,
@@ -13,18 +12,19 @@ from .before_denoise import (
     PeRFlowSDXLInpaintBeforeDenoiseStep,
 )
 from .check_inputs import PeRFlowCheckInputsStep
-from .denoise import (
+from .controlnet import (
     PeRFlowControlNetDenoiseStep,
-    PeRFlowDenoiseStep,
+    PeRFlowControlNetLoopDenoiser,
+    PeRFlowControlNetUnionInputStep,
     PeRFlowInpaintControlNetDenoiseStep,
+    PeRFlowTiledControlNetLoopDenoiser,
+)
+from .denoise import (
+    PeRFlowDenoiseStep,
     PeRFlowInpaintDenoiseStep,
+    PeRFlowLoopDenoiser,
     PeRFlowLoopKeepKnownStep,
     PeRFlowLoopSolverStep,
-)
-from .denoiser import (
-    PeRFlowControlNetLoopDenoiser,
-    PeRFlowLoopDenoiser,
-    PeRFlowTiledControlNetLoopDenoiser,
     PeRFlowTiledLoopDenoiser,
 )
 from .encode import PeRFlowEmbeddingsStep, PeRFlowIPAdapterStep, PromptCacheStep

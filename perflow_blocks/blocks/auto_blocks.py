@@ -11,15 +11,15 @@ from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, Seq
 from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 
 from .apply_attention import PeRFlowAutoApplyAttentionStep
-from .before_denoise import PeRFlowAutoControlNetInputStep, PeRFlowInputStep, PeRFlowSDXLAutoBeforeDenoiseStep
+from .before_denoise import PeRFlowInputStep, PeRFlowSDXLAutoBeforeDenoiseStep
 from .check_inputs import PeRFlowCheckInputsStep
-from .declare import Assembled
-from .denoise import (
+from .controlnet import (
+    PeRFlowAutoControlNetInputStep,
     PeRFlowControlNetDenoiseStep,
-    PeRFlowDenoiseStep,
     PeRFlowInpaintControlNetDenoiseStep,
-    PeRFlowInpaintDenoiseStep,
 )
+from .declare import Assembled
+from .denoise import PeRFlowDenoiseStep, PeRFlowInpaintDenoiseStep
 from .encode import PeRFlowAutoIPAdapterStep, PeRFlowAutoTextEncoderStep
 from .merge_delta import PeRFlowMergeDeltaStep
 from .pipeline import PeRFlowModularPipeline

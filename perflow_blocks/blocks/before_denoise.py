@@ -1,8 +1,7 @@
-"""What runs before the loop: embeddings matched to the images, starting latents, control images, assembled stages."""
+"""What runs before the loop: embeddings matched to the images, the starting latents, and the assembled stages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,24 +13,19 @@ from diffusers.modular_pipelines.modular_pipeline import (
 )
 from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import (
-    StableDiffusionXLControlNetInputStep,
-    StableDiffusionXLControlNetUnionInputStep,
     StableDiffusionXLImg2ImgPrepareAdditionalConditioningStep,
     StableDiffusionXLPrepareAdditionalConditioningStep,
     StableDiffusionXLPrepareLatentsStep,
 )
-from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..core.step_plan import apply_step
 from .declare import Assembled, declared
-from .images import image_size, require_count
+from .images import require_count
 from .inputs import as_outputs, guided_inputs, param, shared_input, shared_inputs
 from .set_timesteps import PeRFlowImg2ImgSetTimestepsStep, PeRFlowInpaintSetTimestepsStep, PeRFlowSetTimestepsStep
-from .specs import guider_spec, unet_spec, vae_spec
-
-logger = logging.get_logger(__name__)
+from .specs import guider_spec, unet_spec
 
 _EMBEDDINGS = (
     *guided_inputs("prompt_embeds", "pooled_prompt_embeds"),
@@ -187,51 +181,6 @@ def _conditioning(unet: Any, block_state: Any, device: torch.device) -> Tensor |
     if block_state.masked_image_latents is None:
         raise ValueError("masked_image_latents is missing for a UNet made for inpainting; pass it, or mask_image.")
     return torch.cat([block_state.mask, _one_for_each(block_state, "masked_image_latents", device)], dim=1)
-
-
-class WarnsOfSqueezing:
-    """Mixed in before diffusers' ControlNet input steps, which resize control images to the output's size."""
-
-    def prepare_control_image(self, components: Any, image: Any, width: int, height: int, **settings: Any) -> Tensor:
-        given_height, given_width = image_size(image)
-        # A crop keeps its proportions, and images are rounded to multiples of 8.
-        if settings.get("crops_coords") is None and abs(given_width * height / given_height - width) >= 8:
-            logger.warning(
-                f"control_image is {given_width}x{given_height}, the output {width}x{height}: the control image is "
-                "squeezed. To keep its proportions, crop it, or pass another height and width."
-            )
-        prepare: Callable[..., Tensor] = super().prepare_control_image  # type: ignore[misc]
-        return prepare(components, image=image, width=width, height=height, **settings)
-
-
-class PeRFlowControlNetInputStep(WarnsOfSqueezing, StableDiffusionXLControlNetInputStep):
-    """diffusers' step, with a warning of control images that are squeezed."""
-
-
-class PeRFlowControlNetUnionInputStep(WarnsOfSqueezing, StableDiffusionXLControlNetUnionInputStep):
-    """diffusers' step, which puts its tensors into the list `control_image`, on a list of its own."""
-
-    expected_components = declared(*StableDiffusionXLControlNetUnionInputStep().expected_components, vae_spec())
-    intermediate_outputs = declared(
-        *StableDiffusionXLControlNetUnionInputStep().intermediate_outputs,
-        OutputParam("control_image", list[Tensor], "The control images, as the ControlNet takes them."),
-        OutputParam("control_mode", list[int], "The kind of each control image."),
-    )
-
-    @torch.no_grad()
-    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        if isinstance(state.get("control_image"), list):
-            state.set("control_image", list(state.get("control_image")))
-        return super().__call__(components, state)
-
-
-class PeRFlowAutoControlNetInputStep(Assembled, AutoPipelineBlocks):
-    """Prepares the control images: for a ControlNet-Union with `control_mode`, else for one or more ControlNets."""
-
-    block_classes = [PeRFlowControlNetUnionInputStep, PeRFlowControlNetInputStep]
-    block_names = ["controlnet_union", "controlnet"]
-    block_trigger_inputs = ["control_mode", "control_image"]
-    description = "Prepares `control_image`, for a ControlNet-Union where `control_mode` is given; else is skipped."
 
 
 _STAGES = ["set_timesteps", "prepare_latents", "prepare_add_cond"]

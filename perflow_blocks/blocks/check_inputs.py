@@ -16,7 +16,7 @@ from ..schedulers.scheduling_perflow import NOISINGS
 from .declare import declared
 from .finite_guard import align_weights, computing_dtype
 from .guiders import check_guider, guider_for_call
-from .images import IMAGES, check_controlnet, check_images, check_ip_adapters, require_shape
+from .images import IMAGES, IP_ADAPTER_INPUTS, check_controlnet, check_images, check_ip_adapters, require_shape
 from .inputs import NONFINITE_POLICIES, OUTPUT_TYPES, REQUEST, TASKS
 from .specs import guider_spec, unet_spec, vae_spec
 
@@ -109,7 +109,8 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
             check_controlnet(loaded.get("controlnet"), request, prompts)
         unet = loaded["unet"]
         adapted = unet.config.encoder_hid_dim_type == "ip_image_proj"
-        check_ip_adapters(len(unet.encoder_hid_proj.image_projection_layers) if adapted else 0, request)
+        if adapted or not given.isdisjoint(IP_ADAPTER_INPUTS):
+            check_ip_adapters(len(unet.encoder_hid_proj.image_projection_layers) if adapted else 0, request)
         for name in given.intersection(IMAGES):  # the checks brought it to one form
             state.set(name, getattr(request, name))
         _check_dtypes(loaded, request)

@@ -17,6 +17,8 @@ logger = logging.get_logger(__name__)
 IMAGES = ("image", "mask_image", "mask", "control_image", "ip_adapter_image")
 """The inputs that the checks bring to one form."""
 
+IP_ADAPTER_INPUTS = ("ip_adapter_image", "ip_adapter_embeds", "negative_ip_adapter_embeds")
+
 TOLERANCE = 1e-3
 """How far values may lie outside [0, 1], from rounding; they are clipped."""
 
@@ -88,8 +90,7 @@ def check_ip_adapters(count: int, request: Any) -> None:
 
     CLIP's image processor would scale arrays by 1/255 once more, and take tensors as preprocessed.
     """
-    names = ("ip_adapter_image", "ip_adapter_embeds", "negative_ip_adapter_embeds")
-    given = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
+    given = {name: getattr(request, name) for name in IP_ADAPTER_INPUTS if getattr(request, name) is not None}
     if count and not given:
         raise ValueError(f"ip_adapter_image is missing for {count} loaded IP-Adapters; pass it, or unload them.")
     for name, value in given.items():

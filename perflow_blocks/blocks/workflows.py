@@ -8,15 +8,18 @@ from __future__ import annotations
 from .apply_attention import PeRFlowApplyAttentionStep, PeRFlowControlNetApplyAttentionStep
 from .auto_blocks import PeRFlowSDXLCoreDenoiseStep, Preset
 from .before_denoise import (
-    PeRFlowControlNetInputStep,
     PeRFlowInputStep,
     PeRFlowSDXLBeforeDenoiseStep,
     PeRFlowSDXLImg2ImgBeforeDenoiseStep,
     PeRFlowSDXLInpaintBeforeDenoiseStep,
 )
 from .check_inputs import PeRFlowCheckInputsStep
-from .denoise import PeRFlowControlNetDenoiseStep, PeRFlowDenoiseStep, PeRFlowInpaintDenoiseStep, PeRFlowLoopSolverStep
-from .denoiser import PeRFlowTiledControlNetLoopDenoiser
+from .controlnet import (
+    PeRFlowControlNetDenoiseStep,
+    PeRFlowControlNetInputStep,
+    PeRFlowTiledControlNetLoopDenoiser,
+)
+from .denoise import PeRFlowDenoiseStep, PeRFlowInpaintDenoiseStep, PeRFlowLoopSolverStep
 from .encode import PeRFlowIPAdapterStep, PeRFlowTextEncoderStep
 from .finite_guard import ControlNetFiniteGuardStep
 from .merge_delta import PeRFlowMergeDeltaStep
