@@ -17,7 +17,6 @@ The loop reads nothing back from the device; an `.item()` in an inserted block w
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -318,14 +317,11 @@ class PeRFlowTiledLoopDenoiser(PeRFlowLoopDenoiser, LoopBlock):
     """The denoiser for images larger than the UNet was made for: one UNet call a step for each of the tiles.
 
     At each step the raw predictions of overlapping tiles are blended into one for the whole image, which the guider
-    combines: its norms and momentum are those of the image. The solver's step is linear in the prediction, so blended
-    predictions are blended latents, and no seams appear.
+    combines (MultiDiffusion, arXiv 2302.08113). The solver's step is linear in the prediction, so no seams appear.
 
-    Tensors with four dimensions whose size is a whole multiple of the latents' are cut with them: control images, the
-    conditioning of a 9-channel UNet, masks of IP-Adapters. Prompts and IP-Adapter images are the same for each tile.
-
-    Where SDXL's size conditioning names the image's size, a tile is told its own. Other sizes that the caller chose
-    stay, and so does the crop offset, since SDXL was not trained with large ones (arXiv 2307.01952).
+    Tensors with four dimensions are cut with the latents: control images, the conditioning of a 9-channel UNet, masks
+    of IP-Adapters. Prompts and IP-Adapter images are the same for each tile. Where SDXL's size conditioning names the
+    image's size, a tile is told its own; the crop offset stays, since SDXL was not trained with large ones.
 
     An image no larger than a tile takes the parent's path, to the bit. For a denoiser of your own, derived from
     `PeRFlowLoopDenoiser`: `class MyTiledDenoiser(PeRFlowTiledLoopDenoiser, MyDenoiser)`.
@@ -395,7 +391,7 @@ class PeRFlowTiledLoopDenoiser(PeRFlowLoopDenoiser, LoopBlock):
         told = [_as_image_of_its_own(batch, *block_state.tile_sizes) for batch in batches]
 
         def predict_tile(top: int, left: int) -> Tensor:
-            parts = _map_planes(whole, lambda plane: tiling.cut(plane, top, left))
+            parts = tree_map_only(Tensor, lambda one: tiling.cut(one, top, left) if one.ndim == 4 else one, whole)
             return predict(components, BlockState(**{**block_state.as_dict(), **parts}), told, i, t)
 
         return tiling.blend(predict_tile)
@@ -421,16 +417,10 @@ def _tile_settings(components: Any, block_state: Any) -> tuple[int, int]:
     return size, overlap
 
 
-def _map_planes(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The value with each tensor of four dimensions changed, also in lists, tuples and dictionaries."""
-    return tree_map_only(Tensor, lambda tensor: change(tensor) if tensor.ndim == 4 else tensor, value)
-
-
 def _as_image_of_its_own(batch: Any, image: Tensor, tile: Tensor) -> Any:
     """The guider's batch with the tile's size where its time ids name the image's, as their type rounds it.
 
-    The ids are (batch, 6), original size, crop offset and target size; SDXL's refiner has (batch, 5), with a score in
-    place of the target size.
+    The ids are (batch, 6), original size, crop and target size; a refiner has a score in place of the target size.
     """
     if batch.time_ids is None:  # the parent says what is missing
         return batch

@@ -199,15 +199,12 @@ class PeRFlowCachedTextEncoderStep(PeRFlowTextEncoderStep):
 class PromptCacheStep(PeRFlowAutoTextEncoderStep):
     """Takes the place of the text encoder block; the same prompts with the same encoders are encoded once.
 
-    The embeddings are bit for bit those of `PeRFlowAutoTextEncoderStep`, and copies, so they may be written into.
-    Prompt and negative prompt are one request. Calls with `prompt_embeds` do not use the cache.
-
-    Embeddings are kept by the request, the encoders and tokenizers themselves, their types, and the LoRAs in the
-    encoders: which are active, at what scale. Call `clear()` after changing an encoder in place in another way, such
-    as writing into its weights or unloading a LoRA that was fused into them.
+    Prompt and negative prompt are one request. Calls with `prompt_embeds` do not use the cache. Embeddings are kept by
+    the request, the encoders and tokenizers, their types, and the LoRAs in the encoders: which are active, at what
+    scale. Call `clear()` after changing an encoder in place in another way, such as writing into its weights.
 
     The entries lie on the encoders' device: 0.32 MB for one prompt of SDXL in half precision, twice that with
-    guidance. `hits` and `misses` count the calls; `cache` holds the entries, also for a pipeline's copy of this block.
+    guidance. `hits` and `misses` count the calls, also those of a pipeline's copy of this block.
 
     Example:
         >>> cache = PromptCacheStep()

@@ -133,9 +133,8 @@ def can_be_float32(models: Sequence[nn.Module]) -> bool:
 def in_float32(models: Sequence[nn.Module], values: dict[str, Any], device: torch.device) -> Iterator[None]:
     """Inside, the models' half-precision weights and tensors among `values` are float32, without autocast on `device`.
 
-    Other threads that use the models wait meanwhile. Afterwards the weights are as they were, bit for bit, since
-    float32 holds every half-precision number; no second copy is held. Values that were not replaced inside are the
-    objects they were; a new tensor has the old one's type.
+    Other threads that use the models wait meanwhile. Afterwards the weights are as they were, bit for bit, and so are
+    the values, except for those that were replaced inside, which get their old type.
     """
     with ExitStack() as locks:
         for model in models:
@@ -161,10 +160,7 @@ def in_float32(models: Sequence[nn.Module], values: dict[str, Any], device: torc
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether a hook moves the model, or the layers with its first weights, to another device when it runs.
-
-    Offloading in groups hooks each weight's own layer or one that holds it.
-    """
+    """Whether a hook moves the model, or the layers with its first weights, to another device when it runs."""
     for module in _down_to_weights(model):
         hooks: Any = getattr(module, "_diffusers_hook", None)
         if hasattr(module, "_hf_hook") or (hooks is not None and hooks.get_hook(_GROUP_OFFLOADING) is not None):
@@ -191,8 +187,7 @@ def _down_to_weights(model: nn.Module) -> Iterator[nn.Module]:
 def align_weights(model: nn.Module) -> None:
     """Moves weights that run on a CPU to aligned addresses, once for a model.
 
-    Weights of a mapped file lie anywhere, and matrix products on a CPU round by the alignment of what they multiply:
-    without this a pipeline and what it saved would give images that differ by a level of 255.
+    Matrix products on a CPU round by the alignment of what they multiply, and weights of a mapped file lie anywhere.
     """
     first = next(model.parameters(), None)
     if first is None or first.device.type != "cpu" or ALIGNED_ATTRIBUTE in vars(model) or is_offloaded(model):

@@ -54,10 +54,9 @@ def guarded_vae(components: Any) -> Any:
 class GuardedVAE:
     """Encodes and decodes with a VAE as diffusers does, but never to values that are not finite.
 
-    A half-precision VAE whose result is not finite runs again in float32, with a warning. A VAE with `force_upcast`
-    runs in float32 at once, as in diffusers: float16 for decoding, bfloat16 as well for encoding. Other threads that
-    use the VAE wait meanwhile. Results that are not finite in float32 either are a ValueError, as they are if the VAE
-    cannot be made float32.
+    A half-precision VAE whose result is not finite runs again in float32, with a warning; a ValueError says where that
+    does not help. A VAE with `force_upcast` runs in float32 at once, as in diffusers: float16 for decoding, bfloat16
+    as well for encoding. Other threads that use the VAE wait meanwhile.
     """
 
     def __init__(self, vae: Any) -> None:
@@ -162,11 +161,9 @@ class PeRFlowAutoVaeEncoderStep(Assembled, AutoPipelineBlocks):
 
 
 def _match_images(state: PipelineState) -> PipelineState:
-    """A copy of the state with as many images as masks, so that the stock blocks can pair them.
+    """A copy of the state with as many images as masks and generators, so that the stock blocks can pair them.
 
-    Each generator of a list gets an image of its own, to sample latents from. One image or one mask for all stays as
-    it is otherwise: the stock blocks spread it, and a crop needs a single mask.
-    The copy has no `dtype`, which is the latents' type, so that they encode in the VAE's own.
+    A single mask stays as it is, since a crop needs it. Without `dtype` the stock blocks encode in the VAE's own type.
     """
     image, mask = as_batch(state.get("image")), as_batch(state.get("mask_image"), mask=True)
     values, generator = {**state.values, "dtype": None, "image": image, "mask_image": mask}, state.get("generator")
@@ -255,11 +252,7 @@ def _compose(components: Any, block_state: Any) -> Decoded:
 
 
 class PeRFlowDecodeStep(StableDiffusionXLDecodeStep):
-    """diffusers' decoder with a `GuardedVAE`, whose type may be another than the latents': images are always finite.
-
-    Raises:
-        ValueError: the decoded images are not finite, in float32 too, or the VAE cannot be made float32.
-    """
+    """diffusers' decoder with a `GuardedVAE`, whose type may be another than the latents'. Images are finite."""
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
