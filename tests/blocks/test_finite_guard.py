@@ -103,23 +103,6 @@ def assert_near(result: Tensor, clean: Tensor, share: float = 0.03) -> None:
     assert (result.float() - clean.float()).norm() < share * clean.float().norm()
 
 
-class Fading(ClassifierFreeGuidance):
-    """A guider with a state: its scale falls at each step."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        guided = super().forward(*args, **kwargs)
-        self.guidance_scale *= 0.5
-        return guided
-
-
-@pytest.mark.behaviour
-def test_the_second_run_starts_with_the_guiders_first_state() -> None:
-    pipe = loop_pipeline("text2image", dtype=torch.bfloat16, guider=Fading(guidance_scale=4.0))
-    poison(pipe.unet, 500, dtypes=HALF)
-    guider = run(pipe, num_inference_steps=5, on_nonfinite="fallback", output="guider")
-    assert (guider.guidance_scale, pipe.guider.guidance_scale) == (4.0 * 0.5**5, 4.0)
-
-
 @pytest.mark.behaviour
 def test_blocks_that_write_into_the_latents_do_so_once() -> None:
     def halve(components: Any, block_state: Any, i: int) -> None:
@@ -180,33 +163,6 @@ def test_autocast_counts_as_half_precision_and_is_left_for_the_fallback() -> Non
     assert "not finite in torch.float16" in text
     assert "run the pipeline outside torch.autocast" in text
     assert_near(result, run(pipe, **start), share=1e-3)
-
-
-@pytest.mark.behaviour
-def test_a_run_that_was_stopped_is_repeated_to_where_it_stopped() -> None:
-    stops: list[int] = []
-
-    def stop_once(components: Any, block_state: Any, i: int) -> None:
-        if i == 3 and not stops:
-            stops.append(i)
-            block_state.stop_requested = True
-
-    pipe = loop_pipeline("text2image", blocks_with("spy", Spy, after="solver"), dtype=torch.bfloat16)
-    clean = run(pipe, num_inference_steps=5, spy=stop_once)
-    stops.clear()
-    poison(pipe.unet, 750, dtypes=HALF)
-    calls = count_unet_calls(pipe)
-    state = pipe(
-        prompt="a red star",
-        generator=generator(),
-        output_type="latent",
-        num_inference_steps=5,
-        spy=stop_once,
-        on_nonfinite="fallback",
-    )
-    assert len(calls) == 4 + 4
-    assert state.values["stop_requested"]
-    assert_near(state.values["images"], clean)
 
 
 def test_in_float32_puts_back_what_did_not_change_and_casts_what_did() -> None:

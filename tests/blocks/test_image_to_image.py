@@ -104,16 +104,6 @@ def test_without_a_strength_a_third_is_redrawn_and_a_hole_wholly() -> None:
     assert pipe(**inputs, mask=torch.ones(1, 1, 16, 16)).get("step_plan").times[0] == 1.0
 
 
-def test_a_schedule_that_begins_below_one_is_entered_at_its_start() -> None:
-    pipe = make_pipeline(scheduler=PeRFlowScheduler(**BETAS, t_noise=0.9))
-    seen: list[Tensor] = []
-    pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0][:1].clone()))
-    run(pipe, image_latents=PICTURE, mask=torch.ones(1, 1, 16, 16), num_inference_steps=4)
-    assert torch.equal(seen[0], NOISE)
-    state = make_pipeline()(prompt="a", image_latents=PICTURE, timesteps=[600, 500, 250], strength=1.0)
-    assert state.get("timesteps").tolist() == [600, 500, 250]
-
-
 def test_custom_timesteps_are_cut_at_the_strength() -> None:
     pipe = make_pipeline()
     inputs = {"prompt": "a", "image_latents": PICTURE, "timesteps": [1000, 750, 700, 500, 250, 90]}

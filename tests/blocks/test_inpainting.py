@@ -8,12 +8,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ClassifierFreeGuidance
-from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 from PIL import Image
 from torch import Tensor
 
-from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
-from perflow_blocks.blocks.loop_block import LoopBlock
 from perflow_blocks.schedulers import PeRFlowScheduler
 from perflow_blocks.testing.tiny import BETAS, tiny_inpainting_unet, tiny_picture
 from tests.conftest import generator, make_pipeline, run
@@ -33,32 +30,9 @@ def hole_picture() -> Image.Image:
     return Image.fromarray(np.uint8(pixels.numpy() * 255), mode="L")
 
 
-class Recorder(LoopBlock):
-    """Keeps the latents with which each step ends, in a list that the call gives it."""
-
-    @property
-    def description(self) -> str:
-        return "Keeps the latents of each step."
-
-    @property
-    def inputs(self) -> list[InputParam]:
-        return [InputParam("recorded", type_hint=list[Tensor], description="Where to keep them.")]
-
-    def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
-        block_state.recorded.append(block_state.latents)
-        return components, block_state
-
-
-def recording_pipeline(**components: Any) -> Any:
-    blocks = PeRFlowSDXLAutoBlocks()
-    loop = blocks.sub_blocks["denoise"].sub_blocks["denoise"].sub_blocks["inpaint_denoise"]
-    loop.sub_blocks["recorder"] = Recorder()
-    return make_pipeline(blocks, **components)
-
-
 @pytest.mark.parametrize(("strength", "steps"), [(1.0, 4), (0.8, 7), (0.3, 4)])
 def test_the_known_part_follows_the_path_and_ends_untouched(strength: float, steps: int) -> None:
-    pipe, recorded = recording_pipeline(), list[Tensor]()
+    pipe, recorded = make_pipeline(), list[Tensor]()
     state = pipe(
         prompt="a star",
         image_latents=PICTURE,
@@ -67,7 +41,7 @@ def test_the_known_part_follows_the_path_and_ends_untouched(strength: float, ste
         num_inference_steps=steps,
         generator=generator(),
         output_type="latent",
-        recorded=recorded,
+        callback_on_step_end=lambda pipe, i, t, kwargs: recorded.append(kwargs["latents"]),
     )
     scheduler = PeRFlowScheduler(**BETAS)
     ends = [round(t * 1000) for t in state.get("step_plan").next_times[:-1]]
@@ -171,7 +145,7 @@ def test_a_picture_keeps_its_size() -> None:
 
 
 def test_a_nine_channel_unet_sees_mask_and_masked_picture() -> None:
-    pipe, recorded = recording_pipeline(unet=tiny_inpainting_unet()), list[Tensor]()
+    pipe, recorded = make_pipeline(unet=tiny_inpainting_unet()), list[Tensor]()
     seen: list[Tensor] = []
     pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
     state = pipe(
@@ -180,7 +154,7 @@ def test_a_nine_channel_unet_sees_mask_and_masked_picture() -> None:
         mask_image=hole_picture(),
         generator=generator(),
         output_type="latent",
-        recorded=recorded,
+        callback_on_step_end=lambda pipe, i, t, kwargs: recorded.append(kwargs["latents"]),
     )
     assert {tuple(sample.shape) for sample in seen} == {(2, 9, 16, 16)}
     assert torch.equal(seen[0][:, 4:5], HOLE.expand(2, -1, -1, -1))
@@ -260,21 +234,6 @@ def test_known_pixels_are_those_of_the_prompts_own_picture() -> None:
         difference = np.abs(as_array(images[row : row + 1]) - given)
         assert difference[known].max() < 1e-6
         assert difference[~known].max() > 0.05
-
-
-def test_a_crop_may_have_no_margin_and_a_list_of_generators() -> None:
-    images = run(
-        make_pipeline(),
-        image=tiny_picture(3),
-        mask_image=hole_picture(),
-        padding_mask_crop=0,
-        height=32,
-        width=32,
-        num_images_per_prompt=2,
-        generator=[generator(seed) for seed in range(2)],
-        output_type="pil",
-    )
-    assert [image.size for image in images] == [(32, 32)] * 2
 
 
 def test_a_vae_with_latent_statistics_encodes() -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import gc
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload
 from diffusers import ClassifierFreeGuidance
 from peft import LoraConfig
 
@@ -24,7 +21,6 @@ from perflow_blocks.testing import check_block
 from perflow_blocks.testing.tiny import TEXT_WIDTH, tiny_sdxl_components, tiny_tokenizer
 from tests.blocks.conftest import (
     BOTH,
-    EMBEDS,
     TEXT,
     count_encodings,
     embedding,
@@ -61,9 +57,8 @@ REQUESTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("guidance", [2.0, 1.0])
-def test_each_request_is_encoded_once_and_never_mistaken_for_another(guidance: float) -> None:
-    pipe = text_pipeline(cache := PromptCacheStep(), guider=ClassifierFreeGuidance(guidance_scale=guidance))
+def test_each_request_is_encoded_once_and_never_mistaken_for_another() -> None:
+    pipe = text_pipeline(cache := PromptCacheStep())
     ran, stop = watch_models(pipe)
     first = {}
     for count, (name, inputs) in enumerate(REQUESTS.items(), 1):
@@ -78,9 +73,12 @@ def test_each_request_is_encoded_once_and_never_mistaken_for_another(guidance: f
     stop()
     for name, inputs in REQUESTS.items():
         expected = uncached(pipe, **inputs)
-        assert (expected["negative_prompt_embeds"] is None) == (guidance == 1.0)
         assert same(first[name], expected), name
         assert same(again[name], expected), name
+        for tensor in again[name].values():  # a copy
+            if tensor is not None:
+                tensor.zero_()
+        assert same(encode(pipe, **inputs), expected), name
 
 
 @pytest.mark.parametrize("name", ["text2image", "ip_adapter_controlnet_union_inpainting"])
@@ -101,26 +99,6 @@ def test_every_workflow_takes_the_cache(name: str) -> None:
         assert torch.equal(run(pipe, **inputs), expected)
         assert "unet" in ran and "text_encoder" not in ran and "text_encoder_2" not in ran
         assert (cache.hits, cache.misses) == (1, 1)
-
-
-def test_embeddings_in_place_of_a_prompt_pass_by() -> None:
-    plain, cached = text_pipeline(PeRFlowAutoTextEncoderStep()), text_pipeline(cache := PromptCacheStep())
-    given = {name: tensor for name, tensor in encode(plain).items() if "negative" not in name}
-    for _ in range(2):
-        state = cached(**given)
-        assert same({name: state.get(name) for name in EMBEDS}, encode(plain))
-    assert (cache.hits, cache.misses, len(cache.cache)) == (0, 0, 0)
-
-
-def test_writing_into_what_was_handed_out_does_no_harm() -> None:
-    pipe = text_pipeline(PromptCacheStep())
-    expected = uncached(pipe, negative_prompt="a ring")
-    for _ in range(3):
-        result = encode(pipe, negative_prompt="a ring")
-        assert same(result, expected)
-        for tensor in result.values():
-            assert tensor is not None
-            tensor.zero_()
 
 
 def test_the_request_unused_for_longest_goes_first() -> None:
@@ -170,17 +148,6 @@ def test_copies_of_a_block_share_its_cache_and_pipelines_keep_apart(encoded: lis
     encode(first)
     assert encoded
     assert (cache.hits, cache.misses) == (0, 1)
-
-
-def test_a_cache_does_not_hold_encoders() -> None:
-    pipe = text_pipeline(cache := PromptCacheStep())
-    encode(pipe)
-    encoder = weakref.ref(pipe.text_encoder)
-    del pipe
-    gc.collect()
-    assert encoder() is None
-    encode(text_pipeline(cache))
-    assert (cache.hits, cache.misses) == (0, 2)
 
 
 def replace_encoder(pipe: Any) -> None:
@@ -320,31 +287,6 @@ def test_loras_from_files_are_seen(tmp_path: Path, encoded: list[str]) -> None:
     encoded.clear()
     assert not torch.equal(run(cached, **inputs), plain_result)
     assert encoded == []
-
-
-def test_a_scale_of_zero_resets_the_lora_as_it_does_without_a_cache() -> None:
-    pipe, plain = text_pipeline(PromptCacheStep()), text_pipeline(PeRFlowAutoTextEncoderStep())
-    for each in (pipe, plain):
-        add_lora(each)
-    for _ in range(2):
-        for each in (pipe, plain):
-            scale_lora(each, 0.5)
-        for scale in (None, 0.0, 0.0, None):
-            inputs = {"cross_attention_kwargs": scale if scale is None else {"scale": scale, "other": object()}}
-            assert same(encode(pipe, **inputs), encode(plain, **inputs))
-
-
-def test_encoders_that_are_offloaded_layer_by_layer() -> None:
-    pipe = text_pipeline(cache := PromptCacheStep())
-    prompts = ("a red star", "a ring")
-    expected = {prompt: encode(pipe, prompt) for prompt in prompts}
-    for name in BOTH:
-        cpu_offload(getattr(pipe, name), torch.device("cpu"))
-    assert all(parameter.is_meta for parameter in pipe.text_encoder.parameters())
-    for hits in (2, 4):
-        assert all(same(encode(pipe, prompt), expected[prompt]) for prompt in prompts)
-        assert cache.hits == hits
-    assert cache.misses == 2
 
 
 def test_it_keeps_the_contract_of_the_block_in_whose_place_it_stands() -> None:

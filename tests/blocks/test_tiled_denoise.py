@@ -215,18 +215,6 @@ def test_a_nine_channel_unet_sees_mask_and_image_where_the_tile_is() -> None:
         assert torch.equal(call["sample"][:1, 4:], conditioning[..., top : top + 8, left : left + 8])
 
 
-def test_masks_of_ip_adapters_are_cut_in_their_place() -> None:
-    masks = [torch.rand(1, 2, 24, 40, generator=generator(seed)) for seed in range(2)]
-    given = {"ip_adapter_masks": masks, "scale": 0.5}
-    pipe = make_pipeline(with_denoiser("text2image", TiledPointwise()))
-    run(pipe, height=24, width=40, cross_attention_kwargs=given, num_inference_steps=4, **TILES)
-    for state, (top, left) in zip(denoiser_of(pipe).states, PLACES * 4, strict=True):
-        seen = state.cross_attention_kwargs
-        for mask, part in zip(masks, seen["ip_adapter_masks"], strict=True):
-            assert torch.equal(part, mask[..., 2 * top : 2 * top + 16, 2 * left : 2 * left + 16])
-        assert seen["scale"] == 0.5
-
-
 def told_sizes(**inputs: Any) -> list[list[float]]:
     """The time ids, with the prompt and without, that tiles of an image of 40x24 pixels are told."""
     pipe = make_pipeline(with_denoiser("text2image", TiledPointwise()))
@@ -248,14 +236,6 @@ def test_sizes_that_the_caller_chose_are_told_to_each_tile() -> None:
     assert told_sizes(**chosen) == [[512, 40, 24, 40, 16, 16]] * 2
     negative = {"negative_original_size": (8, 8), "negative_target_size": (24, 40)}
     assert told_sizes(**negative) == [[16, 16, 0, 0, 16, 16], [8, 8, 0, 0, 16, 16]]
-
-
-def test_sizes_are_recognised_as_the_ids_type_rounds_them() -> None:
-    ids = torch.tensor([[2056, 16, 0, 0, 2056, 16]], dtype=torch.bfloat16)  # 2056 becomes 2048 there
-    denoiser = TiledPointwise()
-    latents = torch.randn(1, 4, 1028, 8)
-    check_block(denoiser, inputs={"latents": latents, "add_time_ids": ids, "negative_add_time_ids": ids, **TILES})
-    assert denoiser.time_ids[0][0].tolist() == [16, 16, 0, 0, 16, 16]
 
 
 def test_the_score_of_a_refiner_is_no_size() -> None:
