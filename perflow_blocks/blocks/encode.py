@@ -183,9 +183,9 @@ class PeRFlowCachedTextEncoderStep(PeRFlowTextEncoderStep):
 
     def _request(self, components: Any, block_state: Any) -> Hashable:
         """All that the embeddings depend on."""
-        device, kwargs = components._execution_device, block_state.cross_attention_kwargs or {}
+        device, scale = components._execution_device, (block_state.cross_attention_kwargs or {}).get("scale")
         inputs = {name: getattr(block_state, name) for name in self.input_names if name != "guider"}
-        inputs["cross_attention_kwargs"] = float(kwargs.get("scale", 1.0))  # the rest is the UNet's
+        inputs["cross_attention_kwargs"] = None if scale is None else float(scale)  # the rest is the UNet's
         return (
             repr(inputs),
             tuple(_identity(getattr(components, name)) for name in TEXT_MODELS),

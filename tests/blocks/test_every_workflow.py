@@ -150,17 +150,6 @@ def test_reading_the_specs_changes_nothing_shared() -> None:
     assert second.inputs[0].description != "changed"
 
 
-def test_without_the_text_encoder_block_embeddings_are_taken() -> None:
-    pipe = make_pipeline()
-    expected = pipe(prompt="a star", negative_prompt="a ring", generator=generator(), output_type="latent")
-    names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
-    blocks = PeRFlowSDXLAutoBlocks()
-    blocks.sub_blocks.pop("text_encoder")
-    given = {name: expected.values[name] for name in names}
-    images = make_pipeline(blocks)(**given, generator=generator(), output_type="latent", output="images")
-    assert torch.equal(images, expected.images)
-
-
 def test_the_preset_guards_its_decoder() -> None:
     pipe = make_pipeline()
     decoded: list[int] = []

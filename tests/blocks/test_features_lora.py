@@ -1,4 +1,4 @@
-"""LoRA beside a delta, and switches on the models: FreeU, VAE tiling and slicing, fused projections."""
+"""LoRA beside a delta, and switches on the models: VAE slicing and fused projections."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from perflow_blocks.delta.merge import merge_record
 from perflow_blocks.delta.recipe import DeltaRecipe
-from perflow_blocks.testing.tiny import IMAGE_SIZE, tiny_sdxl_components, tiny_sdxl_unet
+from perflow_blocks.testing.tiny import tiny_sdxl_components, tiny_sdxl_unet
 from tests.blocks.conftest import workflow_inputs, write_delta
 from tests.conftest import count_unet_calls, generator, make_pipeline, run
 
@@ -196,20 +196,6 @@ def decoded_rows(pipe: Any) -> list[int]:
     return rows
 
 
-def test_freeu_changes_the_picture_and_can_be_turned_off(pipe: Any) -> None:
-    plain = run(pipe, **workflow_inputs("text2image"))
-    pipe.enable_freeu(**FREEU)
-    changed = run(pipe, **workflow_inputs("text2image"))
-    again = run(pipe, **workflow_inputs("text2image"))
-    pipe.enable_freeu(**{name: 1.0 for name in FREEU})
-    neutral = run(pipe, **workflow_inputs("text2image"))
-    pipe.disable_freeu()
-    assert (changed - plain).abs().max() > 0.1
-    assert torch.equal(changed, again)
-    torch.testing.assert_close(neutral, plain, rtol=1e-4, atol=1e-4)
-    assert torch.equal(run(pipe, **workflow_inputs("text2image")), plain)
-
-
 def test_sliced_decoding_gives_the_same_pictures() -> None:
     pipe = make_pipeline()
     rows = decoded_rows(pipe)
@@ -222,23 +208,6 @@ def test_sliced_decoding_gives_the_same_pictures() -> None:
     torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-5)
     assert not torch.allclose(whole[0], whole[1], atol=1e-2)
     assert torch.equal(run(pipe, **inputs), whole)
-
-
-def test_a_larger_picture_is_decoded_in_tiles_close_to_the_whole() -> None:
-    pipe = make_pipeline()
-    rows = decoded_rows(pipe)
-    size = {"height": 2 * IMAGE_SIZE, "width": 3 * IMAGE_SIZE // 2}
-    latents = torch.randn(1, 4, IMAGE_SIZE, 3 * IMAGE_SIZE // 4, generator=torch.Generator().manual_seed(0))
-    inputs = workflow_inputs("text2image") | size | {"latents": latents, "output_type": "pt"}
-    whole = run(pipe, **inputs)
-    assert len(rows) == 1
-    pipe.vae.enable_tiling()
-    tiled = run(pipe, **inputs)
-    assert len(rows) == 1 + 3 * 2  # tiles of 16 latents, 12 apart: at 0, 12, 24 down and 0, 12 across
-    assert tiled.shape == whole.shape == (1, 3, size["height"], size["width"])
-    # Attention and normalization see a tile where they saw the picture, so the two differ, but little.
-    assert (tiled - whole).abs().mean() < 0.2 * whole.std()
-    assert torch.corrcoef(torch.stack([tiled.flatten(), whole.flatten()]))[0, 1] > 0.97
 
 
 def test_fused_projections_agree_and_can_be_taken_apart() -> None:

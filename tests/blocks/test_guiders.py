@@ -216,11 +216,9 @@ def test_settings_for_many_steps_are_warned_of(
 @pytest.mark.parametrize(
     ("guider", "steps"),
     [
-        (ClassifierFreeGuidance(1.0), 4),
         (ClassifierFreeGuidance(3.0, stop=0.25), 4),
         (SkipLayerGuidance(3.0, skip_layer_config=layers()), 10),
         (ClassifierFreeZeroStarGuidance(3.0, zero_init_steps=0), 4),
-        (ClassifierFreeZeroStarGuidance(3.0, enabled=False), 4),
     ],
 )
 def test_settings_for_as_many_steps_are_not_warned_of(
