@@ -16,7 +16,7 @@ from diffusers.modular_pipelines.modular_pipeline import (
     PipelineState,
     SequentialPipelineBlocks,
 )
-from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, OutputParam
 from diffusers.modular_pipelines.stable_diffusion_xl.decoders import StableDiffusionXLDecodeStep
 from diffusers.modular_pipelines.stable_diffusion_xl.encoders import (
     StableDiffusionXLInpaintVaeEncoderStep,
@@ -165,8 +165,9 @@ def _match_images(state: PipelineState) -> PipelineState:
 
     A single mask stays as it is, since a crop needs it. Without `dtype` the stock blocks encode in the VAE's own type.
     """
-    image, mask = as_batch(state.get("image")), as_batch(state.get("mask_image"), mask=True)
-    values, generator = {**state.values, "dtype": None, "image": image, "mask_image": mask}, state.get("generator")
+    values = {**state.values, "dtype": None}
+    image, mask = as_batch(values.get("image")), as_batch(values.get("mask_image"), mask=True)
+    values, generator = {**values, "image": image, "mask_image": mask}, values.get("generator")
     images, masks = count_images(image), 1 if mask is None else count_images(mask)
     generators = len(generator) if isinstance(generator, list) else 1
     count = max(images, masks, generators)
@@ -209,13 +210,23 @@ def images_output() -> OutputParam:
     return OutputParam("images", Decoded, "The images, as `output_type` says; for `latent` the latents as they are.")
 
 
+_MASK_SETTINGS = {"do_normalize": False, "do_binarize": True, "do_convert_grayscale": True}
+
+
+def _processor(name: str, description: str, **settings: bool) -> ComponentSpec:
+    """As diffusers' own blocks declare it, so that the pipeline has one of the name."""
+    config = FrozenDict({"vae_scale_factor": 8, **settings})
+    return ComponentSpec(name, VaeImageProcessor, description, config, default_creation_method="from_config")
+
+
 class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
     """Puts the pixels outside the mask back exactly: decoding known latents alone gives only nearly what they were."""
 
     model_name = "stable-diffusion-xl"
     description = "Puts the known pixels of an inpainted image back as they were; `keep_known_pixels=False` leaves it."
     expected_components = declared(
-        *(spec for spec in PeRFlowInpaintVaeEncoderStep().expected_components if spec.name.endswith("_processor"))
+        _processor("image_processor", "Resizes the given image."),
+        _processor("mask_processor", "Resizes the mask; makes it 0 or 1 unless it is soft.", **_MASK_SETTINGS),
     )
     inputs = declared(
         param("images", Decoded, "The decoded images.", required=True),
