@@ -13,19 +13,18 @@ from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from .apply_attention import PeRFlowAutoApplyAttentionStep
 from .before_denoise import PeRFlowInputStep, PeRFlowSDXLAutoBeforeDenoiseStep
 from .check_inputs import PeRFlowCheckInputsStep
-from .controlnet import PeRFlowAutoControlNetInputStep
-from .declare import Assembled
-from .decode import PeRFlowAutoDecodeStep, images_output
-from .denoise import (
+from .controlnet import (
+    PeRFlowAutoControlNetInputStep,
     PeRFlowControlNetDenoiseStep,
-    PeRFlowDenoiseStep,
     PeRFlowInpaintControlNetDenoiseStep,
-    PeRFlowInpaintDenoiseStep,
 )
-from .encode import PeRFlowAutoIPAdapterStep, PeRFlowAutoTextEncoderStep, PeRFlowAutoVaeEncoderStep
+from .declare import Assembled
+from .denoise import PeRFlowDenoiseStep, PeRFlowInpaintDenoiseStep
+from .encode import PeRFlowAutoIPAdapterStep, PeRFlowAutoTextEncoderStep
 from .merge_delta import PeRFlowMergeDeltaStep
 from .pipeline import PeRFlowModularPipeline
 from .specs import DEFAULT_GUIDANCE_SCALE
+from .vae import PeRFlowAutoDecodeStep, PeRFlowAutoVaeEncoderStep, images_output
 
 
 class PeRFlowSDXLAutoControlNetDenoiseStep(Assembled, AutoPipelineBlocks):

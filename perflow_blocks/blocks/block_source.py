@@ -181,7 +181,8 @@ def block_files(
     """
     writer = _Writer(siblings)
     expression, kind = writer.expression(blocks), type(blocks)
-    is_preset = kind.__module__ in PRESET_MODULES and expression == f"{kind.__module__}.{kind.__qualname__}()"
+    module = writer.module(kind)
+    is_preset = kind.__module__ in PRESET_MODULES and expression == f"{module}.{kind.__qualname__}()"
     is_complete = __name__ in siblings
     needed = {"diffusers": diffusers.__version__}
     if not is_complete:
@@ -190,7 +191,7 @@ def block_files(
     config: dict[str, Any] = {"requirements": requirements | _requirements(blocks)}
     if is_preset and name in (None, kind.__name__):
         name = kind.__name__
-        code = f'from {kind.__module__} import {name}\n\n__all__ = ["{name}"]\n'
+        code = f'from {module} import {name}\n\n__all__ = ["{name}"]\n'
         config[PRESET_KEY] = f"{kind.__module__}.{name}"
     else:
         name = name or SAVED_BLOCKS
@@ -263,10 +264,11 @@ class _Writer:
         kind = type(block)
         label = f"block {place!r} ({kind.__name__})" if place else kind.__name__
         _require_importable(kind, label, kind.__module__ in self.siblings)
-        self.modules.add(kind.__module__)
+        module = self.module(kind)
+        self.modules.add(module)
         values = _arguments(block, label)
         arguments = ", ".join(f"{name}={value!r}" for name, value in values.items())
-        call = f"{self.siblings.get(kind.__module__, kind.__module__)}.{kind.__qualname__}({arguments})"
+        call = f"{self.siblings.get(module, module)}.{kind.__qualname__}({arguments})"
         usual = kind(**values)
         inside, made, changed = self._inside(block, place), self._inside(usual, place), _changed(block, usual)
         if inside == made and not changed:
@@ -274,6 +276,11 @@ class _Writer:
         pairs = ", ".join(f"{name!r}: {code}" for name, code in inside)
         attributes = "".join(f", {name}={value!r}" for name, value in changed.items())
         return f"{self.siblings.get(__name__, __name__)}.arranged({call}, {{{pairs}}}{attributes})"
+
+    def module(self, kind: type) -> str:
+        """Where the code takes a class from: for a public name this package, since its modules may move."""
+        is_public = getattr(sys.modules[PACKAGE], kind.__qualname__, None) is kind
+        return PACKAGE if is_public and __name__ not in self.siblings else kind.__module__
 
     def _inside(self, block: ModularPipelineBlocks, place: str) -> list[tuple[str, str]]:
         blocks = block.sub_blocks.items()

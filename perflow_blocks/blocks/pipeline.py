@@ -34,7 +34,7 @@ from ..atomic_files import atomic_directory, atomic_path
 from ..delta.files import DIGEST_KEY
 from ..delta.merge import merge_records
 from .block_source import block_files, load_blocks, require_sound
-from .precision import is_offloaded
+from .finite_guard import is_offloaded
 from .saving import carry_over, is_stock, prepare, save_delta_file
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""LoRA beside a delta: written by peft, loaded by diffusers, scaled, fused and taken out again."""
+"""LoRA beside a delta, and switches on the models: VAE slicing and fused projections."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_loaded_lora_is_the_sum_of_its_matrices(lora: Path) -> None:
 
 
 def test_the_scale_of_a_call_goes_from_none_to_all(lora: Path) -> None:
-    inputs = workflow_inputs("inpainting")
+    inputs = workflow_inputs("text2image")
     pipe, by_hand = with_lora(lora), make_pipeline()
     plain = run(by_hand, **inputs)
     add_by_hand(by_hand, lora, 0.3)
@@ -146,17 +146,6 @@ def test_a_delta_is_merged_once_with_a_lora_over_it(lora: Path, delta: Path) -> 
     assert merge_record(pipe.unet) is not None
 
 
-def test_a_delta_is_merged_under_a_lora_that_was_loaded_first(lora: Path, delta: Path) -> None:
-    pipe, other = with_lora(lora), make_pipeline()
-    first = run(pipe, delta=delta)
-    run(other, delta=delta)
-    other.load_lora_weights(lora)
-    assert torch.equal(first, run(other))
-    pipe.unload_lora_weights()
-    plain = make_pipeline()
-    assert torch.equal(run(pipe), run(plain, delta=delta))  # the delta stays
-
-
 def test_a_merged_delta_can_be_taken_out_under_a_lora(lora: Path, delta: Path) -> None:
     pipe = make_pipeline()
     run(pipe, delta=delta)
@@ -167,3 +156,61 @@ def test_a_merged_delta_can_be_taken_out_under_a_lora(lora: Path, delta: Path) -
     assert_same_latents(run(pipe, delta=delta, delta_scale=0.0), run(with_lora(lora)))
     pipe.unload_lora_weights()
     assert_same_latents(run(pipe, delta=False), run(make_pipeline()))
+
+
+FREEU = {"s1": 0.9, "s2": 0.2, "b1": 1.3, "b2": 1.4}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    """One pipeline for all: a switch that stays on makes another test fail."""
+    return make_pipeline()
+
+
+def decoded_rows(pipe: Any) -> list[int]:
+    """The batch sizes of the VAE's decoder, appended to as it runs."""
+    rows: list[int] = []
+    pipe.vae.decoder.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
+    return rows
+
+
+def test_sliced_decoding_gives_the_same_pictures() -> None:
+    pipe = make_pipeline()
+    rows = decoded_rows(pipe)
+    inputs = workflow_inputs("text2image") | {"num_images_per_prompt": 3, "output_type": "pt"}
+    whole = run(pipe, **inputs)
+    pipe.vae.enable_slicing()
+    sliced = run(pipe, **inputs)
+    pipe.vae.disable_slicing()
+    assert rows == [3, 1, 1, 1]
+    torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-5)
+    assert not torch.allclose(whole[0], whole[1], atol=1e-2)
+    assert torch.equal(run(pipe, **inputs), whole)
+
+
+def test_fused_projections_agree_and_can_be_taken_apart() -> None:
+    pipe = make_pipeline()
+    inputs = workflow_inputs("text2image") | {"output_type": "pt"}
+    plain, processors = run(pipe, **inputs), dict(pipe.unet.attn_processors)
+    pipe.fuse_qkv_projections()
+    assert {type(processor).__name__ for processor in pipe.unet.attn_processors.values()} == {"FusedAttnProcessor2_0"}
+    torch.testing.assert_close(run(pipe, **inputs), plain, rtol=0, atol=1e-5)
+    pipe.unfuse_qkv_projections()
+    assert pipe.unet.attn_processors == processors
+    assert torch.equal(run(pipe, **inputs), plain)
+
+
+def test_fused_projections_refuse_a_delta(tmp_path: Path) -> None:
+    """They are copies of the weights, which a merge would leave as they were."""
+    pipe, delta = make_pipeline(), write_delta(tmp_path / "delta.safetensors")
+    pipe.unet.fuse_qkv_projections()
+    fused = run(pipe)
+    with pytest.raises(ValueError, match="fused projections"):
+        run(pipe, delta=delta)
+    assert merge_record(pipe.unet) is None
+    assert torch.equal(run(pipe), fused)
+    pipe.unet.unfuse_qkv_projections()  # what the error told to do
+    merged = run(pipe, delta=delta)
+    assert torch.equal(merged, run(make_pipeline(), delta=delta))
+    pipe.unet.fuse_qkv_projections()
+    torch.testing.assert_close(run(pipe), merged, rtol=1e-4, atol=1e-4)

@@ -68,7 +68,7 @@ def test_the_first_argument_is_the_prompt(prompt: Any) -> None:
     assert torch.equal(images, run(pipe, prompt=prompt))
     with pytest.raises(ValueError, match="prompt is given twice"):
         pipe(prompt, prompt=prompt)
-    with pytest.raises(ValueError, match=r"prompt=7 must be a text or a list"):
+    with pytest.raises(ValueError, match="`prompt` has to be of type `str` or `list`"):
         pipe(7)
 
 

@@ -79,7 +79,7 @@ def recombined() -> Any:
     insert_loop_block(blocks, "log", WindowLogStep(level=10), before="solver")
     blocks.sub_blocks["text_encoder"] = PromptCacheStep(5)
     del blocks.sub_blocks["ip_adapter"]
-    blocks.sub_blocks["decode"].note = "mine"  # type: ignore[attr-defined]
+    blocks.sub_blocks["decode"].note = "mine"
     return of_the_demo(blocks)
 
 
