@@ -44,14 +44,13 @@ format: venv  ## rewrite the sources in the project's style
 	$(BIN)/python -m ruff format $(STYLED)
 
 demo-weights: venv  ## train the embedded model again, into runs/demo (takes hours on two cores)
-	$(BIN)/python -m perflow_blocks.evaluation.train_classifier
 	$(BIN)/python -m perflow_blocks.demo.train --out runs/demo
 
 workflows: venv  ## write the repositories under workflows/ and at the root again, from workflows/generate.py
 	$(BIN)/python -m workflows.generate
 
-evaluate: venv  ## print the quality table of the embedded model
-	$(BIN)/perflow evaluate
+evaluate: venv  ## the quality table of the embedded model, into outputs/evaluate
+	$(BIN)/perflow evaluate --demo
 
 bench: venv  ## run the benchmarks that this machine can run, into benchmarks/results
 	$(BIN)/python -m benchmarks

@@ -25,7 +25,7 @@ from perflow_blocks.core.distillation import marginal
 from perflow_blocks.core.parameterization import ddim_coefficients
 from perflow_blocks.core.step_plan import apply_step
 from perflow_blocks.schedulers.pfode_solver import Conditioning
-from perflow_blocks.training.step import UNet, predict
+from perflow_blocks.training.pairs import UNet, predict
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,22 +28,14 @@ from perflow_blocks.atomic_files import atomic_directory
 from perflow_blocks.blocks.workflows import PeRFlowSDXLText2ImageBlocks
 from perflow_blocks.delta.recipe import noise_schedule_of
 from perflow_blocks.demo import teacher_pipeline, weights_directory
-from perflow_blocks.evaluation.classifier import load_classifier
-from perflow_blocks.evaluation.comparison import (
-    Row,
-    evaluate_samplers,
-    make_evaluation_set,
-    markdown_differences,
-    markdown_table,
-)
+from perflow_blocks.demo.judge import BATCH, make_demo_set
+from perflow_blocks.evaluation.measure import Row, evaluate_samplers, markdown_differences, markdown_table
 from perflow_blocks.evaluation.samplers import Sampler, perflow_sampler, teacher_sampler
-from perflow_blocks.training.conditioning import PromptEncoder, batch_time_ids
-from perflow_blocks.training.config import DistillConfig
-from perflow_blocks.training.config_file import load_config
-from perflow_blocks.training.data.batch import TrainingBatch
-from perflow_blocks.training.data.config import DataConfig
-from perflow_blocks.training.data.opening import open_dataset
-from perflow_blocks.training.latents import LatentEncoder
+from perflow_blocks.training.buckets import TrainingBatch
+from perflow_blocks.training.config import DataConfig, DistillConfig, load_config
+from perflow_blocks.training.data import open_dataset
+from perflow_blocks.training.pairs import sizes_of
+from perflow_blocks.training.teacher import LatentEncoder, PromptEncoder
 
 from .consistency import ConsistencyBatch, ConsistencyConfig, ConsistencyLoss, distill_consistency
 from .report import describe_machine, write
@@ -84,7 +76,7 @@ def make_batches(
     teacher: StableDiffusionXLPipeline, data: DataConfig, config: ConsistencyConfig, device: torch.device
 ) -> Iterator[ConsistencyBatch]:
     """Endless batches of images at random points of the grid."""
-    encoder = PromptEncoder(teacher, device, added_conditions=True, cache=_CACHE)
+    encoder = PromptEncoder(teacher, device, _CACHE)
     latents = LatentEncoder(teacher.vae, device)
     generator = torch.Generator().manual_seed(config.seed)
     for batch in open_dataset(data, batch_size=config.batch_size, seed=config.seed):
@@ -99,14 +91,8 @@ def make_batch(
     x0 = latents.encode(batch.pixels, generator)
     noise = torch.randn(x0.shape, generator=generator).to(x0.device)
     index = torch.randint(ddim_steps, (len(x0),), generator=generator).to(x0.device)
-    rows, time_ids = encoder.rows(batch.prompts), batch_time_ids(encoder, batch)
-    return ConsistencyBatch(
-        x0=x0,
-        noise=noise,
-        index=index,
-        conditioning=encoder.conditioning(rows, time_ids),
-        empty=encoder.conditioning([encoder.empty] * len(rows), time_ids),
-    )
+    conditions = encoder.conditioning(batch.prompts, sizes_of(batch))
+    return ConsistencyBatch(x0=x0, noise=noise, index=index, conditioning=conditions, empty=encoder.empty(conditions))
 
 
 def lcm_sampler(teacher: StableDiffusionXLPipeline, unet: Any, scheduler: LCMScheduler, steps: int) -> Sampler:
@@ -143,7 +129,7 @@ def samplers(
     student.to(teacher.device)
     scheduler = lcm_scheduler(teacher, config.ddim_steps)
     return [
-        *(teacher_sampler(teacher, "DPM-Solver++", steps, config.guidance_scale) for steps in STEPS),
+        *(teacher_sampler(teacher, "dpm", steps, config.guidance_scale) for steps in STEPS),
         *(lcm_sampler(teacher, unet, scheduler, steps) for steps in STEPS),
         *(perflow_sampler(student, steps, delta=delta) for steps in STEPS),
     ]
@@ -193,11 +179,8 @@ def run(options: argparse.Namespace) -> str:
     unet = UNet2DConditionModel.from_pretrained(options.out / STUDENT, dtype=torch.float32).to(device).eval()
     teacher = teacher_pipeline(directory).to(device)
     teacher.set_progress_bar_config(disable=True)
-    rows = evaluate_samplers(
-        samplers(directory, teacher, unet, config, options.delta),
-        make_evaluation_set(options.prompts),
-        load_classifier(),
-    )
+    drawn = samplers(directory, teacher, unet, config, options.delta)
+    rows = evaluate_samplers(drawn, make_demo_set(options.prompts), batch_size=BATCH)
     text = "\n\n".join(
         [
             "# Latent consistency beside PeRFlow",

@@ -112,7 +112,7 @@ def make_subjects(setting: Setting) -> list[Subject]:
 
     subjects = [
         Subject(
-            sampler=teacher_sampler(teacher, "DDIM", steps, GUIDANCE_SCALE),
+            sampler=teacher_sampler(teacher, "ddim", steps, GUIDANCE_SCALE),
             stages={"encode": lambda _: _encode(teacher, setting), "denoise": teacher_latents, "decode": images},
         )
     ]

@@ -56,8 +56,11 @@ which memory bounds, reading data, and copies for offloading."""
 MEASURED = """Measured on this GPU: the trainer itself (`perflow_blocks.training`) on a teacher with random weights of
 SDXL's sizes, batch 1, {pixels} x {pixels} pixels, LoRA of rank {rank} or full weights, `mixed_precision = "bf16"`,
 `teacher.dtype = "bfloat16"`, noised starts, {steps} steps of the teacher. Seconds are the median of {updates} updates
-after {warm_up}; memory is `torch.cuda.max_memory_allocated` over them, all weights and states included. GB are 10^9
-bytes."""
+after {warm_up}; *calls* is that of the same networks' calls alone (the teacher's forward, the student's forward and
+backward, on the inputs of the first update), timed in turns with the updates, and *ratio* is the one over the other.
+Memory is `torch.cuda.max_memory_allocated` over them, all weights and states included. GB are 10^9 bytes."""
+
+HEAD = ("student", "checkpointing", "guidance", "optimizer", "offload")
 
 Students = Mapping[tuple[Kind, bool], Footprint]
 """By kind, with and without checkpointing."""
@@ -204,17 +207,30 @@ def _measured(size: Size, setting: Setting) -> Report:
         title="Training at SDXL's size, measured",
         parts=(
             MEASURED.format(pixels=size.pixels, rank=RANK, steps=STEPS, updates=updates, warm_up=training_run.WARM_UP),
-            table(("student", "checkpointing", "guidance", "optimizer", "offload", "peak GB", "seconds"), rows),
+            table(
+                (
+                    "student",
+                    "checkpointing",
+                    "guidance",
+                    "optimizer",
+                    "offload",
+                    "peak GB",
+                    "seconds",
+                    "calls",
+                    "ratio",
+                ),
+                rows,
+            ),
         ),
     )
 
 
-def _measured_cells(case: Case, size: Size, directory: Path, updates: int) -> tuple[str, str]:
+def _measured_cells(case: Case, size: Size, directory: Path, updates: int) -> tuple[str, ...]:
     try:
-        timing, peak = training_run.measure(case, size, directory, updates)
+        timing, bare, peak = training_run.measure(case, size, directory, updates)
     except torch.OutOfMemoryError:  # the other cases may go on
-        return "out of memory", "-"
-    return _gb(peak), f"{timing.median:.2f}"
+        return "out of memory", "-", "-", "-"
+    return _gb(peak), f"{timing.median:.2f}", f"{bare.median:.2f}", f"{timing.median / bare.median:.2f}"
 
 
 def _head(student: str, checkpointing: bool) -> tuple[str, str]:

@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from perflow_blocks.training.config import ModelConfig, OptimizerConfig
-from perflow_blocks.training.families import SDXL as SDXL_FAMILY
 from perflow_blocks.training.student import build_student
-from perflow_blocks.training.teacher_source import TeacherSource
+from perflow_blocks.training.teacher import SDXL as SDXL_FAMILY
+from perflow_blocks.training.teacher import TeacherSource
 
 from .models import MAX_TOKENS, Size, build_components, build_unet
 
@@ -124,7 +124,7 @@ class Footprint:
     flop: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Weightless(TeacherSource):
     """A teacher of SDXL's family whose weights have shapes only."""
 
@@ -136,19 +136,8 @@ class _Weightless(TeacherSource):
 
 def student_footprint(size: Size, kind: Literal["full", "lora"], checkpointing: bool, rank: int) -> Footprint:
     """The trainer's student in bfloat16 autocast with one row, forward and back, as on CUDA."""
-    source = _Weightless(
-        label="none",
-        location="none",
-        single_file=None,
-        revision=None,
-        variant=None,
-        family=SDXL_FAMILY,
-        unet_config={},
-        scheduler_config={},
-        vae_config={},
-        size=size,
-    )
     model = ModelConfig(teacher="none", student=kind, lora_rank=rank)
+    source = _Weightless("none", "none", None, model, SDXL_FAMILY, {}, {}, {}, size=size)
     optimizer = OptimizerConfig(gradient_checkpointing=checkpointing)
     student = build_student(source, model, optimizer, torch.bfloat16)
     if checkpointing:

@@ -26,13 +26,12 @@ from torch import nn
 
 from .attention.config import AttentionConfig, PlanLike
 from .blocks.auto_blocks import PeRFlowSDXLAutoBlocks
-from .blocks.encode import PeRFlowAutoTextEncoderStep
+from .blocks.encode import DEFAULT_MAX_ENTRIES, PeRFlowAutoTextEncoderStep, PromptCacheStep
 from .blocks.guiders import check_guider
 from .blocks.merge_delta import PeRFlowMergeDeltaStep, delta_path
 from .blocks.pipeline import PeRFlowModularPipeline, offload_in_groups, put_components
-from .blocks.prompt_cache import DEFAULT_MAX_ENTRIES, PromptCacheStep
 from .blocks.recombine import compile_loops, insert_loop_block
-from .blocks.settings import DELTA_VALUES, Problems, complaint
+from .blocks.saving import DELTA_VALUES, Problems, complaint
 from .delta.apply import require_architecture
 from .delta.files import open_weights, read_recipe
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from perflow_blocks import atomic_files
 from perflow_blocks.atomic_files import atomic_directory, atomic_path
-from perflow_blocks.delta.extract import save_delta
+from perflow_blocks.delta.extract import extract_delta, save_delta
 from perflow_blocks.testing.tiny import tiny_sdxl_unet
 from tests.conftest import make_pipeline
 
@@ -122,7 +122,7 @@ def test_a_full_disk_is_one_line(
     command: str, run: Callable[..., Any], repository: Path, tmp_path: Path, small_disk: Callable[[], None]
 ) -> None:
     delta, out = tmp_path / "delta.safetensors", tmp_path / "out.safetensors"
-    save_delta(tiny_sdxl_unet(1).state_dict(), delta)
+    save_delta(extract_delta(tiny_sdxl_unet(1), tiny_sdxl_unet(0)), delta)
     arguments = {
         "merge": ("merge", repository, delta, "-o", out),
         "export": ("export", repository, out, "--weights", "include"),

@@ -14,7 +14,7 @@ import transformers
 from diffusers import StableDiffusionXLPipeline
 
 import perflow_blocks
-from perflow_blocks.blocks.repository import INDEX
+from perflow_blocks.blocks.block_source import INDEX
 from perflow_blocks.testing import tiny_controlnet, tiny_mask, tiny_picture, tiny_sdxl_components, tiny_vae
 from perflow_blocks.testing.tiny import IMAGE_WIDTH, MAX_TOKENS, TEXT_WIDTH, load_tiny_ip_adapter
 from tests.blocks.conftest import layers, write_delta

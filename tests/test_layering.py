@@ -32,14 +32,12 @@ LAYERS = {
     "__init__": 7,
 }
 SIBLINGS = {
-    "evaluation": {"demo", "training"},
-    "demo": {"training"},
+    "demo": {"training", "evaluation"},
     "cli": {"demo", "training", "evaluation"},
 }
 NAMED = {
-    ("training/data/demo.py", "demo.pictures"),
-    ("training/distillation.py", "evaluation.distilled"),
-    ("training/teacher_source.py", "demo.weights_directory"),
+    ("training/data.py", "demo.images"),
+    ("training/distillation.py", "demo.judge"),
     ("training/validation.py", "evaluation.sheet"),
 }
 """Files that use one module of a package above theirs: rendered images as a data set, weights as a teacher, sheets of
@@ -127,8 +125,8 @@ def test_every_directory_has_a_layer_and_is_read() -> None:
         ("builder.py", "from .training.losses import X"),
         ("training/a.py", "from ..cli import X"),
         ("training/a.py", "from ..demo import X"),
-        ("training/a.py", "from ..demo.pictures import X"),
-        ("training/data/demo.py", "from ...demo.models import X"),
+        ("training/a.py", "from ..demo.images import X"),
+        ("training/data.py", "from ..demo.models import X"),
         ("blocks/a.py", "from perflow_blocks import PeRFlowScheduler"),
         ("elsewhere/a.py", "import torch"),
     ],
@@ -149,10 +147,10 @@ def test_a_planted_violation_is_found(tmp_path: Path, file: str, source: str) ->
         ("core/a.py", "from . import windows\nfrom collections.abc import Mapping"),
         ("delta/sub/a.py", "from ..files import X\nfrom ...schedulers.scheduling_perflow import Y"),
         ("blocks/a.py", "from diffusers import X\nfrom perflow_blocks.core import windows"),
-        ("hub.py", "from .blocks.settings import X"),
+        ("hub.py", "from .blocks.saving import X"),
         ("cli/a.py", "import typer\nfrom ..demo import X\nfrom ..training import Y\nfrom ..core.windows import Z"),
         ("demo/train.py", "from ..training.losses import X"),
-        ("training/data/demo.py", "from ...demo.pictures import X"),
+        ("training/data.py", "from ..demo.images import X"),
         ("__init__.py", "from .cli import main"),
     ],
 )

@@ -11,11 +11,12 @@ from weakref import WeakKeyDictionary
 import torch
 from diffusers import ConfigMixin
 from diffusers.models import MultiControlNetModel
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.utils.torch_utils import is_compiled_module, unwrap_module
 from torch import nn
 
-from .processor import PROCESSORS, AttentionRecord, StrategyAttnProcessor, why_kept
+from .processor import PROCESSORS, AttentionRecord, StrategyAttnProcessor
 from .strategies import AttentionStrategy, get_attention_strategy
 
 KINDS = ("self", "cross")
@@ -73,14 +74,15 @@ class AttentionPlan:
             known = pattern in KINDS or pattern.startswith(absent)
             if not known and not any(place.matches(pattern) for place in places):
                 examples = " or ".join(repr(place.full_name) for place in places[:2])
-                raise ValueError(f"attention plan: {pattern!r} matches no attention module, such as {examples}.")
+                allowed = f"'self', 'cross' or a module's name such as {examples}"
+                raise ValueError(f"attention plan: {pattern!r} matches no attention module; pass {allowed}.")
 
 
 def parse_plan(plan: PlanLike | None) -> AttentionPlan | None:
     """The plan; None if nothing is asked for.
 
     Raises:
-        ValueError: another type; a key that is neither a kind nor a pattern of module names; an unknown strategy.
+        ValueError: another type, or an unknown strategy.
     """
     entries: Any = plan or {}
     if isinstance(plan, str):
@@ -93,10 +95,7 @@ def parse_plan(plan: PlanLike | None) -> AttentionPlan | None:
     if not isinstance(entries, Mapping):
         forms = 'a mapping such as {"self": "sliced", "mid_block.*": "native"}, or a list such as ["self=sliced"]'
         raise ValueError(f"attention plan={plan!r} must be a strategy's name, {forms}.")
-    for key, name in entries.items():
-        if key not in KINDS and not any(character in str(key) for character in ".*?["):
-            allowed = "'self', 'cross' or a pattern such as 'mid_block.*'"
-            raise ValueError(f"attention plan: the key {key!r} must be {allowed}.")
+    for name in entries.values():
         get_attention_strategy(name)
     ordered = sorted(entries.items(), key=lambda entry: entry[0] not in KINDS)
     return AttentionPlan(dict(ordered)) if entries else None
@@ -142,7 +141,7 @@ class AttentionConfig(ConfigMixin):
         >>> print(pipe.attention.report())
 
     Raises:
-        ValueError: a plan of another form; a key that is neither kind nor pattern; an unknown strategy.
+        ValueError: a plan of another form, or an unknown strategy.
     """
 
     config_name = "attention_config.json"
@@ -178,8 +177,7 @@ class AttentionConfig(ConfigMixin):
             ImportError: a strategy's package is missing or too old.
             ValueError: a strategy does not run here, or a pattern matches no attention module. No module is changed.
         """
-        if device is not None:
-            self._resolved.clear()  # strategies that run where the weights are need not run there
+        self._resolved.clear()  # strategies that run on one device need not run on another
         self.establish(self._plan, models, device=None if device is None else lambda: torch.device(device))
 
     def establish(
@@ -242,9 +240,11 @@ class AttentionConfig(ConfigMixin):
         """What the plan asks for at a module, why that is not done, and the strategy to use."""
         attn, model = place.attn, place.model
         asked = None if plan is None else plan.asks(place)
-        kept = None if asked is None else why_kept(attn, _plain(attn.processor))
-        if asked is None or kept is not None:
-            return asked, kept, None
+        if asked is None:
+            return None, None, None
+        processor = type(_plain(attn.processor))
+        if processor not in PROCESSORS:  # one of a user's own, or an IP-Adapter's
+            return asked, processor.__name__, None
         weight, head_dim = next(attn.parameters()), attn.inner_dim // attn.heads
         key = (asked, weight.device, weight.dtype, head_dim)
         if key not in self._resolved:
@@ -256,7 +256,10 @@ class AttentionConfig(ConfigMixin):
 
 
 def _places(models: Mapping[str, nn.Module]) -> Iterator[AttentionPlace]:
-    """All attention modules of the denoising models, in their order, several ControlNets one by one."""
+    """All attention modules of transformer blocks, in the models' order, several ControlNets one by one.
+
+    Others do more than project and attend, or belong to an IP-Adapter's image projection.
+    """
     seen: set[Attention] = set()  # one ControlNet may stand in several places
     for component, given in models.items():
         parts = {component: given}
@@ -264,13 +267,16 @@ def _places(models: Mapping[str, nn.Module]) -> Iterator[AttentionPlace]:
             parts = {f"{component}.nets.{number}": net for number, net in enumerate(several.nets)}
         for label, part in parts.items():
             model, compiled = unwrap_module(part), is_compiled_module(part) or is_compiled_module(given)
-            for path, attn in model.named_modules():
-                name = path.replace("_orig_mod.", "")  # of a part that was compiled
-                # An IP-Adapter's image projection has attention too, which a plan leaves alone.
-                if isinstance(attn, Attention) and attn not in seen and not name.startswith("encoder_hid_proj"):
-                    seen.add(attn)
-                    kind = "cross" if attn.is_cross_attention else "self"
-                    yield AttentionPlace(component, label, name, kind, attn, model, compiled)
+            for path, block in model.named_modules():
+                if not isinstance(block, BasicTransformerBlock):
+                    continue
+                for own in ("attn1", "attn2"):
+                    attn = getattr(block, own)
+                    if attn is not None and attn not in seen:
+                        seen.add(attn)
+                        name = f"{path}.{own}".replace("_orig_mod.", "")  # of a part that was compiled
+                        kind = "cross" if attn.is_cross_attention else "self"
+                        yield AttentionPlace(component, label, name, kind, attn, model, compiled)
 
 
 def _plain(processor: Any) -> Any:

@@ -91,7 +91,7 @@ class StrategyAttnProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Attention (batch, queries, channels) of a module that `why_kept` lets through.
+        """Attention (batch, queries, channels) of a transformer block's module.
 
         `hidden_states` are (batch, queries, channels), `encoder_hidden_states` (batch, keys, channels of the prompt).
         The mask (batch or batch * heads, 1 or queries, keys) is added to the scores.
@@ -162,21 +162,3 @@ def _why_native(
     if hooks is not None and any(getattr(hook, "skip_attention_scores", False) for hook in hooks.hooks.values()):
         return "cannot be perturbed by a guider"  # which intercepts scaled_dot_product_attention
     return strategy.refuses(query, key, mask)
-
-
-def why_kept(attn: Attention, processor: Any) -> str | None:
-    """Why a module must keep this processor; None if a strategy may take its place.
-
-    Exactly diffusers' plain processors are replaced, in modules that do no more than project and attend.
-    """
-    if type(processor) not in PROCESSORS:
-        return type(processor).__name__
-    absent = ("group_norm", "spatial_norm", "norm_cross", "norm_q", "norm_k", "added_kv_proj_dim")
-    plain = (
-        all(getattr(attn, name) is None for name in absent)
-        and attn.to_out is not None
-        and not attn.residual_connection
-        and attn.rescale_output_factor == 1.0
-        and attn.inner_kv_dim == attn.inner_dim
-    )
-    return None if plain else "more than a transformer block's attention"

@@ -12,26 +12,28 @@ from .before_denoise import (
     PeRFlowSDXLInpaintBeforeDenoiseStep,
 )
 from .check_inputs import PeRFlowCheckInputsStep
-from .controlnet import PeRFlowControlNetLoopDenoiser, PeRFlowControlNetUnionInputStep
-from .decode import PeRFlowKeepKnownPixelsStep
-from .denoise import (
+from .controlnet import (
     PeRFlowControlNetDenoiseStep,
-    PeRFlowDenoiseStep,
+    PeRFlowControlNetLoopDenoiser,
+    PeRFlowControlNetUnionInputStep,
     PeRFlowInpaintControlNetDenoiseStep,
+    PeRFlowTiledControlNetLoopDenoiser,
+)
+from .denoise import (
+    PeRFlowDenoiseStep,
     PeRFlowInpaintDenoiseStep,
+    PeRFlowLoopDenoiser,
     PeRFlowLoopKeepKnownStep,
     PeRFlowLoopSolverStep,
+    PeRFlowTiledLoopDenoiser,
 )
-from .denoiser import PeRFlowLoopDenoiser
-from .encode import PeRFlowEmbeddingsStep, PeRFlowInpaintVaeEncoderStep, PeRFlowIPAdapterStep, PeRFlowVaeEncoderStep
+from .encode import PeRFlowEmbeddingsStep, PeRFlowIPAdapterStep, PromptCacheStep
 from .finite_guard import ControlNetFiniteGuardStep, FiniteGuardStep
 from .loop_block import LoopBlock as LoopBlock
 from .merge_delta import PeRFlowMergeDeltaStep
-from .preview import PreviewStep
-from .prompt_cache import PromptCacheStep
+from .observers import PreviewStep, StepCallbackStep, WindowLogStep
 from .set_timesteps import PeRFlowImg2ImgSetTimestepsStep, PeRFlowInpaintSetTimestepsStep, PeRFlowSetTimestepsStep
-from .step_callback import StepCallbackStep, WindowLogStep
-from .tiled_denoise import PeRFlowTiledControlNetLoopDenoiser, PeRFlowTiledLoopDenoiser
+from .vae import PeRFlowInpaintVaeEncoderStep, PeRFlowKeepKnownPixelsStep, PeRFlowVaeEncoderStep
 
 __all__ = [
     "ControlNetFiniteGuardStep",

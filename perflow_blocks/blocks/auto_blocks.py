@@ -13,19 +13,18 @@ from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from .apply_attention import PeRFlowAutoApplyAttentionStep
 from .before_denoise import PeRFlowInputStep, PeRFlowSDXLAutoBeforeDenoiseStep
 from .check_inputs import PeRFlowCheckInputsStep
-from .controlnet import PeRFlowAutoControlNetInputStep
-from .declare import Assembled
-from .decode import PeRFlowAutoDecodeStep, images_output
-from .denoise import (
+from .controlnet import (
+    PeRFlowAutoControlNetInputStep,
     PeRFlowControlNetDenoiseStep,
-    PeRFlowDenoiseStep,
     PeRFlowInpaintControlNetDenoiseStep,
-    PeRFlowInpaintDenoiseStep,
 )
-from .encode import PeRFlowAutoIPAdapterStep, PeRFlowAutoTextEncoderStep, PeRFlowAutoVaeEncoderStep
+from .declare import Assembled
+from .denoise import PeRFlowDenoiseStep, PeRFlowInpaintDenoiseStep
+from .encode import PeRFlowAutoIPAdapterStep, PeRFlowAutoTextEncoderStep
 from .merge_delta import PeRFlowMergeDeltaStep
 from .pipeline import PeRFlowModularPipeline
 from .specs import DEFAULT_GUIDANCE_SCALE
+from .vae import PeRFlowAutoDecodeStep, PeRFlowAutoVaeEncoderStep, images_output
 
 
 class PeRFlowSDXLAutoControlNetDenoiseStep(Assembled, AutoPipelineBlocks):
@@ -98,12 +97,7 @@ class Preset(Assembled, SequentialPipelineBlocks):
         collection: str | None = None,
     ) -> PeRFlowModularPipeline:
         """A `PeRFlowModularPipeline` of a copy of these blocks, with nothing loaded yet."""
-        return PeRFlowModularPipeline(
-            blocks=deepcopy(self),
-            pretrained_model_name_or_path=pretrained_model_name_or_path,
-            components_manager=components_manager,
-            collection=collection,
-        )
+        return PeRFlowModularPipeline(deepcopy(self), pretrained_model_name_or_path, components_manager, collection)
 
 
 class PeRFlowSDXLAutoBlocks(Preset):
@@ -131,16 +125,8 @@ class PeRFlowSDXLAutoBlocks(Preset):
         PeRFlowSDXLCoreDenoiseStep,
         PeRFlowAutoDecodeStep,
     ]
-    block_names = [
-        "check_inputs",
-        "apply_attention",
-        "merge_delta",
-        "text_encoder",
-        "ip_adapter",
-        "vae_encoder",
-        "denoise",
-        "decode",
-    ]
+    block_names = ["check_inputs", "apply_attention", "merge_delta", "text_encoder"]
+    block_names += ["ip_adapter", "vae_encoder", "denoise", "decode"]
     _workflow_map = StableDiffusionXLAutoBlocks._workflow_map
     description = (
         "PeRFlow few-step generation with Stable Diffusion XL: images in 4 to 8 steps.\n"

@@ -23,37 +23,36 @@ from torch import Tensor
 from ..core.step_plan import apply_step
 from .declare import Assembled, declared
 from .images import require_count
-from .inputs import (
-    as_outputs,
-    batch_inputs,
-    embeddings_inputs,
-    ip_adapter_inputs,
-    param,
-    shared_inputs,
-)
+from .inputs import as_outputs, guided_inputs, param, shared_input, shared_inputs
 from .set_timesteps import PeRFlowImg2ImgSetTimestepsStep, PeRFlowInpaintSetTimestepsStep, PeRFlowSetTimestepsStep
 from .specs import guider_spec, unet_spec
+
+_EMBEDDINGS = (
+    *guided_inputs("prompt_embeds", "pooled_prompt_embeds"),
+    *guided_inputs("ip_adapter_embeds", required=False),
+)
+_BATCH = (
+    shared_input("batch_size", required=True),
+    shared_input("num_images_per_prompt"),
+    shared_input("dtype", required=True),
+)
 
 
 class PeRFlowInputStep(ModularPipelineBlocks):
     """Repeats the embeddings of texts and IP-Adapter images so that each image has a row; the first prompt's first.
 
-    It stands in for diffusers' input step, which for several prompts with several images each puts the pooled text
-    embeddings and the IP-Adapters' in another order than the rest, and writes into the caller's lists.
-
-    Raises:
-        ValueError: embeddings for another number of prompts or images.
+    diffusers' input step puts the pooled embeddings and the IP-Adapters' in another order than the rest where there
+    are several prompts with several images each, and writes into the caller's lists.
     """
 
     model_name = "stable-diffusion-xl"
     description = "Repeats the embeddings of texts and IP-Adapter images for the images of each prompt."
     expected_components = declared(guider_spec())  # unused: the first block that names the guider decides its default
-    inputs = declared(*shared_inputs("num_images_per_prompt"), *embeddings_inputs(), *ip_adapter_inputs())
+    inputs = declared(*shared_inputs("num_images_per_prompt"), *_EMBEDDINGS)
     intermediate_outputs = declared(
         OutputParam("batch_size", int, "Number of prompts."),
         OutputParam("dtype", torch.dtype, "Type of the embeddings, and so of the latents."),
-        *as_outputs(embeddings_inputs()),
-        *as_outputs(ip_adapter_inputs()),
+        *as_outputs(_EMBEDDINGS),
     )
 
     @torch.no_grad()
@@ -72,14 +71,7 @@ class PeRFlowInputStep(ModularPipelineBlocks):
 
 
 def one_for_each_image(name: str, tensor: Tensor, prompts: int, images_per_prompt: int) -> Tensor:
-    """The tensor with one row for each image, those of the first prompt first.
-
-    Args:
-        name: of the input, for the error.
-        tensor: one row for all images, one for each prompt, or one for each image; others raise a ValueError.
-        prompts: number of prompts.
-        images_per_prompt: number of images for each prompt.
-    """
+    """The tensor with one row for each image, those of the first prompt first, from one row for all or each prompt."""
     rows, images = tensor.shape[0], prompts * images_per_prompt
     if rows == images:
         return tensor
@@ -99,7 +91,7 @@ class PeRFlowImg2ImgPrepareLatentsStep(ModularPipelineBlocks):
         param("latents", Tensor, "Starting latents, already noised, in place of the noised image."),
         *shared_inputs("image_latents", "noise_coefficients", required=True),
         *shared_inputs("denoising_start", "generator"),
-        *batch_inputs(),
+        *_BATCH,
     )
     intermediate_outputs = declared(_LATENTS)
 
@@ -123,9 +115,6 @@ class PeRFlowInpaintPrepareLatentsStep(ModularPipelineBlocks):
 
     The whole image is noised onto the path where the run starts. Where that is the start of the path, the hole is pure
     noise. A UNet of 9 channels is given mask and masked image beside the latents.
-
-    Raises:
-        ValueError: mask, image and prompts differ in number, or the UNet takes neither 4 nor 9 channels.
     """
 
     model_name = "stable-diffusion-xl"
@@ -138,7 +127,7 @@ class PeRFlowInpaintPrepareLatentsStep(ModularPipelineBlocks):
         param("masked_image_latents", Tensor, "Latents of the image without its hole, for a 9-channel UNet."),
         *shared_inputs("noise_coefficients", "step_plan", required=True),
         *shared_inputs("denoising_start", "generator"),
-        *batch_inputs(),
+        *_BATCH,
     )
     intermediate_outputs = declared(
         _LATENTS,
@@ -187,13 +176,10 @@ def _one_for_each(block_state: Any, name: str, device: torch.device) -> Tensor:
 
 def _conditioning(unet: Any, block_state: Any, device: torch.device) -> Tensor | None:
     """Mask and masked image as a 9-channel UNet takes them; None for a UNet that takes the latents alone."""
-    channels, taken = block_state.image_latents.shape[1], unet.config.in_channels
-    if taken == channels:
+    if unet.config.in_channels == block_state.image_latents.shape[1]:
         return None
-    if taken != 2 * channels + 1:
-        raise ValueError(f"the UNet takes {taken} channels; inpainting needs one of {channels} or {2 * channels + 1}.")
     if block_state.masked_image_latents is None:
-        raise ValueError(f"masked_image_latents is missing for a UNet of {taken} channels; pass it, or mask_image.")
+        raise ValueError("masked_image_latents is missing for a UNet made for inpainting; pass it, or mask_image.")
     return torch.cat([block_state.mask, _one_for_each(block_state, "masked_image_latents", device)], dim=1)
 
 

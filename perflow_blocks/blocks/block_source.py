@@ -1,6 +1,7 @@
-"""How the blocks of a saved pipeline come back: a preset of this package by its name, others by code.
+"""How a pipeline's directory names its blocks and components: what is written into it, and what is read from it.
 
-The code of `block.py` imports each block's class from where it is defined and puts the arrangement together again.
+A preset of this package comes back by its name, other blocks by code: `block.py` imports each block's class from where
+it is defined and puts the arrangement together again. What is read is checked first: it may come from a stranger.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import os
+import re
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
@@ -23,16 +26,18 @@ from diffusers.modular_pipelines.modular_pipeline_utils import InsertableDict
 from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME
 from huggingface_hub.errors import EntryNotFoundError
 
-from ..delta.files import read_json
-from .repository import BLOCKS_CONFIG, class_reference
+from ..core.noise_schedule import make_alphas_cumprod
+from ..delta.files import leads_out, read_json, shard_names
+from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS
 
+BLOCKS_CONFIG, INDEX, CLASSIC_INDEX = "modular_config.json", "modular_model_index.json", "model_index.json"
+LOCATION = "pretrained_model_name_or_path"
 PRESET_KEY = "perflow_preset"
 """In `modular_config.json`: the preset that `PeRFlowModularPipeline.from_pretrained` makes without remote code."""
 
 PACKAGE = __name__.split(".")[0]
 PRESET_MODULES = tuple(f"{PACKAGE}.{name}" for name in ("blocks.auto_blocks", "blocks.workflows", "demo.blocks"))
 DEFAULT_PRESET = f"{PACKAGE}.blocks.auto_blocks.PeRFlowSDXLAutoBlocks"
-STRUCTURE = frozenset({"sub_blocks", "block_classes"})
 CODE, SAVED_BLOCKS = "block.py", "SavedBlocks"
 FIND_SIBLINGS = """
 # diffusers gives modules the name of their repository. Python does not find them if there is a dot in it.
@@ -43,14 +48,107 @@ sys.modules.setdefault(__package__, package)
 """
 """Goes before the imports of the files beside `block.py`."""
 
-_ABSENT = object()
+_CLASS = re.compile(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)")
+_MAY_BE_ABSOLUTE = (LOCATION, "delta")
+
+# Reading
 
 
-def preset_of(blocks: ModularPipelineBlocks) -> str | None:
-    """The dotted name of the preset that these blocks are, unchanged; None for other blocks."""
-    kind = type(blocks)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    return name if kind.__module__ in PRESET_MODULES and _expression(blocks, "", set(), {}) == f"{name}()" else None
+def require_sound(directory: Path, *, portable: bool = False) -> None:
+    """Checks that index, shards' indices and the scheduler's configuration can be used and stay in the directory.
+
+    Args:
+        directory: of a pipeline or a workflow. It needs no index.
+        portable: whether an index may not name places of this machine either, as `save_pretrained` does.
+
+    Raises:
+        ValueError: names the file and what is wrong with it.
+    """
+    file = next((directory / name for name in (INDEX, CLASSIC_INDEX) if (directory / name).is_file()), None)
+    index = {} if file is None else read_json(file)
+    folders = {""}
+    for name, key, path in _index_paths(index):
+        if not isinstance(path, str) or leads_out(path):
+            if portable or key not in _MAY_BE_ABSOLUTE or not os.path.isabs(str(path)):
+                raise ValueError(f"{file} names {path!r} as the {key} of {name}; it must be a path in the repository.")
+        elif key == "subfolder":
+            folders.add(path)
+    for folder in folders:
+        for shards in (directory / folder).glob("*.index*.json"):
+            shard_names(shards)
+    scheduler = directory / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        config = read_json(scheduler)
+        if config.keys().isdisjoint(NOISE_SCHEDULE_KEYS):
+            raise ValueError(f"{scheduler} is not a scheduler's: it has none of {', '.join(NOISE_SCHEDULE_KEYS)}.")
+        make_alphas_cumprod(num_train_timesteps=config.get("num_train_timesteps", 1000))  # before it fills the memory
+
+
+def _index_paths(index: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Every path that an index names, after the component's name and what the path is for."""
+    for name, value in index.items():
+        if is_entry(value):
+            for key in (LOCATION, "repo", "subfolder", "variant", "revision"):
+                if value[2].get(key) is not None:
+                    yield name, key, value[2][key]
+        elif isinstance(value, list) and len(value) == 2:  # of a classic pipeline, in a folder of its own
+            yield name, "subfolder", name
+        elif name == "delta" and value is not None:
+            yield "the pipeline", name, value
+
+
+def is_entry(value: Any) -> bool:
+    """Whether a value of a modular index is a component's: its library, its class, and where it is loaded from."""
+    return isinstance(value, list) and len(value) == 3 and isinstance(value[2], dict)
+
+
+def workflow_config(directory: Path) -> tuple[dict[str, Any], str, str]:
+    """The `modular_config.json` of a workflow, and the file and the class that it names.
+
+    Raises:
+        ValueError: it is missing or broken, or the file is missing.
+    """
+    if not (directory / BLOCKS_CONFIG).is_file():
+        raise ValueError(
+            f"{directory} is not a workflow: it has no {BLOCKS_CONFIG}; export_workflow writes workflows."
+        )
+    config = read_json(directory / BLOCKS_CONFIG)
+    file, kind = _class_reference(config)
+    if not (directory / file).is_file():
+        raise ValueError(f"{directory} has no {file}, which its {BLOCKS_CONFIG} names; export the workflow again.")
+    return config, file, kind
+
+
+def _class_reference(config: Mapping[str, Any]) -> tuple[str, str]:
+    """The file and the class of the blocks that a `modular_config.json` names."""
+    entry = config.get("auto_map")
+    named = entry.get("ModularPipelineBlocks") if isinstance(entry, dict) else entry
+    match = _CLASS.fullmatch(named) if isinstance(named, str) else None
+    if match is None:
+        raise ValueError(
+            f'{BLOCKS_CONFIG} must name the blocks as "auto_map": {{"ModularPipelineBlocks": "block.MyBlocks"}}, '
+            f"not {named!r}; export the workflow again."
+        )
+    return f"{match[1]}.py", match[2]
+
+
+def load_blocks(place: str, trust_remote_code: bool | None, **hub: Any) -> ModularPipelineBlocks:
+    """The blocks of a directory or repository; `PeRFlowSDXLAutoBlocks` where it is a model without blocks.
+
+    Raises:
+        ValueError: it has code of its own and `trust_remote_code` is not set, or its `modular_config.json` is broken.
+    """
+    local = Path(place, hub.get("subfolder") or "", BLOCKS_CONFIG)
+    try:
+        config = read_json(local) if local.is_file() else ModularPipelineBlocks.load_config(place, **hub)
+    except OSError as error:
+        if isinstance(error.__context__, EntryNotFoundError) or error.__context__ is None:
+            return make_preset(DEFAULT_PRESET)
+        raise
+    if config.get(PRESET_KEY) is not None:
+        return make_preset(config[PRESET_KEY])
+    _class_reference(config)
+    return ModularPipelineBlocks.from_pretrained(place, trust_remote_code=bool(trust_remote_code), **hub)
 
 
 def make_preset(name: str) -> ModularPipelineBlocks:
@@ -69,23 +167,7 @@ def make_preset(name: str) -> ModularPipelineBlocks:
     return found()
 
 
-def load_blocks(place: str, trust_remote_code: bool | None, **hub: Any) -> ModularPipelineBlocks:
-    """The blocks of a directory or repository; `PeRFlowSDXLAutoBlocks` where it is a model without blocks.
-
-    Raises:
-        ValueError: it has code of its own and `trust_remote_code` is not set, or its `modular_config.json` is broken.
-    """
-    local = Path(place, hub.get("subfolder") or "", BLOCKS_CONFIG)
-    try:
-        config = read_json(local) if local.is_file() else ModularPipelineBlocks.load_config(place, **hub)
-    except OSError as error:
-        if isinstance(error.__context__, EntryNotFoundError) or error.__context__ is None:
-            return make_preset(DEFAULT_PRESET)
-        raise
-    if config.get(PRESET_KEY) is not None:
-        return make_preset(config[PRESET_KEY])
-    class_reference(config)
-    return ModularPipelineBlocks.from_pretrained(place, trust_remote_code=bool(trust_remote_code), **hub)
+# Writing
 
 
 def block_files(
@@ -101,41 +183,37 @@ def block_files(
     Raises:
         ValueError: a block whose class or arguments no file can name.
     """
-    modules = set[str]()
-    expression = _expression(blocks, "", modules, siblings)
-    preset = preset_of(blocks) if name in (None, type(blocks).__name__) and not siblings else None
-    if preset is not None:
-        module, _, name = preset.rpartition(".")
-        code = f'from {module} import {name}\n\n__all__ = ["{name}"]\n'
-    else:
-        name = name or SAVED_BLOCKS
-        used = sorted({*modules, __name__, ModularPipelineBlocks.__module__})
-        imports = [f"import {module}\n" for module in used if module not in siblings]
-        if siblings:
-            imports += ["import sys\n", "from pathlib import Path\n", "from types import ModuleType\n", FIND_SIBLINGS]
-            imports += [f"from .{sibling} import __name__ as _\n" for sibling in sorted(siblings.values())]
-            imports += [f"from . import {siblings[module]}\n" for module in used if module in siblings]
-        code = (
-            f"{''.join(imports)}\n\nclass {name}({ModularPipelineBlocks.__module__}.ModularPipelineBlocks):\n"
-            '    """Makes the saved blocks, which are of their own classes."""\n\n'
-            f"    def __new__(cls):\n        return {expression}\n"
-        )
+    writer = _Writer(siblings)
+    expression, kind = writer.expression(blocks), type(blocks)
+    module = writer.module(kind)
+    is_preset = kind.__module__ in PRESET_MODULES and expression == f"{module}.{kind.__qualname__}()"
     is_complete = __name__ in siblings
     needed = {"diffusers": diffusers.__version__}
     if not is_complete:
         needed = {"perflow-blocks": vars(sys.modules[PACKAGE])["__version__"]}
     requirements = {package: f">={'.'.join(version.split('.')[:2])}" for package, version in needed.items()}
+    config: dict[str, Any] = {"requirements": requirements | _requirements(blocks)}
+    if is_preset and name in (None, kind.__name__):
+        name = kind.__name__
+        code = f'from {module} import {name}\n\n__all__ = ["{name}"]\n'
+        config[PRESET_KEY] = f"{kind.__module__}.{name}"
+    else:
+        name = name or SAVED_BLOCKS
+        code = (
+            f"{writer.imports()}\n\nclass {name}({ModularPipelineBlocks.__module__}.ModularPipelineBlocks):\n"
+            '    """Makes the saved blocks, which are of their own classes."""\n\n'
+            f"    def __new__(cls):\n        return {expression}\n"
+        )
     config = {
         "_class_name": name,
         "_diffusers_version": diffusers.__version__,
         "auto_map": {"ModularPipelineBlocks": f"{CODE.removesuffix('.py')}.{name}"},
-        "requirements": requirements | _requirements(blocks),
-        **({} if preset is None else {PRESET_KEY: preset}),
+        **config,
     }
     source = "the files beside this one" if is_complete else f"the package {PACKAGE}"
     return {
-        ModularPipelineBlocks.config_name: json.dumps(config, indent=2) + "\n",
-        CODE: with_own_size(f'"""The blocks of a saved pipeline; needs {source}."""\n\n{code}'),
+        BLOCKS_CONFIG: json.dumps(config, indent=2) + "\n",
+        CODE: _with_own_size(f'"""The blocks of a saved pipeline; needs {source}."""\n\n{code}'),
     }
 
 
@@ -147,7 +225,7 @@ def _requirements(block: ModularPipelineBlocks) -> dict[str, str]:
     return found
 
 
-def with_own_size(text: str) -> str:
+def _with_own_size(text: str) -> str:
     """Code followed by a line whose length depends on the content.
 
     diffusers copies the `block.py` of every local directory to one place, and Python takes what it compiled before for
@@ -166,70 +244,79 @@ def arranged(block: Any, inside: Mapping[str, ModularPipelineBlocks], **attribut
     return block
 
 
-def _expression(block: ModularPipelineBlocks, place: str, modules: set[str], siblings: Mapping[str, str]) -> str:
-    """The code that makes a block again. Notes the modules that it needs."""
-    kind = type(block)
-    _require_importable(kind, _label(block, place), kind.__module__ in siblings)
-    modules.add(kind.__module__)
-    values = _arguments(block, place)
-    arguments = ", ".join(f"{name}={value!r}" for name, value in values.items())
-    call = f"{siblings.get(kind.__module__, kind.__module__)}.{kind.__qualname__}({arguments})"
-    usual = kind(**values)
-    attributes = _changed_attributes(block, usual, place)
-    inside, made = (_inside(each, place, modules, siblings) for each in (block, usual))
-    if inside == made and not attributes:
-        return call
-    pairs = ", ".join(f"{name!r}: {code}" for name, code in inside)
-    given = "".join(f", {name}={value!r}" for name, value in attributes.items())
-    return f"{siblings.get(__name__, __name__)}.arranged({call}, {{{pairs}}}{given})"
+class _Writer:
+    """Writes the code that makes blocks again, and notes the modules that it needs.
+
+    Args:
+        siblings: modules that lie beside the code, each with the name of its file without the suffix.
+    """
+
+    def __init__(self, siblings: Mapping[str, str]) -> None:
+        self.siblings = siblings
+        self.modules = {__name__, ModularPipelineBlocks.__module__}
+
+    def imports(self) -> str:
+        used, siblings = sorted(self.modules), self.siblings
+        lines = [f"import {module}\n" for module in used if module not in siblings]
+        if siblings:
+            lines += ["import sys\n", "from pathlib import Path\n", "from types import ModuleType\n", FIND_SIBLINGS]
+            lines += [f"from .{sibling} import __name__ as _\n" for sibling in sorted(siblings.values())]
+            lines += [f"from . import {siblings[module]}\n" for module in used if module in siblings]
+        return "".join(lines)
+
+    def expression(self, block: ModularPipelineBlocks, place: str = "") -> str:
+        kind = type(block)
+        label = f"block {place!r} ({kind.__name__})" if place else kind.__name__
+        _require_importable(kind, label, kind.__module__ in self.siblings)
+        module = self.module(kind)
+        self.modules.add(module)
+        values = _arguments(block, label)
+        arguments = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        call = f"{self.siblings.get(module, module)}.{kind.__qualname__}({arguments})"
+        usual = kind(**values)
+        inside, made, changed = self._inside(block, place), self._inside(usual, place), _changed(block, usual)
+        if inside == made and not changed:
+            return call
+        pairs = ", ".join(f"{name!r}: {code}" for name, code in inside)
+        attributes = "".join(f", {name}={value!r}" for name, value in changed.items())
+        return f"{self.siblings.get(__name__, __name__)}.arranged({call}, {{{pairs}}}{attributes})"
+
+    def module(self, kind: type) -> str:
+        """Where the code takes a class from: for a public name this package, since its modules may move."""
+        is_public = getattr(sys.modules[PACKAGE], kind.__qualname__, None) is kind
+        return PACKAGE if is_public and __name__ not in self.siblings else kind.__module__
+
+    def _inside(self, block: ModularPipelineBlocks, place: str) -> list[tuple[str, str]]:
+        blocks = block.sub_blocks.items()
+        return [(name, self.expression(inner, f"{place}.{name}" if place else name)) for name, inner in blocks]
 
 
-def _changed_attributes(block: ModularPipelineBlocks, usual: ModularPipelineBlocks, place: str) -> dict[str, Any]:
-    """The public attributes that were set after the block was made. An object that the constructor makes is none."""
-    changed: dict[str, Any] = {}
-    for name, value in vars(block).items():
-        made = vars(usual).get(name, _ABSENT)
-        if name.startswith("_") or name in STRUCTURE or (type(value) is type(made) and not _is_plain(value)):
-            continue
-        if not _is_plain(value):
-            raise ValueError(
-                f"{_label(block, place)} cannot be saved: its attribute {name!r} was set to {value!r}, which no file "
-                "can hold; take it back, or make it part of the class."
-            )
-        if made is _ABSENT or value != made:
-            changed[name] = value
-    return changed
-
-
-def _inside(
-    block: ModularPipelineBlocks, place: str, modules: set[str], siblings: Mapping[str, str]
-) -> list[tuple[str, str]]:
-    places = {name: f"{place}.{name}" if place else name for name in block.sub_blocks}
-    return [(name, _expression(inner, places[name], modules, siblings)) for name, inner in block.sub_blocks.items()]
-
-
-def _arguments(block: ModularPipelineBlocks, place: str) -> dict[str, Any]:
+def _arguments(block: ModularPipelineBlocks, label: str) -> dict[str, Any]:
     """The constructor arguments that differ from their defaults, read from attributes of their names."""
     found: dict[str, Any] = {}
     for name, parameter in inspect.signature(type(block)).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        value = getattr(block, name, _ABSENT)
-        if value is _ABSENT or not (value is parameter.default or _is_plain(value)):
-            state = "is not kept on the block" if value is _ABSENT else f"is {value!r}, which no file can hold"
+        if not hasattr(block, name) or not _is_plain(value := getattr(block, name), parameter.default):
             raise ValueError(
-                f"{_label(block, place)} cannot be saved: its constructor argument {name!r} {state}; keep it as an "
-                f"attribute self.{name} of numbers, texts and lists of these."
+                f"{label} cannot be saved: its constructor argument {name!r} is not kept on the block as a number, "
+                f"text or list of these, which a file can hold; keep it as self.{name}."
             )
         if value is not parameter.default and value != parameter.default:
             found[name] = value
     return found
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether Python's literals give the value again."""
+def _changed(block: ModularPipelineBlocks, usual: ModularPipelineBlocks) -> dict[str, Any]:
+    """The public attributes that were set after the block was made, as far as literals give them again."""
+    there, public = vars(usual), {name: value for name, value in vars(block).items() if not name.startswith("_")}
+    return {n: v for n, v in public.items() if _is_plain(v, None) and (n not in there or there[n] != v)}
+
+
+def _is_plain(value: Any, default: Any) -> bool:
+    """Whether the value is the default, or Python's literals give it again."""
     try:
-        return ast.literal_eval(repr(value)) == value
+        return value is default or ast.literal_eval(repr(value)) == value
     except (ValueError, TypeError, SyntaxError):
         return False
 
@@ -246,7 +333,3 @@ def _require_importable(kind: type, label: str, is_carried: bool) -> None:
             f"{label} cannot be saved: no other process can import {kind.__qualname__} from {kind.__module__}; define "
             "it at the top of a .py file and import it from there."
         )
-
-
-def _label(block: ModularPipelineBlocks, place: str) -> str:
-    return f"block {place!r} ({type(block).__name__})" if place else type(block).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Mapping
 from typing import Any
 
@@ -11,26 +10,20 @@ import torch
 from diffusers.guiders import BaseGuidance
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
-from diffusers.utils import logging
 from torch import nn
 
 from ..schedulers.scheduling_perflow import NOISINGS
-from .check_images import CONTROL_RANGE, IMAGES, check_controlnet, check_images, check_ip_adapters, require_shape
 from .declare import declared
+from .finite_guard import align_weights, computing_dtype
 from .guiders import check_guider, guider_for_call
-from .inputs import NONFINITE_POLICIES, OUTPUT_TYPES, REQUEST, TASKS, Size
-from .precision import align_weights, computing_dtype
+from .images import IMAGES, IP_ADAPTER_INPUTS, check_controlnet, check_images, check_ip_adapters, require_shape
+from .inputs import NONFINITE_POLICIES, OUTPUT_TYPES, REQUEST, TASKS
 from .set_timesteps import check_denoising_range, check_strength
 from .specs import guider_spec, unet_spec, vae_spec
 
-logger = logging.get_logger(__name__)
-
 NAMES = tuple(entry.name for entry in REQUEST)
-ENCODERS = ("text_encoder", "text_encoder_2")
 PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
-SIZES = tuple(entry.name for entry in REQUEST if entry.type_hint == Size)
-FLAGS = tuple(entry.name for entry in REQUEST if entry.type_hint is bool)
 TASK_INPUTS = tuple(entry.name for entry in TASKS if entry.default is None)
 
 OPTIONS = {"output_type": OUTPUT_TYPES, "noising": NOISINGS, "on_nonfinite": NONFINITE_POLICIES}
@@ -55,12 +48,17 @@ NEEDS = {
     "negative_pooled_prompt_embeds": ("negative_prompt_embeds",),
     "negative_original_size": ("negative_target_size",),
     "negative_target_size": ("negative_original_size",),
+    "strength": ("image", "image_latents"),
     "mask_image": ("image",),
     "soft_mask": ("mask_image",),
     "mask": ("image_latents",),
+    "padding_mask_crop": ("mask_image",),
     "denoising_start": ("image_latents", "image"),
-    **dict.fromkeys(("control_mode", "controlnet_conditioning_scale", "guess_mode"), ("control_image",)),
-    **dict.fromkeys(CONTROL_RANGE, ("control_image",)),
+    "control_mode": ("control_image",),
+    "control_guidance_start": ("control_image",),
+    "control_guidance_end": ("control_image",),
+    "controlnet_conditioning_scale": ("control_image",),
+    "guess_mode": ("control_image",),
 }
 """Inputs that work only together with one of the others."""
 
@@ -96,34 +94,26 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
             components.register_to_config(_blocks_class_name=None)
         _use_python_numbers(request, state)
         loaded, blocks = components.components, components._blocks
-        unet, guider = loaded["unet"], guider_for_call(loaded["guider"], request.guidance_scale)
+        guider = guider_for_call(loaded["guider"], request.guidance_scale)
         _forget_done_stages(request, blocks.sub_blocks)
         _check_loaded(loaded, request, blocks)
         given = {name for name in NAMES if getattr(request, name) is not None}
-        for_task = [name for name in TASK_INPUTS if name in given]
         _check_combination(given)
         check_guider(guider)
-        _check_settings(request, loaded)
+        _check_settings(request)
         prompts = _check_prompts(request, components)
         images = prompts * request.num_images_per_prompt
         channels, factor = components.num_channels_latents, components.vae_scale_factor
-        processor = None if request.image is None else loaded.get("image_processor")
-        image_factor = 1 if processor is None else processor.config.vae_scale_factor
-        _check_sizes(request, {"VAE": factor, "image processor": image_factor})
-        if for_task:
-            _check_task(for_task, [block for block in blocks.sub_blocks.values() if block is not self])
-        if for_task or unet.config.in_channels != channels:
-            check_images(request, prompts, images, channels, unet.config.in_channels, image_factor)
+        _check_size(request, images, channels, factor)
+        if not given.isdisjoint(TASK_INPUTS):
+            check_images(request, prompts, images, channels)
             check_controlnet(loaded.get("controlnet"), request, prompts)
+        unet = loaded["unet"]
         adapted = unet.config.encoder_hid_dim_type == "ip_image_proj"
-        if for_task or adapted:
-            adapters = list(unet.encoder_hid_proj.image_projection_layers) if adapted else []
-            check_ip_adapters(adapters, request, "ip_adapter" in blocks.sub_blocks)
-        for name in for_task:
-            if name in IMAGES:  # the checks brought it to one form
-                state.set(name, getattr(request, name))
-        _check_generator(request, images)
-        _check_latents(request, images, channels, factor)
+        if adapted or not given.isdisjoint(IP_ADAPTER_INPUTS):
+            check_ip_adapters(len(unet.encoder_hid_proj.image_projection_layers) if adapted else 0, request)
+        for name in given.intersection(IMAGES):  # the checks brought it to one form
+            state.set(name, getattr(request, name))
         _check_dtypes(loaded, request)
         for model in loaded.values():
             if isinstance(model, nn.Module):
@@ -192,56 +182,43 @@ def _check_combination(given: set[str]) -> None:
             raise ValueError(f"{name} is given without {wanted}; pass {wanted}, or leave {name} out.")
 
 
-def _check_settings(request: Any, loaded: Mapping[str, Any]) -> None:
+def _check_settings(request: Any) -> None:
     """Refuses unknown options, and numbers of another type or out of range."""
     for name, options in OPTIONS.items():
         if getattr(request, name) not in options:
             raise ValueError(f"{name}={getattr(request, name)!r} must be one of {', '.join(options)}.")
-    for name in FLAGS:
-        if not isinstance(getattr(request, name), (bool, type(None))):
-            raise ValueError(f"{name}={getattr(request, name)!r} must be True, False or None.")
     for name, least in LEAST.items():
         value = getattr(request, name)
         if value is not None and (type(value) is not int or value < least):
             raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
-    if request.clip_skip is not None:
-        layers = min((loaded[n].config.num_hidden_layers for n in ENCODERS if loaded.get(n) is not None), default=99)
-        if request.clip_skip >= layers:
-            raise ValueError(f"clip_skip={request.clip_skip} must be below {layers}, the layers of a text encoder.")
-    value = request.cross_attention_kwargs
-    if not isinstance(value, (dict, type(None))):
-        raise ValueError(f'cross_attention_kwargs={value!r} must be a dictionary, such as {{"scale": 0.5}}.')
-    value = request.callback_on_step_end
-    if value is not None and not callable(value):
-        raise ValueError(f"callback_on_step_end={value!r} must be a function (pipe, step, timestep, callback_kwargs).")
     if request.strength is not None:
         check_strength(request.strength)
-    if request.denoising_start is not None or request.denoising_end is not None:
-        check_denoising_range(request.denoising_start, request.denoising_end)
+    check_denoising_range(request.denoising_start, request.denoising_end)
 
 
 def _check_prompts(request: Any, components: Any) -> int:
-    """The number of prompts. Refuses missing prompts, and texts that do not match in number."""
-    if request.prompt is None:
-        if request.prompt_embeds is None:
-            raise ValueError("prompt is missing; pass a text or a list of texts.")
+    """The number of prompts. Refuses missing prompts, and texts or embeddings that do not match."""
+    if request.prompt_embeds is not None:
         return _check_embeddings(request, components)
+    if request.prompt is None or request.prompt == []:
+        raise ValueError("prompt is missing; pass a text or a list of at least one text.")
     count = len(request.prompt) if isinstance(request.prompt, list) else 1
     for name in PROMPTS:
         text = getattr(request, name)
-        if text is None:
-            continue
-        texts = text if isinstance(text, list) else [text]
-        if not texts or not all(isinstance(entry, str) for entry in texts):
-            raise ValueError(f"{name}={text!r} must be a text or a list of at least one text.")
-        if len(texts) != count and (isinstance(text, list) or name == "prompt_2"):
-            raise ValueError(f"{name} holds {len(texts)} texts, but there are {count} prompts.")
+        texts = len(text) if isinstance(text, list) else 1
+        if texts != count and (isinstance(text, list) or (name == "prompt_2" and text is not None)):
+            raise ValueError(f"{name} holds {texts} texts, but there are {count} prompts.")
     return count
 
 
 def _check_embeddings(request: Any, components: Any) -> int:
     """The number of prompts. Refuses embeddings of another shape than the UNet takes."""
-    width, pooled_width = _embedding_widths(components)
+    config = components.unet.config
+    width = config.cross_attention_dim if isinstance(config.cross_attention_dim, int) else "width"
+    pooled_width: Any = "width"
+    if config.addition_embed_type == "text_time":
+        time_ids = 5 if components.config.get("requires_aesthetics_score") else 6  # a score in place of a size
+        pooled_width = config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
     rows: Any = "prompts"
     tokens: Any = "tokens"
     for name in ("prompt_embeds", "negative_prompt_embeds"):
@@ -253,58 +230,13 @@ def _check_embeddings(request: Any, components: Any) -> int:
     return int(rows)
 
 
-def _embedding_widths(components: Any) -> tuple[Any, Any]:
-    """The width of text embeddings and of pooled ones that the UNet takes; a word where it does not say."""
-    config = components.unet.config
-    width = config.cross_attention_dim if isinstance(config.cross_attention_dim, int) else "width"
-    if config.addition_embed_type != "text_time":
-        return width, "width"
-    time_ids = 5 if components.config.get("requires_aesthetics_score") else 6  # the refiner gets a score, not a size
-    return width, config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
-
-
-def _check_sizes(request: Any, factors: Mapping[str, int]) -> None:
-    """Refuses a height or width that is not a multiple of the `factors`, by their owner; sizes that are not pairs."""
-    common = math.lcm(*factors.values())
+def _check_size(request: Any, images: int, channels: int, factor: int) -> None:
+    """Refuses sizes that are not multiples of the VAE's factor, and generators or latents that do not match."""
     for name in ("height", "width"):
         value = getattr(request, name)
-        for owner, factor in factors.items():
-            if value is not None and value % factor:
-                nearest = max(common, round(value / common) * common)
-                raise ValueError(
-                    f"{name}={value} must be a multiple of the {owner}'s factor {factor}; pass {nearest}."
-                )
-    for name in SIZES:
-        value = getattr(request, name)
-        pair = isinstance(value, tuple) and len(value) == 2 and all(type(entry) in (int, float) for entry in value)
-        if value is not None and not pair:
-            raise ValueError(f"{name}={value!r} must be a tuple of two numbers, such as (1024, 1024).")
-
-
-def _check_task(given: list[str], others: list[ModularPipelineBlocks]) -> None:
-    """Warns of inputs that no other block of the pipeline takes. Refuses `strength` without an image."""
-    taken = {name for block in others for name in block.input_names}
-    for name in given:
-        if name not in taken:
-            logger.warning("%s is given, but no block of this pipeline takes it; it is ignored.", name)
-    if "strength" in given and "strength" in taken and not {"image", "image_latents"} & set(given):
-        raise ValueError("strength is given without an image; pass image or image_latents, or leave strength out.")
-
-
-def _check_generator(request: Any, images: int) -> None:
-    generator = request.generator
-    entries = generator if isinstance(generator, list) else [generator]
-    for entry in entries:
-        if not isinstance(entry, (torch.Generator, type(None))):
-            raise ValueError(f"generator is of type {type(entry).__name__}; pass a torch.Generator or a list of them.")
-    if isinstance(generator, list) and len(generator) != images:
-        raise ValueError(
-            f"generator holds {len(generator)} generators for {images} images; pass {images}, or a single one."
-        )
-
-
-def _check_latents(request: Any, images: int, channels: int, factor: int) -> None:
-    """Refuses latents of another shape, or of another size than `height` and `width`."""
+        if value is not None and value % factor:
+            nearest = max(factor, round(value / factor) * factor)
+            raise ValueError(f"{name}={value} must be a multiple of the VAE's factor {factor}; pass {nearest}.")
     if request.latents is not None:
         require_shape("latents", request.latents, (images, channels, f"height/{factor}", f"width/{factor}"))
     for tensor in (entry for entry in (request.latents, request.image_latents) if entry is not None):
@@ -312,6 +244,9 @@ def _check_latents(request: Any, images: int, channels: int, factor: int) -> Non
             size, pixels = getattr(request, name), tensor.shape[axis] * factor
             if size not in (None, pixels):
                 raise ValueError(f"{name}={size}, but the latents are of {pixels} pixels; pass {pixels} or neither.")
+    generators = request.generator
+    if isinstance(generators, list) and len(generators) != images:
+        raise ValueError(f"generator holds {len(generators)} generators for {images} images; pass {images}, or one.")
 
 
 def _check_dtypes(loaded: Mapping[str, Any], request: Any) -> None:

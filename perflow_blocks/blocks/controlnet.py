@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers.guiders.guider_utils import BaseGuidance
+from diffusers.guiders import BaseGuidance
 from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from diffusers.modular_pipelines.stable_diffusion_xl.before_denoise import (
@@ -18,7 +18,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .declare import Assembled, declared
-from .denoiser import PeRFlowLoopDenoiser, network_inputs
+from .denoise import (
+    PeRFlowDenoiseStep,
+    PeRFlowInpaintDenoiseStep,
+    PeRFlowLoopDenoiser,
+    PeRFlowLoopKeepKnownStep,
+    PeRFlowLoopSolverStep,
+    PeRFlowTiledLoopDenoiser,
+    joined_conditions,
+    repeated,
+)
+from .finite_guard import ControlNetFiniteGuardStep
 from .images import image_size
 from .inputs import shared_inputs
 from .specs import controlnet_spec, vae_spec
@@ -34,9 +44,8 @@ class WarnsOfSqueezing:
 
     def prepare_control_image(self, components: Any, image: Any, width: int, height: int, **settings: Any) -> Tensor:
         given_height, given_width = image_size(image)
-        kept = given_width * height / given_height
         # A crop keeps its proportions, and images are rounded to multiples of 8.
-        if settings.get("crops_coords") is None and abs(kept - width) >= 8:
+        if settings.get("crops_coords") is None and abs(given_width * height / given_height - width) >= 8:
             logger.warning(
                 f"control_image is {given_width}x{given_height}, the output {width}x{height}: the control image is "
                 "squeezed. To keep its proportions, crop it, or pass another height and width."
@@ -105,19 +114,21 @@ class PeRFlowControlNetLoopDenoiser(PeRFlowLoopDenoiser):
         controlled = [not (block_state.guess_mode and kind == UNCONDITIONAL) for kind in kinds]
         if not any(controlled) or not any(scale if isinstance(scale, list) else [scale]):
             return {}
-        inputs, copies, latents = network_inputs(block_state), sum(controlled), block_state.latents
+        copies, latents = sum(controlled), block_state.latents
         if copies < len(batches):
-            conditions = inputs.conditions([batch for batch, on in zip(batches, controlled, strict=True) if on])
+            conditions = joined_conditions(
+                block_state, [one for one, on in zip(batches, controlled, strict=True) if on]
+            )
         tensors = {
             "sample": sample[: copies * len(latents), : latents.shape[1]],  # a 9-channel UNet's further ones left out
             "encoder_hidden_states": conditions["encoder_hidden_states"],
-            "controlnet_cond": inputs.repeat("controlnet_cond", block_state.controlnet_cond, copies),
+            "controlnet_cond": repeated(block_state, "controlnet_cond", block_state.controlnet_cond, copies),
             "added_cond_kwargs": {name: conditions[name] for name in ("text_embeds", "time_ids")},
         }
         settings = {"conditioning_scale": scale, "guess_mode": block_state.guess_mode}
         calls = 1
         if block_state.control_type is not None:
-            tensors["control_type"] = inputs.repeat("control_type", block_state.control_type, copies)
+            tensors["control_type"] = repeated(block_state, "control_type", block_state.control_type, copies)
             settings["control_type_idx"] = block_state.control_type_idx
             calls = len(latents)
         outputs = []
@@ -135,9 +146,7 @@ def _scale_at(block_state: Any, i: int) -> float | list[float]:
     if isinstance(keep, list):
         scales = scale if isinstance(scale, list) else [scale] * len(keep)
         return [float(s * k) for s, k in zip(scales, keep, strict=True)]
-    if isinstance(scale, list):
-        return [float(s * keep) for s in scale] if block_state.control_type is not None else float(scale[0] * keep)
-    return float(scale * keep)
+    return [float(s * keep) for s in scale] if isinstance(scale, list) else float(scale * keep)
 
 
 def _interleave(parts: Sequence[Tensor]) -> Tensor:
@@ -153,3 +162,19 @@ def _spread(rows: Tensor, controlled: Sequence[bool]) -> Tensor:
     empty = torch.zeros_like(parts[0])
     chosen = iter(parts)
     return torch.cat([next(chosen) if on else empty for on in controlled])
+
+
+class PeRFlowTiledControlNetLoopDenoiser(PeRFlowTiledLoopDenoiser, PeRFlowControlNetLoopDenoiser):  # type: ignore[override]
+    """The tiled denoiser with ControlNets or a ControlNet-Union, which are shown the tile's part of their images."""
+
+
+class PeRFlowControlNetDenoiseStep(PeRFlowDenoiseStep):
+    """The loop with a ControlNet."""
+
+    block_classes = [ControlNetFiniteGuardStep, PeRFlowControlNetLoopDenoiser, PeRFlowLoopSolverStep]
+
+
+class PeRFlowInpaintControlNetDenoiseStep(PeRFlowInpaintDenoiseStep):
+    """The loop with a ControlNet that keeps the known part of an image."""
+
+    block_classes = [*PeRFlowControlNetDenoiseStep.block_classes, PeRFlowLoopKeepKnownStep]

@@ -1,4 +1,4 @@
-"""The denoising loops: the guider's batches in one UNet call a step, then one linear combination.
+"""The denoising loop: the guider's batches in one UNet call a step, in tiles if need be, then one linear combination.
 
 Blocks inserted into a loop are called as `block(components, block_state, i=i, t=t)`: i is the number of the step, an
 int, and t its timestep, a tensor of no dimensions on the device. On `block_state` they find
@@ -21,24 +21,153 @@ from typing import Any
 
 import torch
 from diffusers.modular_pipelines.modular_pipeline import (
+    BlockState,
     LoopSequentialPipelineBlocks,
     ModularPipelineBlocks,
     PipelineState,
 )
-from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..core.step_plan import apply_step
+from ..core.tiles import Tiling, cut_plane
+from ..core.windows import require_positive_int
 from ..delta.merge import MergeRecord, merge_records
 from ..delta.model_lock import model_lock
-from .controlnet import PeRFlowControlNetLoopDenoiser
 from .declare import Assembled, declared
-from .denoiser import PeRFlowLoopDenoiser
-from .finite_guard import ControlNetFiniteGuardStep, FiniteGuardStep
-from .guiders import guider_of_call, is_batchable, warn_about_few_steps
-from .inputs import shared_inputs
+from .finite_guard import FiniteGuardStep
+from .guiders import forget_step, guider_of_call, is_batchable, warn_about_few_steps
+from .inputs import DENOISER_INPUT_FIELDS, guided_inputs, param, shared_inputs
 from .loop_block import LOOP_PROVIDES, LoopBlock, Repeat
-from .specs import guider_spec, unet_spec
+from .specs import guider_spec, unet_spec, vae_spec
+
+GUIDER_FIELDS = {  # what the UNet takes: the tensors' names for the guider's conditional and unconditional batches
+    "encoder_hidden_states": ("prompt_embeds", "negative_prompt_embeds"),
+    "text_embeds": ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
+    "time_ids": ("add_time_ids", "negative_add_time_ids"),
+    "image_embeds": ("ip_adapter_embeds", "negative_ip_adapter_embeds"),
+}
+
+
+class PeRFlowLoopDenoiser(ModularPipelineBlocks):
+    """Predicts the noise with guidance: one UNet call for all the batches that the guider asks for.
+
+    A guider that hooks the model differently for each batch (skip-layer, perturbed attention, auto guidance) gets one
+    call for each. The two ways agree to rounding. The guidance formula is always the guider's own.
+    """
+
+    model_name = "stable-diffusion-xl"
+    description = "Loop step that asks the guider for its batches, runs the UNet on all at once and combines them."
+    expected_components = declared(guider_spec(), unet_spec())
+    inputs = declared(
+        *shared_inputs("latents", "num_inference_steps", required=True),
+        *guided_inputs("prompt_embeds", "pooled_prompt_embeds", "add_time_ids"),
+        *guided_inputs("ip_adapter_embeds", required=False),
+        param("timestep_cond", Tensor, "Guidance embedding (batch, width) for UNets that were distilled with one."),
+        *shared_inputs("cross_attention_kwargs", "inpaint_conditioning", "guider"),
+    )
+    intermediate_outputs = declared(
+        OutputParam("noise_pred", Tensor, "The guided prediction of the last step, shaped like the latents.")
+    )
+
+    @torch.no_grad()
+    def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
+        guider, unet = guider_of_call(components, block_state), components.unet
+        guider.set_state(step=i, num_inference_steps=block_state.num_inference_steps, timestep=t)
+        batches = guider.prepare_inputs_from_block_state(block_state, GUIDER_FIELDS)
+        if is_batchable(guider):
+            noise_pred = self._predict(components, block_state, batches, i, t)
+            for batch, rows in zip(batches, noise_pred.chunk(len(batches)), strict=True):
+                batch.noise_pred = rows
+        else:
+            for batch in batches:
+                try:
+                    guider.prepare_models(unet)
+                    batch.noise_pred = self._predict(components, block_state, [batch], i, t)
+                finally:
+                    guider.cleanup_models(unet)
+        block_state.noise_pred = guider(batches).pred
+        return components, block_state
+
+    def _predict(self, components: Any, block_state: Any, batches: list[Any], i: int, t: Tensor) -> Tensor:
+        """The raw prediction (len(batches) * batch, channels, height/f, width/f), from one UNet call."""
+        copies = len(batches)
+        sample = _samples(block_state.latents, copies, block_state.inpaint_conditioning)
+        conditions = joined_conditions(block_state, batches)
+        residuals = self._residuals(components, block_state, batches, i, t, sample, conditions)
+        return components.unet(
+            sample,
+            t,
+            encoder_hidden_states=conditions.pop("encoder_hidden_states"),
+            timestep_cond=repeated(block_state, "timestep_cond", block_state.timestep_cond, copies),
+            cross_attention_kwargs=block_state.cross_attention_kwargs,
+            added_cond_kwargs=conditions,
+            return_dict=False,
+            **residuals,
+        )[0]
+
+    def _residuals(self, *arguments: Any, **named: Any) -> dict[str, Any]:
+        """Further arguments of the UNet, from a ControlNet that may use its `sample` and `conditions`; none here."""
+        return {}
+
+
+def _samples(latents: Tensor, copies: int, also: Tensor | None) -> Tensor:
+    """The latents with the channels of `also` behind theirs, `copies` times along the batch."""
+    sample = latents if also is None else torch.cat([latents, also], dim=1)
+    return sample if copies == 1 else sample.repeat(copies, 1, 1, 1)
+
+
+def joined_conditions(block_state: Any, batches: list[Any]) -> dict[str, Any]:
+    """The batches' tensors by the UNet's names, joined along the batch, in a new dictionary. Omits what is None."""
+    joined = {}
+    for name, fields in GUIDER_FIELDS.items():
+        values = [getattr(batch, name) for batch in batches]
+        missing = sum(value is None for value in values)
+        if 0 < missing < len(values):
+            raise ValueError(
+                f"the guider asks for both {' and '.join(fields)}; encode with the same guider, pass both, or pass "
+                "guidance_scale=1."
+            )
+        if not missing:
+            joined[name] = _joined(block_state, name, values)
+    return joined
+
+
+def repeated(block_state: Any, name: str, value: Any, copies: int) -> Any:
+    """A tensor, or each tensor of a list, `copies` times along the batch; None as it is."""
+    return None if value is None else _joined(block_state, name, [value] * copies)
+
+
+def _joined(block_state: Any, name: str, values: list[Any]) -> Any:
+    """Tensors one after the other along the batch; lists (one tensor per IP-Adapter) entry by entry.
+
+    The result is kept from step to step, until one of the values is another tensor or was written to in place.
+    """
+    if len(values) == 1:
+        return values[0]
+    kept, key, version = _kept(block_state), (name, len(values)), _version(values)
+    if version is None or key not in kept or kept[key][0] != version:
+        is_tensor = isinstance(values[0], Tensor)
+        made = torch.cat(values) if is_tensor else [torch.cat(parts) for parts in zip(*values, strict=True)]
+        kept[key] = (version, values, made)  # holds the values, so that no other object gets their ids
+    return kept[key][2]
+
+
+def _kept(block_state: Any) -> dict[Any, Any]:
+    if block_state["_joined"] is None:
+        block_state["_joined"] = {}
+    found: dict[Any, Any] = block_state["_joined"]
+    return found
+
+
+def _version(value: Any) -> Any:
+    """A tensor's, or a list's, identity and number of writes; None for inference tensors, which count none."""
+    if isinstance(value, Tensor):
+        return None if value.is_inference() else (id(value), value._version)
+    versions = [_version(entry) for entry in value]
+    return None if None in versions else versions
+
 
 _LATENTS = OutputParam("latents", Tensor, "Latents (batch, channels, height/f, width/f) after this step.")
 
@@ -120,13 +249,12 @@ class PeRFlowDenoiseStep(Assembled, LoopSequentialPipelineBlocks):
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         block_state = self.get_block_state(state)
         guider, lock = guider_of_call(components, block_state), model_lock(components.unet)
-        _require_one_dtype(components.unet, block_state.latents)
         warn_about_few_steps(guider, len(block_state.step_plan))
         alone = not is_batchable(guider) or "scale" in (block_state.cross_attention_kwargs or {})
         with lock.changing() if alone else lock.running():
             _require_same_deltas(components.unet, block_state.merged_deltas)
             self._run_all(components, block_state)
-        guider.set_state(step=None, num_inference_steps=None, timestep=None)  # a stage may go on from this state
+        forget_step(guider)  # a stage may go on from this state
         self.set_block_state(state, block_state)
         return components, state
 
@@ -149,7 +277,9 @@ class PeRFlowDenoiseStep(Assembled, LoopSequentialPipelineBlocks):
                 block_state.window_index = window_index[i]
                 self.loop_step(components, block_state, i=i, t=timesteps[i])
                 if block_state.callback_on_step_end is not None:
-                    _call_back(components, block_state, i, timesteps[i])
+                    given = {"latents": block_state.latents}
+                    returned = block_state.callback_on_step_end(components, i, timesteps[i], given)
+                    block_state.latents = (returned or given).get("latents", block_state.latents)
                 progress_bar.update()
                 if block_state.stop_requested:
                     break
@@ -159,38 +289,11 @@ class PeRFlowDenoiseStep(Assembled, LoopSequentialPipelineBlocks):
         return i + 1
 
 
-class PeRFlowControlNetDenoiseStep(PeRFlowDenoiseStep):
-    """The loop with a ControlNet."""
-
-    block_classes = [ControlNetFiniteGuardStep, PeRFlowControlNetLoopDenoiser, PeRFlowLoopSolverStep]
-
-
 class PeRFlowInpaintDenoiseStep(PeRFlowDenoiseStep):
     """The loop that keeps the known part of an image."""
 
     block_classes = [*PeRFlowDenoiseStep.block_classes, PeRFlowLoopKeepKnownStep]
     block_names = [*PeRFlowDenoiseStep.block_names, "keep_known"]
-
-
-class PeRFlowInpaintControlNetDenoiseStep(PeRFlowInpaintDenoiseStep):
-    """The loop with a ControlNet that keeps the known part of an image."""
-
-    block_classes = [*PeRFlowControlNetDenoiseStep.block_classes, PeRFlowLoopKeepKnownStep]
-
-
-def _call_back(components: Any, block_state: Any, i: int, t: Tensor) -> None:
-    """Calls `callback_on_step_end`, and takes the latents that it returns."""
-    latents = block_state.latents
-    returned = block_state.callback_on_step_end(components, i, t, {"latents": latents})
-    if not isinstance(returned, (dict, type(None))):
-        raise ValueError(f"callback_on_step_end returned {returned!r}; return None, or a dictionary with latents.")
-    given = (returned or {}).get("latents", latents)
-    if not isinstance(given, Tensor) or (given.shape, given.dtype) != (latents.shape, latents.dtype):
-        raise ValueError(
-            f"callback_on_step_end must return latents as it was given them: {latents.dtype} of shape "
-            f"{tuple(latents.shape)}."
-        )
-    block_state.latents = given
 
 
 def _predicted_clean(block_state: Any, i: int) -> Tensor:
@@ -210,12 +313,120 @@ def _require_same_deltas(unet: Any, merged: tuple[MergeRecord, ...] | None) -> N
         )
 
 
-def _require_one_dtype(unet: Any, latents: Tensor) -> None:
-    """Latents take the text encoders' type, and transformers loads what a file holds where diffusers loads float32."""
-    if latents.dtype == next(unet.parameters()).dtype or torch.is_autocast_enabled(latents.device.type):
-        return
-    if latents.dtype != unet.dtype:  # which walks all modules
-        raise ValueError(
-            f"the latents are {latents.dtype}, the UNet is {unet.dtype}; load all components with one type, "
-            f"pipe.load_components(dtype={unet.dtype}), and pass latents, if any, in that type."
-        )
+class PeRFlowTiledLoopDenoiser(PeRFlowLoopDenoiser, LoopBlock):
+    """The denoiser for images larger than the UNet was made for: one UNet call a step for each of the tiles.
+
+    At each step the raw predictions of overlapping tiles are blended into one for the whole image, which the guider
+    combines (MultiDiffusion, arXiv 2302.08113). The solver's step is linear in the prediction, so no seams appear.
+
+    Tensors with four dimensions are cut with the latents: control images, the conditioning of a 9-channel UNet, masks
+    of IP-Adapters. Prompts and IP-Adapter images are the same for each tile. Where SDXL's size conditioning names the
+    image's size, a tile is told its own; the crop offset stays, since SDXL was not trained with large ones.
+
+    An image no larger than a tile takes the parent's path, to the bit. For a denoiser of your own, derived from
+    `PeRFlowLoopDenoiser`: `class MyTiledDenoiser(PeRFlowTiledLoopDenoiser, MyDenoiser)`.
+
+    Example:
+        >>> blocks = PeRFlowSDXLAutoBlocks().get_workflow("image2image")
+        >>> blocks.sub_blocks["denoise.denoise"].sub_blocks["denoiser"] = PeRFlowTiledLoopDenoiser()
+        >>> pipe = blocks.init_pipeline("stabilityai/stable-diffusion-xl-base-1.0")
+
+    Raises:
+        ValueError: `tile_size` or `tile_overlap` does not fit, or the size of a tensor that is cut does not match.
+    """
+
+    description = "Loop step that predicts with guidance, an image larger than `tile_size` in overlapping tiles."
+
+    @property  # properties, since a denoiser of another kind may stand behind this class
+    def expected_components(self) -> list[ComponentSpec]:  # type: ignore[override]
+        return [*super().expected_components, vae_spec()]
+
+    @property
+    def inputs(self) -> list[InputParam]:  # type: ignore[override]
+        return [
+            *super().inputs,
+            param(
+                "tile_size", int, "Height and width of a tile in pixels, for SDXL a multiple of 32. None: the UNet's."
+            ),
+            param(
+                "tile_overlap",
+                int,
+                "Pixels that tiles share, a multiple of f, at most half of one. None: an eighth; 0 leaves seams.",
+            ),
+        ]
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:  # type: ignore[override]
+        return [
+            *super().intermediate_outputs,
+            OutputParam("tiling", Tiling, "How the latents are cut; None where one tile covers them."),
+            OutputParam("tile_sizes", Tensor, "Height and width of the image and of a tile in pixels, (2, 2)."),
+        ]
+
+    def start(self, components: Any, block_state: Any) -> None:
+        super().start(components, block_state)
+        size, overlap = _tile_settings(components, block_state)
+        factor, latents = components.vae_scale_factor, block_state.latents
+        height, width = latents.shape[-2:]
+        tiling = cut_plane(height, width, size // factor, overlap // factor, latents.device)
+        block_state.tiling, block_state.tile_sizes = tiling, None
+        if tiling is None:
+            return
+        for name in self._spatial_names():
+            for plane in tree_leaves(getattr(block_state, name)):
+                if isinstance(plane, Tensor) and plane.ndim == 4 and tiling.scale(plane) is None:
+                    raise ValueError(
+                        f"{name} is {plane.shape[-1]}x{plane.shape[-2]}, no whole multiple of the latents' "
+                        f"{width}x{height}; to cut it into tiles, pass {factor * width}x{factor * height} pixels."
+                    )
+        lengths = [[height, width], [tiling.rows.size, tiling.columns.size]]
+        block_state.tile_sizes = factor * torch.tensor(lengths).to(latents.device)
+
+    def _predict(self, components: Any, block_state: Any, batches: list[Any], i: int, t: Tensor) -> Tensor:
+        tiling, predict = block_state.tiling, super()._predict
+        if tiling is None:
+            return predict(components, block_state, batches, i, t)
+        _kept(block_state)  # made here, so that all tiles and steps share it
+        whole = {name: getattr(block_state, name) for name in self._spatial_names()}
+        told = [_as_image_of_its_own(batch, *block_state.tile_sizes) for batch in batches]
+
+        def predict_tile(top: int, left: int) -> Tensor:
+            parts = tree_map_only(Tensor, lambda one: tiling.cut(one, top, left) if one.ndim == 4 else one, whole)
+            return predict(components, BlockState(**{**block_state.as_dict(), **parts}), told, i, t)
+
+        return tiling.blend(predict_tile)
+
+    def _spatial_names(self) -> list[str]:
+        """The inputs that may hold planes to cut: all but those that the guider splits, which have no place."""
+        return [entry.name for entry in self.inputs if entry.kwargs_type != DENOISER_INPUT_FIELDS]
+
+
+def _tile_settings(components: Any, block_state: Any) -> tuple[int, int]:
+    """Size and overlap of the tiles in pixels, checked."""
+    size, overlap, factor = block_state.tile_size, block_state.tile_overlap, components.vae_scale_factor
+    size = components.default_height if size is None else require_positive_int("tile_size", size)
+    unit = factor * 2 ** (len(components.unet.config.block_out_channels) - 1)
+    if size % unit:
+        raise ValueError(f"tile_size={size} must be a multiple of {unit}, for VAE and UNet.")
+    if overlap is None:
+        return size, max(factor, size // 8 // factor * factor)
+    allowed = range(0, size // 2 + 1, factor)
+    if overlap not in allowed:
+        rule = f"a multiple of {factor} from 0 to {allowed[-1]}, half of tile_size={size}"
+        raise ValueError(f"tile_overlap={overlap!r} must be {rule}.")
+    return size, overlap
+
+
+def _as_image_of_its_own(batch: Any, image: Tensor, tile: Tensor) -> Any:
+    """The guider's batch with the tile's size where its time ids name the image's, as their type rounds it.
+
+    The ids are (batch, 6), original size, crop and target size; a refiner has a score in place of the target size.
+    """
+    if batch.time_ids is None:  # the parent says what is missing
+        return batch
+    original, crop, target = batch.time_ids.split(2, dim=1)
+    sizes = [
+        torch.where((rows == image).all(dim=1, keepdim=True), tile, rows) if rows.shape[1] == 2 else rows
+        for rows in (original, target)
+    ]
+    return BlockState(**{**batch.as_dict(), "time_ids": torch.cat([sizes[0], crop, sizes[1]], dim=1)})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from numbers import Real
 from typing import Any
 
@@ -21,31 +20,19 @@ from ..delta.recipe import require_guidance
 logger = logging.get_logger(__name__)
 
 
-_NO_SCALE = object()
-
-
 def guider_for_call(guider: Any, guidance_scale: float | None = None) -> Any:
     """A copy of a guider for one call, since guiders keep the step on themselves and threads share the component.
 
-    Args:
-        guider: the pipeline's.
-        guidance_scale: of this call, at least 0; None for the guider's own.
-
-    Raises:
-        ValueError: the scale is not a number of at least 0, or the guider has none.
+    `guidance_scale` is this call's, at least 0; None for the guider's own. Another one is a ValueError.
     """
-    if not isinstance(guider, BaseGuidance):
-        return guider  # which `check_guider` refuses
     own = copy.copy(guider)
-    scale = vars(own).get("guidance_scale", _NO_SCALE) if guidance_scale is None else guidance_scale
-    if scale is not _NO_SCALE:
+    has_scale = isinstance(guider, BaseGuidance) and "guidance_scale" in vars(own)
+    if has_scale:
+        scale = own.guidance_scale if guidance_scale is None else guidance_scale
         require_guidance(scale)
-        if "guidance_scale" not in vars(own):
-            raise ValueError(
-                f"guidance_scale={scale} is given, but {type(own).__name__} has no such scale; leave it out, or set "
-                "another guider, such as ClassifierFreeGuidance()."
-            )
         set_guidance(own, scale)
+    elif guidance_scale is not None:
+        raise ValueError(f"guidance_scale is given, but {type(own).__name__} has no such scale; set another guider.")
     return own
 
 
@@ -73,67 +60,60 @@ def is_batchable(guider: BaseGuidance) -> bool:
 def check_guider(guider: Any) -> None:
     """Checks that a guider works on a UNet, without running a model.
 
+    A subclass that overrides the method at fault is taken to have fixed it.
+
     Raises:
         ValueError: no guider, or one that does not do on a UNet what its settings say.
     """
     if not isinstance(guider, BaseGuidance):
         given = f"the class {guider.__name__}" if isinstance(guider, type) else f"of type {type(guider).__name__}"
         raise ValueError(f"guider is {given}; use, for example, ClassifierFreeGuidance(guidance_scale=2.0).")
-    _forget_step(guider)
-    fault = _find_fault(guider) if guider.num_conditions > 1 else None
+    forget_step(guider)
+    if guider.num_conditions == 1:
+        return
+
+    def inherits(owner: type, method: str) -> bool:
+        return isinstance(guider, owner) and getattr(type(guider), method) is getattr(owner, method)
+
+    fault = None
+    if inherits(SmoothedEnergyGuidance, "prepare_models"):
+        fault = "its third prediction smooths nothing; use PerturbedAttentionGuidance"
+    skips = inherits(SkipLayerGuidance, "is_conditional") or inherits(PerturbedAttentionGuidance, "is_conditional")
+    if skips and guider.skip_layer_guidance_scale and _skips_outside_guidance(guider):
+        fault = (
+            "it guides by the wrong prediction where it skips layers without classifier-free guidance; set a "
+            "guidance_scale with effect, and a start and stop that enclose those of the layers"
+        )
     if fault is not None:
         raise ValueError(f"guider: {type(guider).__name__} does not work on a UNet: {fault}.")
 
 
 def warn_about_few_steps(guider: BaseGuidance, num_inference_steps: int) -> None:
     """Logs a warning for each setting of the guider that suits 30 steps or more but not this few."""
-    _forget_step(guider)
+    forget_step(guider)
     steps, wanted, found = num_inference_steps, guider.num_conditions, 0
     for step in range(steps):
         guider.set_state(step=step, num_inference_steps=steps, timestep=None)
         found = max(found, guider.num_conditions)
-    _forget_step(guider)
-    problems = []
+    forget_step(guider)
+    name = type(guider).__name__
     if found < wanted:
-        problems.append(
-            f"makes at most {found} of its {wanted} predictions in {steps} steps; widen its start and stop"
+        logger.warning(
+            f"{name} makes at most {found} of its {wanted} predictions in {steps} steps; widen its start and stop."
         )
     if isinstance(guider, ClassifierFreeZeroStarGuidance) and guider.zero_init_steps > 0 and guider._enabled:
-        problems.append(
-            f"zeroes the prediction of {guider.zero_init_steps} of the {steps} steps, which ruins the image; "
-            "set zero_init_steps=0"
+        logger.warning(
+            f"{name} zeroes the prediction of {guider.zero_init_steps} of the {steps} steps, which ruins the image; "
+            "set zero_init_steps=0."
         )
-    for problem in problems:
-        logger.warning(f"{type(guider).__name__} {problem}.")
 
 
-def _forget_step(guider: BaseGuidance) -> None:
+def forget_step(guider: BaseGuidance) -> None:
+    """As at the start of a run: guiders keep the step on themselves."""
     guider.set_state(step=None, num_inference_steps=None, timestep=None)
-
-
-def _find_fault(guider: Any) -> str | None:
-    """What goes wrong with a guider of diffusers on a UNet, and what to use instead; None for one that works.
-
-    A subclass that overrides the method at fault is taken to have fixed it.
-    """
-
-    def inherits(owner: type, method: str) -> bool:
-        return isinstance(guider, owner) and getattr(type(guider), method) is getattr(owner, method)
-
-    if inherits(SmoothedEnergyGuidance, "prepare_models") and not math.isclose(guider.seg_guidance_scale, 0.0):
-        return "its third prediction smooths nothing; use PerturbedAttentionGuidance"
-    skips = inherits(SkipLayerGuidance, "is_conditional") or inherits(PerturbedAttentionGuidance, "is_conditional")
-    if skips and _skips_outside_guidance(guider):
-        return (
-            "it guides by the wrong prediction where it skips layers without classifier-free guidance; set a "
-            "guidance_scale with effect, and a start and stop that enclose those of the layers"
-        )
-    return None
 
 
 def _skips_outside_guidance(guider: Any) -> bool:
     """Are there steps that skip layers while classifier-free guidance is off?"""
-    if math.isclose(guider.skip_layer_guidance_scale, 0.0):
-        return False
-    off = guider.num_conditions < 3
-    return off or guider.skip_layer_guidance_start < guider._start or guider.skip_layer_guidance_stop > guider._stop
+    starts, stops = guider.skip_layer_guidance_start, guider.skip_layer_guidance_stop
+    return guider.num_conditions < 3 or starts < guider._start or stops > guider._stop

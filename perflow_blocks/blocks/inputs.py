@@ -157,11 +157,7 @@ _SHARED = {entry.name: entry for entry in (*REQUEST, *_HANDED_ON)}
 
 
 def shared_input(name: str, *, required: bool = False, default: Any = None) -> InputParam:
-    """A new copy of the definition of an input, with another default if one is given.
-
-    Raises:
-        KeyError: no input of this name is defined here.
-    """
+    """A new copy of the definition of an input, with another default if one is given."""
     entry = _SHARED[name]
     return replace(entry, required=required, default=entry.default if default is None else default)
 
@@ -171,27 +167,10 @@ def shared_inputs(*names: str, required: bool = False) -> list[InputParam]:
     return [shared_input(name, required=required) for name in names]
 
 
-def batch_inputs() -> list[InputParam]:
-    """How many images there are, and the type of their latents."""
-    names = ("batch_size", "num_images_per_prompt", "dtype")
-    return [shared_input(name, required=name != "num_images_per_prompt") for name in names]
-
-
-def embeddings_inputs() -> list[InputParam]:
-    """An encoded prompt; each `negative_` input is what the guider's unconditional batch gets."""
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    return [shared_input(name, required=not name.startswith("negative")) for name in names]
-
-
-def ip_adapter_inputs() -> list[InputParam]:
-    """Encoded images for IP-Adapters."""
-    return shared_inputs("ip_adapter_embeds", "negative_ip_adapter_embeds")
-
-
-def conditioning_inputs() -> list[InputParam]:
-    """What the UNet is conditioned on."""
-    sizes = [shared_input("add_time_ids", required=True), shared_input("negative_add_time_ids")]
-    return [*embeddings_inputs(), *sizes, *ip_adapter_inputs()]
+def guided_inputs(*names: str, required: bool = True) -> list[InputParam]:
+    """Several inputs, each with its `negative_` one, which the guider's unconditional batch gets."""
+    pairs = [(shared_input(name, required=required), shared_input(f"negative_{name}")) for name in names]
+    return [entry for pair in pairs for entry in pair]
 
 
 def as_outputs(entries: Iterable[InputParam]) -> list[OutputParam]:

@@ -13,10 +13,9 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, 
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 from diffusers.utils import logging
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ..delta.apply import own_weights
-from ..delta.files import DIGEST_KEY, Weights, identity_of, leads_out, named_as_model, open_weights, read_recipe
+from ..delta.files import DIGEST_KEY, identity_of, leads_out, named_as_model, open_weights, read_recipe
 from ..delta.merge import (
     NO_RECIPE,
     MergeRecord,
@@ -115,24 +114,6 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
         return components, state
 
 
-def require_no_rival(unet: Any, weights: Weights) -> None:
-    """Raises ValueError where another delta is merged and both say how to sample: there can be one at a time."""
-    other = merge_record(unet)
-    if other is None or NO_RECIPE in (other.recipe, read_recipe(weights)) or find_merged(unet, weights) is not None:
-        return
-    raise ValueError(
-        f"{other.source} is merged into the UNet already, at scale {other.scale:g}; call unmerge_delta(unet), or pass "
-        f"it with delta_scale=0.0, before merging {weights.label}."
-    )
-
-
-def _was_saved_with(unet: Any, path: Path, scale: float) -> bool:
-    """Whether a delta whose file is missing is in the UNet, which was saved with it merged."""
-    if path.exists():
-        return False
-    return any(r.reloaded and (r.source, r.scale) == (path.name, scale) for r in merge_records(unet))
-
-
 def _as_asked(
     unet: Any, delta: Any, path: Path | None, scale: float, variant: str | None
 ) -> tuple[MergeRecord, ...] | None:
@@ -140,8 +121,11 @@ def _as_asked(
     records = merge_records(unet)
     if delta is False:
         return None if records else records
-    if path is None or (delta is None and _was_saved_with(unet, path, scale)):
+    if path is None:
         return records
+    if delta is None and not path.exists():  # of a UNet that was saved with it merged
+        if any(record.reloaded and (record.source, record.scale) == (path.name, scale) for record in records):
+            return records
     known = find_merged(unet, path, variant)
     return records if known is not None and (known.scale, known.scales) == (scale, ()) else None
 
@@ -159,10 +143,14 @@ def _change(components: Any, path: Path | None, scale: float, variant: str | Non
             unmerge_delta(unet)
         return
     weights = open_weights(path, variant)
-    require_no_rival(unet, weights)
+    known, other = find_merged(unet, weights), merge_record(unet)
+    if known is None and other is not None and NO_RECIPE not in (other.recipe, read_recipe(weights)):
+        raise ValueError(  # both say how to sample
+            f"{other.source} is merged into the UNet already, at scale {other.scale:g}; call unmerge_delta(unet), or "
+            f"pass it with delta_scale=0.0, before merging {weights.label}."
+        )
     if scale and hasattr(unet, "peft_config"):
         _require_no_lora_of(unet, identity_of(named_as_model(weights, own_weights(unet), unet.config)), weights.label)
-    known = find_merged(unet, weights)
     if known is not None and known.reloaded:
         _warn_of_rounding(known)
         rescale_delta(unet, scale, weights, exact=False)
@@ -188,22 +176,17 @@ def _require_no_lora_of(unet: Any, digest: str, label: str) -> None:
         )
 
 
-def require_configured_delta(value: object) -> None:
-    """Raises ValueError for a configuration's `delta` that names no file; False is for a call."""
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"the configuration's delta={value!r} must be the path of a delta, or None for none.")
-
-
 def delta_path(given: Any, components: Any) -> Path | None:
     """The file to merge: the caller's, or the index's, which lies beside the index at the UNet's revision."""
     if given is not None:
-        if isinstance(given, bool) or not isinstance(given, (str, os.PathLike)):
+        if not isinstance(given, (str, os.PathLike)):
             raise ValueError(f"delta={given!r} must be the path of a delta, or False for none.")
         return Path(given).expanduser()
     named, origin = components.config.delta, components._pretrained_model_name_or_path
     if named is None:
         return None
-    require_configured_delta(named)
+    if not isinstance(named, str) or not named:
+        raise ValueError(f"the configuration's delta={named!r} must be the path of a delta, or None for none.")
     if Path(named).is_absolute():
         return Path(named)
     if leads_out(named):
@@ -216,13 +199,8 @@ def delta_path(given: Any, components: Any) -> Path | None:
     if Path(origin).is_dir():
         return Path(origin) / named
     unet = components._component_specs["unet"]
-    try:
-        revision = unet.revision if unet.pretrained_model_name_or_path == origin else None
-        return Path(hf_hub_download(str(origin), named, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ValueError(
-            f"cannot fetch delta {named!r} from {origin} ({type(error).__name__}); pass delta= with a local path."
-        ) from error
+    revision = unet.revision if unet.pretrained_model_name_or_path == origin else None
+    return Path(hf_hub_download(str(origin), named, revision=revision))
 
 
 def guidance_in_effect(guider: Any, configured: float | None, recipe: DeltaRecipe | None) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from difflib import get_close_matches
 from functools import cached_property
@@ -32,10 +33,9 @@ from torch import nn
 from ..atomic_files import atomic_directory, atomic_path
 from ..delta.files import DIGEST_KEY
 from ..delta.merge import merge_records
-from .block_source import block_files, load_blocks
-from .precision import is_offloaded
-from .repository import require_sound
-from .saving import carry_over, prepare, save_delta_file
+from .block_source import block_files, load_blocks, require_sound
+from .finite_guard import is_offloaded
+from .saving import carry_over, is_stock, prepare, save_delta_file
 
 CPU = torch.device("cpu")
 
@@ -149,23 +149,14 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
         Args:
             pipeline: any SDXL pipeline of diffusers.
             blocks: the blocks to run, which are copied; by default `PeRFlowSDXLAutoBlocks()`.
-
-        Raises:
-            ValueError: `pipeline` is not a pipeline.
         """
         from .auto_blocks import PeRFlowSDXLAutoBlocks
 
-        components = getattr(pipeline, "components", None)
-        if not isinstance(components, Mapping):
-            raise ValueError(
-                f"from_pipe takes a pipeline in memory, not a {type(pipeline).__name__}; for a repository call "
-                "PeRFlowModularPipeline.from_pretrained(repository) and load_components()."
-            )
         pipe = cls(blocks=PeRFlowSDXLAutoBlocks() if blocks is None else deepcopy(blocks))
         # A configuration names its delta relative to the directory that it came from.
         pipe._pretrained_model_name_or_path = getattr(pipeline, "_pretrained_model_name_or_path", None)
-        specs = pipe._component_specs
-        taken = {name: value for name, value in components.items() if name in specs and value is not None}
+        given, specs = pipeline.components.items(), pipe._component_specs
+        taken = {name: value for name, value in given if name in specs and value is not None}
         if "scheduler" in taken:
             scheduler = deepcopy(taken["scheduler"])
             scheduler._diffusers_load_id = "null"  # diffusers' mark of components that no user set
@@ -202,7 +193,10 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
             inputs["prompt"], state = state, None
         unknown = inputs.keys() - self._input_names
         if unknown:
-            raise ValueError(" ".join(_instead(name, self._input_names) for name in sorted(unknown)))
+            known = self._input_names
+            raise ValueError(
+                " ".join(f"{name} is not an input of this pipeline{_instead(name, known)}" for name in sorted(unknown))
+            )
         if not return_dict:
             if output is not None:
                 raise ValueError(f"return_dict=False and output={output!r} are both given; leave one out.")
@@ -210,11 +204,12 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
         held = self._output_names.union(inputs, () if state is None else state.values)
         for name in [output] if isinstance(output, str) else output or ():
             if name not in held:  # a state says None of it
-                raise ValueError(f"output={name!r} is not an output of this pipeline{_nearest(name, held)}")
-        if self._offload_hooks:
-            result = self._run_offloaded(state, output, inputs)
-        else:
-            result = super().__call__(state, output, **inputs)
+                raise ValueError(f"output={name!r} is not an output of this pipeline{_instead(name, held)}")
+        with self._offload_lock if self._offload_hooks else nullcontext():  # calls would take each other's models away
+            try:
+                result = super().__call__(state, output, **inputs)
+            finally:
+                self.maybe_free_model_hooks()
         return result if return_dict else (result["images"],)
 
     @cached_property
@@ -288,39 +283,24 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
 
         Args:
             gpu_id: index of the accelerator, by default that of `device`, else 0.
-            device: where models run, by default this machine's accelerator.
+            device: where models run, by default this machine's accelerator, else the CPU.
 
         Raises:
-            ValueError: no accelerator is found and no `device` is given, or models are offloaded in groups.
+            ValueError: models are offloaded in groups.
         """
         target = torch.device(get_device() if device is None else device)
-        if device is None and target == CPU:
-            raise ValueError(
-                "enable_model_cpu_offload found no accelerator; pass device=, or leave models on the CPU."
-            )
         if target.type != "cpu":
             target = torch.device(target.type, (target.index or 0) if gpu_id is None else gpu_id)
-        try:
-            torch.empty(0, device=target)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise ValueError(f"device={target} cannot be used here ({str(error).splitlines()[0]}).") from error
         self._maybe_raise_error_if_group_offload_active(raise_error=True)
         self.remove_all_hooks()
         self.to(CPU, silence_dtype_warnings=True)
-        models = {name: model for name, model in self.components.items() if isinstance(model, nn.Module)}
-        hooks = [custom_offload_with_hook(name, model, target, _to_offload) for name, model in models.items()]
+        models = [(name, model) for name, model in self.components.items() if isinstance(model, nn.Module)]
+        hooks = [custom_offload_with_hook(name, model, target, _to_offload) for name, model in models]
         for hook in hooks:
             for other in hooks:
                 if other is not hook:
                     hook.add_other_hook(other)
         self._offload_hooks, self._offload_lock = tuple(hooks), threading.RLock()
-
-    def _run_offloaded(self, state: PipelineState | None, output: Any, inputs: dict[str, Any]) -> Any:
-        with self._offload_lock:  # a call would take the models of another one off the device
-            try:
-                return super().__call__(state, output, **inputs)
-            finally:
-                self.maybe_free_model_hooks()
 
     def maybe_free_model_hooks(self) -> None:
         """Takes all models back to the CPU under `enable_model_cpu_offload`; each call ends with it."""
@@ -352,12 +332,9 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
             settings: further ones of `diffusers.hooks.apply_group_offloading`, for example `use_stream=True`.
 
         Raises:
-            ValueError: `exclude_modules` names no component, or what diffusers raises.
+            ValueError: what diffusers raises.
         """
         excluded = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
-        for name in excluded:
-            if name not in self.components:
-                raise ValueError(f"exclude_modules: {name!r} is not a component{_nearest(name, self.components)}")
         places = {"onload_device": torch.device(onload_device), "offload_device": torch.device(offload_device)}
         for name, model in self.components.items():
             if not isinstance(model, nn.Module):
@@ -366,24 +343,6 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
                 model.to(onload_device)
             else:
                 offload_in_groups(model, offload_type=offload_type, **places, **settings)
-
-    # The VAE
-
-    def enable_vae_slicing(self) -> None:
-        """Decodes the images of a batch one at a time, to save memory."""
-        self.vae.enable_slicing()
-
-    def disable_vae_slicing(self) -> None:
-        """Decodes the images of a batch together."""
-        self.vae.disable_slicing()
-
-    def enable_vae_tiling(self) -> None:
-        """Decodes and encodes large images in overlapping tiles, to save memory."""
-        self.vae.enable_tiling()
-
-    def disable_vae_tiling(self) -> None:
-        """Decodes and encodes images whole."""
-        self.vae.disable_tiling()
 
     # LoRA
 
@@ -424,14 +383,21 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
 
 def stock_class_name(pipe: Any) -> str:
     """The name of the pipeline's nearest class in diffusers, which an index can name."""
-    return next(kind.__name__ for kind in type(pipe).__mro__ if kind.__module__.split(".")[0] == "diffusers")
+    return next(kind.__name__ for kind in type(pipe).__mro__ if is_stock(kind))
 
 
 def put_components(pipe: Any, components: Mapping[str, Any]) -> None:
-    """Gives a pipeline components of any kind, those too that `update_components` refuses."""
-    bare = {name: component for name, component in components.items() if _has_no_record(pipe, name, component)}
-    pipe.register_components(**bare)
-    pipe.update_components(**{name: component for name, component in components.items() if name not in bare})
+    """Gives a pipeline components of any kind.
+
+    `update_components` refuses those that have neither a configuration nor a place that they were loaded from.
+    """
+    for name, component in components.items():
+        load_id = getattr(component, "_diffusers_load_id", None)
+        is_model = isinstance(component, (ConfigMixin, nn.Module)) and not isinstance(component, SchedulerMixin)
+        if not is_model and (load_id == "null" or (load_id is None and name in pipe.config_component_names)):
+            pipe.register_components(**{name: component})
+        else:
+            pipe.update_components(**{name: component})
 
 
 def offload_in_groups(model: nn.Module, **settings: Any) -> None:
@@ -442,21 +408,10 @@ def offload_in_groups(model: nn.Module, **settings: Any) -> None:
         apply_group_offloading(model, **settings)
 
 
-def _has_no_record(pipe: Any, name: str, component: Any) -> bool:
-    """Whether it has neither a configuration nor a place that it was loaded from: update_components refuses such."""
-    if isinstance(component, (ConfigMixin, nn.Module)) and not isinstance(component, SchedulerMixin):
-        return False
-    load_id = getattr(component, "_diffusers_load_id", None)
-    return load_id == "null" or (load_id is None and name in pipe.config_component_names)
-
-
-def _instead(name: str, known: Set[str]) -> str:
-    advice = f"; {IN_PLACE_OF[name]}." if name in IN_PLACE_OF else _nearest(name, known)
-    return f"{name} is not an input of this pipeline{advice}"
-
-
-def _nearest(name: Any, known: Iterable[str]) -> str:
+def _instead(name: Any, known: Iterable[str]) -> str:
     """The end of an error's sentence about an unknown name."""
+    if name in IN_PLACE_OF:
+        return f"; {IN_PLACE_OF[name]}."
     nearest = get_close_matches(str(name), sorted(known), n=1)
     return f"; did you mean {nearest[0]}?" if nearest else "; print(pipe.doc) lists what there is."
 
@@ -471,15 +426,12 @@ def _delta_of_lora(source: Any, settings: dict[str, Any]) -> tuple[str, dict[str
 
     A file that cannot be found or read is left to diffusers, which says so.
     """
-    places = ("subfolder", "cache_dir", "proxies", "local_files_only", "token", "revision")
-    where = {name: settings[name] for name in places if settings.get(name) is not None}
+    where = {name: settings[name] for name in HUB_OPTIONS & settings.keys() - {"local_dir", "force_download"}}
     try:
         name = settings.get("weight_name") or _best_guess_weight_name(
             source, local_files_only=where.get("local_files_only", False)
         )
-        path = _get_model_file(source, weights_name=name or LORA_WEIGHT_NAME_SAFE, **where)
-        with safe_open(path, "pt") as file:
-            digest = (file.metadata() or {}).get(DIGEST_KEY, "")
+        with safe_open(_get_model_file(source, weights_name=name or LORA_WEIGHT_NAME_SAFE, **where), "pt") as file:
+            return (file.metadata() or {}).get(DIGEST_KEY, ""), {**settings, "weight_name": name}
     except (OSError, ValueError, IndexError, SafetensorError):
         return "", settings
-    return digest, {**settings, "weight_name": name}

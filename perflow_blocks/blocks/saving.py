@@ -1,17 +1,27 @@
-"""What `PeRFlowModularPipeline.save_pretrained` writes, so that blocks, components, settings and image come back."""
+"""What `save_pretrained` and exports keep of a pipeline, so that blocks, components, settings and image come back.
+
+Components that blocks make from a configuration are not saved: windows and attention plan become configuration values,
+and a guider that a user set becomes a component with files.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
+from importlib import import_module
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from diffusers import ConfigMixin, EulerDiscreteScheduler
 from diffusers.configuration_utils import FrozenDict
+from diffusers.guiders import BaseGuidance
 from diffusers.models import MultiControlNetModel
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
@@ -19,21 +29,48 @@ from diffusers.utils.torch_utils import unwrap_module
 from safetensors.torch import save_file
 from torch import nn
 
+from ..attention.config import parse_plan
 from ..delta.files import Weights, open_weights, variants_of
-from ..delta.merge import find_merged, merge_records
+from ..delta.merge import MergeRecord, find_merged, merge_records
 from ..schedulers.scheduling_perflow import (
     BASE_TYPE,
     NOISE_SCHEDULE_KEYS,
+    PeRFlowScheduler,
     is_perflow_scheduler,
     settings_of_others,
 )
 from .block_source import block_files
-from .merge_delta import delta_path
+from .merge_delta import delta_path, is_default_guider
 from .set_timesteps import OWN_ATTRIBUTE
-from .settings import DELTA_VALUES, complaint, config_values, foreign, is_stock, kept_guider, library_of, python_number
 
 DELTA_FILE = "delta/perflow_delta.safetensors"
 """Where the copy is. Not at the top: diffusers would take it for the weights of a component without a subfolder."""
+
+DELTA_VALUES = ("delta", "delta_scale", "delta_variant")
+LIBRARIES = ("diffusers", "transformers")
+"""Whose classes an index may name, as everyone who loads it has them."""
+
+
+class Problems(list[str]):
+    """A sentence for each mistake, so that a user reads all of them at once."""
+
+    add = list[str].append
+
+    @contextmanager
+    def noted(self, *kinds: type[Exception], about: str = "") -> Iterator[None]:
+        """Turns an error that ends the block into a problem: ValueError, ImportError, OSError, and further `kinds`."""
+        caught: tuple[type[Exception], ...] = (ValueError, ImportError, OSError, *kinds)
+        try:
+            yield
+        except caught as error:
+            self.append(f"{about}{error}")
+
+
+def complaint(done: str, problems: list[str]) -> str:
+    """The text of the error that nothing was `done`, for these reasons."""
+    if len(problems) == 1:
+        return f"nothing was {done}: {problems[0]}"
+    return "\n".join([f"nothing was {done}, for {len(problems)} reasons:", *(f"- {problem}" for problem in problems)])
 
 
 def prepare(pipe: Any) -> tuple[Any, Weights | None]:
@@ -42,12 +79,10 @@ def prepare(pipe: Any) -> tuple[Any, Weights | None]:
     Raises:
         ValueError: names all that cannot be saved.
     """
-    problems = list[str]()
+    problems = Problems()
     saver, values, delta = settled(pipe, problems)
-    try:
+    with problems.noted():
         block_files(pipe.blocks)
-    except ValueError as error:
-        problems.append(str(error))
     index: dict[str, Any] = {}
     for name, spec in saver._component_specs.items():
         component = unwrapped(getattr(saver, name, None))
@@ -66,38 +101,61 @@ def prepare(pipe: Any) -> tuple[Any, Weights | None]:
     return saver, delta
 
 
-def settled(pipe: Any, problems: list[str]) -> tuple[Any, dict[str, Any], Weights | None]:
+def settled(pipe: Any, problems: Problems) -> tuple[Any, dict[str, Any], Weights | None]:
     """A copy of the pipeline whose components can be saved, the configuration values, and the delta to copy.
 
     The components are the pipeline's own, but for the scheduler, which is the stock one that the window set-up
-    converts again, and a guider that the configuration does not express. Adds what cannot be kept to `problems`.
+    converts again. Adds what cannot be kept to `problems`.
     """
-    blocks = pipe.blocks
-    declared = {spec.name: spec for spec in blocks.expected_components}
+    blocks, delta = pipe.blocks, None
     saver = copy(pipe)
     saver._component_specs = dict(pipe._component_specs)
-    values, delta = dict[str, Any](), None
-    try:
-        values = config_values(pipe, blocks, problems.append)
-        delta_values, delta = _delta(pipe, problems)
-        values |= delta_values
-    except ValueError as error:
-        problems.append(str(error))
-    guider = kept_guider(pipe, blocks, problems.append)
-    if guider is not None:
-        _put(saver, "guider", guider)
-    elif "guider" in declared:
-        saver._component_specs["guider"] = declared["guider"]
+    defaults = {spec.name: spec.default for spec in blocks.expected_configs}
+    values = {name: pipe.config.get(name, default) for name, default in defaults.items() if name not in DELTA_VALUES}
+    with problems.noted():
+        set_by_user = {**_windows(pipe, problems), **_attention(pipe, values)}
+        values |= {name: value for name, value in set_by_user.items() if name in values}
+        values = {name: value for name, value in values.items() if value is not None or defaults[name] is not None}
+        if "delta" in defaults:
+            delta_values, delta = _delta(pipe, defaults["delta"])
+            values |= delta_values
+    about = "configuration values must be numbers, texts, booleans or lists: "
+    with problems.noted(TypeError, AttributeError, about=about):
+        values = json.loads(json.dumps(values, default=methodcaller("item")))  # numbers of NumPy as Python's
+    for spec in blocks.expected_components:
+        if spec.default_creation_method == "from_config" and spec.name != "attention":
+            with problems.noted(AttributeError, about=f"{spec.name}: "):
+                _settle(saver, spec)
     if pipe.components.get("scheduler") is not None:
         _put(saver, "scheduler", stock_scheduler(pipe.scheduler))
-    for name, spec in saver._component_specs.items():
-        is_made = spec.default_creation_method != "from_pretrained" and name not in ("guider", "attention")
-        if is_made and not _is_as_declared(getattr(saver, name, None), declared[name]):
-            problems.append(
-                f"{name} was made with settings of its own, which are not saved; use a component that was loaded with "
-                "from_pretrained, or take the one that the blocks make."
-            )
     return saver, values, delta
+
+
+def _settle(saver: Any, declared: ComponentSpec) -> None:
+    """Has a component that blocks make be saved where a user set another one, or the index names one."""
+    name, component = declared.name, getattr(saver, declared.name, None)
+    if component is None and name == "guider" and saver._component_specs[name].pretrained_model_name_or_path:
+        component = saver._component_specs[name].load()
+    if isinstance(component, BaseGuidance):
+        is_usual = is_default_guider(component)
+        if not is_usual and is_stock(type(component)):
+            component = type(component)(**_settings(component))
+    else:  # settings of transformers' processors are not compared
+        usual = copy(declared).create()
+        is_usual = component is None or (
+            type(component) is type(usual)
+            and (not isinstance(usual, ConfigMixin) or _settings(component) == _settings(usual))
+        )
+    if is_usual:
+        saver._component_specs[name] = declared
+    else:
+        _put(saver, name, component)
+
+
+def _settings(component: Any) -> dict[str, Any]:
+    """The settings as they are now; some may have been set as attributes."""
+    config = {name: value for name, value in component.config.items() if not name.startswith("_")}
+    return {name: python_number(vars(component).get(name, value)) for name, value in config.items()}
 
 
 def _put(saver: Any, name: str, component: Any) -> None:
@@ -115,21 +173,26 @@ def index_entry(spec: ComponentSpec, kind: type | None) -> list[Any]:
     source = ModularPipeline._component_spec_to_dict(spec)
     if kind is None:
         return [None, None, source]
-    names = [library_of(kind), kind.__name__]
+    names = [kind.__module__.split(".")[0], kind.__name__]
     return [*names, {**source, "type_hint": names}]
 
 
-def _is_as_declared(component: Any, spec: ComponentSpec) -> bool:
-    """Whether the blocks make this component again, which is not saved."""
-    if component is None or spec.default_creation_method != "from_config":
-        return component is None
-    usual = copy(spec).create()
-    same = type(component) is type(usual)
-    return same and (not isinstance(usual, ConfigMixin) or _settings(component) == _settings(usual))
+def is_stock(kind: type) -> bool:
+    """Whether a class can be named in an index."""
+    library = kind.__module__.split(".")[0]
+    return library in LIBRARIES and getattr(import_module(library), kind.__name__, None) is not None
 
 
-def _settings(component: Any) -> dict[str, Any]:
-    return {name: value for name, value in component.config.items() if not name.startswith("_")}
+def foreign(name: str, component: Any) -> str:
+    """The sentence about a component whose class is not stock."""
+    kind = component if isinstance(component, type) else type(component)
+    known = " or ".join(LIBRARIES)
+    return f"{name} is a {kind.__module__}.{kind.__qualname__}, which no index can name; use a class of {known}."
+
+
+def python_number(value: Any) -> Any:
+    """A number of NumPy, which JSON does not know, as Python's; other values as they are."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def stock_scheduler(scheduler: Any) -> Any:
@@ -144,13 +207,39 @@ def stock_scheduler(scheduler: Any) -> Any:
     return EulerDiscreteScheduler.from_config({**others, **schedule, "prediction_type": base_type})
 
 
+def _windows(pipe: Any, problems: Problems) -> dict[str, Any]:
+    """What a PeRFlowScheduler says that a user set; one that the blocks made follows the configuration anyway."""
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None or not is_perflow_scheduler(scheduler) or vars(scheduler).get(OWN_ATTRIBUTE, False):
+        return {}
+    config, usual = scheduler.config, PeRFlowScheduler().config
+    for name in ("set_alpha_to_one", "t_noise", "t_clean"):
+        if config[name] != usual[name]:
+            problems.add(
+                f"the scheduler has {name}={config[name]}, which no configuration value keeps; set one with "
+                f"{name}={usual[name]}."
+            )
+    # None too: what the configuration says of windows would hold otherwise.
+    return {name: config[name] for name in ("prediction_type", "num_time_windows", "window_boundaries")}
+
+
+def _attention(pipe: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The plan that a call would take: of a component that was not run yet, else the configuration's."""
+    attention: Any = getattr(pipe, "attention", None)
+    is_new = hasattr(attention, "is_new_to") and attention.is_new_to(pipe)
+    plan = parse_plan(attention.config.plan if is_new else values.get("attention_plan"))
+    return {"attention_plan": None if plan is None else plan.as_list()}
+
+
 def component_problems(name: str, component: Any) -> Iterator[str]:
     """A sentence for each reason why a saved component would not come back as it is."""
     yield from adapter_problems(name, component)
     if isinstance(component, nn.Module) and any(weight.is_meta for weight in component.parameters()):
         yield f"{name} has weights without values (device meta); load them first."
-    if not is_stock(type(component)) or not hasattr(component, "save_pretrained"):
+    if not is_stock(type(component)):
         yield foreign(name, component)
+    elif not hasattr(component, "save_pretrained"):
+        yield f"{name} was made with settings of its own, which are not saved; take the one that the blocks make."
 
 
 def adapter_problems(name: str, component: Any) -> Iterator[str]:
@@ -173,44 +262,49 @@ def adapter_problems(name: str, component: Any) -> Iterator[str]:
         yield f"{name} has FreeU, which is not saved; call pipe.disable_freeu(), and enable_freeu again after loading."
 
 
-def _delta(pipe: Any, problems: list[str]) -> tuple[dict[str, Any], Weights | None]:
-    """The configuration values about the delta, and the file to copy.
+def _delta(pipe: Any, default: Any) -> tuple[dict[str, Any], Weights | None]:
+    """The configuration values about the delta, and the file to copy: the configuration's, or the one that is merged.
 
-    It is the configuration's delta, or the one that is merged. Where a merged delta has no file, or the file has
-    changed since, the merged weights and their record are all that is saved.
+    Where the configuration names none, and what is merged has no file, or the file has changed since, the merged
+    weights and their record are all that is saved.
+
+    Raises:
+        ValueError, OSError: the configuration's delta cannot be read and is not merged either.
     """
-    if "delta" not in pipe._config_specs:
-        return {}, None
     config, unet = pipe.config, pipe.components.get("unet")
     records = () if unet is None else merge_records(unet)
-    values = {name: python_number(config[name]) for name in DELTA_VALUES if config.get(name) is not None}
+    values = {name: config[name] for name in DELTA_VALUES if config.get(name) is not None}
     named = values.pop("delta", None)
-    declared = {spec.name: spec.default for spec in pipe._blocks.expected_configs}["delta"]
-    absent = {} if declared is None else {"delta": None}  # the blocks would name theirs
     if named is None:
-        if len(records) != 1 or records[0].scales or not Path(records[0].source).is_absolute():
-            return {**values, **absent}, None
+        weights = _only_merged(unet, records)
+        if weights is None:
+            return ({**values, "delta": None} if default is not None else values), None
         values = {"delta_scale": records[0].scale}
-    try:
-        path = Path(records[0].source) if named is None else delta_path(None, pipe)
-        assert path is not None
-        weights = open_weights(path, values.get("delta_variant"))
-        is_merged = unet is not None and find_merged(unet, weights) is not None
-    except ValueError as error:
-        if named is None:
-            return {**values, **absent}, None
-        if Path(named).name not in {Path(record.source).name for record in records}:
-            problems.append(str(error))
-        return {**values, "delta": _target(named)}, None  # the merged weights are what it names
-    if named is None and not is_merged:
-        return absent, None
-    single = path.is_file() and path.suffix == ".safetensors"
+    else:
+        try:
+            weights = open_weights(delta_path(None, pipe) or "", values.get("delta_variant"))
+        except (ValueError, OSError):
+            if Path(named).name not in {Path(record.source).name for record in records}:
+                raise
+            return {**values, "delta": _copy_of(Path(named).name)}, None  # the merged weights are what it names
+    source = Path(weights.label)
     values.pop("delta_variant", None)  # that of a folder
-    return {**values, "delta": _target(path) if single else DELTA_FILE}, weights
+    return {**values, "delta": _copy_of(source.name) if source.suffix == ".safetensors" else DELTA_FILE}, weights
 
 
-def _target(path: str | Path) -> str:
-    return Path(DELTA_FILE).with_name(Path(path).name).as_posix()
+def _only_merged(unet: Any, records: tuple[MergeRecord, ...]) -> Weights | None:
+    """The file of the only delta that is merged, unchanged since; None where there is none."""
+    if len(records) != 1 or records[0].scales or not Path(records[0].source).is_absolute():
+        return None
+    try:
+        weights = open_weights(records[0].source)
+    except ValueError:
+        return None
+    return weights if find_merged(unet, weights) is not None else None
+
+
+def _copy_of(name: str) -> str:
+    return Path(DELTA_FILE).with_name(name).as_posix()
 
 
 def save_delta_file(weights: Weights, path: Path) -> None:

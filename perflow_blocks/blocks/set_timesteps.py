@@ -199,8 +199,6 @@ def _place_scheduler(components: Any, recipe: DeltaRecipe | None) -> PeRFlowSche
     made_from = (recipe, config.prediction_type, config.num_time_windows, config.window_boundaries)
     with model_lock(components):  # threads that make the first call convert once
         current: Any = components.scheduler
-        if isinstance(current, (type, str)):
-            raise ValueError(f"scheduler={current!r} must be a scheduler, such as PeRFlowScheduler(), or None.")
         own = None if current is None else vars(current).get(OWN_ATTRIBUTE)
         if own is not None and own["made_from"] == made_from:
             return current

@@ -1,4 +1,4 @@
-"""The VAE as diffusers' encoding and decoding steps see it: results are finite, and threads may share it."""
+"""All that the VAE does: diffusers' encoding and decoding steps, made finite, and known pixels put back."""
 
 from __future__ import annotations
 
@@ -6,16 +6,40 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers import VaeImageProcessor
 from diffusers.configuration_utils import FrozenDict
-from diffusers.modular_pipelines.stable_diffusion_xl.encoders import retrieve_latents
+from diffusers.modular_pipelines.modular_pipeline import (
+    AutoPipelineBlocks,
+    ModularPipelineBlocks,
+    PipelineState,
+    SequentialPipelineBlocks,
+)
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, OutputParam
+from diffusers.modular_pipelines.stable_diffusion_xl.decoders import StableDiffusionXLDecodeStep
+from diffusers.modular_pipelines.stable_diffusion_xl.encoders import (
+    StableDiffusionXLInpaintVaeEncoderStep,
+    StableDiffusionXLVaeEncoderStep,
+    retrieve_latents,
+)
+from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import (
+    StableDiffusionXLInpaintDecodeStep,
+)
 from diffusers.utils import logging
+from PIL import Image
 from torch import Tensor
 
 from ..delta.model_lock import model_lock
-from .precision import HALF, can_be_float32, in_float32, not_finite, require_float32_may_help
+from .declare import Assembled, declared
+from .finite_guard import HALF, can_be_float32, in_float32, not_finite, require_float32_may_help
+from .images import as_batch, count_images, image_size, pil_images, repeat_images
+from .inputs import Images, param, shared_input
+from .specs import unet_spec
 
 logger = logging.get_logger(__name__)
+
+Decoded = list[Image.Image] | np.ndarray | Tensor
 
 _REMEDY = 'use a VAE in float32, pipe.vae.to(torch.float32), or one made for float16, "madebyollin/sdxl-vae-fp16-fix"'
 
@@ -30,12 +54,9 @@ def guarded_vae(components: Any) -> Any:
 class GuardedVAE:
     """Encodes and decodes with a VAE as diffusers does, but never to values that are not finite.
 
-    A half-precision VAE whose result is not finite runs again in float32, with a warning. A VAE with `force_upcast`
-    runs in float32 at once, as in diffusers: float16 for decoding, bfloat16 as well for encoding. Other threads that
-    use the VAE wait meanwhile.
-
-    Args:
-        vae: an `AutoencoderKL`, or another autoencoder with `encode`, `decode` and `config`.
+    A half-precision VAE whose result is not finite runs again in float32, with a warning; a ValueError says where that
+    does not help. A VAE with `force_upcast` runs in float32 at once, as in diffusers: float16 for decoding, bfloat16
+    as well for encoding. Other threads that use the VAE wait meanwhile.
     """
 
     def __init__(self, vae: Any) -> None:
@@ -55,30 +76,18 @@ class GuardedVAE:
         return self
 
     def encode(self, images: Tensor) -> Any:
-        """The VAE's output for images (batch, 3, height, width) in [-1, 1].
-
-        Raises:
-            ValueError: the result is not finite, in float32 too, or the VAE cannot be made float32.
-        """
+        """The VAE's output for images (batch, 3, height, width) in [-1, 1]."""
         run, upcast = self._vae.encode, self._upcasts
         return self._finite("encoded", run, images, upcast, lambda output: retrieve_latents(output, None, "argmax"))
 
     def decode(self, latents: Tensor, return_dict: bool = False) -> tuple[Tensor]:
-        """Images (batch, 3, height, width) of latents that are scaled for the VAE, as a tuple of one.
-
-        Raises:
-            ValueError: the result is not finite, in float32 too, or the VAE cannot be made float32.
-        """
+        """Images (batch, 3, height, width) of latents that are scaled for the VAE, as a tuple of one."""
         upcast = self.decoding_dtype != self.dtype
-        return self._finite("decoded", lambda z: self._vae.decode(z, return_dict=False), latents, upcast, _first)
+        run = self._vae.decode
+        return self._finite("decoded", lambda z: run(z, return_dict=False), latents, upcast, lambda output: output[0])
 
     def _finite(
-        self,
-        done: str,
-        run: Callable[[Tensor], Any],
-        given: Tensor,
-        upcast: bool,
-        values: Callable[[Any], Tensor],
+        self, done: str, run: Callable[[Tensor], Any], given: Tensor, upcast: bool, values: Callable[[Any], Tensor]
     ) -> Any:
         """`run(given)`, in float32 if `upcast` is set or the `values` of the result are not finite otherwise."""
         problem = None
@@ -100,5 +109,191 @@ class GuardedVAE:
         return output
 
 
-def _first(output: tuple[Tensor]) -> Tensor:
-    return output[0]
+class PeRFlowVaeEncoderStep(StableDiffusionXLVaeEncoderStep):
+    """diffusers' VAE encoder with a `GuardedVAE`, and with a list of generators allowed for fewer images."""
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        inner = _match_images(state)
+        inner.values.update(_target_size(components, state))
+        super().__call__(guarded_vae(components), inner)
+        return components, _take_outputs(self, state, inner)
+
+
+class PeRFlowInpaintVaeEncoderStep(StableDiffusionXLInpaintVaeEncoderStep):
+    """diffusers' VAE encoder for inpainting, at the image's own size unless the call names another.
+
+    It does not encode the masked image for a 4-channel UNet, which does not take it. With `soft_mask` the mask's grey
+    values are kept.
+    """
+
+    expected_components = declared(*StableDiffusionXLInpaintVaeEncoderStep().expected_components, unet_spec())
+    inputs = declared(*StableDiffusionXLInpaintVaeEncoderStep().inputs, shared_input("soft_mask"))
+
+    # The stock method of this class reads `self.vae` where the VAE has latent statistics, which no block has.
+    _encode_vae_image = StableDiffusionXLVaeEncoderStep._encode_vae_image
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        inner = _match_images(state)
+        if state.get("padding_mask_crop") is None:
+            inner.values.update(_target_size(components, state))
+        view = guarded_vae(components)
+        view.mask_processor = _mask_processor(components, self.get_block_state(state))
+        super().__call__(view, inner)
+        return components, _take_outputs(self, state, inner)
+
+    def prepare_mask_latents(
+        self, components: Any, mask: Tensor, masked_image: Tensor | None, *args: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if components.num_channels_unet == components.num_channels_latents:
+            masked_image = None
+        return super().prepare_mask_latents(components, mask, masked_image, *args)
+
+
+class PeRFlowAutoVaeEncoderStep(Assembled, AutoPipelineBlocks):
+    """Encodes the given image: with a mask for inpainting, alone for image-to-image."""
+
+    block_classes = [PeRFlowInpaintVaeEncoderStep, PeRFlowVaeEncoderStep]
+    block_names = ["inpaint", "img2img"]
+    block_trigger_inputs = ["mask_image", "image"]
+    description = "Encodes `image` where one is given, for inpainting with `mask_image`; else is skipped."
+
+
+def _match_images(state: PipelineState) -> PipelineState:
+    """A copy of the state with as many images as masks and generators, so that the stock blocks can pair them.
+
+    A single mask stays as it is, since a crop needs it. Without `dtype` the stock blocks encode in the VAE's own type.
+    """
+    values = {**state.values, "dtype": None}
+    image, mask = as_batch(values.get("image")), as_batch(values.get("mask_image"), mask=True)
+    values, generator = {**values, "image": image, "mask_image": mask}, values.get("generator")
+    images, masks = count_images(image), 1 if mask is None else count_images(mask)
+    generators = len(generator) if isinstance(generator, list) else 1
+    count = max(images, masks, generators)
+    if images > 1 or generators > 1:
+        values["image"] = repeat_images(image, count)
+    if masks > 1:
+        values["mask_image"] = repeat_images(mask, count)
+    return PipelineState(values=values, kwargs_mapping=dict(state.kwargs_mapping))
+
+
+def _target_size(components: Any, state: PipelineState) -> dict[str, int]:
+    """Height and width to encode the image at: the call's, else the image's own rounded down, with a warning."""
+    image, processor = state.get("image"), components.image_processor
+    given = dict(zip(("height", "width"), image_size(image), strict=True))
+    wanted = {name: state.get(name) or size for name, size in given.items()}
+    # With both given, the processor only rounds them down.
+    target = dict(zip(wanted, processor.get_default_height_width(image, **wanted), strict=True))
+    if any(state.get(name) is None and target[name] != given[name] for name in given):
+        logger.warning(
+            f"image is {given['width']}x{given['height']}, not a multiple of {processor.config.vae_scale_factor}; it "
+            f"is resized to {target['width']}x{target['height']}. To choose another size, pass height and width."
+        )
+    return target
+
+
+def _take_outputs(block: ModularPipelineBlocks, state: PipelineState, inner: PipelineState) -> PipelineState:
+    for output in block.intermediate_outputs:
+        state.set(output.name, inner.get(output.name), output.kwargs_type)
+    return state
+
+
+def _mask_processor(components: Any, block_state: Any) -> VaeImageProcessor:
+    """The pipeline's processor of masks, or with `soft_mask` one like it that keeps grey values."""
+    processor = components.mask_processor
+    return VaeImageProcessor.from_config(processor.config, do_binarize=False) if block_state.soft_mask else processor
+
+
+def images_output() -> OutputParam:
+    """The one output of every preset."""
+    return OutputParam("images", Decoded, "The images, as `output_type` says; for `latent` the latents as they are.")
+
+
+_MASK_SETTINGS = {"do_normalize": False, "do_binarize": True, "do_convert_grayscale": True}
+
+
+def _processor(name: str, description: str, **settings: bool) -> ComponentSpec:
+    """As diffusers' own blocks declare it, so that the pipeline has one of the name."""
+    config = FrozenDict({"vae_scale_factor": 8, **settings})
+    return ComponentSpec(name, VaeImageProcessor, description, config, default_creation_method="from_config")
+
+
+class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
+    """Puts the pixels outside the mask back exactly: decoding known latents alone gives only nearly what they were."""
+
+    model_name = "stable-diffusion-xl"
+    description = "Puts the known pixels of an inpainted image back as they were; `keep_known_pixels=False` leaves it."
+    expected_components = declared(
+        _processor("image_processor", "Resizes the given image."),
+        _processor("mask_processor", "Resizes the mask; makes it 0 or 1 unless it is soft.", **_MASK_SETTINGS),
+    )
+    inputs = declared(
+        param("images", Decoded, "The decoded images.", required=True),
+        param("image", Images, "The image that was given, or one for each prompt.", required=True),
+        param("mask_image", Images, "The mask that was given: white is painted, black kept.", required=True),
+        shared_input("soft_mask"),
+        param("keep_known_pixels", bool, "Whether pixels outside the mask are put back exactly.", default=True),
+        shared_input("output_type"),
+    )
+    intermediate_outputs = declared(OutputParam("images", Decoded, "The images, with the known pixels as given."))
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        block_state = self.get_block_state(state)
+        if block_state.keep_known_pixels and block_state.output_type != "latent":
+            block_state.images = _compose(components, block_state)
+        self.set_block_state(state, block_state)
+        return components, state
+
+
+def _compose(components: Any, block_state: Any) -> Decoded:
+    painted, kind = block_state.images, block_state.output_type
+    height, width = image_size(painted)
+    given = components.image_processor.preprocess(block_state.image, height=height, width=width)
+    hole = _mask_processor(components, block_state).preprocess(block_state.mask_image, height=height, width=width)
+    given, hole = repeat_images(given, len(painted)), repeat_images(hole, len(painted))
+    known = components.image_processor.postprocess(given, output_type=kind)
+    if kind == "pil":
+        return [Image.composite(*three) for three in zip(painted, known, pil_images(hole.cpu()), strict=True)]
+    if kind == "np":
+        mask = hole.permute(0, 2, 3, 1).float().cpu().numpy()
+        return mask * painted + (1.0 - mask) * known
+    return torch.lerp(known.to(painted), painted, hole.to(painted))
+
+
+class PeRFlowDecodeStep(StableDiffusionXLDecodeStep):
+    """diffusers' decoder with a `GuardedVAE`, whose type may be another than the latents'. Images are finite."""
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        if state.get("output_type") == "latent":
+            return super().__call__(components, state)
+        latents, view = state.get("latents"), guarded_vae(components)
+        state.set("latents", latents.to(view.vae.dtype).to(view.vae.decoding_dtype))
+        super().__call__(view, state)
+        state.set("latents", latents)
+        return components, state
+
+
+class PeRFlowInpaintCropDecodeStep(StableDiffusionXLInpaintDecodeStep):
+    """Decodes, then lays the painted crop over the given image."""
+
+    block_classes = [PeRFlowDecodeStep, *StableDiffusionXLInpaintDecodeStep.block_classes[1:]]
+
+
+class PeRFlowInpaintDecodeStep(Assembled, SequentialPipelineBlocks):
+    """Decodes, then puts the known pixels back."""
+
+    block_classes = [PeRFlowDecodeStep, PeRFlowKeepKnownPixelsStep]
+    block_names = ["decode", "keep_known_pixels"]
+    description = "Decodes the latents and puts the known pixels of the given image back."
+
+
+class PeRFlowAutoDecodeStep(Assembled, AutoPipelineBlocks):
+    """Decodes; for inpainting with the known pixels put back, or the whole painted crop laid over the image."""
+
+    block_classes = [PeRFlowInpaintCropDecodeStep, PeRFlowInpaintDecodeStep, PeRFlowDecodeStep]
+    block_names = ["inpaint_crop", "inpaint", "non-inpaint"]
+    block_trigger_inputs = ["padding_mask_crop", "mask_image", None]
+    description = "Decodes the latents; for inpainting, puts the known pixels back or lays the crop over the image."

@@ -14,13 +14,16 @@ from .before_denoise import (
     PeRFlowSDXLInpaintBeforeDenoiseStep,
 )
 from .check_inputs import PeRFlowCheckInputsStep
-from .controlnet import PeRFlowControlNetInputStep
-from .decode import PeRFlowAutoDecodeStep, PeRFlowDecodeStep
-from .denoise import PeRFlowControlNetDenoiseStep, PeRFlowDenoiseStep, PeRFlowInpaintDenoiseStep, PeRFlowLoopSolverStep
-from .encode import PeRFlowInpaintVaeEncoderStep, PeRFlowIPAdapterStep, PeRFlowTextEncoderStep, PeRFlowVaeEncoderStep
+from .controlnet import (
+    PeRFlowControlNetDenoiseStep,
+    PeRFlowControlNetInputStep,
+    PeRFlowTiledControlNetLoopDenoiser,
+)
+from .denoise import PeRFlowDenoiseStep, PeRFlowInpaintDenoiseStep, PeRFlowLoopSolverStep
+from .encode import PeRFlowIPAdapterStep, PeRFlowTextEncoderStep
 from .finite_guard import ControlNetFiniteGuardStep
 from .merge_delta import PeRFlowMergeDeltaStep
-from .tiled_denoise import PeRFlowTiledControlNetLoopDenoiser
+from .vae import PeRFlowAutoDecodeStep, PeRFlowDecodeStep, PeRFlowInpaintVaeEncoderStep, PeRFlowVaeEncoderStep
 
 _PREPARE = [PeRFlowCheckInputsStep, PeRFlowApplyAttentionStep, PeRFlowMergeDeltaStep, PeRFlowTextEncoderStep]
 _PREPARE_CONTROL = [_PREPARE[0], PeRFlowControlNetApplyAttentionStep, *_PREPARE[2:]]

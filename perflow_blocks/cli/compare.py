@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from . import options
+from .evaluate import open_pipelines, open_samplers, teacher_guidance
 from .generate import save_png
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from ..evaluation.samplers import Sampler
-
-TEACHER_STEPS = 50
-SDXL_GUIDANCE = 5.0  # StableDiffusionXLPipeline's default
 
 
 def compare(
@@ -37,67 +29,27 @@ def compare(
 ) -> None:
     """Draw one prompt with the teacher in 50 steps, with DDIM in few steps, and with PeRFlow in as few."""
     options.require_prompts([prompt])
-    _check(steps=steps, guidance=guidance, num_images=num_images, model=model, delta=delta, out=out)
+    _check(steps=steps, guidance=guidance, num_images=num_images, delta=delta, out=out)
     options.require_seeds(seed, num_images)
     place = options.choose_device(device)
     precision = options.choose_dtype(dtype, place)
-    from ..demo.models import GUIDANCE_SCALE
-    from ..evaluation.sheet import contact_sheet
-    from .pipeline import load_pipeline, model_location
+    if model is not None and delta is None:
+        raise ValueError("--model without --delta leaves no teacher to compare with; pass a base and its delta.")
+    few_step, classic = open_pipelines(model, delta, None, None, place, precision)
+    from ..evaluation.measure import EvaluationSet, comparison_sheet, evaluate_samplers
+    from ..evaluation.samplers import seeded_latents
 
-    pipeline = load_pipeline(model_location(model), device=place, dtype=precision)
-    default = GUIDANCE_SCALE if model is None else SDXL_GUIDANCE
-    columns = _samplers(pipeline, steps, default if guidance is None else guidance, delta)
-    images, captions = [], []
-    drawn = [_draw(pipeline, sampler, prompt, seed, num_images) for sampler in columns]
-    for row in range(num_images):
-        for sampler, (pictures, seconds) in zip(columns, drawn, strict=True):
-            images.append(pictures[row])
-            captions.append(f"{sampler.label}\nNFE {sampler.nfe}, {seconds[row]:.2f} s, seed {seed + row}")
+    specs = [("ddim", 50, None), ("ddim", steps, None), ("ddim", steps, 1.0), ("perflow", steps, None)]
+    samplers = open_samplers(few_step, classic, specs, delta, teacher_guidance(guidance, embedded=model is None))
+    seeds = range(seed, seed + num_images)
+    data = EvaluationSet(prompts=[prompt] * num_images, latents=seeded_latents(classic, seeds))
+    rows = evaluate_samplers(samplers, data)
     title = f"{prompt} (same noise in each row)"
-    save_png(contact_sheet(images, captions, columns=len(columns), title=title), out, {})
+    save_png(comparison_sheet(rows, [f"seed {number}" for number in seeds], title=title), out, {})
     typer.echo(str(out))
 
 
-def _samplers(pipeline: Any, steps: int, guidance: float, delta: Path | None) -> list[Sampler]:
-    """The columns. The teacher's come first: PeRFlow's first picture merges the delta into the UNet they share."""
-    from diffusers import StableDiffusionXLPipeline
-
-    from ..evaluation.samplers import perflow_sampler, teacher_sampler
-
-    names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
-    parts = {name: getattr(pipeline, name) for name in names}
-    teacher = StableDiffusionXLPipeline(**parts, add_watermarker=False)
-    return [
-        teacher_sampler(teacher, "DDIM", TEACHER_STEPS, guidance),
-        teacher_sampler(teacher, "DDIM", steps, guidance),
-        teacher_sampler(teacher, "DDIM", steps, 1.0),
-        perflow_sampler(pipeline, steps, delta=delta),
-    ]
-
-
-def _draw(pipeline: Any, sampler: Sampler, prompt: str, seed: int, count: int) -> tuple[list[Image], list[float]]:
-    """The pictures and the seconds of each, one by one after an untimed first."""
-    import torch
-    from diffusers.image_processor import VaeImageProcessor
-    from tqdm.auto import tqdm
-
-    pictures, seconds = [], []
-    size = pipeline.unet.config.sample_size
-    for row in tqdm(range(-1, count), desc=sampler.label):
-        generator = torch.Generator("cpu").manual_seed(seed + max(row, 0))
-        latents = torch.randn(1, pipeline.num_channels_latents, size, size, generator=generator)
-        began = time.perf_counter()
-        image = sampler.draw([prompt], latents.to(pipeline.unet.device, pipeline.unet.dtype)).float().cpu()
-        if row >= 0:
-            seconds.append(time.perf_counter() - began)
-            pictures += VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(image))
-    return pictures, seconds
-
-
-def _check(
-    *, steps: int, guidance: float | None, num_images: int, model: str | None, delta: Path | None, out: Path
-) -> None:
+def _check(*, steps: int, guidance: float | None, num_images: int, delta: Path | None, out: Path) -> None:
     from ..atomic_files import require_writable_directory
     from ..core.windows import require_positive_int
     from ..delta.files import read_recipe
@@ -107,8 +59,6 @@ def _check(
     if guidance is not None:
         require_guidance(guidance)
     require_positive_int("num-images", num_images)
-    if model is not None and delta is None:
-        raise ValueError("--model without --delta leaves no teacher to compare with; pass a base and its delta.")
     if delta is not None:
         read_recipe(delta)
     if out.is_dir():

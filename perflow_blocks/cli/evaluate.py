@@ -1,140 +1,195 @@
-"""`perflow evaluate`: how good pictures of the embedded model, edits of others, and pictures of a fine-tune are."""
+"""`perflow evaluate`: how good a few-step model's images are, beside those of its teacher."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from .. import __version__
+from . import options
+from .generate import save_png
+
+TEACHER, PERFLOW = "teacher", "perflow"
+SAMPLERS = "perflow:4,perflow:8,ddim:8,dpm:8"
+DEMO_SAMPLERS = (
+    "dpm:50,ddim:8,dpm:8,ddim:4,dpm:4,ddim:2,dpm:2,ddim:8@1,dpm:8@1,ddim:4@1,dpm:4@1,perflow:4,perflow:6,perflow:8"
+)
+SDXL_GUIDANCE = 5.0  # StableDiffusionXLPipeline's default
+REPORT, RESULTS, SHEET = "report.md", "results.json", "sheet.png"
+_SAMPLER = re.compile(r"(perflow|stock|ddim|dpm|euler):([1-9]\d*)(?:@(\d+(?:\.\d+)?))?")
+
+Spec = tuple[str, int, float | None]
+"""Solver, steps, guidance."""
+
 
 def evaluate(
-    prompts: Annotated[int, typer.Option(help="Number of prompts, at least 2; 512 for figures worth quoting.")] = 512,
-    out: Annotated[Path | None, typer.Option(help="Write the tables to this Markdown file too.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Leave out the two rows of 50 steps.")] = False,
-    editing: Annotated[
-        bool,
-        typer.Option(
-            "--editing", help="Measure image-to-image and inpainting instead; --out puts a sheet (.png) beside."
-        ),
-    ] = False,
-    lora_ranks: Annotated[
+    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="The demo's prompts and judge of shapes and colours.")] = False,
+    model: options.Model = None,
+    delta: options.Delta = None,
+    unet: Annotated[
+        str | None, typer.Option(help="Folder of a merged UNet, as perflow merge writes it, instead of --delta.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Repository or directory of the teacher, where --model is few-step already.")
+    ] = None,
+    samplers: Annotated[
         str | None,
-        typer.Option(help="Compare the delta with LoRAs of these ranks instead, as in 8,32,64."),
+        typer.Option(
+            help="SOLVER:STEPS or SOLVER:STEPS@GUIDANCE, with commas between; perflow, or of the teacher ddim, dpm, "
+            f"euler and stock, its own scheduler. By default {SAMPLERS}."
+        ),
     ] = None,
-    finetuned: Annotated[
-        Path | None,
-        typer.Option(help="Measure the delta on the fine-tune in this directory instead; --out as with --editing."),
+    teacher: Annotated[
+        str | None, typer.Option(help="The sampler that PSNR and SSIM are measured to. By default stock:50.")
     ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Of the teacher's samplers, at least 0. By default 5; 3 with --demo.")
+    ] = None,
+    reference: Annotated[str, typer.Option(help="The images of FID and KID: a folder, or teacher.")] = TEACHER,
+    features: Annotated[
+        str | None, typer.Option(help="Network for FID and KID: inception, or a CLIP model. By default neither.")
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="CLIP model for the CLIP score, a repository or directory. By default none.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(help="How many prompts, at least 2. By default the whole file; 512 with --demo.")
+    ] = None,
+    seed: options.Seed = 0,
+    size: options.Size = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images drawn at once. By default 1; 32 with --demo.")] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    out: Annotated[Path, typer.Option(help="Directory for table, JSON file and sheet.")] = Path("outputs/evaluate"),
 ) -> None:
-    """Measure prompt accuracy and Frechet distance of teacher and PeRFlow, with standard errors and times."""
+    """Compare samplers on the same prompts and noise: closeness to the teacher, speed, FID, KID and CLIP score."""
     from ..atomic_files import require_writable_directory
 
     if find_spec("torchmetrics") is None:
         raise ValueError('evaluate needs torchmetrics; install it with pip install "perflow-blocks[eval]".')
-    given = {"--editing": editing, "--finetuned": finetuned is not None, "--lora-ranks": lora_ranks is not None}
-    others = [name for name, asked in given.items() if asked]
-    if others and quick:
-        raise ValueError(f"--quick leaves out rows that {others[0]} does not have; pass the one or the other.")
-    if len(others) > 1:
-        raise ValueError(f"{' and '.join(others)} are reports of their own; pass one of them.")
-    ranks = None if lora_ranks is None else _whole_numbers(lora_ranks)
-    if ranks is not None and find_spec("peft") is None:
-        raise ValueError("--lora-ranks needs peft; install it with pip install peft.")
-    if out is not None:
-        if out.is_dir() or out.suffix == ".png":
-            raise ValueError(f"--out {out} is {'a directory' if out.is_dir() else 'a picture'}; name a Markdown file.")
-        require_writable_directory(out.parent)
-    if ranks is not None:
-        _evaluate_lora(prompts, ranks, out)
-    elif editing:
-        _evaluate_editing(prompts, out)
-    elif finetuned is not None:
-        _evaluate_finetuned(finetuned, prompts, out)
+    if features == "inception" and find_spec("torch_fidelity") is None:
+        raise ValueError("--features inception needs torch-fidelity; install it, or name a CLIP model.")
+    if demo == (prompts is not None):
+        raise ValueError("pass one of --prompts FILE and --demo.")
+    if demo and (features or size):
+        raise ValueError("--features and --size cannot be combined with --demo, which has a distance of its own.")
+    if count is not None and count < 2:
+        raise ValueError(f"--count {count} gives no standard error; pass at least 2.")
+    texts = _read_prompts(prompts, count) if prompts else [""] * (count or 512)
+    if len(texts) < 2:
+        raise ValueError(f"{prompts} holds {len(texts)} prompts, which give no standard error; write at least 2.")
+    options.require_seeds(seed, len(texts))
+    first = parse_samplers(teacher or ("ddim:50" if demo else "stock:50"))
+    specs = parse_samplers(samplers or (DEMO_SAMPLERS if demo else SAMPLERS))
+    if len(first) > 1 or first[0][0] == PERFLOW:
+        raise ValueError(f"--teacher {teacher} must be one sampler of the base, such as stock:50.")
+    require_writable_directory(out)
+    pixels = options.parse_size(size)
+    place = options.choose_device(device or ("cpu" if demo else None))
+    from ..delta.files import read_recipe
+    from ..delta.recipe import require_guidance
+
+    if guidance is not None:
+        require_guidance(guidance)
+    if delta is not None:
+        read_recipe(delta)
+    few_step, classic = open_pipelines(model, delta, unet, base, place, options.choose_dtype(dtype, place))
+    from ..demo.judge import make_demo_set
+    from ..evaluation.measure import evaluate_samplers
+    from ..evaluation.metrics import clip_scorer, evaluation_set
+    from ..evaluation.samplers import seeded_latents
+
+    scale = teacher_guidance(guidance, embedded=demo or model is None)
+    if demo:
+        data = make_demo_set(len(texts), vae=classic.vae)
     else:
-        _evaluate_samplers(prompts, out, quick=quick)
+        folder = None if reference == TEACHER else Path(reference)
+        latents = seeded_latents(classic, range(seed, seed + len(texts)), pixels)
+        data = evaluation_set(texts, latents, features=features, reference=folder, device=place)
+    if clip:
+        data.scorers.append(clip_scorer(clip, data.prompts, place))
+    (target,) = open_samplers(few_step, classic, first, delta, scale)
+    others = open_samplers(few_step, classic, specs, delta, scale)
+    rows = evaluate_samplers(others, data, teacher=target, batch_size=batch_size or (32 if demo else 1))
+    settings = {"model": model or "embedded", "delta": delta and delta.name, "teacher": target.label, "seed": seed}
+    settings |= {"reference": reference, "features": features, "clip": clip, "perflow_blocks": __version__}
+    _write(out, rows, data.prompts, settings)
 
 
-def _evaluate_samplers(prompts: int, out: Path | None, *, quick: bool) -> None:
-    from ..evaluation.comparison import make_evaluation_set
-
-    data = make_evaluation_set(prompts)
-    from .pipeline import quiet_libraries
-
-    quiet_libraries()
-    from ..demo import teacher_pipeline
-    from ..evaluation.classifier import load_classifier
-    from ..evaluation.comparison import evaluate_samplers, report
-    from ..evaluation.samplers import demo_samplers
-
-    rows = evaluate_samplers(demo_samplers(quick=quick), data, load_classifier(), teacher_pipeline().vae)
-    _hand_over(report(rows), out)
-
-
-def _evaluate_lora(prompts: int, ranks: list[int], out: Path | None) -> None:
-    from ..evaluation.comparison import make_evaluation_set
-
-    data = make_evaluation_set(prompts)
-    from .pipeline import quiet_libraries
-
-    quiet_libraries()
-    from ..evaluation.classifier import load_classifier
-    from ..evaluation.lora_ranks import evaluate_lora_ranks, ranks_report
-
-    _hand_over(ranks_report(evaluate_lora_ranks(ranks, data, load_classifier())), out)
-
-
-def _whole_numbers(text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--lora-ranks {text!r} is no list of whole numbers; write them as in 8,32,64.") from error
-    if min(numbers) < 1 or len(set(numbers)) < len(numbers):
+def parse_samplers(text: str) -> list[Spec]:
+    """The samplers of a list such as "perflow:4,ddim:50@7.5"."""
+    matches = [_SAMPLER.fullmatch(part.strip()) for part in text.split(",")]
+    if not all(matches):
         raise ValueError(
-            f"--lora-ranks {text!r} has a rank below 1 or one twice; write different ones, as in 8,32,64."
+            f"samplers {text!r} must be SOLVER:STEPS or SOLVER:STEPS@GUIDANCE with commas between, such as "
+            "perflow:4,ddim:50@7.5; solvers are perflow, stock, ddim, dpm and euler."
         )
-    return numbers
+    return [(m[1], int(m[2]), float(m[3]) if m[3] else None) for m in matches if m]
 
 
-def _evaluate_editing(prompts: int, out: Path | None) -> None:
-    from ..evaluation.editing_set import make_editing_set
-
-    data = make_editing_set(prompts)
-    from .pipeline import quiet_libraries
-
-    quiet_libraries()
-    from ..demo import perflow_pipeline
-    from ..evaluation.classifier import load_classifier
-    from ..evaluation.editing_report import editing_report, editing_sheet
-    from .generate import save_png
-
-    pipe = perflow_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    _hand_over(editing_report(pipe, data, load_classifier()), out)
-    if out is not None:
-        save_png(editing_sheet(pipe, data), out.with_suffix(".png"), {})
+def _read_prompts(path: Path, count: int | None) -> list[str]:
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line][:count]
 
 
-def _evaluate_finetuned(directory: Path, prompts: int, out: Path | None) -> None:
-    from .pipeline import quiet_libraries
+def open_pipelines(
+    model: str | None, delta: Path | None, unet: str | None, base: str | None, place: Any, precision: Any
+) -> tuple[Any, Any]:
+    """The few-step pipeline, and the teacher as a classic one; they share all that they can."""
+    from diffusers import UNet2DConditionModel
 
-    quiet_libraries()
-    from ..evaluation.classifier import load_classifier
-    from ..evaluation.finetuned import finetuned_report, finetuned_sheet, make_finetuned_set, require_finetune
-    from .generate import save_png
+    from ..evaluation.samplers import classic_pipeline
+    from .pipeline import load_pipeline, model_location
 
-    require_finetune(directory)
-    data = make_finetuned_set(prompts)
-    _hand_over(finetuned_report(directory, data, load_classifier()), out)
-    if out is not None:
-        save_png(finetuned_sheet(directory, data), out.with_suffix(".png"), {})
+    few_step = load_pipeline(model_location(model), device=place, dtype=precision)
+    few_step.set_progress_bar_config(disable=True)
+    if (delta or unet or base or few_step.config.delta) is None:
+        raise ValueError(f"--model {model} has no delta; pass --delta, --unet, or its teacher as --base.")
+    teacher = few_step if base is None else load_pipeline(model_location(base), device=place, dtype=precision)
+    classic = classic_pipeline(teacher)
+    if unet is not None:
+        few_step.update_components(unet=UNet2DConditionModel.from_pretrained(unet, dtype=precision).to(place))
+    return few_step, classic
 
 
-def _hand_over(text: str, out: Path | None) -> None:
+def teacher_guidance(given: float | None, *, embedded: bool) -> float:
+    """By default what the embedded model was distilled with, or that of the classic pipeline."""
+    from ..demo.models import GUIDANCE_SCALE
+
+    return given if given is not None else GUIDANCE_SCALE if embedded else SDXL_GUIDANCE
+
+
+def open_samplers(few_step: Any, classic: Any, specs: list[Spec], delta: Path | None, guidance: float) -> list[Any]:
+    """Those of the teacher come first: PeRFlow's first image merges the delta into the UNet that they may share."""
+    from ..evaluation.samplers import perflow_sampler, teacher_sampler
+
+    return [
+        perflow_sampler(few_step, steps, delta=delta, guidance_scale=scale)
+        if solver == PERFLOW
+        else teacher_sampler(classic, solver, steps, guidance if scale is None else scale)
+        for solver, steps, scale in sorted(specs, key=lambda spec: spec[0] == PERFLOW)
+    ]
+
+
+def _write(out: Path, rows: list[Any], prompts: Sequence[str], settings: dict[str, Any]) -> None:
     from ..atomic_files import atomic_path
+    from ..evaluation.measure import as_tree, comparison_sheet, markdown
 
+    text = (
+        f"{markdown(rows)}\n\n{len(prompts)} prompts, the same noise in every row; ± is one standard error, with KID "
+        "the deviation over its subsets. The second table compares image by image. NFE counts rows of the UNet per "
+        f"image, so guidance counts double. PSNR and SSIM are to the images of: {settings['teacher']}."
+    )
+    results = {"settings": settings, "prompts": list(prompts), "rows": as_tree(rows)}
+    for name, content in ((REPORT, text), (RESULTS, json.dumps(results, indent=2, ensure_ascii=False))):
+        with atomic_path(out / name) as temporary:
+            temporary.write_text(content + "\n", encoding="utf-8")
+    save_png(comparison_sheet(rows, prompts), out / SHEET, {})
     typer.echo(text)
-    if out is not None:
-        with atomic_path(out) as temporary:
-            temporary.write_text(text + "\n")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from . import options
+from .tables import aligned
 
 
 def export(
@@ -39,6 +41,7 @@ def export(
         raise ValueError(f"--revision {revision} is for the blocks of SOURCE; pass --trust-remote-code with it.")
     if notes is not None and not notes.is_file():
         raise ValueError(f"--notes {notes} is not a file; pass a Markdown file.")
+    from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
     from ..hub.export import export_workflow
     from .pipeline import model_location, quiet_libraries
     from .progress import busy
@@ -51,7 +54,7 @@ def export(
 
             pipe = load_workflow(location, revision=revision, trust_remote_code=True, load_components=False)
         else:
-            pipe = _preset(location)
+            pipe = PeRFlowSDXLAutoBlocks().init_pipeline(location)
         if weights == "include":
             pipe.load_components(_sources(pipe), dtype=precision)
     with busy(f"writing {directory}"):
@@ -75,28 +78,15 @@ def export(
 def list_written(directory: Path) -> list[str]:
     """A line for each file at the top and each folder, with its size in bytes."""
     files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
-    sizes: dict[str, int] = {}
+    sizes = Counter[str]()
     for path in files:
         top, *inner = path.relative_to(directory).parts
-        place = f"{top}/" if inner else top
-        sizes[place] = sizes.get(place, 0) + path.stat().st_size
-    width = max(map(len, sizes))
-    lines = [f"  {place:<{width}}  {size:>15,} bytes" for place, size in sizes.items()]
-    return [f"{directory}: {len(files)} files, {sum(sizes.values()):,} bytes", *lines]
+        sizes[f"{top}/" if inner else top] += path.stat().st_size
+    lines = aligned([[place, f"{size:,} bytes"] for place, size in sizes.items()])
+    return [f"{directory}: {len(files)} files, {sizes.total():,} bytes", *(f"  {line}" for line in lines)]
 
 
 def _sources(pipe: Any) -> list[str]:
     """The components that the source has; one that its index names without a type it has not."""
     names = pipe.pretrained_component_names
     return [name for name in names if pipe.get_component_spec(name).type_hint is not None]
-
-
-def _preset(location: str) -> Any:
-    from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
-
-    try:
-        return PeRFlowSDXLAutoBlocks().init_pipeline(location)
-    except OSError as error:
-        raise ValueError(
-            f"cannot read {location} ({error}); pass a directory or repository of an SDXL model."
-        ) from error

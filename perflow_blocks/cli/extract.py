@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,8 +64,7 @@ def extract(
                 "config.json."
             )
     difference = open_difference(weights[0], weights[1])
-    recipe = replace(recipe, base_sha256=_sha256(base, base_variant))
-    save_delta(difference, out, recipe, precision, base=unet, progress=True)
+    save_delta(difference, out, recipe, precision, progress=True)
     typer.echo(f"{out}: {len(difference.shapes)} tensors, {out.stat().st_size / 1e6:,.1f} MB")
 
 
@@ -83,14 +80,3 @@ def _noise_schedule(scheduler: Path | None, base: Path) -> dict[str, Any] | None
     from ..delta.recipe import noise_schedule_of
 
     return noise_schedule_of(read_json(file)) or None
-
-
-def _sha256(base: Path, variant: str | None) -> str | None:
-    """Of the base's file; None where it is in several."""
-    from ..delta.files import find_weights
-
-    path = base if base.is_file() else find_weights(base, variant)
-    if path.suffix == ".json":
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

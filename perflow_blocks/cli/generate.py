@@ -31,6 +31,7 @@ class Request:
     steps: int | None
     size: tuple[int, int] | None
     delta: Path | None
+    guidance: float | None = None
 
     def call(self, pipeline: Any) -> tuple[Image, int]:
         """The image and its number of steps. The noise is the CPU's, so that a seed means the same on every device."""
@@ -43,6 +44,7 @@ class Request:
             "width": self.size and self.size[0],
             "height": self.size and self.size[1],
             "delta": self.delta,
+            "guidance_scale": self.guidance,
         }
         given = {name: value for name, value in arguments.items() if value is not None}
         generator = torch.Generator("cpu").manual_seed(self.seed)
@@ -71,17 +73,18 @@ def generate(
     chosen_size = options.parse_size(size)
     place = options.choose_device(device)
     precision = options.choose_dtype(dtype, place)
-    from .pipeline import load_pipeline, model_location, set_guidance
+    from .pipeline import load_pipeline, model_location
 
-    location = model_location(model)
-    pipeline = load_pipeline(location, device=place, dtype=precision)
-    if guidance is not None:
-        set_guidance(pipeline, guidance)
+    pipeline = load_pipeline(model_location(model), device=place, dtype=precision)
     wanted = [prompt for prompt in prompts for _ in range(num_images)]
-    requests = [
-        Request(prompt=prompt, negative=negative, seed=seed + i, steps=steps, size=chosen_size, delta=delta)
-        for i, prompt in enumerate(wanted)
-    ]
+    common: dict[str, Any] = {
+        "negative": negative,
+        "steps": steps,
+        "size": chosen_size,
+        "delta": delta,
+        "guidance": guidance,
+    }
+    requests = [Request(prompt=prompt, seed=seed + i, **common) for i, prompt in enumerate(wanted)]
     written = draw(pipeline, requests, out, model=model or "embedded")
     typer.echo("\n".join(str(path) for path in written))
 
@@ -113,7 +116,7 @@ def describe(pipeline: Any, request: Request, image: Image, steps: int, model: s
         "prompt": request.prompt,
         "negative": request.negative,
         "steps": steps,
-        "guidance": pipeline.guider.guidance_scale,
+        "guidance": pipeline.guider.guidance_scale if request.guidance is None else request.guidance,
         "seed": request.seed,
         "size": list(image.size),
         "model": model,

@@ -34,20 +34,15 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSummary:
-    """One tensor: its name, kind of layer, stored type, number of values, and norm.
-
-    Attributes:
-        squared_norm: sum of the squares; NaN or infinite where a value is.
-        size: norm over that of the base's tensor, or without a base the root mean square.
-    """
+    """One tensor of a file."""
 
     name: str
-    kind: str
+    kind: str  # of layer
     dtype: str
     parameters: int
     bytes: int
-    squared_norm: float
-    size: float
+    squared_norm: float  # NaN or infinite where a value is
+    size: float  # norm over that of the base's tensor, or without a base the root mean square
 
 
 def inspect(
@@ -66,7 +61,6 @@ def inspect(
     if base is not None:
         options.require_weights("base", base)
     from ..delta.files import open_weights, read_recipe
-    from ..delta.recipe import ARCHITECTURE_KEY
     from .unets import find_config
 
     weights = open_weights(path, variant, allow_pickle=allow_pickle)
@@ -77,8 +71,6 @@ def inspect(
     tensors = summarize(weights, own, None if unet is None else unet.config)
     what = what_weights_are(weights)
     lines = [f"{path}: {_folder_kind(path)}{what}", *_totals(tensors), _recipe_line(recipe)]
-    if architecture := weights.metadata.get(ARCHITECTURE_KEY):
-        lines.append(f"architecture: {architecture[:12]}")
     lines += records
     if what == "LoRA":
         lines.append(_ranks(weights))
@@ -94,14 +86,7 @@ def inspect(
 def summarize(
     weights: Weights, base: Weights | None = None, config: Mapping[str, Any] | None = None
 ) -> list[TensorSummary]:
-    """Reads every tensor once; sizes are relative to `base` where it is given.
-
-    The two may be named differently: for original Latent Diffusion names `config` is the configuration of the UNet.
-    diffusers' progress bar shows the tensors.
-
-    Raises:
-        ValueError: a tensor is missing from the base.
-    """
+    """Reads every tensor once; sizes are relative to `base`. `config` is the UNet's, to translate original names."""
     from diffusers.utils import logging
 
     from ..delta.files import named_alike
@@ -132,14 +117,12 @@ def summarize(
 
 def what_weights_are(weights: Weights) -> str:
     """ "LoRA", "delta", "weights" (of a model), or "delta or weights" where no normalization layer tells."""
-    from ..delta.files import WHOLE_NORM, is_lora, mean_norm_scale
+    from ..delta.files import holds_differences, is_lora
 
     if is_lora(weights.shapes):
         return "LoRA"
-    mean = mean_norm_scale(weights)
-    if mean is None:
-        return "delta or weights"
-    return "weights" if mean > WHOLE_NORM else "delta"
+    kinds = {None: "delta or weights", True: "delta", False: "weights"}
+    return kinds[holds_differences(weights)]
 
 
 def kind_of(name: str, shape: tuple[int, ...]) -> str:
@@ -196,13 +179,13 @@ def _ranks(weights: Weights) -> str:
 
 def _kind_table(tensors: list[TensorSummary]) -> list[str]:
     """Number of tensors and values by kind, the kind with most values first."""
-    kinds: dict[str, list[TensorSummary]] = {}
+    count, numbers, squares = Counter[str](), Counter[str](), dict[str, float]()
     for tensor in tensors:
-        kinds.setdefault(tensor.kind, []).append(tensor)
-    rows = []
-    for kind, members in kinds.items():
-        numbers = sum(tensor.parameters for tensor in members)
-        mean = (sum(tensor.squared_norm for tensor in members) / numbers) ** 0.5 if numbers else 0.0
-        rows.append((numbers, [kind, str(len(members)), f"{numbers:,}", f"{mean:.3g}"]))
-    rows.sort(key=lambda row: -row[0])
-    return aligned([["kind", "tensors", "numbers", "root mean square"], *(row for _, row in rows)])
+        count[tensor.kind] += 1
+        numbers[tensor.kind] += tensor.parameters
+        squares[tensor.kind] = squares.get(tensor.kind, 0.0) + tensor.squared_norm
+    rows = [["kind", "tensors", "numbers", "root mean square"]]
+    for kind, total in numbers.most_common():
+        mean = (squares[kind] / total) ** 0.5 if total else 0.0
+        rows.append([kind, str(count[kind]), f"{total:,}", f"{mean:.3g}"])
+    return aligned(rows)

@@ -48,7 +48,7 @@ def merge(
     from ..delta.apply import require_architecture
     from ..delta.files import open_weights
     from ..delta.merge import find_merged, merge_delta
-    from .progress import busy, read_with_bar
+    from .progress import busy
 
     weights = open_weights(delta, delta_variant)
     require_architecture(weights, require_own_weights(folder, variant))
@@ -56,8 +56,8 @@ def merge(
         unet = load_unet(folder, variant, precision)
         if find_merged(unet, weights) is not None:
             raise ValueError(f"{delta} is merged into {model} already; take it out with perflow unmerge first.")
-    with read_with_bar(weights, f"merging {delta.name}") as shown:
-        record = merge_delta(unet, shown, scale, base=open_weights(folder, variant))
+    with busy(f"merging {delta.name}"):
+        record = merge_delta(unet, weights, scale, base=open_weights(folder, variant))
     with busy(f"writing {out}"):
         save_unet(unet, out, written)
     typer.echo(f"{out}: {delta} merged at scale {record.scale:g}")
@@ -87,14 +87,14 @@ def unmerge(
     from ..delta.apply import require_architecture
     from ..delta.files import open_weights
     from ..delta.merge import unmerge_delta
-    from .progress import busy, read_with_bar
+    from .progress import busy
 
     weights = open_weights(delta, delta_variant)
     require_architecture(weights, unets.require_own_weights(folder, variant))
     with busy(f"loading {folder}"):
         unet = unets.load_unet(folder, variant, precision)
-    with read_with_bar(weights, f"taking out {delta.name}") as shown:
-        (record,) = unmerge_delta(unet, shown, exact=False)
+    with busy(f"taking out {delta.name}"):
+        (record,) = unmerge_delta(unet, weights, exact=False)
     with busy(f"writing {out}"):
         unets.save_unet(unet, out, written)
     left = f"; {', '.join(entry.source for entry in merge_records(unet))} left in it" if merge_records(unet) else ""

@@ -51,30 +51,15 @@ def load_pipeline(location: str, *, device: torch.device, dtype: torch.dtype) ->
     """The preset's text-to-image workflow with the weights of a directory or repository, whose own code is not run.
 
     Raises:
-        ValueError: the location cannot be read, or lacks a component that generation needs.
+        OSError: the location cannot be read.
+        ValueError: it lacks a component that generation needs.
     """
     quiet_libraries()
     from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
 
-    try:
-        pipeline = PeRFlowSDXLAutoBlocks().get_workflow("text2image").init_pipeline(location)
-        pipeline.load_components(dtype=dtype)
-    except OSError as error:
-        raise ValueError(
-            f"cannot load {location} ({error}); pass a directory or a repository of an SDXL model."
-        ) from error
+    pipeline = PeRFlowSDXLAutoBlocks().get_workflow("text2image").init_pipeline(location)
+    pipeline.load_components(dtype=dtype)
     missing = [name for name in pipeline.null_component_names if name != "scheduler"]
     if missing:
         raise ValueError(f"{location} gave no {', '.join(missing)}; pass a complete SDXL model.")
     return pipeline.to(device)
-
-
-def set_guidance(pipeline: Any, scale: float) -> None:
-    """Replaces the pipeline's guider by one of the same kind with another scale, which no recipe then overrides."""
-    logger = logging.getLogger("diffusers.modular_pipelines.modular_pipeline")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it remarks that the guider is not from a ComponentSpec, which is the point
-    try:
-        pipeline.update_components(guider=pipeline.guider.new(guidance_scale=scale))
-    finally:
-        logger.setLevel(level)

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
-from torch import Tensor
-
-from ..delta.files import Weights
 
 
 @contextmanager
@@ -18,30 +13,3 @@ def busy(what: str) -> Iterator[None]:
     """Shows that something is going on."""
     with Console(stderr=True).status(what):
         yield
-
-
-@contextmanager
-def read_with_bar(weights: Weights, what: str) -> Iterator[Weights]:
-    """The same weights; a bar shows how many of their tensors have been read."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=len(weights.shapes))
-        yield CountedWeights(weights, lambda: bar.advance(task))
-
-
-class CountedWeights(Weights):
-    """Weights that say when a tensor is read for the first time."""
-
-    def __init__(self, weights: Weights, count: Callable[[], Any]) -> None:
-        self.sources, self._count = (weights,), count
-        self._read: set[str] = set()
-        self.label, self.shapes, self.metadata = weights.label, weights.shapes, weights.metadata
-
-    def tensor(self, name: str) -> Tensor:
-        if name not in self._read:
-            self._read.add(name)
-            self._count()
-        return self.sources[0].tensor(name)
-
-    def sample(self, name: str) -> Tensor:
-        return self.sources[0].sample(name)

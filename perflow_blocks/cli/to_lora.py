@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import Annotated, get_args
 
 import typer
 
 from . import options
-
-if TYPE_CHECKING:
-    from ..delta.lora import DeltaLora
 
 
 def to_lora(
@@ -40,18 +37,17 @@ def to_lora(
     if layout not in get_args(Layout):
         raise ValueError(f"--layout {layout} is unknown; pass one of {', '.join(get_args(Layout))}.")
     precision = options.parse_dtype(dtype)
-    options.require_free_file("--out", out, force)
-    if residual is not None:
-        options.require_free_file("--residual", residual, force)
-        if residual.resolve() == out.resolve():
-            raise ValueError(f"--residual {residual} is --out too; name two files.")
     options.require_weights("delta", delta)
-    for option, path in (("--out", out), ("--residual", residual)):
-        if path is not None and path.resolve() == delta.expanduser().resolve():
-            raise ValueError(f"{option} {path} is the delta itself; name another file.")
+    written = [("--out", out)] if residual is None else [("--out", out), ("--residual", residual)]
+    taken = {delta.expanduser().resolve()}
+    for option, path in written:
+        options.require_free_file(option, path, force)
+        if path.resolve() in taken:
+            raise ValueError(f"{option} {path} is the delta or another output too; name another file.")
+        taken.add(path.resolve())
     place = options.choose_device(device)
     from ..delta.files import open_weights
-    from ..delta.lora import delta_to_lora
+    from ..delta.lora import delta_to_lora, save_residual
     from .unets import find_config
 
     unet = find_config(config, delta)
@@ -66,20 +62,12 @@ def to_lora(
     )
     save_lora(converted, out, layout)  # type: ignore[arg-type]
     typer.echo(f"{out}: {converted.report}")
-    typer.echo(_write_residual(converted, residual))
-
-
-def _write_residual(converted: DeltaLora, path: Path | None) -> str:
-    """Writes the residual to the file that is named for it, of which none older stays; says what was done."""
-    from ..delta.lora import save_residual
-
-    if converted.residual and path is not None:
-        save_residual(converted, path)
-        return f"{path}: {len(converted.residual)} tensors, to be merged beside the LoRA."
-    if converted.residual:
-        return "The tensors kept in full are in no file; --residual writes them."
-    if path is None:
-        return "Nothing is left beside it."
-    old = path.exists()
-    path.unlink(missing_ok=True)
-    return f"{path}: {'removed, as' if old else 'not written:'} the LoRA holds the whole delta."
+    if not converted.residual:
+        if residual is not None:
+            residual.unlink(missing_ok=True)  # an older one is not of this LoRA
+        typer.echo("Nothing is left beside it: no residual is written.")
+    elif residual is None:
+        typer.echo("The tensors kept in full are in no file; --residual writes them.")
+    else:
+        save_residual(converted, residual)
+        typer.echo(f"{residual}: {len(converted.residual)} tensors, to be merged beside the LoRA.")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from ..atomic_files import atomic_directory
+from ..atomic_files import atomic_directory, require_writable_directory
 from ..delta.apply import require_architecture
 from ..delta.files import find_weights, listed, open_weights, read_json, variants_of
 
@@ -21,10 +21,7 @@ def find_unet(path: Path) -> Path | None:
 
 
 def require_unet(path: Path) -> Path:
-    """
-    Raises:
-        ValueError: there is no UNet in a directory of this name.
-    """
+    """The folder of a UNet at a path; ValueError where there is none."""
     folder = find_unet(path.expanduser())
     if folder is None:
         state = "holds no UNet" if path.is_dir() else "is a file" if path.exists() else "does not exist"
@@ -33,11 +30,7 @@ def require_unet(path: Path) -> Path:
 
 
 def find_config(config: Path | None, *models: Path) -> UNet2DConditionModel | None:
-    """The UNet, without values, of a configuration that is named, else of the first of the models that has one.
-
-    Raises:
-        ValueError: the configuration that is named is no UNet's, or one makes no UNet.
-    """
+    """The UNet, without values, of a configuration that is named, else of the first of the models that has one."""
     if config is not None:
         return empty_unet(require_unet(config.parent if config.is_file() else config))
     folder = next((found for model in models if (found := find_unet(model.expanduser()))), None)
@@ -45,21 +38,13 @@ def find_config(config: Path | None, *models: Path) -> UNet2DConditionModel | No
 
 
 def stored_variant(folder: Path, variant: str | None) -> str | None:
-    """The variant of a UNet folder's weights: the one that is named, or the only one there is.
-
-    Raises:
-        ValueError: there is no such variant, or it is not clear which one is meant.
-    """
+    """The variant of a UNet folder's weights: the one that is named, or the only one there is."""
     name = find_weights(folder, variant).name
     return variants_of([name])[name]
 
 
 def empty_unet(folder: Path) -> UNet2DConditionModel:
-    """The UNet of a folder's configuration, without values.
-
-    Raises:
-        ValueError: the configuration makes no UNet.
-    """
+    """The UNet of a folder's configuration, without values; ValueError where it makes none."""
     try:
         with torch.device("meta"):
             return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
@@ -68,42 +53,27 @@ def empty_unet(folder: Path) -> UNet2DConditionModel:
 
 
 def load_unet(folder: Path, variant: str | None, dtype: torch.dtype | None) -> UNet2DConditionModel:
-    """The UNet on the CPU, in the type it is stored in unless another is named.
-
-    Raises:
-        ValueError: the weights cannot be read, or are not those of the configuration.
-    """
+    """The UNet on the CPU, in the type it is stored in unless another is named."""
     from .pipeline import quiet_libraries
 
     quiet_libraries()
     if dtype is None:
         weights = open_weights(folder, variant)
         dtype = weights.tensor(next(iter(weights.shapes))).dtype
-    try:
-        return UNet2DConditionModel.from_pretrained(
-            folder, variant=variant, dtype=dtype, use_safetensors=True, local_files_only=True
-        )
-    except OSError as error:
-        raise ValueError(f"cannot load {folder} ({error}); pass the directory of a saved UNet.") from error
+    return UNet2DConditionModel.from_pretrained(
+        folder, variant=variant, dtype=dtype, use_safetensors=True, local_files_only=True
+    )
 
 
 def require_own_weights(folder: Path, variant: str | None) -> UNet2DConditionModel:
-    """The folder's UNet without values, once its files are known to hold all of it: diffusers fills gaps at random.
-
-    Raises:
-        ValueError: the weights cannot be read, or are not those of the configuration.
-    """
+    """The folder's UNet without values, once its files are known to hold all of it: diffusers fills gaps at random."""
     unet = empty_unet(folder)
     require_architecture(open_weights(folder, variant), unet)
     return unet
 
 
 def save_unet(unet: UNet2DConditionModel, out: Path, variant: str | None) -> None:
-    """Writes a UNet folder whole or not at all, its weights in files of the variant.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
+    """Writes a UNet folder whole or not at all, its weights in files of the variant."""
     with atomic_directory(out) as temporary:
         unet.save_pretrained(temporary, variant=variant)
 
@@ -115,8 +85,6 @@ def require_free_directory(out: Path, force: bool, variant: str | None) -> str |
         ValueError: nothing can be written there; something stands there and `force` is not given; or it is no UNet
             folder, or holds files that would not be replaced, which are never deleted.
     """
-    from ..atomic_files import require_writable_directory
-
     kept = None
     if out.is_dir() and any(out.iterdir()):
         if not force:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import reduce
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -25,24 +24,19 @@ from .files import (
     row_chunks,
     rows_of,
 )
-from .recipe import ARCHITECTURE_KEY
+from .recipe import DeltaRecipe
 
-INPUT_WEIGHT = "conv_in.weight"
-"""The one UNet weight, (output channels, input channels, k, k), whose shape depends on what the UNet is fed."""
-
-LATENT_CHANNELS = 4
-"""Input channels of a UNet that is fed noisy latents only. An inpainting UNet has 9: these, then the mask and the
-latents of the masked image."""
-
+INPUT_WEIGHT = "conv_in.weight"  # the one UNet weight whose shape depends on what the UNet is fed
+LATENT_CHANNELS = 4  # of its input; an inpainting UNet has 9: then come the mask and the masked image's latents
 BESIDE = (".processor.", ".encoder_hid_proj.", ".to_qkv.", ".to_kv.", ".lora_")
 """Parts of the names of weights that stand beside a model's own: of IP-Adapters, fused projections, LoRA."""
 
-WRAPPED = ".base_layer."
-"""What peft puts into the name of a weight that it has wrapped."""
+WRAPPED = ".base_layer."  # what peft puts into the name of a weight that it has wrapped
+PARTIAL_KEY = "perflow.partial"  # in a file's metadata: "true" if the model may have weights that the file lacks
+CONFIG_KEY = "_perflow_merges"
+"""In the model's configuration. diffusers saves and reads keys with an underscore and gives them to no constructor."""
 
-PARTIAL_KEY = "perflow.partial"
-"""In a file's metadata, with the value "true": the model may have weights that the file does not name."""
-
+NO_RECIPE = DeltaRecipe()  # of a delta that does not say how to sample
 _INTEGERS = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
@@ -51,89 +45,119 @@ _INTEGERS = {
 }
 """The types of weights that a delta can be merged into, and integers of their size."""
 
-GPU_CHUNKS = 8
-"""How many chunks at a time on a GPU, where every one costs some waiting."""
-
-Part = tuple[Tensor, float]
+GPU_CHUNKS = 8  # how many chunks at a time on a GPU, where every one costs some waiting
+Piece = tuple[str, int, int]  # rows of a weight: its name, the first row, the last row + 1
 
 
 @dataclass(frozen=True)
-class Term:
-    """A delta, under the model's names, with its factors."""
+class MergeRecord:
+    """A delta that is merged into a model.
 
-    weights: Weights
+    Attributes:
+        source: where it was read from: the path, absolute unless the model was saved since.
+        digest: its `identity_of`; this, not the path, tells deltas apart. Empty for a model that version 0.1.0 saved,
+            until the delta is seen again.
+        scale: the factor of dW in the weights.
+        scales: further factors, (pattern, factor) for names of weights; the first pattern that matches counts.
+        recipe: the sampling settings that came with it.
+        reloaded: whether the model was saved with it and loaded again, so that it is part of the base.
+        weights: the delta under the model's names, as it was read last; None until it is seen again.
+    """
+
+    source: str
+    digest: str
     scale: float
     scales: tuple[tuple[str, float], ...] = ()
+    recipe: DeltaRecipe = NO_RECIPE
+    reloaded: bool = False
+    weights: Weights | None = field(default=None, compare=False, repr=False)
 
     def factor(self, name: str) -> float:
         """Of one weight; 0 where the delta does not hold it."""
-        if name not in self.weights.shapes:
+        if self.weights is None or name not in self.weights.shapes:
             return 0.0
         return self.scale * next((factor for pattern, factor in self.scales if fnmatchcase(name, pattern)), 1.0)
 
+    def to_config(self) -> dict[str, Any]:
+        """For the model's configuration, in JSON's types. Of the path only the name, as the rest is this machine's."""
+        source, recipe = Path(self.source).name, self.recipe.to_metadata()
+        known = {"source": source, "digest": self.digest, "sampled": True, "scale": self.scale}
+        return {**known, "scales": [list(pair) for pair in self.scales], "recipe": recipe}
 
-def fit_delta(weights: Weights, module: nn.Module) -> tuple[Weights, dict[str, Tensor], int]:
-    """Where a delta can be added. Looks at names, shapes and types, not at values.
+    @classmethod
+    def from_config(cls, entry: Mapping[str, Any]) -> MergeRecord:
+        """The inverse of `to_config`, for a model that was loaded.
 
-    Returns:
-        The delta under the model's names; by these, what each tensor is added to: the model's weight, or the part of
-        it that has the tensor's shape (tied weights are there once); how many input channels the delta leaves alone.
-    """
-    weights = named_as_model(weights, own_weights(module), getattr(module, "config", {}))
-    own = own_weights(module, set(weights.shapes))
-    _require_mergeable(module, weights.label, {name: own[name] for name in weights.shapes if name in own})
-    targets = floating_entries(own)
-    extra = _require_shapes(weights, module, targets)
-    if extra:
-        targets[INPUT_WEIGHT] = targets[INPUT_WEIGHT][:, :LATENT_CHANNELS]  # a view: no copy, and writable in place
-    once = {id(targets[name]): name for name in reversed(list(weights.shapes))}
-    return weights, {name: targets[name] for name in weights.shapes if once[id(targets[name])] == name}, extra
+        Version 0.1.0 wrote a digest of all values, which cannot be compared with today's: such a record is matched by
+        the delta's file name and recipe.
+        """
+        digest = str(entry["digest"]) if entry.get("sampled") else ""
+        scales = tuple((str(pattern), float(factor)) for pattern, factor in entry["scales"])
+        recipe = DeltaRecipe.from_metadata(entry["recipe"])
+        return cls(entry["source"], digest, float(entry["scale"]), scales, recipe, reloaded=True)
 
 
-def fit_base(weights: Weights, module: nn.Module) -> Weights:
-    """Those of the weights that a model may have been loaded from, under the model's names: of equal shapes."""
-    own = own_weights(module)
-    weights = named_as_model(weights, own, getattr(module, "config", {}))
-    fitting = {name: name for name, tensor in own.items() if weights.shapes.get(name) == tuple(tensor.shape)}
-    if not fitting:
-        raise ValueError(f"base={weights.label} holds no weight of this {type(module).__name__}; leave base out.")
-    places = {name: weights.tensor(name).untyped_storage().data_ptr() for name in fitting if own[name].numel()}
-    shared = [name for name, place in places.items() if place == own[name].untyped_storage().data_ptr()]
-    if shared:
-        raise ValueError(
-            f"base={weights.label} shares its memory with the model ({listed(shared)}), which merging changes; pass "
-            "the files, or copies of the weights."
-        )
-    return RenamedWeights(weights, fitting)
+def factors(records: Sequence[MergeRecord], name: str) -> list[tuple[Weights, float]]:
+    """The deltas that change a weight beside its base, and by what factor."""
+    return [(r.weights, factor) for r in records if r.weights and not r.reloaded and (factor := r.factor(name))]
+
+
+def own_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The model's weights by the names that they have without adapters, and without those of the adapters."""
+    state = module.state_dict(keep_vars=True)
+    return {n.replace(WRAPPED, "."): t for n, t in state.items() if not any(part in f".{n}" for part in BESIDE)}
+
+
+def under_own_names(weights: Weights, module: nn.Module) -> Weights:
+    """The weights under the model's names, as far as they are in another layout of them."""
+    return named_as_model(weights, own_weights(module), getattr(module, "config", {}))
 
 
 def require_architecture(weights: Weights, module: nn.Module) -> Weights:
     """The delta under the model's names, once those and the shapes fit; the model may be without values, on "meta"."""
-    weights = named_as_model(weights, own_weights(module), getattr(module, "config", {}))
-    _require_shapes(weights, module, floating_entries(own_weights(module, set(weights.shapes))))
-    return weights
+    return fit_delta(weights, module)[0]
 
 
-def architecture_of(module: nn.Module) -> str:
-    """Identifies the names and shapes of a model's weights, whatever number of channels it is fed: 64 hex digits."""
-    shapes = sorted((n, list(t.shape)) for n, t in floating_entries(own_weights(module)).items() if n != INPUT_WEIGHT)
-    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+def fit_delta(weights: Weights, module: nn.Module) -> tuple[Weights, dict[str, Tensor]]:
+    """The delta under the model's names, and what its tensors are added to, once names and shapes fit.
 
-
-def own_weights(module: nn.Module, named: Container[str] = ()) -> dict[str, Tensor]:
-    """The model's weights by the names that they have without adapters, whose own a delta does not speak of.
-
-    What is `named` counts as the model's own, whatever it is called.
+    This is the model's weight, or of an input layer with more channels than the delta's the part for the latents.
     """
-    state = module.state_dict(keep_vars=True)
-    return {
-        name.replace(WRAPPED, "."): tensor
-        for name, tensor in state.items()
-        if name in named or not any(part in f".{name}" for part in BESIDE)
-    }
+    weights = under_own_names(weights, module)
+    targets = floating_entries(own_weights(module))
+    whole = targets.get(INPUT_WEIGHT)
+    if whole is not None and whole.dim() == 4:
+        part = whole[:, :LATENT_CHANNELS]  # a view: no copy, and writable in place
+        if weights.shapes.get(INPUT_WEIGHT) == tuple(part.shape):
+            targets[INPUT_WEIGHT] = part
+    own = {name: tuple(weight.shape) for name, weight in targets.items()}
+    partial = weights.metadata.get(PARTIAL_KEY) == "true"
+    mismatch = describe_mismatch(weights.shapes, own, given="the file", expected="the model", partial=partial)
+    if mismatch:
+        raise ValueError(
+            f"{weights.label} does not fit this {type(module).__name__}: {mismatch}. Pass a delta that was extracted "
+            "from the same architecture."
+        )
+    return weights, {name: targets[name] for name in weights.shapes}
 
 
-def _require_mergeable(module: nn.Module, label: str, targets: Mapping[str, Tensor]) -> None:
+def fit_base(weights: Weights, module: nn.Module) -> Weights:
+    """Those of the weights that a model may have been loaded from, under the model's names: of equal shapes."""
+    own, weights = own_weights(module), under_own_names(weights, module)
+    fitting = {name: name for name, tensor in own.items() if weights.shapes.get(name) == tuple(tensor.shape)}
+    if not fitting:
+        raise ValueError(f"base={weights.label} holds no weight of this {type(module).__name__}; leave base out.")
+    if any(weights.tensor(name).data_ptr() == own[name].data_ptr() for name in fitting if own[name].numel()):
+        raise ValueError(
+            f"base={weights.label} shares its memory with the model, which merging changes; pass the files, or copies "
+            "of the weights."
+        )
+    return RenamedWeights(weights, fitting)
+
+
+def require_mergeable(module: nn.Module, weights: Weights) -> None:
+    """Raises ValueError where values that the delta names are kept in another way than as plain floating point."""
+    targets = {name: tensor for name, tensor in own_weights(module).items() if name in weights.shapes}
     attentions = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, Attention))
     fused = [name for name, layer in attentions if "Fused" in type(layer.processor).__name__]
     # Quantized and sharded weights are integers, or tensor subclasses whose arithmetic is their own.
@@ -145,89 +169,54 @@ def _require_mergeable(module: nn.Module, label: str, targets: Mapping[str, Tens
         (offloaded, "offloaded weights (device 'meta')", "merge before enabling offload"),
     ):
         if names:
-            raise ValueError(f"cannot merge {label} into {kind} ({listed(names)}); {remedy}.")
-
-
-def _require_shapes(delta: Weights, module: nn.Module, weights: Mapping[str, Tensor]) -> int:
-    """The input channels that the model has more than the delta, once nothing else differs."""
-    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    remedy = "Pass a delta that was extracted from the same architecture."
-    given, own = delta.shapes.get(INPUT_WEIGHT, ()), shapes.get(INPUT_WEIGHT, ())
-    extra = 0
-    if len(given) == len(own) == 4 and (given[0], *given[2:]) == (own[0], *own[2:]):
-        extra = own[1] - given[1] if min(given[1], own[1]) == LATENT_CHANNELS else 0
-    if extra > 0:
-        shapes[INPUT_WEIGHT] = given
-    elif extra < 0:
-        remedy = (
-            f"The delta is of a UNet with {given[1]} input channels, as for inpainting, and this one has "
-            f"{LATENT_CHANNELS}: pass a delta of a UNet with {LATENT_CHANNELS}, or load the UNet it is for."
-        )
-    partial = delta.metadata.get(PARTIAL_KEY) == "true"
-    mismatch = describe_mismatch(delta.shapes, shapes, given="the file", expected="the model", partial=partial)
-    if not mismatch and delta.metadata.get(ARCHITECTURE_KEY) not in (None, architecture_of(module)):
-        mismatch = "the names it does hold fit, but the model it was extracted from had others"
-    if mismatch:
-        raise ValueError(f"{delta.label} does not fit this {type(module).__name__}: {mismatch}. {remedy}")
-    return extra
-
-
-def require_difference(delta: Weights, targets: Mapping[str, Tensor]) -> None:
-    """Raises ValueError for whole weights, as of a merged model: 8 matrices of theirs all resemble the model's own.
-
-    Fine-tunes of one base have a cosine above 0.99, differences one near 0.
-    """
-    matrices = [name for name, shape in delta.shapes.items() if name in targets and len(shape) > 1 and shape[0] > 1]
-    for name in matrices[:: max(1, len(matrices) // 8)]:
-        rows = min(8, delta.shapes[name][0])
-        own, given = (rows_of(t, 0, rows).detach().reshape(-1) for t in (targets[name], delta.tensor(name)))
-        if not torch.cosine_similarity(own.double().cpu(), given.double().cpu(), dim=0) > 0.9:
-            return
-    if matrices:
-        raise ValueError(
-            f"{delta.label} holds whole weights, not their difference from a base (they resemble this model's); pass "
-            "open_difference(it, base)."
-        )
+            raise ValueError(f"cannot merge {weights.label} into {kind} ({listed(names)}); {remedy}.")
 
 
 @dataclass
-class Applied:
-    """How a model's weights can be computed again.
+class MergeState:
+    """What is merged into a model, kept on it.
 
     Attributes:
-        base: the weights without any delta, as far as they can be read again.
+        records: in the order of merging, which is the order of the sum.
+        base: the weights without these deltas, but with the reloaded ones, as far as they can be read again.
         dtypes: of weights that were changed: the type at that time, which the model may have been converted from.
-        writing: (name, first row, last row + 1, whether base plus sum) of all rows that an unfinished change may have
-            written; empty when the weights are what they should be.
+        after: what an unfinished change was to make of the records.
+        writing: the rows that it may have written, and whether they were base plus sum before; empty when the weights
+            are what they should be.
+        witness: values of a few weights, "with" the deltas and "without".
+        signature: of the witness's weights when they were last compared; None if they were not.
     """
 
+    records: tuple[MergeRecord, ...] = ()
     base: Weights | None = None
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-    writing: list[tuple[str, int, int, bool]] = field(default_factory=list)
+    after: tuple[MergeRecord, ...] = ()
+    writing: dict[Piece, bool] = field(default_factory=dict)
+    witness: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    signature: tuple[Any, ...] | None = None
+
+    def put(self, old: MergeRecord, new: MergeRecord) -> MergeRecord:
+        """Puts a record in the place of another one; returns the new."""
+        self.records = tuple(new if record is old else record for record in self.records)
+        return new
 
 
-def sum_of_terms(terms: Sequence[Part], weight: Tensor) -> Tensor:
-    """sum_i factor_i * tensor_i of at least one term, to be added to `weight`, whose shape they have; read only.
+def add_terms(weight: Tensor, terms: Sequence[tuple[Tensor, float]], out: Tensor | None = None) -> Tensor:
+    """`weight + sum_i factor_i * tensor_i`, rounded once to the weight's type; in `out` if it is given.
 
-    In the order given, in float32, or in float64 for such weights. A single tensor of the weight's own type with the
-    factor 1 is its own sum.
+    The sum is formed in the order given, in float32, or in float64 for such weights.
     """
-    first, factor = terms[0]
-    if len(terms) == 1 and factor == 1.0 and first.dtype == weight.dtype:
-        return first.to(weight.device)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    # Product and sum are rounded one by one: a fused multiply-add is not the same on every device.
-    products = (tensor.to(weight.device).to(wide, copy=True).mul_(factor) for tensor, factor in terms)
-    return reduce(Tensor.add_, products)
-
-
-def add(weight: Tensor, change: Tensor, out: Tensor | None = None) -> Tensor:
-    """`weight + change`, summed in the wider type and rounded once to the weight's; in `out` if it is given."""
-    if change.dtype == weight.dtype:
-        # torch's kernels form sums of half-precision numbers in float32 too: the same bits in one pass.
-        return torch.add(weight, change, out=out)
-    total = weight.to(change.dtype).add_(change)
-    return total.to(weight.dtype) if out is None else out.copy_(total)
+    if not terms:
+        return weight if out is None else out.copy_(weight)
+    change, factor = terms[0]
+    if len(terms) > 1 or factor != 1.0 or change.dtype != weight.dtype:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        # Product and sum are rounded one by one: a fused multiply-add is not the same on every device.
+        products = (tensor.to(weight.device).to(wide, copy=True).mul_(factor) for tensor, factor in terms)
+        change = reduce(Tensor.add_, products)
+    # Of two half-precision tensors, too, torch's kernels form the sum in float32.
+    total = torch.add(weight, change.to(weight.device), out=out)
+    return total.to(weight.dtype)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -238,116 +227,71 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(*pair)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Some rows of a weight.
+class _Rows(NamedTuple):
+    """Some rows of a weight, and what a change makes of them: start + sum of the terms."""
 
-    Attributes:
-        piece: name, first row, last row + 1.
-        live: the rows in the model.
-        base: without any delta, as stored; None where it cannot be read.
-        dtype: the type that the weight had when it was last changed.
-        before, after: what the deltas have for them, with the factors.
-    """
-
-    piece: tuple[str, int, int]
-    live: Tensor
-    base: Tensor | None
-    dtype: torch.dtype
-    before: list[Part]
-    after: list[Part]
-
-    def held(self) -> Tensor | None:
-        """What the live rows are if they are base plus `before`, perhaps converted to another type since."""
-        if self.base is None:
-            return None
-        base = self.base.to(self.dtype)
-        return (add(base, sum_of_terms(self.before, base)) if self.before else base).to(self.live.dtype)
-
-    def planned(self) -> tuple[bool, Tensor, Tensor | None]:
-        """Whether the live rows are base plus `before`; what they become: the first tensor plus the second."""
-        held = self.held()
-        change = sum_of_terms(self.after, self.live) if self.after else None
-        if held is not None and self.base is not None and same_bits(held, self.live):
-            return True, self.base.to(self.live.dtype), change
-        if self.before:
-            before = sum_of_terms(self.before, self.live).to(torch.promote_types(self.live.dtype, torch.float32))
-            change = -before if change is None else change.to(before.dtype) - before
-        return False, self.live, change
-
-    def write(self, value: Tensor, change: Tensor | None = None) -> None:
-        with torch.inference_mode() if self.live.is_inference() else nullcontext():
-            self.live.copy_(value) if change is None else add(value, change, out=self.live)
+    piece: Piece
+    live: Tensor  # in the model
+    held: Tensor | None  # what they should be: base plus records, perhaps converted since; None without a base
+    exact: bool  # whether they are
+    start: Tensor
+    terms: list[tuple[Tensor, float]]
 
 
-def _rows(
-    state: Applied, name: str, target: Tensor, before: Sequence[Term], after: Sequence[Term] = ()
-) -> Iterator[_Rows]:
-    target = target.detach()
-    read = {id(term.weights): term.weights.tensor(name) for term in (*before, *after) if term.factor(name)}
-    stored = state.base.tensor(name) if state.base is not None and name in state.base.shapes else None
-    for start, stop in row_chunks(target.shape, 1 if target.device.type == "cpu" else GPU_CHUNKS):
-        live, base = rows_of(target, start, stop), None
-        if stored is not None:  # of more input channels where the target is a part of the weight
-            base = rows_of(stored, start, stop)[tuple(map(slice, live.shape))].to(live.device)
-        parts = (
-            [(rows_of(read[id(t.weights)], start, stop), factor) for t in terms if (factor := t.factor(name))]
-            for terms in (before, after)
-        )
-        yield _Rows((name, start, stop), live, base, state.dtypes.get(name, live.dtype), *parts)
+def _rows(state: MergeState, targets: Mapping[str, Tensor], after: Sequence[MergeRecord] = ()) -> Iterator[_Rows]:
+    for name, target in targets.items():
+        old, new = ([(w.tensor(name), f) for w, f in factors(records, name)] for records in (state.records, after))
+        stored = state.base.tensor(name) if state.base is not None and name in state.base.shapes else None
+        for start, stop in row_chunks(target.shape, 1 if target.device.type == "cpu" else GPU_CHUNKS):
+            live = value = rows_of(target.detach(), start, stop)
+            minus, plus = ([(rows_of(tensor, start, stop), f) for tensor, f in terms] for terms in (old, new))
+            held, exact = None, False
+            if stored is not None:  # of more input channels where the target is a part of the weight
+                base = rows_of(stored, start, stop)[tuple(map(slice, live.shape))].to(live.device)
+                held = add_terms(base.to(state.dtypes.get(name, live.dtype)), minus).to(live.dtype)
+                if exact := same_bits(held, live):
+                    value = base.to(live.dtype)
+            terms = plus if exact else [*plus, *((tensor, -factor) for tensor, factor in minus)]
+            yield _Rows((name, start, stop), live, held, exact, value, terms)
 
 
-def change(state: Applied, targets: Mapping[str, Tensor], before: Sequence[Term], after: Sequence[Term]) -> list[str]:
-    """Writes all rows, each noted in the state first; returns the names of weights that were not base plus `before`.
+def change(state: MergeState, targets: Mapping[str, Tensor]) -> list[str]:
+    """Writes base plus the state's `after` to all rows, each noted in the state first.
+
+    Returns the names of weights that were not base plus the state's records; they get the difference added.
 
     Raises:
-        FloatingPointError: a weight is not finite; it and others are written, and can be restored.
+        ValueError: a weight would not be finite; what was written until then can be restored.
     """
-    inexact: list[str] = []
-    for name, target in targets.items():
-        for rows in _rows(state, name, target, before, after):
-            exact, value, change = rows.planned()
-            if not exact and name not in inexact:
-                if not inexact:  # what is written from here on cannot be read again
-                    require_finite(state, targets, before, after)
-                inexact.append(name)
-            state.writing.append((*rows.piece, exact))
-            rows.write(value, change)
-            if not is_finite(rows.live):
-                raise FloatingPointError(name)
-    return inexact
+    inexact: dict[str, None] = {}
+    for rows in _rows(state, targets, state.after):
+        if not rows.exact and not inexact:  # what is written from here on cannot be read again: try it all first
+            for other in _rows(state, targets, state.after):
+                if other.piece not in state.writing:
+                    _require_finite(add_terms(other.start, other.terms), other.piece[0], state.after)
+        if not rows.exact:
+            inexact[rows.piece[0]] = None
+        state.writing[rows.piece] = rows.exact
+        add_terms(rows.start, rows.terms, out=rows.live)
+        _require_finite(rows.live, rows.piece[0], state.after)
+    return list(inexact)
 
 
-@torch.no_grad()
-def restore(state: Applied, targets: Mapping[str, Tensor], before: Sequence[Term]) -> list[str]:
-    """Writes base plus `before` to all rows that were written; returns the names of weights without a base."""
-    written = {(name, start, stop): exact for name, start, stop, exact in state.writing}
-    lost: list[str] = []
-    for name in dict.fromkeys(name for name, _, _ in written):
-        for rows in _rows(state, name, targets[name], before):
-            held = rows.held() if written.get(rows.piece) else None
-            if held is not None:
-                rows.write(held)
-            elif rows.piece in written and name not in lost:
-                lost.append(name)
-    return lost
+def restore(state: MergeState, targets: Mapping[str, Tensor]) -> list[str]:
+    """Writes base plus the state's records to all rows that were written; returns the weights without a base."""
+    lost: dict[str, None] = {}
+    for rows in _rows(state, {name: targets[name] for name, _, _ in state.writing}):
+        if state.writing.get(rows.piece) and rows.held is not None:
+            rows.live.copy_(rows.held)
+        elif rows.piece in state.writing:
+            lost[rows.piece[0]] = None
+    return list(lost)
 
 
-def require_finite(
-    state: Applied, targets: Mapping[str, Tensor], before: Sequence[Term], after: Sequence[Term]
-) -> None:
-    """Raises ValueError that names the weights which would not be finite, of the rows that are not written yet."""
-    written = {entry[:3] for entry in state.writing}
-    bad = []
-    for name, target in targets.items():
-        for rows in _rows(state, name, target, before, after):
-            _, value, change = rows.planned()
-            if rows.piece not in written and not is_finite(value if change is None else add(value, change)):
-                bad.append(name)
-                break
-    if bad:
-        labels = listed([term.weights.label for term in after])
+def _require_finite(weight: Tensor, name: str, after: Sequence[MergeRecord]) -> None:
+    if not is_finite(weight):
         raise ValueError(
-            f"with {labels} added, {len(bad)} weights would not be finite ({listed(bad)}): the delta's values are not "
-            "finite, or too large for the weights' type; extract it again, lower the scale, or load a wider dtype."
+            f"with {listed([record.source for record in after])} added, {name} would not be finite: the delta's "
+            "values are not finite, or too large for the weights' type; extract it again, lower the scale, or load a "
+            "wider dtype."
         )

@@ -20,19 +20,16 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import logging
 from diffusers.utils.peft_utils import get_peft_kwargs
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
-from safetensors.torch import save
 from torch import Tensor
 
 from ..atomic_files import atomic_path
 from ..core import low_rank
 from ..core.windows import require_positive_int
 from . import files
-from .extract import header_bytes, save_delta
+from .extract import save_delta, write_tensors
 from .recipe import DeltaRecipe
 
-PREFIX = "unet."
-"""What LoRA files put before the names of the UNet's modules."""
-
+PREFIX = "unet."  # what LoRA files put before the names of the UNet's modules
 KEPT_IN_FULL = ("time_embedding*", "add_embedding*", "class_embedding*")
 """Patterns of the modules that the residual always holds; diffusers cannot read the kohya names of some of them."""
 
@@ -40,71 +37,29 @@ Layout = Literal["peft", "kohya"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraLayer:
-    """One layer of the LoRA.
+class LoraReport:
+    """What was kept and lost; prints as a line of text.
 
     Attributes:
-        name: the UNet's module.
-        shape: of its weight: (out, in), or (out, in, k, k).
-        rank: of the factors; 0 for a layer that the delta does not change, which the LoRA leaves out.
-        energy: share of dW's squared Frobenius norm in the singular values that were kept, in [0, 1].
-        squared_norm: dW's squared Frobenius norm.
-        relative_error: norm of dW less the product of the factors as they are stored, over norm of dW; at least 0.
-        note: why the rank is not the one asked for; empty where it is.
+        ranks: of the layers, by the UNet's modules; without layers that the delta does not change.
+        parameters, residual_parameters, delta_parameters: numbers in the LoRA, beside it, and in the whole delta.
+        energy: share of the squared norm of all factorized layers that was kept, in [0, 1].
+        relative_error: norm of the error over that of the whole delta, including the residual, which has no error.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    rank: int
-    energy: float
-    squared_norm: float
-    relative_error: float
-    note: str = ""
-
-    @property
-    def full_rank(self) -> int:
-        """The largest rank that the shape allows, min(out, in * k * k)."""
-        return min(self.shape[0], math.prod(self.shape[1:]))
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraReport:
-    """The layers of a LoRA of a delta, in its order, and the residual's size and squared norm; prints as text."""
-
-    layers: tuple[LoraLayer, ...] = ()
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    parameters: int = 0
     residual_parameters: int = 0
-    residual_squared_norm: float = 0.0
-
-    @property
-    def energy(self) -> float:
-        """Share of the squared norm of all factorized layers that was kept, in [0, 1]."""
-        total = sum(layer.squared_norm for layer in self.layers)
-        return sum(layer.energy * layer.squared_norm for layer in self.layers) / total if total else 1.0
-
-    @property
-    def relative_error(self) -> float:
-        """Norm of the error over that of the whole delta, including the residual, which has no error."""
-        error = sum(layer.relative_error**2 * layer.squared_norm for layer in self.layers)
-        whole = sum(layer.squared_norm for layer in self.layers) + self.residual_squared_norm
-        return math.sqrt(error / whole) if whole else 0.0
-
-    @property
-    def parameters(self) -> int:
-        """Numbers in the LoRA, without the residual."""
-        return sum(layer.rank * (layer.shape[0] + math.prod(layer.shape[1:])) for layer in self.layers)
-
-    @property
-    def delta_parameters(self) -> int:
-        """Numbers in the whole delta."""
-        return self.residual_parameters + sum(math.prod(layer.shape) for layer in self.layers)
+    delta_parameters: int = 0
+    energy: float = 1.0
+    relative_error: float = 0.0
 
     def __str__(self) -> str:
-        ranks = [layer.rank for layer in self.layers if layer.rank] or [0]
+        ranks = self.ranks.values() or [0]
         return (
-            f"{len(self.layers)} layers, rank {min(ranks)} to {max(ranks)}, {self.parameters:,} numbers; "
+            f"{len(self.ranks)} layers, rank {min(ranks)} to {max(ranks)}, {self.parameters:,} numbers; "
             f"{self.residual_parameters:,} numbers kept in full; of {self.delta_parameters:,} in the delta. "
-            f"Energy kept {100 * self.energy:.2f} %, relative error {self.relative_error:.4f}, "
-            f"{sum(1 for layer in self.layers if layer.note)} layers of another rank than asked for."
+            f"Energy kept {100 * self.energy:.2f} %, relative error {self.relative_error:.4f}."
         )
 
 
@@ -146,7 +101,7 @@ def delta_to_lora(
 
     Args:
         delta: a file, a folder, a mapping from `extract_delta`, or what `open_weights` or `open_difference` gave.
-        rank: of every layer; a layer whose full rank is lower gets that, and the report says so.
+        rank: of every layer; a layer whose full rank is lower gets that.
         energy: instead of `rank`, the share in (0, 1] of each layer's squared Frobenius norm to keep; each layer gets
             the least rank that does, up to `max_rank`.
         max_rank: the bound under `energy`.
@@ -158,63 +113,68 @@ def delta_to_lora(
         config: the configuration of the UNet, to translate the original Latent Diffusion names of a delta.
 
     Raises:
-        ValueError: neither or both of rank and energy, or one out of range; an unusable file or device; a delta that
-            is empty, not of a UNet, whole weights, without a changed layer, or not finite (in `dtype`).
+        ValueError: neither or both of rank and energy, or one out of range; an unusable file; a delta that is empty,
+            not of a UNet, whole weights, without a changed layer, or not finite (in `dtype`).
     """
     if (rank is None) == (energy is None):
         raise ValueError(f"rank={rank} and energy={energy}: pass exactly one of the two.")
-    require_positive_int("max_rank", max_rank)
-    require_positive_int("rank", max_rank if rank is None else rank)
+    bound = max_rank if rank is None else rank
+    require_positive_int("max_rank" if rank is None else "rank", bound)
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy={energy!r} must be a share in (0, 1], for example 0.9.")
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype} must be a floating-point type: torch.float16, bfloat16 or float32.")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device!r} cannot be used here; pass 'cpu' or leave it out.") from error
     given = files.opened(delta)
     weights = files.named_as_model(given, files.unet_names(given.shapes), config or {})
     modules = _factorized_modules(weights, keep)
     lora: dict[str, Tensor] = {}
     residual: dict[str, Tensor] = {}
-    layers: list[LoraLayer] = []
-    residual_norm = 0.0
+    ranks: dict[str, int] = {}
+    whole = kept = lost = rest = 0.0  # squared norms: of the layers, what is kept and lost of them, the residual
     for name in logging.tqdm(weights.shapes, desc="delta to LoRA", unit="tensor"):
         tensor = weights.tensor(name)
         if not files.is_finite(tensor):
             raise ValueError(f"the delta is not finite ({name}); extract it again.")
-        if name in modules:
-            bound = max_rank if rank is None else rank
-            layer, pair = _factorize(modules[name], tensor.to(device), bound, energy, dtype)
-            layers.append(layer)
-            lora |= pair
-        else:
+        if name not in modules:
             residual[name] = _stored(tensor, dtype, name)
-            residual_norm += float(tensor.double().square().sum())
+            rest += float(tensor.double().square().sum())
+            continue
+        matrix = tensor.to(device, torch.promote_types(tensor.dtype, torch.float32)).flatten(1)
+        spectrum = low_rank.leading_spectrum(matrix, min(bound, *matrix.shape))
+        if not spectrum.squared_norm:
+            continue
+        own = min(bound, *matrix.shape) if energy is None else low_rank.rank_for_energy(spectrum, energy)
+        pair = _factors(spectrum, own, tensor.shape, dtype, f"{PREFIX}{modules[name]}.lora_")
+        lora |= pair
+        ranks[modules[name]] = own
+        down, up = (factor.flatten(1).to(matrix.device) for factor in pair.values())
+        whole += spectrum.squared_norm
+        kept += low_rank.kept_energy(spectrum, own) * spectrum.squared_norm
+        lost += low_rank.squared_error(matrix, low_rank.Factors(up=up, down=down))
     if not lora:
         raise ValueError("the delta changes no linear or convolution layer; merge it as it is.")
-    numbers = sum(tensor.numel() for tensor in residual.values())
-    report = LoraReport(layers=tuple(layers), residual_parameters=numbers, residual_squared_norm=residual_norm)
+    report = LoraReport(
+        ranks=ranks,
+        parameters=sum(tensor.numel() for tensor in lora.values()),
+        residual_parameters=sum(tensor.numel() for tensor in residual.values()),
+        delta_parameters=sum(math.prod(shape) for shape in weights.shapes.values()),
+        energy=kept / whole,
+        relative_error=math.sqrt(lost / (whole + rest)),
+    )
     recipe, digest = recipe or files.read_recipe(given), files.identity_of(weights)
     return DeltaLora(lora=lora, residual=residual, report=report, recipe=recipe, digest=digest)
 
 
 def _factorized_modules(weights: files.Weights, keep: Sequence[str]) -> dict[str, str]:
     """The modules to factorize by the key of their weight: the linear and convolution layers that are not kept."""
-    foreign = [name for name in weights.shapes if name not in files.unet_names([name])]
-    if foreign:
+    if foreign := [name for name in weights.shapes if name not in files.unet_names([name])]:
         raise ValueError(
             f"{len(foreign)} tensors are not weights of a UNet ({files.listed(foreign)}); pass a UNet's delta."
         )
-    if isinstance(keep, str):
-        raise ValueError(f"keep={keep!r} must be a list of patterns: keep=[{keep!r}].")
-    shapes = {name: shape for name, shape in weights.shapes.items() if name.endswith(".weight") and 0 not in shape}
-    modules = {name: name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) in (2, 4)}
-    unmatched = [pattern for pattern in keep if not any(fnmatchcase(m, pattern) for m in modules.values())]
-    if unmatched:
-        raise ValueError(f"keep={list(keep)}: {files.listed(unmatched)} matches no linear or convolution layer.")
-    if (files.mean_norm_scale(weights) or 0.0) > files.WHOLE_NORM:
+    layers = [name for name, shape in weights.shapes.items() if len(shape) in (2, 4) and 0 not in shape]
+    modules = {name: name.removesuffix(".weight") for name in layers if name.endswith(".weight")}
+    for pattern in keep:
+        if not any(fnmatchcase(module, pattern) for module in modules.values()):
+            raise ValueError(f"keep={keep!r}: {pattern} matches no linear or convolution layer.")
+    if files.holds_differences(weights) is False:
         raise ValueError(
             "these are a model's whole weights, not their difference from a base; pass a delta, such as what "
             "open_difference(it, base) or perflow extract gives."
@@ -223,41 +183,14 @@ def _factorized_modules(weights: files.Weights, keep: Sequence[str]) -> dict[str
     return {name: module for name, module in modules.items() if not any(fnmatchcase(module, p) for p in kept)}
 
 
-def _factorize(
-    module: str, tensor: Tensor, bound: int, energy: float | None, dtype: torch.dtype
-) -> tuple[LoraLayer, dict[str, Tensor]]:
-    """A module's line of the report and its pair of tensors, at the rank `bound`, or up to it for a given energy."""
-    shape = tuple(tensor.shape)
-    matrix = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).flatten(1)
-    most = min(bound, *matrix.shape)
-    spectrum = low_rank.leading_spectrum(matrix, most)
-    norm = spectrum.squared_norm
-    rank = 0 if not norm else most if energy is None else low_rank.rank_for_energy(spectrum, energy)
-    kept = low_rank.kept_energy(spectrum, rank)
-    note = ""
-    if not rank:
-        note = "not changed"
-    elif energy is None and rank < bound:
-        note = f"clipped from {bound}"
-    elif energy is not None and kept < energy and rank == bound < min(matrix.shape):
-        note = f"stopped at max_rank={bound}"
-    pair: dict[str, Tensor] = {}
-    error = 0.0
-    if rank:
-        factors = low_rank.balanced_factors(spectrum, rank)
-        name = f"{PREFIX}{module}.lora_"
-        down = _stored(factors.down, dtype, f"{name}A.weight")
-        up = _stored(factors.up, dtype, f"{name}B.weight")
-        stored = low_rank.Factors(up=up.to(matrix.device), down=down.to(matrix.device))
-        error = math.sqrt(low_rank.squared_error(matrix, stored) / norm)
-        pair = {
-            f"{name}A.weight": down.reshape(rank, *shape[1:]),
-            f"{name}B.weight": up.reshape(shape[0], rank, *(1 for _ in shape[2:])),
-        }
-    layer = LoraLayer(
-        name=module, shape=shape, rank=rank, energy=kept, squared_norm=norm, relative_error=error, note=note
-    )
-    return layer, pair
+def _factors(
+    spectrum: low_rank.Spectrum, rank: int, shape: tuple[int, ...], dtype: torch.dtype, name: str
+) -> dict[str, Tensor]:
+    """The pair of tensors as it is stored, by the layer's name: down, (rank, in, ...), and up, (out, rank, ...)."""
+    factors = low_rank.balanced_factors(spectrum, rank)
+    down = factors.down.reshape(rank, *shape[1:])
+    up = factors.up.reshape(shape[0], rank, *(1 for _ in shape[2:]))
+    return {key: _stored(factor, dtype, key) for key, factor in ((f"{name}A.weight", down), (f"{name}B.weight", up))}
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -279,20 +212,17 @@ def save_lora(converted: DeltaLora, path: str | os.PathLike[str], layout: Layout
     Raises:
         ValueError: an unknown layout, factors too large for their type in the kohya layout, or an unwritable path.
     """
-    metadata = {"format": "pt", **converted.recipe.to_metadata()}
-    if converted.digest:
-        metadata[files.DIGEST_KEY] = converted.digest
     if layout not in get_args(Layout):
         raise ValueError(f"layout={layout!r} must be one of {', '.join(get_args(Layout))}.")
+    metadata = converted.recipe.to_metadata()
+    if converted.digest:
+        metadata[files.DIGEST_KEY] = converted.digest
     if layout == "peft":
         metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(peft_settings(converted.lora), sort_keys=True)
     tensors = converted.lora if layout == "peft" else kohya_state_dict(converted.lora)
-    plain = memoryview(save(dict(tensors)))
-    values = 8 + int.from_bytes(plain[:8], "little")
-    entries = {"__metadata__": metadata, **json.loads(bytes(plain[8:values]))}
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        file.write(header_bytes(entries))
-        file.write(plain[values:])
+    types = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        write_tensors(temporary, types, tensors.__getitem__, metadata)
 
 
 def save_residual(converted: DeltaLora, path: str | os.PathLike[str]) -> None:

@@ -12,8 +12,8 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from numbers import Real
 from pathlib import Path
@@ -25,142 +25,55 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from .apply import (
+    CONFIG_KEY,
+    INPUT_WEIGHT,
     LATENT_CHANNELS,
-    Applied,
-    Term,
+    NO_RECIPE,
+    MergeState,
+    add_terms,
     change,
+    factors,
     fit_base,
     fit_delta,
     own_weights,
-    require_difference,
-    require_finite,
+    require_mergeable,
     restore,
-    sum_of_terms,
+    under_own_names,
 )
+from .apply import MergeRecord as MergeRecord
 from .files import (
     Delta,
-    Stamp,
     Weights,
     floating_entries,
+    holds_differences,
     identity_of,
     listed,
     loaded_weights,
-    named_as_model,
     open_weights,
     opened,
     read_recipe,
     rows_of,
     stamp_of,
+    weight_files,
 )
-from .model_lock import model_lock
-from .recipe import DeltaRecipe
+from .model_lock import model_lock, uncompiled
 
 logger = logging.get_logger(__name__)
 
 STATE_ATTRIBUTE = "_perflow_merges"
-CONFIG_KEY = "_perflow_merges"
-"""In the model's configuration. diffusers saves and reads keys with an underscore and gives them to no constructor."""
-
 WITNESSES, WITNESS_VALUES, SAVED_VALUES, RELATED = 8, 1024, 32, 0.5
 """How many weights are noted to recognise a merged model, how many values of each, how many of them are saved, and the
 cosine above which values are still those of the model that was noted, perhaps trained further; of other models it is
 near 0."""
 
-NO_RECIPE = DeltaRecipe()
-"""Of a delta that does not say how to sample."""
-
-
-@dataclass(frozen=True)
-class MergeRecord:
-    """A delta that is merged into a model.
-
-    Attributes:
-        source: where it was read from: the path, absolute unless the model was saved since.
-        digest: its `identity_of`; this, not the path, tells deltas apart. Empty for a model that version 0.1.0 saved,
-            until the delta is seen again.
-        scale: the factor of dW in the weights.
-        scales: further factors, (pattern, factor) for names of weights; the first pattern that matches counts.
-        recipe: the sampling settings that came with it.
-        reloaded: whether the model was saved with it and loaded again.
-    """
-
-    source: str
-    digest: str
-    scale: float
-    scales: tuple[tuple[str, float], ...] = ()
-    recipe: DeltaRecipe = NO_RECIPE
-    reloaded: bool = False
-
-    def to_config(self) -> dict[str, Any]:
-        """For the model's configuration, in JSON's types. Of the path only the name, as the rest is this machine's."""
-        source, recipe = Path(self.source).name, self.recipe.to_metadata()
-        known = {"source": source, "digest": self.digest, "sampled": True, "scale": self.scale}
-        return {**known, "scales": [list(pair) for pair in self.scales], "recipe": recipe}
-
-    @classmethod
-    def from_config(cls, entry: Mapping[str, Any]) -> MergeRecord:
-        """The inverse of `to_config`, for a model that was loaded.
-
-        Version 0.1.0 wrote a digest of all values, which cannot be compared with today's: such a record is matched by
-        the delta's file name and recipe. Under another name the same delta is not recognised, and merging it warns.
-
-        Raises:
-            ValueError: the entry lacks something.
-        """
-        try:
-            digest = str(entry["digest"]) if entry.get("sampled") else entry["digest"] and ""
-            scales = tuple((str(pattern), float(factor)) for pattern, factor in entry["scales"])
-            recipe = DeltaRecipe.from_metadata(entry["recipe"])
-            return cls(entry["source"], digest, float(entry["scale"]), scales, recipe, reloaded=True)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{CONFIG_KEY} in the model's config.json is damaged ({error!r}); restore it, or remove the entry if "
-                "no delta is in the weights."
-            ) from error
-
-
-@dataclass
-class MergeState(Applied):
-    """What is merged into a model, kept on it. The base is that without the deltas of `weights`.
-
-    Attributes:
-        records: in the order of merging, which is the order of the sum.
-        weights: the deltas by digest, under the model's names.
-        seen: by path and variant, the stamp and digest of files that were read, which need not be opened again.
-        witness: values of a few weights, "with" the deltas and "without".
-        loaded: the witness that the model was saved with; empty where a delta that it was saved with was taken out.
-        signature: of the witness's weights when they were last compared.
-    """
-
-    records: tuple[MergeRecord, ...] = ()
-    weights: dict[str, Weights] = field(default_factory=dict)
-    seen: dict[tuple[str, str | None], tuple[Stamp, str]] = field(default_factory=dict)
-    witness: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    loaded: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    signature: tuple[Any, ...] = ()
-
-    def terms(self) -> list[Term]:
-        """Those deltas that are not part of the base; reloaded ones are."""
-        return [Term(self.weights[r.digest], r.scale, r.scales) for r in self.records if not r.reloaded]
-
-
-def uncompiled(module: nn.Module) -> nn.Module:
-    """The module that `torch.compile` wrapped, whose weights and names are the model's own; else the module."""
-    return getattr(module, "_orig_mod", module)
-
 
 @contextmanager
-def _locked(module: nn.Module) -> Iterator[tuple[nn.Module, MergeState]]:
-    """The module without its compiled wrapper, and its state, while the lock is held."""
-    with model_lock(module):
-        module = uncompiled(module)
-        yield module, _state(module)
-
-
-@contextmanager
-def _changing(module: nn.Module, base: Delta | None) -> Iterator[tuple[nn.Module, MergeState]]:
-    """The same, to change the weights, once no thread runs the model."""
-    with model_lock(module).changing(), model_lock(module):
+def _opened(
+    module: nn.Module, base: Delta | None = None, write: bool = True
+) -> Iterator[tuple[nn.Module, MergeState]]:
+    """The module without its compiled wrapper, and its state; to write, once no thread runs the model."""
+    lock = model_lock(module)
+    with lock.changing() if write else nullcontext(), lock:
         module = uncompiled(module)
         yield module, _state(module, base)
 
@@ -175,63 +88,55 @@ def merge_delta(
 ) -> MergeRecord:
     """Adds `scale * dW` to a model's weights in place: summed in float32, rounded once to each weight's type.
 
-    Several deltas may be merged one after another; the weights are always the base plus the sum of all, rounded once.
-    Merging the same delta again changes nothing and logs a warning; with another scale it is rescaled. A delta is
-    recognised by its values, in whatever file or mapping they are. Threads may share the model. If a merge is refused
-    or interrupted, the weights stay as they were, or the next call restores them.
+    Of several deltas the weights are the base plus the sum, rounded once. The same delta, which is recognised by its
+    values, is not merged twice but rescaled. Threads may share the model. If a merge is refused or interrupted, the
+    weights stay as they were, or the next call restores them.
 
     To undo a merge exactly, the base must be readable: the files that the model was loaded from, which are found for
     models that diffusers loaded, or `base`. It stays open, a mapping by reference, until the delta is taken out. If
     its files are written to meanwhile, undoing raises an error. For weights that differ from the base, or without one,
     a warning says that undoing is exact to one rounding.
 
-    The delta of a UNet with 4 input channels goes into the first 4 of one with more (inpainting UNets have 9) and
-    leaves the others as they are; a warning says so, as quality at few steps suffers.
+    The delta of a UNet with 4 input channels goes into the first 4 of one with more (inpainting UNets have 9).
 
     Args:
         module: a UNet, or a module that holds weights under the delta's names.
         delta: a file, a folder, a mapping from `extract_delta`, or what `open_weights` or `open_difference` gave.
         scale: the factor of dW: 1 as it was extracted, 0 for none.
-        scales: further factors by pattern of a weight's name, as in {"up_blocks.*": 0.5}; the first that matches
-            counts.
+        scales: further factors by pattern of a weight's name, as in {"up_blocks.*": 0.5}; the first match counts.
         base: the model's weights without any delta: files, a folder, or a mapping, in any type.
 
     Raises:
         ValueError: a factor or file is unusable, the delta does not fit, the weights cannot be changed, or an
             interrupted merge left weights that only the base can restore.
     """
-    pairs = _pairs(scale, scales)
-    weights = opened(delta)
-    with _changing(module, base) as (module, state):
+    pairs, weights = _pairs(scale, scales), opened(delta)
+    with _opened(module, base) as (module, state):
         known = _find(module, state, weights)
         if known is not None:
             if (known.scale, known.scales) != (scale, pairs):
                 return rescale_delta(module, scale, weights, scales=scales, base=base)
             logger.warning(f"{known.source} is merged into this {type(module).__name__} already; nothing was changed.")
             return known
-        fitted, targets, extra = fit_delta(weights, module)
-        _require_matches(pairs, fitted)
+        require_mergeable(module, under_own_names(weights, module))
+        fitted, targets = fit_delta(weights, module)
         # Not resolved: in the Hub's cache a link has the file's name, and what it leads to has not.
-        source = os.path.abspath(weights.label) if weights.place else weights.label
-        record = MergeRecord(source, identity_of(fitted), float(scale), pairs, read_recipe(weights))
+        source = os.path.abspath(weights.label) if os.path.exists(weights.label) else weights.label
+        digest, recipe = identity_of(fitted), read_recipe(weights)
+        record = MergeRecord(source, digest, float(scale), pairs, recipe, weights=fitted)
         if not scale:
             return record
-        require_difference(fitted, targets)
-        old = [known.source for known in state.records if not known.digest]
-        seen = state.seen | _seen(weights, record.digest)
-        state = replace(state, weights={**state.weights, record.digest: fitted}, seen=seen)
-        _exchange(module, state, (*state.records, record))
-        if old:
-            logger.warning(
-                f"{listed(old)} was merged by version 0.1.0 and cannot be compared with {source}: if they are the "
-                "same delta, it is in the weights twice now, and unmerge_delta takes this one out again."
+        if holds_differences(fitted) is False:
+            raise ValueError(
+                f"{weights.label} holds a model's whole weights, not their difference from a base; pass a delta, as "
+                "extract_delta or perflow extract makes."
             )
-        if extra:
+        _exchange(module, state, (*state.records, record))
+        if INPUT_WEIGHT in targets and targets[INPUT_WEIGHT].numel() < own_weights(module)[INPUT_WEIGHT].numel():
             logger.warning(
                 f"{source} is the delta of a UNet with {LATENT_CHANNELS} input channels, and this "
-                f"{type(module).__name__} has {LATENT_CHANNELS + extra}: it is added to the first {LATENT_CHANNELS}, "
-                f"the noisy latents, and the other {extra} stay as they are. Quality at few steps suffers, since it "
-                "was distilled without them, not for inpainting."
+                f"{type(module).__name__} has more, as for inpainting: it is added to the first {LATENT_CHANNELS}, "
+                "the noisy latents. Quality at few steps suffers, since it was distilled without the others."
             )
         logger.info(f"merged {weights.label} into {type(module).__name__} at scale {scale:g}.")
         return record
@@ -246,26 +151,21 @@ def rescale_delta(
     base: Delta | None = None,
     exact: bool = True,
 ) -> MergeRecord:
-    """Changes the factors of a merged delta, exactly as if it had been merged with them.
+    """Changes the factors of a merged delta, exactly as if it had been merged with them; scale 0 takes it out.
 
-    `delta` says which one where several are merged; scale 0 takes it out. `base` as in `merge_delta`. A model that was
-    saved with the delta and loaded again needs both; without the base, `exact=False` adds the difference and rounds
-    once more.
+    `delta` says which one where several are merged. `base` is as in `merge_delta`. A model that was saved with the
+    delta and loaded again needs both; without the base, `exact=False` adds the difference, with one more rounding.
 
     Raises:
         ValueError: nothing is merged, `delta` is not, or it is not clear which one is meant.
     """
     pairs = _pairs(scale, scales)
-    with _changing(module, base) as (module, state):
+    with _opened(module, base) as (module, state):
         record = _chosen(module, state, delta)
-        position = state.records.index(record)
-        if record.reloaded:
-            state = _adopted(module, state, record, delta, base, exact)
-        records = list(state.records)
-        records[position] = record = replace(records[position], scale=float(scale), scales=pairs)
-        _require_matches(pairs, state.weights[record.digest])
-        _exchange(module, state, tuple(entry for entry in records if entry.scale), warn=exact)
-        return record
+        new = replace(record, scale=float(scale), scales=pairs, reloaded=False)
+        records = tuple(new if entry is record else entry for entry in state.records)
+        _exchange(module, state, tuple(entry for entry in records if entry.scale), base, exact)
+        return new
 
 
 def unmerge_delta(
@@ -273,22 +173,17 @@ def unmerge_delta(
 ) -> tuple[MergeRecord, ...]:
     """Takes one delta, or all, out of the model and returns their records; the rest stays merged.
 
-    `base` as in `merge_delta`. A model that was saved with a delta and loaded again needs the delta and the base;
-    without the base, `exact=False` subtracts the delta and rounds once more.
+    `base` and `exact` as in `rescale_delta`.
 
     Raises:
         ValueError: nothing is merged, delta or base files were written to meanwhile, or the model was loaded with the
             delta in it and there is no base.
     """
-    with _changing(module, base) as (module, state):
+    with _opened(module, base) as (module, state):
         if not state.records:
             raise ValueError(f"no delta is merged into this {type(module).__name__}; there is nothing to take out.")
         gone = state.records if delta is None else (_chosen(module, state, delta),)
-        left = tuple(record for record in state.records if record not in gone)
-        for record in gone:
-            if record.reloaded:
-                state = _adopted(module, state, record, delta, base, exact)
-        _exchange(module, state, left, warn=exact)
+        _exchange(module, state, tuple(record for record in state.records if record not in gone), base, exact)
         return gone
 
 
@@ -298,7 +193,7 @@ def merge_records(module: nn.Module) -> tuple[MergeRecord, ...]:
     An interrupted merge is undone first, and records are dropped if other weights were loaded since. Costs
     microseconds otherwise.
     """
-    with _locked(module) as (_, state):
+    with _opened(module, write=False) as (_, state):
         return state.records
 
 
@@ -314,8 +209,7 @@ def recipe_record(records: Sequence[MergeRecord]) -> MergeRecord | None:
 
 def saved_records(config: Mapping[str, Any]) -> tuple[MergeRecord, ...]:
     """What the configuration of a saved model says is merged into it; its weights are not looked at."""
-    saved = config.get(CONFIG_KEY)
-    return tuple(MergeRecord.from_config(entry) for entry in saved.get("deltas", ())) if saved else ()
+    return tuple(MergeRecord.from_config(entry) for entry in (config.get(CONFIG_KEY) or {}).get("deltas", ()))
 
 
 def find_merged(module: nn.Module, delta: Delta, variant: str | None = None) -> MergeRecord | None:
@@ -323,15 +217,13 @@ def find_merged(module: nn.Module, delta: Delta, variant: str | None = None) -> 
 
     A file, or a folder and its variant, that was read before and has not changed since is not opened.
     """
-    with _locked(module) as (module, state):
+    with _opened(module, write=False) as (module, state):
         if not state.records:
             return None
         if isinstance(delta, (str, os.PathLike)):
-            stamp, digest = state.seen.get((os.path.realpath(Path(delta).expanduser()), variant), ((), ""))
-            with suppress(OSError):  # a file that is gone, which opening it names
-                if stamp and stamp_of([path for path, _, _ in stamp]) == stamp:
-                    return next((record for record in state.records if record.digest == digest), None)
-            delta = open_weights(delta, variant)
+            stamp = stamp_of(weight_files(delta, variant))
+            known = next((r for r in state.records if r.weights is not None and r.weights.stamp == stamp), None)
+            return known or _find(module, state, open_weights(delta, variant))
         return _find(module, state, opened(delta))
 
 
@@ -342,126 +234,69 @@ def require_factor(name: str, value: object) -> None:
 
 
 def _pairs(scale: float, scales: Mapping[str, float] | None) -> tuple[tuple[str, float], ...]:
-    if scales is not None and not isinstance(scales, Mapping):
-        raise ValueError(f"scales={scales!r} must be factors by pattern, as in {{'up_blocks.*': 0.5}}.")
     for name, factor in {"scale": scale, **(scales or {})}.items():
         require_factor(name, factor)
     return tuple((scales or {}).items())
 
 
-def _require_matches(pairs: Sequence[tuple[str, float]], weights: Weights) -> None:
-    idle = [pattern for pattern, _ in pairs if not any(fnmatchcase(name, pattern) for name in weights.shapes)]
-    if idle:
-        example = next(iter(weights.shapes))
-        raise ValueError(f"scales names {listed(idle)}, which match no weight of {weights.label}, such as {example}.")
-
-
-def _seen(weights: Weights, digest: str) -> dict[tuple[str, str | None], tuple[Stamp, str]]:
-    stamp = weights.stamp
-    return {weights.place: (stamp, digest)} if weights.place and stamp else {}
-
-
 def _find(module: nn.Module, state: MergeState, weights: Weights) -> MergeRecord | None:
     if not state.records:
         return None
-    digest = identity_of(named_as_model(weights, own_weights(module), getattr(module, "config", {})))
+    weights = under_own_names(weights, module)
+    digest = identity_of(weights)
     for record in state.records:
-        if not record.digest and record.source == Path(weights.label).name and record.recipe == read_recipe(weights):
-            old, record = record, replace(record, digest=digest)  # saved by version 0.1.0
-            state.records = tuple(record if entry is old else entry for entry in state.records)
-        if record.digest == digest:
-            state.seen |= _seen(weights, digest)
-            return record
+        known = record.digest == digest
+        if not record.digest:  # saved by version 0.1.0, with another digest
+            known = (record.source, record.recipe) == (Path(weights.label).name, read_recipe(weights))
+        if known:
+            return state.put(record, replace(record, digest=digest, weights=weights))
     return None
 
 
 def _chosen(module: nn.Module, state: MergeState, delta: Delta | MergeRecord | None) -> MergeRecord:
-    names = listed([record.source for record in state.records]) or "none"
     if delta is None:
-        if len(state.records) != 1:
-            raise ValueError(f"{len(state.records)} deltas are merged ({names}); name the one that is meant.")
-        return state.records[0]
-    if isinstance(delta, MergeRecord):
-        found = next((record for record in state.records if record.digest == delta.digest), None)
+        found = list(state.records)
+    elif isinstance(delta, MergeRecord):
+        found = [record for record in state.records if record.digest == delta.digest]
     else:
-        found = _find(module, state, opened(delta))
-    if found is None:
-        raise ValueError(f"that delta is not merged into this {type(module).__name__}; merged are: {names}.")
-    return found
-
-
-def _adopted(
-    module: nn.Module,
-    state: MergeState,
-    record: MergeRecord,
-    delta: Delta | MergeRecord | None,
-    base: Delta | None,
-    exact: bool = True,
-) -> MergeState:
-    """The state with a reloaded delta as one of its own, whose values are known."""
-    if delta is None or isinstance(delta, MergeRecord) or (exact and base is None):
-        raise ValueError(
-            f"this {type(module).__name__} was loaded with {record.source} in its weights at scale {record.scale:g}: "
-            "pass the delta (a file or mapping) and base=, the base's files; unmerge_delta with exact=False wants the "
-            "delta alone; or load the base."
-        )
-    weights, _, _ = fit_delta(opened(delta), module)
-    own = replace(record, digest=identity_of(weights), reloaded=False)
-    records = tuple(own if entry is record else entry for entry in state.records)
-    # Without a base of the user's: the files that the model was loaded from hold the delta too.
-    known = None if base is None else state.base
-    return replace(state, records=records, weights={**state.weights, own.digest: weights}, base=known, loaded={})
+        found = [record for record in (_find(module, state, opened(delta)),) if record]
+    if len(found) != 1:
+        merged = listed([record.source for record in state.records]) or "none"
+        problem = "name the delta that is meant" if delta is None else "that delta is not merged"
+        raise ValueError(f"{problem}; into this {type(module).__name__} are merged: {merged}.")
+    return found[0]
 
 
 def _state(module: nn.Module, base: Delta | None = None) -> MergeState:
     """The model's state, with `base` if one is given, once the weights are what it says. The lock is held."""
     state: MergeState | None = vars(module).get(STATE_ATTRIBUTE)
     if state is None:
-        state = _loaded_state(module)
+        config: Mapping[str, Any] = module.config if isinstance(module, ConfigMixin) else {}
+        records = saved_records(config)
+        state = MergeState(records=records, witness=config[CONFIG_KEY].get("witness", {}) if records else {})
     if base is not None:
         state.base = fit_base(opened(base, "base"), module)
     if state.writing:
         _repair(module, state, base_given=base is not None)
-    if state.records and _signature(module, state.witness) != state.signature:
-        if not _holds(module, state.witness):
-            # Other weights were loaded: those that the model was saved with still have the deltas that it had then.
-            left = tuple(r for r in state.records if r.reloaded and _holds(module, state.loaded))
-            gone = [record.source for record in state.records if record not in left]
-            logger.warning(
-                f"{listed(gone)} is not in the weights of this {type(module).__name__} any more: other weights were "
-                "loaded since it was merged."
-            )
-            state = MergeState(base=state.base, records=left, loaded=state.loaded)
+    if state.records and (signature := _signature(module, state.witness)) != state.signature:
+        if _holds(module, state.witness):
+            state.signature = signature
+            setattr(module, STATE_ATTRIBUTE, state)
+        else:  # other weights were loaded since, or the configuration alone
+            names, model = listed([record.source for record in state.records]), type(module).__name__
+            logger.warning(f"{names} is not in the weights of this {model}, though its record says so: others are.")
+            state = MergeState(base=state.base)
             _remember(module, state)
-        state.signature = _signature(module, state.witness)
-    return state
-
-
-def _loaded_state(module: nn.Module) -> MergeState:
-    """What the configuration of a model that was saved says; it may have got that without the weights."""
-    config: Mapping[str, Any] = module.config if isinstance(module, ConfigMixin) else {}
-    records = saved_records(config)
-    witness = config[CONFIG_KEY].get("witness", {}) if records else {}
-    if not records or not _holds(module, witness):
-        return MergeState()
-    signature = _signature(module, witness)
-    state = MergeState(records=records, witness=witness, loaded=witness, signature=signature)
-    setattr(module, STATE_ATTRIBUTE, state)
     return state
 
 
 def _remember(module: nn.Module, state: MergeState) -> None:
-    """Puts the state on the module, without what its records do not need, and these in the module's configuration.
+    """Puts the state on the module, and its records in the module's configuration.
 
     In this order: where it is interrupted the module still has a state that names rows to restore.
     """
-    terms = state.terms()
-    state.witness = state.loaded if state.loaded and not terms else _witness(module, terms)
-    state.loaded = state.loaded if terms else state.witness
+    state.witness = _witness(module, state)
     state.signature = _signature(module, state.witness)
-    digests = {record.digest for record in state.records}
-    state.weights = {digest: weights for digest, weights in state.weights.items() if digest in digests}
-    state.seen = {place: known for place, known in state.seen.items() if known[1] in digests}
     if isinstance(module, ConfigMixin):
         # In place, past the freezing: a new FrozenDict would lose what diffusers set as attributes of this one, such
         # as the kind of projection when an IP-Adapter was loaded.
@@ -470,26 +305,33 @@ def _remember(module: nn.Module, state: MergeState) -> None:
             witness = {n: {k: values[:SAVED_VALUES] for k, values in w.items()} for n, w in state.witness.items()}
             saved = {"deltas": [record.to_config() for record in state.records], "witness": witness}
             OrderedDict.__setitem__(module._internal_dict, CONFIG_KEY, saved)
-    state.writing = []
+    state.after, state.writing = (), {}
     if state.records:
         setattr(module, STATE_ATTRIBUTE, state)
     else:  # no trace
         vars(module).pop(STATE_ATTRIBUTE, None)
 
 
-def _witness(module: nn.Module, terms: Sequence[Term]) -> dict[str, dict[str, list[float]]]:
-    """Some values of weights as they now are, "with" the deltas, and where it is known as they would be "without"."""
-    weights = {name: w for name, w in floating_entries(own_weights(module)).items() if w.dim() > 1}
-    whole = [n for n, w in weights.items() if all(term.weights.shapes.get(n, w.shape) == w.shape for term in terms)]
-    changed = [name for name in whole if _factors(name, terms)] or whole
+def _witness(module: nn.Module, state: MergeState) -> dict[str, dict[str, list[float]]]:
+    """Some values of weights as they now are, "with" the deltas, and as they would be "without"."""
+    weights = _readable(module)
+    if any(record.reloaded for record in state.records):  # what is known of the base is what was saved
+        known = {name: saved for name, saved in state.witness.items() if name in weights}
+        return {n: {**w, "with": _values(weights[n], len(w["with"])).tolist()} for n, w in known.items()}
+    changed = [name for name in weights if factors(state.records, name)]
     found = {}
     for name in changed[:: max(1, len(changed) // WITNESSES)][:WITNESSES]:
         values = _values(weights[name])
-        found[name] = {"with": values.tolist()}
-        parts = [(_values(term.weights.tensor(name)), factor) for term in terms if (factor := term.factor(name))]
-        if parts:
-            found[name]["without"] = (values - sum_of_terms(parts, values)).tolist()
+        minus = [(_values(delta.tensor(name)), -factor) for delta, factor in factors(state.records, name)]
+        found[name] = {"with": values.tolist(), "without": add_terms(values, minus).tolist()}
     return found
+
+
+def _readable(module: nn.Module) -> dict[str, Tensor]:
+    """The matrices and kernels that are not quantized or offloaded; not the input layer, which may change in part."""
+    own = floating_entries(own_weights(module))
+    own = {name: weight for name, weight in own.items() if weight.dim() > 1 and name != INPUT_WEIGHT}
+    return {n: w for n, w in own.items() if type(w) in (Tensor, nn.Parameter) and not w.is_meta}
 
 
 def _values(weight: Tensor, count: int = WITNESS_VALUES) -> Tensor:
@@ -502,94 +344,101 @@ def _holds(module: nn.Module, witness: Mapping[str, Mapping[str, list[float]]]) 
 
     Training further, another type or a fused LoRA change weights too, and a delta stays in them.
     """
-    own = floating_entries(own_weights(module))
-    plain = (Tensor, nn.Parameter)  # not quantized
-    known = [name for name in witness if name in own and type(own[name]) in plain and not own[name].is_meta]
+    weights = _readable(module)
+    known = [name for name in witness if name in weights and "without" in witness[name]]
     if not known:
         return True
-    found = torch.cat([_values(own[name], len(witness[name]["with"])) for name in known])
-    merged, base = (
-        torch.tensor([value for name in known for value in witness[name].get(kind, ())])
-        for kind in ("with", "without")
-    )
+    found = torch.cat([_values(weights[name], len(witness[name]["with"])) for name in known])
+    merged, base = (torch.tensor([v for name in known for v in witness[name][kind]]) for kind in ("with", "without"))
     if found.shape != merged.shape or torch.cosine_similarity(found, merged, dim=0) < RELATED:
         return False
-    return base.shape != found.shape or bool(torch.dist(found, merged) <= torch.dist(found, base))
+    return bool(torch.dist(found, merged) <= torch.dist(found, base))
 
 
 def _signature(module: nn.Module, names: Iterable[str]) -> tuple[Any, ...]:
     """Identity and version of weights: differs once one was replaced or written to. Nothing is read of a device."""
-    found: list[tuple[int, int | None]] = []
-    for name in names:
+    found = []
+    for name in names:  # peft's layers pass on the weight of the layer that they wrap
         weight: Any = module
         for part in name.split("."):
-            weight = getattr(weight, part, None)  # which peft's layers pass on from the layer that they wrap
+            weight = getattr(weight, part, None)
         known = isinstance(weight, Tensor) and not weight.is_inference()
         found.append((id(weight), weight._version if known else None))
     return tuple(found)
 
 
 @torch.no_grad()
-def _exchange(module: nn.Module, state: MergeState, records: tuple[MergeRecord, ...], warn: bool = True) -> None:
+def _exchange(
+    module: nn.Module,
+    state: MergeState,
+    records: tuple[MergeRecord, ...],
+    base: Delta | None = None,
+    exact: bool = True,
+) -> None:
     """Makes `records` what is merged; `state` has the weights of all of them. The lock is held."""
-    new = replace(state, records=records, writing=[])
-    before, after = state.terms(), new.terms()
+    state = replace(state, after=records)
+    for record in [record for record in state.records if record.reloaded and record not in records]:
+        if record.weights is None or (exact and base is None):
+            raise ValueError(
+                f"this {type(module).__name__} was loaded with {record.source} in its weights at scale "
+                f"{record.scale:g}: load the base, or pass the delta (a file or mapping) and base=, the base's files; "
+                "with exact=False the delta alone is enough."
+            )
+        state.put(record, replace(record, reloaded=False))
+        if base is None:
+            state.base = None  # the files that the model was loaded from hold the delta too
+    for record in records:
+        for pattern, _ in record.scales:
+            if record.weights and not any(fnmatchcase(name, pattern) for name in record.weights.shapes):
+                raise ValueError(f"scales names {pattern}, which matches no weight of {record.source}.")
+    new = replace(state, records=records, after=(), writing={})
     targets = {
         name: target
-        for name, target in _targets(module, state.weights).items()
-        if _factors(name, before) != _factors(name, after)
+        for name, target in _targets(module, state).items()
+        if factors(state.records, name) != factors(records, name)
     }
-    if state.base is None and not before:
+    if state.base is None and all(record.reloaded for record in state.records):
         with suppress(ValueError):  # files of another model: this one only has their configuration
             state.base = fit_base(found, module) if (found := loaded_weights(module)) else None
     if state.base is not None:
         state.base.require_unchanged()
     try:
         setattr(module, STATE_ATTRIBUTE, state)
-        inexact = change(state, targets, before, after)
-        another = not before and bool(targets) and len(inexact) == len(targets)  # the files are another model's
-        new.base = None if another else state.base
-        new.dtypes = {**state.dtypes, **{name: target.dtype for name, target in targets.items()}}
+        inexact = change(state, targets)
+        new.base, new.dtypes = state.base, {**state.dtypes, **{name: t.dtype for name, t in targets.items()}}
         _remember(module, new)
-    except BaseException as error:
+    except BaseException:
         if vars(module).get(STATE_ATTRIBUTE) is state:
             with suppress(ValueError):  # what cannot be restored, which the next call names
                 _repair(module, state)
-        if isinstance(error, FloatingPointError):
-            require_finite(state, targets, before, after)
         raise
-    if inexact and warn:
-        known = state.base
-        reason = f"differ from {known.label} plus what is merged" if known else "have no base that can be read"
+    if inexact and exact:
+        reason = f"differ from {state.base.label} plus what is merged" if state.base else "have no base"
         logger.warning(
             f"{len(inexact)} weights ({listed(inexact)}) {reason}: taking deltas out of them is exact to one "
-            "rounding. For exact results pass base=, the files that the model was loaded from, to the first "
-            "merge_delta, and merge before training or fusing a LoRA."
+            "rounding. For exact results pass base=, the files that the model was loaded from, and merge before "
+            "training or fusing a LoRA."
         )
 
 
-def _factors(name: str, terms: Sequence[Term]) -> list[tuple[int, float]]:
-    return [(id(term.weights), factor) for term in terms if (factor := term.factor(name))]
-
-
-def _targets(module: nn.Module, weights: Mapping[str, Weights]) -> dict[str, Tensor]:
-    """By name, what the deltas go into."""
+def _targets(module: nn.Module, state: MergeState) -> dict[str, Tensor]:
+    """By name, what the deltas go into, once these are known to be what they were."""
     targets: dict[str, Tensor] = {}
-    for digest, delta in weights.items():
+    records = [record for record in (*state.records, *state.after) if not record.reloaded]
+    for digest, delta in {record.digest: record.weights for record in records if record.weights}.items():
         delta.require_unchanged()
         if identity_of(delta) != digest:
             raise ValueError(f"{delta.label} was changed since it was merged; load the model again.")
-        for name, target in fit_delta(delta, module)[1].items():
-            if targets.setdefault(name, target).shape != target.shape:
-                raise ValueError(f"{name} of {delta.label} and of another delta differ in shape; take one out.")
+        require_mergeable(module, delta)
+        targets = {**fit_delta(delta, module)[1], **targets}
     return targets
 
 
 def _repair(module: nn.Module, state: MergeState, base_given: bool = False) -> None:
     """Restores the weights that an interrupted change wrote; with a base that the user gave, all of them."""
     if base_given:
-        state.writing = [(name, start, stop, True) for name, start, stop, _ in state.writing]
-    lost = restore(state, _targets(module, state.weights), state.terms())
+        state.writing = dict.fromkeys(state.writing, True)
+    lost = restore(state, _targets(module, state))
     if lost:
         raise ValueError(
             f"changing the deltas of this {type(module).__name__} was interrupted and left weights half merged "

@@ -15,17 +15,14 @@ class ModelLock:
 
     Used as a context manager by itself, it is held for a moment, to look at what is kept on the model. `running` and
     `changing` may be nested in one thread. A copy, also a pickled one, is a new lock.
-
-    Attributes:
-        changed_by: the thread that changed the model last.
     """
 
     def __init__(self) -> None:
         self._mutex = threading.RLock()
         self._free = threading.Condition()
-        self._running: dict[int, int] = {}  # by thread, how often it runs the model
-        self._changing: list[int] = []  # the thread that changes it, as often as it asked to
-        self.changed_by: int | None = None
+        self._running: list[int] = []  # the threads that run the model, as often as they asked to
+        self._changing: list[int] = []  # the thread that changes it, likewise
+        self.changed_by: int | None = None  # the thread that changed it last
 
     def __enter__(self) -> None:
         self._mutex.acquire()
@@ -42,15 +39,11 @@ class ModelLock:
         me = threading.get_ident()
         with self._free:
             self._free.wait_for(lambda: not self._changing or me in self._changing)
-            self._running[me] = self._running.get(me, 0) + 1
+            self._running.append(me)
         try:
             yield
         finally:
-            with self._free:
-                self._running[me] -= 1
-                if not self._running[me]:
-                    del self._running[me]
-                self._free.notify_all()
+            self._done(self._running, me)
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -72,14 +65,22 @@ class ModelLock:
         try:
             yield
         finally:
-            with self._free:
-                self._changing.remove(me)
-                self._free.notify_all()
+            self._done(self._changing, me)
+
+    def _done(self, threads: list[int], me: int) -> None:
+        with self._free:
+            threads.remove(me)
+            self._free.notify_all()
 
     def _others(self, me: int) -> bool:
         return any(thread != me for thread in (*self._running, *self._changing))
 
 
+def uncompiled(model: Any) -> Any:
+    """The module that `torch.compile` wrapped, whose weights and names are the model's own; else the model."""
+    return getattr(model, "_orig_mod", model)
+
+
 def model_lock(model: Any) -> ModelLock:
     """The lock of a model, compiled or not, or of another object that pipelines share, such as a tokenizer."""
-    return vars(getattr(model, "_orig_mod", model)).setdefault(LOCK_ATTRIBUTE, ModelLock())
+    return vars(uncompiled(model)).setdefault(LOCK_ATTRIBUTE, ModelLock())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
@@ -16,10 +15,7 @@ from ..core.windows import tile_windows
 from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS
 
 PREFIX = "perflow."
-_TEXT = ("prediction_type", "base_model", "base_sha256")
-
-ARCHITECTURE_KEY = PREFIX + "architecture"
-"""In a file's metadata: `architecture_of` the model that the delta was extracted from."""
+_TEXT = ("prediction_type", "base_model")
 
 
 def require_guidance(value: object) -> None:
@@ -44,7 +40,6 @@ class DeltaRecipe:
         num_inference_steps: recommended steps, at most the number of training timesteps.
         guidance_scale: recommended classifier-free guidance, 1 for none; at least 0.
         base_model: repository or description of the model that dW was taken from.
-        base_sha256: SHA-256 of that model's file, 64 hexadecimal digits.
         scheduler_config: the noise schedule it was distilled on, as a scheduler's configuration: beta_start, beta_end,
             beta_schedule, num_train_timesteps, trained_betas. Other keys are ignored.
 
@@ -58,7 +53,6 @@ class DeltaRecipe:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     base_model: str | None = None
-    base_sha256: str | None = None
     scheduler_config: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -66,8 +60,6 @@ class DeltaRecipe:
             raise ValueError(f"prediction_type={self.prediction_type!r} must be one of {', '.join(PREDICTION_TYPES)}.")
         if self.guidance_scale is not None:
             require_guidance(self.guidance_scale)
-        if self.base_sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.base_sha256):
-            raise ValueError(f"base_sha256={self.base_sha256!r} must be 64 hexadecimal digits, or None.")
         try:
             schedule = self.noise_schedule()
             timesteps = len(make_alphas_cumprod(**schedule)) if schedule else 1000

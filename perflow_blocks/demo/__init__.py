@@ -12,11 +12,7 @@ if TYPE_CHECKING:
 
 
 def weights_directory() -> Path:
-    """The embedded model: a directory that `PeRFlowModularPipeline.from_pretrained` loads offline.
-
-    Raises:
-        ValueError: the weights are not there, as in a checkout whose weights were removed.
-    """
+    """The embedded model: a directory that `PeRFlowModularPipeline.from_pretrained` loads offline."""
     directory = Path(__file__).parent / "weights"
     if not (directory / "unet").is_dir():
         raise ValueError(f"no embedded model in {directory}; run `make demo-weights`, or pass --model.")
@@ -36,20 +32,6 @@ def perflow_pipeline(directory: Path | None = None) -> PeRFlowModularPipeline:
 
 def teacher_pipeline(directory: Path | None = None) -> StableDiffusionXLPipeline:
     """The embedded base model, without the delta, as a plain `StableDiffusionXLPipeline` in float32."""
-    import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from ..evaluation.samplers import classic_pipeline
 
-    path = str(directory or weights_directory())
-    return StableDiffusionXLPipeline(
-        vae=AutoencoderKL.from_pretrained(path, subfolder="vae", dtype=torch.float32),
-        text_encoder=CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=torch.float32),
-        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(
-            path, subfolder="text_encoder_2", dtype=torch.float32
-        ),
-        tokenizer=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer"),
-        tokenizer_2=CLIPTokenizer.from_pretrained(path, subfolder="tokenizer_2"),
-        unet=UNet2DConditionModel.from_pretrained(path, subfolder="unet", dtype=torch.float32),
-        scheduler=DDIMScheduler.from_pretrained(path, subfolder="scheduler"),
-        add_watermarker=False,
-    )
+    return classic_pipeline(perflow_pipeline(directory))

@@ -22,15 +22,13 @@ class PeRFlowDemoBlocks(PeRFlowSDXLText2ImageBlocks):
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
-        return [_embedded(spec) for spec in super().expected_components]
+        where = {"pretrained_model_name_or_path": str(weights_directory())}
+        return [
+            replace(spec, **where, subfolder=spec.name) if spec.default_creation_method == "from_pretrained" else spec
+            for spec in super().expected_components
+        ]
 
     @property
     def expected_configs(self) -> list[ConfigSpec]:
         delta = str(weights_directory() / DELTA)
         return [replace(spec, default=delta) if spec.name == "delta" else spec for spec in super().expected_configs]
-
-
-def _embedded(spec: ComponentSpec) -> ComponentSpec:
-    if spec.default_creation_method != "from_pretrained":
-        return spec
-    return replace(spec, pretrained_model_name_or_path=str(weights_directory()), subfolder=spec.name)

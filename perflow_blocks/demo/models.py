@@ -1,12 +1,9 @@
-"""The parts of the demo model: a small pipeline of genuine SDXL architecture.
-
-Every part is the diffusers or transformers class that SDXL uses, with fewer and narrower layers: two CLIP text
-encoders whose penultimate states are concatenated, a pooled embedding and six time ids
-(`addition_embed_type="text_time"`), a four-channel KL autoencoder, and SDXL's noise schedule.
-"""
+"""The parts of the demo model: the classes that SDXL uses, with fewer and narrower layers, and its noise schedule."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,17 +11,16 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .pictures import PICTURE_SIZE, all_captions
+from .images import IMAGE_SIZE, all_captions
 
 MAX_TOKENS = 24
 TEXT_HIDDEN = 64
 LATENT_CHANNELS = 4
 VAE_FACTOR = 4
-LATENT_SIZE = PICTURE_SIZE // VAE_FACTOR
+LATENT_SIZE = IMAGE_SIZE // VAE_FACTOR
 _TIME_EMBED_DIM = 16
 
-GUIDANCE_SCALE = 3.0
-"""The teacher's, which is baked into the student."""
+GUIDANCE_SCALE = 3.0  # the teacher's, which is baked into the student
 
 SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -45,59 +41,24 @@ def build_tokenizer() -> CLIPTokenizer:
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=1024,
-        min_frequency=1,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        end_of_word_suffix="</w>",
+        vocab_size=1024, show_progress=False, initial_alphabet=alphabet, end_of_word_suffix="</w>"
     )
     words = sorted({word for caption in all_captions() for word in caption.replace(",", " ,").split()})
     tokenizer.train_from_iterator(words, trainer)
-    merges = _merges(tokenizer)
+    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
     # CLIP's order: bytes, bytes that end a word, merges, special tokens.
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     entries = alphabet + [symbol + "</w>" for symbol in alphabet] + ["".join(pair) for pair in merges]
     vocab = {entry: index for index, entry in enumerate(dict.fromkeys([*entries, start, end]))}
-    return CLIPTokenizer(
-        vocab=vocab,
-        merges=merges,
-        bos_token=start,
-        eos_token=end,
-        unk_token=end,
-        pad_token=end,
-        model_max_length=MAX_TOKENS,
-    )
-
-
-def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
-    return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-
-
-def build_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """Both text encoders, randomly initialised. Penultimate states: (batch, 24, 64) each; pooled: (batch, 64)."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_HIDDEN,
-        intermediate_size=4 * TEXT_HIDDEN,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS,
-        projection_dim=TEXT_HIDDEN,
-        hidden_act="quick_gelu",
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModel(config), CLIPTextModelWithProjection(config)
+    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS, **special)
 
 
 def build_vae() -> AutoencoderKL:
     """A KL autoencoder of factor 4: (batch, 3, 64, 64) in [-1, 1] to latents (batch, 4, 16, 16)."""
     return AutoencoderKL(
-        sample_size=PICTURE_SIZE,
+        sample_size=IMAGE_SIZE,
         block_out_channels=(16, 32, 32),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -132,17 +93,46 @@ def build_unet(channels: tuple[int, int, int] = (32, 64, 128), layers: int = 2) 
 
 def build_teacher_scheduler() -> DDIMScheduler:
     """SDXL's noise schedule with trailing spacing, so that few-step sampling of the teacher starts from pure noise."""
-    return DDIMScheduler(
-        **SCHEDULE,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="trailing",
-        prediction_type="epsilon",
+    settings = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "trailing"}
+    return DDIMScheduler(**SCHEDULE, **settings)
+
+
+def time_ids(batch: int) -> torch.Tensor:
+    """SDXL's micro-conditioning for the demo's images, (batch, 6): original size, crop corner, target size."""
+    return torch.tensor([[IMAGE_SIZE, IMAGE_SIZE, 0.0, 0.0, IMAGE_SIZE, IMAGE_SIZE]]).expand(batch, -1)
+
+
+class CaptionEncoder(torch.nn.Module):
+    """SDXL's two text encoders as one trainable module."""
+
+    def __init__(
+        self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, text_encoder_2: CLIPTextModelWithProjection
+    ) -> None:
+        super().__init__()
+        self.tokenizer, self.text_encoder, self.text_encoder_2 = tokenizer, text_encoder, text_encoder_2
+
+    def forward(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings (batch, 24, 128) and pooled embeddings (batch, 64) of captions, as the pipelines compute them."""
+        ids = self.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        first = self.text_encoder(ids, output_hidden_states=True)
+        second = self.text_encoder_2(ids, output_hidden_states=True)
+        return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), second.text_embeds
+
+
+def build_caption_encoder() -> CaptionEncoder:
+    """Both text encoders, randomly initialised, and their tokenizer."""
+    tokenizer = build_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_HIDDEN,
+        intermediate_size=4 * TEXT_HIDDEN,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        projection_dim=TEXT_HIDDEN,
+        hidden_act="quick_gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def time_ids(batch: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """SDXL's micro-conditioning for the demo's pictures, (batch, 6): original size, crop corner, target size."""
-    row = torch.tensor([PICTURE_SIZE, PICTURE_SIZE, 0, 0, PICTURE_SIZE, PICTURE_SIZE], dtype=torch.float32)
-    return row.to(device).expand(batch, -1)
+    return CaptionEncoder(tokenizer, CLIPTextModel(config), CLIPTextModelWithProjection(config))

@@ -1,7 +1,6 @@
 """Gives the embedded model a student: `python -m perflow_blocks.demo.publish runs/demo-student`.
 
-What `perflow distill` wrote stays as it is; the model gets its delta, in half precision. Before anything is written,
-the delta is compared with the student and the base: merged into the base as published, it gives the student.
+What `perflow distill` wrote stays as it is; the model gets its delta, in half precision.
 """
 
 from __future__ import annotations
@@ -15,16 +14,14 @@ import torch
 import typer
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
-from torch import Tensor
 
 from ..atomic_files import atomic_directory
 from ..delta.extract import extract_delta, save_delta
 from ..delta.files import listed, read_recipe
-from ..training.layout import DELTA as RUN_DELTA
-from ..training.layout import STUDENT
+from ..training.checkpoints import DELTA as RUN_DELTA
+from ..training.checkpoints import STUDENT
 from .blocks import DELTA
-from .conditioning import CaptionEncoder
-from .models import build_teacher_scheduler
+from .models import CaptionEncoder, build_teacher_scheduler
 
 WEIGHTS = Path(__file__).parent / "weights"
 BASE_NAME = "perflow_blocks demo teacher"
@@ -40,61 +37,30 @@ def main(
 
 
 def publish(run: Path, weights: Path, base: Path | None = None) -> None:
-    """Writes the delta of a finished distillation, as float16, beside the base that it belongs to.
+    """Writes the delta of a finished distillation of full weights into `weights`.
 
-    Args:
-        run: output directory of the distillation, whose student has full weights.
-        weights: directory of the published model.
-        base: what `save_base` wrote, to be put there as well; by default `weights` has its base already.
-
-    Raises:
-        ValueError: no base, no finished student, or one of another base; nothing is written then.
+    `base` is what `save_base` wrote, to be put there as well; by default `weights` has it already. Nothing is written
+    where the delta does not lead from this base to the student.
     """
-    if not ((base or weights) / "unet").is_dir():
-        raise ValueError(f"no base in {base or weights}; name the directory of the demo model.")
     unet = UNet2DConditionModel.from_pretrained(base or weights, subfolder="unet", dtype=torch.float32)
-    delta, partial = read_matching_delta(run, unet)
+    student = UNet2DConditionModel.from_pretrained(run / STUDENT, dtype=torch.float32)
+    delta, whole = load_file(run / RUN_DELTA), extract_delta(student, unet)
+    wrong = [
+        name
+        for name, change in whole.items()
+        if not (torch.equal(change.to(delta[name].dtype), delta[name]) if name in delta else not change.any())
+    ]
+    if wrong:
+        what = f"{run / RUN_DELTA} does not lead from the base that is published to the student ({listed(wrong)})"
+        raise ValueError(f"{what}; distil from that base.")
     recipe = replace(read_recipe(run / RUN_DELTA), base_model=BASE_NAME)
     if base is not None:
         shutil.copytree(base, weights, dirs_exist_ok=True)
-    save_delta(delta, weights / DELTA, recipe, partial=partial, base=unet)
-
-
-def read_matching_delta(run: Path, base: UNet2DConditionModel) -> tuple[dict[str, Tensor], bool]:
-    """The delta in `run` as it is stored, and whether it leaves weights out, which are then the base's.
-
-    Raises:
-        ValueError: no finished student, or the delta is not the student less this base, rounded to its type.
-    """
-    if not ((run / STUDENT / "config.json").is_file() and (run / RUN_DELTA).is_file()):
-        raise ValueError(
-            f"{run} holds no finished student with full weights; let perflow distill finish, or name its "
-            "output.directory."
-        )
-    delta = load_file(run / RUN_DELTA)
-    whole = extract_delta(UNet2DConditionModel.from_pretrained(run / STUDENT, dtype=torch.float32), base)
-    wrong = [name for name, difference in whole.items() if not _is_rounded(difference, delta.get(name))]
-    wrong += sorted(delta.keys() - whole.keys())
-    if wrong:
-        raise ValueError(
-            f"{run / RUN_DELTA} does not lead from the base that is published to the student ({listed(wrong)}); "
-            "distil from that base."
-        )
-    return delta, len(delta) < len(whole)
-
-
-def _is_rounded(difference: Tensor, stored: Tensor | None) -> bool:
-    if stored is None:
-        return not difference.any()
-    return torch.equal(difference.to(stored.dtype), stored)
+    save_delta(delta, weights / DELTA, recipe, partial=len(delta) < len(whole))
 
 
 def save_base(vae: AutoencoderKL, unet: UNet2DConditionModel, encoder: CaptionEncoder, directory: Path) -> None:
-    """Writes the base as a folder for each part, as `perflow distill` and pipelines load it; complete or not at all.
-
-    The models are in half precision afterwards, and so is what the student is distilled from: a delta against the
-    weights before rounding would not fit those that are published.
-    """
+    """Writes the base as a folder for each part, in half precision, from which the student is distilled too."""
     with atomic_directory(directory) as temporary:
         unet.half().save_pretrained(temporary / "unet")
         vae.half().save_pretrained(temporary / "vae")

@@ -1,35 +1,34 @@
-"""The ways of drawing that are compared: the teacher under standard solvers, and PeRFlow."""
+"""Ways of drawing an image that can be compared: a base model under standard solvers, and PeRFlow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, ModularPipeline, StableDiffusionXLPipeline
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
 from ..blocks.merge_delta import delta_path, guidance_in_effect
 from ..delta.files import read_recipe
+from ..delta.merge import merge_record
 from ..delta.recipe import DeltaRecipe
-from ..demo import perflow_pipeline, teacher_pipeline
-from ..demo.models import GUIDANCE_SCALE
 
-SOLVERS: dict[str, Any] = {"DDIM": DDIMScheduler, "DPM-Solver++": DPMSolverMultistepScheduler}
+SOLVERS: dict[str, tuple[str, Any]] = {
+    "ddim": ("DDIM", DDIMScheduler),
+    "dpm": ("DPM-Solver++", DPMSolverMultistepScheduler),
+    "euler": ("Euler", EulerDiscreteScheduler),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """One way of drawing.
+    """One way of drawing; `model` and `solver` are names for the table, a `guidance_scale` of 1 is none.
 
-    Attributes:
-        model: what predicts, for the table.
-        solver: what steps, for the table.
-        steps: solver steps.
-        guidance_scale: classifier-free guidance at sampling time; 1 is none.
-        draw: prompts and noise (count, 4, height / factor, width / factor) to pictures (count, 3, height, width) in
-            [0, 1].
+    `draw` takes prompts and noise (count, channels, height / factor, width / factor) to images (count, 3, height,
+    width) in [0, 1].
     """
 
     model: str
@@ -40,7 +39,7 @@ class Sampler:
 
     @property
     def nfe(self) -> int:
-        """Rows of the UNet per picture: guidance counts double."""
+        """Rows of the UNet per image: guidance counts double."""
         return self.steps * (2 if self.guidance_scale > 1.0 else 1)
 
     @property
@@ -48,70 +47,97 @@ class Sampler:
         return f"{self.model} {self.solver} {self.steps} steps"
 
 
-def teacher_sampler(pipe: StableDiffusionXLPipeline, solver: str, steps: int, guidance_scale: float) -> Sampler:
-    """The teacher under a solver of `SOLVERS`, with trailing spacing, so that few steps start from pure noise.
+def classic_pipeline(pipe: Any) -> StableDiffusionXLPipeline:
+    """The models of a PeRFlow pipeline that has not been called, as the classic pipeline of the base."""
+    names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
+    return StableDiffusionXLPipeline(**{name: getattr(pipe, name) for name in names}, add_watermarker=False)
 
-    Raises:
-        ValueError: an unknown solver.
+
+def teacher_sampler(
+    pipe: StableDiffusionXLPipeline, solver: str, steps: int, guidance_scale: float, *, model: str = "teacher"
+) -> Sampler:
+    """A base model under its own scheduler ("stock") or a solver of `SOLVERS`.
+
+    The solvers have trailing spacing, so that few steps start from pure noise.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r} is unknown; pass one of {', '.join(SOLVERS)}.")
+    if solver == "stock":
+        name, scheduler = type(pipe.scheduler).__name__.removesuffix("Scheduler"), pipe.scheduler
+    elif solver in SOLVERS:
+        name, kind = SOLVERS[solver]
+        # DDIM's own defaults clip latents to [-1, 1], which no latent diffusion model is made for.
+        changes = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": False}
+        scheduler = kind.from_config(pipe.scheduler.config, **changes)
+    else:
+        raise ValueError(f"solver={solver!r} is unknown; pass one of {', '.join(('stock', *SOLVERS))}.")
+    own = StableDiffusionXLPipeline(**{**pipe.components, "scheduler": scheduler}, add_watermarker=False)
+    own.set_progress_bar_config(disable=True)
 
     def draw(prompts: Sequence[str], latents: Tensor) -> Tensor:
-        # DDIM's own defaults clip latents to [-1, 1], which no latent diffusion model is made for.
-        scheduler = SOLVERS[solver].from_config(
-            pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False
-        )
-        own = StableDiffusionXLPipeline(**{**pipe.components, "scheduler": scheduler}, add_watermarker=False)
-        own.set_progress_bar_config(disable=True)
         return own(
             prompt=list(prompts),
             latents=latents,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
+            **_size(own, latents),
             output_type="pt",
         ).images
 
-    return Sampler(model="teacher", solver=solver, steps=steps, guidance_scale=guidance_scale, draw=draw)
+    return Sampler(model=model, solver=name, steps=steps, guidance_scale=guidance_scale, draw=draw)
 
 
-def perflow_sampler(pipe: ModularPipeline, steps: int, *, delta: Path | None = None) -> Sampler:
-    """A PeRFlow pipeline with the guidance that its next call would have.
+def perflow_sampler(
+    pipe: Any,
+    steps: int,
+    *,
+    delta: Path | Literal[False] | None = None,
+    guidance_scale: float | None = None,
+    model: str = "student",
+) -> Sampler:
+    """A pipeline of PeRFlow blocks with all components loaded, in at least as many steps as it has windows.
 
-    Args:
-        pipe: a pipeline of PeRFlow blocks with all components loaded.
-        steps: solver steps.
-        delta: the file to merge, where the pipeline's own configuration names none.
-
-    Raises:
-        ValueError: fewer steps than windows.
+    `delta` is the file to merge, False for none; by default the one that the pipeline's configuration names. The
+    guidance is by default that of the pipeline's next call.
     """
-    path = delta_path(delta, pipe)
-    recipe = DeltaRecipe() if path is None else read_recipe(path)
+    path = None if delta is False else delta_path(delta, pipe)
+    record = merge_record(pipe.unet)
+    recipe = read_recipe(path) if path else record.recipe if record else DeltaRecipe()
     windows = recipe.num_time_windows or pipe.config.num_time_windows or 4
     if steps < windows:
         raise ValueError(f"steps={steps} is below the model's {windows} time windows; pass at least {windows}.")
-    guidance_scale = guidance_in_effect(pipe.guider, pipe.config.guidance_scale, recipe)
-    file = {} if path is None else {"delta": path}
+    arguments = {"delta": delta if path is None else path, "guidance_scale": guidance_scale}
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if guidance_scale is None:
+        guidance_scale = guidance_in_effect(pipe.guider, pipe.config.guidance_scale, recipe)
 
     def draw(prompts: Sequence[str], latents: Tensor) -> Tensor:
         return pipe(
             prompt=list(prompts),
             latents=latents,
             num_inference_steps=steps,
+            **_size(pipe, latents),
             output_type="pt",
             output="images",
-            **file,
+            **given,
         )
 
-    return Sampler(model="student", solver="PeRFlow", steps=steps, guidance_scale=guidance_scale, draw=draw)
+    return Sampler(model=model, solver="PeRFlow", steps=steps, guidance_scale=guidance_scale, draw=draw)
 
 
-def demo_samplers(*, quick: bool = False) -> list[Sampler]:
-    """The rows of the embedded model's table; `quick` leaves out those of 50 steps."""
-    teacher, student = teacher_pipeline(), perflow_pipeline()
-    student.set_progress_bar_config(disable=True)
-    samplers = [] if quick else [teacher_sampler(teacher, solver, 50, GUIDANCE_SCALE) for solver in SOLVERS]
-    samplers += [teacher_sampler(teacher, solver, steps, GUIDANCE_SCALE) for steps in (8, 4, 2) for solver in SOLVERS]
-    samplers += [teacher_sampler(teacher, solver, steps, 1.0) for steps in (8, 4) for solver in SOLVERS]
-    return samplers + [perflow_sampler(student, steps) for steps in (4, 6, 8)]
+def seeded_latents(pipe: Any, seeds: Iterable[int], size: tuple[int, int] | None = None) -> Tensor:
+    """Noise of a seed for each image, from the CPU's generator, for the UNet's own size or (width, height) pixels."""
+    side, factor = pipe.unet.config.sample_size, _vae_factor(pipe)
+    if size is not None and any(pixels % factor for pixels in size):
+        raise ValueError(f"a size of {size[0]}x{size[1]} must be a multiple of {factor} pixels; pass another.")
+    width, height = (side, side) if size is None else (pixels // factor for pixels in size)
+    shape = (1, pipe.unet.config.in_channels, height, width)
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.cat(noise).to(pipe.unet.device, pipe.unet.dtype)
+
+
+def _vae_factor(pipe: Any) -> int:
+    return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+
+
+def _size(pipe: Any, latents: Tensor) -> dict[str, int]:
+    height, width = (side * _vae_factor(pipe) for side in latents.shape[-2:])
+    return {"height": height, "width": width}

@@ -83,10 +83,11 @@ def make_recipe(pipe: Any, config: Mapping[str, Any], recipe: DeltaRecipe, guide
     equal = f"{windows.get('num_time_windows') or 4}, equal"
     given = f"{len(boundaries) - 1}, from {', '.join(f'{time:g}' for time in boundaries)}" if boundaries else equal
     steps = config.get("default_num_inference_steps") or recipe.num_inference_steps or DEFAULT_NUM_INFERENCE_STEPS
-    scale = guidance_in_effect(pipe.guider, config.get("guidance_scale"), recipe)
+    kind = "ClassifierFreeGuidance" if guider is None else type(guider).__name__
+    scale = guidance_in_effect(guider or pipe.guider, config.get("guidance_scale"), recipe)
     return {
         "steps": str(steps),
-        "guidance": type(guider).__name__ if guider is not None else f"{scale:g}",
+        "guidance": f"{scale:g}" if kind == "ClassifierFreeGuidance" else kind,
         "prediction type": config.get("prediction_type") or recipe.prediction_type or "ddim_eps",
         "time windows": given,
     }

@@ -23,9 +23,20 @@ from PIL import Image
 from ..atomic_files import atomic_directory
 from ..blocks.block_source import CODE, block_files
 from ..blocks.pipeline import stock_class_name
-from ..blocks.saving import adapter_problems, component_problems, index_entry, save_delta_file, settled, unwrapped
+from ..blocks.saving import (
+    Problems,
+    adapter_problems,
+    complaint,
+    component_problems,
+    foreign,
+    index_entry,
+    is_stock,
+    python_number,
+    save_delta_file,
+    settled,
+    unwrapped,
+)
 from ..blocks.set_timesteps import scheduler_source
-from ..blocks.settings import complaint, foreign, is_stock, python_number
 from ..delta.files import Weights, read_recipe
 from ..delta.merge import MergeRecord, find_merged, merge_records, recipe_record
 from ..delta.recipe import DeltaRecipe
@@ -107,7 +118,7 @@ def export_workflow(
     extras = [Path(file) for file in files]
     require_target(target, overwrite=overwrite, files=[file.name for file in extras])
     pipe: Any = pipe_or_blocks if isinstance(pipe_or_blocks, ModularPipeline) else pipe_or_blocks.init_pipeline()
-    blocks, problems = pipe.blocks, list[str]()
+    blocks, problems = pipe.blocks, Problems()
     if delta is not None:
         pipe = _with_delta(pipe, Path(delta).expanduser(), problems)
     saver, values, delta_weights = settled(pipe, problems)
@@ -120,11 +131,9 @@ def export_workflow(
     if weights == "include" and not saved:
         problems.append("no component is loaded; pass a pipeline, after pipe.load_components(), or another weights=.")
     code = dict[str, str]()
-    try:
+    with problems.noted():
         siblings, modules = carried_modules(blocks, mode == "self-contained")
         code = {**block_files(blocks, name, siblings), **modules}
-    except ValueError as error:
-        problems.append(str(error))
     image = None if picture is None else _image(picture, problems)
     problems += _option_problems(name, repo_id, extras, {*code, INDEX, MELLON, CARD, IMAGE, "delta", *saved})
     if problems:

@@ -17,8 +17,7 @@ from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME, logging
 from diffusers.utils.dynamic_modules_utils import create_dynamic_module
 from huggingface_hub import snapshot_download
 
-from ..blocks.block_source import PRESET_KEY, make_preset
-from ..blocks.repository import INDEX, require_sound, workflow_config
+from ..blocks.block_source import INDEX, PRESET_KEY, make_preset, require_sound, workflow_config
 from ..delta.files import read_json
 
 logger = logging.get_logger(__name__)

@@ -18,8 +18,8 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from .. import __version__
-from ..blocks.repository import INDEX, LOCATION, is_entry, require_sound, workflow_config
-from ..blocks.settings import complaint
+from ..blocks.block_source import INDEX, LOCATION, is_entry, require_sound, workflow_config
+from ..blocks.saving import complaint
 from ..delta.files import read_json
 
 CARD, MELLON = "README.md", "mellon_pipeline_config.json"

@@ -1,269 +1,285 @@
-"""Checkpoints of a training: complete or not there, rotated, and exact to go on from.
+"""What a training writes to go on from. Checkpoints are whole or not there, rotated, exact, and unable to run code.
 
-accelerate saves model, optimizer, schedule, gradient scaler, averaged weights and every process' random state; beside
-them stand each process' position in the data and what its pairs are drawn from.
+Weights, averages and trajectories are safetensors; how far the training is, and each process' position in the data,
+are JSON. accelerate saves optimizer, schedule, gradient scaler and random states, and reads them as tensors and plain
+values alone (`weights_only=True`). FSDP and DeepSpeed have formats of their own, which can run code as pickles can.
 """
 
 from __future__ import annotations
 
 import json
+import random
+import re
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate.utils.constants import SCALER_NAME
-from diffusers.utils import logging
+import torch
+from accelerate.utils import load as load_plain
+from accelerate.utils.constants import RNG_STATE_NAME, SCALER_NAME
+from pydantic import BaseModel, NonNegativeInt, ValidationError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from ..atomic_files import atomic_path
 from .config import DistillConfig
-from .config_file import by_name, to_tree
-from .data.batch import BatchSource
-from .layout import CHECKPOINTS, SHEETS, by_step, checkpoint_path
-from .progress import WindowLosses
-from .starts import PairSource
 
-logger = logging.get_logger(__name__)
+if TYPE_CHECKING:
+    from .loop import Session
 
-_STATE = "state.json"
-_ADAPTER = "adapter.safetensors"
-_MAY_CHANGE = (
-    "output.",
-    "loss.",
-    "data.num_workers",
-    "teacher.guidance_scale",
-    "teacher.dtype",
-    "teacher.offload",
-    "teacher.on_policy_",
-    "teacher.text_cache",
-    "teacher.latent_cache",
-    "optimizer.learning_rate",
-    "optimizer.schedule",
-    "optimizer.warmup_steps",
-    "optimizer.max_grad_norm",
-    "optimizer.max_steps",
-    "optimizer.gradient_checkpointing",
-    "optimizer.compile",
+CHECKPOINTS, SHEETS = "checkpoints", "validation"
+METRICS, READINGS, REPORT = "metrics.jsonl", "validation.jsonl", "report.md"
+STUDENT, SCHEDULER, WORKFLOW = "student", "scheduler", "workflow"
+DELTA, LORA = "delta.safetensors", "lora.safetensors"
+LORA_KOHYA, LORA_RESIDUAL = "lora_kohya.safetensors", "lora_residual.safetensors"
+RESULTS = {
+    STUDENT: "student, a UNet",
+    DELTA: "delta (student less teacher, with the recipe)",
+    SCHEDULER: "scheduler",
+    LORA: "LoRA",
+    LORA_KOHYA: "LoRA in kohya's keys",
+    LORA_RESIDUAL: "residual, to be merged beside the LoRA",
+    WORKFLOW: "workflow repository, for `perflow push`",
+    REPORT: "this report",
+}
+"""What a finished training has in its directory; not every one has all."""
+_STATE, _STUDENT, _AVERAGES = "state.json", "student.safetensors", "averages.safetensors"
+_MAY_CHANGE = tuple(
+    """output. loss. data.num_workers teacher.guidance_scale teacher.dtype teacher.offload teacher.on_policy_
+    teacher.text_cache teacher.latent_cache optimizer.learning_rate optimizer.schedule optimizer.warmup_steps
+    optimizer.max_grad_norm optimizer.max_steps optimizer.gradient_checkpointing optimizer.compile""".split()
 )
-"""Settings that a run may have otherwise than the one it goes on from."""
-_OTHER_LOSSES = ("loss.", "teacher.guidance_scale", "teacher.dtype", "teacher.on_policy_", "optimizer.mixed_precision")
-"""Those of them that make losses others than they were, which says nothing of the training."""
-_PRECISION = "optimizer.mixed_precision"
-"""May change too, except to or from fp16, which has a gradient scaler with a state of its own."""
+"""Settings that may differ from those of the run that is resumed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Position:
-    """How far a training got: updates, micro-steps of each process, and what the divergence guard goes by."""
+def sheet_path(directory: Path, step: int) -> Path:
+    """The validation sheet of a step in an output directory."""
+    return directory / SHEETS / f"step_{step:08d}.png"
 
-    step: int = 0
-    micro_step: int = 0
-    losses: tuple[WindowLosses, ...] = ()
+
+def by_step(directory: Path, suffix: str = "") -> list[tuple[int, Path]]:
+    """The steps and paths in a directory of checkpoints or of sheets (suffix ".png"), in order of the steps."""
+    found = [(re.fullmatch(r"step_(\d{8,})", path.stem), path) for path in directory.glob(f"step_*{suffix}")]
+    return sorted((int(match[1]), path) for match, path in found if match and path.suffix == suffix)
+
+
+def append_line(path: Path, reading: Mapping[str, Any]) -> None:
+    """Adds a reading, which has a `step`, to a file of JSON lines."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(reading) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The readings in a file; none where there is no file. Raises ValueError if it is damaged."""
+    data = path.read_bytes() if path.exists() else b""
+    try:  # without half a line, which a run that was killed may have left
+        lines = [json.loads(line) for line in data[: data.rfind(b"\n") + 1].decode().splitlines()]
+        if all(type(line["step"]) is int for line in lines):
+            return lines
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    raise ValueError(f"{path} is damaged; move it away, which loses its curves alone.")
+
+
+def trim(directory: Path, step: int) -> None:
+    """Removes readings and sheets of later steps than `step`, from where a run goes on."""
+    for path in (directory / METRICS, directory / READINGS):
+        if lines := read_lines(path):
+            with atomic_path(path) as temporary:
+                kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
+                temporary.write_text("".join(kept), encoding="utf-8")
+    for number, sheet in by_step(directory / SHEETS, ".png"):
+        if number > step:
+            sheet.unlink()
+
+
+class State(BaseModel):
+    """How far a training is."""
+
+    step: NonNegativeInt
+    average_steps: NonNegativeInt  # updates of the averages
+    num_processes: NonNegativeInt
+    config: dict[str, Any]  # settings by "section.field"
 
 
 class Checkpoints:
-    """The checkpoints in an output directory, which all processes see.
+    """The checkpoints in the session's output directory, which all processes see."""
 
-    Args:
-        accelerator: knows what there is to save; what is prepared and registered with it by then.
-        config: of this run; the checkpoint keeps it.
-        data: this process' batches.
-        pairs: this process' pairs.
-    """
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._last = 0  # step of this run's newest checkpoint
+        self._index = session.accelerator.process_index
+        session.accelerator.register_save_state_pre_hook(self._save_student)
+        session.accelerator.register_load_state_pre_hook(self._load_student)
 
-    def __init__(self, accelerator: Any, config: DistillConfig, data: BatchSource, pairs: PairSource) -> None:
-        self._accelerator = accelerator
-        self._config = config
-        self._data = data
-        self._pairs = pairs
-        self._output = Path(config.output.directory)
-        self.directory = self._output / CHECKPOINTS
-        self._abandoned = self._later(0)
-
-    def save(self, position: Position) -> Path:
+    def save(self, step: int) -> None:
         """Writes a checkpoint, which gets its name when it is complete. Every process calls it.
 
-        With the first one a run that went on from an earlier step takes the place of the one that had gone further.
+        With the first one, a run that was resumed from an earlier step replaces the later checkpoints it found.
         """
-        accelerator = self._accelerator
-        final = checkpoint_path(self._output, position.step)
-        temporary = self.directory / f".{final.name}.tmp"
+        session, accelerator, output = self._session, self._session.accelerator, self._session.config.output
+        directory = Path(output.directory)
+        final = directory / CHECKPOINTS / f"step_{step:08d}"
+        temporary = final.with_name(f".{final.name}.tmp")
         if accelerator.is_main_process:
-            for leftover in self.directory.glob(".*.tmp"):
+            for leftover in final.parent.glob(".step_*"):
                 shutil.rmtree(leftover)
             temporary.mkdir(parents=True)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(temporary))
-        self._pairs.save(temporary)
-        own = {"micro_step": position.micro_step, "data": self._data.state_dict()}
-        (temporary / _process_file(accelerator.process_index)).write_text(json.dumps(own))
+        position = json.dumps(session.data.state_dict())
+        (temporary / f"data_{self._index}.json").write_text(position, encoding="utf-8")
+        session.pairs.save(temporary / f"trajectories_{self._index}.safetensors")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            state = {
-                "step": position.step,
-                "window_losses": position.losses,
-                "num_processes": accelerator.num_processes,
-                "config": to_tree(self._config),
-            }
-            (temporary / _STATE).write_text(json.dumps(state, indent=2))
-            self._drop_abandoned()
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.replace(final)
-            others = [path for path in list_checkpoints(self.directory) if path != final]
-            for old in others[: max(0, len(others) + 1 - self._config.output.keep_checkpoints)]:
-                shutil.rmtree(old)
+            _write(temporary / _AVERAGES, self._averages())
+            steps, config = session.ema.optimization_step if session.ema else 0, session.config.flat()
+            processes = accelerator.num_processes
+            state = State(step=step, average_steps=steps, num_processes=processes, config=config)
+            (temporary / _STATE).write_text(state.model_dump_json(indent=2), encoding="utf-8")
+            for number, path in by_step(final.parent):
+                if number > self._last:  # not this run's
+                    _remove(path)
+            temporary.rename(final)
+            for old in list_checkpoints(directory)[: -output.keep_checkpoints]:
+                _remove(old)
+        self._last = step
         accelerator.wait_for_everyone()
-        return final
 
-    def _later(self, step: int) -> dict[Path, int]:
-        """Checkpoints and sheets there are of steps that this run has yet to do, and when they were written."""
-        there = [*by_step(self.directory), *by_step(self._output / SHEETS, ".png")]
-        return {path: path.stat().st_mtime_ns for number, path in there if number > step}
-
-    def _drop_abandoned(self) -> None:
-        """Drops what a run that had gone further left: its checkpoints would count as the newest ones otherwise."""
-        # A sheet written since is this run's own; checkpoints it has none yet.
-        gone = [
-            path
-            for path, written in self._abandoned.items()
-            if path.is_dir() or (path.exists() and path.stat().st_mtime_ns == written)
-        ]
-        if gone:
-            logger.warning("what a run left that had gone further is dropped: %s.", ", ".join(map(str, gone)))
-        for path in gone:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self._abandoned = {}
-
-    def load(self, path: Path) -> Position:
-        """Takes up a checkpoint in every process.
+    def load(self, path: Path) -> int:
+        """Takes up a checkpoint in every process; returns its number of updates.
 
         Raises:
-            ValueError: it is of another number of processes, or of a training with a gradient scaler and this one has
-                none, or the other way round.
+            ValueError: it is damaged, or of another number of processes, or fp16 and this run is not, or the reverse.
         """
-        state = read_state(path)
-        accelerator = self._accelerator
-        if state["num_processes"] != accelerator.num_processes:
+        state, accelerator = read_state(path), self._session.accelerator
+        scaled, processes = (path / SCALER_NAME).is_file(), accelerator.num_processes
+        if (state.num_processes, scaled) != (processes, accelerator.scaler is not None):
             raise ValueError(
-                f"{path} is of {state['num_processes']} processes and this run has {accelerator.num_processes}; "
-                "launch as many, or start anew in another output.directory."
+                f"{path} is of {state.num_processes} processes {'with' if scaled else 'without'} fp16, and this run "
+                f"has {processes} with precision {accelerator.mixed_precision}; launch it as before."
             )
-        scaled = (path / SCALER_NAME).is_file()
-        if scaled != (accelerator.scaler is not None):
-            raise ValueError(
-                f"{path} was written {'with' if scaled else 'without'} mixed precision fp16 and this run has "
-                f"{accelerator.mixed_precision}; launch it as before, or start anew in another output.directory."
-            )
-        accelerator.load_state(str(path))
-        own = json.loads((path / _process_file(accelerator.process_index)).read_text())
-        self._data.load_state_dict(own["data"])
-        self._pairs.load(path)
-        self._abandoned = self._later(state["step"])
-        losses: tuple[WindowLosses, ...] = ()
-        if not any(key.startswith(_OTHER_LOSSES) for key, *_ in differences(state["config"], to_tree(self._config))):
-            losses = tuple(map(tuple, state.get("window_losses", ())))
-        return Position(step=state["step"], micro_step=own["micro_step"], losses=losses)
+        try:
+            self._restore(path, state)
+        except Exception as error:  # a damaged file can lead to any
+            raise _damaged(path, error) from error
+        self._last = state.step
+        return state.step
+
+    def _restore(self, path: Path, state: State) -> None:
+        session, states = self._session, load_plain(path / f"{RNG_STATE_NAME}_{self._index}.pkl")
+        session.accelerator.load_state(str(path))
+        # accelerate goes on without random states that it cannot take up.
+        taken = torch.equal(torch.get_rng_state(), states["torch_manual_seed"])
+        if not taken or random.getstate() != states["random_state"]:
+            raise ValueError(f"{RNG_STATE_NAME}_{self._index}.pkl holds no random states")
+        _take_up(path / _AVERAGES, self._averages())
+        if session.ema is not None:
+            session.ema.optimization_step = state.average_steps
+        session.data.load_state_dict(json.loads((path / f"data_{self._index}.json").read_text(encoding="utf-8")))
+        session.pairs.load(path / f"trajectories_{self._index}.safetensors")
+
+    def _averages(self) -> dict[str, Tensor]:
+        ema = self._session.ema
+        return {} if ema is None else dict(zip(self._session.trained, ema.shadow_params, strict=True))
+
+    def _save_student(self, models: list[Any], weights: list[dict[str, Any]], directory: str) -> None:
+        """Saves the trained weights in place of all, where accelerate has them: not under FSDP and DeepSpeed."""
+        if weights and self._session.accelerator.is_main_process:
+            _write(Path(directory) / _STUDENT, self._session.trained)
+        weights.clear()
+
+    def _load_student(self, models: list[Any], directory: str) -> None:
+        if models:
+            _take_up(Path(directory) / _STUDENT, self._session.trained)
+        models.clear()
 
 
-def list_checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints in a directory, oldest first."""
-    return [path for _, path in by_step(directory) if (path / _STATE).is_file()]
+def list_checkpoints(output: Path) -> list[Path]:
+    """The checkpoints in an output directory, oldest first."""
+    return [path for _, path in by_step(output / CHECKPOINTS) if (path / _STATE).is_file()]
 
 
 def find_checkpoint(config: DistillConfig) -> Path | None:
     """The checkpoint that the configuration asks to go on from; None for the beginning.
 
     Raises:
-        ValueError: it is not there, is of more steps than are wanted, or was made with settings that cannot change; or
-            none of those in the output directory is asked for, which a new run would replace.
+        ValueError: it is not there, is damaged, is of more steps than are wanted, or was made with settings that
+            cannot change; or there are checkpoints and none of them is asked for.
     """
-    resume, directory = config.output.resume, Path(config.output.directory) / CHECKPOINTS
-    present = list_checkpoints(directory)
-    match resume:
-        case None if present:
+    resume, output = config.output.resume, Path(config.output.directory)
+    present = list_checkpoints(output)
+    if resume == "latest":
+        path = present[-1] if present else None
+    else:
+        path = None if resume is None else Path(resume)
+        if path is not None and not (path / _STATE).is_file():
+            raise ValueError(f"output.resume={resume} is not a checkpoint; pass the folder of one, or latest.")
+        if present and (path is None or path.resolve().parent != (output / CHECKPOINTS).resolve()):
             raise ValueError(
-                f"output.directory={config.output.directory} holds checkpoints up to {present[-1].name}; pass "
-                "output.resume=latest to go on from there, or another directory."
+                f"output.directory={output} holds checkpoints up to {present[-1].name}; pass output.resume=latest to "
+                "go on from there, or another directory."
             )
-        case None:
-            return None
-        case "latest":
-            path = present[-1] if present else None
-        case _:
-            path = Path(resume)
-            if not (path / _STATE).is_file():
-                raise ValueError(f"output.resume={resume} is no checkpoint; pass the folder of one, or latest.")
-            if present and path.resolve().parent != directory.resolve():
-                raise ValueError(
-                    f"output.directory={config.output.directory} holds other checkpoints than output.resume={resume}, "
-                    f"up to {present[-1].name}; pass output.resume=latest to go on from there, or another directory."
-                )
     if path is not None:
         state = read_state(path)
-        require_same(state["config"], to_tree(config), path)
-        if state["step"] > config.optimizer.max_steps:
+        require_same(state.config, config.flat(), path)
+        if state.step > config.optimizer.max_steps:
             raise ValueError(
-                f"optimizer.max_steps={config.optimizer.max_steps} is below the {state['step']} updates of "
-                f"{path.name}; pass at least as many, or go on from an earlier checkpoint."
+                f"optimizer.max_steps={config.optimizer.max_steps} is below the {state.step} updates of {path.name}; "
+                "pass at least as many, or go on from an earlier checkpoint."
             )
     return path
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    return json.loads((path / _STATE).read_text(encoding="utf-8"))
+def read_state(path: Path) -> State:
+    """How far a checkpoint is. Raises ValueError if it is damaged."""
+    try:
+        return State.model_validate_json((path / _STATE).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise _damaged(path / _STATE, error) from error
 
 
 def require_same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
-    """
-    Raises:
-        ValueError: configurations, as of `to_tree`, that differ in a setting that has to stay; all of these are named.
-    """
-    full = new["model"]["student"] == "full"
+    """Raises ValueError that names all settings by "section.field" that differ where they may not."""
     changed = [
-        f"{key} is {json.dumps(there)} there and {json.dumps(here)} here"
-        for key, there, here in differences(old, new)
-        if not _may_change(key, there, here, full)
+        f"{key} is {json.dumps(value)} there and {json.dumps(new.get(key))} here"
+        for key, value in old.items()
+        if new.get(key) != value and not _may_change(key, value, new)
     ]
     if changed:
         raise ValueError(
-            f"{path.name} cannot be gone on from: {'; '.join(changed)}; set these back, or take another "
-            "output.directory."
+            f"{path.name} cannot be resumed: {'; '.join(changed)}; set these back, or take another output.directory."
         )
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """The settings of `old`, by "section.name", that `new` has otherwise: both values."""
-    here = dict(by_name(new))
-    for key, value in by_name(old):
-        if here.get(key) != value:
-            yield key, value, here.get(key)
-
-
-def _may_change(key: str, old: Any, new: Any, full: bool) -> bool:
-    if key == _PRECISION:
-        return "fp16" not in (old, new)
+def _may_change(key: str, old: Any, new: Mapping[str, Any]) -> bool:
+    if key == "optimizer.mixed_precision":  # fp16 has a gradient scaler with a state of its own
+        return "fp16" not in (old, new.get(key))
     # The rank of a full student is that of the LoRA which it is written as in the end.
-    return key.startswith(_MAY_CHANGE) or (full and key == "model.lora_rank")
+    return key.startswith(_MAY_CHANGE) or (new["model.student"] == "full" and key == "model.lora_rank")
 
 
-def save_adapters_alone(accelerator: Any) -> None:
-    """Has the checkpoints of a LoRA student hold its factors and not the frozen weights, where no shards are saved."""
-
-    def save(models: list[Any], weights: list[dict[str, Any]], directory: str) -> None:
-        if weights:
-            state = weights.pop()
-            factors = {name: tensor.contiguous() for name, tensor in state.items() if ".lora_" in name}
-            if accelerator.is_main_process:
-                save_file(factors, Path(directory) / _ADAPTER)
-
-    def load(models: list[Any], directory: str) -> None:
-        if models:
-            models.pop().load_state_dict(load_file(Path(directory) / _ADAPTER), strict=False)
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path)
 
 
-def _process_file(index: int) -> str:
-    return f"process_{index}.json"
+def _take_up(path: Path, into: Mapping[str, Tensor]) -> None:
+    found = load_file(path)
+    if {name: value.shape for name, value in found.items()} != {name: value.shape for name, value in into.items()}:
+        raise ValueError(f"{path.name} holds other weights")
+    with torch.no_grad():
+        for name, value in into.items():
+            value.copy_(found[name])
+
+
+def _remove(path: Path) -> None:
+    """Deletes a checkpoint, which first loses its name: a run that is killed leaves none in halves."""
+    gone = path.with_name(f".{path.name}.old")
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:240]
+    return ValueError(f"{path} cannot be resumed ({type(error).__name__}: {reason}); fix that, or pass another one.")

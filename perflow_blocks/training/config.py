@@ -1,124 +1,184 @@
-"""What a distillation is told: frozen sections of settings, each of which checks itself."""
+"""The settings of a distillation: pydantic models, read from TOML, YAML or JSON files and `--section.field` overrides.
+
+A rule about one value is a constraint of its field. A rule about several values of a section is in the section's
+`rules`, one about several sections in those of `DistillConfig`, which is checked once all sections are sound.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ..core.parameterization import PredictionType
 from ..core.windows import TimeWindows, tile_windows
-from .data.config import DEMO_PICTURE_SIZE, DataConfig, value_problems
-from .rules import ConfigError, at_least, not_negative, positive, share, share_below_one
 
 DTypeName = Literal["float32", "float16", "bfloat16"]
-Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
+Share = Annotated[float, Field(ge=0, le=1)]
+ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 
-_SEEDS = 2**64  # as many as torch's generators take
-_POLYNOMIAL_END = 1e-7  # the rate at which diffusers' polynomial schedule ends
+DEMO_IMAGE_SIZE = 64
 
 
-class Section:
-    """A part of the configuration. Values that break its rules raise a `ConfigError` that names all of them."""
+class ConfigError(ValueError):
+    """Settings that cannot be used; `problems` holds one line for each mistake."""
 
-    paths: ClassVar[tuple[str, ...]] = ()
-    """Fields that may hold a path, of which a leading ~ stands for the home directory."""
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(dict.fromkeys(problems))
+        listed = [f"{len(self.problems)} settings are wrong:", *(f"- {problem}" for problem in self.problems)]
+        super().__init__(self.problems[0] if len(self.problems) == 1 else "\n".join(listed))
 
-    def problems(self) -> Iterator[str]:
-        """A sentence for each rule that is broken."""
+
+class Section(BaseModel):
+    """A frozen part of the settings that knows no other keys than its fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    def rules(self) -> Iterator[str]:
+        """A sentence for each broken rule about values that are sound one by one."""
         yield from ()
 
-    def __post_init__(self) -> None:
-        for name in self.paths:
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, os.path.expanduser(value))
-        found = list(self.problems())
-        if found:
-            raise ConfigError(found)
+    @model_validator(mode="after")
+    def _check_rules(self) -> Section:
+        if broken := list(self.rules()):
+            raise ValueError("\n".join(broken))
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
-    """Teacher and student.
+    """Teacher and student."""
 
-    Attributes:
-        teacher: repository or directory of a Stable Diffusion pipeline (a folder for each part), a checkpoint in one
-            file, or "demo" for the embedded model.
-        revision: of the repository.
-        variant: of the weight files, "fp16" say.
-        config: for a single file, repository or directory with the configurations of its parts.
-        student: "full" trains all weights, "lora" low-rank factors beside them.
-        lora_rank: rank of the factors; they are applied with factor 1.
-        lora_targets: names of the UNet's layers, or their ends, that get factors. By default all linear layers and
-            convolutions of its transformer and residual blocks.
-        init_student: directory of a UNet to start from instead of the teacher's weights.
-        frozen: patterns such as "*transformer_blocks*" of the weights of a full student that stay as they are. They
-            are no part of the delta, whose file gets smaller by them, and neither gradients nor averages are kept.
-    """
-
-    paths = ("teacher", "config", "init_student")
-
-    teacher: str
+    teacher: PathText
+    """Repository or directory of a Stable Diffusion pipeline, a checkpoint in one file, or "demo" for the embedded
+    model."""
     revision: str | None = None
+    """Branch, tag or commit of the repository."""
     variant: str | None = None
-    config: str | None = None
+    """Variant of the weight files, such as "fp16"."""
+    config: PathText | None = None
+    """For a checkpoint in one file: repository or directory with the configurations of its parts."""
     student: Literal["full", "lora"] = "full"
-    lora_rank: int = 64
-    lora_targets: tuple[str, ...] | None = None
-    init_student: str | None = None
+    """"full" trains all weights, "lora" low-rank factors beside them."""
+    lora_rank: PositiveInt = 64
+    """Rank of the factors; they are applied with factor 1."""
+    lora_targets: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    """Names of the UNet's layers, or their ends, that get factors. By default all linear layers and convolutions of
+    its transformer and residual blocks."""
+    init_student: PathText | None = None
+    """Directory of a UNet to start from instead of the teacher's weights."""
     frozen: tuple[str, ...] = ()
+    """Patterns such as "*transformer_blocks*" of a full student's weights that are not trained, nor in the delta."""
 
-    def problems(self) -> Iterator[str]:
-        if not self.teacher.strip():
-            yield "model.teacher is empty; name a repository, a directory or a checkpoint, or demo."
-        yield from at_least(1, **{"model.lora_rank": self.lora_rank})
-        if self.lora_targets == ():
-            yield "model.lora_targets is empty; name layers such as to_q, or leave it out."
+    def rules(self) -> Iterator[str]:
         if self.student == "lora" and self.init_student is not None:
-            yield "model.init_student is for full weights; leave it out, or pass model.student=full."
+            yield "model.init_student: for full weights; leave it out, or pass model.student=full."
         if self.student == "lora" and self.frozen:
-            yield "model.frozen is for full weights; name the layers that get factors in model.lora_targets instead."
+            yield "model.frozen: for full weights; name the layers that get factors in model.lora_targets instead."
 
 
-@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """A dataset and how its images are cropped."""
+
+    kind: Literal["datasets", "folder", "webdataset", "prompts", "demo"] = "prompts"
+    """"datasets": a Hugging Face dataset. "folder": images with captions in metadata.jsonl, .csv or .parquet, or in
+    .txt files beside them. "webdataset": tar shards. "prompts": captions without images. "demo": the demo's images."""
+    path: PathText | None = None
+    """Hub id, directory or file. For webdataset a directory, a tar file, a range such as "shards-{000..099}.tar", or a
+    URL of these."""
+    subset: str | None = None
+    """Configuration of a dataset on the Hub that has several."""
+    revision: str | None = None
+    """Branch, tag or commit of a dataset on the Hub."""
+    split: Text = "train"
+    """Split of a dataset, with a slice such as "train[:1000]" unless it is streamed."""
+    streaming: bool = False
+    """Reads a dataset while training instead of downloading it first."""
+    image_column: Text | None = None
+    """Column (webdataset: extension) of the images. By default the first that holds images, else "image". Relative
+    paths in it start at the folder that `path` is or lies in."""
+    caption_column: Text | None = None
+    """Column (webdataset: extension, or key of the .json) of the captions, each a string or a list of which one is
+    drawn. By default "text", "caption", "prompt" or "txt", whichever comes first."""
+    trigger: str = ""
+    """Words put before every caption, with a comma between."""
+    resolution: Annotated[int, Field(ge=8, le=16384)] = 1024
+    """Side in pixels of a square image; buckets have about its area."""
+    bucketing: bool = True
+    """Keeps about the aspect ratio of images; otherwise all are cropped to squares."""
+    bucket_step: Annotated[int, Field(ge=8)] = 64
+    """Heights and widths of buckets are multiples of this many pixels."""
+    max_aspect: Annotated[float, Field(ge=1)] = 2.0
+    """Longest side over shortest side of a bucket, at most. Images beyond are cropped to it."""
+    max_enlargement: Annotated[float, Field(ge=1)] = 1.5
+    """An image that has to grow by more than this factor to cover its bucket is left out as too small."""
+    center_crop: bool = False
+    """Crops the middle of an image instead of a random place."""
+    random_flip: bool = False
+    """Mirrors half of the images."""
+    max_samples: PositiveInt | None = None
+    """Only the first so many; for the demo how many images are drawn (10,000 by default)."""
+    shuffle_buffer: PositiveInt = 1000
+    """Samples held in memory to shuffle a stream (webdataset, streaming)."""
+    num_workers: Annotated[int, Field(ge=0, le=256)] = 0
+    """Processes that read images, for each training process. Batches do not depend on it."""
+
+    def rules(self) -> Iterator[str]:
+        if self.kind == "demo" and self.path is not None:
+            yield "data.path: of no use to data.kind=demo; leave it out."
+        if self.kind != "demo" and self.path is None:
+            yield f"data.path: missing for data.kind={self.kind}; say where the data is."
+        if self.streaming and self.kind != "datasets":
+            yield f"data.streaming: goes with data.kind=datasets, not {self.kind}; leave it out."
+        if self.streaming and "[" in self.split:
+            yield f"data.split: {self.split} is a slice, which a stream does not have; use data.max_samples."
+        multiple = self.bucket_step if self.bucketing and self.kind != "prompts" else 8
+        if self.resolution % multiple:
+            below = max(multiple, self.resolution // multiple * multiple)
+            yield f"data.resolution: must be a multiple of {multiple} (given {self.resolution}); pass {below}."
+        if self.kind == "demo" and self.resolution > DEMO_IMAGE_SIZE * self.max_enlargement:
+            yield f"data.resolution: {self.resolution} is too large for the demo's images; pass {DEMO_IMAGE_SIZE}."
+
+
 class WindowConfig(Section):
-    """The student's windows and the times at which it is trained.
+    """The student's windows and the times at which it is trained."""
 
-    Attributes:
-        num_time_windows: number of equal windows.
-        window_boundaries: descending times from 1 to 0 for unequal windows; they decide the number.
-        prediction_type: what the student predicts: "ddim_eps" (SDXL), "diff_eps" (SD 1.5) or "velocity" (SD 2.1).
-        times: "continuous", or "discrete" for `num_discrete_times` equidistant ones.
-        num_discrete_times: how many those are over all windows.
-        start_share: share in [0, 1) of the times that lie at their window's start, beside those drawn evenly.
-        zero_snr_start: noised starts at t = 1 are pure noise, without the trace of the picture that the schedule
-            leaves there.
-    """
-
-    num_time_windows: int = 4
+    num_time_windows: PositiveInt = 4
+    """Number of equal windows."""
     window_boundaries: tuple[float, ...] | None = None
+    """Descending times from 1 to 0 for unequal windows; they decide the number."""
     prediction_type: PredictionType = "ddim_eps"
+    """What the student predicts: "ddim_eps" (SDXL), "diff_eps" (SD 1.5) or "velocity" (SD 2.1)."""
     times: Literal["continuous", "discrete"] = "continuous"
-    num_discrete_times: int = 200
-    start_share: float = 0.0
+    """"continuous", or "discrete" for `num_discrete_times` equidistant ones."""
+    num_discrete_times: PositiveInt = 200
+    """Number of discrete times over all windows."""
+    start_share: ShareBelowOne = 0.0
+    """Share in [0, 1) of the times that lie at their window's start; the others are drawn evenly."""
     zero_snr_start: bool = False
+    """Noised starts at t = 1 are pure noise, without the trace of the image that the noise schedule leaves there."""
 
-    def problems(self) -> Iterator[str]:
+    def rules(self) -> Iterator[str]:
         try:
             count = self.tile().num_windows
         except ValueError as error:
             yield f"windows: {error}"
         else:
-            yield from at_least(count, **{"windows.num_discrete_times": self.num_discrete_times})
-        yield from share_below_one(**{"windows.start_share": self.start_share})
+            if self.num_discrete_times < count:
+                yield f"windows.num_discrete_times: {self.num_discrete_times} is below the {count} windows."
 
     def tile(self, num_train_timesteps: int = 1000) -> TimeWindows:
-        """
-        Raises:
-            ValueError: the settings are no windows.
-        """
+        """The windows of a noise schedule with that many timesteps."""
         return tile_windows(
             num_windows=self.num_time_windows,
             boundaries=self.window_boundaries,
@@ -126,207 +186,151 @@ class WindowConfig(Section):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
 class TeacherConfig(Section):
-    """What the teacher solves.
+    """What the teacher solves."""
 
-    Attributes:
-        steps_per_window: DDIM steps from a window's start to its end.
-        cfg_mode: "sync": the teacher has no guidance, and the student keeps the teacher's answer to it; "fixed": the
-            teacher's guidance is baked into the student, which is then sampled without.
-        guidance_scale: of the teacher under "fixed", at least 1.
-        starts: where windows start: "noised" pictures, or the teacher's own "trajectory" from pure noise through all
-            windows, which needs prompts only.
-        on_policy_share: share of the trajectories that start a window where the student ended the one before.
-        on_policy_from: share of the training before that begins.
-        buffer_size: trajectories that each process keeps to draw from.
-        solve_every: micro-steps for which a batch of trajectories is used before the next one is solved. By default
-            as many as there are windows, so that each pair is used once on average.
-        dtype: of the teacher and of the encoders. A VAE that needs float32 keeps it.
-        offload: what waits in the host's memory while it is not used: "none", the "encoders", or "all" with the
-            teacher's UNet.
-        text_cache: prompts whose embeddings are kept on the device (about 0.3 MB each for SDXL in half precision).
-        latent_cache: pictures whose latents are kept, recognised by their pixels.
-    """
-
-    steps_per_window: int = 10
+    steps_per_window: PositiveInt = 10
+    """DDIM steps from a window's start to its end."""
     cfg_mode: Literal["sync", "fixed"] = "sync"
-    guidance_scale: float = 7.5
+    """"sync": the teacher has no guidance, and the student is sampled with guidance like its teacher. "fixed": the
+    teacher's guidance is baked into the student, which is then sampled without."""
+    guidance_scale: Annotated[float, Field(ge=1)] = 7.5
+    """Guidance of the teacher under "fixed"; 1 is none."""
     starts: Literal["noised", "trajectory"] = "noised"
-    on_policy_share: float = 0.0
-    on_policy_from: float = 0.33
-    buffer_size: int = 256
-    solve_every: int | None = None
+    """Where windows start: "noised" images, or the teacher's own "trajectory" from pure noise through all windows,
+    which needs prompts only."""
+    on_policy_share: Share = 0.0
+    """Share of the trajectories that start a window where the student ended the one before."""
+    on_policy_from: Share = 0.33
+    """Share of the training before that begins."""
+    buffer_size: PositiveInt = 256
+    """Trajectories that each process keeps to draw from."""
+    solve_every: PositiveInt | None = None
+    """Micro-steps for which a batch of trajectories is used before the next one is solved. By default as many as there
+    are windows, so that each pair is used once on average."""
     dtype: DTypeName = "float32"
+    """Type of the teacher and of the encoders. A VAE that needs float32 keeps it."""
     offload: Literal["none", "encoders", "all"] = "none"
-    text_cache: int = 1024
-    latent_cache: int = 0
+    """What waits in host memory while it is not used: "none", the "encoders", or "all" with the teacher's UNet."""
+    text_cache: NonNegativeInt = 1024
+    """Prompts whose embeddings are kept on the device (about 0.3 MB each for SDXL in half precision)."""
+    latent_cache: NonNegativeInt = 0
+    """Images whose latents are kept, recognised by their pixels."""
 
-    def problems(self) -> Iterator[str]:
-        whole = {"steps_per_window": self.steps_per_window, "solve_every": self.solve_every}
-        yield from at_least(1, **{f"teacher.{name}": value for name, value in whole.items()})
-        yield from at_least(1, **{"teacher.buffer_size": self.buffer_size})
-        caches = {"teacher.text_cache": self.text_cache, "teacher.latent_cache": self.latent_cache}
-        yield from at_least(0, **caches)
-        yield from share(
-            **{"teacher.on_policy_share": self.on_policy_share, "teacher.on_policy_from": self.on_policy_from}
-        )
-        if not 1 <= self.guidance_scale < float("inf"):
-            yield f"teacher.guidance_scale={self.guidance_scale} is below 1 or not finite; pass 1 for no guidance."
+    def rules(self) -> Iterator[str]:
         if self.on_policy_share > 0 and self.starts == "noised":
-            yield "teacher.on_policy_share needs trajectories; pass teacher.starts=trajectory, or a share of 0."
+            yield "teacher.on_policy_share: needs trajectories; pass teacher.starts=trajectory, or a share of 0."
 
 
-@dataclass(frozen=True, kw_only=True)
 class LossConfig(Section):
-    """The student's loss.
-
-    Attributes:
-        kind: "l2", or "huber", which is quadratic up to `huber_c` and linear beyond.
-        huber_c: see there; above 0.
-        weighting: of each row: "none"; "reciprocal", 1 / (1 - t) with t held back from 1 and a mean of 1 over all t;
-            "endpoint", which turns an error of the output into an error of the picture at the window's end; "window",
-            the weight of its window.
-        window_weights: one for each window, noisiest first, for "window".
-        max_weight: the most that "endpoint" weighs.
-        caption_dropout: share of the prompts that teacher and student see as the empty one.
-    """
+    """The student's loss."""
 
     kind: Literal["l2", "huber"] = "l2"
-    huber_c: float = 0.1
+    """"l2", or "huber", which is quadratic up to `huber_c` and linear beyond."""
+    huber_c: PositiveFloat = 0.1
+    """See `kind`."""
     weighting: Literal["none", "reciprocal", "endpoint", "window"] = "none"
-    window_weights: tuple[float, ...] | None = None
-    max_weight: float = 10.0
-    caption_dropout: float = 0.1
+    """Weight of each row: "none"; "reciprocal", 1 / (1 - t), of mean 1; "endpoint", which turns an error of the output
+    into one of the image at the window's end; "window", the weight of its window."""
+    window_weights: tuple[NonNegativeFloat, ...] | None = None
+    """One weight for each window, noisiest first, for "window"."""
+    max_weight: PositiveFloat = 10.0
+    """The most that "endpoint" weighs."""
+    caption_dropout: Share = 0.1
+    """Share of the prompts that teacher and student see as the empty one."""
 
-    def problems(self) -> Iterator[str]:
-        yield from positive(**{"loss.huber_c": self.huber_c, "loss.max_weight": self.max_weight})
-        yield from share(**{"loss.caption_dropout": self.caption_dropout})
-        weights = {f"loss.window_weights[{i}]": weight for i, weight in enumerate(self.window_weights or ())}
-        yield from not_negative(**weights)
-        if weights and not any(weights.values()):
-            yield f"loss.window_weights={list(weights.values())} train nothing; pass at least one above 0."
+    def rules(self) -> Iterator[str]:
         if (self.weighting == "window") != (self.window_weights is not None):
-            yield (
-                f"loss.weighting={self.weighting!r} and loss.window_weights={self.window_weights} do not go together; "
-                "pass weights with weighting='window', and only then."
-            )
+            yield "loss.window_weights: go with loss.weighting=window; pass both, or neither."
+        if self.window_weights is not None and not any(self.window_weights):
+            yield "loss.window_weights: all are 0, which trains nothing; pass at least one above 0."
 
 
-@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Section):
-    """How the student is updated, on each of the processes.
-
-    Attributes:
-        name: "adamw", or "adamw8bit" of bitsandbytes.
-        schedule: diffusers' name of the learning rate's course.
-        max_steps: updates in all.
-        batch_size: rows of a micro-step, of each process.
-        gradient_accumulation_steps: micro-steps of an update.
-        gradient_checkpointing: computes activations twice instead of keeping them.
-        ema_decay: of the averaged weights that are the result; 0 for none.
-        mixed_precision: "no", "fp16" or "bf16"; None as accelerate is configured.
-        channels_last: memory format of the UNets.
-        compile: both UNets with torch.compile.
-        seed: of all random numbers, from 0 to below 2**64.
-    """
+    """How the student is updated, on each of the processes."""
 
     name: Literal["adamw", "adamw8bit"] = "adamw"
-    learning_rate: float = 5e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 1e-2
-    max_grad_norm: float = 1.0
-    schedule: Schedule = "constant_with_warmup"
-    warmup_steps: int = 100
-    max_steps: int = 10_000
-    batch_size: int = 1
-    gradient_accumulation_steps: int = 1
+    """"adamw", or "adamw8bit" of bitsandbytes."""
+    learning_rate: PositiveFloat = 5e-5
+    """Learning rate at the schedule's height."""
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
+    """Decay of AdamW's two moments."""
+    weight_decay: NonNegativeFloat = 1e-2
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm."""
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = (
+        "constant_with_warmup"
+    )
+    """Course of the learning rate, by diffusers' names."""
+    warmup_steps: NonNegativeInt = 100
+    """Updates in which the learning rate rises from 0."""
+    max_steps: PositiveInt = 10_000
+    """Updates in all."""
+    batch_size: PositiveInt = 1
+    """Rows of a micro-step, of each process."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Micro-steps of an update."""
     gradient_checkpointing: bool = False
-    ema_decay: float = 0.999
+    """Computes activations twice instead of keeping them."""
+    ema_decay: ShareBelowOne = 0.999
+    """Decay of the averaged weights that are the result; 0 for none."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """By default as accelerate is configured."""
     channels_last: bool = False
+    """Memory format of the UNets."""
     compile: bool = False
-    seed: int = 0
+    """Compiles both UNets."""
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    """Seed of all random numbers."""
 
-    def problems(self) -> Iterator[str]:
-        yield from positive(
-            **{"optimizer.learning_rate": self.learning_rate, "optimizer.max_grad_norm": self.max_grad_norm}
-        )
-        yield from not_negative(**{"optimizer.weight_decay": self.weight_decay})
-        yield from share_below_one(
-            **{"optimizer.betas[0]": self.betas[0], "optimizer.betas[1]": self.betas[1]},
-            **{"optimizer.ema_decay": self.ema_decay},
-        )
-        counts = ("max_steps", "batch_size", "gradient_accumulation_steps")
-        yield from at_least(1, **{f"optimizer.{name}": getattr(self, name) for name in counts})
-        yield from at_least(0, **{"optimizer.warmup_steps": self.warmup_steps, "optimizer.seed": self.seed})
-        if self.seed >= _SEEDS:
-            yield f"optimizer.seed={self.seed} is too large for a generator; pass one below 2**64."
-        if self.schedule == "polynomial" and 0 < self.learning_rate <= _POLYNOMIAL_END:
-            yield (
-                f"optimizer.learning_rate={self.learning_rate:g} is not above {_POLYNOMIAL_END:g}, where "
-                "optimizer.schedule='polynomial' ends; pass a higher one, or another schedule."
-            )
+    def rules(self) -> Iterator[str]:
+        if self.schedule == "polynomial" and self.learning_rate <= 1e-7:
+            yield "optimizer.learning_rate: must be above 1e-07, where optimizer.schedule=polynomial ends."
 
 
-@dataclass(frozen=True, kw_only=True)
 class OutputConfig(Section):
-    """Where the result, the checkpoints and the figures go.
+    """Where the result, the checkpoints and the figures go."""
 
-    Attributes:
-        directory: of all of them.
-        checkpoint_every: updates between two checkpoints.
-        keep_checkpoints: how many of them stay.
-        log_every: updates between two readings of the loss; between them nothing is read back from the device.
-        tracker: "tensorboard" or "wandb", by accelerate.
-        resume: "latest" checkpoint in the directory (from the beginning where there is none), or the path of one. Of
-            later steps in the directory nothing stays once this run has saved a checkpoint of its own.
-        num_inference_steps: that the recipe recommends; by default one a window.
-        delta_dtype: in which the delta and its LoRA forms are stored, and weights that go into the workflow.
-        validation_every: updates between two validations, each a sheet of pictures (teacher beside student) and the
-            windows' straightness; there is one before the first update too, and one after the last. None for none.
-        validation_prompts: what the sheets show.
-        validation_steps: of the student; by default about 1, 1.5 and 2 for each window.
-        validation_teacher_steps: of the teacher.
-        workflow: write a workflow repository at the end (SDXL). One with a teacher from the Hub refers to it; any
-            other holds the teacher's weights.
-        evaluation_prompts: prompts of the report's table of quality, for the demo's pictures; 0 for no table.
-    """
-
-    paths = ("directory", "resume")
-
-    directory: str
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    log_every: int = 10
+    directory: PathText
+    """Directory of all of them."""
+    checkpoint_every: PositiveInt = 500
+    """Updates between two checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    """How many checkpoints stay."""
+    log_every: PositiveInt = 10
+    """Updates between two readings of the loss; between them nothing is read back from the device."""
     tracker: Literal["tensorboard", "wandb"] | None = None
-    resume: str | None = None
-    num_inference_steps: int | None = None
+    """Tracker that the curves go to."""
+    resume: PathText | None = None
+    """"latest" checkpoint in the directory (from the beginning where there is none), or the path of one. What the
+    directory holds of later steps goes when this run saves its first checkpoint."""
+    num_inference_steps: PositiveInt | None = None
+    """Number of steps that the recipe recommends; by default one for each window."""
     delta_dtype: DTypeName = "float16"
-    validation_every: int | None = None
+    """Type in which the delta, its LoRA forms and the workflow's weights are stored."""
+    validation_every: PositiveInt | None = None
+    """Updates between two validations: a sheet of images and the windows' straightness. The first comes before any."""
     validation_prompts: tuple[str, ...] = ()
-    validation_steps: tuple[int, ...] | None = None
-    validation_teacher_steps: int = 50
+    """Prompts of the sheets."""
+    validation_steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
+    """Numbers of steps of the student; by default about 1, 1.5 and 2 for each window."""
+    validation_teacher_steps: PositiveInt = 50
+    """Number of steps of the teacher."""
     workflow: bool = True
-    evaluation_prompts: int = 0
+    """Writes a workflow repository at the end (SDXL). It refers to a teacher on the Hub and holds any other."""
+    evaluation_prompts: NonNegativeInt = 0
+    """Prompts of the report's table of quality, for the demo's images, at least 2; 0 for no table."""
 
-    def problems(self) -> Iterator[str]:
-        if not self.directory.strip():
-            yield "output.directory is empty; name a directory."
-        counts = ("checkpoint_every", "keep_checkpoints", "log_every", "num_inference_steps", "validation_every")
-        yield from at_least(1, **{f"output.{name}": getattr(self, name) for name in counts})
-        yield from at_least(1, **{"output.validation_teacher_steps": self.validation_teacher_steps})
-        if self.evaluation_prompts != 0:
-            yield from at_least(2, **{"output.evaluation_prompts": self.evaluation_prompts})
+    def rules(self) -> Iterator[str]:
+        if self.evaluation_prompts == 1:
+            yield "output.evaluation_prompts: 1 is too few; pass at least 2, or 0 for no table."
         if self.validation_every is not None and not self.validation_prompts:
-            yield "output.validation_every needs output.validation_prompts; pass a few prompts, or leave it out."
-        if self.validation_steps == ():
-            yield "output.validation_steps is empty; name numbers of steps, or leave it out."
+            yield "output.validation_every: needs output.validation_prompts; pass a few prompts, or leave it out."
 
 
-@dataclass(frozen=True, kw_only=True)
 class DistillConfig(Section):
-    """A whole distillation; `problems` are those between sections."""
+    """A whole distillation."""
 
     model: ModelConfig
     data: DataConfig
@@ -336,47 +340,111 @@ class DistillConfig(Section):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
-    def problems(self) -> Iterator[str]:
-        yield from cross_problems(vars(self))
+    def flat(self) -> dict[str, Any]:
+        """The settings by "section.field", as values that JSON has."""
+        tree = self.model_dump(mode="json")
+        return {f"{section}.{name}": value for section, values in tree.items() for name, value in values.items()}
+
+    def changed(self, values: Mapping[str, Any]) -> DistillConfig:
+        """These settings with others by "section.field", checked again."""
+        tree = self.model_dump()
+        for key, value in values.items():
+            section, _, name = key.partition(".")
+            tree[section][name] = value
+        return DistillConfig.model_validate(tree)
+
+    def rules(self) -> Iterator[str]:
+        windows, output = self.windows.tile(), self.output
+        count, weights = windows.num_windows, self.loss.window_weights
+        if weights is not None and len(weights) != count:
+            yield f"loss.window_weights: {len(weights)} weights for {count} windows; pass {count}."
+        if output.num_inference_steps is not None and output.num_inference_steps < count:
+            yield f"output.num_inference_steps: {output.num_inference_steps} is below the {count} windows."
+        for number in output.validation_steps or ():
+            if number < count:
+                yield f"output.validation_steps: {number} is below the {count} windows."
+        narrowest = min(start - end for start, end in zip(windows.starts, windows.ends, strict=True))
+        timesteps = round(narrowest * windows.num_train_timesteps)
+        if self.teacher.steps_per_window > timesteps:
+            yield f"teacher.steps_per_window: must be at most {timesteps}, the timesteps of the narrowest window."
+        if self.teacher.starts == "noised" and self.data.kind == "prompts":
+            yield "data.kind: prompts have no images to noise; pass teacher.starts=trajectory, or images."
+        local = self.model.teacher == "demo" or Path(self.model.teacher).is_dir()
+        judged = self.data.kind == "demo" and self.data.resolution == DEMO_IMAGE_SIZE and local
+        if output.evaluation_prompts and not judged:
+            yield "output.evaluation_prompts: for data.kind=demo at full size and a local teacher; leave it out."
 
 
-def cross_problems(sections: Mapping[str, object]) -> Iterator[str]:
-    """Rules between sections, as far as the sections are there: a broken one is told by itself."""
-    windows, loss, output = sections.get("windows"), sections.get("loss"), sections.get("output")
-    if isinstance(windows, WindowConfig):
-        count = windows.tile().num_windows
-        if isinstance(loss, LossConfig) and loss.window_weights and len(loss.window_weights) != count:
-            yield f"loss.window_weights has {len(loss.window_weights)} weights for {count} windows; pass {count}."
-        if isinstance(output, OutputConfig) and output.num_inference_steps is not None:
-            yield from at_least(count, **{"output.num_inference_steps": output.num_inference_steps})
-        if isinstance(output, OutputConfig):
-            steps = enumerate(output.validation_steps or ())
-            yield from at_least(count, **{f"output.validation_steps[{i}]": number for i, number in steps})
-        teacher = sections.get("teacher")
-        if isinstance(teacher, TeacherConfig):
-            yield from _solver_problems(windows.tile(), teacher.steps_per_window)
-    teacher, data = sections.get("teacher"), sections.get("data")
-    if isinstance(data, DataConfig):
-        yield from value_problems(data)
-        if isinstance(output, OutputConfig) and output.evaluation_prompts and not _of_the_demo(sections):
-            yield (
-                f"output.evaluation_prompts is for data.kind='demo' at data.resolution={DEMO_PICTURE_SIZE} and a "
-                "teacher in a directory; leave it out."
-            )
-    if isinstance(teacher, TeacherConfig) and isinstance(data, DataConfig):
-        if teacher.starts == "noised" and data.kind == "prompts":
-            yield "data.kind='prompts' has no pictures to noise; pass teacher.starts=trajectory, or pictures."
+def load_config(path: str | os.PathLike[str], overrides: Mapping[str, str] | None = None) -> DistillConfig:
+    """The settings of a file.
+
+    Args:
+        path: a .toml, .yaml, .yml or .json file with a table for each section of `DistillConfig`.
+        overrides: by "section.field" the text of a value that replaces the file's: "0.5", "true", "a prompt", "null"
+            for None, "[1, 0.4, 0]" for a list.
+
+    Raises:
+        ConfigError: the file cannot be read, or everything that is wrong with the settings.
+    """
+    tree, problems = _read(Path(path).expanduser()), []
+    for key, text in (overrides or {}).items():
+        section, _, name = key.partition(".")
+        if not name or not isinstance(tree.setdefault(section, {}), dict):
+            problems.append(f"--{key}: not a setting; write --section.field VALUE.")
+        else:
+            tree[section][name] = _parse(text)
+    try:
+        config = DistillConfig.model_validate(tree)
+    except ValidationError as error:
+        problems += _lines(error)
+    if problems:
+        raise ConfigError(problems)
+    return config
 
 
-def _of_the_demo(sections: Mapping[str, object]) -> bool:
-    """Whether the judge of the demo's pictures can judge those of this training."""
-    model, data = sections.get("model"), sections.get("data")
-    local = not isinstance(model, ModelConfig) or model.teacher == "demo" or Path(model.teacher).is_dir()
-    return isinstance(data, DataConfig) and data.kind == "demo" and data.resolution == DEMO_PICTURE_SIZE and local
+def _read(path: Path) -> dict[str, Any]:
+    parsers: dict[str, Any] = {".toml": tomllib.loads, ".json": json.loads, ".yaml": _load_yaml, ".yml": _load_yaml}
+    if path.suffix not in parsers:
+        raise ConfigError([f"{path} is not a {', '.join(parsers)} file; name one."])
+    if not path.is_file():
+        raise ConfigError([f"{path} is not a file; name a file of settings."])
+    try:
+        tree = parsers[path.suffix](path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError([f"{path} cannot be read as {path.suffix[1:]} ({' '.join(str(error).split())})."]) from error
+    if not isinstance(tree, dict):
+        raise ConfigError([f"{path} has no sections; write tables such as [model] and [output]."])
+    return tree
 
 
-def _solver_problems(windows: TimeWindows, steps: int) -> Iterator[str]:
-    narrowest = min(start - end for start, end in zip(windows.starts, windows.ends, strict=True))
-    timesteps = round(narrowest * windows.num_train_timesteps)
-    if steps > timesteps:
-        yield f"teacher.steps_per_window={steps} exceeds a window's {timesteps} timesteps; pass at most {timesteps}."
+def _load_yaml(text: str) -> Any:
+    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):  # a few lines of them grow without bound
+        raise ValueError("aliases such as *name are not supported")
+    return yaml.safe_load(text)
+
+
+def _parse(text: str) -> Any:
+    """The value of an override; pydantic reads numbers and booleans from text by itself."""
+    if text.startswith("["):
+        with suppress(ValueError, RecursionError, yaml.YAMLError):
+            return _load_yaml(text)
+    return None if text == "null" else text
+
+
+def _lines(error: ValidationError) -> Iterator[str]:
+    """One line for each mistake: "section.field: what is wrong (given the value)"."""
+    for detail in error.errors(include_url=False):
+        key = ".".join(map(str, detail["loc"]))
+        match detail["type"]:
+            case "missing":
+                yield f"{key}: missing; set it."
+            case "extra_forbidden":
+                *section, name = map(str, detail["loc"])
+                known: Any = DistillConfig.model_fields[section[0]].annotation if section else DistillConfig
+                close = get_close_matches(name, known.model_fields, n=1)
+                yield f"{key}: unknown; " + (f"did you mean {close[0]}?" if close else "leave it out.")
+            case "value_error":  # of `rules`, which name their keys
+                yield from str(detail["ctx"]["error"]).split("\n")
+            case _:
+                given = " ".join(str(detail["input"]).split())[:80]
+                yield f"{key}: {detail['msg'][0].lower()}{detail['msg'][1:]} (given {given})."

@@ -1,161 +1,170 @@
-"""What users of an accelerator want besides it: LoRA forms of the delta, and a workflow repository to push."""
+"""What a distillation leaves behind: the student, its delta with the recipe, LoRA forms, scheduler and workflow."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.utils import logging
 from safetensors.torch import load_file
-from transformers import CLIPTokenizer
+from torch import Tensor
 
-from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
-from ..blocks.settings import is_stock
+from ..atomic_files import atomic_directory
+from ..delta.extract import extract_delta, save_delta
 from ..delta.files import identity_of, open_weights, read_recipe
 from ..delta.lora import DeltaLora, delta_to_lora, save_lora, save_residual
-from ..hub.export import export_workflow, referring_pipeline
+from ..delta.recipe import DeltaRecipe
+from ..schedulers import PeRFlowScheduler
+from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS
+from .checkpoints import DELTA, LORA, LORA_KOHYA, LORA_RESIDUAL, SCHEDULER, STUDENT, WORKFLOW, sheet_path
 from .config import DistillConfig
-from .families import SDXL
-from .layout import LORA, LORA_KOHYA, LORA_RESIDUAL, WORKFLOW, sheet_path
-from .result import TrainingResult
-from .teacher_source import TeacherSource, open_teacher
+from .student import frozen_weights, load_initial, lora_delta, lora_factors
+from .teacher import SDXL, TeacherSource, open_teacher
+
+if TYPE_CHECKING:
+    from .loop import Session
 
 logger = logging.get_logger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outputs:
-    """The files beside those of the training itself.
-
-    Attributes:
-        lora: in the keys of peft and diffusers.
-        lora_kohya: the same, in those of other programs.
-        lora_residual: what a LoRA cannot hold, to be merged beside it; None where it holds all.
-        lora_summary: what the LoRA keeps of the delta.
-        workflow: directory for `perflow push`; None for families without blocks, or where none is wanted.
-    """
-
-    lora: Path
-    lora_kohya: Path
-    lora_residual: Path | None
-    lora_summary: str
-    workflow: Path | None
-
-
-def write_outputs(config: DistillConfig, result: TrainingResult, device: torch.device | str | None = None) -> Outputs:
-    """Writes all of it into the training's directory; each file or directory appears complete or not at all.
-
-    Args:
-        config: of the training.
-        result: what it left.
-        device: where a full student's delta is factorised; by default the CPU.
-    """
-    source = open_teacher(config.model)
-    converted = _read_lora(result) if result.lora is not None else _convert(config, result, device)
-    residual = result.directory / LORA_RESIDUAL
-    residual.unlink(missing_ok=True)  # of an earlier run
-    if result.lora is None:
-        save_lora(converted, result.directory / LORA)
-    save_lora(converted, result.directory / LORA_KOHYA, "kohya")
-    if converted.residual:
-        save_residual(converted, residual)
-    workflow: Path | None = None
-    if config.output.workflow and source.family is SDXL:
-        workflow = _export(config, result, source)
-    elif config.output.workflow:
-        logger.info("%s has no workflow blocks; use the student or its LoRA with a PeRFlowScheduler.", source.label)
-    return Outputs(
-        lora=result.directory / LORA,
-        lora_kohya=result.directory / LORA_KOHYA,
-        lora_residual=residual if converted.residual else None,
-        lora_summary="The student is this LoRA." if result.lora is not None else str(converted.report),
-        workflow=workflow,
+def recipe_of(session: Session) -> DeltaRecipe:
+    """How the student is to be sampled."""
+    config, windows = session.config, session.geometry.windows
+    schedule = session.source.scheduler_config
+    return DeltaRecipe(
+        prediction_type=config.windows.prediction_type,
+        num_time_windows=windows.num_windows,
+        window_boundaries=None if config.windows.window_boundaries is None else windows.boundaries,
+        num_inference_steps=config.output.num_inference_steps or windows.num_windows,
+        guidance_scale=1.0 if config.teacher.cfg_mode == "fixed" else session.source.family.guidance_scale,
+        base_model=session.source.label,
+        scheduler_config={key: schedule[key] for key in NOISE_SCHEDULE_KEYS if schedule.get(key) is not None},
     )
 
 
-def _convert(config: DistillConfig, result: TrainingResult, device: torch.device | str | None) -> DeltaLora:
-    dtype = getattr(torch, config.output.delta_dtype)
-    return delta_to_lora(result.delta, rank=config.model.lora_rank, dtype=dtype, device=device)
+def make_scheduler(session: Session) -> PeRFlowScheduler:
+    """The scheduler that the student is sampled with."""
+    recipe = recipe_of(session)
+    return PeRFlowScheduler.from_scheduler(
+        dict(session.source.scheduler_config),
+        prediction_type=recipe.prediction_type,
+        num_time_windows=recipe.num_time_windows,
+        window_boundaries=recipe.window_boundaries,
+    )
 
 
-def _read_lora(result: TrainingResult) -> DeltaLora:
-    assert result.lora is not None
-    delta = open_weights(result.delta)
-    return DeltaLora(lora=load_file(result.lora), recipe=read_recipe(delta), digest=identity_of(delta))
+def write_result(session: Session) -> None:
+    """Writes student (its averages, if there are any), delta and scheduler, each whole; every process calls it."""
+    state: dict[str, Tensor] = session.accelerator.get_state_dict(session.student)
+    if session.ema is not None:
+        state |= dict(zip(session.trained, session.ema.shadow_params, strict=True))
+    folder = Path(session.config.output.directory)
+    if session.accelerator.is_main_process:
+        (_write_lora if session.config.model.student == "lora" else _write_full)(session, state, folder)
+        with atomic_directory(folder / SCHEDULER) as temporary:
+            make_scheduler(session).save_pretrained(temporary)
+    session.accelerator.wait_for_everyone()
 
 
-def _export(config: DistillConfig, result: TrainingResult, source: TeacherSource) -> Path:
+def _write_full(session: Session, state: Mapping[str, Tensor], folder: Path) -> None:
+    student = load_initial(session.source, session.config.model)
+    student.load_state_dict({name: tensor.detach().float().cpu() for name, tensor in state.items()})
+    with atomic_directory(folder / STUDENT) as temporary:
+        student.save_pretrained(temporary)
+    base = session.source.load_unet(torch.float32)  # as stored: the teacher may have run in half precision
+    frozen = frozen_weights(base, session.config.model.frozen)
+    difference = {
+        name: tensor for name, tensor in extract_delta(student, base).items() if name not in frozen or tensor.any()
+    }
+    dtype = getattr(torch, session.config.output.delta_dtype)
+    save_delta(difference, folder / DELTA, recipe_of(session), dtype, partial=bool(frozen))
+
+
+def _write_lora(session: Session, state: Mapping[str, Tensor], folder: Path) -> None:
+    factors, recipe = lora_factors(state), recipe_of(session)
+    named = {f"unet.{name}": tensor.detach().float().cpu().contiguous() for name, tensor in factors.items()}
+    dtype = getattr(torch, session.config.output.delta_dtype)
+    save_delta(lora_delta(factors), folder / DELTA, recipe, dtype, partial=True)
+    save_lora(DeltaLora(lora=named, recipe=recipe, digest=identity_of(open_weights(folder / DELTA))), folder / LORA)
+
+
+def write_outputs(config: DistillConfig, device: torch.device | str | None = None) -> str:
+    """Writes the LoRA forms of the delta and, for SDXL, a workflow to push; says what the LoRA keeps of the delta."""
+    source, folder = open_teacher(config.model), Path(config.output.directory)
+    if config.model.student == "lora":
+        delta, lora = open_weights(folder / DELTA), load_file(folder / LORA)
+        converted = DeltaLora(lora=lora, recipe=read_recipe(delta), digest=identity_of(delta))
+    else:
+        dtype = getattr(torch, config.output.delta_dtype)
+        converted = delta_to_lora(folder / DELTA, rank=config.model.lora_rank, dtype=dtype, device=device)
+        save_lora(converted, folder / LORA)
+    save_lora(converted, folder / LORA_KOHYA, "kohya")
+    (folder / LORA_RESIDUAL).unlink(missing_ok=True)  # of an earlier run
+    if converted.residual:
+        save_residual(converted, folder / LORA_RESIDUAL)
+    if config.output.workflow and source.family is SDXL:
+        _export(config, folder, source)
+    elif config.output.workflow:
+        logger.info("%s has no workflow blocks; use the student or its LoRA with a PeRFlowScheduler.", source.label)
+    return "The student is this LoRA." if config.model.student == "lora" else str(converted.report)
+
+
+def describe(config: DistillConfig) -> str:
+    """The distillation in a sentence's part, for reports and cards."""
+    student = "all weights" if config.model.student == "full" else f"a LoRA of rank {config.model.lora_rank}"
+    guidance = f"the teacher's guidance of {config.teacher.guidance_scale:g} baked in"
+    return (
+        f"{config.optimizer.max_steps} updates of {student}, {config.windows.tile().num_windows} windows with "
+        f"{config.teacher.steps_per_window} teacher steps each, "
+        f"{guidance if config.teacher.cfg_mode == 'fixed' else 'guidance left to sampling'}"
+    )
+
+
+def _export(config: DistillConfig, folder: Path, source: TeacherSource) -> None:
     """A thin workflow: of a teacher on the Hub a reference beside the delta, of any other the weights."""
-    sheet = sheet_path(result.directory, result.steps)
+    from ..hub.export import export_workflow
+
+    sheet = sheet_path(folder, config.optimizer.max_steps)
     pipe = _referring(source) if source.on_hub else pipeline_of(source, getattr(torch, config.output.delta_dtype))
-    return export_workflow(
+    export_workflow(
         pipe,
-        result.directory / WORKFLOW,
+        folder / WORKFLOW,
         mode="thin",
         weights="delta-only" if source.on_hub else "include",
         title=f"PeRFlow of {source.label}",
-        notes=_notes(config, result, source),
+        notes=f"Distilled from {source.label} by `perflow distill`: {describe(config)}.",
         picture=sheet if sheet.is_file() else None,
-        delta=result.delta,
+        delta=folder / DELTA,
         overwrite=True,
     )
 
 
-def _notes(config: DistillConfig, result: TrainingResult, source: TeacherSource) -> str:
-    student = "all weights" if config.model.student == "full" else f"a LoRA of rank {config.model.lora_rank}"
-    guidance = (
-        f"the teacher's guidance of {config.teacher.guidance_scale:g} baked in"
-        if config.teacher.cfg_mode == "fixed"
-        else "guidance left to sampling"
-    )
-    return (
-        f"Distilled from {source.label} by `perflow distill`: {result.steps} updates of {student}, "
-        f"{config.windows.tile().num_windows} windows with {config.teacher.steps_per_window} teacher steps each, "
-        f"{guidance}."
-    )
-
-
 def _referring(source: TeacherSource) -> Any:
-    """A pipeline that names the teacher's repository; nothing is loaded or asked for."""
-    scheduler = getattr(diffusers, str(source.scheduler_config.get("_class_name")), None)
-    kinds: dict[str, type] = {
-        "unet": UNet2DConditionModel,
-        "vae": AutoencoderKL,
-        **source.family.text_encoders,
-        **dict.fromkeys(source.family.tokenizers, CLIPTokenizer),
-        "scheduler": scheduler if scheduler is not None and is_stock(scheduler) else EulerDiscreteScheduler,
-    }
-    places = {
-        name: {
-            "type_hint": kind,
-            "pretrained_model_name_or_path": source.location,
-            "subfolder": name,
-            "variant": None if name == "scheduler" or kind is CLIPTokenizer else source.variant,
-            "revision": source.revision,
-        }
-        for name, kind in kinds.items()
-    }
-    return referring_pipeline(PeRFlowSDXLAutoBlocks(), places, **_settings(source))
+    """A pipeline that names the teacher's repository; no weights are loaded."""
+    from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
+    from ..blocks.pipeline import PeRFlowModularPipeline
+
+    pipe = PeRFlowModularPipeline(PeRFlowSDXLAutoBlocks(), source.location, revision=source.model.revision)
+    for name, spec in pipe._component_specs.items():
+        if spec.pretrained_model_name_or_path == source.location:
+            spec.revision = source.model.revision
+            spec.variant = source.model.variant if name in ("unet", "vae", *source.family.text_encoders) else None
+    return pipe
 
 
 def pipeline_of(source: TeacherSource, dtype: torch.dtype) -> Any:
     """A PeRFlow pipeline with the parts of an SDXL teacher, on the CPU."""
+    from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
+
     text = source.load_text_pipeline(dtype)
     pipe = PeRFlowSDXLAutoBlocks().init_pipeline()
     pipe.update_components(
         unet=source.load_unet(dtype),
         vae=source.load_vae(dtype),
         scheduler=source.scheduler(),
+        force_zeros_for_empty_prompt=source.pipeline_settings()["force_zeros_for_empty_prompt"],
         **{name: getattr(text, name) for name in (*source.family.text_encoders, *source.family.tokenizers)},
-        **_settings(source),
     )
     return pipe
-
-
-def _settings(source: TeacherSource) -> dict[str, Any]:
-    """The configuration values that are not as the blocks have them by default."""
-    return {"force_zeros_for_empty_prompt": source.pipeline_settings()["force_zeros_for_empty_prompt"]}

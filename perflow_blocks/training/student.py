@@ -1,18 +1,19 @@
-"""The student: the teacher's UNet with all weights free, or with low-rank factors beside frozen ones."""
+"""The student, the teacher's UNet with all weights free or with low-rank factors beside frozen ones; its optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch, fnmatchcase
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from torch import Tensor, nn
 
 from .config import ModelConfig, OptimizerConfig
-from .teacher_source import TeacherSource
+from .teacher import TeacherSource
 
 ADAPTER = "default"
 _BLOCKS = ("down_blocks.*", "mid_block.*", "up_blocks.*")
@@ -21,14 +22,7 @@ _BLOCKS = ("down_blocks.*", "mid_block.*", "up_blocks.*")
 def build_student(
     source: TeacherSource, model: ModelConfig, optimizer: OptimizerConfig, base_dtype: torch.dtype
 ) -> Any:
-    """The student on the CPU; its trainable weights are float32 and those that require gradients.
-
-    Args:
-        source: of the teacher's weights.
-        model: which kind of student.
-        optimizer: its memory format, gradient checkpointing and seed.
-        base_dtype: of frozen weights.
-    """
+    """The student on the CPU; its trainable weights are float32, a LoRA's frozen ones `base_dtype`."""
     if model.student == "full":
         student = load_initial(source, model).train().requires_grad_(True)
         for name in frozen_weights(student, model.frozen):
@@ -44,23 +38,29 @@ def build_student(
     if optimizer.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     if optimizer.compile:
-        student.compile()
+        student.compile_repeated_blocks()
     return student
 
 
 def load_initial(source: TeacherSource, model: ModelConfig) -> UNet2DConditionModel:
-    """The weights that a full student starts from, float32."""
+    """The weights that a full student starts from, float32. Raises ValueError for those of another architecture."""
     if model.init_student is None:
         return source.load_unet(torch.float32)
-    return UNet2DConditionModel.from_pretrained(model.init_student, dtype=torch.float32)
+    student = UNet2DConditionModel.from_pretrained(model.init_student, dtype=torch.float32)
+    own, wanted = student.state_dict(), empty_unet(source).state_dict()
+    if {name: own[name].shape for name in own} != {name: wanted[name].shape for name in wanted}:
+        raise ValueError(f"model.init_student={model.init_student} has another architecture than the teacher.")
+    return student
+
+
+def empty_unet(source: TeacherSource) -> UNet2DConditionModel:
+    """The teacher's UNet without values."""
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(dict(source.unet_config))
 
 
 def frozen_weights(unet: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
-    """Names of the weights that stay as they are; the UNet's weights may be on "meta".
-
-    Raises:
-        ValueError: a pattern that no weight has, or nothing is left to train.
-    """
+    """Names of the weights that are not trained. Raises ValueError for a pattern that no weight or every one has."""
     names = [name for name, _ in unet.named_parameters()]
     missing = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
     if missing:
@@ -74,22 +74,17 @@ def frozen_weights(unet: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
 
 
 def lora_modules(unet: nn.Module, targets: Sequence[str] | None) -> list[str]:
-    """Full names of the layers that get factors; the UNet's weights may be on "meta".
-
-    Raises:
-        ValueError: a target that names no linear layer or convolution.
-    """
+    """Full names of the layers that get factors. Raises ValueError for a target that is no linear or convolution."""
     layers = [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     if targets is None:
         return [name for name in layers if any(fnmatch(name, blocks) for blocks in _BLOCKS)]
-    found = {target: [name for name in layers if _is_named(name, target)] for target in targets}
-    missing = [target for target, names in found.items() if not names]
+    missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in layers)]
     if missing:
         raise ValueError(
             f"model.lora_targets: the UNet has no linear layer or convolution {', '.join(missing)}; name others, such "
             "as to_q, to_k, to_v and to_out.0."
         )
-    return sorted({name for names in found.values() for name in names}, key=layers.index)
+    return [name for name in layers if f".{name}".endswith(tuple(f".{target}" for target in targets))]
 
 
 def add_lora(unet: Any, rank: int, modules: list[str], seed: int) -> None:
@@ -108,26 +103,43 @@ def trainable(student: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
 
 
-def make_ema(student: nn.Module, decay: float) -> EMAModel | None:
-    """Averages of the trainable weights, None for a decay of 0.
-
-    They are float32 also where the weights are not, as under DeepSpeed in half precision: the little that an average
-    moves in an update would be rounded away.
-    """
+def make_ema(trained: Mapping[str, nn.Parameter], decay: float) -> EMAModel | None:
+    """Averages of the trained weights, None for a decay of 0."""
     if not decay:
         return None
-    ema = EMAModel(trainable(student).values(), decay=decay, foreach=True)
-    ema.to(dtype=torch.float32)
+    ema = EMAModel(trained.values(), decay=decay, foreach=True)
+    ema.to(
+        dtype=torch.float32
+    )  # weights may be in half precision (DeepSpeed), which would round an average's moves away
     return ema
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    kind: Any = torch.optim.AdamW
+    if config.name == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        kind = AdamW8bit
+    return kind(list(parameters), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> Any:
+    """The learning rate over the updates; to be stepped once after each."""
+    steps = {"num_warmup_steps": config.warmup_steps, "num_training_steps": config.max_steps}
+    return get_scheduler(config.schedule, optimizer, **steps)
+
+
+def set_learning_rate(optimizer: Any, schedule: Any, learning_rate: float) -> None:
+    """Goes on with another base rate where torch's `schedule` is: a loaded state brings that of the earlier run."""
+    schedule.base_lrs = [learning_rate] * len(schedule.base_lrs)
+    schedule._last_lr = [learning_rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    for group, rate in zip(optimizer.param_groups, schedule._last_lr, strict=True):
+        group["initial_lr"], group["lr"] = learning_rate, rate
 
 
 def lora_factors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The factors in a student's state: `<module>.lora_A.weight` and `<module>.lora_B.weight`."""
-    return {
-        name.replace(f".{ADAPTER}.", "."): tensor
-        for name, tensor in state.items()
-        if ".lora_A." in name or ".lora_B." in name
-    }
+    return {name.replace(f".{ADAPTER}.", "."): tensor for name, tensor in state.items() if ".lora_" in name}
 
 
 def lora_delta(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -148,7 +160,3 @@ def _require_input_gradient(unet: nn.Module, args: tuple[Any, ...]) -> tuple[Any
     sample, *rest = args
     needed = torch.is_grad_enabled() and sample.device.type == "cpu"
     return (sample.detach().requires_grad_(needed), *rest)
-
-
-def _is_named(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")

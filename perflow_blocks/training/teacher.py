@@ -1,34 +1,343 @@
-"""The frozen teacher: windows solved with or without guidance, in its own type."""
+"""The frozen teacher: where its parts come from, how it encodes prompts and images, and how it solves windows."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import diffusers
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from ..core.parameterization import WindowAlpha
+from ..core.distillation import draw_times
+from ..core.noise_schedule import make_alphas_cumprod
+from ..core.parameterization import WindowAlpha, window_table
 from ..schedulers import PFODESolver
-from ..schedulers.pfode_solver import Conditioning
-from .conditioning import PromptEncoder, TextRow, cast
-from .config import TeacherConfig
-from .geometry import WindowGeometry
+from ..schedulers.pfode_solver import Conditioning, sdxl_conditioning
+from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS
+from .buckets import Size
+from .config import ModelConfig, TeacherConfig, WindowConfig
+
+LATENT_CHANNELS = 4
+_ROUNDING = 1e-3  # of a step between two discrete times: far above float32's rounding
+
+Offload = Callable[[], Any]
+"""Takes models back to the host's memory."""
+
+Sizes = tuple[Size, Size, Size]
+"""What SDXL's time ids say of an image, each (height, width): original size, corner of the crop, size of the crop."""
+
+
+class ModelFamily(NamedTuple):
+    """What differs between families beside the weights."""
+
+    pipeline: Any  # diffusers' class of the teacher's pipeline
+    text_encoders: Mapping[str, Any]  # classes by folder; a tokenizer's folder is named alike
+    guidance_scale: float  # at which students are usually sampled, where guidance is not baked in
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        return tuple(name.replace("text_encoder", "tokenizer") for name in self.text_encoders)
+
+
+_SDXL_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+SDXL = ModelFamily(StableDiffusionXLPipeline, _SDXL_ENCODERS, 2.0)
+SD = ModelFamily(diffusers.StableDiffusionPipeline, {"text_encoder": CLIPTextModel}, 4.5)
+SD2 = SD._replace(guidance_scale=7.5)
+
+
+def family_of(unet_config: Mapping[str, Any]) -> ModelFamily:
+    """The family of a UNet's configuration. Raises ValueError for any other, and for what is itself distilled."""
+    wanted = {"_class_name": "UNet2DConditionModel", "in_channels": LATENT_CHANNELS, "time_cond_proj_dim": None}
+    wrong = [f"{key}={unet_config[key]}" for key, value in wanted.items() if unet_config.get(key, value) != value]
+    added = unet_config.get("addition_embed_type")
+    if wrong or added not in (None, "text_time"):
+        raise ValueError(
+            f"model.teacher: its UNet with {', '.join(wrong) or f'addition_embed_type={added}'} cannot be distilled; "
+            "pass a text-to-image model of Stable Diffusion 1.5, 2.1 or XL that is not distilled itself."
+        )
+    if added is None:
+        return SD2 if unet_config.get("cross_attention_dim") == 1024 else SD
+    return SDXL
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """A teacher whose configurations were read, and whose weights were not."""
+
+    label: str  # its name for the recipe: the repository, or the last part of a path
+    location: str  # repository or directory of the parts; for a single file that of their configurations
+    single_file: str | None
+    model: ModelConfig
+    family: ModelFamily
+    unet_config: Mapping[str, Any]
+    scheduler_config: Mapping[str, Any]
+    vae_config: Mapping[str, Any]
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether its parts are in a repository of the Hub, which others can read too."""
+        return self.single_file is None and not Path(self.location).exists()
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent along a side."""
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    def scheduler(self) -> DDIMScheduler:
+        """The noise schedule as DDIM's, ending at the abar that the windows end at."""
+        return DDIMScheduler.from_config(FrozenDict(self.scheduler_config), set_alpha_to_one=False)
+
+    def load_unet(self, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+        """A new copy of the teacher's UNet on the CPU, in evaluation mode."""
+        return self._load(UNet2DConditionModel, "unet", dtype)
+
+    def load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
+        """The autoencoder on the CPU; one that overflows in half precision comes in float32."""
+        upcast = self.vae_config.get("force_upcast", True)
+        return self._load(AutoencoderKL, "vae", torch.float32 if upcast else dtype).requires_grad_(False)
+
+    def load_text_pipeline(self, dtype: torch.dtype) -> Any:
+        """The family's pipeline with text encoders and tokenizers alone, on the CPU."""
+        absent: dict[str, Any] = {"unet": None, "vae": None}
+        if self.family is not SDXL:
+            absent |= {"safety_checker": None, "feature_extractor": None}
+        parts: dict[str, Any] = {
+            name: CLIPTokenizer.from_pretrained(self.location, subfolder=name, revision=self.model.revision)
+            for name in self.family.tokenizers
+        }
+        if self.single_file is not None:
+            kind, file = self.family.pipeline, self.single_file
+            whole = kind.from_single_file(file, config=self.location, dtype=dtype, **parts, **absent)
+            encoders = {name: getattr(whole, name) for name in self.family.text_encoders}
+        else:
+            encoders = {name: self._load(kind, name, dtype) for name, kind in self.family.text_encoders.items()}
+        for encoder in encoders.values():
+            encoder.eval().requires_grad_(False)
+        parts |= encoders | absent | self.pipeline_settings()
+        return self.family.pipeline(scheduler=self.scheduler(), **parts)
+
+    def pipeline_settings(self) -> dict[str, Any]:
+        """The arguments of the family's pipeline beside its parts."""
+        if self.family is not SDXL:
+            return {"requires_safety_checker": False}
+        zeros = _index(self.location, self.model.revision).get("force_zeros_for_empty_prompt", True)
+        return {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+
+    def _load(self, kind: Any, folder: str, dtype: torch.dtype) -> Any:
+        if self.single_file is not None:
+            return kind.from_single_file(self.single_file, config=self.location, subfolder=folder, dtype=dtype).eval()
+        where = {"subfolder": folder, "revision": self.model.revision, "variant": self.model.variant}
+        return kind.from_pretrained(self.location, dtype=dtype, **where).eval()
+
+
+def open_teacher(model: ModelConfig) -> TeacherSource:
+    """Reads the configurations of the teacher's parts. Raises ValueError where they are not there or do not suit."""
+    label, location, single_file = model.teacher, model.teacher, None
+    path = Path(model.teacher)
+    if model.teacher == "demo":
+        location = str(files("perflow_blocks.demo") / "weights")
+    elif path.is_dir():
+        label = path.resolve().name
+    elif path.suffix in (".safetensors", ".ckpt"):
+        label, single_file = path.stem, str(path)
+        location = model.config or _inferred_config(single_file)
+    elif path.is_absolute() or model.teacher.startswith((".", "~")) or model.teacher.count("/") != 1:
+        raise ValueError(f"model.teacher={model.teacher} does not exist; pass a directory, or owner/name.")
+    unet, scheduler, vae = (_part_config(location, part, model.revision) for part in ("unet", "scheduler", "vae"))
+    return TeacherSource(label, location, single_file, model, family_of(unet), unet, scheduler, vae)
+
+
+def _inferred_config(file: str) -> str:
+    """The repository that diffusers infers from the names and shapes in a single file."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            shapes = {name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in opened.keys()}
+    except (SafetensorError, OSError) as error:
+        fault = "is not a complete .safetensors file" if Path(file).exists() else "does not exist"
+        raise ValueError(f"model.teacher={file} {fault} ({error}); pass another one.") from error
+    return str(fetch_diffusers_config(shapes)["pretrained_model_name_or_path"])
+
+
+def _part_config(location: str, folder: str, revision: str | None) -> dict[str, Any]:
+    loader: Any = DDIMScheduler if folder == "scheduler" else UNet2DConditionModel
+    try:
+        return dict(loader.load_config(location, subfolder=folder, revision=revision))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.teacher: cannot read the {folder}'s configuration in {location} ({str(error).splitlines()[0]}); "
+            "pass a pipeline with a folder for each part."
+        ) from error
+
+
+def _index(location: str, revision: str | None) -> dict[str, Any]:
+    """The pipeline's own settings; empty where it has none."""
+    for file in (Path(location) / name for name in ("model_index.json", "modular_model_index.json")):
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+    loader: Any = diffusers.DiffusionPipeline
+    return {} if Path(location).is_dir() else dict(loader.load_config(location, revision=revision))
+
+
+class WindowGeometry:
+    """The windows of a configuration on a teacher's noise schedule, with the numbers of each on a device."""
+
+    def __init__(
+        self, config: WindowConfig, scheduler_config: Mapping[str, Any], device: torch.device | str = "cpu"
+    ) -> None:
+        schedule = {key: scheduler_config[key] for key in NOISE_SCHEDULE_KEYS if scheduler_config.get(key) is not None}
+        alphas_cumprod = make_alphas_cumprod(**schedule)
+        self.config = config
+        self.num_train_timesteps = len(alphas_cumprod)
+        self.windows = config.tile(self.num_train_timesteps)
+        self._rows = torch.tensor(window_table(self.windows, alphas_cumprod), dtype=torch.float32, device=device)
+
+    @property
+    def num_windows(self) -> int:
+        return self.windows.num_windows
+
+    def rows(self, index: Tensor) -> WindowAlpha:
+        """The windows of the given indices (batch,), each number a float32 tensor of that shape."""
+        return WindowAlpha(*self._rows[index].unbind(-1))
+
+    def each(self, count: int) -> list[WindowAlpha]:
+        """For each window, noisiest first, its numbers `count` times over."""
+        return [WindowAlpha(*row[:, None].expand(-1, count)) for row in self._rows]
+
+    def times(self, window: WindowAlpha, uniform: Tensor) -> Tensor:
+        """Training times (batch,) in each row's window, from numbers (batch,) uniform in [0, 1)."""
+        t = draw_times(window, uniform, start_share=self.config.start_share)
+        if self.config.times == "continuous":
+            return t
+        count = self.config.num_discrete_times
+        # Up to the next of the equidistant times, which lies beyond the window's end and not beyond its start.
+        first = torch.floor(torch.as_tensor(window.end) * count + _ROUNDING) + 1
+        snapped = torch.maximum(torch.ceil(t * count - _ROUNDING), first) / count
+        return torch.minimum(snapped, torch.as_tensor(window.start))
+
+    def solver_times(self, t: Tensor) -> Tensor:
+        """The times, up to a timestep below, at which the teacher's solver has the noise of the windows' numbers at t.
+
+        Between two timesteps the windows have the noise of the lower one, and the solver that of the nearer one.
+        """
+        timestep = torch.floor(t * self.num_train_timesteps + _ROUNDING).clamp(1, self.num_train_timesteps)
+        return torch.minimum(t, timestep / self.num_train_timesteps)
+
+    def solver_windows(self, steps_per_window: int) -> int | None:
+        """The solver's `num_windows`: its stride as published where that ends at the windows' ends, else None."""
+        divides = self.num_train_timesteps % (self.num_windows * steps_per_window) == 0
+        return self.num_windows if self.config.window_boundaries is None and divides else None
+
+
+def cast(conditioning: Conditioning, dtype: torch.dtype) -> Conditioning:
+    """The conditions in a type; time ids, which half precision would round, stay as they are."""
+    return Conditioning(
+        prompt_embeds=conditioning.prompt_embeds.to(dtype),
+        added={name: value if name == "time_ids" else value.to(dtype) for name, value in conditioning.added.items()},
+    )
+
+
+class PromptEncoder:
+    """Encodes prompts as the teacher's pipeline does, and keeps the embeddings of `cache` prompts on the device.
+
+    `offload` is called when prompts were encoded.
+    """
+
+    def __init__(self, pipeline: Any, device: torch.device, cache: int, offload: Offload | None = None) -> None:
+        self._pipeline = pipeline
+        self._device = device
+        self._added_conditions = isinstance(pipeline, StableDiffusionXLPipeline)
+        self._offload = offload or (lambda: None)
+        self._row = lru_cache(maxsize=cache)(self._encode)
+        self._empty = self._encode("", negative=True)  # as the pipeline has it for guidance: of SDXL mostly zeros
+        self._offload()
+
+    def conditioning(
+        self, prompts: Sequence[str], sizes: Sequence[Sizes], drop: Sequence[bool] | None = None
+    ) -> Conditioning:
+        """The conditions (batch, ...) of a prompt and the sizes for each row; the empty prompt where `drop` says so.
+
+        Each prompt is encoded by itself: its rounding depends on what else is in a batch, and a run that is resumed,
+        with nothing kept, has to get the same embeddings.
+        """
+        before = self._row.cache_info().misses
+        dropped = drop or [False] * len(prompts)
+        rows = [self._empty if out else self._row(prompt) for prompt, out in zip(prompts, dropped, strict=True)]
+        if self._row.cache_info().misses > before:
+            self._offload()
+        embeds, pooled = (torch.stack(parts) for parts in zip(*rows, strict=True))
+        if not self._added_conditions:
+            return Conditioning(prompt_embeds=embeds)
+        time_ids = torch.tensor([[side for size in three for side in size] for three in sizes], dtype=torch.float32)
+        return sdxl_conditioning(embeds, pooled, time_ids.to(self._device, non_blocking=True))
+
+    def empty(self, like: Conditioning) -> Conditioning:
+        """The conditions that guidance leads away from, with the time ids of `like`."""
+        embeds, pooled = (part.expand(len(like.prompt_embeds), *part.shape) for part in self._empty)
+        if not self._added_conditions:
+            return Conditioning(prompt_embeds=embeds)
+        return sdxl_conditioning(embeds, pooled, like.added["time_ids"])
+
+    @torch.no_grad()
+    def _encode(self, prompt: str, *, negative: bool = False) -> tuple[Tensor, Tensor]:
+        """A prompt's embeddings (tokens, width) and, of SDXL, pooled (width,); or those of the negative prompt."""
+        found = self._pipeline.encode_prompt(
+            prompt=[prompt], device=self._device, num_images_per_prompt=1, do_classifier_free_guidance=negative
+        )
+        # Positive and negative embeddings, and for SDXL then the same pooled.
+        own = found[int(negative) :: 2]
+        return own[0][0], own[1][0] if self._added_conditions else own[0].new_zeros(0)
+
+
+class LatentEncoder:
+    """The teacher's VAE, with the latents' distributions of `cache` images kept, which are known by their pixels.
+
+    `offload` is called when images were encoded.
+    """
+
+    def __init__(self, vae: Any, device: torch.device, cache: int = 0, offload: Offload | None = None) -> None:
+        self._vae, self._device, self._cache = vae, device, cache
+        self._kept: dict[bytes, Tensor] = {}
+        self._offload = offload or (lambda: None)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        """Latents (batch, 4, height/f, width/f) float32 of pixels (batch, 3, height, width) in [-1, 1] on the host."""
+        moments = torch.stack([self._moments(row) for row in pixels]) if self._cache else self._encode(pixels)
+        latents = DiagonalGaussianDistribution(moments).sample(generator)
+        return latents * self._vae.config.scaling_factor
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Mean and logarithmic variance, (batch, 8, height/f, width/f) float32."""
+        distribution = self._vae.encode(pixels.to(self._device, self._vae.dtype)).latent_dist
+        self._offload()
+        return distribution.parameters.float()
+
+    def _moments(self, row: Tensor) -> Tensor:
+        """Of one image: in a batch its rounding would depend on which others are missing."""
+        key = hashlib.blake2b(row.contiguous().numpy().data, digest_size=16).digest()
+        found = self._kept.pop(key, None)
+        self._kept[key] = self._encode(row[None])[0] if found is None else found
+        if len(self._kept) > self._cache:
+            del self._kept[next(iter(self._kept))]
+        return self._kept[key]
 
 
 class Teacher:
-    """Solves the probability-flow ODE of a frozen UNet across windows.
-
-    Args:
-        unet: the teacher's.
-        scheduler: of the teacher.
-        encoder: of its prompts.
-        geometry: the windows.
-        config: steps and guidance.
-        at_hand: makes a context in which the UNet can be called, entered for each solve.
-    """
+    """Solves the probability-flow ODE of a frozen UNet across windows, in the context that `at_hand` makes."""
 
     def __init__(
         self,
@@ -39,93 +348,38 @@ class Teacher:
         config: TeacherConfig,
         at_hand: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.encoder = encoder
-        self.geometry = geometry
-        self.config = config
-        self._unet = unet
-        self._at_hand = at_hand
+        self.unet, self.encoder, self.geometry, self.config = unet, encoder, geometry, config
+        self.at_hand = at_hand
         self._solver = PFODESolver(scheduler)
-        self._num_windows = geometry.solver_windows(config.steps_per_window)
 
-    def solve(self, z_start: Tensor, window: WindowAlpha, rows: list[TextRow], time_ids: Tensor) -> Tensor:
-        """The ends (batch, channels, height, width) of windows that begin at `z_start`, for a prompt each.
+    def solve(self, z_start: Tensor, window: WindowAlpha, conditioning: Conditioning) -> Tensor:
+        """The ends (batch, channels, height, width) of windows that begin at `z_start`; each row has its own window.
 
         Under "fixed" guidance a prompt that was dropped is solved like any other: guidance from it to itself is none.
         """
         start, end = (self.geometry.solver_times(torch.as_tensor(t)) for t in (window.start, window.end))
-        return self._solve(z_start, start, end, rows, time_ids, self.config.steps_per_window)
+        scale = self.config.guidance_scale if self.config.cfg_mode == "fixed" else 1.0
+        steps = self.config.steps_per_window
+        windows = self.geometry.solver_windows(steps)
+        return self.solve_between(z_start, start, end, conditioning, scale, num_steps=steps, num_windows=windows)
 
-    def path(
-        self,
-        z_start: Tensor,
-        times: Tensor,
-        rows: list[TextRow],
-        time_ids: Tensor,
-        guidance_scale: float | None = None,
+    def solve_between(
+        self, z_start: Tensor, start: Tensor, end: Tensor, conditioning: Conditioning, scale: float, **steps: Any
     ) -> Tensor:
-        """The points (steps + 1, batch, channels, height, width) of a solve with a DDIM step between two times.
-
-        Args:
-            z_start: at the first time.
-            times: (steps + 1, batch), descending; the first and the last have the noise of the windows' numbers there.
-            rows: a prompt each.
-            time_ids: of the pictures.
-            guidance_scale: by default that of `solve`.
-        """
-        points = [z_start]
-        first, last = (self.geometry.solver_times(t).expand_as(times) for t in (times[0], times[-1]))
-        shares = (times - times[0]) / (times[-1] - times[0])
-        for start, end in itertools.pairwise(torch.lerp(first, last, shares)):
-            points.append(self._solve(points[-1], start, end, rows, time_ids, None, guidance_scale))
-        return torch.stack(points)
-
-    @torch.no_grad()
-    def _solve(
-        self,
-        z_start: Tensor,
-        start: Tensor,
-        end: Tensor,
-        rows: list[TextRow],
-        time_ids: Tensor,
-        steps: int | None,
-        guidance_scale: float | None = None,
-    ) -> Tensor:
-        """By the steps of a window, or for None in one step of any length."""
-        scale = guidance_scale
-        if scale is None:
-            scale = self.config.guidance_scale if self.config.cfg_mode == "fixed" else 1.0
+        """As `PFODESolver.solve_conditioned`, with a guidance of `scale`."""
         dtype = getattr(torch, self.config.dtype)
-        positive = cast(self.encoder.conditioning(rows, time_ids), dtype)
-        negative: Conditioning | None = None
+        positive, negative = cast(conditioning, dtype), None
         if scale > 1.0:
-            negative = cast(self.encoder.conditioning([self.encoder.empty] * len(rows), time_ids), dtype)
-        with self._at_hand():
-            return self._solver.solve_conditioned(
-                z_start,
-                self._unet,
-                start,
-                end,
-                positive,
-                negative,
-                guidance_scale=scale,
-                num_steps=steps or 1,
-                num_windows=None if steps is None else self._num_windows,
-            )
+            negative = cast(self.encoder.empty(conditioning), dtype)
+        steps["guidance_scale"] = scale
+        with self.at_hand():
+            return self._solver.solve_conditioned(z_start, self.unet, start, end, positive, negative, **steps)
 
 
 @contextmanager
-def without_factors(student: Any) -> Iterator[None]:
-    """A LoRA student as it was before its factors: the teacher, whose weights need not be in memory twice."""
-    student.disable_adapters()
-    try:
-        yield
-    finally:
-        student.enable_adapters()
-
-
-@contextmanager
-def then(after: Callable[[], Any]) -> Iterator[None]:
-    """Calls a function at the end, to take an offloaded model back to the host."""
+def between(before: Callable[[], Any], after: Callable[[], Any]) -> Iterator[None]:
+    """Calls one function at the beginning and one at the end."""
+    before()
     try:
         yield
     finally:

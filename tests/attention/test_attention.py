@@ -29,7 +29,7 @@ from tests.attention.conftest import (
     embeddings,
     processors,
 )
-from tests.blocks.conftest import distance, guard_against_reads, loop_pipeline, poison
+from tests.blocks.conftest import distance, guard_against_reads, loop_pipeline
 from tests.conftest import make_pipeline, run
 
 MakeKernel = Callable[..., Kernel]
@@ -86,13 +86,6 @@ def test_every_strategy_runs_in_every_module_and_agrees_with_native(
     assert attention_dispatch._AttentionBackendRegistry.get_active_backend()[0] == backend
     assert state.keys() == pipe.unet.state_dict().keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in pipe.unet.state_dict().items())
-
-
-def test_the_image_is_made_of_what_the_strategies_compute(kernel: MakeKernel) -> None:
-    kernel("shifted", shift=0.5)
-    plans = (None, {"cross": "shifted"}, {"self": "shifted"})
-    plain, cross, own = (run(make_pipeline(attention=AttentionConfig(plan))) for plan in plans)
-    assert min(distance(cross, plain), distance(own, plain), distance(own, cross)) > 1e-2
 
 
 def test_kinds_and_patterns_reach_the_modules_they_mean_and_no_others(kernel: MakeKernel) -> None:
@@ -165,20 +158,6 @@ def test_a_call_that_a_strategy_does_not_take_runs_native_and_is_told_once(
     assert "takes no mask (2 native)" in str(attention.report())
 
 
-def test_the_guards_repetition_in_float32_runs_native(kernel: MakeKernel) -> None:
-    half = kernel("half", dtypes=HALF)
-    pipe = loop_pipeline("text2image", dtype=torch.bfloat16)
-    pipe.update_components(attention=AttentionConfig({"self": "half"}))
-    poison(pipe.unet, 500, dtypes=HALF)
-    result = run(pipe, num_inference_steps=5, on_nonfinite="fallback")
-    assert torch.isfinite(result).all()
-    rows = [row for row in pipe.attention.report().rows if row.kind == "self"]
-    assert len(half.calls) == 5 * len(rows) == 20
-    for row in rows:
-        assert row.calls == {"half": 5, "native": 5}
-        assert row.fallbacks == {"takes float16 or bfloat16, not float32": 5}
-
-
 def test_nothing_is_read_from_the_device_within_the_loop(kernel: MakeKernel) -> None:
     kernel("half", dtypes=HALF)
     pipe = make_pipeline()
@@ -213,15 +192,10 @@ def test_a_model_with_a_plan_is_saved_copied_and_pickled(kernel: MakeKernel, tmp
 def test_other_processors_are_kept_and_named() -> None:
     unet, mine = tiny_sdxl_unet(), AttnProcessor()
     unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(mine)
-    unet.mid_block.attentions[0].transformer_blocks[0].attn2.residual_connection = True
     attention = AttentionConfig("sliced")
     attention.attach({"unet": unet})
-    kept = {
-        row.module.removeprefix("unet.mid_block.attentions.0.transformer_blocks.0."): row.kept
-        for row in attention.report().rows
-        if row.kept
-    }
-    assert kept == {"attn1": "AttnProcessor", "attn2": "more than a transformer block's attention"}
+    kept = {row.module: row.kept for row in attention.report().rows if row.kept}
+    assert kept == {"unet.mid_block.attentions.0.transformer_blocks.0.attn1": "AttnProcessor"}
     assert processors(unet)["mid_block.attentions.0.transformer_blocks.0.attn1"] is mine
     assert "kept: AttnProcessor" in str(attention.report())
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
-from torch.utils._pytree import tree_map_only
 
 from perflow_blocks import AttentionConfig
 from perflow_blocks.testing import tiny_sdxl_unet
@@ -27,12 +25,11 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_unet_is_one_graph_and_is_not_compiled_again(backend: str) -> None:
+def test_a_compiled_unet_is_one_graph_and_is_not_compiled_again() -> None:
     unet, attention = tiny_sdxl_unet(), AttentionConfig({"self": "native", "cross": "sliced"})
     with torch.no_grad():
         expected = unet(SAMPLE, 500, **embeddings())[0]
-        compiled = torch.compile(unet, fullgraph=True, backend=backend)
+        compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
         attention.attach({"unet": compiled})
         first = compiled(SAMPLE, 500, **embeddings())[0]
         report = attention.report()
@@ -51,10 +48,9 @@ def test_a_compiled_unet_is_one_graph_and_is_not_compiled_again(backend: str) ->
     assert ran == [{"native" if row.kind == "self" else "sliced": 1} for row in report.rows]
 
 
-@pytest.mark.parametrize("name", ["native", "native_math", "sliced"])
 @pytest.mark.parametrize("regional", [False, True])
-def test_a_unet_compiled_in_place_or_by_its_blocks(regional: bool, name: str) -> None:
-    unet, attention, counter = tiny_sdxl_unet(), AttentionConfig(name), CompileCounter()
+def test_a_unet_compiled_in_place_or_by_its_blocks(regional: bool) -> None:
+    unet, attention, counter = tiny_sdxl_unet(), AttentionConfig("sliced"), CompileCounter()
     with torch.no_grad():
         expected = unet(SAMPLE, 500, **embeddings())[0]
         attention.attach({"unet": unet})
@@ -62,18 +58,16 @@ def test_a_unet_compiled_in_place_or_by_its_blocks(regional: bool, name: str) ->
         results = [unet(SAMPLE, 500, **embeddings())[0] for _ in range(2)]
     assert all(torch.allclose(result, expected, atol=1e-5) for result in results)
     assert counter.frame_count == 1  # blocks that are alike share a graph, with a processor each
-    assert {row.cells()[1:3] for row in attention.report().rows} == {(name, "compiled")}
+    assert {row.cells()[1:3] for row in attention.report().rows} == {("sliced", "compiled")}
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("native_flash", torch.bfloat16), ("flex", torch.float32)])
-def test_other_kernels_compile_by_blocks(name: str, dtype: torch.dtype) -> None:
-    unet, attention = tiny_sdxl_unet().to(dtype), AttentionConfig(name)
-    inputs: dict[str, Any] = tree_map_only(torch.Tensor, lambda tensor: tensor.to(dtype), embeddings())
+def test_other_kernels_compile_by_blocks() -> None:
+    unet, attention = tiny_sdxl_unet(), AttentionConfig("flex")
     with torch.no_grad():
-        expected = unet(SAMPLE.to(dtype), 500, **inputs)[0]
+        expected = unet(SAMPLE, 500, **embeddings())[0]
         attention.attach({"unet": unet})
         unet.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
-        result = unet(SAMPLE.to(dtype), 500, **inputs)[0]
+        result = unet(SAMPLE, 500, **embeddings())[0]
     assert (result - expected).norm() < 2e-2 * expected.norm()
     assert not any(row.fallbacks for row in attention.report().rows)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +48,9 @@ def sage(own_names: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> At
 
 
 @pytest.mark.behaviour
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
-@pytest.mark.parametrize("keys", [128, 64])
-def test_the_first_release_computes_attention(
-    sage: AttentionStrategy, dtype: torch.dtype, head_dim: int, keys: int
-) -> None:
-    inputs = half(keys=keys, dtype=dtype, head_dim=head_dim)
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float16, 64), (torch.bfloat16, 96), (torch.float16, 128)])
+def test_the_first_release_computes_attention(sage: AttentionStrategy, dtype: torch.dtype, head_dim: int) -> None:
+    inputs = half(dtype=dtype, head_dim=head_dim)
     before = [tensor.clone() for tensor in inputs]
     result = sage(*inputs)
     assert installed_sage().calls == [tuple(inputs[0].shape)]
@@ -75,22 +69,6 @@ def test_the_double_does_what_the_package_does() -> None:
     assert error(sageattn(query, key.clone(), value), query, key, value) > 0.5
     query, key, value = half(keys=77)
     assert error(sageattn(query, key.clone(), value, tensor_layout="NHD"), query, key, value) > 0.2
-
-
-def test_the_kernel_is_launched_on_the_device_of_the_tensors(
-    sage: AttentionStrategy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inputs, entered = half(), []
-
-    @contextlib.contextmanager
-    def device_of(tensor: Tensor) -> Iterator[None]:
-        entered.append((tensor is inputs[0], len(installed_sage().calls)))
-        yield
-        entered.append((True, len(installed_sage().calls)))
-
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    sage(*inputs)
-    assert entered == [(True, 0), (True, 1)]
 
 
 @pytest.mark.behaviour
@@ -124,7 +102,7 @@ def test_a_missing_package_is_named_with_the_extra(monkeypatch: pytest.MonkeyPat
         get_attention_strategy("sage").require(CPU, torch.float16, 64)
 
 
-@pytest.mark.parametrize("release", ["1.0.5", "2.0.1", "2.1.1"])
+@pytest.mark.parametrize("release", ["1.0.5", "2.1.1"])
 def test_releases_that_cannot_be_called_are_refused(
     own_names: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, release: str
 ) -> None:
@@ -143,18 +121,6 @@ def test_it_is_not_imported_before_it_is_required(
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(ValueError, match="'sage' does not run on cpu: 0 active drivers"):
         sage_on_cpu().require(CPU, torch.float16, 64)
-
-
-@pytest.mark.behaviour
-def test_a_kernel_that_computes_something_else_is_refused(
-    sage: AttentionStrategy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def transposed(q: Tensor, k: Tensor, v: Tensor, tensor_layout: str = "HND") -> Tensor:
-        return sageattn(q, k, v)
-
-    monkeypatch.setattr(installed_sage(), "sageattn", transposed)
-    with pytest.raises(ValueError, match="is not attention"):
-        sage.require(CPU, torch.float16, 64)
 
 
 @pytest.mark.behaviour

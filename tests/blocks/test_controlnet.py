@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoGuidance, ClassifierFreeGuidance, MultiControlNetModel, SkipLayerGuidance
-from diffusers.guiders import BaseGuidance
+from diffusers import AutoGuidance, ClassifierFreeGuidance, MultiControlNetModel
 from diffusers.modular_pipelines.stable_diffusion_xl.denoise import StableDiffusionXLControlNetLoopDenoiser
 
 from perflow_blocks.blocks import PeRFlowControlNetDenoiseStep, PeRFlowControlNetLoopDenoiser
-from perflow_blocks.testing.tiny import tiny_controlnet, tiny_controlnet_union, tiny_inpainting_unet, tiny_mask
+from perflow_blocks.testing.tiny import tiny_controlnet, tiny_controlnet_union
 from perflow_blocks.testing.tiny import tiny_picture as image
 from tests.blocks.conftest import layers
 from tests.conftest import count_unet_calls, generator, make_pipeline, run
@@ -47,9 +46,15 @@ def stage(controlnet: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
     return pipe, block_state
 
 
-@pytest.mark.parametrize("guess_mode", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("guider", ["cfg", "auto"])
+@pytest.mark.parametrize(
+    ("kind", "guess_mode", "guider"),
+    [
+        *((kind, True, "cfg") for kind in KINDS),
+        ("several", False, "cfg"),
+        ("union", False, "cfg"),
+        ("one", True, "auto"),
+    ],
+)
 def test_one_call_equals_the_stock_calls(kind: str, guess_mode: bool, guider: str) -> None:
     make, inputs = KINDS[kind]
     pipe, block_state = stage(make(), inputs)
@@ -72,40 +77,7 @@ def test_one_call_equals_the_stock_calls(kind: str, guess_mode: bool, guider: st
         assert calls == ours + ([2] if guess_mode else [2, 2])
 
 
-class ThreeAtOnce(SkipLayerGuidance):
-    """Three batches for one call of the model: the third sees other words, and all layers."""
-
-    prepare_models = BaseGuidance.prepare_models
-    cleanup_models = BaseGuidance.cleanup_models
-
-    def prepare_inputs(self, data: Any) -> list[Any]:  # as the stock denoiser asks
-        return self._change_words(super().prepare_inputs(data), "prompt_embeds")
-
-    def prepare_inputs_from_block_state(self, data: Any, input_fields: Any) -> list[Any]:
-        return self._change_words(super().prepare_inputs_from_block_state(data, input_fields), "encoder_hidden_states")
-
-    def _change_words(self, batches: list[Any], name: str) -> list[Any]:
-        setattr(batches[2], name, -getattr(batches[2], name))
-        return batches
-
-
-@pytest.mark.parametrize("kind", ["one", "several"])
-@pytest.mark.parametrize("guider", ["at_once", "in_turn"])
-def test_guess_mode_under_three_batches_controls_the_two_conditional_ones(kind: str, guider: str) -> None:
-    make, inputs = KINDS[kind]
-    pipe, block_state = stage(make(), inputs)
-    block_state.guess_mode, predictions = True, []
-    for denoiser in (PeRFlowControlNetLoopDenoiser(), StableDiffusionXLControlNetLoopDenoiser()):
-        settings = {"skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0, "skip_layer_config": layers()}
-        guider_class = ThreeAtOnce if guider == "at_once" else SkipLayerGuidance
-        pipe.update_components(guider=guider_class(3.0, 1.5, **settings))
-        block_state.guider = pipe.guider
-        denoiser(pipe, block_state, i=2, t=block_state.timesteps[2])
-        predictions.append(block_state.noise_pred)
-    torch.testing.assert_close(*predictions, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["several", "union_of_two"])
 def test_scale_weighs_and_zero_switches_off(kind: str) -> None:
     make, inputs = KINDS[kind]
     inputs = {name: value for name, value in inputs.items() if name != "controlnet_conditioning_scale"}
@@ -120,20 +92,7 @@ def test_scale_weighs_and_zero_switches_off(kind: str) -> None:
     assert 1e-3 < (half - plain).abs().max() < (full - plain).abs().max()
 
 
-def test_each_of_two_controls_of_a_union_has_its_own_scale() -> None:
-    pipe = make_pipeline(controlnet=tiny_controlnet_union())
-    inputs = KINDS["union_of_two"][1]
-    both, first, second = (
-        run(pipe, num_inference_steps=4, controlnet_conditioning_scale=scale, **inputs)
-        for scale in ([1.0, 1.0], [1.0, 0.2], [0.2, 1.0])
-    )
-    assert (both - first).abs().max() > 1e-3
-    assert (first - second).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("start", "end", "steps_run"), [(0.0, 1.0, 4), (0.0, 0.5, 2), (0.5, 1.0, 2), (0.25, 0.75, 2), (0.0, 0.1, 0)]
-)
+@pytest.mark.parametrize(("start", "end", "steps_run"), [(0.0, 0.5, 2), (0.25, 0.75, 2), (0.0, 0.1, 0)])
 def test_the_controlnet_runs_in_its_share_of_the_steps_only(start: float, end: float, steps_run: int) -> None:
     pipe = make_pipeline(controlnet=tiny_controlnet())
     calls = count_controlnet_calls(pipe)
@@ -151,20 +110,6 @@ def test_each_of_several_controlnets_runs_in_its_own_share_of_the_steps() -> Non
     shares = {"control_guidance_start": [0.0, 0.25], "control_guidance_end": [0.5, 1.0]}
     run(pipe, num_inference_steps=4, **shares, **inputs)
     assert scales == [[0.5, 0.0], [0.5, 1.5], [0.0, 1.5], [0.0, 1.5]]
-
-
-def test_the_controlnet_of_a_nine_channel_unet_sees_the_latents_alone() -> None:
-    pipe = make_pipeline(unet=tiny_inpainting_unet(), controlnet=tiny_controlnet())
-    inputs = {"image": image(1), "mask_image": tiny_mask(), "num_inference_steps": 4}
-    first, second = (run(pipe, control_image=image(seed), **inputs) for seed in (3, 4))
-    assert (first - second).abs().max() > 1e-3
-
-
-def test_a_compiled_union_is_known_as_one() -> None:
-    pipe, compiled = make_pipeline(controlnet=tiny_controlnet_union()), make_pipeline()
-    compiled.register_components(controlnet=torch.compile(tiny_controlnet_union(), backend="eager"))
-    inputs = {"control_image": image(3), "control_mode": 1, "num_inference_steps": 4}
-    torch.testing.assert_close(run(compiled, **inputs), run(pipe, **inputs), rtol=1e-4, atol=1e-4)
 
 
 def test_a_list_of_control_images_is_not_written_into() -> None:

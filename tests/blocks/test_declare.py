@@ -36,11 +36,6 @@ def test_declarations_are_those_that_diffusers_finds(name: str, monkeypatch: pyt
     assert own["intermediate_outputs"] == theirs["intermediate_outputs"]
 
 
-def test_some_inputs_are_required_and_some_are_not() -> None:
-    found = {entry.required for block in ASSEMBLED.values() for entry in block.inputs}
-    assert found == {True, False}
-
-
 class Asked(ModularPipelineBlocks):
     """Counts how often it is asked."""
 

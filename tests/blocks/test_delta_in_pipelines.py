@@ -10,15 +10,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
-from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors.torch import save_file
 
 from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
-from perflow_blocks.blocks.merge_delta import PeRFlowMergeDeltaStep
 from perflow_blocks.delta import apply, files, merge
 from perflow_blocks.delta.extract import save_delta
-from perflow_blocks.delta.merge import merge_records, unmerge_delta
+from perflow_blocks.delta.merge import merge_records
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.testing.tiny import tiny_sdxl_unet
 from tests.conftest import make_pipeline, run
@@ -67,18 +64,6 @@ def test_weights_that_are_elsewhere_are_refused_before_anything_runs(delta: Path
     with pytest.raises(ValueError, match=r"offloaded .*; merge before enabling offload"):
         run(pipe, delta=delta)
     assert rewrites == []
-
-
-def test_another_layout_of_the_weights_changes_nothing_of_the_delta(delta: Path, tmp_path: Path) -> None:
-    pipe = loaded(tmp_path / "saved")
-    base = state(pipe)
-    expected = run(pipe, delta=delta)
-    pipe.unet.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(run(pipe, delta=delta), expected, rtol=1e-4, atol=1e-4)
-    half = run(pipe, delta=delta, delta_scale=0.5)
-    assert not torch.allclose(half, expected, atol=1e-3)
-    unmerge_delta(pipe.unet)
-    assert same(state(pipe), base)
 
 
 def test_a_saved_pipeline_is_not_merged_again(delta: Path, tmp_path: Path, rewrites: list[int]) -> None:
@@ -194,34 +179,6 @@ def test_weights_from_the_hub_are_looked_for_in_the_cache_alone(
     run(pipe, delta=False)
     assert same(state(pipe), before) == cached
     assert bool(one_rounding(caplog)) != cached
-
-
-def test_the_base_is_the_variant_that_was_loaded(
-    delta: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = tmp_path / "saved"
-    pipe = loaded(folder)
-    pipe.unet.half().save_pretrained(folder / "unet", variant="fp16")
-    pipe.load_components(names="unet", variant="fp16", dtype=torch.float16)
-    before = state(pipe)
-    PeRFlowMergeDeltaStep()(pipe, PipelineState({"delta": delta}))
-    assert merge_records(pipe.unet) and not one_rounding(caplog)
-    unmerge_delta(pipe.unet)
-    assert same(state(pipe), before)
-
-
-def test_a_single_file_is_a_way_back_whatever_folder_is_named(tmp_path: Path) -> None:
-    unet = tiny_sdxl_unet(0)
-    file = tmp_path / "unet.safetensors"
-    save_file({name: tensor.clone() for name, tensor in unet.state_dict().items()}, file)
-    for load_id, found in (
-        (f"{file}|unet|null|null", True),
-        (f"{tmp_path}|null|null|null", False),
-        (f"{'x' * 300}|unet|null|null", False),
-        ("null", False),
-    ):
-        unet._diffusers_load_id = load_id
-        assert (files.loaded_weights(unet) is not None) == found, load_id
 
 
 def test_base_weights_that_are_loaded_over_a_merged_unet_are_merged_again(delta: Path) -> None:

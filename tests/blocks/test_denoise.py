@@ -1,7 +1,9 @@
-"""The loop: one UNet call a step, the guider's own formula, nothing read back, blocks that users insert."""
+"""The loop: one UNet call a step, the guider's own formula, nothing read back, a handful of kernels, compiled."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -9,22 +11,20 @@ import torch
 from diffusers import ClassifierFreeGuidance
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from perflow_blocks import AttentionConfig, compile_loops
 from perflow_blocks.blocks import PeRFlowDenoiseStep, PeRFlowLoopDenoiser, PeRFlowSDXLAutoBlocks
+from perflow_blocks.blocks.loop_block import LOOP_PROVIDES
 from perflow_blocks.blocks.recombine import find_loops, insert_loop_block
 from perflow_blocks.schedulers import PeRFlowScheduler
-from perflow_blocks.testing import check_block
+from perflow_blocks.testing import tiny_controlnet_union, tiny_picture
+from tests.blocks.conftest import Spy, blocks_with, loop_inputs, loop_pipeline
 from tests.conftest import count_unet_calls, generator, make_pipeline, no_host_reads, run
 
 pytestmark = pytest.mark.behaviour
-
-
-@pytest.mark.parametrize(("scale", "batch"), [(2.0, 2), (1.0, 1)])
-def test_four_steps_are_four_unet_calls(scale: float, batch: int) -> None:
-    pipe = make_pipeline(guider=ClassifierFreeGuidance(guidance_scale=scale))
-    batches = count_unet_calls(pipe)
-    run(pipe, num_inference_steps=4)
-    assert batches == [batch] * 4
 
 
 def test_guidance_over_part_of_the_steps_repeats_from_run_to_run() -> None:
@@ -78,34 +78,6 @@ def conditioned_state(pipe: Any, **inputs: Any) -> Any:
     return block_state
 
 
-def test_image_embeds_go_to_the_unet_adapter_by_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = make_pipeline(guider=ClassifierFreeGuidance(guidance_scale=2.0))
-    block_state = conditioned_state(pipe)
-    block_state.ip_adapter_embeds = [torch.ones(2, 1, 3), torch.full((2, 1, 5), 2.0)]
-    block_state.negative_ip_adapter_embeds = [torch.zeros(2, 1, 3), torch.zeros(2, 1, 5)]
-    seen: list[dict[str, Any]] = []
-    forward = pipe.unet.forward
-
-    def spy(*args: Any, added_cond_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        seen.append(added_cond_kwargs)
-        return forward(*args, added_cond_kwargs=added_cond_kwargs, **kwargs)
-
-    monkeypatch.setattr(pipe.unet, "forward", spy)
-    PeRFlowLoopDenoiser()(pipe, block_state, i=0, t=block_state.timesteps[0])
-    first, second = seen[0]["image_embeds"]
-    assert first.shape == (4, 1, 3)
-    assert second[:, 0, 0].tolist() == [2.0, 2.0, 0.0, 0.0]
-
-
-def test_guidance_without_negative_embeddings_is_a_clear_error() -> None:
-    pipe = make_pipeline(guider=ClassifierFreeGuidance(guidance_scale=1.0))
-    block_state = conditioned_state(pipe)
-    block_state.negative_prompt_embeds = None
-    block_state.guider.guidance_scale = 2.0
-    with pytest.raises(ValueError, match="negative_prompt_embeds is None"):
-        PeRFlowLoopDenoiser()(pipe, block_state, i=0, t=block_state.timesteps[0])
-
-
 class GuardedDenoiseStep(PeRFlowDenoiseStep):
     """The loop without what comes before its first step and after its last."""
 
@@ -152,7 +124,8 @@ class NoteStep(ModularPipelineBlocks):
 
     @property
     def inputs(self) -> list[InputParam]:
-        return [InputParam("gain", type_hint=float, default=0.5, description="Factor of the prediction.")]
+        provided = [InputParam(name, Any, required=True, description="From the loop.") for name in LOOP_PROVIDES]
+        return [InputParam("gain", type_hint=float, default=0.5, description="Factor of the prediction."), *provided]
 
     def __call__(self, components: Any, block_state: Any, i: int, t: torch.Tensor) -> Any:
         self.notes.append((i, int(t), block_state.window_index))
@@ -171,57 +144,7 @@ def test_a_block_inserted_into_the_loop_runs_with_its_own_input() -> None:
     assert notes[:5] == [(0, 1000, 0), (1, 875, 0), (2, 750, 1), (3, 500, 2), (4, 250, 3)]
     assert torch.equal(unchanged, plain)
     assert not torch.allclose(halved, plain)
-    assert "gain" in pipe.blocks.input_names
-
-
-@pytest.mark.parametrize("name", ["window_index", "stop_requested", "noise_pred"])
-@pytest.mark.parametrize("place", [{"before": "denoiser"}, {"after": "solver"}])
-def test_a_block_may_require_what_the_loop_provides(name: str, place: dict[str, str]) -> None:
-    seen: list[Any] = []
-
-    class Reading(ModularPipelineBlocks):
-        model_name = "stable-diffusion-xl"
-        description = "Reads what the loop provides."
-        inputs = [InputParam(name, type_hint=Any, required=True, description="From the loop.")]  # noqa: RUF012
-
-        def __call__(self, components: Any, block_state: Any, i: int, t: torch.Tensor) -> Any:
-            seen.append(block_state[name])
-            return components, block_state
-
-    check_block(Reading())
-    seen.clear()
-    blocks = PeRFlowSDXLAutoBlocks()
-    insert_loop_block(blocks, "reading", Reading, **place)
-    for loop in find_loops(blocks):
-        assert name not in loop.input_names and name not in loop.required_inputs
-    assert torch.equal(run(make_pipeline(blocks), num_inference_steps=5), run(make_pipeline(), num_inference_steps=5))
-    assert len(seen) == 5
-    if name == "window_index":
-        assert seen == [0, 0, 1, 2, 3]
-    elif name == "stop_requested":
-        assert seen == [False] * 5
-    else:
-        assert (seen[0] is None) == (place == {"before": "denoiser"})
-        assert all(entry is not None for entry in seen[1:])
-
-
-def test_the_progress_bar_counts_steps_and_can_be_turned_off(capsys: pytest.CaptureFixture[str]) -> None:
-    pipe = make_pipeline()
-    run(pipe, num_inference_steps=5)
-    assert "5/5" not in capsys.readouterr().err
-    pipe.set_progress_bar_config(desc="drawing")
-    run(pipe, num_inference_steps=5)
-    shown = capsys.readouterr().err
-    assert "drawing" in shown
-    assert "5/5" in shown
-
-
-def test_mixed_types_are_a_clear_error() -> None:
-    pipe = make_pipeline()
-    pipe.text_encoder.half()
-    pipe.text_encoder_2.half()
-    with pytest.raises(ValueError, match=r"load_components\(dtype=torch.float32\)"):
-        run(pipe)
+    assert "gain" in pipe.blocks.input_names and LOOP_PROVIDES.isdisjoint(pipe.blocks.input_names)
 
 
 def test_half_given_conditions_are_a_clear_error() -> None:
@@ -230,3 +153,163 @@ def test_half_given_conditions_are_a_clear_error() -> None:
     block_state.negative_pooled_prompt_embeds = None
     with pytest.raises(ValueError, match="both pooled_prompt_embeds and negative_pooled_prompt_embeds"):
         PeRFlowLoopDenoiser()(pipe, block_state, i=0, t=block_state.timesteps[0])
+
+
+GUIDANCE = ["aten.sub.Tensor", "aten.mul.Tensor", "aten.add.Tensor"]
+"""Classifier-free guidance as diffusers writes it."""
+UPDATE = ["aten.mul.Tensor", "aten.addcmul_.default"]
+"""The solver's `A latents + B noise_pred`, in place from its second kernel on."""
+BEFORE = ["aten.repeat.default"]
+"""The latents for the guider's two batches."""
+
+
+class Ledger(TorchDispatchMode):
+    """Kernels outside the networks, step by step: the operators that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[list[str]] = []
+        self.inside = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.steps and not self.inside:
+            given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+            made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+            if func._schema.is_mutable or any(_storage(leaf) not in given for leaf in made):
+                self.steps[-1].append(str(func))
+        return result
+
+    def begin(self, *_: Any) -> None:
+        self.steps.append([])
+
+    @contextmanager
+    def watching(self, *networks: nn.Module) -> Iterator[None]:
+        hooks = []
+        for network in networks:
+            hooks.append(network.register_forward_pre_hook(self._enter))
+            hooks.append(network.register_forward_hook(self._leave))
+        with self:
+            yield
+        for hook in hooks:
+            hook.remove()
+
+    def _enter(self, *_: Any) -> None:
+        self.inside += 1
+
+    def _leave(self, *_: Any) -> None:
+        self.inside -= 1
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def ledger_of(pipe: Any, networks: list[str], **inputs: Any) -> Ledger:
+    ledger = Ledger()
+    with ledger.watching(*(getattr(pipe, name) for name in networks)):
+        run(pipe, spy=ledger.begin, **inputs)
+    ledger.steps[-1] = ledger.steps[-1][: len(ledger.steps[-2])]  # what follows is the loop's end and the decoder's
+    return ledger
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize("workflow", ["text2image", "controlnet_text2image"])
+def test_a_step_is_its_networks_and_a_handful_of_kernels(workflow: str, guidance_scale: float) -> None:
+    guider = ClassifierFreeGuidance(guidance_scale=guidance_scale)
+    pipe = loop_pipeline(workflow, blocks_with("spy", Spy, before="finite_guard"), guider=guider)
+    networks = ["unet", "controlnet"] if "controlnet" in workflow else ["unet"]
+    ledger = ledger_of(pipe, networks, **loop_inputs(workflow))
+    guided = guidance_scale != 1.0
+    expected = [*BEFORE, *GUIDANCE, *UPDATE] if guided else UPDATE
+    assert ledger.steps[1:] == [expected] * 4
+
+
+def test_conditions_are_joined_once() -> None:
+    pipe = loop_pipeline("controlnet_inpainting", blocks_with("spy", Spy, before="finite_guard"))
+    first, *later = ledger_of(pipe, ["unet", "controlnet"], **loop_inputs("controlnet_inpainting")).steps
+    assert "aten.cat.default" in first
+    assert not [name for step in later for name in step if "cat" in name]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_prompt_that_a_block_changes_counts_from_that_step_on(in_place: bool) -> None:
+    seen: list[Tensor] = []
+
+    def change(components: Any, block_state: Any, i: int) -> None:
+        if i == 2 and in_place:
+            block_state.prompt_embeds.zero_()
+        elif i == 2:
+            block_state.prompt_embeds = torch.zeros_like(block_state.prompt_embeds)
+
+    pipe = make_pipeline(blocks_with("spy", Spy, before="denoiser"))
+    pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
+    run(pipe, spy=change, negative_prompt="a blue ring", num_inference_steps=4)
+    assert [bool(embeds[:1].any()) for embeds in seen] == [True, True, False, False]
+    assert all(embeds[1:].any() for embeds in seen)
+    assert seen[0] is seen[1] and seen[2] is seen[3]
+
+
+def test_inference_mode_gives_the_same_image() -> None:
+    pipe = make_pipeline()
+    usual = run(pipe, num_inference_steps=4)
+    with torch.inference_mode():
+        assert torch.equal(run(pipe, num_inference_steps=4), usual)
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_was_compiled() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Counting:
+    """A backend that counts the graphs that it is given and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.mark.parametrize(("workflow", "full"), [("text2image", True), ("controlnet_inpainting", False)])
+def test_images_are_those_of_the_pipeline_before_it_was_compiled(workflow: str, full: bool) -> None:
+    pipe, backend = loop_pipeline(workflow), Counting()
+    inputs = {**loop_inputs(workflow), "output_type": "pt"}
+    usual, weights = run(pipe, **inputs), list(pipe.unet.state_dict())
+    controlled = ["controlnet"] if "controlnet" in workflow else []
+    assert compile_loops(pipe, full=full, backend=backend) == ["unet", *controlled, "vae.decoder"]
+    for _ in range(2):
+        torch.testing.assert_close(run(pipe, **inputs), usual, rtol=1e-4, atol=1e-4)
+    graphs = backend.graphs
+    assert graphs > 0
+    run(pipe, **{**inputs, "num_inference_steps": 4})
+    assert backend.graphs == graphs
+    assert list(pipe.unet.state_dict()) == weights
+
+
+def test_a_controlnet_union_is_compiled_too() -> None:
+    inputs = {"control_image": tiny_picture(1), "control_mode": 1, "num_inference_steps": 4}
+    pipe = loop_pipeline("controlnet_text2image", controlnet=tiny_controlnet_union())
+    usual = run(pipe, **inputs)
+    assert compile_loops(pipe, vae=False, backend="eager") == ["unet", "controlnet"]
+    torch.testing.assert_close(run(pipe, **inputs), usual, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_strategies_still_take_effect() -> None:
+    pipe = loop_pipeline("text2image")
+    usual = run(pipe)
+    compile_loops(pipe, backend="eager")
+    pipe.update_components(attention=AttentionConfig("native_math"))
+    torch.testing.assert_close(run(pipe), usual, rtol=1e-3, atol=1e-3)
+    assert "native_math" in str(pipe.attention.report())
+
+
+def test_a_pipeline_without_a_unet_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"unet=None .*load_components"):
+        compile_loops(PeRFlowSDXLAutoBlocks().init_pipeline())

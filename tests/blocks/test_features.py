@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import ClassifierFreeGuidance, UNet2DConditionModel
+from diffusers import ClassifierFreeGuidance
 from diffusers.modular_pipelines.stable_diffusion_xl.encoders import StableDiffusionXLTextEncoderStep
 
 from perflow_blocks.testing.tiny import (
@@ -15,11 +15,9 @@ from perflow_blocks.testing.tiny import (
     IMAGE_WIDTH,
     LATENT_SIZE,
     load_tiny_ip_adapter,
-    tiny_controlnet,
     tiny_picture,
-    tiny_sdxl_unet,
 )
-from tests.blocks.conftest import TASKS, loop_pipeline, workflow_inputs
+from tests.blocks.conftest import TASKS, workflow_inputs
 from tests.conftest import count_unet_calls, generator, make_pipeline, run, watch_models
 
 pytestmark = pytest.mark.behaviour
@@ -77,16 +75,6 @@ def test_a_call_changes_none_of_its_arguments(pipe: Any, workflow: str) -> None:
         assert np.array_equal(inputs[name], value), name
 
 
-def test_tensors_of_pictures_are_not_changed_and_draw_the_same_again() -> None:
-    pipe = make_pipeline(controlnet=tiny_controlnet())
-    colours = torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator(1))
-    given = {"image": colours[:1], "control_image": colours[1:], "mask_image": colours[1:, :1]}
-    copies = {name: tensor.clone() for name, tensor in given.items()}
-    first, again = (run(pipe, **given, num_images_per_prompt=2, output_type="pt") for _ in range(2))
-    assert torch.equal(first, again)
-    assert all(torch.equal(given[name], copies[name]) for name in given)
-
-
 def test_image_embeddings_follow_their_prompts_and_stay_as_they_are() -> None:
     pipe = make_pipeline()
     load_tiny_ip_adapter(pipe)
@@ -128,63 +116,6 @@ def test_one_generator_draws_for_all_and_a_list_for_each(pipe: Any, workflow: st
     torch.testing.assert_close(twins[0], twins[1], rtol=1e-4, atol=1e-4)
     one = run(pipe, **workflow_inputs(workflow), generator=generators(1))
     assert torch.equal(one, run(pipe, **workflow_inputs(workflow), generator=generator(1)))
-
-
-@workflows
-@pytest.mark.parametrize("count", [2, 3, 5])
-def test_a_wrong_number_of_generators_is_found_before_a_model_runs(workflow: str, count: int) -> None:
-    pipe = make_pipeline()
-    ran, _ = watch_models(pipe)
-    inputs = workflow_inputs(workflow) | {"prompt": PROMPTS, "num_images_per_prompt": 2}
-    with pytest.raises(ValueError, match=f"generator .*{count} .* 4, "):
-        run(pipe, **inputs, generator=generators(*range(count)))
-    assert ran == []
-    run(pipe, **inputs)
-    assert {"text_encoder", "text_encoder_2", "unet"} <= set(ran)
-
-
-@workflows
-def test_latents_given_decide_the_picture(pipe: Any, workflow: str) -> None:
-    inputs = workflow_inputs(workflow)
-    first = run(pipe, **inputs, latents=noise(1))
-    assert torch.equal(run(pipe, **inputs, latents=noise(1)), first)
-    assert not torch.allclose(run(pipe, **inputs, latents=noise(1, seed=1)), first, atol=1e-2)
-
-
-@pytest.mark.parametrize("workflow", ["image2image", "inpainting"])
-def test_image_latents_take_the_type_of_the_run(workflow: str) -> None:
-    pipe = loop_pipeline(workflow, dtype=torch.bfloat16)
-    given: dict[str, torch.Tensor] = {"image_latents": noise(1)}
-    if workflow == "inpainting":
-        given["mask"] = torch.ones(1, 1, LATENT_SIZE, LATENT_SIZE).tril()
-    halved = {name: tensor.bfloat16() for name, tensor in given.items()}
-    result = run(pipe, **given, num_inference_steps=4, strength=0.6)
-    assert result.dtype == torch.bfloat16
-    assert torch.equal(result, run(pipe, **halved, num_inference_steps=4, strength=0.6))
-
-
-def test_a_guidance_embedding_goes_to_all_batches_of_the_guider() -> None:
-    config = {name: value for name, value in tiny_sdxl_unet().config.items() if not name.startswith("_")}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel(**config | {"time_cond_proj_dim": 8}).eval()
-    pipe = make_pipeline(unet=unet)
-    seen: list[torch.Tensor] = []
-    pipe.unet.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["timestep_cond"]), with_kwargs=True
-    )
-    together = run(pipe, prompt=PROMPTS, generator=generators(1, 2))
-    assert {tuple(tensor.shape) for tensor in seen} == {(4, 8)}  # two pictures, with guidance and without
-    alone = [run(pipe, prompt=PROMPTS[row], generator=generator(row + 1)) for row in range(2)]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
-    # or else an embedding that is not passed on would go unseen
-    unet.time_embedding.cond_proj.weight.data.zero_()
-    assert not torch.allclose(run(pipe, prompt=PROMPTS, generator=generators(1, 2)), together, atol=1e-3)
-
-
-def test_latents_given_stand_for_those_of_the_generator(pipe: Any) -> None:
-    drawn = run(pipe, generator=generator(3))
-    assert torch.equal(run(pipe, latents=noise(1, seed=3), generator=generator(4)), drawn)
 
 
 @workflows
@@ -247,36 +178,3 @@ def test_a_model_that_takes_no_zeros_for_negatives_needs_them_under_guidance() -
     assert torch.equal(run(pipe, **given, prompt=None), run(pipe, prompt="a star", negative_prompt="a dot"))
     pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=1.0))
     assert torch.isfinite(run(pipe, **positive, prompt=None)).all()
-
-
-def without(*names: str) -> dict[str, Any]:
-    given = embeddings(prompt="a star", negative_prompt="a dot")
-    return {name: tensor for name, tensor in given.items() if name not in names}
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (lambda: without("pooled_prompt_embeds"), "prompt_embeds.*pooled_prompt_embeds"),
-        (lambda: without(NEGATIVES[1]), f"{NEGATIVES[0]}.*{NEGATIVES[1]}"),
-        (lambda: without(NEGATIVES[0]), f"{NEGATIVES[0]}.*{NEGATIVES[1]}"),
-        (lambda: without("prompt_embeds"), "^prompt is missing"),
-        (lambda: without() | {"prompt": "a star"}, "prompt and prompt_embeds"),
-        (lambda: without(*EMBEDDINGS) | {"prompt": "a star"}, "prompt and negative_prompt_embeds"),
-        (lambda: without() | {"negative_prompt": "a dot"}, "^negative_prompt .*prompt_embeds"),
-        (
-            lambda: without() | {"negative_prompt_embeds": torch.zeros(1, 8, 32)},
-            r"^negative_prompt_embeds .*\(1, 8, 32\).*\(1, 16, 32\)",
-        ),
-        (
-            lambda: without() | {"pooled_prompt_embeds": torch.zeros(2, 16)},
-            r"^pooled_prompt_embeds .*\(2, 16\).*\(1, 16\)",
-        ),
-    ],
-)
-def test_embeddings_that_do_not_go_together_are_found_first(pipe: Any, given: Any, message: str) -> None:
-    batches = count_unet_calls(pipe)
-    with pytest.raises(ValueError, match=message) as caught:
-        run(pipe, **{"prompt": None, **given()})
-    assert batches == []
-    assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""LoRA beside a delta: written by peft, loaded by diffusers, scaled, fused and taken out again."""
+"""LoRA beside a delta, and switches on the models: VAE slicing and fused projections."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from perflow_blocks.delta.merge import merge_record
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.testing.tiny import tiny_sdxl_components, tiny_sdxl_unet
-from tests.blocks.conftest import TASKS, workflow_inputs, write_delta
+from tests.blocks.conftest import workflow_inputs, write_delta
 from tests.conftest import count_unet_calls, generator, make_pipeline, run
 
 pytestmark = pytest.mark.behaviour
@@ -27,7 +27,6 @@ TARGETS = {
     "text_encoder_2": ["q_proj", "k_proj", "v_proj", "out_proj"],
 }
 RANK = 2
-workflows = pytest.mark.parametrize("workflow", TASKS)
 
 
 def write_lora(folder: Path, seed: int) -> Path:
@@ -47,11 +46,6 @@ def write_lora(folder: Path, seed: int) -> Path:
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_lora(tmp_path_factory.mktemp("lora"), seed=1)
-
-
-@pytest.fixture(scope="module")
-def other_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_lora(tmp_path_factory.mktemp("other_lora"), seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +87,8 @@ def with_lora(*folders: Path, **components: Any) -> Any:
     return pipe
 
 
-@workflows
-def test_a_loaded_lora_is_the_sum_of_its_matrices(lora: Path, workflow: str) -> None:
-    inputs = workflow_inputs(workflow)
+def test_a_loaded_lora_is_the_sum_of_its_matrices(lora: Path) -> None:
+    inputs = workflow_inputs("inpainting")
     by_hand = make_pipeline()
     plain = run(by_hand, **inputs)
     add_by_hand(by_hand, lora)
@@ -106,21 +99,8 @@ def test_a_loaded_lora_is_the_sum_of_its_matrices(lora: Path, workflow: str) -> 
     assert_same_latents(run(pipe, **inputs), expected)
 
 
-@pytest.mark.parametrize("component", TARGETS)
-def test_the_lora_of_each_model_is_in_effect(lora: Path, component: str) -> None:
-    pipe, plain = with_lora(lora), run(make_pipeline())
-    full = run(pipe)
-    for name in TARGETS:
-        if name != component:
-            getattr(pipe, name).disable_adapters()
-    only = run(pipe)
-    assert (only - plain).abs().max() > 0.02
-    assert (only - full).abs().max() > 0.02
-
-
-@workflows
-def test_the_scale_of_a_call_goes_from_none_to_all(lora: Path, workflow: str) -> None:
-    inputs = workflow_inputs(workflow)
+def test_the_scale_of_a_call_goes_from_none_to_all(lora: Path) -> None:
+    inputs = workflow_inputs("text2image")
     pipe, by_hand = with_lora(lora), make_pipeline()
     plain = run(by_hand, **inputs)
     add_by_hand(by_hand, lora, 0.3)
@@ -132,51 +112,8 @@ def test_the_scale_of_a_call_goes_from_none_to_all(lora: Path, workflow: str) ->
     assert torch.equal(run(pipe, **inputs), full)  # the scale was that call's
 
 
-def test_two_loras_and_their_weights(lora: Path, other_lora: Path) -> None:
-    pipe = with_lora(lora, other_lora)
-    pipe.set_adapters(["0", "1"], [1.0, -0.5])
-    by_hand = make_pipeline()
-    add_by_hand(by_hand, lora)
-    add_by_hand(by_hand, other_lora, -0.5)
-    both = run(pipe)
-    assert_same_latents(both, run(by_hand))
-    half = run(pipe, cross_attention_kwargs={"scale": 0.5})
-    assert torch.equal(run(pipe), both)
-    pipe.set_adapters(["0", "1"], [0.5, -0.25])
-    assert torch.equal(run(pipe), half)
-    pipe.set_adapters("0")
-    assert_same_latents(run(pipe), run(with_lora(lora)))
-    pipe.delete_adapters("0")
-    pipe.set_adapters("1")
-    assert_same_latents(run(pipe), run(with_lora(other_lora)))
-
-
-def test_fusing_gives_the_same_picture_and_can_be_undone(lora: Path) -> None:
-    pipe = with_lora(lora)
-    full, half = run(pipe), run(pipe, cross_attention_kwargs={"scale": 0.5})
-    for scale, expected in ((1.0, full), (0.5, half)):
-        pipe.fuse_lora(lora_scale=scale)
-        assert_same_latents(run(pipe), expected)
-        pipe.unfuse_lora()
-        pipe.set_adapters("0")  # diffusers leaves the scale of the fusion on the adapter
-        assert_same_latents(run(pipe), full)
-
-
-def test_unloading_restores_every_weight(lora: Path, other_lora: Path) -> None:
-    pipe = make_pipeline()
-    plain, before = run(pipe), weights(pipe)
-    pipe.load_lora_weights(lora, adapter_name="0")
-    pipe.load_lora_weights(other_lora, adapter_name="1")
-    pipe.set_adapters(["0", "1"], [0.7, 0.3])
-    run(pipe, cross_attention_kwargs={"scale": 0.7})
-    pipe.unload_lora_weights()
-    assert same(weights(pipe), before)
-    assert torch.equal(run(pipe), plain)
-
-
-@workflows
-def test_a_lora_over_a_merged_delta_is_the_sum_of_the_three(lora: Path, delta: Path, workflow: str) -> None:
-    inputs = workflow_inputs(workflow)
+def test_a_lora_over_a_merged_delta_is_the_sum_of_the_three(lora: Path, delta: Path) -> None:
+    inputs = workflow_inputs("inpainting")
     pipe = make_pipeline()
     merged_only = run(pipe, **inputs, delta=delta)
     pipe.load_lora_weights(lora)
@@ -209,17 +146,6 @@ def test_a_delta_is_merged_once_with_a_lora_over_it(lora: Path, delta: Path) -> 
     assert merge_record(pipe.unet) is not None
 
 
-def test_a_delta_is_merged_under_a_lora_that_was_loaded_first(lora: Path, delta: Path) -> None:
-    pipe, other = with_lora(lora), make_pipeline()
-    first = run(pipe, delta=delta)
-    run(other, delta=delta)
-    other.load_lora_weights(lora)
-    assert torch.equal(first, run(other))
-    pipe.unload_lora_weights()
-    plain = make_pipeline()
-    assert torch.equal(run(pipe), run(plain, delta=delta))  # the delta stays
-
-
 def test_a_merged_delta_can_be_taken_out_under_a_lora(lora: Path, delta: Path) -> None:
     pipe = make_pipeline()
     run(pipe, delta=delta)
@@ -232,12 +158,59 @@ def test_a_merged_delta_can_be_taken_out_under_a_lora(lora: Path, delta: Path) -
     assert_same_latents(run(pipe, delta=False), run(make_pipeline()))
 
 
-def test_a_lora_that_was_fused_for_good_takes_a_delta(lora: Path, delta: Path) -> None:
-    """`fuse_lora` then `unload_lora_weights` leaves plain weights, W + B A."""
-    pipe = with_lora(lora)
-    pipe.fuse_lora()
-    pipe.unload_lora_weights()
-    over = make_pipeline()
-    run(over, delta=delta)
-    over.load_lora_weights(lora)
-    assert_same_latents(run(pipe, delta=delta), run(over))
+FREEU = {"s1": 0.9, "s2": 0.2, "b1": 1.3, "b2": 1.4}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    """One pipeline for all: a switch that stays on makes another test fail."""
+    return make_pipeline()
+
+
+def decoded_rows(pipe: Any) -> list[int]:
+    """The batch sizes of the VAE's decoder, appended to as it runs."""
+    rows: list[int] = []
+    pipe.vae.decoder.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
+    return rows
+
+
+def test_sliced_decoding_gives_the_same_pictures() -> None:
+    pipe = make_pipeline()
+    rows = decoded_rows(pipe)
+    inputs = workflow_inputs("text2image") | {"num_images_per_prompt": 3, "output_type": "pt"}
+    whole = run(pipe, **inputs)
+    pipe.vae.enable_slicing()
+    sliced = run(pipe, **inputs)
+    pipe.vae.disable_slicing()
+    assert rows == [3, 1, 1, 1]
+    torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-5)
+    assert not torch.allclose(whole[0], whole[1], atol=1e-2)
+    assert torch.equal(run(pipe, **inputs), whole)
+
+
+def test_fused_projections_agree_and_can_be_taken_apart() -> None:
+    pipe = make_pipeline()
+    inputs = workflow_inputs("text2image") | {"output_type": "pt"}
+    plain, processors = run(pipe, **inputs), dict(pipe.unet.attn_processors)
+    pipe.fuse_qkv_projections()
+    assert {type(processor).__name__ for processor in pipe.unet.attn_processors.values()} == {"FusedAttnProcessor2_0"}
+    torch.testing.assert_close(run(pipe, **inputs), plain, rtol=0, atol=1e-5)
+    pipe.unfuse_qkv_projections()
+    assert pipe.unet.attn_processors == processors
+    assert torch.equal(run(pipe, **inputs), plain)
+
+
+def test_fused_projections_refuse_a_delta(tmp_path: Path) -> None:
+    """They are copies of the weights, which a merge would leave as they were."""
+    pipe, delta = make_pipeline(), write_delta(tmp_path / "delta.safetensors")
+    pipe.unet.fuse_qkv_projections()
+    fused = run(pipe)
+    with pytest.raises(ValueError, match="fused projections"):
+        run(pipe, delta=delta)
+    assert merge_record(pipe.unet) is None
+    assert torch.equal(run(pipe), fused)
+    pipe.unet.unfuse_qkv_projections()  # what the error told to do
+    merged = run(pipe, delta=delta)
+    assert torch.equal(merged, run(make_pipeline(), delta=delta))
+    pipe.unet.fuse_qkv_projections()
+    torch.testing.assert_close(run(pipe), merged, rtol=1e-4, atol=1e-4)

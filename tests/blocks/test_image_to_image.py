@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from perflow_blocks.blocks import PeRFlowImg2ImgPrepareLatentsStep
 from perflow_blocks.schedulers import PeRFlowScheduler
 from perflow_blocks.testing.tiny import BETAS, tiny_picture
 from tests.conftest import count_unet_calls, generator, make_pipeline, run
@@ -52,15 +51,10 @@ def first_sample(pipe: Any, **inputs: Any) -> Tensor:
     ("strength", "steps", "timesteps"),
     [
         (0.3, 4, [300, 250]),
-        (0.5, 4, [500, 250]),
-        (0.8, 4, [800, 750, 500, 250]),
         (0.1, 4, [100]),
         (0.0001, 4, [1]),
-        (0.25, 4, [250]),
-        (1.0, 4, [1000, 750, 500, 250]),
         (1, 4, [1000, 750, 500, 250]),
         (0.3, 8, [300, 250, 125]),
-        (0.29, 6, [290, 250]),
         (0.9, 6, [900, 875, 750, 625, 500, 250]),
     ],
 )
@@ -71,12 +65,6 @@ def test_the_steps_that_are_run_for_a_strength(strength: float, steps: int, time
     assert state.get("timesteps").tolist() == timesteps
     assert state.get("num_inference_steps") == len(timesteps) == len(calls)
     assert state.get("step_plan").next_times[-1] == 0.0
-
-
-@pytest.mark.parametrize("strength", [0.3, 0.5, 0.8, 0.999])
-def test_the_picture_enters_on_the_chord(strength: float) -> None:
-    sample = first_sample(make_pipeline(), strength=strength, num_inference_steps=4)
-    torch.testing.assert_close(sample, path(round(strength * 1000)), rtol=1e-5, atol=1e-5)
 
 
 def test_marginal_noising_is_offered_and_differs_inside_windows_only() -> None:
@@ -116,30 +104,11 @@ def test_without_a_strength_a_third_is_redrawn_and_a_hole_wholly() -> None:
     assert pipe(**inputs, mask=torch.ones(1, 1, 16, 16)).get("step_plan").times[0] == 1.0
 
 
-def test_a_schedule_that_begins_below_one_is_entered_at_its_start() -> None:
-    pipe = make_pipeline(scheduler=PeRFlowScheduler(**BETAS, t_noise=0.9))
-    seen: list[Tensor] = []
-    pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0][:1].clone()))
-    run(pipe, image_latents=PICTURE, mask=torch.ones(1, 1, 16, 16), num_inference_steps=4)
-    assert torch.equal(seen[0], NOISE)
-    state = make_pipeline()(prompt="a", image_latents=PICTURE, timesteps=[600, 500, 250], strength=1.0)
-    assert state.get("timesteps").tolist() == [600, 500, 250]
-
-
 def test_custom_timesteps_are_cut_at_the_strength() -> None:
     pipe = make_pipeline()
     inputs = {"prompt": "a", "image_latents": PICTURE, "timesteps": [1000, 750, 700, 500, 250, 90]}
     state = pipe(**inputs, strength=0.72, output_type="latent")
     assert state.get("timesteps").tolist() == [720, 700, 500, 250, 90]
-
-
-def test_result_leaves_the_picture_the_more_the_higher_the_strength() -> None:
-    pipe = make_pipeline()
-    distances = [
-        (run(pipe, image_latents=PICTURE, strength=strength) - PICTURE).square().mean()
-        for strength in (0.05, 0.3, 0.6, 1.0)
-    ]
-    assert distances == sorted(distances)
 
 
 def test_pictures_and_prompts_are_matched_in_order() -> None:
@@ -161,8 +130,7 @@ def test_given_latents_are_taken_as_they_are() -> None:
     torch.testing.assert_close(first_sample(pipe, latents=start.clone(), strength=0.4), start)
 
 
-@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
-@pytest.mark.parametrize("steps", [4, 6])
+@pytest.mark.parametrize(("share", "steps"), [(0.25, 6), (0.75, 4)])
 def test_base_and_refiner_in_one_run_equal_the_unsplit_run(share: float, steps: int) -> None:
     pipe = make_pipeline()
     calls = count_unet_calls(pipe)
@@ -185,26 +153,10 @@ def test_shares_snap_to_window_boundaries_and_say_so(caplog: pytest.LogCaptureFi
     assert torch.equal(base, run(pipe, num_inference_steps=4, denoising_end=0.75))
 
 
-def test_no_snapping_no_warning(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        run(make_pipeline(), denoising_end=0.5)
-    assert "denoising_end" not in caplog.text
-
-
-def test_the_middle_of_a_run_can_be_run_alone() -> None:
-    pipe = make_pipeline()
-    whole = run(pipe, num_inference_steps=4)
-    part = run(pipe, num_inference_steps=4, denoising_end=0.25)
-    for start, end in ((0.25, 0.75), (0.75, 1.0)):
-        part = run(pipe, image_latents=part, num_inference_steps=4, denoising_start=start, denoising_end=end)
-    torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
         ({"denoising_start": 0.74, "denoising_end": 0.76}, "nothing is left to run from time 0.25 to time 0.25"),
-        ({"strength": 0.3, "denoising_end": 0.5}, "nothing is left to run from time 0.3 to time 0.5"),
         ({"strength": 0.2505, "denoising_end": 0.75}, "nothing is left to run from time 0.2505 to time 0.25"),
     ],
 )
@@ -214,10 +166,3 @@ def test_a_run_of_no_steps_is_refused_before_the_unet(inputs: dict[str, Any], me
     with pytest.raises(ValueError, match=message):
         run(pipe, image_latents=PICTURE, **inputs)
     assert calls == []
-
-
-def test_the_prepare_step_leaves_its_inputs_alone() -> None:
-    before = PICTURE.clone()
-    run(make_pipeline(), image_latents=PICTURE, strength=0.5)
-    assert torch.equal(PICTURE, before)
-    assert "noised" in PeRFlowImg2ImgPrepareLatentsStep().inputs[0].description

@@ -8,12 +8,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ClassifierFreeGuidance
-from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 from PIL import Image
 from torch import Tensor
 
-from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
-from perflow_blocks.blocks.loop_block import LoopBlock
 from perflow_blocks.schedulers import PeRFlowScheduler
 from perflow_blocks.testing.tiny import BETAS, tiny_inpainting_unet, tiny_picture
 from tests.conftest import generator, make_pipeline, run
@@ -33,37 +30,9 @@ def hole_picture() -> Image.Image:
     return Image.fromarray(np.uint8(pixels.numpy() * 255), mode="L")
 
 
-def seeds(count: int) -> Any:
-    return generator() if count == 1 else [generator(seed) for seed in range(count)]
-
-
-class Recorder(LoopBlock):
-    """Keeps the latents with which each step ends, in a list that the call gives it."""
-
-    @property
-    def description(self) -> str:
-        return "Keeps the latents of each step."
-
-    @property
-    def inputs(self) -> list[InputParam]:
-        return [InputParam("recorded", type_hint=list[Tensor], description="Where to keep them.")]
-
-    def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
-        block_state.recorded.append(block_state.latents)
-        return components, block_state
-
-
-def recording_pipeline(**components: Any) -> Any:
-    blocks = PeRFlowSDXLAutoBlocks()
-    loop = blocks.sub_blocks["denoise"].sub_blocks["denoise"].sub_blocks["inpaint_denoise"]
-    loop.sub_blocks["recorder"] = Recorder()
-    return make_pipeline(blocks, **components)
-
-
-@pytest.mark.parametrize("strength", [1.0, 0.8, 0.3])
-@pytest.mark.parametrize("steps", [4, 7])
+@pytest.mark.parametrize(("strength", "steps"), [(1.0, 4), (0.8, 7), (0.3, 4)])
 def test_the_known_part_follows_the_path_and_ends_untouched(strength: float, steps: int) -> None:
-    pipe, recorded = recording_pipeline(), list[Tensor]()
+    pipe, recorded = make_pipeline(), list[Tensor]()
     state = pipe(
         prompt="a star",
         image_latents=PICTURE,
@@ -72,7 +41,7 @@ def test_the_known_part_follows_the_path_and_ends_untouched(strength: float, ste
         num_inference_steps=steps,
         generator=generator(),
         output_type="latent",
-        recorded=recorded,
+        callback_on_step_end=lambda pipe, i, t, kwargs: recorded.append(kwargs["latents"]),
     )
     scheduler = PeRFlowScheduler(**BETAS)
     ends = [round(t * 1000) for t in state.get("step_plan").next_times[:-1]]
@@ -93,13 +62,6 @@ def test_at_full_strength_the_hole_starts_as_pure_noise() -> None:
     assert torch.equal(seen[0][~KNOWN], NOISE[~KNOWN])
     known = PeRFlowScheduler(**BETAS).add_noise_chord(PICTURE, NOISE, torch.tensor(1000))
     torch.testing.assert_close(seen[0][KNOWN], known[KNOWN])
-
-
-def test_what_was_in_the_hole_matters_below_full_strength_only() -> None:
-    pipe, other = make_pipeline(), torch.where(KNOWN, PICTURE, PICTURE + 1.0)
-    for strength, matters in ((1.0, False), (0.6, True)):
-        results = [run(pipe, image_latents=picture, mask=HOLE, strength=strength) for picture in (PICTURE, other)]
-        assert ((results[0] - results[1]).abs().max() > 1e-2) == matters
 
 
 def as_array(images: Any) -> np.ndarray:
@@ -183,7 +145,7 @@ def test_a_picture_keeps_its_size() -> None:
 
 
 def test_a_nine_channel_unet_sees_mask_and_masked_picture() -> None:
-    pipe, recorded = recording_pipeline(unet=tiny_inpainting_unet()), list[Tensor]()
+    pipe, recorded = make_pipeline(unet=tiny_inpainting_unet()), list[Tensor]()
     seen: list[Tensor] = []
     pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
     state = pipe(
@@ -192,7 +154,7 @@ def test_a_nine_channel_unet_sees_mask_and_masked_picture() -> None:
         mask_image=hole_picture(),
         generator=generator(),
         output_type="latent",
-        recorded=recorded,
+        callback_on_step_end=lambda pipe, i, t, kwargs: recorded.append(kwargs["latents"]),
     )
     assert {tuple(sample.shape) for sample in seen} == {(2, 9, 16, 16)}
     assert torch.equal(seen[0][:, 4:5], HOLE.expand(2, -1, -1, -1))
@@ -223,30 +185,6 @@ def test_a_split_run_goes_on_with_latents_and_noise() -> None:
     torch.testing.assert_close(rest.get("latents"), whole.get("latents"), rtol=1e-5, atol=1e-5)
 
 
-def test_pictures_masks_and_prompts_are_matched_in_order() -> None:
-    pipe = make_pipeline()
-    masks = [hole_picture(), hole_picture().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
-    pictures, prompts = [tiny_picture(1), tiny_picture(2)], ["a star", "a ring"]
-    together = run(
-        pipe,
-        prompt=prompts,
-        image=pictures,
-        mask_image=masks,
-        num_images_per_prompt=2,
-        generator=[generator(seed) for seed in (1, 2, 3, 4)],
-    )
-    for row in range(4):
-        which = row // 2
-        alone = run(
-            pipe,
-            prompt=prompts[which],
-            image=pictures[which],
-            mask_image=masks[which],
-            generator=[generator(row + 1)],
-        )
-        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4)
-
-
 TWO_PICTURES = [tiny_picture(1), tiny_picture(2)]
 TWO_HOLES = [hole_picture(), hole_picture().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
 HOLE_ARRAYS = np.stack([np.asarray(hole) / 255.0 for hole in TWO_HOLES])
@@ -257,24 +195,18 @@ def in_place(pictures: list[Image.Image]) -> list[Image.Image]:
     return [pictures[0], pictures[0], pictures[1], pictures[1]]
 
 
-@pytest.mark.parametrize("unet", [None, tiny_inpainting_unet()], ids=["4-channel", "9-channel"])
-@pytest.mark.parametrize("generators", [1, 4])
+@pytest.mark.parametrize("unet", [{}, {"unet": tiny_inpainting_unet()}], ids=["4-channel", "9-channel"])
 @pytest.mark.parametrize(
     ("pictures", "masks"),
     [
         (in_place(TWO_PICTURES), TWO_HOLES),
-        (TWO_PICTURES, in_place(TWO_HOLES)),
-        (TWO_PICTURES, HOLE_ARRAYS),
         (TWO_PICTURES, HOLE_ARRAYS[..., None]),
-        (TWO_PICTURES, torch.from_numpy(HOLE_ARRAYS)),
         (in_place(TWO_PICTURES), torch.from_numpy(HOLE_ARRAYS)[:, None]),
     ],
-    ids=["4-2", "2-4", "n-h-w-array", "n-h-w-1-array", "n-h-w-tensor", "4-2-tensor"],
+    ids=["4-2", "n-h-w-1-array", "4-2-tensor"],
 )
-def test_pictures_and_masks_of_other_numbers_are_matched(
-    unet: Any, generators: int, pictures: Any, masks: Any
-) -> None:
-    pipe = make_pipeline(**({} if unet is None else {"unet": unet}))
+def test_pictures_and_masks_of_other_numbers_are_matched(unet: dict[str, Any], pictures: Any, masks: Any) -> None:
+    pipe = make_pipeline(**unet)
     # The spread of the latents (log variance, the last four channels) is nothing: draws differ with the count.
     pipe.vae.quant_conv.register_forward_hook(
         lambda module, args, moments: moments.index_fill(1, torch.arange(4, 8), -30.0)
@@ -282,51 +214,26 @@ def test_pictures_and_masks_of_other_numbers_are_matched(
     noise = torch.randn(4, 4, 16, 16, generator=generator(5))
     inputs = {"prompt": ["a star", "a ring"], "num_images_per_prompt": 2, "latents": noise}
     results = [
-        run(pipe, **inputs, image=image, mask_image=mask, generator=seeds(generators))
+        run(pipe, **inputs, image=image, mask_image=mask, generator=[generator(seed) for seed in range(4)])
         for image, mask in ((pictures, masks), (in_place(TWO_PICTURES), in_place(TWO_HOLES)))
     ]
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["pil", "np", "pt"])
-def test_known_pixels_are_those_of_the_prompts_own_picture(kind: str) -> None:
+def test_known_pixels_are_those_of_the_prompts_own_picture() -> None:
     images = run(
         make_pipeline(),
         prompt=["a star", "a ring"],
         num_images_per_prompt=2,
         image=TWO_PICTURES,
         mask_image=TWO_HOLES,
-        output_type=kind,
+        output_type="np",
     )
     for row in range(4):
         given, known = np.asarray(TWO_PICTURES[row // 2]) / 255.0, np.asarray(TWO_HOLES[row // 2]) == 0
         difference = np.abs(as_array(images[row : row + 1]) - given)
         assert difference[known].max() < 1e-6
         assert difference[~known].max() > 0.05
-
-
-@pytest.mark.parametrize("kind", ["pil", "np", "pt"])
-def test_a_mask_may_be_of_half_precision(kind: str) -> None:
-    masks = [torch.from_numpy(HOLE_ARRAYS[:1]).to(dtype) for dtype in (torch.float32, torch.bfloat16)]
-    results = [
-        as_array(run(make_pipeline(), image=tiny_picture(3), mask_image=mask, output_type=kind)) for mask in masks
-    ]
-    np.testing.assert_array_equal(results[0], results[1])
-
-
-def test_a_crop_may_have_no_margin_and_a_list_of_generators() -> None:
-    images = run(
-        make_pipeline(),
-        image=tiny_picture(3),
-        mask_image=hole_picture(),
-        padding_mask_crop=0,
-        height=32,
-        width=32,
-        num_images_per_prompt=2,
-        generator=seeds(2),
-        output_type="pil",
-    )
-    assert [image.size for image in images] == [(32, 32)] * 2
 
 
 def test_a_vae_with_latent_statistics_encodes() -> None:

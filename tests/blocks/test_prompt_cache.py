@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-import gc
-import pickle
-import weakref
+import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import ClassifierFreeGuidance, StableDiffusionXLAutoBlocks
+from diffusers import ClassifierFreeGuidance
+from peft import LoraConfig
 
 from perflow_blocks import PeRFlowSDXLAutoBlocks, PromptCacheStep
-from perflow_blocks.blocks.encode import PeRFlowAutoTextEncoderStep, PeRFlowTextEncoderStep
-from perflow_blocks.blocks.prompt_cache import PeRFlowCachedTextEncoderStep
+from perflow_blocks.blocks.encode import (
+    PeRFlowAutoTextEncoderStep,
+    PeRFlowCachedTextEncoderStep,
+)
 from perflow_blocks.testing import check_block
-from perflow_blocks.testing.tiny import tiny_sdxl_components
-from tests.blocks.conftest import EMBEDS, TEXT, count_encodings, embedding, encode, same, text_pipeline, uncached
+from perflow_blocks.testing.tiny import TEXT_WIDTH, tiny_sdxl_components, tiny_tokenizer
+from tests.blocks.conftest import (
+    BOTH,
+    TEXT,
+    count_encodings,
+    embedding,
+    encode,
+    same,
+    text_pipeline,
+    uncached,
+    write,
+)
 from tests.blocks.test_every_workflow import workflow_inputs, workflow_pipeline
+from tests.blocks.test_features_lora import write_lora
 from tests.conftest import generator, make_pipeline, run, watch_models
+
+LORA: dict[str, Any] = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 
 pytestmark = pytest.mark.behaviour
 
@@ -41,9 +57,8 @@ REQUESTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("guidance", [2.0, 1.0])
-def test_each_request_is_encoded_once_and_never_mistaken_for_another(guidance: float) -> None:
-    pipe = text_pipeline(cache := PromptCacheStep(), guider=ClassifierFreeGuidance(guidance_scale=guidance))
+def test_each_request_is_encoded_once_and_never_mistaken_for_another() -> None:
+    pipe = text_pipeline(cache := PromptCacheStep())
     ran, stop = watch_models(pipe)
     first = {}
     for count, (name, inputs) in enumerate(REQUESTS.items(), 1):
@@ -58,25 +73,16 @@ def test_each_request_is_encoded_once_and_never_mistaken_for_another(guidance: f
     stop()
     for name, inputs in REQUESTS.items():
         expected = uncached(pipe, **inputs)
-        assert (expected["negative_prompt_embeds"] is None) == (guidance == 1.0)
         assert same(first[name], expected), name
         assert same(again[name], expected), name
+        for tensor in again[name].values():  # a copy
+            if tensor is not None:
+                tensor.zero_()
+        assert same(encode(pipe, **inputs), expected), name
 
 
-def test_pictures_are_the_same_with_and_without_a_cache() -> None:
-    blocks = PeRFlowSDXLAutoBlocks()
-    blocks.sub_blocks["text_encoder"] = (cache := PromptCacheStep())
-    plain, cached = make_pipeline(), make_pipeline(blocks)
-    for seed in range(2):
-        for given in ({}, {"negative_prompt": "b"}, {"prompt": ["a", "b"]}):
-            inputs = {**given, "num_images_per_prompt": 2, "num_inference_steps": 4}
-            expected = run(plain, generator=generator(seed), **inputs)
-            assert torch.equal(run(cached, generator=generator(seed), **inputs), expected)
-    assert (cache.hits, cache.misses) == (3, 3)
-
-
-@pytest.mark.parametrize("name", StableDiffusionXLAutoBlocks._workflow_map)
-def test_every_workflow_takes_the_cache(name: str) -> None:
+def test_a_workflow_that_is_taken_out_keeps_the_cache() -> None:
+    name = "ip_adapter_controlnet_union_inpainting"
     blocks = PeRFlowSDXLAutoBlocks()
     blocks.sub_blocks["text_encoder"] = (cache := PromptCacheStep())
     pruned = blocks.get_workflow(name)
@@ -95,38 +101,12 @@ def test_every_workflow_takes_the_cache(name: str) -> None:
         assert (cache.hits, cache.misses) == (1, 1)
 
 
-def test_embeddings_in_place_of_a_prompt_pass_by() -> None:
-    plain, cached = text_pipeline(PeRFlowAutoTextEncoderStep()), text_pipeline(cache := PromptCacheStep())
-    given = {name: tensor for name, tensor in encode(plain).items() if "negative" not in name}
-    for _ in range(2):
-        state = cached(**given)
-        assert same({name: state.get(name) for name in EMBEDS}, encode(plain))
-    assert (cache.hits, cache.misses, len(cache.cache)) == (0, 0, 0)
-
-
-def test_writing_into_what_was_handed_out_does_no_harm() -> None:
-    pipe = text_pipeline(PromptCacheStep())
-    expected = uncached(pipe, negative_prompt="a ring")
-    for _ in range(3):
-        result = encode(pipe, negative_prompt="a ring")
-        assert same(result, expected)
-        for tensor in result.values():
-            assert tensor is not None
-            tensor.zero_()
-
-
 def test_the_request_unused_for_longest_goes_first() -> None:
     pipe = text_pipeline(cache := PromptCacheStep(max_entries=2))
     for prompt, hits in (("a", 0), ("b", 0), ("a", 1), ("c", 1), ("a", 2), ("c", 3), ("b", 3), ("a", 3)):
         encode(pipe, prompt)
         assert cache.hits == hits
         assert len(cache.cache) <= 2
-
-
-@pytest.mark.parametrize("number", [0, -1, 2.0, True, None, "64"])
-def test_a_bound_that_is_not_a_positive_integer_is_refused(number: Any) -> None:
-    with pytest.raises(ValueError, match="max_entries"):
-        PromptCacheStep(max_entries=number)
 
 
 def test_what_the_guider_the_configuration_and_autocast_ask_for_is_part_of_the_request() -> None:
@@ -153,22 +133,6 @@ def test_what_the_guider_the_configuration_and_autocast_ask_for_is_part_of_the_r
     assert (cache.hits, cache.misses) == (2, 4)
 
 
-def test_what_has_no_key_is_encoded_each_time() -> None:
-    class Text(list[str]):
-        """Compares as it likes."""
-
-    pipe = text_pipeline(cache := PromptCacheStep())
-    for scale in (torch.tensor(0.5), torch.tensor(0.25)):
-        encode(pipe, cross_attention_kwargs={"scale": scale})
-    assert (cache.hits, cache.misses, len(cache.cache)) == (0, 2, 0)
-    with pytest.raises(TypeError, match="same type"):
-        encode(pipe, ["a", "b"], negative_prompt=("a", "b"))
-    encode(pipe, ["a", "b"], negative_prompt=["a", "b"])
-    with pytest.raises(TypeError, match="same type"):
-        encode(pipe, ["a", "b"], negative_prompt=("a", "b"))
-    assert encode(pipe, Text(["a", "b"]))["prompt_embeds"].shape[0] == 2  # type: ignore[union-attr]
-
-
 def test_copies_of_a_block_share_its_cache_and_pipelines_keep_apart(encoded: list[str]) -> None:
     cache = PromptCacheStep()
     first, second = text_pipeline(cache), text_pipeline(cache)
@@ -186,49 +150,152 @@ def test_copies_of_a_block_share_its_cache_and_pipelines_keep_apart(encoded: lis
     assert (cache.hits, cache.misses) == (0, 1)
 
 
-def test_a_cache_does_not_hold_encoders() -> None:
+def replace_encoder(pipe: Any) -> None:
+    other = copy.deepcopy(pipe.text_encoder)
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(1.5)
+    pipe.update_components(text_encoder=other)
+
+
+def replace_tokenizer(pipe: Any) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 8
+    pipe.register_components(tokenizer=tokenizer, tokenizer_2=tokenizer)
+
+
+def add_token(pipe: Any) -> None:
+    """A letter that the encoders know becomes a token of its own wherever it stands."""
+    for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
+        tokenizer.add_tokens("r")
+
+
+def half(pipe: Any) -> None:
+    for name in BOTH:
+        getattr(pipe, name).to(torch.bfloat16)
+
+
+def add_vectors(pipe: Any) -> None:
+    vectors = torch.randn(2, TEXT_WIDTH, generator=generator(3))
+    for number in ("", "_2"):
+        parts = {"tokenizer": getattr(pipe, f"tokenizer{number}")}
+        parts["text_encoder"] = getattr(pipe, f"text_encoder{number}")
+        pipe.load_textual_inversion(vectors, token="star", **parts)
+
+
+def add_lora(pipe: Any, name: str = "one") -> None:
+    torch.manual_seed(len(name))
+    for encoder in BOTH:
+        getattr(pipe, encoder).add_adapter(LoraConfig(**LORA), adapter_name=name)
+
+
+def use_lora(pipe: Any, name: str) -> None:
+    for encoder in BOTH:
+        getattr(pipe, encoder).set_adapter(name)
+
+
+def scale_lora(pipe: Any, scale: Any) -> None:
+    pipe.set_adapters("one", scale)
+
+
+def replace_lora(pipe: Any) -> None:
+    """Under the same name, which gives the new matrices the place of the old ones in memory."""
+    pipe.unload_lora_weights()
+    torch.manual_seed(9)
+    for encoder in BOTH:
+        getattr(pipe, encoder).add_adapter(LoraConfig(**LORA), adapter_name="one")
+
+
+def turn(pipe: Any, method: str) -> None:
+    for encoder in BOTH:
+        getattr(getattr(pipe, encoder), method)()
+
+
+def scale_second_layer(pipe: Any) -> None:
+    layers = [module for module in pipe.text_encoder.modules() if hasattr(module, "lora_A")]
+    layers[1].set_scale("one", 0.25)
+
+
+def fuse(pipe: Any, scale: float = 1.0) -> None:
+    pipe.fuse_lora(components=BOTH, lora_scale=scale)
+
+
+Change = Callable[[Any], None]
+
+
+CHANGES: dict[str, tuple[list[Change], Change]] = {
+    "encoder replaced": ([], replace_encoder),
+    "tokenizer replaced": ([], replace_tokenizer),
+    "token added": ([], add_token),
+    "type": ([], half),
+    "textual inversion": ([], add_vectors),
+    "LoRA": ([], add_lora),
+    "LoRA scaled": ([add_lora], lambda pipe: scale_lora(pipe, 0.5)),
+    "LoRA scaled in one layer": ([add_lora], scale_second_layer),
+    "LoRA switched": ([add_lora, lambda pipe: add_lora(pipe, "three")], lambda pipe: use_lora(pipe, "one")),
+    "LoRA replaced": ([add_lora], replace_lora),
+    "LoRA off": ([add_lora], lambda pipe: turn(pipe, "disable_adapters")),
+    "LoRA fused": ([add_lora], lambda pipe: fuse(pipe, 0.5)),
+    "LoRA unloaded": ([add_lora], lambda pipe: pipe.unload_lora_weights()),
+}
+
+
+@pytest.mark.parametrize(("before", "change"), CHANGES.values(), ids=CHANGES)
+def test_a_change_of_the_encoders_is_seen(before: list[Change], change: Change, encoded: list[str]) -> None:
     pipe = text_pipeline(cache := PromptCacheStep())
-    encode(pipe)
-    encoder = weakref.ref(pipe.text_encoder)
-    del pipe
-    gc.collect()
-    assert encoder() is None
-    encode(text_pipeline(cache))
-    assert (cache.hits, cache.misses) == (0, 2)
+    for step in before:
+        step(pipe)
+    old = [encode(pipe, prompt=prompt) for prompt in ("a red star", "a ring", "a red star")]
+    assert (cache.hits, cache.misses, len(cache.cache)) == (1, 2, 2)
+    change(pipe)
+    encoded.clear()
+    new = encode(pipe)
+    assert {"CLIPTextModel", "CLIPTextModelWithProjection"} <= set(encoded)
+    encoded.clear()
+    assert same(encode(pipe), new)
+    assert encoded == []
+    expected = uncached(pipe)
+    assert same(new, expected)
+    assert not same(old[0], expected)
 
 
-def test_a_pickled_block_has_an_empty_cache_of_the_same_bound() -> None:
-    block = PromptCacheStep(max_entries=3)
-    encode(text_pipeline(block))
-    restored = pickle.loads(pickle.dumps(block))
-    assert (restored.misses, len(restored.cache), restored.cache.max_entries) == (0, 0, 3)
-    pipe = text_pipeline(restored)
-    assert same(encode(pipe), encode(pipe))
-    assert (restored.hits, restored.misses) == (1, 1)
+def test_an_encoder_changed_in_place_wants_a_clear() -> None:
+    pipe = text_pipeline(cache := PromptCacheStep())
+    old = encode(pipe)
+    write(pipe)
+    assert same(encode(pipe), old)
+    cache.clear()
+    assert (cache.hits, cache.misses, len(cache.cache)) == (0, 0, 0)
+    new = encode(pipe)
+    assert same(new, uncached(pipe))
+    assert not same(new, old)
 
 
-def test_encoders_loaded_and_run_in_inference_mode() -> None:
-    with torch.inference_mode():
-        pipe = text_pipeline(cache := PromptCacheStep())
-        first = encode(pipe)
-    again = encode(pipe)
-    assert same(again, first)
-    assert (cache.hits, cache.misses) == (1, 1)
-    assert again["prompt_embeds"] is not None
-    again["prompt_embeds"].zero_()  # refused outside for tensors that are of inference mode
+def test_loras_from_files_are_seen(tmp_path: Path, encoded: list[str]) -> None:
+    """Loaded one after the other without a call in between, under one name, and scaled by the call."""
+    blocks = PeRFlowSDXLAutoBlocks()
+    blocks.sub_blocks["text_encoder"] = PromptCacheStep()
+    cached, plain = make_pipeline(blocks), make_pipeline()
+    plain_result = run(cached)
+    for seed in range(2):
+        folder = write_lora(tmp_path / str(seed), seed)
+        for pipe in (cached, plain):
+            pipe.unload_lora_weights()
+            pipe.load_lora_weights(folder)
+    for scale in (1.0, 0.3, 1.0):
+        inputs = {"cross_attention_kwargs": {"scale": scale}}
+        assert torch.equal(run(cached, **inputs), run(plain, **inputs)), scale
+    encoded.clear()
+    assert not torch.equal(run(cached, **inputs), plain_result)
+    assert encoded == []
 
 
-@pytest.mark.parametrize("guidance", [2.0, 1.0])
-def test_it_keeps_the_contract_of_the_block_in_whose_place_it_stands(guidance: float) -> None:
+def test_it_keeps_the_contract_of_the_block_in_whose_place_it_stands() -> None:
     stock, cached = PeRFlowAutoTextEncoderStep(), PromptCacheStep()
     for attribute in ("inputs", "intermediate_outputs", "outputs", "expected_components", "expected_configs"):
         assert getattr(stock, attribute) == getattr(cached, attribute)
-    assert cached.block_trigger_inputs == stock.block_trigger_inputs
-    assert "encoded once" in cached.doc
-    leaf = PeRFlowCachedTextEncoderStep()
-    assert leaf.inputs == PeRFlowTextEncoderStep().inputs
     components = {name: part for name, part in tiny_sdxl_components().items() if name in TEXT}
-    components["guider"] = ClassifierFreeGuidance(guidance_scale=guidance)
-    for block in (cached, leaf):
-        for _ in range(2):
-            check_block(block, components=components)
+    components["guider"] = ClassifierFreeGuidance(guidance_scale=2.0)
+    for _ in range(2):
+        check_block(cached, components=components)
+    with pytest.raises(ValueError, match="max_entries"):
+        PromptCacheStep(max_entries=0)

@@ -22,7 +22,7 @@ from perflow_blocks import PeRFlowSDXLAutoBlocks
 from perflow_blocks.blocks import PeRFlowSetTimestepsStep
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.schedulers import PeRFlowScheduler
-from tests.conftest import make_pipeline, run
+from tests.conftest import make_pipeline
 
 pytestmark = pytest.mark.behaviour
 
@@ -48,13 +48,6 @@ def test_any_scheduler_is_converted_with_its_noise_schedule(kind: Any) -> None:
     assert (config.prediction_type, config.num_time_windows) == ("ddim_eps", 4)
     assert state.num_inference_steps == 6
     assert state.timesteps.tolist() == [1000, 875, 750, 625, 500, 250]
-
-
-def test_no_scheduler_gives_the_default_noise_schedule() -> None:
-    pipe = make_pipeline()
-    pipe.update_components(scheduler=None)
-    set_up(pipe)
-    assert pipe.scheduler.config.beta_schedule == "scaled_linear"
 
 
 def test_a_flow_matching_scheduler_is_refused() -> None:
@@ -156,12 +149,6 @@ def test_the_table_on_the_device_is_the_plan() -> None:
     torch.testing.assert_close(table[:, 1].double(), torch.tensor(state.step_plan.output_coeff, dtype=torch.float64))
 
 
-def test_other_windows_give_another_picture() -> None:
-    pipe, other = make_pipeline(), make_pipeline()
-    other.update_components(num_time_windows=2)
-    assert not torch.allclose(run(pipe, num_inference_steps=4), run(other, num_inference_steps=4))
-
-
 def test_the_scheduler_that_the_block_made_follows_the_recipe_of_each_call() -> None:
     pipe = make_pipeline()
     set_up(pipe)
@@ -198,20 +185,3 @@ def test_a_delta_brings_the_noise_schedule_it_was_distilled_on(caplog: pytest.Lo
         assert (config.beta_start, config.beta_end, config.beta_schedule) == (0.001, 0.02, "linear")
     (message,) = (text for text in messages(caplog) if "was distilled" in text)
     assert "beta_start=0.001, beta_end=0.02; this replaces the scheduler's 0.0001, 0.012" in message
-
-
-def test_without_the_delta_the_schedule_is_the_repositorys_again() -> None:
-    pipe = make_pipeline(scheduler=EulerDiscreteScheduler(beta_end=0.012, beta_schedule="linear"))
-    set_up(pipe, delta_recipe=DeltaRecipe(scheduler_config=BETAS))
-    set_up(pipe)
-    assert pipe.scheduler.config.beta_end == 0.012
-    kept = pipe.scheduler
-    set_up(pipe)
-    assert pipe.scheduler is kept
-
-
-def test_windows_of_a_delta_may_be_as_narrow_as_its_own_timesteps() -> None:
-    narrow = DeltaRecipe(window_boundaries=(1.0, 0.9995, 0.0), scheduler_config={"num_train_timesteps": 4000})
-    pipe = make_pipeline()
-    set_up(pipe, delta_recipe=narrow, num_inference_steps=2)
-    assert pipe.scheduler.config.window_boundaries == [1.0, 0.9995, 0.0]

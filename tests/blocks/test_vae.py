@@ -10,15 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny
 from diffusers.modular_pipelines.stable_diffusion_xl.decoders import StableDiffusionXLDecodeStep
 from diffusers.modular_pipelines.stable_diffusion_xl.encoders import StableDiffusionXLVaeEncoderStep
 from torch import Tensor, nn
 
-from perflow_blocks.blocks.decode import PeRFlowDecodeStep
-from perflow_blocks.blocks.encode import PeRFlowVaeEncoderStep
+from perflow_blocks.blocks.vae import PeRFlowDecodeStep, PeRFlowVaeEncoderStep
 from perflow_blocks.testing.tiny import tiny_picture, tiny_vae
-from tests.conftest import generator, make_pipeline, run
+from tests.conftest import generator
 
 pytestmark = pytest.mark.behaviour
 
@@ -68,31 +66,6 @@ def test_the_usual_result_is_that_of_diffusers(dtype: torch.dtype, upcast: bool,
     assert torch.equal(image_latents, encoded(vae, StableDiffusionXLVaeEncoderStep))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
-def test_a_vae_of_another_type_decodes_beside_a_float16_unet(dtype: torch.dtype) -> None:
-    pipe = make_pipeline()
-    expected = run(pipe, output_type="pt", num_inference_steps=1)
-    pipe.to(torch.float16)
-    if dtype.itemsize == 1:
-        pipe.vae.to(torch.bfloat16).enable_layerwise_casting(storage_dtype=dtype, compute_dtype=torch.bfloat16)
-    else:
-        pipe.vae.to(dtype)
-    images = run(pipe, output_type="pt", num_inference_steps=1)
-    assert pipe.vae.encoder.down_blocks[0].resnets[0].conv1.weight.dtype == dtype
-    assert (images.float() - expected).abs().mean() < 0.03
-
-
-def test_a_tiny_autoencoder_works_too() -> None:
-    vae = AutoencoderTiny(
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        num_encoder_blocks=(1, 1),
-        num_decoder_blocks=(1, 1),
-    ).eval()
-    assert torch.equal(decoded(vae), decoded(vae, kind=StableDiffusionXLDecodeStep))
-    assert torch.equal(encoded(vae), encoded(vae, StableDiffusionXLVaeEncoderStep))
-
-
 def test_an_overflow_is_decoded_again_in_float32(caplog: pytest.LogCaptureFixture) -> None:
     vae, latents = overflowing("decoder"), LATENTS.half()
     latents[1] = 0.0
@@ -115,12 +88,6 @@ def test_an_overflow_is_encoded_again_in_float32(caplog: pytest.LogCaptureFixtur
         "the encoded images are not finite in torch.float16 for images[0] of 1"
     ]
     torch.testing.assert_close(latents.float(), encoded(vae.float()), rtol=0.0, atol=0.01)
-
-
-def test_latents_are_not_decoded(caplog: pytest.LogCaptureFixture) -> None:
-    latents = LATENTS.half()
-    assert decoded(overflowing("decoder"), latents, output_type="latent") is latents
-    assert warnings_of(caplog) == []
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from PIL import Image, ImageChops
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.testing import (
     check_block,
-    load_tiny_ip_adapter,
     tiny_controlnet,
     tiny_controlnet_union,
     tiny_mask,
@@ -108,11 +107,6 @@ def test_text2image_draws_what_the_prompt_says(cli: CLI) -> None:
     assert shape[0] > 1.5 * shape[1] and shape[0] > 1.5 * shape[2]
 
 
-def test_text2image_takes_any_model(model: Path, cli: CLI) -> None:
-    written = Image.open(cli("sdxl-text2image", "a red star", "--model", model, "--seed", 5))
-    assert same(written, recipe("sdxl-text2image").draw(make_pipeline(), "a red star", seed=5))
-
-
 def test_text2image_merges_a_delta(model: Path, cli: CLI, tmp_path: Path) -> None:
     path = tmp_path / "delta.safetensors"
     save_delta({name: torch.full_like(w, 0.01) for name, w in tiny_sdxl_unet().state_dict().items()}, path)
@@ -120,12 +114,6 @@ def test_text2image_merges_a_delta(model: Path, cli: CLI, tmp_path: Path) -> Non
     draw = recipe("sdxl-text2image").draw
     assert same(written, draw(make_pipeline(), "a red star", delta=path))
     assert not same(written, draw(make_pipeline(), "a red star"))
-
-
-def test_image2image_starts_from_the_picture() -> None:
-    redraw, pipe = recipe("sdxl-image2image").redraw, make_pipeline()
-    first, second = (redraw(pipe, tiny_picture(k), "a red star", 0.3, num_inference_steps=4) for k in (1, 2))
-    assert not same(first, second)
 
 
 def test_image2image_moves_further_from_the_picture_with_strength() -> None:
@@ -137,12 +125,6 @@ def test_image2image_moves_further_from_the_picture_with_strength() -> None:
     ]
     distances = [np.abs(pixels(picture) - pixels(given)).mean() for picture in redrawn]
     assert distances[0] < 0.7 * distances[1] < 0.5 * distances[2]
-
-
-def test_image2image_reads_a_picture(model: Path, cli: CLI, tmp_path: Path) -> None:
-    given = saved(tiny_picture(1), tmp_path / "given.png")
-    written = Image.open(cli("sdxl-image2image", "a red star", "--image", given, "--strength", 0.3, "--model", model))
-    assert same(written, recipe("sdxl-image2image").redraw(make_pipeline(), tiny_picture(1), "a red star", 0.3))
 
 
 def test_inpaint_changes_the_masked_part_alone() -> None:
@@ -162,12 +144,6 @@ def test_inpaint_reads_picture_and_mask(model: Path, cli: CLI, tmp_path: Path) -
     assert same(written, recipe("sdxl-inpaint").repaint(make_pipeline(), tiny_picture(1), tiny_mask(), "a red star"))
 
 
-def test_inpaint_without_a_mask_paints_a_disc() -> None:
-    disc = np.asarray(recipe("sdxl-inpaint").disc((40, 20))) > 127
-    assert disc.shape == (20, 40)
-    assert disc[10, 20] and not disc[0].any() and not disc[:, 0].any() and not disc[3, 6]
-
-
 @pytest.mark.parametrize("kind", ["controlnet", "union"])
 def test_controlnet_follows_the_control_picture(kind: str) -> None:
     draw = recipe("sdxl-controlnet").draw
@@ -181,45 +157,15 @@ def test_controlnet_follows_the_control_picture(kind: str) -> None:
     assert same(picture(1, 0.0), picture(2, 0.0))
 
 
-def test_edges_are_white_on_black() -> None:
-    picture = Image.new("RGB", (16, 16), "navy")
-    picture.paste("yellow", (8, 0, 16, 16))
-    found = np.asarray(recipe("sdxl-controlnet").edges(picture))
-    assert found.shape == (16, 16, 3)
-    assert found[:, 7:9].min() == 255
-    assert found[:, :5].max() == found[:, 11:].max() == 0
-
-
 def test_controlnet_of_a_repository(model: Path, cli: CLI, tmp_path: Path) -> None:
     tiny_controlnet().save_pretrained(tmp_path / "controlnet", variant="fp16")
     given = tiny_picture(1, size=(80, 49))
-    options = [
-        "--model",
-        model,
-        "--controlnet",
-        tmp_path / "controlnet",
-        "--device",
-        "cpu",
-        "--scale",
-        1,
-        "--size",
-        40,
-    ]
+    options = ["--model", model, "--controlnet", tmp_path / "controlnet", "--device", "cpu", "--scale", 1]
+    options += ["--size", 40]
     written = Image.open(cli("sdxl-controlnet", saved(given, tmp_path / "given.png"), "a red star", *options))
     module, pipe = recipe("sdxl-controlnet"), make_pipeline(controlnet=tiny_controlnet())
     edges = module.edges(given.resize((40, 24), Image.Resampling.LANCZOS))
     assert same(written, module.draw(pipe, edges, "a red star", 1.0, width=40, height=24))
-
-
-def test_ip_adapter_follows_the_given_picture() -> None:
-    draw, pipe = recipe("sdxl-ip-adapter").draw, make_pipeline()
-    load_tiny_ip_adapter(pipe)
-
-    def picture(seed: int, scale: float) -> Image.Image:
-        return draw(pipe, tiny_picture(seed), "a red star", scale, num_inference_steps=4)
-
-    assert not same(picture(1, 1.0), picture(2, 1.0))
-    assert same(picture(1, 0.0), picture(2, 0.0))
 
 
 def test_ip_adapter_of_a_repository(model: Path, cli: CLI, tmp_path: Path) -> None:
@@ -232,35 +178,15 @@ def test_ip_adapter_of_a_repository(model: Path, cli: CLI, tmp_path: Path) -> No
     assert not same(with_it, without)
 
 
-@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
-def test_base_then_refiner_of_one_unet_is_the_undivided_run(share: float) -> None:
+def test_base_then_refiner_of_one_unet_is_the_undivided_run() -> None:
     pipe = make_pipeline()
     steps = {"num_inference_steps": 6}
     calls = count_unet_calls(pipe)
-    divided = recipe("sdxl-base-refiner").draw(pipe, pipe, "a red star", share, **steps)
+    divided = recipe("sdxl-base-refiner").draw(pipe, pipe, "a red star", 0.5, **steps)
     assert len(calls) == 6
     whole = recipe("sdxl-text2image").draw(pipe, "a red star", **steps)
     assert np.abs(pixels(divided) - pixels(whole)).max() < 1.5 / 255
     assert pixels(whole).std() > 0.05
-
-
-def test_base_and_refiner_each_do_their_share(caplog: pytest.LogCaptureFixture) -> None:
-    base, refiner = make_pipeline(), make_pipeline(unet=tiny_sdxl_unet(seed=1))
-    first, second = count_unet_calls(base), count_unet_calls(refiner)
-    draw = recipe("sdxl-base-refiner").draw
-    pictures = [draw(base, refiner, "a red star", share, num_inference_steps=4) for share in (0.25, 0.75)]
-    assert (len(first), len(second)) == (1 + 3, 3 + 1)
-    assert not same(*pictures)
-    assert same(draw(base, refiner, "a red star", 0.8, num_inference_steps=4), pictures[1])
-    assert "denoising_start=0.75 is used" in caplog.text
-
-
-def test_the_refiner_of_another_repository(model: Path, cli: CLI, tmp_path: Path) -> None:
-    tiny_sdxl_unet(seed=1).save_pretrained(tmp_path / "other" / "unet", variant="v0-fix")
-    options = ["--model", model, "--refiner", tmp_path / "other", "--variant", "v0-fix"]
-    written = Image.open(cli("sdxl-base-refiner", "a red star", *options))
-    pipes = make_pipeline(), make_pipeline(unet=tiny_sdxl_unet(seed=1))
-    assert same(written, recipe("sdxl-base-refiner").draw(*pipes, "a red star"))
 
 
 def split() -> tuple[Any, Any]:
@@ -274,15 +200,6 @@ def split() -> tuple[Any, Any]:
     return module, stages
 
 
-def test_each_stage_holds_only_what_it_needs() -> None:
-    _, stages = split()
-    loaded = [{name for name in stage.pretrained_component_names if getattr(stage, name)} for stage in stages]
-    encoders = {"text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"}
-    assert loaded[0] == encoders
-    assert "unet" in loaded[2] and not encoders & loaded[2]
-    assert loaded[3] == {"vae"}
-
-
 def test_one_encoding_serves_many_pictures() -> None:
     module, stages = split()
     calls: list[str] = []
@@ -292,53 +209,26 @@ def test_one_encoding_serves_many_pictures() -> None:
     once = list(calls)
     assert {"text_encoder", "text_encoder_2"} == set(once)
     whole = make_pipeline()
-    for seed in (0, 1):
-        for guidance in (1.0, 2.5):
-            drawn = module.draw(stages, encoded, generator(seed), guidance, num_inference_steps=4)
-            whole.guider.guidance_scale = guidance
-            inputs = {"negative_prompt": "a dot", "num_inference_steps": 4}
-            assert same(drawn, recipe("sdxl-text2image").draw(whole, "a red star", seed, **inputs))
+    for seed, guidance in ((0, 1.0), (1, 2.5)):
+        drawn = module.draw(stages, encoded, generator(seed), guidance, num_inference_steps=4)
+        whole.guider.guidance_scale = guidance
+        inputs = {"negative_prompt": "a dot", "num_inference_steps": 4}
+        assert same(drawn, recipe("sdxl-text2image").draw(whole, "a red star", seed, **inputs))
     assert calls == once
 
 
-def test_stages_give_the_latents_of_one_pipeline_bit_for_bit() -> None:
-    module, stages = split()
-    for picture in ({}, {"image": tiny_picture(1)}):
-        source = generator(3)
-        encoded = module.encode(stages, prompt="a red star", generator=source, **picture)
-        strength = {"strength": 0.8} if picture else {}
-        latents = stages.denoise(**encoded, **strength, generator=source, output="latents")
-        whole = make_pipeline()(prompt="a red star", **picture, **strength, generator=generator(3), output="latents")
-        assert torch.equal(latents, whole)
-
-
 def test_the_sheet_has_a_row_for_each_scale_and_a_column_for_each_seed(cli: CLI) -> None:
-    sheet = Image.open(cli("split_stages", "a red star", "--guidance-scales", 1, 2, "--num-images", 3))
-    assert sheet.size == (3 * 64, 2 * 64)
-    cells = [sheet.crop((x, y, x + 64, y + 64)) for y in (0, 64) for x in (0, 64, 128)]
+    sheet = Image.open(cli("split_stages", "a red star", "--guidance-scales", 1, 2, 3, "--num-images", 2))
+    assert sheet.size == (2 * 64, 3 * 64)
+    cells = [sheet.crop((x, y, x + 64, y + 64)) for y in (0, 64, 128) for x in (0, 64)]
     assert not any(same(*pair) for pair in combinations(cells, 2))
-    demo = recipe("sdxl-text2image").load(None, "cpu")
-    assert same(cells[2], recipe("sdxl-text2image").draw(demo, "a red star", seed=2))
-
-
-def test_one_encoded_picture_serves_many() -> None:
-    module, stages = split()
-    vae = stages.picture.vae
-    encodings: list[int] = []
-    vae.encoder.register_forward_pre_hook(lambda *_: encodings.append(1))
-    encoded = module.encode(stages, tiny_picture(1), generator(0), prompt="a red star")
-    pictures = [module.draw(stages, encoded, generator(0), strength=strength) for strength in (0.3, 0.8)]
-    assert encodings == [1]
-    assert not same(*pictures)
 
 
 def test_the_block_of_the_custom_pipeline_keeps_its_contract() -> None:
     block = recipe("custom_block").MirrorStep()
-    for width in (8, 7):
-        latents = torch.randn(1, 4, 8, width, generator=generator())
-        mirrored = check_block(block, inputs={"latents": latents}).latents
-        assert torch.equal(mirrored, mirrored.flip(-1))
-        assert torch.equal(mirrored[..., : width // 2], latents[..., : width // 2])
+    latents = torch.randn(1, 4, 8, 7, generator=generator())
+    mirrored = check_block(block, inputs={"latents": latents}).latents
+    assert torch.equal(mirrored, mirrored.flip(-1)) and torch.equal(mirrored[..., :3], latents[..., :3])
 
 
 def test_the_custom_pipeline_draws_symmetric_pictures() -> None:
@@ -349,16 +239,6 @@ def test_the_custom_pipeline_draws_symmetric_pictures() -> None:
     never, once, always = (module.draw(pipe, "a red star", steps) for steps in (0, 1, None))
     assert same(never, recipe("sdxl-text2image").draw(make_pipeline(), "a red star"))
     assert not same(never, once) and not same(once, always)
-
-
-def test_the_custom_block_is_in_every_loop() -> None:
-    pipe = make_pipeline(recipe("custom_block").mirrored_blocks())
-    latents = pipe(prompt="a red star", image=tiny_picture(1), strength=0.5, generator=generator(), output="latents")
-    assert torch.equal(latents, latents.flip(-1))
-    picture = {"image": tiny_picture(1), "mask_image": tiny_mask()}
-    mirrored = pipe(prompt="a red star", **picture, generator=generator(), output="latents")
-    plain = make_pipeline()(prompt="a red star", **picture, generator=generator(), output="latents")
-    assert not torch.allclose(mirrored, plain, atol=1e-2)
 
 
 def test_there_is_a_test_for_every_recipe() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +61,13 @@ def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: fl
         torch.testing.assert_close(one[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bfloat16", "fp32"])
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_an_extracted_file_is_what_save_delta_writes(run: Run, models: Path, tmp_path: Path, dtype: str) -> None:
     ours, theirs = tmp_path / "new" / "ours.safetensors", tmp_path / "theirs.safetensors"
     out = done(run, "extract", models / "student", models / "base", "-o", ours, "--dtype", dtype, *OPTIONS)
     kind = {"fp16": torch.float16, "bfloat16": torch.bfloat16, "fp32": torch.float32}[dtype]
     base = tiny_sdxl_unet(0)
-    digest = hashlib.sha256((models / "base" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
-    recipe = replace(RECIPE, base_sha256=digest)
-    save_delta(extract_delta(tiny_sdxl_unet(1), base), theirs, recipe, kind, base=base)
+    save_delta(extract_delta(tiny_sdxl_unet(1), base), theirs, RECIPE, kind)
     one, other = load_file(ours), load_file(theirs)
     assert one.keys() == other.keys()
     assert all(one[name].dtype == kind and torch.equal(one[name], other[name]) for name in other)
@@ -213,13 +209,6 @@ def test_a_lora_and_its_residual_give_the_delta_back(run: Run, delta: Path, tmp_
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     assert_close(pipe.unet.state_dict(), tiny_sdxl_unet(1).state_dict(), 1e-4)
-
-
-def test_a_lora_alone_says_what_it_leaves_out(run: Run, delta: Path, tmp_path: Path) -> None:
-    out = done(run, "to-lora", delta, "-o", tmp_path / "lora.safetensors", "--rank", 2)
-    assert "--residual writes them" in out
-    ranks = {t.shape[0] for n, t in load_file(tmp_path / "lora.safetensors").items() if "lora_A" in n}
-    assert ranks == {2}
 
 
 def test_a_student_that_is_not_finite_or_not_different_leaves_nothing(run: Run, models: Path, tmp_path: Path) -> None:

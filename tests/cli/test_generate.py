@@ -15,9 +15,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image, ImageChops
 
-from perflow_blocks.atomic_files import require_writable_directory
-from perflow_blocks.cli import _request_error, main
-from perflow_blocks.cli.options import choose_device, choose_dtype, parse_size
+from perflow_blocks.cli import main
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.testing.tiny import IMAGE_SIZE, tiny_sdxl_components, tiny_sdxl_unet
@@ -103,16 +101,13 @@ def test_guidance_asked_for_wins_over_the_recipe(run: Run, model: Path, delta: P
         (["a", " "], "prompt 2 is empty"),
         ([], "Missing argument"),
         (["a", "--steps", "0"], "steps=0 must be a positive integer"),
-        (["a", "--steps", "-3"], "steps=-3 "),
         (["a", "--steps", "few"], "'--steps'"),
         (["a", "--guidance", "nan"], "guidance_scale=nan"),
-        (["a", "--guidance", "inf"], "guidance_scale=inf"),
         (["a", "--guidance", "-1"], "guidance_scale=-1.0"),
         (["a", "--num-images", "0"], "num-images=0 "),
         (["a", "--seed", "-1"], "--seed -1 is out of range; pass a number from 0"),
         (["a", "--size", "0"], "--size 0 is no size; pass N or WxH"),
         (["a", "--size", "64x-8"], "--size 64x-8 is no size"),
-        (["a", "--size", "big"], "--size big is no size"),
         (["a", "--device", "warp"], "--device warp cannot be used here"),
         (["a", "--device", "meta"], "--device meta holds no values"),
         (["a", "--dtype", "int8"], "--dtype int8 is unknown; pass one of float32, float16, bfloat16"),
@@ -184,12 +179,6 @@ def test_a_defect_of_the_program_keeps_its_traceback(model: Path, monkeypatch: p
         main(["generate", "a", "--model", str(model)])
 
 
-def test_messages_of_several_lines_become_one() -> None:
-    assert _request_error(OSError("no\n  connection")) == "no connection"
-    assert _request_error(ValueError()) == "ValueError"
-    assert _request_error(RuntimeError("defect")) is None
-
-
 def test_help_and_version(run: Run) -> None:
     for arguments, expected in ((["--help"], "generate"), ([], "generate"), (["--version"], "perflow_blocks 0.")):
         status, stdout, stderr = run(*arguments)
@@ -197,49 +186,9 @@ def test_help_and_version(run: Run) -> None:
         assert expected in stdout
 
 
-def test_sizes_devices_and_types() -> None:
-    assert parse_size("64") == (64, 64)
-    assert parse_size("64x48") == parse_size("64 X 48") == (64, 48)
-    assert parse_size(None) is None
-    assert choose_device("cpu") == torch.device("cpu")
-    assert choose_dtype(None, torch.device("cpu")) is torch.float32
-    assert choose_dtype(None, torch.device("cuda")) is torch.float16
-    assert choose_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16
-
-
-def test_trying_a_directory_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "mkdir", None)  # nor makes anything: other processes try the same at the same time
-    require_writable_directory(tmp_path / "a" / "b")
-    assert list(tmp_path.iterdir()) == []
-    require_writable_directory(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.chdir(tmp_path)
-    require_writable_directory("a/b")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_directory_that_cannot_be_is_told(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for name in ("file", "file/below/it", "link/below"):
-        with pytest.raises(ValueError, match=f"cannot write into .*{name}: .*; choose a writable directory"):
-            require_writable_directory(tmp_path / name)
-    with pytest.raises(ValueError, match="cannot write into /proc/x"):
-        require_writable_directory("/proc/x")
-
-
 def test_an_error_inside_the_pipeline_is_one_line_in_a_real_process(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "perflow_blocks.cli",
-        "generate",
-        "a star",
-        "--size",
-        "30",
-        "--out",
-        str(tmp_path),
-    ]
+    command = [sys.executable, "-m", "perflow_blocks.cli", "generate", "a star", "--size", "30"]
+    command += ["--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert re.fullmatch(r"Error: height=30 .*32\.\n", done.stderr)

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import re
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from perflow_blocks.delta.apply import add, sum_of_terms
 from perflow_blocks.delta.extract import extract_delta, save_delta
-from perflow_blocks.delta.files import read_recipe
 from perflow_blocks.delta.merge import merge_delta, merge_record, merge_records, unmerge_delta
 from perflow_blocks.delta.recipe import DeltaRecipe
 
 pytestmark = pytest.mark.behaviour
 
-RECIPE = DeltaRecipe(
-    prediction_type="ddim_eps",
-    num_time_windows=4,
-    window_boundaries=(1.0, 0.75, 0.5, 0.2, 0.0),
-    num_inference_steps=6,
-    guidance_scale=2.0,
-    base_model="stabilityai/stable-diffusion-xl-base-1.0",
-)
+RECIPE = DeltaRecipe(prediction_type="ddim_eps", num_time_windows=4)
 
 
 def network(seed: int, *, dtype: torch.dtype = torch.float32, width: int = 8) -> nn.Sequential:
@@ -61,70 +46,6 @@ def delta_file(tmp_path: Path) -> Path:
     path = tmp_path / "delta.safetensors"
     save_delta(extract_delta(network(1), network(0)), path, RECIPE, dtype=torch.float32)
     return path
-
-
-def test_base_plus_delta_is_the_student_exactly_in_float32(delta_file: Path) -> None:
-    model, student = network(0), network(1)
-    merge_delta(model, delta_file)
-    for name, tensor in student.state_dict().items():
-        if tensor.is_floating_point():
-            assert torch.equal(model.state_dict()[name], tensor), name
-    assert model.state_dict()["count"] == 0  # an integer buffer is no part of a delta
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(4096, generator=generator).to(dtype)
-    delta = (torch.randn(4096, generator=generator) * 1e-2).to(dtype)
-    once = (weight.double() + 0.3 * delta.double()).to(dtype)
-    twice = weight + (0.3 * delta).to(dtype)
-    merged = add(weight, sum_of_terms([(delta, 0.3)], weight))
-    assert merged.dtype == dtype
-    # float32 sums decide a tie of the last bit differently from float64 at most once in a long while.
-    assert (merged != once).sum() <= 2
-    assert (twice != once).sum() > 20
-
-
-def test_merging_half_precision_files_into_half_precision_models(tmp_path: Path) -> None:
-    path = tmp_path / "delta.safetensors"
-    base, student = network(0, dtype=torch.float16), network(1, dtype=torch.float16)
-    save_delta(extract_delta(student, base), path)
-    with safe_open(path, framework="pt") as file:
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
-    merge_delta(base, path)
-    for name in ("0.weight", "1.weight"):
-        reached, wanted = base.state_dict()[name], student.state_dict()[name]
-        assert reached.dtype == torch.float16
-        # The file rounds dW (below 8) to 2^-8 at worst, the sum is rounded once more.
-        torch.testing.assert_close(reached, wanted, rtol=2**-11, atol=2**-9)
-
-
-def test_wider_weights_keep_their_precision() -> None:
-    weight = torch.tensor([1.0 + 2.0**-40], dtype=torch.float64)
-    change = sum_of_terms([(torch.tensor([1.0]), 2.0)], weight)
-    assert add(weight, change).item() == 3.0 + 2.0**-40
-
-
-def test_a_copy_of_the_file_counts_as_the_same_delta(delta_file: Path, tmp_path: Path) -> None:
-    model = network(0)
-    first = merge_delta(model, delta_file)
-    before = values(model)
-    copy = tmp_path / "copy.safetensors"
-    copy.write_bytes(delta_file.read_bytes())
-    assert merge_delta(model, copy) == first
-    assert merge_delta(model, {**extract_delta(network(1), network(0))}) == first
-    assert_same(model, before)
-
-
-def test_the_record_tells_what_is_merged(delta_file: Path) -> None:
-    model = network(0)
-    assert merge_record(model) is None
-    record = merge_delta(model, delta_file, scale=0.5)
-    assert merge_record(model) is record
-    assert (record.source, record.scale, record.recipe) == (str(delta_file), 0.5, RECIPE)
-    assert re.fullmatch("[0-9a-f]{64}", record.digest)
-    assert "_perflow_merge_record" not in model.state_dict()
 
 
 def test_a_file_that_was_written_to_is_refused(delta_file: Path, tmp_path: Path) -> None:
@@ -175,15 +96,6 @@ def test_a_delta_of_another_architecture_is_refused(
     assert merge_record(model) is None
 
 
-def test_long_lists_of_names_are_cut_short(tmp_path: Path) -> None:
-    path = tmp_path / "delta.safetensors"
-    save_delta({f"layer.{i}": torch.zeros(1) for i in range(40)}, path)
-    with pytest.raises(ValueError, match=r"40 unexpected.*layer\.0, .* and 35 more") as caught:
-        merge_delta(network(0), path)
-    assert str(caught.value).count("layer.") == 5
-    assert "4 missing" in str(caught.value)
-
-
 def test_a_partial_delta_leaves_the_rest_alone(tmp_path: Path) -> None:
     path, model = tmp_path / "delta.safetensors", network(0)
     delta = {"0.bias": extract_delta(network(1), model)["0.bias"]}
@@ -197,54 +109,6 @@ def test_a_partial_delta_leaves_the_rest_alone(tmp_path: Path) -> None:
     assert_same(model, expected)
 
 
-def test_a_truncated_file_is_refused_wherever_it_ends(delta_file: Path) -> None:
-    content, model = delta_file.read_bytes(), network(0)
-    before = values(model)
-    for length in (0, 1, 7, 8, 9, 100, len(content) // 2, len(content) - 1):
-        delta_file.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=r"complete safetensors file .* extract it again") as caught:
-            merge_delta(model, delta_file)
-        assert str(delta_file) in str(caught.value)
-    assert_same(model, before)
-
-
-def test_what_is_no_delta_file_is_refused(tmp_path: Path) -> None:
-    for path, message in ((tmp_path, "is a directory"), (tmp_path / "nowhere.safetensors", "does not exist")):
-        for use in (read_recipe, lambda path: merge_delta(network(0), path)):
-            with pytest.raises(ValueError, match=message):
-                use(path)
-    picture = tmp_path / "picture.png"
-    picture.write_bytes(b"\x89PNG" + bytes(1000))
-    with pytest.raises(ValueError, match="complete safetensors file"):
-        read_recipe(picture)
-
-
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_found_before_anything_changes(tmp_path: Path, poison: float) -> None:
-    path, model = tmp_path / "delta.safetensors", network(0)
-    delta = extract_delta(network(1), model)
-    delta["running"][1] = poison  # the last tensor, so that a merge without a check first would have changed others
-    with pytest.raises(ValueError, match=r"not finite .*running"):
-        save_delta(delta, path)
-    assert not path.exists()
-    save_file(delta, path)
-    before = values(model)
-    with pytest.raises(ValueError, match=r"not be finite \(running\)"):
-        merge_delta(model, path)
-    assert_same(model, before)
-
-
-def test_a_sum_beyond_the_weights_type_is_refused(delta_file: Path) -> None:
-    model = network(0, dtype=torch.float16)
-    before = values(model)
-    with pytest.raises(ValueError, match="lower the scale"):
-        merge_delta(model, delta_file, scale=1e6)
-    for scale in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="scale="):
-            merge_delta(model, delta_file, scale=scale)
-    assert_same(model, before)
-
-
 def test_offloaded_and_quantized_weights_are_refused(delta_file: Path) -> None:
     with pytest.raises(ValueError, match="merge before enabling offload"):
         merge_delta(network(0).to("meta"), delta_file)
@@ -254,45 +118,6 @@ def test_offloaded_and_quantized_weights_are_refused(delta_file: Path) -> None:
         merge_delta(quantized, delta_file)
 
 
-def test_tied_weights_are_changed_once(tmp_path: Path) -> None:
-    path, model = tmp_path / "delta.safetensors", nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    # Ones are no multiple of these.
-    model[0].weight = model[1].weight = nn.Parameter(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
-    before = values(model)
-    save_delta({name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}, path)
-    merge_delta(model, path)
-    assert_same(model, {name: tensor + 1 for name, tensor in before.items()})
-
-
-class LiveMemory(TorchDispatchMode):
-    """The most bytes of tensors made by operations that were alive at once; views and inputs are not counted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in known:
-                self._sizes[id(tensor)] = tensor.nbytes
-                weakref.finalize(tensor, self._sizes.pop, id(tensor), None)
-        self.peak = max(self.peak, sum(self._sizes.values()))
-        return out
-
-
-def test_merging_holds_no_more_than_a_few_tensors_at_once(tmp_path: Path) -> None:
-    path, layers, width = tmp_path / "delta.safetensors", 40, 32
-    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
-    save_delta({name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}, path)
-    one = width * width * 4
-    with LiveMemory() as memory:
-        merge_delta(model, path)
-    assert one <= memory.peak <= 4 * one  # of 40
-
-
 def test_extraction_wants_a_pair() -> None:
     with pytest.raises(ValueError, match=r"do not match: .*0\.weight is \[16, 8\] instead of \[16, 9\]"):
         extract_delta(network(0), network(1, width=9))
@@ -300,7 +125,5 @@ def test_extraction_wants_a_pair() -> None:
     del state["0.bias"]
     with pytest.raises(ValueError, match=r"1 missing from the student \(0\.bias\)"):
         extract_delta(state, network(0))
-    with pytest.raises(ValueError, match="hold no values"):
-        extract_delta(network(1).to("meta"), network(0))
     same = extract_delta(network(1), network(0).state_dict())
     assert all(torch.equal(same[k], v) for k, v in extract_delta(network(1).state_dict(), network(0)).items())

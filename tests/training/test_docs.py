@@ -11,7 +11,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 from diffusers import UNet2DConditionModel
 
-from perflow_blocks.training.config_file import load_config
+from perflow_blocks.training.config import load_config
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 LAUNCHES = sorted((DOCS / "training").glob("*.yaml"))

@@ -1,7 +1,8 @@
-"""What a distillation leaves for its users: LoRA forms that are the student, a workflow that draws as it does."""
+"""What a distillation leaves: LoRA forms that are the student, a workflow that draws as it does, and a report."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,23 +10,25 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.modular_pipelines import ModularPipeline
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from perflow_blocks import PeRFlowScheduler, merge_delta, push_workflow
-from perflow_blocks.training import output
+from perflow_blocks.training import distillation, output
+from perflow_blocks.training.checkpoints import sheet_path
 from perflow_blocks.training.config import DistillConfig
+from perflow_blocks.training.distillation import distill, write_report
 from perflow_blocks.training.loop import train
-from perflow_blocks.training.output import Outputs, write_outputs
-from perflow_blocks.training.result import TrainingResult
-from perflow_blocks.training.teacher_source import TeacherSource, open_teacher
+from perflow_blocks.training.output import write_outputs
+from perflow_blocks.training.teacher import TeacherSource, open_teacher
 from tests.hub.conftest import index_of, loaded, use_own_modules
 from tests.training.conftest import tiny_config
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
-Trained = tuple[DistillConfig, TrainingResult, Outputs]
 FLOAT32: dict[str, Any] = {
     "output__delta_dtype": "float32",
     "optimizer__learning_rate": 0.01,
@@ -34,25 +37,17 @@ FLOAT32: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def full(teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def full(teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> DistillConfig:
     """A student with all weights, its LoRA of full rank."""
     folder = tmp_path_factory.mktemp("full")
     config = tiny_config(folder, teachers["sdxl"], model__lora_rank=1000, teacher__cfg_mode="fixed", **FLOAT32)
-    result = train(config)
-    return config, result, write_outputs(config, result)
+    train(config)
+    write_outputs(config)
+    return config
 
 
-@pytest.fixture(scope="module")
-def lora(teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    folder = tmp_path_factory.mktemp("lora")
-    settings: dict[str, Any] = {"model__student": "lora", "model__lora_rank": 3, **FLOAT32}
-    config = tiny_config(folder, teachers["sd"], **settings)
-    result = train(config)
-    return config, result, write_outputs(config, result)
-
-
-def teacher_unet(teachers: dict[str, Path], family: str) -> UNet2DConditionModel:
-    return UNet2DConditionModel.from_pretrained(teachers[family], subfolder="unet")
+def folder_of(config: DistillConfig) -> Path:
+    return Path(config.output.directory)
 
 
 def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -60,100 +55,138 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("form", ["lora", "lora_kohya"])
-def test_lora_and_residual_are_the_student(form: str, full: Trained, teachers: dict[str, Path]) -> None:
-    _, result, outputs = full
-    assert outputs.lora_residual is not None and result.student is not None
+def test_lora_and_residual_are_the_student(form: str, full: DistillConfig, teachers: dict[str, Path]) -> None:
+    folder = folder_of(full)
     pipe: Any = StableDiffusionXLPipeline.from_pretrained(teachers["sdxl"], add_watermarker=False)
     base = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
-    merge_delta(pipe.unet, outputs.lora_residual)
-    pipe.load_lora_weights(str(getattr(outputs, form)))
+    merge_delta(pipe.unet, folder / "lora_residual.safetensors")
+    pipe.load_lora_weights(str(folder / f"{form}.safetensors"))
     pipe.fuse_lora()
     pipe.unload_lora_weights()
-    wanted = load_file(result.student / "diffusion_pytorch_model.safetensors")
+    wanted = load_file(folder / "student" / "diffusion_pytorch_model.safetensors")
     assert difference(pipe.unet.state_dict(), wanted) < 1e-4 < 1e-3 < difference(base, wanted)
 
 
-def test_the_rank_is_that_of_the_configuration(teachers: dict[str, Path], full: Trained, tmp_path: Path) -> None:
-    config, result, _ = full
-    low = replace(config, model=replace(config.model, lora_rank=2), output=replace(config.output, workflow=False))
-    outputs = write_outputs(low, replace(result, directory=tmp_path))
-    ranks = {len(tensor) for name, tensor in load_file(outputs.lora).items() if ".lora_A." in name}
-    assert max(ranks) == 2 and "rank 2 to 2" in outputs.lora_summary
-    with safe_open(outputs.lora_kohya, "pt") as opened:
-        assert opened.metadata()["perflow.guidance_scale"] == "1.0"
-
-
-def test_a_lora_student_gets_the_other_form(lora: Trained, teachers: dict[str, Path]) -> None:
-    _, result, outputs = lora
-    assert outputs.lora == result.lora and outputs.lora_residual is None and outputs.workflow is None
-    by_delta, by_kohya = teacher_unet(teachers, "sd"), teacher_unet(teachers, "sd")
+def test_a_lora_student_gets_the_other_form(teachers: dict[str, Path], tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, teachers["sd"], model__student="lora", model__lora_rank=3, **FLOAT32)
+    train(config)
+    assert write_outputs(config) == "The student is this LoRA."
+    folder = folder_of(config)
+    assert not (folder / "lora_residual.safetensors").exists() and not (folder / "workflow").exists()
+    by_delta, by_kohya = (UNet2DConditionModel.from_pretrained(teachers["sd"], subfolder="unet") for _ in range(2))
     base = {name: tensor.clone() for name, tensor in by_delta.state_dict().items()}
-    record = merge_delta(by_delta, result.delta)
-    for file in (outputs.lora, outputs.lora_kohya):
-        with safe_open(file, "pt") as opened:
+    record = merge_delta(by_delta, folder / "delta.safetensors")
+    for name in ("lora", "lora_kohya"):
+        with safe_open(folder / f"{name}.safetensors", "pt") as opened:
             assert opened.metadata()["perflow_delta"] == record.digest
-    names = load_file(outputs.lora_kohya)
-    assert all(name.startswith("lora_unet_") for name in names)
     pipe: Any = StableDiffusionPipeline.from_pretrained(teachers["sd"], unet=by_kohya)
-    pipe.load_lora_weights(str(outputs.lora_kohya))
+    pipe.load_lora_weights(str(folder / "lora_kohya.safetensors"))
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     assert difference(pipe.unet.state_dict(), by_delta.state_dict()) < 1e-4 < difference(base, by_delta.state_dict())
 
 
 def test_the_workflow_draws_as_the_student_does(
-    full: Trained, teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    full: DistillConfig, teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_own_modules(tmp_path / "modules", monkeypatch)
-    _, result, outputs = full
-    assert outputs.workflow is not None and result.student is not None
-    assert "delta/delta.safetensors" in push_workflow(outputs.workflow, "me/flow", dry_run=True).files
-    pipe = loaded(outputs.workflow)
+    folder = folder_of(full)
+    assert "delta/delta.safetensors" in push_workflow(folder / "workflow", "me/flow", dry_run=True).files
+    pipe = loaded(folder / "workflow")
     plain: Any = StableDiffusionXLPipeline.from_pretrained(
-        teachers["sdxl"], unet=UNet2DConditionModel.from_pretrained(result.student), add_watermarker=False
+        teachers["sdxl"], unet=UNet2DConditionModel.from_pretrained(folder / "student"), add_watermarker=False
     )
-    plain.scheduler = PeRFlowScheduler.from_pretrained(result.scheduler)
+    plain.scheduler = PeRFlowScheduler.from_pretrained(folder / "scheduler")
     plain.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     arguments = {"prompt": "a red star", "height": 32, "width": 32, "output_type": "pt"}
     drawn = pipe(**arguments, latents=noise, output="images")  # steps and guidance are the recipe's
     wanted = plain(**arguments, latents=noise, num_inference_steps=4, guidance_scale=1.0).images
     torch.testing.assert_close(drawn, wanted, rtol=0, atol=1e-3)
-    card = (outputs.workflow / "README.md").read_text()
+    card = (folder / "workflow" / "README.md").read_text()
     assert "3 updates of all weights, 4 windows with 2 teacher steps each, the teacher's guidance of 7.5" in card
 
 
 def test_a_teacher_of_the_hub_is_referred_to(
-    full: Trained, teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    full: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, result, _ = full
-    source = open_teacher(config.model)
-
-    def on_hub(model: object) -> TeacherSource:
-        return replace(source, label="owner/model", location="owner/model", revision="abc", variant="fp16")
-
-    monkeypatch.setattr(output, "open_teacher", on_hub)
-    monkeypatch.setattr(TeacherSource, "pipeline_settings", lambda self: {"force_zeros_for_empty_prompt": False})
-    monkeypatch.chdir(tmp_path)
-    outputs = write_outputs(config, replace(result, directory=tmp_path / "hub"))
-    assert outputs.workflow is not None
-    files = push_workflow(outputs.workflow, "me/flow", dry_run=True).files
+    model = full.model.model_copy(update={"revision": "abc", "variant": "fp16"})
+    source = replace(open_teacher(full.model), label="x", location="owner/model", model=model)
+    model_index = json.loads((Path(full.model.teacher) / "model_index.json").read_text())
+    index_on_hub = {**model_index, "force_zeros_for_empty_prompt": False}
+    monkeypatch.setattr(ModularPipeline, "_load_pipeline_config", lambda *a, **k: (None, index_on_hub))
+    monkeypatch.setattr(TeacherSource, "on_hub", True)
+    output._export(full.changed({"output.directory": str(tmp_path)}), folder_of(full), source)
+    workflow = folder_of(full) / "workflow"
+    files = push_workflow(workflow, "me/flow", dry_run=True).files
     weights = [name for name in files if name.endswith(".safetensors")]
     assert weights == ["delta/delta.safetensors"]
-    index = index_of(outputs.workflow)
+    index = index_of(workflow)
     for name, variant in [("unet", "fp16"), ("vae", "fp16"), ("text_encoder_2", "fp16"), ("tokenizer", None)]:
         details = index[name][2]
         assert details["pretrained_model_name_or_path"] == "owner/model" and details["subfolder"] == name
         assert details["revision"] == "abc" and details["variant"] == variant
-    assert index["scheduler"][1] == "DDIMScheduler"
     assert index["force_zeros_for_empty_prompt"] is False and index["delta"] == "delta/delta.safetensors"
 
 
-def test_writing_again_replaces_what_was_there(full: Trained) -> None:
-    config, result, outputs = full
-    assert outputs.workflow is not None and outputs.lora_residual is not None
-    before = {path: path.read_bytes() for path in outputs.workflow.rglob("*") if path.is_file()}
-    again = write_outputs(config, result)
-    assert again == outputs
-    assert {path: path.read_bytes() for path in outputs.workflow.rglob("*") if path.is_file()} == before
-    assert not list(result.directory.glob(".*"))
+def metrics(step: int, loss: float, windows: list[float | None]) -> dict[str, Any]:
+    rates = {"learning_rate": 1e-4, "samples_per_second": 10.0 * step}
+    return {"step": step, "losses": [loss, loss], "window_losses": windows, **rates}
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> DistillConfig:
+    """A training of three readings and six sheets, as it would have written them."""
+    config = tiny_config(tmp_path, "demo")
+    folder = folder_of(config)
+    folder.mkdir()
+    lines = [metrics(2, 0.8, [1.0, None]), metrics(4, 0.4, [0.5, 0.25]), metrics(6, 0.2, [0.3, 0.125])]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"half')
+    seen = [{"step": step, "straightness": [0.1 / step, 0.0], "endpoint_error": [1.0 / step, 0.5]} for step in (1, 6)]
+    (folder / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in seen))
+    (folder / "delta.safetensors").touch()
+    for step in range(6):
+        path = sheet_path(folder, step)
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+    return config
+
+
+def test_the_report_holds_what_was_written_down(finished: DistillConfig) -> None:
+    path = write_report(finished, "What the LoRA keeps.", "| sampler | accuracy |\n")
+    text = path.read_text()
+    assert path.name == "report.md" and text.startswith("# Distillation of demo\n")
+    assert "| weighted, all | 0.8 | 0.2 |" in text
+    assert "| window 1 | 1 | 0.3 |" in text and "| window 2 | 0.25 | 0.125 |" in text  # a reading may lack one
+    assert "| 1 | 0.1 | 0.0167 | 1 | 0.167 |" in text and "| 2 | 0 | 0 | 0.5 | 0.5 |" in text
+    assert "## Evaluation\n\n| sampler | accuracy |" in text and "What the LoRA keeps." in text
+    assert "`delta.safetensors`" in text and "`student`" not in text and '"max_steps": 6' in text
+    shown = [line for line in text.splitlines() if "](validation/" in line]
+    assert len(shown) == 4 and "step_00000000" in shown[0] and "step_00000005" in shown[-1]
+    links = {part.split(")")[0] for part in text.split("](")[1:]}
+    assert all((path.parent / link).is_file() for link in links)
+    plots = {Path(link).stem for link in links if link.startswith("plots/")}
+    assert plots == {"loss", "learning_rate", "samples_per_second", "straightness", "endpoint_error"}
+
+
+def test_the_report_does_without_plots_and_validation(
+    finished: DistillConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder_of(finished) / "validation.jsonl").unlink()
+    monkeypatch.setattr(distillation, "find_spec", lambda name: None)
+    text = write_report(finished).read_text()
+    assert "plots/" not in text and "## Straightness" not in text and "| weighted, all |" in text
+
+
+def test_a_report_is_written_even_where_an_output_fails(
+    finished: DistillConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise ValueError("the disk is full")
+
+    monkeypatch.setattr(distillation, "require_possible", lambda *arguments: None)
+    monkeypatch.setattr(distillation, "train", lambda *arguments: None)
+    monkeypatch.setattr(distillation, "write_outputs", fail)
+    with pytest.raises(ValueError, match="the disk is full"):
+        distill(finished)
+    assert "| weighted, all | 0.8 | 0.2 |" in (folder_of(finished) / "report.md").read_text()

@@ -1,34 +1,39 @@
-"""Validation shows what users will get, and leaves the training as it would be without it."""
+"""Validation shows what users will get, measures paths, and leaves the training as it would be without it."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from diffusers import (
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from perflow_blocks import PeRFlowScheduler
-from perflow_blocks.training.drawing import Painter, resulting_student
-from perflow_blocks.training.loop import Observer, train
-from perflow_blocks.training.result import TrainingResult, make_scheduler, recipe_of
-from perflow_blocks.training.rules import ConfigError
-from perflow_blocks.training.session import Session, open_session
-from perflow_blocks.training.validation import Validation, fixed_inputs, sheet_path, student_steps
-from tests.training.conftest import tiny_config
+from perflow_blocks.core.distillation import student_output
+from perflow_blocks.core.parameterization import PREDICTION_TYPES
+from perflow_blocks.training.checkpoints import sheet_path
+from perflow_blocks.training.config import WindowConfig
+from perflow_blocks.training.loop import Session, train
+from perflow_blocks.training.output import make_scheduler
+from perflow_blocks.training.teacher import WindowGeometry
+from perflow_blocks.training.validation import (
+    Inputs,
+    Validation,
+    endpoint_errors,
+    fixed_inputs,
+    ratios,
+    resulting_student,
+    straightness,
+    student_latents,
+    teacher_edges,
+    teacher_latents,
+)
+from tests.training.conftest import SCHEDULE, PlainEncoder, PointTeacher, tiny_config, toy_teacher
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -39,137 +44,79 @@ SETTINGS: dict[str, Any] = {
     "output__validation_teacher_steps": 5,
     "optimizer__ema_decay": 0.5,
 }
+HALF: dict[str, Any] = {"optimizer__mixed_precision": "bf16", "teacher__dtype": "bfloat16"}
 
 
-class Keeps(Observer):
-    """Draws with the student at the end, as validation does."""
-
-    def __init__(self) -> None:
-        self.picture: Tensor | None = None
-        self.noise: Tensor | None = None
-
-    def updated(self, session: Session, step: int) -> None:
-        if step == session.config.optimizer.max_steps:
-            inputs = fixed_inputs(session)
-            painter = Painter(session, make_scheduler(session), recipe_of(session).guidance_scale or 1.0)
-            with resulting_student(session) as student:
-                self.picture, self.noise = painter.student(student, inputs, 4), inputs.noise
+def readings(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
 
 
-def readings(result: TrainingResult) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (result.directory / "validation.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize(("family", "student"), [("sdxl", "full"), ("sd", "lora")])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("sdxl", {"output__tracker": "tensorboard"}),
+        ("sd", {**HALF, "model__student": "lora", "output__validation_every": 6, "output__validation_steps": "[4]"}),
+    ],
+)
 def test_it_shows_the_student_and_changes_nothing(
-    family: str, student: str, teachers: dict[str, Path], tmp_path: Path
+    family: str, settings: dict[str, Any], teachers: dict[str, Path], tmp_path: Path
 ) -> None:
-    kind = {"model__student": student, "model__lora_rank": 2}
-    seen = train(tiny_config(tmp_path, teachers[family], "seen", **SETTINGS, **kind), [Validation()])
-    unseen = train(tiny_config(tmp_path, teachers[family], "unseen", optimizer__ema_decay=0.5, **kind))
-    one, other = load_file(seen.delta), load_file(unseen.delta)
+    seen, unseen, settings = tmp_path / "seen", tmp_path / "unseen", {**SETTINGS, **settings}
+    steps = list(range(0, 7, settings["output__validation_every"]))
+    train(tiny_config(tmp_path, teachers[family], "seen", **settings), [Validation()])
+    train(tiny_config(tmp_path, teachers[family], "unseen", **{**settings, "output__validation_every": "null"}))
+    one, other = (load_file(run / "delta.safetensors") for run in (seen, unseen))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-    found = readings(seen)
-    assert [line["step"] for line in found] == [0, 3, 6]
-    assert all(len(line[name]) == 4 for line in found for name in ("student", "teacher", "endpoint_error"))
-    assert found[0]["teacher"] == found[2]["teacher"] and found[0]["student"] != found[2]["student"]
-    assert all(value >= 0 for line in found for value in line["student"] + line["endpoint_error"])
-    sheets = [sheet_path(seen.directory, step) for step in (0, 3, 6)]
-    assert sorted((seen.directory / "validation").iterdir()) == sheets
-    with Image.open(sheets[0]) as first, Image.open(sheets[2]) as last:
-        assert first.size == last.size and first.width > 4 * 192  # teacher and three numbers of steps
-        assert first.tobytes() != last.tobytes()
-    assert not (unseen.directory / "validation").exists()
-
-
-def test_the_pictures_are_those_of_the_saved_student(teachers: dict[str, Path], tmp_path: Path) -> None:
-    keeps = Keeps()
-    result = train(tiny_config(tmp_path, teachers["sd"], **SETTINGS, teacher__cfg_mode="sync"), [keeps])
-    assert result.student is not None and keeps.noise is not None and keeps.picture is not None
-    pipe: Any = StableDiffusionPipeline.from_pretrained(
-        teachers["sd"],
-        unet=UNet2DConditionModel.from_pretrained(result.student),
-        scheduler=PeRFlowScheduler.from_pretrained(result.scheduler),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    drawn = pipe(PROMPTS, latents=keeps.noise, num_inference_steps=4, guidance_scale=4.5, output_type="pt").images
-    torch.testing.assert_close(drawn, keeps.picture, rtol=0, atol=1e-4)
-    plain = pipe(PROMPTS, latents=keeps.noise, num_inference_steps=4, guidance_scale=1.0, output_type="pt").images
-    assert (plain - keeps.picture).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("student", ["full", "lora"])
-@pytest.mark.parametrize("upcast", [True, False])
-@pytest.mark.parametrize("family", ["sdxl", "sd"])
-def test_it_draws_in_every_mixture_of_types(
-    family: str, upcast: bool, student: str, precision: str, teachers: dict[str, Path], tmp_path: Path
-) -> None:
-    teacher = tmp_path / "teacher"
-    shutil.copytree(teachers[family], teacher)
-    vae = teacher / "vae" / "config.json"
-    vae.write_text(json.dumps({**json.loads(vae.read_text()), "force_upcast": upcast}))
-    plain = open_session(tiny_config(tmp_path, teacher, **SETTINGS))
-    inputs = fixed_inputs(plain)
-    steps, scheduler = 2 * plain.geometry.num_windows, make_scheduler(plain)
-    wanted = Painter(plain, scheduler, 2.0).student(plain.accelerator.unwrap_model(plain.student), inputs, steps)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    kind: dict[str, Any] = {"model__student": student, "model__lora_rank": 2, "optimizer__mixed_precision": precision}
-    session = open_session(tiny_config(tmp_path, teacher, teacher__dtype="bfloat16", **SETTINGS, **kind))
-    painter, inputs = Painter(session, scheduler, 2.0), fixed_inputs(session)
-    with resulting_student(session) as bare:
-        drawn = painter.student(bare, inputs, steps)
-    assert drawn.dtype == torch.float32
-    torch.testing.assert_close(drawn, wanted, rtol=0, atol=0.1)
-    assert painter.teacher(inputs, 2, 1.0).shape == drawn.shape
-
-
-def test_sdxl_pictures_have_the_guidance_of_the_recipe(teachers: dict[str, Path], tmp_path: Path) -> None:
-    session = open_session(tiny_config(tmp_path, teachers["sdxl"], **SETTINGS))
-    inputs, unet = fixed_inputs(session), session.accelerator.unwrap_model(session.student)
-    pipe: Any = StableDiffusionXLPipeline.from_pretrained(
-        teachers["sdxl"], unet=unet, scheduler=make_scheduler(session), add_watermarker=False
-    )
-    pipe.set_progress_bar_config(disable=True)
-    for scale in (1.0, 3.0):
-        drawn = Painter(session, make_scheduler(session), scale).student(unet, inputs, 5)
-        size = inputs.noise.shape[-1] * session.source.vae_factor
-        wanted = pipe(
-            PROMPTS,
-            latents=inputs.noise,
-            height=size,
-            width=size,
-            num_inference_steps=5,
-            guidance_scale=scale,
-            output_type="pt",
-        ).images
-        torch.testing.assert_close(drawn, wanted, rtol=0, atol=1e-4)
+    assert [line["step"] for line in readings(seen)] == steps and not (unseen / "validation").exists()
+    found = [value for line in readings(seen) for name in ("straightness", "endpoint_error") for value in line[name]]
+    assert len(found) == len(steps) * 2 * 4 and all(value >= 0 for value in found)
+    sheets = [sheet_path(seen, step) for step in steps]
+    assert sorted((seen / "validation").iterdir()) == sheets
+    with Image.open(sheets[0]) as first, Image.open(sheets[-1]) as last:
+        assert first.size == last.size and first.tobytes() != last.tobytes()
+        assert first.width > (2 if "output__validation_steps" in settings else 4) * 192  # teacher and numbers of steps
+    if "output__tracker" in settings:
+        events = EventAccumulator(str(next(seen.glob("perflow_distill/events.*")).parent))
+        events.Reload()
+        assert [event.step for event in events.Images("validation")] == steps
+        assert [event.step for event in events.Scalars("straightness/window_3")] == steps
+        assert "endpoint_error/window_1" in events.Tags()["scalars"]
+    settings |= {"optimizer__max_steps": 7, "output__resume": "latest", "output__validation_steps": "[4]"}
+    train(tiny_config(tmp_path, teachers[family], "seen", **settings), [Validation()])
+    assert [line["step"] for line in readings(seen)] == [*steps, 7]
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd"])
-def test_the_teacher_s_pictures_are_those_of_its_pipeline(
-    family: str, teachers: dict[str, Path], tmp_path: Path
-) -> None:
-    session = open_session(tiny_config(tmp_path, teachers[family], **SETTINGS))
-    inputs = fixed_inputs(session)
-    drawn = Painter(session, make_scheduler(session), 1.0).teacher(inputs, 10, 3.0)
-    kind: Any = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
-    pipe = kind.from_pretrained(teachers[family])
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False)
+def test_images_are_those_of_diffusers_pipelines(family: str, teachers: dict[str, Path], tmp_path: Path) -> None:
+    session = Session(tiny_config(tmp_path, teachers[family], **SETTINGS, **{"teacher__cfg_mode": "fixed"}))
+    pipe: Any = (StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline).from_pretrained(
+        teachers[family], unet=session.accelerator.unwrap_model(session.student)
+    )
     pipe.set_progress_bar_config(disable=True)
-    size = inputs.noise.shape[-1] * session.source.vae_factor
-    arguments = {"num_inference_steps": 10, "guidance_scale": 3.0, "height": size, "width": size}
-    wanted = pipe(PROMPTS, latents=inputs.noise, output_type="pt", **arguments).images
-    torch.testing.assert_close(drawn, wanted, rtol=0, atol=1e-4)
+    ddim = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False)
+    inputs = fixed_inputs(session)[1]
+    size = session.config.data.resolution
+    arguments: dict[str, Any] = {"height": size, "width": size, "latents": inputs.noise, "output_type": "latent"}
+    for scheduler, steps, scale in (
+        (ddim, 5, 7.5),
+        (make_scheduler(session), 6, 3.0),
+        (make_scheduler(session), 4, 1.0),
+    ):
+        pipe.scheduler = scheduler
+        wanted = pipe(PROMPTS[1], num_inference_steps=steps, guidance_scale=scale, **arguments).images
+        with torch.no_grad():
+            if scheduler is ddim:
+                drawn = teacher_latents(session, inputs)
+            else:
+                drawn = student_latents(pipe.unet, session.teacher, scheduler, inputs, steps, scale)
+        torch.testing.assert_close(drawn, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_the_averages_are_shown_and_taken_out_again(teachers: dict[str, Path], tmp_path: Path) -> None:
-    session = open_session(tiny_config(tmp_path, teachers["sd"], **SETTINGS))
+    session = Session(tiny_config(tmp_path, teachers["sd"], **SETTINGS))
     assert session.ema is not None
-    with torch.no_grad():
-        for average in session.ema.shadow_params:
-            average.add_(1.0)
+    for average in session.ema.shadow_params:
+        average.add_(1.0)
     before = {name: value.detach().clone() for name, value in session.trained.items()}
     with pytest.raises(KeyError), resulting_student(session) as student:
         assert not student.training
@@ -178,48 +125,54 @@ def test_the_averages_are_shown_and_taken_out_again(teachers: dict[str, Path], t
     assert student.training and all(torch.equal(value, before[name]) for name, value in session.trained.items())
 
 
-def test_tensorboard_gets_sheets_and_straightness(teachers: dict[str, Path], tmp_path: Path) -> None:
-    train(tiny_config(tmp_path, teachers["sd"], output__tracker="tensorboard", **SETTINGS), [Validation()])
-    folder = next((tmp_path / "run").glob("perflow_distill/events.*")).parent
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    assert [event.step for event in events.Images("validation")] == [0, 3, 6]
-    assert [event.step for event in events.Scalars("straightness/student_3")] == [0, 3, 6]
-    assert {"straightness/teacher_0", "straightness/endpoint_error_1"} <= set(events.Tags()["scalars"])
+def inputs_of(seed: int) -> Inputs:
+    noise = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(seed))
+    return Inputs("", PlainEncoder().conditioning([1.0]), noise)
 
 
-def test_a_resumed_run_goes_on_with_the_readings(teachers: dict[str, Path], tmp_path: Path) -> None:
-    train(tiny_config(tmp_path, teachers["sd"], **SETTINGS), [Validation()])
-    longer: dict[str, Any] = {"optimizer__max_steps": 8, "output__resume": "latest"}
-    settings = {**SETTINGS, "output__validation_steps": "[4]"}
-    result = train(tiny_config(tmp_path, teachers["sd"], **settings, **longer), [Validation()])
-    assert [line["step"] for line in readings(result)] == [0, 3, 6, 8]
+class Lines:
+    """A student that knows where the teacher ends: the line there, or the way back where `sign` is -1."""
+
+    def __init__(self, edges: list[Tensor], geometry: WindowGeometry, sign: float) -> None:
+        self.outputs = [
+            student_output(start, start + sign * (end - start), window, geometry.config.prediction_type)
+            for start, end, window in zip(edges, edges[1:], geometry.each(1), strict=False)
+        ]
+
+    def __call__(self, sample: Tensor, timestep: Tensor, **more: Any) -> tuple[Tensor]:
+        return (self.outputs[int((1000 - timestep[0].item()) / 250 + 1e-4)],)
 
 
-def test_steps_go_with_the_windows(teachers: dict[str, Path], tmp_path: Path) -> None:
-    cases: list[tuple[int, dict[str, str], tuple[int, ...]]] = [
-        (4, {}, (4, 6, 8)),
-        (1, {}, (1, 2)),
-        (2, {"output__validation_steps": "[2, 5]"}, (2, 5)),
-    ]
-    for windows, settings, expected in cases:
-        settings |= {"windows__num_time_windows": str(windows)}
-        config = tiny_config(tmp_path, teachers["sd"], **settings)
-        assert student_steps(open_session(config)) == expected
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_line_is_straight_and_its_error_says_whether_it_leads_to_the_teacher_s_end(sign: float) -> None:
+    teacher = toy_teacher(PointTeacher(), WindowConfig(prediction_type="velocity"), steps_per_window=5)
+    edges = teacher_edges(teacher, inputs_of(3))
+    student = Lines(edges, teacher.geometry, sign)
+    assert max(ratios([straightness(student, teacher.geometry, inputs_of(3))])) < 1e-8
+    errors = ratios([endpoint_errors(student, teacher.geometry, inputs_of(3), edges)])
+    assert errors == pytest.approx([1e-12 if sign > 0 else 4.0] * 4, rel=1e-3, abs=1e-8)  # twice the chord away
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"validation_every": 5}, "output.validation_every needs output.validation_prompts"),
-        ({"validation_every": 0}, "output.validation_every=0 is below 1"),
-        ({"validation_steps": "[4, 3]"}, r"output.validation_steps\[1\]=3 is below 4"),
-        ({"validation_steps": "[]"}, "output.validation_steps is empty"),
-        ({"validation_teacher_steps": 0}, "output.validation_teacher_steps=0 is below 1"),
-        ({"evaluation_prompts": 1}, "output.evaluation_prompts=1 is below 2"),
-        ({"evaluation_prompts": 8}, "output.evaluation_prompts is for data.kind='demo' at data.resolution=64"),
-    ],
-)
-def test_mistakes_are_told_before_anything_is_loaded(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=message):
-        tiny_config(tmp_path, "demo", **{f"output__{name}": value for name, value in settings.items()})
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_the_same_line_is_straight_in_every_prediction_type(prediction_type: Any) -> None:
+    geometry = WindowGeometry(WindowConfig(num_time_windows=1, prediction_type=prediction_type), SCHEDULE)
+    start, end = inputs_of(1), inputs_of(2)
+    output = student_output(start.noise, end.noise, geometry.each(1)[0], prediction_type)
+    found = straightness(lambda z, t, **_: (output,), geometry, start)
+    assert ratios([found])[0] < 1e-6
+    torch.testing.assert_close(found[0, 1], (end.noise - start.noise).square().mean(), rtol=1e-3, atol=0)
+
+
+def test_a_velocity_that_grows_with_time_has_the_variance_of_its_steps() -> None:
+    """v = a t in n steps from s to e: the deviation is a^2 times the variance of the n times that are asked."""
+    geometry, a, n = WindowGeometry(WindowConfig(prediction_type="velocity"), SCHEDULE), 3.0, 8
+
+    def student(sample: Tensor, timestep: Tensor, **more: Any) -> tuple[Tensor]:
+        return ((a * timestep / 1000)[:, None, None, None].expand_as(sample),)
+
+    found = straightness(student, geometry, inputs_of(0))
+    deviation = a**2 * 0.25**2 * (n**2 - 1) / (12 * n**2)
+    torch.testing.assert_close(found[:, 0], torch.full((4,), deviation), rtol=1e-4, atol=0)
+    asked = torch.tensor([[1 - 0.25 * (w + k / n) for k in range(n)] for w in range(4)])
+    torch.testing.assert_close(found[:, 1], (a * asked.mean(1)).square(), rtol=1e-4, atol=0)
+    assert ratios([found, 3 * found]) == pytest.approx((found[:, 0] / found[:, 1]).tolist())

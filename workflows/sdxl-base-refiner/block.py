@@ -1,8 +1,8 @@
 """The blocks of a saved pipeline; needs the package perflow_blocks."""
 
-from perflow_blocks.blocks.auto_blocks import PeRFlowSDXLAutoBlocks
+from perflow_blocks import PeRFlowSDXLAutoBlocks
 
 __all__ = ["PeRFlowSDXLAutoBlocks"]
 
 # Python tells a file from an earlier one by second and size. So this file has its own size:
-# -----
+# ------------------------------------------------------
