@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from perflow_blocks.blocks.workflows import (
 )
 from perflow_blocks.demo.blocks import PeRFlowDemoBlocks
 from perflow_blocks.hub.card import OWNER
-from perflow_blocks.hub.export import INDEX, referring_pipeline
+from perflow_blocks.hub.export import INDEX
 
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = ROOT / "workflows"
@@ -207,6 +207,15 @@ def generate(name: str, folder: Path) -> Path:
 def generate_root(folder: Path) -> Path:
     """Writes the root's repository to `folder/root`; of it the checkout has `ROOT_FILES`."""
     return export_workflow(make_pipeline(ROOT_WORKFLOW), folder / "root", title=ROOT_WORKFLOW.title)
+
+
+def referring_pipeline(blocks: Any, places: Mapping[str, Mapping[str, Any]], **values: Any) -> Any:
+    """A pipeline with nothing loaded: the fields of each component's specification, and configuration values."""
+    pipe: Any = blocks.init_pipeline()
+    for name, place in places.items():
+        pipe._component_specs[name] = replace(pipe._component_specs[name], **place)
+    pipe.update_components(**values)
+    return pipe
 
 
 def make_pipeline(workflow: Workflow) -> Any:

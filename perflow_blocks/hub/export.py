@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from keyword import iskeyword
@@ -176,15 +176,6 @@ def export_workflow(
         if image is not None:
             image.save(folder / IMAGE, "PNG")
     return target
-
-
-def referring_pipeline(blocks: ModularPipelineBlocks, places: Mapping[str, Mapping[str, Any]], **values: Any) -> Any:
-    """A pipeline with nothing loaded: the fields of each component's specification, and configuration values."""
-    pipe: Any = blocks.init_pipeline()
-    for name, place in places.items():
-        pipe._component_specs[name] = replace(pipe._component_specs[name], **place)
-    pipe.update_components(**values)
-    return pipe
 
 
 def require_target(target: Path, *, overwrite: bool = False, files: Collection[str] = ()) -> None:

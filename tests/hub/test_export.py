@@ -34,10 +34,10 @@ from perflow_blocks.blocks.workflows import PeRFlowSDXLImage2ImageBlocks, PeRFlo
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.merge import merge_records
 from perflow_blocks.delta.recipe import DeltaRecipe
-from perflow_blocks.hub.export import referring_pipeline
 from perflow_blocks.testing import tiny_sdxl_unet
 from tests.conftest import make_pipeline, python, run
 from tests.hub.conftest import index_of, use_own_modules
+from workflows.generate import referring_pipeline
 
 FILES = {"README.md", "block.py", "mellon_pipeline_config.json", "modular_config.json", "modular_model_index.json"}
 PLACE = {"pretrained_model_name_or_path": "owner/model", "subfolder": "unet", "variant": "v0-fix", "revision": "abc"}
