@@ -57,6 +57,8 @@ class WarnsOfSqueezing:
 class PeRFlowControlNetInputStep(WarnsOfSqueezing, StableDiffusionXLControlNetInputStep):
     """diffusers' step, with a warning of control images that are squeezed."""
 
+    expected_components = declared(*StableDiffusionXLControlNetInputStep().expected_components, vae_spec())
+
 
 class PeRFlowControlNetUnionInputStep(WarnsOfSqueezing, StableDiffusionXLControlNetUnionInputStep):
     """diffusers' step, which puts its tensors into the list `control_image`, on a list of its own."""
