@@ -191,7 +191,7 @@ def require_target(target: Path, *, overwrite: bool = False, files: Collection[s
         components = set(json.loads((target / INDEX).read_text(encoding="utf-8")))
     except ValueError:
         components = set()
-    known = {*FILES, "delta", "perflow_manifest.json", *components, *files}
+    known = {*FILES, "delta", "perflow_manifest.json", "__pycache__", *components, *files}
     others = sorted(name for name in there - known if not re.fullmatch(r"perflow_\w+\.py", name))
     if others:
         raise ValueError(

@@ -300,6 +300,7 @@ def test_a_directory_is_replaced_only_where_that_is_meant_and_loses_nothing(tmp_
     with pytest.raises(ValueError, match=r"holds files that no export wrote \(mine.txt\)"):
         export_workflow(blocks, target, overwrite=True)
     (target / "mine.txt").unlink()
+    (target / "__pycache__").mkdir()  # as loading leaves it
     export_workflow(blocks, target, overwrite=True)
     assert {path.name for path in target.iterdir()} == FILES
     (target / "modular_model_index.json").unlink()
