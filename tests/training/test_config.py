@@ -162,7 +162,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
             "(given many).",
             "outputs: unknown; did you mean output?",
             "output.directory: missing; set it.",
-            "output.validation_prompts: input should be a valid tuple (given a red star).",
+            "output.validation_prompts: input should be a valid list (given a red star).",
         ]
     )
 
@@ -187,6 +187,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
             {"teacher.starts": "noised", "teacher.on_policy_share": "0.5"},
             "on_policy_share: needs trajectories",
         ),
+        ({"model.teacher.x": "3"}, "model.teacher.x: unknown; leave it out"),
         ({"model.init_student": "x"}, "model.init_student: for full weights"),
         ({"model.frozen": "[conv_in]"}, "model.frozen: for full weights"),
         ({"optimizer.schedule": "polynomial", "optimizer.learning_rate": "1e-7"}, "must be above 1e-07"),
