@@ -83,7 +83,7 @@ def evaluate(
     if demo and (features or size):
         raise ValueError("--features and --size cannot be combined with --demo, which has a distance of its own.")
     if reference != TEACHER and not features:
-        raise ValueError("--reference needs --features, the network for FID and KID, and cannot be combined with --demo.")
+        raise ValueError("--reference needs --features, the network for FID and KID; --demo has neither.")
     if count is not None and count < 2:
         raise ValueError(f"--count {count} gives no standard error; pass at least 2.")
     texts = _read_prompts(prompts, count) if prompts else [""] * (count or 512)

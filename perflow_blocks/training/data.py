@@ -115,8 +115,10 @@ def _load(config: DataConfig) -> Any:
     options: dict[str, Any] = {"split": config.split, "streaming": config.streaming}
     if path.is_file():
         form = _FORMATS.get(path.suffix.lower())
-        if form is None or not path.stat().st_size:
-            raise ValueError(f"it is empty, or not a {', '.join(_FORMATS)} file")
+        if form is None:
+            raise ValueError(f"it is not a {', '.join(_FORMATS)} file")
+        if not path.stat().st_size:
+            raise ValueError("it is empty")
         options |= {"data_files": str(path)} | ({"encoding": "utf-8-sig"} if form == "text" else {})
     elif not path.is_dir():
         if path.is_absolute() or path.suffix in _FORMATS:

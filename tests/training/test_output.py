@@ -179,7 +179,7 @@ def test_the_report_does_without_plots_and_validation(
 
 
 def test_damaged_readings_are_named(finished: DistillConfig) -> None:
-    append_line(folder_of(finished) / "metrics.jsonl", {"step": 6})
+    (folder_of(finished) / "metrics.jsonl").write_text('{"step": 6}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl or validation.jsonl in .* is damaged"):
         write_report(finished)
 
