@@ -284,6 +284,6 @@ def _remove(path: Path) -> None:
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
-    plain = {UnpicklingError: "a file holds more than tensors and plain values", ValidationError: "of another version"}
+    plain = {UnpicklingError: "one file is not plain tensors", ValidationError: "damaged, or of another version"}
     reason = plain.get(type(error)) or f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
-    return ValueError(f"{path} is damaged or cannot be resumed ({reason}); pass another one, or another directory.")
+    return ValueError(f"{path} cannot be resumed ({reason}); fix that, or pass another one, or another directory.")

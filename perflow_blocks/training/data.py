@@ -118,7 +118,7 @@ def _load(config: DataConfig) -> Any:
         if form is None:
             raise ValueError(f"it is not a {', '.join(_FORMATS)} file")
         if not path.stat().st_size:
-            raise ValueError("it is empty")
+            raise ValueError(f"{path.name} is empty")
         options |= {"data_files": str(path)} | ({"encoding": "utf-8-sig"} if form == "text" else {})
     elif not path.is_dir():
         if path.is_absolute() or path.suffix in _FORMATS:

@@ -338,7 +338,7 @@ FOLDER = "pictures/metadata.jsonl"
         ("folder", lambda root: write(FOLDER, DEEP)(root).parent, "line 1 of metadata.jsonl is not usable JSON"),
         ("prompts", lambda root: root / "none.txt", "there is no such file"),
         ("prompts", write("a.doc", b"a cat"), "it is not a .txt, .json"),
-        ("prompts", write("a.txt", b""), "it is empty"),
+        ("prompts", write("a.txt", b""), "a.txt is empty"),
         ("prompts", write("a.txt", b"\xff\xfe\x00"), "can't decode byte"),
         (
             "prompts",
