@@ -22,8 +22,11 @@ def distill(
     overrides = parse_overrides(context.args)
     if missing := [name for name in ("pydantic", "datasets") if find_spec(name) is None]:
         raise ValueError(f"distill needs {' and '.join(missing)}; install with pip install 'perflow-blocks[train]'.")
-    import diffusers
     import transformers
+
+    transformers.logging.set_verbosity_error()  # before the imports below, which have notices
+    transformers.logging.disable_progress_bar()
+    import diffusers
     from accelerate import PartialState
 
     from ..training.checkpoints import RESULTS
@@ -44,8 +47,6 @@ def distill(
             if PartialState().is_main_process:
                 typer.echo(progress.describe())
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     diffusers.logging.disable_progress_bar()
     # That a prompt is cut to 77 tokens would be told for each one of them.
     logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)

@@ -64,7 +64,9 @@ def evaluate(
     ] = None,
     seed: options.Seed = 0,
     size: options.Size = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images drawn at once. By default 1; 32 with --demo.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images drawn at once. By default 1; 32 with --demo.")
+    ] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     out: Annotated[Path, typer.Option(help="Directory for table, JSON file and sheet.")] = Path("outputs/evaluate"),
@@ -80,6 +82,8 @@ def evaluate(
         raise ValueError("pass one of --prompts FILE and --demo.")
     if demo and (features or size):
         raise ValueError("--features and --size cannot be combined with --demo, which has a distance of its own.")
+    if reference != TEACHER and not features:
+        raise ValueError("--reference needs --features, the network for FID and KID; --demo has neither.")
     if count is not None and count < 2:
         raise ValueError(f"--count {count} gives no standard error; pass at least 2.")
     texts = _read_prompts(prompts, count) if prompts else [""] * (count or 512)
@@ -135,7 +139,7 @@ def parse_samplers(text: str) -> list[Spec]:
 
 
 def _read_prompts(path: Path, count: int | None) -> list[str]:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     return [line for line in lines if line][:count]
 
 
@@ -154,8 +158,9 @@ def open_pipelines(
         raise ValueError(f"--model {model} has no delta; pass --delta, --unet, or its teacher as --base.")
     teacher = few_step if base is None else load_pipeline(model_location(base), device=place, dtype=precision)
     classic = classic_pipeline(teacher)
-    if unet is not None:
-        few_step.update_components(unet=UNet2DConditionModel.from_pretrained(unet, dtype=precision).to(place))
+    if unet is not None:  # it is few-step without the delta that the pipeline may name
+        merged = UNet2DConditionModel.from_pretrained(unet, dtype=precision).to(place)
+        few_step.update_components(unet=merged, delta=None)
     return few_step, classic
 
 

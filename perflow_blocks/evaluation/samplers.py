@@ -73,14 +73,8 @@ def teacher_sampler(
     own.set_progress_bar_config(disable=True)
 
     def draw(prompts: Sequence[str], latents: Tensor) -> Tensor:
-        return own(
-            prompt=list(prompts),
-            latents=latents,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            **_size(own, latents),
-            output_type="pt",
-        ).images
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "pt"}
+        return own(prompt=list(prompts), latents=latents, **_size(own, latents), **settings).images
 
     return Sampler(model=model, solver=name, steps=steps, guidance_scale=guidance_scale, draw=draw)
 
@@ -110,22 +104,15 @@ def perflow_sampler(
         guidance_scale = guidance_in_effect(pipe.guider, pipe.config.guidance_scale, recipe)
 
     def draw(prompts: Sequence[str], latents: Tensor) -> Tensor:
-        return pipe(
-            prompt=list(prompts),
-            latents=latents,
-            num_inference_steps=steps,
-            **_size(pipe, latents),
-            output_type="pt",
-            output="images",
-            **given,
-        )
+        settings = {"num_inference_steps": steps, "output_type": "pt", "output": "images", **given}
+        return pipe(prompt=list(prompts), latents=latents, **_size(pipe, latents), **settings)
 
     return Sampler(model=model, solver="PeRFlow", steps=steps, guidance_scale=guidance_scale, draw=draw)
 
 
 def seeded_latents(pipe: Any, seeds: Iterable[int], size: tuple[int, int] | None = None) -> Tensor:
     """Noise of a seed for each image, from the CPU's generator, for the UNet's own size or (width, height) pixels."""
-    side, factor = pipe.unet.config.sample_size, _vae_factor(pipe)
+    side, factor = pipe.unet.config.sample_size, pipe.vae_scale_factor
     if size is not None and any(pixels % factor for pixels in size):
         raise ValueError(f"a size of {size[0]}x{size[1]} must be a multiple of {factor} pixels; pass another.")
     width, height = (side, side) if size is None else (pixels // factor for pixels in size)
@@ -134,10 +121,6 @@ def seeded_latents(pipe: Any, seeds: Iterable[int], size: tuple[int, int] | None
     return torch.cat(noise).to(pipe.unet.device, pipe.unet.dtype)
 
 
-def _vae_factor(pipe: Any) -> int:
-    return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-
-
 def _size(pipe: Any, latents: Tensor) -> dict[str, int]:
-    height, width = (side * _vae_factor(pipe) for side in latents.shape[-2:])
+    height, width = (side * pipe.vae_scale_factor for side in latents.shape[-2:])
     return {"height": height, "width": width}

@@ -13,7 +13,9 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
+from warnings import catch_warnings
 
 import torch
 from accelerate.utils import load as load_plain
@@ -83,11 +85,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def trim(directory: Path, step: int) -> None:
-    """Removes readings and sheets of later steps than `step`, from where a run goes on."""
+    """Removes readings and sheets of later steps than `step`, from where a run goes on; all readings at 0."""
     for path in (directory / METRICS, directory / READINGS):
         if lines := read_lines(path):
             with atomic_path(path) as temporary:
-                kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
+                kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step and step]
                 temporary.write_text("".join(kept), encoding="utf-8")
     for number, sheet in by_step(directory / SHEETS, ".png"):
         if number > step:
@@ -161,7 +163,8 @@ class Checkpoints:
                 f"has {processes} with precision {accelerator.mixed_precision}; launch it as before."
             )
         try:
-            self._restore(path, state)
+            with catch_warnings(action="ignore", category=UserWarning):  # of torch, about pickles that it refuses
+                self._restore(path, state)
         except Exception as error:  # a damaged file can lead to any
             raise _damaged(path, error) from error
         self._last = state.step
@@ -281,5 +284,6 @@ def _remove(path: Path) -> None:
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())[:240]
-    return ValueError(f"{path} cannot be resumed ({type(error).__name__}: {reason}); fix that, or pass another one.")
+    plain = {UnpicklingError: "one file is not plain tensors", ValidationError: "damaged, or of another version"}
+    reason = plain.get(type(error)) or f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
+    return ValueError(f"{path} cannot be resumed ({reason}); fix that, or pass another one, or another directory.")

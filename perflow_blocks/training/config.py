@@ -179,11 +179,8 @@ class WindowConfig(Section):
 
     def tile(self, num_train_timesteps: int = 1000) -> TimeWindows:
         """The windows of a noise schedule with that many timesteps."""
-        return tile_windows(
-            num_windows=self.num_time_windows,
-            boundaries=self.window_boundaries,
-            num_train_timesteps=num_train_timesteps,
-        )
+        count, boundaries = self.num_time_windows, self.window_boundaries
+        return tile_windows(num_windows=count, boundaries=boundaries, num_train_timesteps=num_train_timesteps)
 
 
 class TeacherConfig(Section):
@@ -443,8 +440,11 @@ def _lines(error: ValidationError) -> Iterator[str]:
                 known: Any = DistillConfig.model_fields[section[0]].annotation if section else DistillConfig
                 close = get_close_matches(name, known.model_fields, n=1)
                 yield f"{key}: unknown; " + (f"did you mean {close[0]}?" if close else "leave it out.")
+            case "model_type":
+                yield f"{key}: must be a table of settings."
             case "value_error":  # of `rules`, which name their keys
                 yield from str(detail["ctx"]["error"]).split("\n")
             case _:
                 given = " ".join(str(detail["input"]).split())[:80]
-                yield f"{key}: {detail['msg'][0].lower()}{detail['msg'][1:]} (given {given})."
+                message = detail["msg"].replace("tuple", "list")
+                yield f"{key}: {message[0].lower()}{message[1:]} (given {given})."

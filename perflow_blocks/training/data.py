@@ -117,6 +117,8 @@ def _load(config: DataConfig) -> Any:
         form = _FORMATS.get(path.suffix.lower())
         if form is None:
             raise ValueError(f"it is not a {', '.join(_FORMATS)} file")
+        if not path.stat().st_size:
+            raise ValueError(f"{path.name} is empty")
         options |= {"data_files": str(path)} | ({"encoding": "utf-8-sig"} if form == "text" else {})
     elif not path.is_dir():
         if path.is_absolute() or path.suffix in _FORMATS:
@@ -135,7 +137,7 @@ def _check_json(path: Path) -> None:
             try:
                 json.loads(text if text.strip() else "null")
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"line {number} of {path.name} is not usable JSON ({error})") from error
+                raise ValueError(f"line {number} of {path.name} is not usable JSON:") from error
 
 
 def _select(dataset: Any, config: DataConfig) -> Any:
@@ -203,7 +205,8 @@ def _shard_urls(path: str) -> list[str]:
         urls = [path.replace(span[0], str(number).zfill(len(span[1]))) for number in numbers]
     missing = [url for url in urls if "://" not in url and not Path(url).is_file()]
     if missing or not urls:
-        raise ValueError(f"{len(missing)} of its {len(urls)} .tar files are missing: {', '.join(missing[:1]) or path}")
+        what = f"{len(missing)} of its {len(urls)} .tar files are missing, such as" if missing else "no .tar files in"
+        raise ValueError(f"{what} {', '.join(missing[:1]) or path}")
     return urls
 
 

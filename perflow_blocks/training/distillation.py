@@ -135,11 +135,15 @@ def write_report(config: DistillConfig, lora_summary: str = "", evaluation: str 
     directory = Path(config.output.directory)
     metrics, readings = read_lines(directory / METRICS), read_lines(directory / READINGS)
     present = [[f"`{name}`", what] for name, what in RESULTS.items() if (directory / name).exists()]
+    try:
+        curves = ["## Loss", *_loss(metrics, directory)] if metrics else []
+        curves += ["## Straightness", _ABOUT, *_straightness(readings, directory)] if readings else []
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"{METRICS} or {READINGS} in {directory} is damaged ({error!r}); move it away.") from error
     parts = [
         f"# Distillation of {config.model.teacher}",
         f"{describe(config)}.",
-        *(["## Loss", *_loss(metrics, directory)] if metrics else []),
-        *(["## Straightness", _ABOUT, *_straightness(readings, directory)] if readings else []),
+        *curves,
         *_sheets(directory),
         *(["## Evaluation", evaluation.strip()] if evaluation else []),
         "## Files",

@@ -108,9 +108,7 @@ def make_ema(trained: Mapping[str, nn.Parameter], decay: float) -> EMAModel | No
     if not decay:
         return None
     ema = EMAModel(trained.values(), decay=decay, foreach=True)
-    ema.to(
-        dtype=torch.float32
-    )  # weights may be in half precision (DeepSpeed), which would round an average's moves away
+    ema.to(dtype=torch.float32)  # half-precision weights (DeepSpeed) would round an average's moves away
     return ema
 
 

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPVisionConfig
 
+from perflow_blocks.cli.evaluate import open_pipelines
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.merge import merge_delta
 from perflow_blocks.delta.recipe import DeltaRecipe
+from perflow_blocks.demo import weights_directory
 from perflow_blocks.evaluation.measure import (
     EvaluationSet,
     differences,
@@ -165,6 +167,8 @@ def test_a_merged_unet_and_a_merged_repository_have_a_teacher_too(
     assert scores["delta"][0] is None and scores["delta"][2] < 90.0
     assert scores["unet"] == pytest.approx(scores["delta"], abs=0.05)
     assert scores["base"] == pytest.approx(scores["delta"], abs=0.05)
+    demo, _ = open_pipelines(None, None, str(weights_directory() / "unet"), None, "cpu", torch.float32)
+    assert demo.config.delta is None  # a UNet that is few-step already gets no other delta
     status, _, err = run("evaluate", *common, "--model", tmp_path / "merged", "--out", tmp_path / "x")
     assert status == 2 and "pass --delta, --unet, or its teacher as --base" in err and err.count("\n") == 1
 
@@ -280,6 +284,8 @@ def test_figures_have_two_digits_of_their_error(mean: float, error: float, text:
         (("--demo", "--teacher", "perflow:4"), "must be one sampler of the base"),
         (("--demo", "--features", "a/b"), "cannot be combined with --demo"),
         (("--demo", "--features", "inception"), "needs torch-fidelity"),
+        (("--demo", "--reference", "images"), "--reference needs --features"),
+        (("--demo", "--batch-size", "0"), "greater than or equal to 1"),
         (("--prompts", "nowhere.txt"), "nowhere.txt"),
     ],
 )

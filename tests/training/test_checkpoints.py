@@ -22,7 +22,7 @@ from accelerate.utils.constants import SCALER_NAME
 from safetensors.torch import load_file
 
 from perflow_blocks.testing.tiny import tiny_picture
-from perflow_blocks.training.checkpoints import list_checkpoints, require_same, sheet_path
+from perflow_blocks.training.checkpoints import append_line, list_checkpoints, require_same, sheet_path, trim
 from perflow_blocks.training.config import DistillConfig
 from perflow_blocks.training.loop import Observer, Session, TrainingRun, train
 from tests.training.conftest import losses, tiny_config, write_config
@@ -189,7 +189,7 @@ def test_no_file_of_a_checkpoint_can_run_code_and_damage_is_told_in_one_line(
             with pytest.raises(ValueError, match="cannot be resumed") as caught:
                 run.start(damaged)
             assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 + len(str(checkpoint))
-            assert not trace.exists()
+            assert not trace.exists() and "weights_only" not in str(caught.value)
             count += 1
     assert count == 2 * 9 + 6 * 8
     run.start(checkpoint)
@@ -245,6 +245,9 @@ def test_a_run_that_goes_on_from_an_earlier_step_takes_the_place_of_the_other(te
     assert names(run) == [2, 4] and len(losses(run)) == 4
     assert [path.name for path in (run / "validation").iterdir()] == ["step_00000002.png"]
     assert (run / "validation.jsonl").read_text() == '{"step": 2}\n'
+    append_line(run / "validation.jsonl", {"step": 0})
+    trim(run, 0)  # a run that starts anew measures its first step again
+    assert (run / "validation.jsonl").read_text() == ""
 
 
 def test_what_cannot_be_gone_on_from_is_told(teacher: Path, tmp_path: Path) -> None:

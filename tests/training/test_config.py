@@ -162,7 +162,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
             "(given many).",
             "outputs: unknown; did you mean output?",
             "output.directory: missing; set it.",
-            "output.validation_prompts: input should be a valid tuple (given a red star).",
+            "output.validation_prompts: input should be a valid list (given a red star).",
         ]
     )
 
@@ -220,7 +220,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("c.yaml", "a: " + "[" * 5000, "cannot be read as yaml (maximum recursion depth exceeded"),
         ("c.json", '{"a":' * 200_000, "cannot be read as json (maximum recursion depth exceeded"),
         ("c.yaml", "", "has no sections"),
-        ("c.json", '{"model": 3}', "model: input should be a valid dictionary or instance of ModelConfig (given 3)"),
+        ("c.json", '{"model": 3}', "model: must be a table of settings."),
         ("none/c.toml", None, "is not a file"),
     ],
 )

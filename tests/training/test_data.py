@@ -297,7 +297,7 @@ def test_links_and_pipes_do_no_harm(tmp_path: Path) -> None:
     source = opened(small("folder", tmp_path), 1)
     assert source.skipped == Counter({"missing file": 1, "no caption": 1}) and "1 samples" in source.describe()
     os.mkfifo(tmp_path / "a.tar")
-    with pytest.raises(ValueError, match=r"1 of its 1 .tar files are missing"):
+    with pytest.raises(ValueError, match=r"1 of its 1 .tar files are missing, such as"):
         open_rows(small("webdataset", tmp_path / "a.tar"))
 
 
@@ -338,21 +338,21 @@ FOLDER = "pictures/metadata.jsonl"
         ("folder", lambda root: write(FOLDER, DEEP)(root).parent, "line 1 of metadata.jsonl is not usable JSON"),
         ("prompts", lambda root: root / "none.txt", "there is no such file"),
         ("prompts", write("a.doc", b"a cat"), "it is not a .txt, .json"),
-        ("prompts", write("a.txt", b""), "cannot be used"),
+        ("prompts", write("a.txt", b""), "a.txt is empty"),
         ("prompts", write("a.txt", b"\xff\xfe\x00"), "can't decode byte"),
         (
             "prompts",
             write("a.jsonl", b'{"words": "a cat"}\n'),
             "no column text or caption or prompt or txt, only words",
         ),
-        ("prompts", write("a.jsonl", DEEP), "line 1 of a.jsonl is not usable JSON .maximum recursion depth"),
+        ("prompts", write("a.jsonl", DEEP), "line 1 of a.jsonl is not usable JSON: maximum recursion depth"),
         ("datasets", write("many/a.jsonl", DEEP), "line 1 of a.jsonl is not usable JSON"),
         ("datasets", write("a.csv", b"image,text\na.png,a\nb.png,b,c\n"), "Expected 2 fields in line 3, saw 3"),
         ("datasets", write("a.csv", b"picture,text\na.png,a\n"), "no column image of images, only picture, text"),
         ("datasets", write("a.parquet", b"PAR1 and no more PAR1"), "cannot be used"),
-        ("webdataset", lambda root: root, "0 of its 0 .tar files are missing"),
+        ("webdataset", lambda root: root, "no .tar files in"),
         ("webdataset", lambda root: root / "x{0..1000000000}.tar", "it names 1000000001 shards; 100000 is the most"),
-        ("webdataset", lambda root: root / "x{00..02}.tar", "3 of its 3 .tar files are missing: .*x00.tar"),
+        ("webdataset", lambda root: root / "x{00..02}.tar", "3 of its 3 .tar files are missing, such as .*x00.tar"),
     ],
 )
 def test_what_is_wrong_with_data_is_said_in_one_line(

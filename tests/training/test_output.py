@@ -178,6 +178,12 @@ def test_the_report_does_without_plots_and_validation(
     assert "plots/" not in text and "## Straightness" not in text and "| weighted, all |" in text
 
 
+def test_damaged_readings_are_named(finished: DistillConfig) -> None:
+    (folder_of(finished) / "metrics.jsonl").write_text('{"step": 6}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl or validation.jsonl in .* is damaged"):
+        write_report(finished)
+
+
 def test_a_report_is_written_even_where_an_output_fails(
     finished: DistillConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
