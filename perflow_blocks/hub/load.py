@@ -49,7 +49,7 @@ def load_workflow(
         token: of the Hub; None for the one that is logged in.
         cache_dir: of the Hub's files; None for the usual one.
         local_files_only: ask no network: the repository, and those it refers to, must be in the cache.
-        dtype: of the models; None as they are stored.
+        dtype: of the models; None for float32, which diffusers loads, also of text encoders stored in less.
         device: where to put the models; None for the CPU.
         load_components: load the components that the index names; else only the blocks and the configuration.
 
@@ -82,7 +82,7 @@ def load_workflow(
         if not is_local and spec.pretrained_model_name_or_path == str(source):
             spec.pretrained_model_name_or_path, spec.revision = str(directory), None
     if load_components:
-        _load_components(pipe, directory, {**options, **({} if dtype is None else {"dtype": dtype})})
+        _load_components(pipe, directory, {**options, "dtype": dtype or torch.float32})
     return pipe if device is None else pipe.to(device)
 
 

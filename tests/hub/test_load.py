@@ -57,13 +57,16 @@ def refused(directory: Path | str, load: Callable[..., Any] = load_workflow, **o
     return str(caught.value)
 
 
-def test_a_preset_needs_no_trust_and_draws_the_same(thin: Path) -> None:
+def test_a_preset_needs_no_trust_and_draws_the_same(thin: Path, tmp_path: Path) -> None:
     pipe = load_workflow(thin)
     pipe.set_progress_bar_config(disable=True)
     assert torch.equal(run(pipe), run(tiny_pipeline(PeRFlowSDXLText2ImageBlocks())))
     typed = load_workflow(thin, dtype=torch.float64, device="cpu")
     assert {typed.unet.dtype, typed.vae.dtype, typed.text_encoder.dtype} == {torch.float64}
     assert load_workflow(thin, load_components=False).unet is None
+    stored = tiny_pipeline(PeRFlowSDXLText2ImageBlocks()).to(torch.float16)
+    whole = load_workflow(export_workflow(stored, tmp_path / "half", weights="include"))
+    assert {whole.unet.dtype, whole.text_encoder.dtype} == {torch.float32}
 
 
 def test_without_trust_no_code_runs_and_the_error_names_it(flow: Path) -> None:
