@@ -48,9 +48,8 @@ from perflow_blocks.testing.tiny import (
 )
 from tests.blocks.conftest import write_delta
 from tests.blocks.test_features_lora import write_lora
-from tests.builder.conftest import MODELS, checkpoint_components, save_checkpoint
+from tests.checkpoints import MODELS, checkpoint_components, save_checkpoint, save_ip_adapter
 from tests.conftest import WHOLE, builder, generator, latents, make_pipeline, problems, python, run, save_repository
-from tests.hub.conftest import save_ip_adapter
 
 ROOT = Path(__file__).parent.parent.parent
 LORA_MODELS = ["CLIPTextModel", "CLIPTextModelWithProjection", "UNet2DConditionModel"]

@@ -14,7 +14,7 @@ from perflow_blocks import PeRFlowPipelineBuilder, PeRFlowSDXLAutoBlocks, Window
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.testing.tiny import tiny_sd_unet, tiny_sdxl_unet
 from tests.blocks.test_features_lora import write_lora
-from tests.builder.conftest import checkpoint_components, save_checkpoint
+from tests.checkpoints import checkpoint_components, save_checkpoint
 from tests.conftest import builder, problems, save_repository
 
 

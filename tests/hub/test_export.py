@@ -35,18 +35,14 @@ from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.merge import merge_records
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.testing import tiny_sdxl_unet
-from tests.conftest import make_pipeline, python, run
-from tests.hub.conftest import index_of, use_own_modules
+from tests.conftest import index_of, make_pipeline, python, run
 from workflows.generate import referring_pipeline
+
+pytestmark = pytest.mark.usefixtures("own_modules")
 
 FILES = {"README.md", "block.py", "mellon_pipeline_config.json", "modular_config.json", "modular_model_index.json"}
 PLACE = {"pretrained_model_name_or_path": "owner/model", "subfolder": "unet", "variant": "v0-fix", "revision": "abc"}
 RECIPE = DeltaRecipe(prediction_type="ddim_eps", num_time_windows=2, num_inference_steps=3, guidance_scale=1.0)
-
-
-@pytest.fixture(autouse=True)
-def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_own_modules(tmp_path / "modules", monkeypatch)
 
 
 @pytest.fixture

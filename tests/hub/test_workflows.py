@@ -17,14 +17,11 @@ from transformers import CLIPVisionModelWithProjection
 
 from perflow_blocks import export_workflow
 from perflow_blocks.testing import tiny_controlnet, tiny_mask, tiny_picture, tiny_sdxl_unet
-from tests.conftest import make_pipeline
-from tests.hub.conftest import index_of, save_ip_adapter, use_own_modules
+from tests.checkpoints import save_ip_adapter
+from tests.conftest import index_of, make_pipeline
 from workflows.generate import PUBLISHED, ROOT, ROOT_FILES, SDXL, WORKFLOWS, main
 
-
-@pytest.fixture(autouse=True)
-def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_own_modules(tmp_path / "modules", monkeypatch)
+pytestmark = pytest.mark.usefixtures("own_modules")
 
 
 @pytest.fixture(params=PUBLISHED)
