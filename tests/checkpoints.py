@@ -1,4 +1,4 @@
-"""Files of tiny models as others publish them: original checkpoints (the inverse of what diffusers reads), IP-Adapters."""
+"""Files of tiny models as others publish them: original checkpoints (what diffusers reads, inverted), IP-Adapters."""
 
 from __future__ import annotations
 
