@@ -49,9 +49,9 @@ def push(hub: LoopbackHub, directory: Path, repo_id: str = REPO, **options: Any)
     return push_workflow(directory, repo_id, **{"endpoint": hub.endpoint, "token": hub.token, **options})
 
 
-def refused(hub: LoopbackHub, directory: Path, repo_id: str = REPO, **options: Any) -> str:
+def refused(*arguments: Any, **options: Any) -> str:
     with pytest.raises(ValueError) as caught:
-        push(hub, directory, repo_id, **options)
+        push(*arguments, **options)
     return str(caught.value)
 
 
@@ -76,19 +76,16 @@ def test_what_is_pushed_comes_back_and_names_the_repository(
     assert read(workflow) == CONTENT
 
 
-def test_weights_of_other_repositories_stay_theirs(loopback_hub: LoopbackHub, workflow: Path) -> None:
-    index = json.loads(UNET.replace("%s", '"owner/base"').replace('"subfolder": "unet"', '"subfolder": "vae"'))
-    (workflow / "modular_model_index.json").write_text(json.dumps(index))
-    push(loopback_hub, workflow)
-    assert json.loads(loopback_hub.files(REPO)["modular_model_index.json"]) == index
-
-
 def test_code_and_weights_of_an_earlier_push_do_not_stay(loopback_hub: LoopbackHub, workflow: Path) -> None:
     loopback_hub.create(REPO, {"mine.txt": b"by hand", "perflow_old.py": b"", "unet/old.safetensors.index.json": b""})
     push(loopback_hub, workflow)
     (workflow / "unet" / "second.safetensors").unlink()
+    other = UNET.replace("%s", '"owner/base"').replace('"subfolder": "unet"', '"subfolder": "vae"')
+    index = json.loads(other)  # weights of another repository stay its own
+    (workflow / "modular_model_index.json").write_text(json.dumps(index))
     push(loopback_hub, workflow)
     assert loopback_hub.files(REPO).keys() == CONTENT.keys() - {"unet/second.safetensors"} | {"mine.txt"}
+    assert json.loads(loopback_hub.files(REPO)["modular_model_index.json"]) == index
 
 
 def test_branches_and_pull_requests_leave_main_alone(loopback_hub: LoopbackHub, workflow: Path) -> None:
@@ -124,14 +121,13 @@ def test_a_private_repository_is_made_and_a_public_one_refused(loopback_hub: Loo
 
 def test_what_the_hub_does_not_allow_is_one_line(loopback_hub: LoopbackHub, workflow: Path) -> None:
     hub = loopback_hub
-    assert "someone/workflow does not exist" in refused(hub, workflow, create_pr=True)
-    assert "someone/workflow does not exist" in refused(hub, workflow, revision="next")
+    for options in ({"create_pr": True}, {"revision": "next"}):
+        assert "someone/workflow does not exist" in refused(hub, workflow, **options)
     assert hub.repositories == {}
-    for token in (hub.other_token, hub.reader):  # a new repository, then one that is there
-        assert "may not write to someone/workflow" in refused(hub, workflow, token=token)
-    hub.create(REPO)
-    for token in (hub.other_token, hub.reader):
-        assert "may not write to someone/workflow" in refused(hub, workflow, token=token)
+    for prepare in (dict, lambda: hub.create(REPO)):  # a new repository, then one that is there
+        prepare()
+        for token in (hub.other_token, hub.reader):
+            assert "may not write to someone/workflow" in refused(hub, workflow, token=token)
     assert "does not accept the token" in refused(hub, workflow, token="loopback-nobody")
     assert "no token for the Hub was found; run `hf auth login`" in refused(hub, workflow, token=None)
     text = refused(hub, workflow, token=f"{SECRET}\nx")
@@ -145,17 +141,8 @@ def test_private_files_tokens_and_links_are_named_all_at_once(
     loopback_hub: LoopbackHub, workflow: Path, tmp_path: Path
 ) -> None:
     header = json.dumps({"__metadata__": {"token": SECRET}}).encode()
-    private = [
-        ".env",
-        ".env.local",
-        ".npmrc",
-        "sub/.git-credentials",
-        ".aws/credentials",
-        ".ssh/x",
-        "a.pem",
-        "a.key",
-        "id_rsa",
-    ]
+    private = [".env", ".env.local", ".npmrc", ".pypirc", "sub/.git-credentials", ".aws/credentials", ".ssh/x"]
+    private += ["a.pem", "a.key", "id_rsa"]
     tokens = {
         "line 2": [SECRET, "ghp_" + "a1" * 18, "github_pat_" + "a" * 60, "ASIA" + "A1" * 8, "sk-" + "a1" * 20],
         "line 1": ["-----BEGIN RSA PRIVATE KEY-----", "npm_" + "a1" * 18],
