@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import shutil
@@ -222,7 +222,8 @@ def merged_unet(pipe: Any, delta: Path, scale: float) -> Any:
 
 
 def test_deltas_that_would_be_lost_are_refused(tmp_path: Path, referring: Any, delta: Path) -> None:
-    assert "needs one delta of one file" in refused(referring, tmp_path, weights="delta-only")
+    only: dict[str, Any] = {"weights": "delta-only"}
+    assert "needs one delta of one file" in refused(referring, tmp_path, **only)
     assert "absent does not exist" in refused(referring, tmp_path, weights="delta-only", delta="absent")
     message = rf"the delta {delta.name} is not part of the weights that are referred to; pass weights='delta-only'"
     assert message in refused(referring, tmp_path, delta=delta)
@@ -410,18 +411,6 @@ def test_own_modules_go_with_an_export(
     twice = export_workflow(copy, tmp_path / "twice", mode=mode, weights="include")
     assert torch.equal(run(again(twice)), expected)
     assert not list(twice.glob("*diffusers_modules*"))  # names would become longer with each export
-
-
-def test_files_are_found_in_a_repository_with_a_dot_in_its_name(tmp_path: Path) -> None:
-    """diffusers makes modules of such names, which Python takes for packages in packages."""
-    directory = export_workflow(PeRFlowSDXLText2ImageBlocks(), tmp_path / "flow", mode="self-contained")
-    name = "diffusers_modules.local.me--flow-1.0.abc.block"
-    spec = importlib.util.spec_from_file_location(name, directory / "block.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    assert type(module.SavedBlocks()).__name__ == "PeRFlowSDXLText2ImageBlocks"
 
 
 def test_code_that_no_file_can_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

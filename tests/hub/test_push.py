@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import RevisionNotFoundError
 
 from perflow_blocks import push_workflow
@@ -40,11 +39,6 @@ def write(directory: Path, content: Files) -> Path:
     return directory
 
 
-def read(directory: Path | str) -> Files:
-    paths = (path for path in Path(directory).rglob("*") if path.is_file() and path.name != ".gitattributes")
-    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
-
-
 def push(hub: LoopbackHub, directory: Path, repo_id: str = REPO, **options: Any) -> PushReport:
     return push_workflow(directory, repo_id, **{"endpoint": hub.endpoint, "token": hub.token, **options})
 
@@ -60,20 +54,17 @@ def workflow(tmp_path: Path) -> Path:
     return write(tmp_path / "workflow", CONTENT)
 
 
-def test_what_is_pushed_comes_back_and_names_the_repository(
-    loopback_hub: LoopbackHub, workflow: Path, tmp_path: Path
-) -> None:
+def test_what_is_pushed_comes_back_and_names_the_repository(loopback_hub: LoopbackHub, workflow: Path) -> None:
     report = push(loopback_hub, workflow)
     assert (report.url, report.commit) == (f"{loopback_hub.endpoint}/{REPO}", loopback_hub.head(REPO))
-    snapshot = snapshot_download(REPO, cache_dir=tmp_path, endpoint=loopback_hub.endpoint, token=loopback_hub.token)
-    files = read(snapshot)
+    files = loopback_hub.files(REPO)
     assert report.files == {path: len(content) for path, content in files.items()}
     named = {"README.md", "mellon_pipeline_config.json", "modular_model_index.json"}
     assert {path for path in CONTENT if files[path] != CONTENT[path]} == named
     assert json.loads(files["modular_model_index.json"]) == json.loads(UNET.replace("%s", f'"{REPO}"'))
     assert json.loads(files["mellon_pipeline_config.json"]) == {"label": "Mine", "default_repo": REPO}
     assert files["README.md"] == CARD % REPO.encode()
-    assert read(workflow) == CONTENT
+    assert all((workflow / path).read_bytes() == content for path, content in CONTENT.items())
 
 
 def test_code_and_weights_of_an_earlier_push_do_not_stay(loopback_hub: LoopbackHub, workflow: Path) -> None:
@@ -196,11 +187,10 @@ def test_a_directory_that_others_cannot_load_is_refused(
 def test_the_command(loopback_hub: LoopbackHub, workflow: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", loopback_hub.endpoint)
     monkeypatch.setenv("HF_TOKEN", loopback_hub.token)
-    status, out, err = run("push", workflow, REPO, "--dry-run", "--private")
-    assert status == 0, err
-    assert "nothing was uploaded (--dry-run)" in out and loopback_hub.repositories == {}
-    status, out, err = run("push", workflow, REPO, "--private", "-m", "First")
-    assert status == 0, err
+    status, out, _ = run("push", workflow, REPO, "--dry-run", "--private")
+    assert status == 0 and "nothing was uploaded (--dry-run)" in out and loopback_hub.repositories == {}
+    status, out, _ = run("push", workflow, REPO, "--private", "-m", "First")
+    assert status == 0
     lines = out.splitlines()
     assert lines[0].split() == ["file", "bytes"] and lines[-1] == f"{loopback_hub.endpoint}/{REPO}"
     size = f"{len(CONTENT['unet/first.safetensors']):,}"

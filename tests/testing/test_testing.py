@@ -90,16 +90,12 @@ def test_a_block_gives_the_state_that_it_leaves_and_stays_as_it_is() -> None:
     assert vars(block) == before
 
 
-def test_a_loop_block_is_called_with_its_step() -> None:
+def test_a_loop_block_is_called_with_its_step_and_given_its_start_and_finish() -> None:
     def body(components: Any, block_state: Any, i: int) -> None:
         block_state.noise_pred = [i, block_state.window_index, block_state.stop_requested]
 
-    block = loop(body, **outputs(OutputParam("noise_pred", list, "What was seen.")))
-    assert check_block(block).noise_pred == [0, 0, False]
-    assert check_block(block, i=2).noise_pred == [2, 2, False]
-
-
-def test_a_block_with_a_start_and_a_finish_is_given_both() -> None:
+    seen = loop(body, **outputs(OutputParam("noise_pred", list, "What was seen.")))
+    assert [check_block(seen, i=i).noise_pred for i in (0, 2)] == [[0, 0, False], [2, 2, False]]
     calls: list[str] = []
 
     class Observer(LoopBlock):

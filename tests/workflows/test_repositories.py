@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -91,13 +92,12 @@ def with_tiny_weights(name: str, adapter: Path, folder: Path) -> Path:
     """The workflow with tiny weights in it; the demo's own are tiny."""
     if name.startswith("demo"):
         return WORKFLOWS / name
-    further: dict[str, Any] = {}
-    if "controlnet" in PUBLISHED[name].sources:
-        further["controlnet"] = tiny_controlnet()
-    if "image_encoder" in PUBLISHED[name].sources:
-        further["image_encoder"] = CLIPVisionModelWithProjection.from_pretrained(
-            adapter / "sdxl_models" / "image_encoder"
-        )
+    load_encoder = CLIPVisionModelWithProjection.from_pretrained
+    makers: dict[str, Callable[[], Any]] = {
+        "controlnet": tiny_controlnet,
+        "image_encoder": lambda: load_encoder(adapter / "sdxl_models" / "image_encoder"),
+    }
+    further = {part: make() for part, make in makers.items() if part in PUBLISHED[name].sources}
     return export_workflow(make_pipeline(PUBLISHED[name].blocks(), **further), folder / name, weights="include")
 
 
