@@ -99,7 +99,13 @@ def _weights(size: Size, spread: float, seed: int) -> dict[str, torch.Tensor]:
     """Matrices, kernels and vectors in SDXL's proportions, of about the number of weights that is asked for."""
     generator = torch.Generator().manual_seed(seed)
     width, half, context = size.width, size.width // 2, 8 * size.width // 5
-    shapes = [(width, width), (8 * width, width), (width, 4 * width), (width, context), (half, half)]
+    shapes: list[tuple[int, ...]] = [
+        (width, width),
+        (8 * width, width),
+        (width, 4 * width),
+        (width, context),
+        (half, half),
+    ]
     shapes += [(width, width, 3, 3), (width,)]
     weights: dict[str, torch.Tensor] = {}
     left = size.weights

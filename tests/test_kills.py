@@ -30,16 +30,8 @@ KILLS = 4
 MOVES = {"ctypes.dlsym", "os.rename"}
 """When a target is replaced; the first is how ctypes exchanges two directories."""
 
-CHANGES = MOVES | {
-    "fcntl.flock",
-    "os.chmod",
-    "os.link",
-    "os.mkdir",
-    "os.remove",
-    "os.rmdir",
-    "shutil.copyfile",
-    "shutil.rmtree",
-}
+CHANGES = MOVES | {"fcntl.flock", "os.chmod", "os.link", "os.mkdir", "os.remove", "os.rmdir"}
+CHANGES |= {"shutil.copyfile", "shutil.rmtree"}
 
 
 def perflow(*arguments: object) -> None:
@@ -50,7 +42,7 @@ def perflow(*arguments: object) -> None:
 
 
 def unet(seed: int) -> UNet2DConditionModel:
-    """With a middle block alone, as most of the time would go into blocks."""
+    """Of one level without attention, since most of the time goes into making its layers."""
     levels = {"block_out_channels": (16,), "attention_head_dim": (2,), "down_block_types": ("DownBlock2D",)}
     levels["up_block_types"] = ("UpBlock2D",)
     torch.manual_seed(seed)
