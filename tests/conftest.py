@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -19,13 +20,14 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.utils import dynamic_modules_utils
 from huggingface_hub import close_session
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from perflow_blocks import PeRFlowPipelineBuilder
+from perflow_blocks import PeRFlowPipelineBuilder, load_workflow
 from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
 from perflow_blocks.cli import main
 from perflow_blocks.testing.tiny import tiny_sdxl_components
@@ -84,6 +86,17 @@ def fresh_accelerate() -> Iterator[None]:
 
 
 @pytest.fixture
+def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers copies the code of repositories to a folder of the test's, which other processes do not write to."""
+    folder = tmp_path / "modules"
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(folder))
+    for name in [name for name in sys.modules if name.split(".")[0] == "diffusers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
+    folder.mkdir()  # Python remembers of a place in sys.path that it is none
+    monkeypatch.syspath_prepend(folder)
+
+
+@pytest.fixture
 def loopback_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     """A Hub that tests ask by `endpoint=`; huggingface_hub uses plain LFS and finds no token."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
@@ -96,6 +109,22 @@ def loopback_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     with LoopbackHub() as hub:
         yield hub
     close_session()
+
+
+@pytest.fixture
+def default_hub(
+    loopback_hub: LoopbackHub, own_modules: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> LoopbackHub:
+    """The loopback Hub where libraries ask by themselves, its owner's token, and an empty cache."""
+    endpoint = loopback_hub.endpoint
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", endpoint)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made at its first use, and kept
+    template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", loopback_hub.token)
+    return loopback_hub
 
 
 def make_pipeline(blocks: Any = None, **components: Any) -> Any:
@@ -183,6 +212,17 @@ def latents(pipe: Any, **inputs: Any) -> torch.Tensor:
     """Those of a run of four steps without a progress bar."""
     pipe.set_progress_bar_config(disable=True)
     return run(pipe, **{"num_inference_steps": 4, **inputs})
+
+
+def index_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "modular_model_index.json").read_text())
+
+
+def load(place: Path | str, **options: Any) -> Any:
+    """A workflow, whose code is trusted."""
+    pipe = load_workflow(place, trust_remote_code=True, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def problems(built: PeRFlowPipelineBuilder) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,6 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.fixture(params=["in one step", "in two"])
-def _exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a system that exchanges directories, and one that cannot."""
-    if request.param == "in two":
-        monkeypatch.setattr(atomic_files.ctypes, "CDLL", lambda name: object())
-
-
-@pytest.fixture(params=["beside", "working directory"])
-def target(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "deep" / "folder"
-    if request.param == "working directory":
-        folder.mkdir(parents=True)
-        monkeypatch.chdir(folder)
-    return folder
-
-
 def test_a_writer_killed_between_two_moves_loses_nothing(tmp_path: Path) -> None:
     """Where the system cannot exchange directories."""
     old = tmp_path / ".saved.abcdefgh.tmp" / "new.old"
@@ -50,8 +34,17 @@ def test_a_writer_killed_between_two_moves_loses_nothing(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.rglob("*")] == ["saved", "x"]
 
 
-@pytest.mark.usefixtures("_exchange")
-def test_a_directory_appears_whole_or_stays_as_it_was(target: Path) -> None:
+@pytest.mark.parametrize("system", ["exchanges directories", "cannot"])
+@pytest.mark.parametrize("place", ["beside", "working directory"])
+def test_a_directory_appears_whole_or_stays_as_it_was(
+    place: str, system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "deep" / "folder"
+    if system == "cannot":
+        monkeypatch.setattr(atomic_files.ctypes, "CDLL", lambda name: object())
+    if place == "working directory":
+        target.mkdir(parents=True)
+        monkeypatch.chdir(target)
     with atomic_directory(target) as folder:
         (folder / "one").mkdir()
         (folder / "one" / "file").write_text("1")
@@ -109,27 +102,22 @@ def test_the_next_writer_removes_what_dead_ones_left_and_follows_no_link(tmp_pat
     assert names(others) == ["file"]
 
 
-@pytest.fixture
-def small_disk() -> Iterator[Callable[[], None]]:
-    """Call it, and no file gets larger than 50 kB, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+COMMANDS = {"merge": "{model} {delta} -o {out}", "export": "{model} {out} --weights include"}
+COMMANDS["extract"] = "{model} {model} -o {out}"
 
 
-@pytest.mark.parametrize("command", ["merge", "export", "extract"])
-def test_a_full_disk_is_one_line(
-    command: str, run: Callable[..., Any], repository: Path, tmp_path: Path, small_disk: Callable[[], None]
-) -> None:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_full_disk_is_one_line(command: str, run: Callable[..., Any], repository: Path, tmp_path: Path) -> None:
+    """No file gets larger than 50 kB."""
     delta, out = tmp_path / "delta.safetensors", tmp_path / "out.safetensors"
     save_delta(extract_delta(tiny_sdxl_unet(1), tiny_sdxl_unet(0)), delta)
-    arguments = {
-        "merge": ("merge", repository, delta, "-o", out),
-        "export": ("export", repository, out, "--weights", "include"),
-        "extract": ("extract", repository, repository, "-o", out),
-    }
-    small_disk()
-    status, printed, error = run(*arguments[command])
+    arguments = COMMANDS[command].format(model=repository, delta=delta, out=out).split()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        status, printed, error = run(command, *arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (status, printed) == (2, "")
     message = error.splitlines()[-1]
     assert message.startswith(f"Error: cannot write {out}: ") and message.endswith("choose a path with free space.")

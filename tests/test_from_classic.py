@@ -19,9 +19,8 @@ from perflow_blocks.testing import tiny_controlnet, tiny_mask, tiny_picture, tin
 from perflow_blocks.testing.tiny import IMAGE_WIDTH, MAX_TOKENS, TEXT_WIDTH, load_tiny_ip_adapter
 from tests.blocks.conftest import layers, write_delta
 from tests.blocks.test_features_lora import write_lora
-from tests.builder.conftest import checkpoint_components, save_checkpoint
+from tests.checkpoints import checkpoint_components, save_checkpoint, save_ip_adapter
 from tests.conftest import make_pipeline
-from tests.hub.conftest import save_ip_adapter
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "from-classic.md"
 HERE = {"h94/IP-Adapter": "adapter", '"cuda"': '"cpu"', "cpu_offload()": 'cpu_offload(device="cpu")'}

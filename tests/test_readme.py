@@ -19,9 +19,8 @@ from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.demo import perflow_pipeline, teacher_pipeline, weights_directory
 from perflow_blocks.hub.push import push_workflow
 from perflow_blocks.testing import tiny_picture
-from tests.builder.conftest import checkpoint_components, save_checkpoint
+from tests.checkpoints import checkpoint_components, save_checkpoint, save_ip_adapter
 from tests.conftest import run, save_repository
-from tests.hub.conftest import save_ip_adapter, use_own_modules
 from tests.hub.loopback import LoopbackHub
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +71,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder(loopback_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(loopback_hub: LoopbackHub, own_modules: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory, with the files that the pages read; what they push is laid out in it to be loaded."""
 
     def push(directory: str, repo_id: str) -> None:
@@ -81,7 +80,6 @@ def folder(loopback_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.Monkey
             (tmp_path / repo_id / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / repo_id / path).write_bytes(content)
 
-    use_own_modules(tmp_path / "modules", monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(perflow_blocks, "push_workflow", push)
     monkeypatch.setattr(strategies, "_STRATEGIES", dict(strategies._STRATEGIES))

@@ -111,6 +111,8 @@ def evaluate(
     from ..evaluation.samplers import seeded_latents
 
     scale = teacher_guidance(guidance, embedded=demo or model is None)
+    (target,) = open_samplers(few_step, classic, first, delta, scale)
+    others = open_samplers(few_step, classic, specs, delta, scale)
     if demo:
         data = make_demo_set(len(texts), vae=classic.vae)
     else:
@@ -119,8 +121,6 @@ def evaluate(
         data = evaluation_set(texts, latents, features=features, reference=folder, device=place)
     if clip:
         data.scorers.append(clip_scorer(clip, data.prompts, place))
-    (target,) = open_samplers(few_step, classic, first, delta, scale)
-    others = open_samplers(few_step, classic, specs, delta, scale)
     rows = evaluate_samplers(others, data, teacher=target, batch_size=batch_size or (32 if demo else 1))
     settings = {"model": model or "embedded", "delta": delta and delta.name, "teacher": target.label, "seed": seed}
     settings |= {"reference": reference, "features": features, "clip": clip, "perflow_blocks": __version__}

@@ -35,6 +35,12 @@ QUICK = Setting(device=CPU, quick=True)
 STEPS = 4
 
 
+@pytest.fixture(autouse=True)
+def _no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collecting the garbage of all tests before each measurement would take most of the time."""
+    monkeypatch.setattr("gc.collect", lambda: 0)
+
+
 @pytest.fixture(scope="module")
 def tiny() -> tuple[Any, dict[str, Any]]:
     unet = build_unet(TINY)

@@ -129,10 +129,6 @@ def load_all(folder: str, results: str) -> None:
     Path(results).with_suffix(".json").write_text(json.dumps(report))
 
 
-def in_new_process(code: str, environment: dict[str, str], *arguments: Any) -> str:
-    return python("-c", code, *arguments, environment={**environment, "PYTHONPATH": str(ROOT)}, cwd=ROOT)
-
-
 @pytest.fixture(scope="module")
 def reloaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
     """By case: facts and image of the live pipeline; by case, stage and way: those of the reloaded ones."""
@@ -147,9 +143,9 @@ def reloaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
             pipe.save_pretrained(str(folder / "saved" / f"{case}-after"))
         expected[case] = (json.loads(json.dumps(facts(pipe))), drawn)
     (folder / "saved").rename(folder / "moved")
-    environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     code = "import sys; from tests.blocks.test_saving import load_all; load_all(*sys.argv[1:])"
-    in_new_process(code, environment, folder / "moved", folder / "images.safetensors")
+    python("-c", code, folder / "moved", folder / "images.safetensors", environment=environment, cwd=ROOT)
     return expected, json.loads((folder / "images.json").read_text()), load_file(folder / "images.safetensors")
 
 
@@ -163,25 +159,16 @@ def test_a_pipeline_comes_back_in_a_new_process(case: str, stage: str, way: str,
     assert torch.equal(images[f"{case}-{stage}-{way}"], expected[case][1])
 
 
-def test_a_pushed_pipeline_comes_back_by_its_id(loopback_hub: LoopbackHub, tmp_path: Path) -> None:
-    code = """
-import sys, torch
-from diffusers import ModularPipeline
-from perflow_blocks import PeRFlowModularPipeline
-from perflow_blocks.demo import perflow_pipeline
-from tests.blocks.test_saving import image
-pipe = perflow_pipeline()
-pipe.save_pretrained(sys.argv[1], push_to_hub=True, repo_id="someone/saved")
-expected = image(pipe)
-for load in (PeRFlowModularPipeline, ModularPipeline):
-    again = load.from_pretrained("someone/saved", trust_remote_code=load is ModularPipeline)
-    again.load_components()
-    assert type(again.blocks).__name__ == "PeRFlowSDXLAutoBlocks"
-    assert torch.equal(image(again), expected)
-"""
-    environment = loopback_hub.environment(tmp_path / "home")
-    in_new_process(code, environment, tmp_path / "saved")
-    files = loopback_hub.files("someone/saved")
+def test_a_pushed_pipeline_comes_back_by_its_id(default_hub: LoopbackHub, tmp_path: Path) -> None:
+    pipe = perflow_pipeline()
+    pipe.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="someone/saved")
+    expected = image(pipe)
+    for load in (PeRFlowModularPipeline, ModularPipeline):
+        again = load.from_pretrained("someone/saved", trust_remote_code=load is ModularPipeline)
+        again.load_components()
+        assert type(again.blocks) is PeRFlowSDXLAutoBlocks
+        assert torch.equal(image(again), expected)
+    files = default_hub.files("someone/saved")
     assert {"block.py", "modular_config.json", "delta/perflow_delta.safetensors", "README.md"} <= set(files)
     assert str(tmp_path) not in files[INDEX].decode()
 

@@ -26,8 +26,8 @@ from perflow_blocks.testing import (
     tiny_sdxl_components,
     tiny_sdxl_unet,
 )
+from tests.checkpoints import save_ip_adapter
 from tests.conftest import count_unet_calls, generator, make_pipeline
-from tests.hub.conftest import save_ip_adapter
 
 pytestmark = pytest.mark.behaviour
 

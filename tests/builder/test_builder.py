@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from itertools import permutations
@@ -48,11 +47,9 @@ from perflow_blocks.testing.tiny import (
 )
 from tests.blocks.conftest import write_delta
 from tests.blocks.test_features_lora import write_lora
-from tests.builder.conftest import MODELS, checkpoint_components, save_checkpoint
-from tests.conftest import WHOLE, builder, generator, latents, make_pipeline, problems, python, run, save_repository
-from tests.hub.conftest import save_ip_adapter
+from tests.checkpoints import MODELS, checkpoint_components, save_checkpoint, save_ip_adapter
+from tests.conftest import WHOLE, builder, generator, latents, make_pipeline, problems, run, save_repository
 
-ROOT = Path(__file__).parent.parent.parent
 LORA_MODELS = ["CLIPTextModel", "CLIPTextModelWithProjection", "UNet2DConditionModel"]
 Step = Callable[[PeRFlowPipelineBuilder, Path], PeRFlowPipelineBuilder]
 
@@ -88,7 +85,7 @@ def test_the_embedded_model_draws_what_its_own_pipeline_draws_and_comes_back_fro
         assert torch.equal(each(generator=generator(), **inputs), expected)
 
 
-def test_nothing_is_loaded_before_build(repository: Path, loads: list[str], files: Path) -> None:
+def test_nothing_is_loaded_before_build_nor_what_is_left_out(repository: Path, loads: list[str], files: Path) -> None:
     chain = builder(repository).with_delta(files / "delta.safetensors").with_attention("sliced").with_guidance(1.5)
     text = chain.describe()
     assert chain.problems() == loads == []
@@ -98,6 +95,9 @@ def test_nothing_is_loaded_before_build(repository: Path, loads: list[str], file
     chain.build()
     assert sorted(loads) == WHOLE
     assert "shared from" in chain.describe()
+    loads.clear()
+    assert builder(repository).with_component("text_encoder", None).build().text_encoder is None
+    assert "CLIPTextModel" not in loads
 
 
 STEPS: dict[str, Step] = {
@@ -146,22 +146,19 @@ def test_calls_merge_the_delta_and_a_saved_pipeline_does_so_too(
     repository: Path, tmp_path: Path, files: Path, scale: float
 ) -> None:
     delta = files / "delta.safetensors"
-    pipe: Any = builder(repository).with_delta(delta, scale).build()
     expected = latents(make_pipeline(), delta=delta, delta_scale=scale)
-    assert torch.equal(latents(pipe), expected)
+    assert torch.equal(latents(builder(repository).with_delta(delta, scale).build()), expected)
     builder(repository).with_delta(delta, scale).build().save_pretrained(tmp_path)
     index = json.loads((tmp_path / "modular_model_index.json").read_text())
     assert (index["delta"], index["delta_scale"]) == (f"delta/{delta.name}", scale)
     assert torch.equal(latents(builder(tmp_path).build()), expected)
 
 
-@pytest.mark.parametrize("guided", [None, 3.0])
-def test_guidance_that_is_asked_for_wins_over_the_recipe(repository: Path, tmp_path: Path, guided: Any) -> None:
-    delta = write_delta(tmp_path / "delta.safetensors", DeltaRecipe(guidance_scale=1.5))
-    chain = builder(repository).with_delta(delta)
-    pipe = (chain if guided is None else chain.with_guidance(guided)).build()
-    latents(pipe)
-    assert pipe.guider.guidance_scale == (guided or 1.5)
+def test_guidance_that_is_asked_for_wins_over_the_recipe(repository: Path, tmp_path: Path) -> None:
+    chain = builder(repository).with_delta(write_delta(tmp_path / "delta", DeltaRecipe(guidance_scale=1.5)))
+    for pipe, scale in ((chain.build(), 1.5), (chain.with_guidance(3.0).build(), 3.0)):
+        latents(pipe)
+        assert pipe.guider.guidance_scale == scale
 
 
 def test_all_models_have_one_type_but_for_a_given_vae(repository: Path) -> None:
@@ -177,15 +174,9 @@ def test_a_component_is_given_in_several_forms(repository: Path, tmp_path: Path,
     model = tiny_controlnet_union() if form == "union" else tiny_controlnet(4)
     model.save_pretrained(tmp_path / "edges")
     spec = ComponentSpec("x", ControlNetModel, pretrained_model_name_or_path=str(tmp_path), subfolder="edges")
-    chain = builder(repository)
-    match form:
-        case "object":
-            chain = chain.with_controlnet(model, freeze=True)
-        case "spec":
-            chain = chain.with_controlnet(spec, freeze=True)
-        case _:
-            chain = chain.with_controlnet(tmp_path, subfolder="edges", freeze=True)
-    pipe = chain.build()
+    given: Any = {"object": model, "spec": spec}.get(form, tmp_path)
+    loading = {"subfolder": "edges"} if given is tmp_path else {}
+    pipe = builder(repository).with_controlnet(given, freeze=True, **loading).build()
     assert type(pipe.controlnet) is type(model)
     assert all(torch.equal(w, pipe.controlnet.state_dict()[name]) for name, w in model.state_dict().items())
     assert not any(weight.requires_grad for weight in pipe.controlnet.parameters())
@@ -200,11 +191,6 @@ def test_named_steps_reach_their_components(repository: Path) -> None:
     pipe = chain.with_controlnet([tiny_controlnet(1), tiny_controlnet(2)]).build()
     assert all(getattr(pipe, name) is part for name, part in parts.items())
     assert isinstance(pipe.controlnet, MultiControlNetModel)
-
-
-def test_a_component_that_is_left_out_is_not_loaded(repository: Path, loads: list[str]) -> None:
-    assert builder(repository).with_component("text_encoder", None).build().text_encoder is None
-    assert "CLIPTextModel" not in loads
 
 
 def test_a_variant_of_the_weights(tmp_path: Path) -> None:
@@ -265,12 +251,9 @@ def test_loras_are_loaded_with_their_weights_in_any_order(repository: Path, file
     assert builder(repository).with_lora(oil).build().get_active_adapters() == ["oil"]
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["encoder beside it", "encoder given"])
-def test_an_ip_adapter_comes_with_its_encoder(repository: Path, files: Path, given: bool) -> None:
+def test_an_ip_adapter_comes_with_its_encoder_or_takes_a_given_one(repository: Path, files: Path) -> None:
     chain = with_ip_adapter(builder(repository), files, scale=0.7)
-    if not given:
-        assert chain.build().image_encoder.config.image_size == 224
-        return
+    assert chain.build().image_encoder.config.image_size == 224
     chain = chain.with_component("image_encoder", tiny_image_encoder())
     pipe = chain.with_component("feature_extractor", tiny_feature_extractor()).build()
     by_hand = make_pipeline()
@@ -346,7 +329,7 @@ def test_what_was_changed_since_is_loaded_again(repository: Path, files: Path, c
     assert torch.equal(latents(again), expected)
 
 
-def test_a_given_model_gets_its_loras_once_and_no_others(repository: Path, files: Path) -> None:
+def test_a_given_model_gets_its_loras_once_and_no_others_and_keeps_its_own(repository: Path, files: Path) -> None:
     given = builder(repository).with_unet(tiny_sdxl_unet())
     chain = given.with_lora(files / "ink", 0.5)
     first = chain.build()
@@ -356,9 +339,6 @@ def test_a_given_model_gets_its_loras_once_and_no_others(repository: Path, files
         assert "unet holds ink already" in problems(other)
     first.unload_lora_weights()
     assert torch.equal(latents(given.build()), latents(make_pipeline()))
-
-
-def test_adapters_of_ones_own_stay(repository: Path, files: Path) -> None:
     own = make_pipeline()
     own.load_lora_weights(files / "ink", adapter_name="own")
     chain = builder(repository).with_unet(own.unet).with_text_encoder(own.text_encoder)
@@ -391,15 +371,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("*.safetensors")))
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tuned.safetensors", checkpoint_components())
-
-
 def test_a_checkpoint_is_the_models_it_was_written_from(
-    checkpoint: Path, config: Path, caplog: pytest.LogCaptureFixture
+    config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its scheduler is none that a user set, which calls would warn of."""
+    """Nothing is fetched for it, and its scheduler is none that a user set, which calls would warn of."""
+    asked: list[Any] = []
+    for name in ("socket.socket.connect", "socket.getaddrinfo"):
+        monkeypatch.setattr(name, lambda *place, **_: asked.append(place))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    checkpoint = save_checkpoint(tmp_path / "tuned.safetensors", checkpoint_components())
     chain = PeRFlowPipelineBuilder().from_single_file(checkpoint, config=config)
     pipe = chain.build()
     for name in MODELS:
@@ -411,6 +391,7 @@ def test_a_checkpoint_is_the_models_it_was_written_from(
     assert chain.with_guidance(1.5).build().unet is pipe.unet
     half = PeRFlowPipelineBuilder().from_single_file(checkpoint, config=config, dtype=torch.float16).build()
     assert {getattr(half, name).dtype for name in MODELS} == {torch.float16}
+    assert asked == []
 
 
 def test_a_checkpoint_without_a_vae_takes_one_that_is_given(config: Path, tmp_path: Path) -> None:
@@ -423,17 +404,3 @@ def test_a_checkpoint_without_a_vae_takes_one_that_is_given(config: Path, tmp_pa
     with pytest.raises(SingleFileComponentError, match="Weights for this component appear to be missing"):
         chain.build()
     assert run(pipe).isfinite().all()
-
-
-def test_nothing_is_fetched_for_a_checkpoint(checkpoint: Path, config: Path, tmp_path: Path) -> None:
-    """In a process with an empty cache, where every connection is an error."""
-    code = (
-        "import socket, sys\n"
-        "def refuse(*args, **kwargs): raise AssertionError('network')\n"
-        "socket.socket.connect = socket.getaddrinfo = refuse\n"
-        "from perflow_blocks import PeRFlowPipelineBuilder\n"
-        "pipe = PeRFlowPipelineBuilder().from_single_file(sys.argv[1], config=sys.argv[2]).build()\n"
-        "print(pipe.unet.dtype, pipe.null_component_names)\n"
-    )
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    assert "torch.float32" in python("-c", code, checkpoint, config, environment=environment)

@@ -20,7 +20,7 @@ from perflow_blocks.delta.files import read_recipe
 from perflow_blocks.delta.merge import merge_records
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.testing.tiny import tiny_sdxl_components, tiny_sdxl_unet
-from tests.builder.conftest import save_checkpoint
+from tests.checkpoints import save_checkpoint
 
 Run = Callable[..., tuple[int, str, str]]
 RECIPE = DeltaRecipe(prediction_type="ddim_eps", num_time_windows=4, num_inference_steps=5, guidance_scale=1.5)

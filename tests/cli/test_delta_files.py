@@ -16,7 +16,7 @@ from torch import Tensor
 from perflow_blocks import extract_delta
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.testing.tiny import tiny_sdxl_unet
-from tests.builder.conftest import unet_keys
+from tests.checkpoints import unet_keys
 
 Run = Callable[..., tuple[int, str, str]]
 STEM = "diffusion_pytorch_model"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from perflow_blocks.cli import demo
+from perflow_blocks.demo.judge import make_demo_set
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -31,7 +33,8 @@ def test_compare_draws_a_sheet_of_four_columns(run: Run, tmp_path: Path) -> None
         assert 4 * 192 < sheet.width < 5 * 220
 
 
-def test_evaluate_judges_the_embedded_model(run: Run, tmp_path: Path) -> None:
+def test_evaluate_judges_the_embedded_model(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perflow_blocks.demo.judge.make_demo_set", partial(make_demo_set, references=32))
     arguments = ("--count", 4, "--teacher", "ddim:3", "--samplers", "dpm:2,ddim:2@1,perflow:4", "--out", tmp_path)
     status, out, _ = run("evaluate", "--demo", *arguments)
     assert status == 0 and (tmp_path / "report.md").read_text() == out

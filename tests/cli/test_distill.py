@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
 
 from perflow_blocks import merge_delta
 from perflow_blocks.cli.distill import parse_overrides
@@ -146,42 +147,47 @@ def test_full_weights_learn_in_one_process(
     assert recipe.base_model == "demo"
 
 
-LORA: tuple[str, ...] = ("--model.student", "lora", "--model.lora_rank=8", "--optimizer.learning_rate", "1e-3")
-LORA += ("--optimizer.max_steps", "24")
+STEPS = 16
+LORA: tuple[object, ...] = ("--model.student", "lora", "--model.lora_rank=8", "--optimizer.learning_rate", "1e-3")
+LORA += ("--optimizer.max_steps", STEPS, "--output.checkpoint_every", STEPS // 2, "--output.log_every", 1)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA that two processes trained without being killed."""
+    folder = tmp_path_factory.mktemp("whole")
+    out = finished(start("--config", write(folder, "whole"), *LORA, processes=2))
+    assert out.count(f"step {STEPS}/{STEPS}") == 1
+    return folder / "whole"
 
 
 def test_a_lora_learns_in_two_processes_that_see_different_rows(
-    tmp_path: Path, judge: Callable[[UNet2DConditionModel], float]
+    whole: Path, judge: Callable[[UNet2DConditionModel], float]
 ) -> None:
-    out = finished(start("--config", write(tmp_path, "lora"), *LORA, processes=2))
-    assert out.count("step 24/24") == 1
     merged = base()
-    merge_delta(merged, tmp_path / "lora" / "delta.safetensors")
+    merge_delta(merged, whole / "delta.safetensors")
     assert judge(merged) < 0.9 * judge(base())
-    last = tmp_path / "lora" / "checkpoints" / "step_00000024"
+    last = whole / "checkpoints" / f"step_{STEPS:08d}"
     buffers = [(last / f"trajectories_{index}.safetensors").read_bytes() for index in range(2)]
     rows = [json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["rows"] for data in buffers]
     seen = [{(prompt, tuple(map(tuple, sizes))) for prompt, _, sizes in json.loads(row)} for row in rows]
     assert len(seen[0]) > 8 and len(seen[0] & seen[1]) < len(seen[0]) / 2
 
 
-def test_two_processes_that_are_killed_go_on_to_the_same_student(tmp_path: Path) -> None:
-    common = ("--optimizer.max_steps", 12, "--output.checkpoint_every", 6, "--output.log_every", 1)
-    finished(start("--config", write(tmp_path, "whole"), *common, processes=2))
-    config, checkpoints = write(tmp_path, "killed"), tmp_path / "killed" / "checkpoints"
-    process = start("--config", config, *common, processes=2)
+def test_two_processes_that_are_killed_go_on_to_the_same_student(whole: Path, tmp_path: Path) -> None:
+    config, killed = write(tmp_path, "killed"), tmp_path / "killed"
+    process = start("--config", config, *LORA, processes=2)
     deadline = time.monotonic() + 200
-    while not list(checkpoints.glob("step_*")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(killed.glob("checkpoints/step_*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     kill(process)
-    assert not (tmp_path / "killed" / "student").exists()
-    assert 6 <= len(losses(tmp_path / "killed")) < 12
-    out = finished(start("--config", config, *common, "--output.resume", "latest", processes=2))
-    assert out.count("going on after step 6") == 1
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    assert len(losses(tmp_path / "whole")) == 12
-    one, other = (UNet2DConditionModel.from_pretrained(tmp_path / name / "student") for name in ("whole", "killed"))
-    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+    assert not (killed / "delta.safetensors").exists()
+    assert STEPS // 2 <= len(losses(killed)) < STEPS
+    out = finished(start("--config", config, *LORA, "--output.resume", "latest", processes=2))
+    assert out.count(f"going on after step {STEPS // 2}") == 1
+    assert losses(killed) == losses(whole) and len(losses(whole)) == STEPS
+    one, other = (load_file(folder / "delta.safetensors") for folder in (whole, killed))
+    assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def test_mistakes_are_all_told_and_nothing_is_written(run: Run, tmp_path: Path) -> None:

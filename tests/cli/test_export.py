@@ -10,15 +10,12 @@ import pytest
 
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.testing import tiny_picture, tiny_sdxl_unet
-from tests.hub.conftest import index_of, use_own_modules
+from tests.conftest import index_of
+
+pytestmark = pytest.mark.usefixtures("own_modules")
 
 Run = Callable[..., tuple[int, str, str]]
 WORKFLOW = Path(__file__).parent.parent.parent / "workflows" / "sdxl-text2image"
-
-
-@pytest.fixture(autouse=True)
-def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_own_modules(tmp_path / "modules", monkeypatch)
 
 
 def mistake(run: Run, *arguments: object) -> str:

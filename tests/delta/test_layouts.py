@@ -18,7 +18,7 @@ from perflow_blocks.delta.files import open_weights
 from perflow_blocks.delta.merge import merge_record, merge_records
 from perflow_blocks.demo.models import build_unet
 from perflow_blocks.testing.tiny import tiny_sdxl_components, tiny_sdxl_unet
-from tests.builder.conftest import save_checkpoint
+from tests.checkpoints import save_checkpoint
 
 pytestmark = pytest.mark.behaviour
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from perflow_blocks import delta_to_lora, extract_delta
 from perflow_blocks.delta.lora import DeltaLora
 from perflow_blocks.testing.tiny import tiny_sd_unet, tiny_sdxl_unet
-from tests.builder.conftest import unet_keys
+from tests.checkpoints import unet_keys
 
 pytestmark = pytest.mark.behaviour
 

@@ -31,7 +31,7 @@ from perflow_blocks.demo.models import MAX_TOKENS, build_tokenizer
 
 @pytest.fixture(scope="module")
 def held_out() -> RenderedImages:
-    return render_images(400, seed=99, workers=1)
+    return render_images(120, seed=99, workers=1)
 
 
 def test_captions_read_as_english() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def test_four_steps_make_four_calls_of_one_row_with_the_recommended_settings(pip
 
 
 def test_four_steps_draw_what_the_prompts_say(pipe: Any) -> None:
-    data = make_demo_set(96, seed=4, references=64)
+    data = make_demo_set(48, seed=4, references=32)
     (row,) = evaluate_samplers([perflow_sampler(pipe, 4)], data, batch_size=32)
     assert float(row.scores["accuracy %"].mean()) >= 60.0
     shuffled = perflow_sampler(pipe, 4).draw(data.prompts, data.latents).roll(1, 0)
@@ -109,6 +110,7 @@ def test_a_student_is_evaluated_beside_the_teacher_that_it_shares_weights_with(
         return evaluate_samplers([given[0]], data, batch_size=batch_size)
 
     monkeypatch.setattr("perflow_blocks.demo.judge.evaluate_samplers", note)
+    monkeypatch.setattr("perflow_blocks.demo.judge.make_demo_set", partial(make_demo_set, references=32))
     text = evaluate_student(perflow_pipeline(), weights_directory() / "perflow_delta.safetensors", 2, 3.0)
     assert "| teacher, DDIM | 8 | 3 | 16 |" in text
     assert [(one.model, one.steps, one.guidance_scale) for one in samplers] == [

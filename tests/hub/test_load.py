@@ -1,8 +1,9 @@
-"""`load_workflow` and `PeRFlowModularPipeline.from_pretrained` on directories: what loads, and what is refused."""
+"""`load_workflow` and `PeRFlowModularPipeline.from_pretrained`: what loads, and what is refused."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,25 +13,26 @@ import pytest
 import torch
 from diffusers import ModularPipeline, StableDiffusionXLAutoBlocks
 
-from perflow_blocks import PeRFlowModularPipeline, export_workflow, load_workflow
+from perflow_blocks import PeRFlowModularPipeline, export_workflow, extract_delta, load_workflow, push_workflow
 from perflow_blocks.blocks.workflows import PeRFlowSDXLText2ImageBlocks
+from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.files import open_weights
-from tests.conftest import run
-from tests.hub.conftest import hub_entry, index_of, loaded, referring_pipeline, tiny_pipeline, use_own_modules
+from perflow_blocks.delta.recipe import DeltaRecipe
+from perflow_blocks.testing import tiny_sdxl_unet
+from tests.conftest import index_of, load, make_pipeline, run
+from tests.hub.loopback import LoopbackHub
+from workflows.generate import referring_pipeline
+
+pytestmark = pytest.mark.usefixtures("own_modules")
 
 INDEX = "modular_model_index.json"
 DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
 
 
-@pytest.fixture(autouse=True)
-def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_own_modules(tmp_path / "modules", monkeypatch)
-
-
 @pytest.fixture(scope="module")
 def thin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("thin") / "flow"
-    return export_workflow(tiny_pipeline(PeRFlowSDXLText2ImageBlocks()), path, mode="thin", weights="include")
+    return export_workflow(make_pipeline(PeRFlowSDXLText2ImageBlocks()), path, mode="thin", weights="include")
 
 
 @pytest.fixture
@@ -51,20 +53,23 @@ def with_code(directory: Path, code: str) -> Path:
     return directory
 
 
-def refused(directory: Path | str, load: Callable[..., Any] = load_workflow, **options: Any) -> str:
+def hub_entry(kind: str, location: str, library: str = "diffusers", **details: Any) -> list[Any]:
+    source = {"type_hint": [library, kind], "pretrained_model_name_or_path": location, **details}
+    return [library, kind, {"subfolder": "", "variant": None, "revision": None, **source}]
+
+
+def refused(place: Path | str, load_with: Callable[..., Any] = load_workflow, **options: Any) -> str:
     with pytest.raises(ValueError) as caught:
-        load(directory, **{"trust_remote_code": True, **options})
+        load_with(place, **{"trust_remote_code": True, **options})
     return str(caught.value)
 
 
 def test_a_preset_needs_no_trust_and_draws_the_same(thin: Path, tmp_path: Path) -> None:
-    pipe = load_workflow(thin)
-    pipe.set_progress_bar_config(disable=True)
-    assert torch.equal(run(pipe), run(tiny_pipeline(PeRFlowSDXLText2ImageBlocks())))
+    assert torch.equal(run(load_workflow(thin)), run(make_pipeline(PeRFlowSDXLText2ImageBlocks())))
     typed = load_workflow(thin, dtype=torch.float64, device="cpu")
     assert {typed.unet.dtype, typed.vae.dtype, typed.text_encoder.dtype} == {torch.float64}
     assert load_workflow(thin, load_components=False).unet is None
-    stored = tiny_pipeline(PeRFlowSDXLText2ImageBlocks()).to(torch.float16)
+    stored = make_pipeline(PeRFlowSDXLText2ImageBlocks()).to(torch.float16)
     whole = load_workflow(export_workflow(stored, tmp_path / "half", weights="include"))
     assert {whole.unet.dtype, whole.text_encoder.dtype} == {torch.float32}
 
@@ -104,7 +109,7 @@ def test_two_workflows_and_two_versions_do_not_mix(flow: Path, tmp_path: Path) -
     other, pipes = shutil.copytree(flow, tmp_path / "other"), {}
     for name, directory in [("a", flow), ("b", other), ("c", flow)]:
         (directory / "part.py").write_text(f"NAME = {name!r}\n{'#' * ord(name)}")  # of another size, as Python asks
-        pipes[name] = loaded(with_code(directory, code), load_components=False)
+        pipes[name] = load(with_code(directory, code), load_components=False)
     assert {name: pipe.blocks.description for name, pipe in pipes.items()} == {name: name for name in pipes}
 
 
@@ -120,8 +125,8 @@ def test_components_that_fail_are_listed_together_with_their_sources(flow: Path,
 
 
 def test_a_component_that_the_index_leaves_out_is_no_failure(tmp_path: Path) -> None:
-    index = {"unet": hub_entry("UNet2DConditionModel", "owner/model", subfolder="unet")}
-    pipe = referring_pipeline(PeRFlowSDXLText2ImageBlocks(), index, tmp_path / "given")
+    place = {"pretrained_model_name_or_path": "owner/model", "subfolder": "unet"}
+    pipe = referring_pipeline(PeRFlowSDXLText2ImageBlocks(), {"unet": place})
     text = refused(export_workflow(pipe, tmp_path / "out", mode="thin"), local_files_only=True)
     assert "1 of 1 components" in text and "unet from owner/model/unet" in text and "vae" not in text
 
@@ -174,13 +179,13 @@ def write(path: Path, text: str) -> None:
         (lambda flow: change(flow, "scheduler/scheduler_config.json", num_train_timesteps=10**9), "must be at most"),
     ],
 )
-@pytest.mark.parametrize("load", [load_workflow, PeRFlowModularPipeline.from_pretrained])
 def test_files_that_lead_out_or_are_broken_are_refused_in_one_line(
-    flow: Path, spoil: Callable[[Path], None], message: str, load: Callable[..., Any]
+    flow: Path, spoil: Callable[[Path], None], message: str
 ) -> None:
     spoil(flow)
-    text = refused(flow, load)
-    assert message in text and "\n" not in text and len(text) < 500
+    for way in (load_workflow, PeRFlowModularPipeline.from_pretrained):
+        text = refused(flow, way)
+        assert message in text and "\n" not in text and len(text) < 500
 
 
 def test_a_delta_s_shards_stay_in_its_folder(tmp_path: Path) -> None:
@@ -197,3 +202,62 @@ def test_a_place_on_this_machine_is_kept_by_directories_alone(flow: Path) -> Non
     assert PeRFlowModularPipeline.from_pretrained(flow).get_component_spec("unet").subfolder == "unet"
     assert index_of(flow)["unet"][2]["pretrained_model_name_or_path"] == str(flow)
     assert load_workflow(flow).unet is not None
+
+
+# From the Hub
+
+
+REPO = "someone/work.flow"
+
+
+def push_version(hub: LoopbackHub, repository: Path, number: int, tmp_path: Path) -> tuple[str, torch.Tensor]:
+    """Code, windows, weights and delta of its own; the commit and the image."""
+    delta = extract_delta(tiny_sdxl_unet(number + 1), tiny_sdxl_unet())
+    save_delta(delta, tmp_path / "delta.safetensors", DeltaRecipe(num_inference_steps=4), torch.float32)
+    pipe: Any = PeRFlowSDXLText2ImageBlocks().init_pipeline(str(repository))
+    pipe.load_components()
+    pipe.update_components(num_time_windows=number + 1, delta=str(tmp_path / "delta.safetensors"))
+    with torch.no_grad():
+        pipe.unet.conv_in.bias.add_(number)
+    mode: Any = ("thin", "self-contained")[number]
+    directory = export_workflow(pipe, tmp_path / f"v{number}", mode=mode, weights="include", name=f"V{number}")
+    commit = push_workflow(directory, REPO).commit
+    assert commit is not None and (directory / "delta").is_dir()
+    hub.repositories[REPO].refs[f"v{number}"] = commit
+    return commit, run(pipe)
+
+
+def test_a_revision_holds_for_code_weights_and_delta_also_offline(
+    default_hub: LoopbackHub, repository: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    commits, images = zip(*(push_version(default_hub, repository, number, tmp_path) for number in (0, 1)), strict=True)
+    assert not torch.equal(*images)
+
+    def compare(pipe: Any, number: int) -> None:
+        module = type(pipe.blocks).__module__
+        assert module.startswith("perflow_blocks." if number == 0 else "diffusers_modules.")
+        assert pipe.config["num_time_windows"] == number + 1
+        assert torch.equal(run(pipe), images[number])
+
+    asked: list[tuple[int, dict[str, Any]]] = [(0, {"revision": commits[0]}), (0, {"revision": "v0"}), (1, {})]
+    for number, options in asked:
+        compare(load(REPO, **options), number)
+    requests = len(default_hub.requests)
+    for number, options in (asked[0], asked[2]):
+        compare(load(REPO, local_files_only=True, **options), number)
+    assert len(default_hub.requests) == requests
+    plain: Any = ModularPipeline.from_pretrained(REPO, trust_remote_code=True)
+    plain.load_components()
+    compare(plain, 1)
+    pinned = re.findall(r"revision=('\w+')", caplog.text)
+    assert pinned == [repr(commits[number]) for number in (0, 1, 1)]  # the tag, main, main offline
+
+
+def test_what_the_hub_does_not_hold_is_one_line(default_hub: LoopbackHub, thin: Path) -> None:
+    push_workflow(with_code(Path(shutil.copytree(thin, thin.parent / "pushed")), "Blocks = dict\n"), REPO)
+    default_hub.create("someone/outside", {INDEX: b'{"delta": "../x"}'})
+    assert f"{REPO} runs code of its own (block.py" in refused(REPO, trust_remote_code=False)
+    assert "nonesuch" in refused(REPO, revision="nonesuch")
+    assert "owner/missing is not a directory" in refused("owner/missing")
+    assert "load it once with a network" in refused("owner/missing", local_files_only=True)
+    assert "names '../x' as the delta" in refused("someone/outside")

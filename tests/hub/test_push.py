@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import RevisionNotFoundError
 
 from perflow_blocks import push_workflow
@@ -40,18 +39,13 @@ def write(directory: Path, content: Files) -> Path:
     return directory
 
 
-def read(directory: Path | str) -> Files:
-    paths = (path for path in Path(directory).rglob("*") if path.is_file() and path.name != ".gitattributes")
-    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
-
-
 def push(hub: LoopbackHub, directory: Path, repo_id: str = REPO, **options: Any) -> PushReport:
     return push_workflow(directory, repo_id, **{"endpoint": hub.endpoint, "token": hub.token, **options})
 
 
-def refused(hub: LoopbackHub, directory: Path, repo_id: str = REPO, **options: Any) -> str:
+def refused(*arguments: Any, **options: Any) -> str:
     with pytest.raises(ValueError) as caught:
-        push(hub, directory, repo_id, **options)
+        push(*arguments, **options)
     return str(caught.value)
 
 
@@ -60,35 +54,29 @@ def workflow(tmp_path: Path) -> Path:
     return write(tmp_path / "workflow", CONTENT)
 
 
-def test_what_is_pushed_comes_back_and_names_the_repository(
-    loopback_hub: LoopbackHub, workflow: Path, tmp_path: Path
-) -> None:
+def test_what_is_pushed_comes_back_and_names_the_repository(loopback_hub: LoopbackHub, workflow: Path) -> None:
     report = push(loopback_hub, workflow)
     assert (report.url, report.commit) == (f"{loopback_hub.endpoint}/{REPO}", loopback_hub.head(REPO))
-    snapshot = snapshot_download(REPO, cache_dir=tmp_path, endpoint=loopback_hub.endpoint, token=loopback_hub.token)
-    files = read(snapshot)
+    files = loopback_hub.files(REPO)
     assert report.files == {path: len(content) for path, content in files.items()}
     named = {"README.md", "mellon_pipeline_config.json", "modular_model_index.json"}
     assert {path for path in CONTENT if files[path] != CONTENT[path]} == named
     assert json.loads(files["modular_model_index.json"]) == json.loads(UNET.replace("%s", f'"{REPO}"'))
     assert json.loads(files["mellon_pipeline_config.json"]) == {"label": "Mine", "default_repo": REPO}
     assert files["README.md"] == CARD % REPO.encode()
-    assert read(workflow) == CONTENT
-
-
-def test_weights_of_other_repositories_stay_theirs(loopback_hub: LoopbackHub, workflow: Path) -> None:
-    index = json.loads(UNET.replace("%s", '"owner/base"').replace('"subfolder": "unet"', '"subfolder": "vae"'))
-    (workflow / "modular_model_index.json").write_text(json.dumps(index))
-    push(loopback_hub, workflow)
-    assert json.loads(loopback_hub.files(REPO)["modular_model_index.json"]) == index
+    assert all((workflow / path).read_bytes() == content for path, content in CONTENT.items())
 
 
 def test_code_and_weights_of_an_earlier_push_do_not_stay(loopback_hub: LoopbackHub, workflow: Path) -> None:
     loopback_hub.create(REPO, {"mine.txt": b"by hand", "perflow_old.py": b"", "unet/old.safetensors.index.json": b""})
     push(loopback_hub, workflow)
     (workflow / "unet" / "second.safetensors").unlink()
+    other = UNET.replace("%s", '"owner/base"').replace('"subfolder": "unet"', '"subfolder": "vae"')
+    index = json.loads(other)  # weights of another repository stay its own
+    (workflow / "modular_model_index.json").write_text(json.dumps(index))
     push(loopback_hub, workflow)
     assert loopback_hub.files(REPO).keys() == CONTENT.keys() - {"unet/second.safetensors"} | {"mine.txt"}
+    assert json.loads(loopback_hub.files(REPO)["modular_model_index.json"]) == index
 
 
 def test_branches_and_pull_requests_leave_main_alone(loopback_hub: LoopbackHub, workflow: Path) -> None:
@@ -124,14 +112,13 @@ def test_a_private_repository_is_made_and_a_public_one_refused(loopback_hub: Loo
 
 def test_what_the_hub_does_not_allow_is_one_line(loopback_hub: LoopbackHub, workflow: Path) -> None:
     hub = loopback_hub
-    assert "someone/workflow does not exist" in refused(hub, workflow, create_pr=True)
-    assert "someone/workflow does not exist" in refused(hub, workflow, revision="next")
+    for options in ({"create_pr": True}, {"revision": "next"}):
+        assert "someone/workflow does not exist" in refused(hub, workflow, **options)
     assert hub.repositories == {}
-    for token in (hub.other_token, hub.reader):  # a new repository, then one that is there
-        assert "may not write to someone/workflow" in refused(hub, workflow, token=token)
-    hub.create(REPO)
-    for token in (hub.other_token, hub.reader):
-        assert "may not write to someone/workflow" in refused(hub, workflow, token=token)
+    for prepare in (dict, lambda: hub.create(REPO)):  # a new repository, then one that is there
+        prepare()
+        for token in (hub.other_token, hub.reader):
+            assert "may not write to someone/workflow" in refused(hub, workflow, token=token)
     assert "does not accept the token" in refused(hub, workflow, token="loopback-nobody")
     assert "no token for the Hub was found; run `hf auth login`" in refused(hub, workflow, token=None)
     text = refused(hub, workflow, token=f"{SECRET}\nx")
@@ -145,17 +132,8 @@ def test_private_files_tokens_and_links_are_named_all_at_once(
     loopback_hub: LoopbackHub, workflow: Path, tmp_path: Path
 ) -> None:
     header = json.dumps({"__metadata__": {"token": SECRET}}).encode()
-    private = [
-        ".env",
-        ".env.local",
-        ".npmrc",
-        "sub/.git-credentials",
-        ".aws/credentials",
-        ".ssh/x",
-        "a.pem",
-        "a.key",
-        "id_rsa",
-    ]
+    private = [".env", ".env.local", ".npmrc", ".pypirc", "sub/.git-credentials", ".aws/credentials", ".ssh/x"]
+    private += ["a.pem", "a.key", "id_rsa"]
     tokens = {
         "line 2": [SECRET, "ghp_" + "a1" * 18, "github_pat_" + "a" * 60, "ASIA" + "A1" * 8, "sk-" + "a1" * 20],
         "line 1": ["-----BEGIN RSA PRIVATE KEY-----", "npm_" + "a1" * 18],
@@ -209,11 +187,10 @@ def test_a_directory_that_others_cannot_load_is_refused(
 def test_the_command(loopback_hub: LoopbackHub, workflow: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", loopback_hub.endpoint)
     monkeypatch.setenv("HF_TOKEN", loopback_hub.token)
-    status, out, err = run("push", workflow, REPO, "--dry-run", "--private")
-    assert status == 0, err
-    assert "nothing was uploaded (--dry-run)" in out and loopback_hub.repositories == {}
-    status, out, err = run("push", workflow, REPO, "--private", "-m", "First")
-    assert status == 0, err
+    status, out, _ = run("push", workflow, REPO, "--dry-run", "--private")
+    assert status == 0 and "nothing was uploaded (--dry-run)" in out and loopback_hub.repositories == {}
+    status, out, _ = run("push", workflow, REPO, "--private", "-m", "First")
+    assert status == 0
     lines = out.splitlines()
     assert lines[0].split() == ["file", "bytes"] and lines[-1] == f"{loopback_hub.endpoint}/{REPO}"
     size = f"{len(CONTENT['unet/first.safetensors']):,}"

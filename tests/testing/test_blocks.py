@@ -33,9 +33,8 @@ def test_every_block_keeps_its_contract(kind: type[ModularPipelineBlocks]) -> No
         pipe = make_pipeline()
         load_tiny_ip_adapter(pipe)
         components["unet"] = pipe.unet
-    block = kind()
-    assert block.model_name == "stable-diffusion-xl"
-    check_block(block, components=components)
+    assert kind().model_name == "stable-diffusion-xl"
+    check_block(kind(), components=components)
 
 
 def pick(*names: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from perflow_blocks.training.distillation import distill, write_report
 from perflow_blocks.training.loop import train
 from perflow_blocks.training.output import write_outputs
 from perflow_blocks.training.teacher import TeacherSource, open_teacher
-from tests.hub.conftest import index_of, loaded, use_own_modules
+from tests.conftest import index_of, load
 from tests.training.conftest import tiny_config
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -87,12 +87,11 @@ def test_a_lora_student_gets_the_other_form(teachers: dict[str, Path], tmp_path:
 
 
 def test_the_workflow_draws_as_the_student_does(
-    full: DistillConfig, teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    full: DistillConfig, teachers: dict[str, Path], own_modules: None
 ) -> None:
-    use_own_modules(tmp_path / "modules", monkeypatch)
     folder = folder_of(full)
     assert "delta/delta.safetensors" in push_workflow(folder / "workflow", "me/flow", dry_run=True).files
-    pipe = loaded(folder / "workflow")
+    pipe = load(folder / "workflow")
     plain: Any = StableDiffusionXLPipeline.from_pretrained(
         teachers["sdxl"], unet=UNet2DConditionModel.from_pretrained(folder / "student"), add_watermarker=False
     )

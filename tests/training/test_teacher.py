@@ -23,7 +23,7 @@ from perflow_blocks.training.teacher import (
     family_of,
     open_teacher,
 )
-from tests.builder.conftest import checkpoint_components, save_checkpoint
+from tests.checkpoints import checkpoint_components, save_checkpoint
 from tests.training.conftest import tiny_config
 
 CPU = torch.device("cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,11 @@ from transformers import CLIPVisionModelWithProjection
 
 from perflow_blocks import export_workflow
 from perflow_blocks.testing import tiny_controlnet, tiny_mask, tiny_picture, tiny_sdxl_unet
-from tests.conftest import make_pipeline
-from tests.hub.conftest import index_of, save_ip_adapter, use_own_modules
+from tests.checkpoints import save_ip_adapter
+from tests.conftest import index_of, make_pipeline
 from workflows.generate import PUBLISHED, ROOT, ROOT_FILES, SDXL, WORKFLOWS, main
 
-
-@pytest.fixture(autouse=True)
-def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_own_modules(tmp_path / "modules", monkeypatch)
+pytestmark = pytest.mark.usefixtures("own_modules")
 
 
 @pytest.fixture(params=PUBLISHED)
@@ -94,13 +92,12 @@ def with_tiny_weights(name: str, adapter: Path, folder: Path) -> Path:
     """The workflow with tiny weights in it; the demo's own are tiny."""
     if name.startswith("demo"):
         return WORKFLOWS / name
-    further: dict[str, Any] = {}
-    if "controlnet" in PUBLISHED[name].sources:
-        further["controlnet"] = tiny_controlnet()
-    if "image_encoder" in PUBLISHED[name].sources:
-        further["image_encoder"] = CLIPVisionModelWithProjection.from_pretrained(
-            adapter / "sdxl_models" / "image_encoder"
-        )
+    load_encoder = CLIPVisionModelWithProjection.from_pretrained
+    makers: dict[str, Callable[[], Any]] = {
+        "controlnet": tiny_controlnet,
+        "image_encoder": lambda: load_encoder(adapter / "sdxl_models" / "image_encoder"),
+    }
+    further = {part: make() for part, make in makers.items() if part in PUBLISHED[name].sources}
     return export_workflow(make_pipeline(PUBLISHED[name].blocks(), **further), folder / name, weights="include")
 
 

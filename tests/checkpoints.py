@@ -1,9 +1,10 @@
-"""The tiny SDXL pipeline as one file, with the names of original checkpoints: the inverse of what diffusers reads."""
+"""Files of tiny models as others publish them: original checkpoints (what diffusers reads, inverted), IP-Adapters."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
 from safetensors.torch import save_file
 from torch import Tensor, cat
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from perflow_blocks.testing.tiny import TEXT_WIDTH, tiny_sdxl_components, tiny_text_config
+from perflow_blocks.testing import load_tiny_ip_adapter, tiny_sdxl_components, tiny_sdxl_unet
+from perflow_blocks.testing.tiny import IMAGE_WIDTH, TEXT_WIDTH, tiny_text_config
 
 FIRST_WIDTH = 24
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -136,3 +138,24 @@ def _open_clip_layer(name: str) -> str:
     for diffusers_name, original in DIFFUSERS_TO_LDM_MAPPING["openclip"]["transformer"].items():
         name = name.replace(diffusers_name, original)
     return f"{OPEN_CLIP}transformer.{name}"
+
+
+def save_ip_adapter(path: Path, unet: Any = None) -> None:
+    """Lays out IP-Adapter and image encoder for a UNet, `tiny_sdxl_unet` unless given, as "h94/IP-Adapter" does."""
+    # Of the size that diffusers brings images to where nothing says otherwise.
+    size = {"image_size": 224, "patch_size": 56, "hidden_size": 16, "intermediate_size": 32}
+    config = CLIPVisionConfig(**size, projection_dim=IMAGE_WIDTH, num_hidden_layers=1, num_attention_heads=2)
+    folder = path / "sdxl_models"
+    CLIPVisionModelWithProjection(config).eval().save_pretrained(folder / "image_encoder")
+    save_file(_ip_adapter_tensors(unet or tiny_sdxl_unet()), folder / "ip-adapter_sdxl.safetensors")
+
+
+def _ip_adapter_tensors(unet: Any) -> dict[str, Tensor]:
+    """What `load_tiny_ip_adapter` loads, as a file holds it."""
+    loaded: list[Any] = []
+    pipe = SimpleNamespace(
+        unet=unet, null_component_names=[], load_ip_adapter=lambda weights, **_: loaded.extend(weights)
+    )
+    load_tiny_ip_adapter(pipe)
+    (parts,) = loaded
+    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
