@@ -222,6 +222,19 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
     def _output_names(self) -> frozenset[str]:
         return frozenset(entry.name for entry in (*self._blocks.intermediate_outputs, *self._blocks.outputs))
 
+    def load_components(
+        self, names: list[str] | str | None = None, workflow: str | None = None, **kwargs: Any
+    ) -> None:
+        """As in diffusers, but without a `dtype` all models are float32, also text encoders that a file holds in less.
+
+        Args:
+            names, workflow: which components; by default all that have a place to load from.
+            kwargs: `dtype`, `variant` and other options of `from_pretrained`, for all or by component.
+        """
+        if not {"dtype", "torch_dtype"} & kwargs.keys():
+            kwargs["dtype"] = torch.float32
+        super().load_components(names, workflow, **kwargs)
+
     # Saving
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:

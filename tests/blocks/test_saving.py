@@ -324,6 +324,14 @@ def test_a_directory_can_name_nothing_but_presets(name: Any, tmp_path: Path) -> 
     assert "perflow_blocks.cli.__main__" not in sys.modules
 
 
+def test_without_a_type_all_models_are_float32(tmp_path: Path) -> None:
+    make_pipeline().to(torch.float16).save_pretrained(tmp_path)
+    pipe = PeRFlowModularPipeline.from_pretrained(tmp_path)
+    for options, dtype in (({}, torch.float32), ({"dtype": torch.float16}, torch.float16)):
+        pipe.load_components(["unet", "text_encoder_2"], **options)
+        assert {pipe.unet.dtype, pipe.text_encoder_2.dtype} == {dtype}
+
+
 def test_a_plain_model_gets_the_blocks_for_every_task(repository: Path) -> None:
     pipe: Any = PeRFlowModularPipeline.from_pretrained(repository)
     assert (type(pipe), type(pipe.blocks)) == (PeRFlowModularPipeline, PeRFlowSDXLAutoBlocks)
