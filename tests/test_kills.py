@@ -24,7 +24,7 @@ from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.testing.tiny import tiny_sdxl_unet
 from tests.conftest import make_pipeline, python
 
-KILLS = 4
+KILLS = 5
 """At random, of each operation, where there is no target yet and where there is one; besides those at `MOVES`."""
 
 MOVES = {"ctypes.dlsym", "os.rename"}

@@ -18,6 +18,7 @@ from typing import Any
 
 from perflow_blocks import export_workflow
 from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
+from perflow_blocks.blocks.block_source import INDEX
 from perflow_blocks.blocks.workflows import (
     PeRFlowSDXLControlNetBlocks,
     PeRFlowSDXLImage2ImageBlocks,
@@ -28,7 +29,6 @@ from perflow_blocks.blocks.workflows import (
 )
 from perflow_blocks.demo.blocks import PeRFlowDemoBlocks
 from perflow_blocks.hub.card import OWNER
-from perflow_blocks.hub.export import INDEX
 
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = ROOT / "workflows"

@@ -68,7 +68,7 @@ def teacher_sampler(
         changes = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": False}
         scheduler = kind.from_config(pipe.scheduler.config, **changes)
     else:
-        raise ValueError(f"solver={solver!r} is unknown; pass one of {', '.join(('stock', *SOLVERS))}.")
+        raise ValueError(f"solver={solver!r} must be one of {', '.join(('stock', *SOLVERS))}.")
     own = StableDiffusionXLPipeline(**{**pipe.components, "scheduler": scheduler}, add_watermarker=False)
     own.set_progress_bar_config(disable=True)
 

@@ -13,8 +13,9 @@ from ..blocks.merge_delta import guidance_in_effect
 from ..blocks.specs import DEFAULT_NUM_INFERENCE_STEPS
 from ..delta.recipe import DeltaRecipe
 
+CARD = "README.md"
 OWNER = "your-name"
-"""Whom a card names where the repository is not known yet."""
+"""Whom a card names where the repository is not known yet; pushing replaces it."""
 RIGHTS = "The code of perflow-blocks is licensed under Apache-2.0."
 TAGS = ("diffusers", "modular-diffusers", "perflow", "few-step")
 IMAGES = {

@@ -21,7 +21,7 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from PIL import Image
 
 from ..atomic_files import atomic_directory
-from ..blocks.block_source import CODE, block_files
+from ..blocks.block_source import CODE, INDEX, block_files
 from ..blocks.pipeline import stock_class_name
 from ..blocks.saving import (
     Problems,
@@ -40,15 +40,13 @@ from ..blocks.set_timesteps import scheduler_source
 from ..delta.files import Weights, read_recipe
 from ..delta.merge import MergeRecord, find_merged, merge_records, recipe_record
 from ..delta.recipe import DeltaRecipe
-from .card import OWNER, make_card, make_recipe
+from .card import CARD, OWNER, make_card, make_recipe
 from .sources import carried_modules
 
 Mode = Literal["thin", "self-contained"]
 WeightsMode = Literal["reference", "include", "delta-only"]
 
-INDEX = "modular_model_index.json"
 MELLON = "mellon_pipeline_config.json"
-CARD = "README.md"
 IMAGE = "picture.png"
 FILES = (CODE, ModularPipelineBlocks.config_name, INDEX, MELLON, CARD, IMAGE)
 MAX_SIDE = 1024  # of the card's image, in pixels
@@ -91,10 +89,10 @@ def export_workflow(
             are loaded, with a merged delta in them and a copy of it; "delta-only" names the repositories and copies
             the delta.
         name: class in `block.py`; by default a preset's own, or `SavedBlocks`.
-        description: what the card says of the blocks; by default what they say.
+        description: the card's text about the blocks; by default the blocks' own description.
         title: heading of the model card; by default the directory's name.
         notes: what the card tells users besides, in Markdown.
-        picture: image file for the card; one larger than 1024 pixels a side is made smaller.
+        picture: image file for the card; a side longer than 1024 pixels is scaled down.
         licence: identifier as the Hub knows it, for example "apache-2.0", for the card.
         example: Python that the card shows, from the imports on; by default a call with a prompt and images.
         delta: the delta file, in place of the pipeline's own.
@@ -179,7 +177,7 @@ def export_workflow(
 
 
 def require_target(target: Path, *, overwrite: bool = False, files: Collection[str] = ()) -> None:
-    """Raises ValueError where an export would replace other things than an export, of which `files` are a part."""
+    """Raises ValueError if `target` holds anything but an earlier export with these `files`."""
     there = {path.name for path in target.iterdir()} if target.is_dir() else set()
     if not there and not target.is_file():
         return

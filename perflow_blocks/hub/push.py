@@ -21,9 +21,10 @@ from .. import __version__
 from ..blocks.block_source import INDEX, LOCATION, is_entry, require_sound, workflow_config
 from ..blocks.saving import complaint
 from ..delta.files import read_json
+from .card import CARD, OWNER
+from .export import MELLON
 
-CARD, MELLON = "README.md", "mellon_pipeline_config.json"
-PLACEHOLDER = re.compile(r'"your-name/[^"\n]*"')
+PLACEHOLDER = re.compile(rf'"{OWNER}/[^"\n]*"')
 """What a card names in place of the repository, where it was exported without `repo_id`."""
 
 LEFT_OUT = (".git", ".cache", ".ipynb_checkpoints", "__pycache__", "*.pyc", ".DS_Store", ".gitattributes")
@@ -95,7 +96,7 @@ def push_workflow(
 
     Raises:
         ValueError: the directory is not a workflow or holds private files, tokens or links that lead out of it; there
-            is no token, or it may not write; the repository must exist and does not, or is not as private as asked.
+            is no token, or it may not write; the repository does not exist but must, or `private` disagrees with it.
         huggingface_hub.errors.HfHubHTTPError: the Hub refuses something else.
     """
     validate_repo_id(repo_id)

@@ -174,7 +174,7 @@ def _write_faults(block: Any, after: Mapping[str, Any], before: Mapping[str, Any
             "writes {} without declaring it; add OutputParam({first}, ...) to `intermediate_outputs`": (
                 written.keys() - outputs.keys()
             ),
-            "changes {} in place, which is no output; work on a copy, or add OutputParam({first}, ...)": in_place,
+            "changes {} in place, which is not an output; work on a copy, or add OutputParam({first}, ...)": in_place,
             "does not write {}, declared in `intermediate_outputs`; set it on the block state, and in a block of a "
             "pipeline end with `self.set_block_state(state, block_state)`": outputs.keys() - after.keys(),
             "writes {}, which is not of the declared type_hint; make the two agree": wrong,

@@ -297,7 +297,7 @@ class TrainingRun:
         self._tell(lambda observer: observer.read(progress))
 
     def _tell(self, what: Callable[[Observer], None]) -> None:
-        """Tells all observers, whose time is no part of the speed."""
+        """Calls all observers. Excludes their time from the speed."""
         began = time.perf_counter()
         for observer in self.observers:
             what(observer)
