@@ -74,7 +74,7 @@ def frozen_weights(unet: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
 
 
 def lora_modules(unet: nn.Module, targets: Sequence[str] | None) -> list[str]:
-    """Full names of the layers that get factors. Raises ValueError for a target of another kind than Linear or Conv2d."""
+    """Full names of the layers that get factors. Raises ValueError for a target that is not Linear or Conv2d."""
     layers = [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     if targets is None:
         return [name for name in layers if any(fnmatch(name, blocks) for blocks in _BLOCKS)]
