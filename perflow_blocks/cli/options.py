@@ -57,7 +57,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 def choose_device(name: str | None) -> torch.device:
     """The named device, else the first accelerator, else the CPU. ValueError where it cannot be used."""
-    if name is not None and not re.fullmatch(r"(cpu|cuda|mps|xpu|npu|hpu)(:\d+)?", name):
+    if name is not None and not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", name):
         raise ValueError(f"--device {name} is unknown; pass one such as cpu, cuda, cuda:1 or mps.")
     import torch
 

@@ -106,7 +106,7 @@ def test_guidance_asked_for_wins_over_the_recipe(run: Run, model: Path, delta: P
         (["a", "--size", "0"], "--size 0 is no size; pass N or WxH"),
         (["a", "--size", "64x-8"], "--size 64x-8 is no size"),
         (["a", "--device", "warp"], "--device warp is unknown; pass one such as cpu, cuda"),
-        (["a", "--device", "hpu"], "--device hpu cannot be used here"),
+        (["a", "--device", "xpu"], "--device xpu cannot be used here"),
         (["a", "--dtype", "int8"], "'--dtype': "),
         (["a", "--delta", "nowhere.safetensors"], "'nowhere.safetensors' does not exist"),
         (["a", "--model", "./nowhere"], "--model ./nowhere does not exist"),
