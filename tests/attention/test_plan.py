@@ -20,7 +20,7 @@ def parsed(plan: Any) -> AttentionPlan:
 
 
 def place(name: str, model: str = "unet") -> AttentionPlace:
-    return AttentionPlace(model.split(".")[0], model, name, "cross" if name.endswith("attn2") else "self")
+    return AttentionPlace(model, name, "cross" if name.endswith("attn2") else "self")
 
 
 @pytest.mark.parametrize(

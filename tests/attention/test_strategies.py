@@ -169,7 +169,6 @@ def test_a_strategy_of_ones_own(own_names: None, made: Any, fields: dict[str, An
         (lambda q, k, v, mask: attention(q, k, v) * 1.1, "is not attention"),
         (lambda q, k, v, mask: attention(q, k, v).transpose(1, 2), "must match the size"),
         (lambda q, k, v, mask: 1 // 0, "integer division or modulo by zero"),
-        (lambda q, k, v, mask: attention(q, k.sub_(k.mean(1, keepdim=True)), v), "changes its inputs"),
     ],
 )
 def test_a_kernel_that_does_not_compute_attention_is_refused(wrong: Callable[..., Tensor], message: str) -> None:
