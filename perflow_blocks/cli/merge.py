@@ -84,21 +84,24 @@ def _rewrite(
 
     The configuration of the UNet is checked first, and that its files hold all of it: diffusers fills gaps at random.
     """
+    from .pipeline import quiet_libraries
+
+    quiet_libraries()
+    from diffusers import UNet2DConditionModel
+
     from ..atomic_files import atomic_directory
     from ..delta.apply import require_architecture
     from ..delta.files import find_weights, open_weights, variants_of
-    from .pipeline import quiet_libraries
-    from .unets import UNet2DConditionModel, find_config, require_unet
+    from .unets import empty_unet, require_unet
 
     folder = require_unet(model)
-    weights_name = find_weights(folder, variant).name
-    variant = variants_of([weights_name])[weights_name]
+    name = find_weights(folder, variant).name
+    variant = variants_of([name])[name]
     written = _require_free_directory(out, force, variant)
     weights, own = open_weights(delta, delta_variant), open_weights(folder, variant)
     for part in (own, weights):
-        require_architecture(part, find_config(folder))
+        require_architecture(part, empty_unet(folder))
     stored = own.tensor(next(iter(own.shapes))).dtype
-    quiet_libraries()
     console = Console(stderr=True)
     with console.status(f"loading {folder}"):
         unet = UNet2DConditionModel.from_pretrained(

@@ -32,8 +32,11 @@ def find_config(config: Path | None, *models: Path) -> UNet2DConditionModel | No
         folder: Path | None = require_unet(config.parent if config.is_file() else config)
     else:
         folder = next((found for model in models if (found := find_unet(model))), None)
-    if folder is None:
-        return None
+    return None if folder is None else empty_unet(folder)
+
+
+def empty_unet(folder: Path) -> UNet2DConditionModel:
+    """The UNet of a folder's configuration, without values."""
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
 
