@@ -25,6 +25,9 @@ KINDS = ("self", "cross")
 PlanLike = str | Mapping[str, str] | Sequence[str]
 """A strategy's name, for all modules; or kinds and patterns with a name each, as a mapping or "key=name" strings."""
 
+Device = Callable[[], torch.device] | None
+"""Gives the device where models will run. Called as rarely as can be: pipelines look through all modules for it."""
+
 
 class AttentionPlace(NamedTuple):
     """An attention module `attn` of a `model`, and where it is."""
@@ -84,10 +87,7 @@ def parse_plan(plan: PlanLike | None) -> AttentionPlan | None:
     if isinstance(plan, str):
         entries = dict.fromkeys(KINDS, plan)
     elif isinstance(plan, Sequence) and all(isinstance(entry, str) and "=" in entry for entry in plan):
-        entries = {}
-        for key, _, name in (entry.rpartition("=") for entry in plan):
-            entries.pop(key.strip(), None)  # a key that comes again counts at its last place
-            entries[key.strip()] = name.strip()
+        entries = {key.strip(): name.strip() for key, _, name in (entry.rpartition("=") for entry in plan)}
     if not isinstance(entries, Mapping):
         forms = 'a mapping such as {"self": "sliced", "mid_block.*": "native"}, or a list such as ["self=sliced"]'
         raise ValueError(f"attention plan={plan!r} must be a strategy's name, {forms}.")
@@ -171,19 +171,10 @@ class AttentionConfig(ConfigMixin):
             ValueError: a strategy does not run here, or a pattern matches no attention module. No module is changed.
         """
         self._resolved.clear()  # strategies that run on one device need not run on another
-        self.establish(self._plan, models, device=None if device is None else lambda: torch.device(device))
+        self.establish(self._plan, models, None if device is None else lambda: torch.device(device))
 
-    def establish(
-        self,
-        plan: AttentionPlan | None,
-        models: Mapping[str, nn.Module],
-        *,
-        device: Callable[[], torch.device] | None = None,
-    ) -> None:
-        """Puts any plan into effect, as `attach` does with this one's. None takes out what is attached.
-
-        `device` is called as rarely as can be: pipelines look through all modules for theirs.
-        """
+    def establish(self, plan: AttentionPlan | None, models: Mapping[str, nn.Module], device: Device = None) -> None:
+        """Puts any plan into effect, as `attach` does with this one's. None takes out what is attached."""
         places = list(_places(models))
         if plan is not None:
             plan.check(places, models)
@@ -233,7 +224,7 @@ class AttentionConfig(ConfigMixin):
         self._taken[pipeline] = pipeline._component_specs["attention"]  # update_components makes a new one each time
 
     def _change(
-        self, plan: AttentionPlan | None, place: AttentionPlace, device: Callable[[], torch.device] | None
+        self, plan: AttentionPlan | None, place: AttentionPlace, device: Device
     ) -> tuple[str | None, str | None, AttentionStrategy | None]:
         """What the plan asks for at a module, why that is not done, and the strategy to use."""
         attn, model = place.attn, place.model

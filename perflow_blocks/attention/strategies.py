@@ -210,8 +210,6 @@ def sliced_attention(
     It saves memory where torch has no fused kernel: in float32 the scores of SDXL's largest self-attention (4096
     queries and keys, 10 heads, batch 2) take 1.25 GiB, those of 512 queries 160 MiB. Elsewhere it only costs time.
     """
-    if query.shape[1] <= slice_size:
-        return dispatch_attention_fn(query, key, value, mask, backend=AttentionBackendName.NATIVE)
     result = torch.empty_like(query)
     for start in range(0, query.shape[1], slice_size):
         rows = slice(start, start + slice_size)

@@ -87,11 +87,12 @@ def evaluate(
         raise ValueError("--features and --size cannot be combined with --demo, which has a distance of its own.")
     if reference != TEACHER and not features:
         raise ValueError("--reference needs --features, the network for FID and KID; --demo has neither.")
-    lines = prompts.read_text(encoding="utf-8-sig").splitlines() if prompts else [""] * (count or 512)
-    texts = [line.strip() for line in lines if demo or line.strip()][:count]
+    if count is not None and count < 2:
+        raise ValueError(f"--count {count} gives no standard error; pass at least 2.")
+    lines = prompts.read_text(encoding="utf-8-sig").splitlines() if prompts else []
+    texts = [line.strip() for line in lines if line.strip()][:count] if prompts else [""] * (count or 512)
     if len(texts) < 2:
-        found = f"--count {count}" if count is not None and count < 2 else f"{prompts}, with {len(texts)} prompts,"
-        raise ValueError(f"{found} gives no standard error; pass at least 2.")
+        raise ValueError(f"{prompts} holds {len(texts)} prompts, which give no standard error; write at least 2.")
     first = parse_samplers(teacher or ("ddim:50" if demo else "stock:50"))
     specs = parse_samplers(samplers or (DEMO_SAMPLERS if demo else SAMPLERS))
     if len(first) > 1 or first[0][0] == PERFLOW:
