@@ -184,7 +184,7 @@ class AttentionConfig(ConfigMixin):
             record.module, record.kind, record.asked, record.kept = place.full_name, place.kind, asked, kept
             _set_processor(place.attn, strategy, record)
             self._models[place.model] = place.compiled
-        self._restore_spares()
+        _restore_spares({place.model for place in places})
 
     def detach(self) -> None:
         """Gives all modules that this component has changed the processors back that they had.
@@ -193,7 +193,7 @@ class AttentionConfig(ConfigMixin):
         """
         for attn in self._records:
             _set_processor(attn, None)
-        self._restore_spares()
+        _restore_spares(self._models)
 
     def report(self) -> AttentionReport:
         """What each attention module was asked to run and ran, since the last `reset`; `print` shows a table."""
@@ -243,12 +243,6 @@ class AttentionConfig(ConfigMixin):
             self._resolved[key] = get_attention_strategy(asked).resolve(runs_on, model.dtype, head_dim)
         return asked, None, self._resolved[key]
 
-    def _restore_spares(self) -> None:
-        """Restores the processors that diffusers put aside when it fused projections, and will put back."""
-        for model in self._models:
-            spares = vars(model).get("original_attn_processors") or {}
-            spares.update({name: _plain(processor) for name, processor in spares.items()})
-
 
 def _places(models: Mapping[str, nn.Module]) -> Iterator[AttentionPlace]:
     """All attention modules of transformer blocks, in the models' order, several ControlNets one by one.
@@ -287,3 +281,10 @@ def _set_processor(attn: Attention, strategy: AttentionStrategy | None, record: 
             attn.set_processor(plain)
     elif current is plain or current.strategy is not strategy or current.record is not record:
         attn.set_processor(StrategyAttnProcessor(strategy, plain, record))
+
+
+def _restore_spares(models: Iterable[nn.Module]) -> None:
+    """Restores the processors that diffusers put aside when it fused projections, and will put back."""
+    for model in models:
+        spares = vars(model).get("original_attn_processors") or {}
+        spares.update({name: _plain(processor) for name, processor in spares.items()})

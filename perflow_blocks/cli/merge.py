@@ -24,7 +24,7 @@ Dtype = Annotated[options.DtypeName | None, typer.Option(help="Type to save in. 
 
 def merge(
     model: Model,
-    delta: options.Weights,
+    delta: options.DeltaArgument,
     out: Out,
     scale: Annotated[float, typer.Option(help="Factor of the delta: 1 as it was extracted, not 0.")] = 1.0,
     variant: Variant = None,
@@ -48,7 +48,7 @@ def merge(
 
 def unmerge(
     model: Model,
-    delta: options.Weights,
+    delta: options.DeltaArgument,
     out: Out,
     variant: Variant = None,
     delta_variant: DeltaVariant = None,

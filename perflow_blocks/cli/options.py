@@ -29,7 +29,9 @@ Size = Annotated[str | None, typer.Option(help="Size in pixels, N or WxH. By def
 Device = Annotated[str | None, typer.Option(help="Where to run, such as cpu or cuda:0. By default an accelerator.")]
 Dtype = Annotated[DtypeName | None, typer.Option(help="By default float32 on the CPU, else float16.")]
 
-Weights = Annotated[Path, typer.Argument(exists=True, help="A delta: a .safetensors file or a folder of weights.")]
+DeltaArgument = Annotated[
+    Path, typer.Argument(exists=True, help="A delta: a .safetensors file or a folder of weights.")
+]
 OutFile = Annotated[Path, typer.Option("--out", "-o", help="The file to write, a .safetensors file.")]
 StoredDtype = Annotated[DtypeName, typer.Option(help="Type to store.")]
 Variant = Annotated[str | None, typer.Option(help="Which files of the folder, fp16 say, if it has several.")]

@@ -11,7 +11,7 @@ from . import options
 
 
 def to_lora(
-    delta: options.Weights,
+    delta: options.DeltaArgument,
     out: options.OutFile,
     rank: Annotated[int | None, typer.Option(help="Rank of every layer; or pass --energy.")] = None,
     energy: Annotated[
