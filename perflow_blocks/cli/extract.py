@@ -13,18 +13,20 @@ SCHEDULER = "scheduler_config.json"
 
 
 def extract(
-    student: Annotated[Path, typer.Argument(help="The accelerated UNet: a file, or a UNet's or pipeline's folder.")],
-    base: Annotated[Path, typer.Argument(help="The UNet that it was distilled from, likewise.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The delta, a .safetensors file.")],
-    dtype: Annotated[str, typer.Option(help="Type to store: float16, float32 or bfloat16.")] = "float16",
-    variant: Annotated[str | None, typer.Option(help="Which files of the student's folder, fp16 say.")] = None,
-    base_variant: Annotated[str | None, typer.Option(help="Which files of the base's folder.")] = None,
+    student: Annotated[
+        Path, typer.Argument(exists=True, help="The accelerated UNet: a file, or a UNet's or pipeline's folder.")
+    ],
+    base: Annotated[Path, typer.Argument(exists=True, help="The UNet that it was distilled from, likewise.")],
+    out: options.OutFile,
+    dtype: options.StoredDtype = "float16",
+    variant: options.Variant = None,
+    base_variant: options.BaseVariant = None,
     allow_pickle: options.AllowPickle = False,
     config: options.Config = None,
     prediction_type: Annotated[str | None, typer.Option(help="ddim_eps, diff_eps or velocity.")] = None,
     windows: Annotated[int | None, typer.Option(help="Number of time windows it was distilled for.")] = None,
-    steps: options.RecipeSteps = None,
-    guidance: options.RecipeGuidance = None,
+    steps: Annotated[int | None, typer.Option(help="Steps to recommend, at least 1.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance to recommend; 1 is none.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Name of the base, such as its repository.")] = None,
     scheduler: Annotated[
         Path | None, typer.Option(help="Folder of a scheduler with the base's noise schedule; else the base's own.")
@@ -43,9 +45,6 @@ def extract(
         scheduler_config=_noise_schedule(scheduler, base),
     )
     options.require_free_file("--out", out, force)
-    options.require_weights("student", student)
-    options.require_weights("base", base)
-    precision = options.parse_dtype(dtype)
     from ..delta.apply import require_architecture
     from ..delta.extract import open_difference, save_delta
     from ..delta.files import open_weights
@@ -56,15 +55,10 @@ def extract(
     weights.append(open_weights(base, base_variant, allow_pickle=allow_pickle))
     if unet is not None:
         weights = [require_architecture(part, unet) for part in weights]
-    else:
-        original = [part.label for part in weights if any(".input_blocks." in f".{name}" for name in part.shapes)]
-        if original:
-            raise ValueError(
-                f"{original[0]} has original Latent Diffusion names; pass --config with a folder of the UNet's "
-                "config.json."
-            )
+    elif any(".input_blocks." in f".{name}" for part in weights for name in part.shapes):
+        raise ValueError("original Latent Diffusion names need --config with the folder of the UNet's config.json.")
     difference = open_difference(weights[0], weights[1])
-    save_delta(difference, out, recipe, precision, progress=True)
+    save_delta(difference, out, recipe, options.parse_dtype(dtype), progress=True)
     typer.echo(f"{out}: {len(difference.shapes)} tensors, {out.stat().st_size / 1e6:,.1f} MB")
 
 
