@@ -7,6 +7,7 @@ int, and t its timestep, a tensor of no dimensions on the device. On `block_stat
 - `noise_pred`: the guided prediction of the last denoiser call, None before the first;
 - `window_index`: the number of the time window of step i, an int;
 - `step_plan`, `step_coefficients`, `timesteps`, `num_inference_steps`: the whole schedule;
+- `earlier_step`: in a plan of second order what the solver kept of the step before, None before the first;
 - `guider`: this call's guider;
 - `stop_requested`: set it to True, and the loop ends after this step with the clean latents that it predicts;
 - the conditioning tensors, such as `prompt_embeds`.
@@ -30,7 +31,7 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, In
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..core.step_plan import apply_step
+from ..core.step_plan import EarlierStep, apply_step, second_order_step
 from ..core.tiles import Tiling, cut_plane
 from ..core.windows import require_positive_int
 from ..delta.merge import MergeRecord, merge_records
@@ -173,17 +174,33 @@ _LATENTS = OutputParam("latents", Tensor, "Latents (batch, channels, height/f, w
 
 
 class PeRFlowLoopSolverStep(ModularPipelineBlocks):
-    """One Euler step along the window's straight line: `latents = A[i] latents + B[i] noise_pred`."""
+    """One step along the window's straight line: `latents = A[i] latents + B[i] noise_pred`.
+
+    In a plan of second order, a step that goes on from the latents of the step before adds a correction by that step.
+    """
 
     model_name = "stable-diffusion-xl"
     description = "Loop step that moves the latents to the next time: one multiply-add with the step's coefficients."
-    inputs = declared(*shared_inputs("latents", "noise_pred", "step_coefficients", required=True))
-    intermediate_outputs = declared(_LATENTS)
+    inputs = declared(
+        *shared_inputs("latents", "noise_pred", "step_coefficients", required=True),
+        *shared_inputs("step_plan", "earlier_step"),
+    )
+    intermediate_outputs = declared(
+        _LATENTS, OutputParam("earlier_step", EarlierStep, "What a step of second order builds on, else None.")
+    )
 
     @torch.no_grad()
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
         a, b, _, _ = block_state.step_coefficients[i].unbind()
-        block_state.latents = apply_step(block_state.latents, block_state.noise_pred, a, b)
+        latents, noise_pred, plan = block_state.latents, block_state.noise_pred, block_state.step_plan
+        if plan is None or not plan.is_second_order:
+            block_state.latents = apply_step(latents, noise_pred, a, b)
+        else:
+            ratio = plan.step_ratio[i]
+            earlier = block_state.earlier_step if ratio else None
+            block_state.latents, block_state.earlier_step = second_order_step(
+                latents, noise_pred, a, b, ratio, earlier
+            )
         return components, block_state
 
 
@@ -260,7 +277,7 @@ class PeRFlowDenoiseStep(Assembled, LoopSequentialPipelineBlocks):
 
     def _run_all(self, components: Any, block_state: Any) -> None:
         """Runs all steps, with what blocks of the loop do before the first and after the last."""
-        block_state.noise_pred, block_state.stop_requested = None, False
+        block_state.noise_pred, block_state.earlier_step, block_state.stop_requested = None, None, False
         observers = [block for block in self.sub_blocks.values() if isinstance(block, LoopBlock)]
         for block in observers:
             block.start(components, block_state)
@@ -299,7 +316,10 @@ class PeRFlowInpaintDenoiseStep(PeRFlowDenoiseStep):
 def _predicted_clean(block_state: Any, i: int) -> Tensor:
     """The clean latents that step i predicts, from the latents after it: its start is (latents - B noise_pred) / A."""
     a, b, c, d = block_state.step_coefficients[i].unbind()
-    start = apply_step(block_state.latents, block_state.noise_pred, 1.0 / a, -b / a)
+    latents, earlier = block_state.latents, block_state.earlier_step
+    if earlier is not None and earlier.correction is not None:
+        latents = latents - earlier.correction
+    start = apply_step(latents, block_state.noise_pred, 1.0 / a, -b / a).to(block_state.latents.dtype)
     return apply_step(start, block_state.noise_pred, c, d)
 
 

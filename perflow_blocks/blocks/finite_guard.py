@@ -36,17 +36,18 @@ _REMEDY = "check the delta, the LoRAs and the latents that you passed (the VAE i
 class FiniteGuardStep(LoopBlock):
     """Checks once, after the last step, that all latents are finite.
 
-    With `on_nonfinite="raise"`, latents that are not finite are an error. With `"fallback"`, all steps are run again
-    in float32, with a warning; that needs memory for the networks in float32.
+    With `on_nonfinite="raise"`, latents that are not finite are an error. With `"fallback"`, all steps are run again,
+    with a warning: without the scheduler's theta, if it has one, and if that does not help in float32, which needs
+    memory for the networks in float32.
 
     Raises:
-        ValueError: latents are not finite, with `"fallback"` also after the run in float32.
+        ValueError: latents are not finite, with `"fallback"` also after these runs.
     """
 
     models: tuple[str, ...] = ("unet",)  # the components that the fallback runs in float32
     description = "Checks after the loop that the latents are finite; if not, raises or runs all steps in float32."
     expected_components = declared(guider_spec(), unet_spec())
-    inputs = declared(*shared_inputs("latents", required=True), *shared_inputs("on_nonfinite", "guider"))
+    inputs = declared(*shared_inputs("latents", required=True), *shared_inputs("on_nonfinite", "guider", "step_plan"))
     intermediate_outputs = declared(
         OutputParam("latents", Tensor, "Latents (batch, channels, height/f, width/f), all of them finite.")
     )
@@ -66,19 +67,33 @@ class FiniteGuardStep(LoopBlock):
         problem = not_finite("the latents", latents)
         if problem is None:
             return
+        plan = block_state.step_plan
+        if guider is not None and plan is not None and plan.uncorrected is not None:
+            block_state.step_plan = plan.uncorrected
+            block_state.step_coefficients = plan.uncorrected.coefficients(latents.device)
+            self._restart(components, block_state, beginning.clone(), copy.deepcopy(guider))
+            repeat(0)
+            if not_finite("the latents", block_state.latents) is None:
+                logger.warning(
+                    f"{problem}; all steps were run again without the scheduler's theta, which is at fault."
+                )
+                return
         advice, models = _advice(latents), [getattr(components, name) for name in self.models]
         require_float32_may_help(problem, beginning, models, _REMEDY, advice)
         if guider is None:
             raise ValueError(
                 f'{problem}; {advice}, or pass on_nonfinite="fallback"; if that does not help, {_REMEDY}.'
             )
-        block_state.latents = beginning
-        vars(guider_of_call(components, block_state)).update(guider)
+        self._restart(components, block_state, beginning, guider)
         with in_float32(models, vars(block_state), beginning.device):
             repeat(0)
         if not_finite("the latents", block_state.latents) is not None:
             raise ValueError(f"{problem}, nor are they in torch.float32; {_REMEDY}.")
         logger.warning(f"{problem}; all steps were run again in float32. To avoid the second run, {advice}.")
+
+    def _restart(self, components: Any, block_state: Any, latents: Tensor, guider: dict[str, Any]) -> None:
+        block_state.latents, block_state.earlier_step = latents, None
+        vars(guider_of_call(components, block_state)).update(guider)
 
 
 class ControlNetFiniteGuardStep(FiniteGuardStep):

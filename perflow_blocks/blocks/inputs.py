@@ -18,7 +18,7 @@ from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, Outpu
 from PIL import Image
 from torch import Tensor
 
-from ..core.step_plan import StepPlan
+from ..core.step_plan import EarlierStep, StepPlan
 from ..delta.recipe import DeltaRecipe
 from ..schedulers.scheduling_perflow import NOISINGS
 
@@ -139,6 +139,7 @@ _HANDED_ON = (
     param("delta_recipe", DeltaRecipe, "How the merged delta was distilled, from `merge_delta`; None without one."),
     param("step_plan", StepPlan, "The steps on the host: times, windows, coefficients."),
     param("step_coefficients", Tensor, "The plan's table (num_steps, 4) on the device, float32."),
+    param("earlier_step", EarlierStep, "What the solver kept of the step before, where it is of second order."),
     param("noise_coefficients", Tensor, "(P, Q) of `P x0 + Q noise` at each step and the end (num_steps + 1, 2)."),
     param("noise_pred", Tensor, "Guided prediction of this step, shaped like the latents."),
     param("noise", Tensor, "The noise of the known part, shaped like the latents."),

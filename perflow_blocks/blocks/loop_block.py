@@ -10,7 +10,7 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 Repeat = Callable[[int], object]
 """Runs the loop's steps again, from the given one to the last that ran."""
 
-LOOP_PROVIDES = frozenset({"window_index", "stop_requested", "noise_pred"})
+LOOP_PROVIDES = frozenset({"window_index", "stop_requested", "noise_pred", "earlier_step"})
 """What the loop itself puts on the block state: a block may require it, and no caller is asked for it."""
 
 

@@ -42,6 +42,7 @@ from ..schedulers.scheduling_perflow import (
 from .block_source import block_files
 from .merge_delta import delta_path, is_default_guider
 from .set_timesteps import OWN_ATTRIBUTE
+from .specs import SCHEDULER_SETTINGS
 
 DELTA_FILE = "delta/perflow_delta.safetensors"
 """Where the copy is. Not at the top: diffusers would take it for the weights of a component without a subfolder."""
@@ -220,7 +221,7 @@ def _windows(pipe: Any, problems: Problems) -> dict[str, Any]:
                 f"{name}={usual[name]}."
             )
     # None too: what the configuration says of windows would hold otherwise.
-    return {name: config[name] for name in ("prediction_type", "num_time_windows", "window_boundaries")}
+    return {name: config[name] for name in SCHEDULER_SETTINGS}
 
 
 def _attention(pipe: Any, values: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,14 @@ from ..delta.recipe import DeltaRecipe
 from ..schedulers.scheduling_perflow import PeRFlowScheduler, is_perflow_scheduler
 from .declare import declared
 from .inputs import shared_input, shared_inputs
-from .specs import DEFAULT_NUM_INFERENCE_STEPS, guider_spec, schedule_config_specs, scheduler_spec, unet_spec
+from .specs import (
+    DEFAULT_NUM_INFERENCE_STEPS,
+    SCHEDULER_SETTINGS,
+    guider_spec,
+    schedule_config_specs,
+    scheduler_spec,
+    unet_spec,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -196,7 +203,7 @@ def _snap(windows: TimeWindows, name: str, share: float) -> float:
 def _place_scheduler(components: Any, recipe: DeltaRecipe | None) -> PeRFlowScheduler:
     """Puts a PeRFlowScheduler in place that follows configuration and recipe, unless the user set one; returns it."""
     config = components.config
-    made_from = (recipe, config.prediction_type, config.num_time_windows, config.window_boundaries)
+    made_from = (recipe, *(config[name] for name in SCHEDULER_SETTINGS))
     with model_lock(components):  # threads that make the first call convert once
         current: Any = components.scheduler
         own = None if current is None else vars(current).get(OWN_ATTRIBUTE)
@@ -242,10 +249,13 @@ def _window_settings(config: Any, recipe: DeltaRecipe) -> dict[str, Any]:
     """
     configured, distilled = _boundaries(config), _boundaries(recipe)
     windows = recipe if configured is None else config
+    theta = _first(config.theta, recipe.theta if configured in (None, distilled) else None)
     settings = {
         "prediction_type": _first(config.prediction_type, recipe.prediction_type),
         "num_time_windows": windows.num_time_windows,
         "window_boundaries": windows.window_boundaries,
+        "solver_order": _first(config.solver_order, recipe.solver_order),
+        "theta": None if theta is None else [list(row) for row in theta],
     }
     pairs = {"prediction_type": (config.prediction_type, recipe.prediction_type), "windows": (configured, distilled)}
     for name, (used, other) in pairs.items():

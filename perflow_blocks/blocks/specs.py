@@ -17,6 +17,9 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, Co
 
 from ..attention.config import AttentionConfig
 
+SCHEDULER_SETTINGS = ("prediction_type", "num_time_windows", "window_boundaries", "solver_order", "theta")
+"""The configuration values that are settings of the PeRFlowScheduler too."""
+
 DEFAULT_NUM_INFERENCE_STEPS = 6
 DEFAULT_GUIDANCE_SCALE = 2.0
 """Recommended for the published SDXL weights (https://github.com/magic-research/piecewise-rectified-flow)."""
@@ -80,6 +83,8 @@ def schedule_config_specs() -> list[ConfigSpec]:
         "prediction_type": "What the UNet predicts: ddim_eps, diff_eps, velocity. None: the recipe's, else ddim_eps.",
         "num_time_windows": "Number of equal time windows, at least 1. None: the recipe's, else 4.",
         "window_boundaries": "Descending times from 1 (noise) to 0 (data). None: the recipe's, else equal windows.",
+        "solver_order": "1, or 2 for better images with more steps than windows. None: the recipe's, else 1.",
+        "theta": "Corrections (num_time_windows, 2) of the windows' steps, as of PeRFlowScheduler. None: the recipe's.",
         "default_num_inference_steps": f"Steps of a call that gives no number. None: the recipe's, else {steps}.",
     }
     return [ConfigSpec(name, None, description) for name, description in descriptions.items()]

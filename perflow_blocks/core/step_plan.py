@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ class StepPlan:
     `timesteps / num_train_timesteps`, and ends at `next_times`; the windows' fields are those of the window it lies
     in. The Euler step is `z' = A z + B output` with A, B = `sample_coeff`, `output_coeff`; the predicted clean sample
     is `x0 = C z + D output` with C, D = `x0_sample_coeff`, `x0_output_coeff`.
+
+    `step_ratio` is 0 for such an Euler step, and else the length of the step over that of the one before, on which
+    `second_order_step` builds. `uncorrected` is the same plan without the scheduler's `theta`, if that is set.
     """
 
     prediction_type: str
@@ -40,9 +44,16 @@ class StepPlan:
     output_coeff: tuple[float, ...]
     x0_sample_coeff: tuple[float, ...]
     x0_output_coeff: tuple[float, ...]
+    step_ratio: tuple[float, ...]
+    uncorrected: StepPlan | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    @property
+    def is_second_order(self) -> bool:
+        """Whether any step is."""
+        return any(self.step_ratio)
 
     def begins_window(self, i: int) -> bool:
         """Whether step i is the first of its window in this plan."""
@@ -50,8 +61,9 @@ class StepPlan:
 
     def section(self, first: int, stop: int) -> StepPlan:
         """Steps `first` to `stop - 1` alone: a run that begins late (image-to-image) or ends early."""
-        per_step = (field.name for field in fields(self) if field.name != "prediction_type")
-        return replace(self, **{name: getattr(self, name)[first:stop] for name in per_step})
+        cut: dict[str, Any] = {name: v[first:stop] for name, v in vars(self).items() if isinstance(v, tuple)}
+        cut["step_ratio"] = (0.0, *self.step_ratio[first + 1 : stop])  # nothing comes before the first step now
+        return replace(self, **cut, uncorrected=self.uncorrected and self.uncorrected.section(first, stop))
 
     def coefficients(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """The table (num_steps, 4) with the columns A, B, C, D, as a new tensor on the device."""
@@ -61,13 +73,22 @@ class StepPlan:
 
 
 def build_step_plan(
-    windows: TimeWindows, rows: Sequence[WindowAlpha], prediction_type: str, times: Sequence[float]
+    windows: TimeWindows,
+    rows: Sequence[WindowAlpha],
+    prediction_type: str,
+    times: Sequence[float],
+    *,
+    solver_order: int = 1,
+    theta: Sequence[Sequence[float]] | None = None,
 ) -> StepPlan:
     """The plan for steps that start at the given continuous times and end at the end of the last window.
 
     Each time is first truncated to its timestep, which is what the network sees. A schedule may begin inside any
     window (image-to-image does), but must hold every window start below: the velocity is constant inside a window
     only. `rows` are the windows' numbers, from `window_table`.
+
+    With `solver_order=2` all steps but the first of each window, and the first of all, are of second order. `theta`
+    holds for each window what is added to 1 as a factor of A and of B.
 
     Raises:
         ValueError: no times, repeated or ascending timesteps, one outside the windows, or a missing window start.
@@ -80,13 +101,21 @@ def build_step_plan(
     indices = tuple(windows.index(t) for t in starts)
     members = [rows[k] for k in indices]
     maps: list[tuple[float, ...]] = []
-    for t, stop, window in zip(starts, stops, members, strict=True):
+    for t, stop, window, k in zip(starts, stops, members, indices, strict=True):
         lam, eta = chord_coefficients(window, t, prediction_type)
         # Euler on the chord, z' = z + (t' - t) (z_e - z)/(e - t) with z_e = lam z + eta output.
         fraction = (stop - t) / (window.end - t)
-        x0_map = x0_coefficients(window, t, prediction_type)
-        maps.append(tuple(map(float, (1.0 + fraction * (lam - 1.0), fraction * eta, *x0_map))))
+        factor_a, factor_b = (1.0 + correction for correction in (theta[k] if theta else (0.0, 0.0)))
+        euler = (factor_a * (1.0 + fraction * (lam - 1.0)), factor_b * fraction * eta)
+        maps.append(tuple(map(float, (*euler, *x0_coefficients(window, t, prediction_type)))))
     a, b, c, d = zip(*maps, strict=True)
+    ratios = [0.0] * len(starts)
+    for i in range(1, len(starts)):
+        if solver_order == 2 and indices[i] == indices[i - 1]:
+            ratios[i] = (starts[i] - stops[i]) / (starts[i - 1] - stops[i - 1])
+    uncorrected = None
+    if theta:
+        uncorrected = build_step_plan(windows, rows, prediction_type, times, solver_order=solver_order)
     return StepPlan(
         prediction_type=prediction_type,
         timesteps=timesteps,
@@ -101,6 +130,8 @@ def build_step_plan(
         output_coeff=b,
         x0_sample_coeff=c,
         x0_output_coeff=d,
+        step_ratio=tuple(ratios),
+        uncorrected=uncorrected,
     )
 
 
@@ -118,6 +149,33 @@ def apply_step(sample: Tensor, output: Tensor, a: Scalar, b: Scalar) -> Tensor:
     else:
         total.add_(output, alpha=b)
     return total.to(sample.dtype)
+
+
+class EarlierStep(NamedTuple):
+    """What the next step of second order builds on."""
+
+    sample: Tensor  # a copy of where the step ended
+    change: Tensor  # the Euler step's z' - z, float32 or better
+    correction: Tensor | None  # what was added to the Euler step
+
+
+def second_order_step(
+    sample: Tensor, output: Tensor, a: Scalar, b: Scalar, ratio: Scalar, earlier: EarlierStep | None
+) -> tuple[Tensor, EarlierStep]:
+    """The Adams-Bashforth step `z' = z + change + r/2 (change - r earlier change)` with change = (a - 1) z + b output.
+
+    For equal steps, r = 1, that is `z + 3/2 change - 1/2 earlier change`. `ratio` r is a number or a 0-dimensional
+    tensor on the device. The step is the Euler step `a z + b output` where r is 0, where there is no `earlier` step,
+    and in each row whose sample is not the one that the earlier step ended with. Nothing is read back from the device.
+    """
+    wide = sample.to(torch.promote_types(sample.dtype, torch.float32))
+    change, after, correction = apply_step(wide, output, a - 1.0, b), apply_step(wide, output, a, b), None
+    if earlier is not None and earlier.sample.shape == sample.shape:
+        follows = (sample == earlier.sample).flatten(1).all(1)
+        correction = (change - ratio * earlier.change) * _weight(0.5 * ratio * follows, change, change.dtype)
+        after = after + correction
+    after = after.to(sample.dtype)
+    return after, EarlierStep(after.clone(), change, correction)
 
 
 def _weight(value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -42,6 +42,8 @@ class DeltaRecipe:
         base_model: repository or description of the model that dW was taken from.
         scheduler_config: the noise schedule it was distilled on, as a scheduler's configuration: beta_start, beta_end,
             beta_schedule, num_train_timesteps, trained_betas. Other keys are ignored.
+        solver_order: 1 or 2, the scheduler's.
+        theta: (K, 2) finite numbers, the scheduler's corrections. A file holds them as the tensor `perflow.theta`.
 
     Raises:
         ValueError: a value outside its range, or boundaries and a number of windows that disagree.
@@ -54,6 +56,8 @@ class DeltaRecipe:
     guidance_scale: float | None = None
     base_model: str | None = None
     scheduler_config: dict[str, Any] | None = None
+    solver_order: int | None = None
+    theta: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.prediction_type is not None and self.prediction_type not in PREDICTION_TYPES:
@@ -69,6 +73,8 @@ class DeltaRecipe:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= timesteps):
                 raise ValueError(f"{name}={value!r} must be an integer from 1 to {timesteps}, the training timesteps.")
+        if self.solver_order not in (None, 1, 2):
+            raise ValueError(f"solver_order={self.solver_order!r} must be 1 or 2.")
         if self.window_boundaries is None:
             return
         windows = tile_windows(num_windows=1, boundaries=self.window_boundaries, num_train_timesteps=timesteps)

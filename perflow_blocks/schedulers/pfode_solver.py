@@ -20,6 +20,8 @@ logger = logging.get_logger(__name__)
 
 TEACHER_PREDICTION_TYPES = ("epsilon", "v_prediction")
 
+_LENGTH_TOLERANCE = 0.01  # of a window
+
 UNet = Callable[..., Any]
 """Called as `unet(latents, timesteps, encoder_hidden_states=..., [added_cond_kwargs=...], return_dict=False)[0]`."""
 
@@ -70,13 +72,19 @@ class PFODESolver:
     Args:
         scheduler: any diffusers scheduler with `alphas_cumprod` whose `config.prediction_type` is `epsilon` or
             `v_prediction`. Its `final_alpha_cumprod`, if it has one, is abar below the first timestep.
+        order: 1 for DDIM, as published, or 2: each step but the first reuses the noise prediction of the step before,
+            a linear multistep method in sigma = sqrt((1 - abar) / abar) (Adams-Bashforth, the idea of DPM-Solver++ 2M,
+            arXiv 2211.01095). With the same number of calls its error is about half of DDIM's.
 
     Raises:
-        ValueError: the scheduler has no alphas, or another prediction type.
+        ValueError: the scheduler has no alphas, or another prediction type, or the order is neither 1 nor 2.
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, order: int = 1) -> None:
         name = type(scheduler).__name__
+        if order not in (1, 2):
+            raise ValueError(f"order={order!r} must be 1 (DDIM) or 2.")
+        self.order = order
         if not hasattr(scheduler, "alphas_cumprod"):
             raise ValueError(f"scheduler={name} must have alphas_cumprod, as DDIMScheduler has.")
         self.prediction_type: str = scheduler.config.prediction_type
@@ -102,7 +110,7 @@ class PFODESolver:
         negative_prompt_embeds: Tensor | None = None,
         **settings: Any,
     ) -> Tensor:
-        """The latents (batch, channels, height, width) at `t_end`, by DDIM steps (eta = 0), in the latents' type.
+        """The latents (batch, channels, height, width) at `t_end`, by deterministic steps, in the latents' type.
 
         Args:
             latents: (batch, channels, height, width) at t_start; float32 is advised whatever the UNet's type.
@@ -138,7 +146,7 @@ class PFODESolver:
 
         Args:
             guidance_scale: at least 1, which is no guidance.
-            num_steps: DDIM steps.
+            num_steps: steps, each with one call of the UNet.
             num_windows: number K of equal windows: each step goes down `T // (K num_steps)` timesteps, as published.
                 With None each row's own t_start and t_end decide, for windows of unequal lengths.
         """
@@ -146,12 +154,14 @@ class PFODESolver:
         _check_times(t_start, t_end)
         start, end = _rows("t_start", t_start, latents), _rows("t_end", t_end, latents)
         stride = self._stride(num_steps, num_windows)
+        if num_windows is not None:
+            _check_length(t_start, t_end, num_windows)
         guider = None
         if guidance_scale > 1.0 and negative is not None:
             positive, guider = positive.join(negative), self._guiders.get(guidance_scale)
             if guider is None:
                 guider = self._guiders[guidance_scale] = ClassifierFreeGuidance(guidance_scale=guidance_scale)
-        alphas = self._alphas.to(latents.device)
+        alphas, earlier = self._alphas.to(latents.device), None
         for k in range(num_steps):
             index, following = (self._index(start + (end - start) * (step / num_steps)) for step in (k, k + 1))
             if stride is not None:
@@ -159,7 +169,15 @@ class PFODESolver:
             index = index.clamp(0, self.num_train_timesteps - 1)
             output = _predict(unet, latents, index, positive, guider)
             alpha, alpha_next = alphas[index + 1], alphas[following.clamp(min=-1) + 1]
-            latents = apply_step(latents, output, *teacher_coefficients(alpha, alpha_next, self.prediction_type))
+            if self.order == 1:
+                latents = apply_step(latents, output, *teacher_coefficients(alpha, alpha_next, self.prediction_type))
+                continue
+            noise = output
+            if self.prediction_type == "v_prediction":  # eps = sqrt(1 - abar) z + sqrt(abar) v
+                noise = apply_step(latents, output, (1.0 - alpha) ** 0.5, alpha**0.5)
+            length = _sigma(alpha_next) - _sigma(alpha)
+            mean = noise if earlier is None else _extrapolated(noise, length, *earlier)
+            latents, earlier = apply_step(latents, mean, *ddim_coefficients(alpha, alpha_next)), (noise, length)
         return latents
 
     def _index(self, t: Tensor) -> Tensor:
@@ -188,7 +206,10 @@ class PFODESolver:
 
 
 class PFODESolverSDXL(PFODESolver):
-    """`PFODESolver` with SDXL's added conditions: pooled embeddings and time ids."""
+    """`PFODESolver` with SDXL's added conditions: pooled embeddings and time ids.
+
+    Its defaults are the published ones for SDXL, 10 steps in each of 4 windows.
+    """
 
     def solve(  # type: ignore[override]
         self,
@@ -203,6 +224,8 @@ class PFODESolverSDXL(PFODESolver):
         negative_pooled_prompt_embeds: Tensor | None = None,
         resolution: int = 1024,
         add_time_ids: Tensor | None = None,
+        num_steps: int = 10,
+        num_windows: int | None = 4,
         **settings: Any,
     ) -> Tensor:
         """As `PFODESolver.solve`, with SDXL's conditions.
@@ -224,6 +247,7 @@ class PFODESolverSDXL(PFODESolver):
         negative = None
         if negative_prompt_embeds is not None and negative_pooled_prompt_embeds is not None:
             negative = sdxl_conditioning(negative_prompt_embeds, negative_pooled_prompt_embeds, time_ids)
+        settings |= {"num_steps": num_steps, "num_windows": num_windows}
         return self.solve_conditioned(latents, unet, t_start, t_end, positive, negative, **settings)
 
 
@@ -238,6 +262,19 @@ def _predict(
         return output
     pred_cond, pred_uncond = output.chunk(2)
     return guider.forward(pred_cond, pred_uncond).pred
+
+
+def _sigma(alpha: Tensor) -> Tensor:
+    return ((1.0 - alpha) / alpha) ** 0.5
+
+
+def _extrapolated(noise: Tensor, length: Tensor, noise_before: Tensor, length_before: Tensor) -> Tensor:
+    """The mean noise of a step from predictions (batch, ...) at its start and the start of the one before.
+
+    A line through both, whose mean over the step is `(1 + r/2) noise - r/2 noise_before` for steps in the ratio r.
+    """
+    half = 0.5 * length / torch.where(length_before == 0.0, torch.inf, length_before)
+    return apply_step(noise, noise_before, 1.0 + half, -half)
 
 
 def _check_conditions(
@@ -268,9 +305,23 @@ def _rows(name: str, t: float | Tensor, latents: Tensor) -> Tensor:
 
 
 def _check_times(t_start: float | Tensor, t_end: float | Tensor) -> None:
-    """Checks times that lie on the host; reading a tensor back from a device would stall it."""
-    if any(isinstance(t, Tensor) and t.device.type != "cpu" for t in (t_start, t_end)):
+    if not _are_on_host(t_start, t_end):
         return
     start, end = torch.as_tensor(t_start), torch.as_tensor(t_end)
     if not bool(((0.0 <= end) & (end < start) & (start <= 1.0)).all()):
         raise ValueError(f"{t_start=} and {t_end=} must be times with 0 <= t_end < t_start <= 1 in every row.")
+
+
+def _check_length(t_start: float | Tensor, t_end: float | Tensor, num_windows: int) -> None:
+    """Refuses times that are not one of `num_windows` equal windows apart, whose ends the steps would miss."""
+    if not _are_on_host(t_start, t_end):
+        return
+    lengths = (torch.as_tensor(t_start) - torch.as_tensor(t_end)) * num_windows
+    if bool(((lengths - 1.0).abs() > _LENGTH_TOLERANCE).any()):
+        rule = f"must lie 1/{num_windows} apart, the length of each of num_windows={num_windows} equal windows"
+        raise ValueError(f"{t_start=} and {t_end=} {rule}; pass another num_windows, or None for any times.")
+
+
+def _are_on_host(*times: float | Tensor) -> bool:
+    """Whether times can be checked: reading a tensor back from a device would stall it."""
+    return not any(isinstance(t, Tensor) and t.device.type != "cpu" for t in times)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import ItemsView, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import BaseOutput, logging
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..core.noise_schedule import alpha_at, make_alphas_cumprod
@@ -22,7 +24,15 @@ from ..core.parameterization import (
     window_alpha,
     window_table,
 )
-from ..core.step_plan import StepPlan, apply_step, build_step_plan, select_row, truncated_timestep
+from ..core.step_plan import (
+    EarlierStep,
+    StepPlan,
+    apply_step,
+    build_step_plan,
+    second_order_step,
+    select_row,
+    truncated_timestep,
+)
 from ..core.windows import TimeWindows, require_positive_int, tile_windows
 
 logger = logging.get_logger(__name__)
@@ -40,6 +50,11 @@ NOISINGS = ("chord", "marginal")
 OWN_TYPE, BASE_TYPE = "_perflow_prediction_type", "_base_prediction_type"
 """Keys of the configuration: the scheduler's own `prediction_type`, and that of the base model if it is not `epsilon`.
 Other classes keep keys with an underscore, so that `from_config` leads there and back."""
+
+OWN_ORDER = "_perflow_solver_order"
+"""The key for this class's `solver_order`, a name that multistep schedulers use for a setting of their own."""
+
+STATE_FILE, STATE_VERSION = "scheduler_state.safetensors", 1
 
 
 @dataclass
@@ -95,9 +110,14 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         window_boundaries: descending times from `t_noise` to `t_clean` for unequal windows. They decide the number of
             windows, and `config.num_time_windows` follows them.
         t_noise, t_clean: continuous times where sampling starts, in (0, 1], and ends, in [0, 1).
+        solver_order: 1 for Euler steps, as published, or 2, which improves runs of more steps than windows at no cost:
+            each step but the first of its window builds on the one before (Adams-Bashforth).
+        theta: (num_time_windows, 2), relative corrections of each window's steps: `z' = (1 + theta_0) A z +
+            (1 + theta_1) B output`. None is no correction. `calibrate_theta` fits it.
 
     Raises:
-        ValueError: unknown types or schedules, betas outside (0, 1), or windows that do not tile (t_clean, t_noise].
+        ValueError: unknown types or schedules, betas outside (0, 1), windows that do not tile (t_clean, t_noise], or
+            a theta that is not finite or not of this shape.
     """
 
     config_name = SCHEDULER_CONFIG_NAME
@@ -119,7 +139,11 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         window_boundaries: Sequence[float] | None = None,
         t_noise: float = 1.0,
         t_clean: float = 0.0,
+        solver_order: int = 1,
+        theta: Sequence[Sequence[float]] | Tensor | None = None,
     ) -> None:
+        if solver_order not in (1, 2):
+            raise ValueError(f"solver_order={solver_order!r} must be 1 or 2.")
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(
                 f"prediction_type={prediction_type!r} must be one of {', '.join(PREDICTION_TYPES)}, "
@@ -146,12 +170,15 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         self._rows = window_table(self.windows, self._alphas, final_alpha_cumprod=self.final_alpha_cumprod)
         if boundaries is not None:  # a list and a matching count, so that the saved JSON reads back as it is
             self.register_to_config(window_boundaries=list(boundaries), num_time_windows=len(boundaries) - 1)
-        # `from_config` of another class skips the keys listed here, and so gets `epsilon`, its own default.
-        self.register_to_config(**{"_use_default_values": ["prediction_type"], OWN_TYPE: prediction_type})
+        self.set_theta(theta)
+        # `from_config` of another class skips the keys listed here, and so gets its own defaults.
+        own = {OWN_TYPE: prediction_type, OWN_ORDER: solver_order}
+        self.register_to_config(**{"_use_default_values": ["prediction_type", "solver_order"], **own})
         self.plan: StepPlan | None = None
         self.num_inference_steps: int | None = None
         self.timesteps: Tensor = torch.arange(num_train_timesteps, 0, -1)
-        self._coefficients: Tensor = torch.empty(0, 4)
+        self._coefficients: Tensor = torch.empty(0, 5)
+        self._earlier: EarlierStep | None = None
 
     @property
     def config(self) -> Any:
@@ -161,12 +188,17 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in diffusers; `prediction_type` comes back from what another class took over of this one's settings."""
+        """As in diffusers; this class's `prediction_type` and `solver_order` come back from what another class kept.
+
+        A `solver_order` of another class is not taken over.
+        """
         if isinstance(config, Mapping):
             known = [kind for kind in map(config.get, ("prediction_type", OWN_TYPE)) if kind in PREDICTION_TYPES]
             if known:
                 kwargs.setdefault("prediction_type", known[0])
-            kept = {key: config[key] for key in config if key not in (OWN_TYPE, BASE_TYPE)}
+            order = config.get("solver_order", 1) if config.get("_class_name") == cls.__name__ else 1
+            kwargs.setdefault("solver_order", config.get(OWN_ORDER, order))
+            kept = {key: config[key] for key in config if key not in (OWN_TYPE, BASE_TYPE, OWN_ORDER)}
             config = {**kept, **_base_type(config)}
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
@@ -199,6 +231,80 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         made.register_to_config(**settings_of_others(config))
         return made
 
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in diffusers. Theta is in the configuration, and if it is set also in `scheduler_state.safetensors`."""
+        file = Path(save_directory) / STATE_FILE
+        if self._theta is None:
+            file.unlink(missing_ok=True)
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({f"perflow.{k}": torch.as_tensor(v) for k, v in self.state_dict()["perflow"].items()}, file)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As in diffusers. In a directory, a `scheduler_state.safetensors` beside the configuration is loaded too."""
+        made = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        file = Path(pretrained_model_name_or_path, subfolder or "", STATE_FILE)
+        if file.is_file():
+            state = {name.removeprefix("perflow."): value for name, value in load_file(file).items()}
+            (made[0] if isinstance(made, tuple) else made).load_state_dict({"perflow": state})
+        return made
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """`{"perflow": {...}}` with the corrections and the windows that they are for.
+
+        `theta` (num_time_windows, 2), zeros where none is set, and `segment_boundaries` (num_time_windows + 1,) are
+        float64 tensors, `segments` (the number of windows) and `version` integers.
+        """
+        theta = torch.tensor(self._theta or ((0.0, 0.0),) * self.windows.num_windows, dtype=torch.float64)
+        boundaries = torch.tensor(self.windows.boundaries, dtype=torch.float64)
+        windows = {"segments": self.windows.num_windows, "segment_boundaries": boundaries}
+        return {"perflow": {"theta": theta, **windows, "version": STATE_VERSION}}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], strict: bool = True) -> list[str]:
+        """Takes theta from what `state_dict` returned, for the plans that are made from now on.
+
+        Args:
+            state: of a scheduler with the same windows, which are compared, not loaded.
+            strict: whether anything that does not fit is an error. If not, a theta of the right shape is loaded.
+
+        Returns:
+            The names of the entries that are missing, unknown, of another shape, or of other windows.
+
+        Raises:
+            ValueError: a theta that is not finite, or with `strict` any such entry. The scheduler is then as it was.
+        """
+        own, given = self.state_dict()["perflow"], dict(state.get("perflow", {}))
+        wrong = own.keys() ^ given.keys()
+        for name in own.keys() & given.keys():
+            mine, other = torch.as_tensor(own[name]), torch.as_tensor(given[name])
+            same = mine.shape == other.shape and (name == "theta" or torch.allclose(mine.double(), other.double()))
+            wrong |= set() if same else {name}
+        if wrong and strict:
+            raise ValueError(
+                f"{', '.join(sorted(wrong))} of the state are missing, unknown, or of other windows than "
+                f"{self.windows.boundaries}; load a state of the same windows, or pass strict=False."
+            )
+        if "theta" not in wrong:
+            self.set_theta(given["theta"])
+        return sorted(wrong)
+
+    def set_theta(self, theta: Sequence[Sequence[float]] | Tensor | None) -> None:
+        """Replaces theta, for the plans that are made from now on. A ValueError leaves it as it was."""
+        if theta is not None:
+            count = self.windows.num_windows
+            try:
+                given = torch.as_tensor(theta, dtype=torch.float64)
+            except (TypeError, ValueError, RuntimeError):
+                given = torch.empty(0)
+            if given.shape != (count, 2) or not bool(given.isfinite().all()):
+                shown = " ".join(str(theta).split())
+                raise ValueError(f"theta={shown} must hold 2 finite numbers for each of {count} windows.")
+            theta = given.tolist()  # lists of numbers, as JSON has them
+        self._theta = None if theta is None else tuple(map(tuple, theta))
+        self.register_to_config(theta=theta)
+
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
 
@@ -226,7 +332,9 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
             times = _even_times(windows, num_inference_steps)
             if num_inference_steps < (count := len(times)):
                 logger.warning(f"{num_inference_steps=} is below num_time_windows={count}; {count} steps run.")
-        return _cached_plan(windows, self._rows, self._internal_dict["prediction_type"], times)
+        config = self._internal_dict
+        more = {"solver_order": config["solver_order"], "theta": self._theta}
+        return _cached_plan(windows, self._rows, config["prediction_type"], times, **more)
 
     def set_timesteps(
         self,
@@ -241,14 +349,20 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
     def keep_plan(self, plan: StepPlan, timesteps: Tensor, coefficients: Tensor) -> None:
         """Has `step` follow a plan, with its timesteps (num_steps,) and coefficients (num_steps, 4) on the device."""
         self.plan, self.num_inference_steps = plan, len(plan)
-        self.timesteps, self._coefficients = timesteps, coefficients
+        self.timesteps, self._coefficients, self._earlier = timesteps, coefficients, None
+        if plan.is_second_order:
+            ratios = torch.tensor(plan.step_ratio, dtype=coefficients.dtype).to(coefficients.device)
+            self._coefficients = torch.cat([coefficients, ratios[:, None]], dim=1)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """The sample itself: the UNet of a PeRFlow model takes it unscaled."""
         return sample
 
     def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
-        """One Euler step along the window's straight line, from `timestep` to the next one of the schedule.
+        """One step along the window's straight line, from `timestep` to the next one of the schedule.
+
+        With `solver_order=2` the scheduler keeps the last step that it took, until `set_timesteps`; a step that starts
+        with another sample than that one ended with is an Euler step. So threads cannot share a scheduler at order 2.
 
         Args:
             model_output: the UNet's (guided) prediction, (batch, channels, height, width).
@@ -260,8 +374,11 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: no schedule yet, or a timestep (readable on the host) that is not in it.
         """
-        a, b, c, d = self._step_coefficients(timestep)
-        prev_sample = apply_step(sample, model_output, a, b)
+        a, b, c, d, *ratio = self._step_coefficients(timestep)
+        if ratio:
+            prev_sample, self._earlier = second_order_step(sample, model_output, a, b, ratio[0], self._earlier)
+        else:
+            prev_sample = apply_step(sample, model_output, a, b)
         pred_original_sample = apply_step(sample, model_output, c, d)
         if not return_dict:
             return prev_sample, pred_original_sample
@@ -318,7 +435,9 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         return window_alpha(self.windows, self._rows, t)
 
     def _step_coefficients(self, timestep: float | Tensor) -> Sequence[Scalar]:
-        """A, B, C, D of a timestep: numbers if it lies on the host, else elements of the table on the device."""
+        """A, B, C, D of a timestep, and the ratio of a plan of second order: numbers if it lies on the host, else
+        elements of the table on the device.
+        """
         plan = self.plan
         if plan is None:
             raise ValueError("The scheduler has no schedule yet; call set_timesteps before step.")
@@ -331,7 +450,8 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         if value not in plan.timesteps:
             raise ValueError(f"timestep={value} must be in {list(plan.timesteps)}; call set_timesteps for others.")
         i = plan.timesteps.index(value)
-        return plan.sample_coeff[i], plan.output_coeff[i], plan.x0_sample_coeff[i], plan.x0_output_coeff[i]
+        euler = (plan.sample_coeff[i], plan.output_coeff[i], plan.x0_sample_coeff[i], plan.x0_output_coeff[i])
+        return (*euler, plan.step_ratio[i]) if plan.is_second_order else euler
 
 
 @functools.lru_cache(maxsize=128)

@@ -36,8 +36,10 @@ def test_guidance_over_part_of_the_steps_repeats_from_run_to_run() -> None:
     assert torch.equal(first, again)
 
 
-def test_loop_equals_two_calls_and_manual_guidance() -> None:
+@pytest.mark.parametrize("order", [1, 2])
+def test_loop_equals_two_calls_and_manual_guidance(order: int) -> None:
     pipe = make_pipeline(guider=ClassifierFreeGuidance(guidance_scale=3.0))
+    pipe.update_components(solver_order=order)
     start = torch.randn(2, 4, 16, 16, generator=generator(5))
     state = pipe(
         prompt=["a star", "a ring"],
@@ -49,7 +51,7 @@ def test_loop_equals_two_calls_and_manual_guidance() -> None:
         output_type="latent",
     )
 
-    scheduler = PeRFlowScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler = PeRFlowScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", solver_order=order)
     scheduler.set_timesteps(5)
 
     def predict(latents: torch.Tensor, t: torch.Tensor, prefix: str) -> torch.Tensor:
@@ -145,6 +147,22 @@ def test_a_block_inserted_into_the_loop_runs_with_its_own_input() -> None:
     assert torch.equal(unchanged, plain)
     assert not torch.allclose(halved, plain)
     assert "gain" in pipe.blocks.input_names and LOOP_PROVIDES.isdisjoint(pipe.blocks.input_names)
+
+
+def test_latents_that_a_block_changed_take_an_euler_step() -> None:
+    """Of two images one is changed after the first step; only the other goes on in second order."""
+
+    def change(components: Any, block_state: Any, i: int) -> None:
+        if i == 0:
+            block_state.latents = block_state.latents + torch.tensor([0.0, 0.1]).reshape(2, 1, 1, 1)
+
+    latents = []
+    for order in (1, 2):
+        pipe = make_pipeline(blocks_with("spy", Spy, after="solver"))
+        pipe.update_components(solver_order=order, num_time_windows=1)
+        latents.append(run(pipe, prompt=["a", "b"], spy=change, num_inference_steps=2))
+    torch.testing.assert_close(latents[0][1], latents[1][1], rtol=0, atol=0)
+    assert not torch.allclose(latents[0][0], latents[1][0], rtol=1e-3, atol=1e-3)
 
 
 def test_half_given_conditions_are_a_clear_error() -> None:

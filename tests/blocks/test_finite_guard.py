@@ -104,6 +104,18 @@ def assert_near(result: Tensor, clean: Tensor, share: float = 0.03) -> None:
 
 
 @pytest.mark.behaviour
+def test_a_theta_at_fault_is_left_out_of_the_second_run(caplog: pytest.LogCaptureFixture) -> None:
+    huge = [[0.0, 0.0], [1e39, 0.0], [0.0, 0.0], [0.0, 0.0]]
+    pipe, plain = loop_pipeline("text2image"), loop_pipeline("text2image")
+    pipe.update_components(theta=huge)
+    calls = count_unet_calls(pipe)
+    assert "not finite" in complaint(pipe)
+    result = run(pipe, num_inference_steps=5, on_nonfinite="fallback")
+    assert calls == [2] * 15 and torch.equal(result, run(plain, num_inference_steps=5))
+    assert "without the scheduler's theta" in caplog.text
+
+
+@pytest.mark.behaviour
 def test_blocks_that_write_into_the_latents_do_so_once() -> None:
     def halve(components: Any, block_state: Any, i: int) -> None:
         if i in (0, 2):  # step 0 writes into the latents that the run starts with

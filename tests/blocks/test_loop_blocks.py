@@ -61,11 +61,12 @@ def test_the_callback_is_told_where_the_run_is() -> None:
         seen[0].step = 3
 
 
-@pytest.mark.parametrize("step", [0, 3])
-def test_a_stopped_run_ends_with_the_clean_latents_it_predicts(step: int) -> None:
+@pytest.mark.parametrize(("step", "order"), [(0, 1), (3, 1), (1, 2)])
+def test_a_stopped_run_ends_with_the_clean_latents_it_predicts(step: int, order: int) -> None:
     blocks = blocks_with("spy", Spy, before="solver")
     insert_loop_block(blocks, "callback", StepCallbackStep, after="solver")
     pipe = make_pipeline(blocks)
+    pipe.update_components(solver_order=order)
     calls, fed = count_unet_calls(pipe), []
     state = pipe(
         prompt="a red star",
@@ -80,6 +81,7 @@ def test_a_stopped_run_ends_with_the_clean_latents_it_predicts(step: int) -> Non
     assert pipe.guider._step is None  # or the next prompt might be encoded without its negative
     clean = predicted_clean(5, step, *fed[-1])
     torch.testing.assert_close(state.values["images"], clean, rtol=1e-4, atol=1e-4 * clean.abs().max().item())
+    pipe.update_components(solver_order=1)
     assert torch.equal(run(pipe, num_inference_steps=5), run(make_pipeline(), num_inference_steps=5))
 
 

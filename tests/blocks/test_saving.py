@@ -32,6 +32,7 @@ from perflow_blocks import (
 )
 from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
 from perflow_blocks.blocks import merge_delta as block
+from perflow_blocks.blocks.specs import SCHEDULER_SETTINGS
 from perflow_blocks.blocks.loop_block import LoopBlock
 from perflow_blocks.blocks.merge_delta import guidance_in_effect
 from perflow_blocks.blocks.workflows import PeRFlowSDXLText2ImageBlocks
@@ -63,7 +64,9 @@ def from_init_pipeline() -> Any:
     pipe = loaded(PeRFlowSDXLText2ImageBlocks().init_pipeline(weights_directory()))
     pipe.update_components(
         guider=AdaptiveProjectedGuidance(1.5, eta=0.3),
-        scheduler=PeRFlowScheduler.from_scheduler(pipe.scheduler, num_time_windows=2),
+        scheduler=PeRFlowScheduler.from_scheduler(
+            pipe.scheduler, num_time_windows=2, solver_order=2, theta=[[0.01, 0.0], [0.0, -0.02]]
+        ),
         attention=AttentionConfig({"self": "sliced"}),
     )
     return pipe
@@ -101,7 +104,7 @@ def arrangement(block: Any) -> Any:
 def facts(pipe: Any) -> Any:
     """What is to come back of a pipeline that was called."""
     scheduler = pipe.scheduler.config
-    windows = [scheduler[name] for name in ("prediction_type", "num_time_windows", "window_boundaries", "beta_start")]
+    windows = [scheduler[name] for name in (*SCHEDULER_SETTINGS, "beta_start")]
     guider = [type(pipe.guider).__name__, guidance_in_effect(pipe.guider, pipe.config.guidance_scale, None)]
     loaded = sorted(name for name, component in pipe.components.items() if component is not None)
     return [arrangement(pipe.blocks), windows, guider, str(pipe.attention.report()), loaded]
