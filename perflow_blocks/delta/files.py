@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -20,6 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .recipe import DeltaRecipe
+
+DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+"""The types that a delta may have and be merged into, as safetensors calls them."""
 
 CHUNK = 1 << 20  # values that are worked on at a time: few enough for a processor's cache, enough for all its cores
 SAMPLE = 32  # how many values at either end of a tensor identify it
@@ -38,29 +41,75 @@ _STEM = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _WEIGHTS = re.compile(re.escape(_STEM) + r"(?:\.(.+?))?\.safetensors(?:\.index(?:\.(.+))?\.json)?")
 
-Stamp = tuple[tuple[str, tuple[int, int], tuple[int, int]], ...]
+Stamp = tuple[tuple[str, int, int, int, int], ...]
 """Of each file: path; device and inode, which tell a file that was replaced; size and time of change (ns)."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class Weights(ABC):
-    """Floating-point tensors by name, one of them in memory at a time. A deep copy is the same object."""
+class _File:
+    """A memory-mapped safetensors file, which may be replaced or deleted while it is open, but not written to."""
 
-    label: str  # in messages, for example a path
-    shapes: Shapes
-    metadata: Mapping[str, str]
-    stamp: Stamp = ()  # of their files; empty for weights that are not files
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.handle: Any = safe_open(str(path), framework="pt", device="cpu")
 
-    @abstractmethod
     def tensor(self, name: str) -> Tensor:
-        """One tensor. The caller must not write to it."""
+        tensor: Tensor = self.handle.get_tensor(name)
+        return tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _File, (self.path,)
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Floating-point tensors by name, one of them in memory at a time. A deep copy is the same object.
+
+    Attributes:
+        label: names them in messages, for example a path.
+        shapes: of the tensors.
+        places: how each is read, and the name that it has there.
+        metadata: of their files.
+        stamp: of their files; empty for weights that are not files.
+        base: weights of the same names that are subtracted from these, or None.
+    """
+
+    label: str
+    shapes: Shapes
+    places: Mapping[str, tuple[Callable[[str], Tensor], str]]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    stamp: Stamp = ()
+    base: Weights | None = None
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, which the caller must not write to; of a difference in float32 on the first one's device."""
+        read, own = self.places[name]
+        tensor = read(own).detach()
+        if self.base is None:
+            return tensor
+        # In half precision the small difference would be rounded to the spacing of the large weights.
+        return tensor.float() - self.base.tensor(name).to(tensor.device).float()
+
+    def renamed(self, names: Mapping[str, str]) -> Weights:
+        """Some of the weights under other names, {new: old}."""
+        shapes = {new: self.shapes[old] for new, old in names.items()}
+        places = {new: self.places[old] for new, old in names.items()}
+        return replace(self, shapes=shapes, places=places, base=self.base and self.base.renamed(names))
+
+    def minus(self, base: Weights) -> Weights:
+        """The difference, formed when it is read; ValueError unless names and shapes agree."""
+        mismatch = describe_mismatch(self.shapes, base.shapes, given="the student", expected="the base")
+        if mismatch:
+            raise ValueError(f"{self.label} and {base.label} do not match: {mismatch}.")
+        return replace(self, label=f"{self.label} minus {base.label}", stamp=self.stamp + base.stamp, base=base)
 
     def require_unchanged(self) -> None:
         """Raises ValueError if a file was written to since it was opened."""
-        for path, inode, state in self.stamp:
+        for path, *state in self.stamp:
             # A file that was replaced or deleted is still mapped with its old contents.
-            if os.path.exists(path) and (now := stamp_of([path])[0])[1] == inode and now[2] != state:
+            now = list(stamp_of([path])[0][1:]) if os.path.exists(path) else state
+            if now[:2] == state[:2] and now != state:
                 raise ValueError(f"{self.label} was written to since it was opened; load the model again.")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Weights:
@@ -71,82 +120,65 @@ Delta = str | os.PathLike[str] | Mapping[str, Tensor] | Weights
 """Weights: a file or folder that `open_weights` reads, a mapping as `extract_delta` gives, or what is open already."""
 
 
-class MappingWeights(Weights):
-    """A mapping's own tensors, by reference."""
-
-    def __init__(self, weights: Mapping[str, Tensor], label: str = "the mapping") -> None:
-        self.label, self.metadata, self._tensors = label, dict[str, str](), weights
-        self.shapes = {name: tuple(t.shape) for name, t in weights.items() if t.is_floating_point()}
-        if not self.shapes:
-            raise ValueError(f"{label} holds no floating-point tensors.")
-
-    def tensor(self, name: str) -> Tensor:
-        return self._tensors[name].detach()
+def mapping_weights(tensors: Mapping[str, Tensor], label: str = "the mapping") -> Weights:
+    """A mapping's own tensors, by reference; ValueError without any."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in floating_entries(tensors).items()}
+    if not shapes:
+        raise ValueError(f"{label} holds no floating-point tensors.")
+    return Weights(label, shapes, {name: (tensors.__getitem__, name) for name in shapes})
 
 
-class FileWeights(Weights):
-    """A memory-mapped safetensors file, or a checkpoint's shards, which may be replaced or deleted, not written to."""
-
-    def __init__(self, paths: Sequence[Path], label: str) -> None:
-        self._paths, self._files = paths, dict[str, Any]()
-        self.label, self.shapes, self.metadata = label, {}, {}
-        for path in map(str, paths):
-            try:
-                file: Any = safe_open(path, framework="pt", device="cpu")
-                slices = {name: file.get_slice(name) for name in file.keys()}
-                shapes = {n: tuple(part.get_shape()) for n, part in slices.items() if "F" in part.get_dtype()}
-                self.metadata |= file.metadata() or {}
-            except (SafetensorError, OSError, ValueError) as error:
-                raise ValueError(
-                    f"{path} is not a complete safetensors file ({error}); download or extract it again."
-                ) from error
-            self.shapes |= shapes
-            self._files |= dict.fromkeys(shapes, file)
-        if not self.shapes:
-            raise ValueError(f"{self.label} holds no floating-point tensors; pass a file of weights.")
-        self.stamp = stamp_of(paths)
-
-    def tensor(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return FileWeights, (self._paths, self.label)
+def opened(delta: Delta, what: str = "delta") -> Weights:
+    """The weights of a delta in any form; messages call it `what`. A mapping's tensors are not copied."""
+    if isinstance(delta, Weights):
+        return delta
+    if not isinstance(delta, (str, os.PathLike, Mapping)):
+        raise ValueError(f"{what}={type(delta).__name__} must be a file, a folder or a mapping of names to tensors.")
+    return mapping_weights(delta) if isinstance(delta, Mapping) else open_weights(delta)
 
 
-class RenamedWeights(Weights):
-    """Some of the weights under other names, {new: old}."""
+def open_weights(path: str | os.PathLike[str], variant: str | None = None, *, allow_pickle: bool = False) -> Weights:
+    """The weights at a path: a file, the index of shards, or a folder of either, as diffusers saves models.
 
-    def __init__(self, weights: Weights, names: Mapping[str, str]) -> None:
-        self._weights, self._names = weights, names
-        self.label, self.metadata, self.stamp = weights.label, weights.metadata, weights.stamp
-        self.shapes = {new: weights.shapes[old] for new, old in names.items()}
+    A folder may be the model's own or a pipeline's, whose UNet is then meant; of several variants `variant` chooses
+    one. Pickles (.bin, .pt, .ckpt) are read only with `allow_pickle`, memory-mapped and without running their code.
 
-    def tensor(self, name: str) -> Tensor:
-        return self._weights.tensor(self._names[name])
-
-
-class DifferenceWeights(Weights):
-    """`student - base` in float32 on the student's device, formed when it is read."""
-
-    def __init__(self, student: Weights, base: Weights) -> None:
-        mismatch = describe_mismatch(student.shapes, base.shapes, given="the student", expected="the base")
-        if mismatch:
-            raise ValueError(f"{student.label} and {base.label} do not match: {mismatch}.")
-        self._pair = (student, base)
-        self.label = f"{student.label} minus {base.label}"
-        self.shapes, self.metadata = student.shapes, student.metadata
-        self.stamp = student.stamp + base.stamp
-
-    def tensor(self, name: str) -> Tensor:
-        student, base = (weights.tensor(name).detach() for weights in self._pair)
-        # In half precision the small difference would be rounded to the spacing of the large weights.
-        return student.float() - base.to(student.device).float()
+    Raises:
+        ValueError: nothing there, several variants and none named, a file that is broken, or a pickle.
+    """
+    paths, label = weight_files(path, variant), str(Path(path).expanduser())
+    if paths[0].suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        if not allow_pickle:
+            raise ValueError(f"{label} is a pickle, which can hold code; convert it, or pass allow_pickle=True.")
+        try:
+            loaded: Any = torch.load(paths[0], map_location="cpu", weights_only=True, mmap=True)
+            tensors = loaded.get("state_dict", loaded)
+        except Exception as error:  # whatever a broken pickle raises
+            raise ValueError(f"cannot read {label} as weights ({error}); download it again.") from error
+        return mapping_weights({name: value for name, value in tensors.items() if isinstance(value, Tensor)}, label)
+    shapes: dict[str, tuple[int, ...]] = {}
+    places: dict[str, tuple[Callable[[str], Tensor], str]] = {}
+    metadata: dict[str, str] = {}
+    for path in paths:
+        try:
+            file = _File(path)
+            slices = {name: file.handle.get_slice(name) for name in file.handle.keys()}
+            shapes |= {name: tuple(part.get_shape()) for name, part in slices.items() if "F" in part.get_dtype()}
+            metadata |= file.handle.metadata() or {}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not a complete safetensors file ({error}); download or extract it again."
+            ) from error
+        places |= {name: (file.tensor, name) for name in slices if name in shapes}
+    if not shapes:
+        raise ValueError(f"{label} holds no floating-point tensors; pass a file of weights.")
+    return Weights(label, shapes, places, metadata, stamp_of(paths))
 
 
 def stamp_of(paths: Sequence[str | Path]) -> Stamp:
     """The stamp of files as they are now; they are not opened."""
     states = [(os.path.realpath(path), os.stat(path)) for path in paths]
-    return tuple((path, (s.st_dev, s.st_ino), (s.st_size, s.st_mtime_ns)) for path, s in states)
+    return tuple((path, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for path, s in states)
 
 
 def weight_files(path: str | os.PathLike[str], variant: str | None = None) -> list[Path]:
@@ -159,66 +191,13 @@ def weight_files(path: str | os.PathLike[str], variant: str | None = None) -> li
     found = find_weights(path, variant) if path.is_dir() else path
     if not found.is_file():
         raise ValueError(f"{path} does not exist; pass the path of a .safetensors file.")
-    return _shards_of(found) if found.suffix == ".json" else [found]
-
-
-def open_weights(path: str | os.PathLike[str], variant: str | None = None, *, allow_pickle: bool = False) -> Weights:
-    """The weights at a path: a file, the index of shards, or a folder of either, as diffusers saves models.
-
-    A folder may be the model's own or a pipeline's, whose UNet is then meant; of several variants `variant` chooses
-    one. Pickles (.bin, .pt, .ckpt) are read only with `allow_pickle`, memory-mapped and without running their code.
-
-    Raises:
-        ValueError: nothing there, several variants and none named, a file that is broken, or a pickle.
-    """
-    files = weight_files(path, variant)
-    if files[0].suffix not in (".bin", ".pt", ".pth", ".ckpt"):
-        return FileWeights(files, str(Path(path).expanduser()))
-    if not allow_pickle:
-        raise ValueError(f"{path} is a pickle, which can hold code; convert it, or pass allow_pickle=True.")
-    try:
-        loaded: Any = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
-        state = loaded.get("state_dict", loaded)
-    except Exception as error:  # whatever a broken pickle raises
-        raise ValueError(f"cannot read {path} as weights ({error}); download it again.") from error
-    return MappingWeights({name: value for name, value in state.items() if isinstance(value, Tensor)}, str(path))
-
-
-def opened(delta: Delta, what: str = "delta") -> Weights:
-    """The weights of a delta in any form; messages call it `what`. A mapping's tensors are not copied."""
-    if isinstance(delta, Weights):
-        return delta
-    if not isinstance(delta, (str, os.PathLike, Mapping)):
-        raise ValueError(f"{what}={type(delta).__name__} must be a file, a folder or a mapping of names to tensors.")
-    return MappingWeights(delta) if isinstance(delta, Mapping) else open_weights(delta)
-
-
-def loaded_weights(model: Any) -> Weights | None:
-    """The safetensors files on this machine that a model was loaded from, if they are known; not that it is unchanged.
-
-    They are found by the load id that modular pipelines set, else by the model's configuration.
-    """
-    load_id = getattr(model, "_diffusers_load_id", "null")
-    place: Mapping[str, Any] = {} if load_id == "null" else ComponentSpec.decode_load_id(load_id)
-    named = getattr(getattr(model, "config", None), "_name_or_path", None)
-    source = place.get("pretrained_model_name_or_path") if place else named
-    try:
-        path = Path(source or "")
-        if source and not path.exists():
-            path = Path(snapshot_download(source, revision=place.get("revision"), local_files_only=True))
-        path = path if path.is_file() else path / (place.get("subfolder") or "")
-        return open_weights(path, place.get("variant")) if source else None
-    except (ValueError, OSError):
-        return None
-
-
-def read_recipe(delta: Delta) -> DeltaRecipe:
-    """The sampling settings that a delta names, else None; ValueError for files or settings that cannot be used."""
-    weights = opened(delta)
-    try:
-        return DeltaRecipe.from_metadata(weights.metadata)
-    except ValueError as error:
-        raise ValueError(f"{weights.label} names unusable settings: {error}") from error
+    if found.suffix != ".json":
+        return [found]
+    names = shard_names(found)
+    missing = [name for name in names if not (found.parent / name).is_file()]
+    if missing or not names:
+        raise ValueError(f"{found} names shards that are not there ({listed(missing)}); download them too.")
+    return [found.parent / name for name in names]
 
 
 def find_weights(folder: Path, variant: str | None = None) -> Path:
@@ -239,8 +218,6 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
                 f"{place} holds the variants {held} and {asked}; name one as the variant, or pass its file, for "
                 f"example {next(iter(variants.values()))}."
             )
-        if names:
-            raise ValueError(f"{place} holds pickles only ({listed(names)}); pass the file.")
     raise ValueError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}; it is a directory: pass a UNet's, or a file.")
 
 
@@ -248,14 +225,6 @@ def variants_of(names: Iterable[str]) -> dict[str, str | None]:
     """The variants (None for none) of those names that are of a model's safetensors files, shards or indices."""
     found = {name: _WEIGHTS.fullmatch(_SHARD.sub("", name)) for name in names}
     return {name: match[1] or match[2] for name, match in found.items() if match}
-
-
-def _shards_of(index: Path) -> list[Path]:
-    names = shard_names(index)
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing or not names:
-        raise ValueError(f"{index} names shards that are not there ({listed(missing)}); download them too.")
-    return [index.parent / name for name in names]
 
 
 def shard_names(index: Path) -> list[str]:
@@ -270,13 +239,9 @@ def shard_names(index: Path) -> list[str]:
 
 
 def leads_out(path: str) -> bool:
-    """Whether a path is absolute or climbs out of the folder that it is relative to, on any operating system."""
-    depth, parsed = 0, PureWindowsPath(path)  # which takes both / and \ for separators
-    for part in parsed.parts:
-        depth += -1 if part == ".." else 1
-        if depth < 0:
-            return True
-    return bool(parsed.anchor)
+    """Whether a path is absolute or goes up from the folder that it is relative to, on any operating system."""
+    parsed = PureWindowsPath(path)  # which takes both / and \ for separators
+    return bool(parsed.anchor) or ".." in parsed.parts
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -288,6 +253,36 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(values).__name__}; download or write it again.")
     return values
+
+
+def loaded_weights(model: Any) -> Weights | None:
+    """The safetensors files on this machine that a model was loaded from, if they are known; not that it is unchanged.
+
+    They are found by the load id that modular pipelines set, else by the model's configuration.
+    """
+    load_id = getattr(model, "_diffusers_load_id", "null")
+    place: Mapping[str, Any] = {} if load_id == "null" else ComponentSpec.decode_load_id(load_id)
+    named = getattr(getattr(model, "config", None), "_name_or_path", None)
+    source = place.get("pretrained_model_name_or_path") if place else named
+    if not source:
+        return None
+    try:
+        path = Path(source)
+        if not path.exists():
+            path = Path(snapshot_download(source, revision=place.get("revision"), local_files_only=True))
+        path = path if path.is_file() else path / (place.get("subfolder") or "")
+        return open_weights(path, place.get("variant"))
+    except (ValueError, OSError):
+        return None
+
+
+def read_recipe(delta: Delta) -> DeltaRecipe:
+    """The sampling settings that a delta names, else None; ValueError for files or settings that cannot be used."""
+    weights = opened(delta)
+    try:
+        return DeltaRecipe.from_metadata(weights.metadata)
+    except ValueError as error:
+        raise ValueError(f"{weights.label} names unusable settings: {error}") from error
 
 
 def is_lora(names: Iterable[str]) -> bool:
@@ -308,9 +303,19 @@ def named_as_model(weights: Weights, model_names: Iterable[str], config: Mapping
         raise ValueError(f"{label} is a LoRA and not a delta of full weights; load it with load_lora_weights.")
     short = {_PREFIXES.sub("", name): name for name in names}
     if not known.isdisjoint(short):
-        return RenamedWeights(weights, short)
+        return weights.renamed(short)
     unet = {_LDM_PREFIX + name: own for name, own in short.items() if name.startswith(_LDM_UNET) or _LDM_PREFIX in own}
-    return RenamedWeights(weights, _from_latent_diffusion(unet, config, label)) if unet else weights
+    if not unet:
+        return weights
+    if "layers_per_block" not in config:
+        raise ValueError(
+            f"{label} has original Latent Diffusion names; to translate them pass config= with the UNet's "
+            "configuration (on the command line --config with its folder)."
+        )
+    try:  # the converter moves values from name to name: given the old names for values it returns the translation
+        return weights.renamed(convert_ldm_unet_checkpoint(unet, dict(config)))
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"{label} is of another architecture than this UNet: it lacks {error}.") from error
 
 
 def named_alike(one: Weights, other: Weights, config: Mapping[str, Any]) -> tuple[Weights, Weights]:
@@ -319,18 +324,6 @@ def named_alike(one: Weights, other: Weights, config: Mapping[str, Any]) -> tupl
         return one, other
     known = unet_names((*one.shapes, *other.shapes))
     return named_as_model(one, known, config), named_as_model(other, known, config)
-
-
-def _from_latent_diffusion(unet: dict[str, str], config: Mapping[str, Any], label: str) -> dict[str, str]:
-    if "layers_per_block" not in config:
-        raise ValueError(
-            f"{label} has original Latent Diffusion names; to translate them pass config= with the UNet's "
-            "configuration (on the command line --config with its folder)."
-        )
-    try:  # the converter moves values from name to name: given the old names for values it returns the translation
-        return convert_ldm_unet_checkpoint(dict(unet), dict(config))
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"{label} is of another architecture than this UNet: it lacks {error}.") from error
 
 
 def unet_names(names: Iterable[str]) -> set[str]:
@@ -345,7 +338,7 @@ def identity_of(weights: Weights) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(weights.shapes):
-        flat = weights.tensor(name).detach().reshape(-1)
+        flat = weights.tensor(name).reshape(-1)
         sample = flat.cpu() if len(flat) <= 2 * SAMPLE else torch.cat([flat[:SAMPLE], flat[-SAMPLE:]]).cpu()
         digest.update(f"{name} {list(weights.shapes[name])} {sample.dtype}\n".encode())
         digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
@@ -383,22 +376,19 @@ def describe_mismatch(
     given_shapes: Shapes, own_shapes: Shapes, *, given: str, expected: str, partial: bool = False
 ) -> str:
     """How `given` differs from `expected` in keys and shapes, "" if it does not; `partial` may leave keys out."""
-    both = given_shapes.keys() & own_shapes.keys()
-    shapes = {n: f"{n} is {list(given_shapes[n])} instead of {list(own_shapes[n])}" for n in given_shapes if n in both}
+    pairs = {name: (list(shape), list(own_shapes.get(name, shape))) for name, shape in given_shapes.items()}
     kinds = {
-        f"missing from {given}": [] if partial else [name for name in own_shapes if name not in both],
-        f"unexpected, not in {expected}": [name for name in given_shapes if name not in both],
-        "of another shape": [text for name, text in shapes.items() if given_shapes[name] != own_shapes[name]],
+        f"missing from {given}": [] if partial else [name for name in own_shapes if name not in given_shapes],
+        f"unexpected, not in {expected}": [name for name in given_shapes if name not in own_shapes],
+        "of another shape": [f"{name} is {a} instead of {b}" for name, (a, b) in pairs.items() if a != b],
     }
     return "; ".join(f"{len(names)} {kind} ({listed(names)})" for kind, names in kinds.items() if names)
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no value is infinite or NaN; waits for the device."""
-    if not tensor.numel():
-        return True
-    low, high = torch.aminmax(tensor.detach())  # passes NaN on; a tenth of isfinite's time
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    # aminmax passes NaN on, and takes a tenth of isfinite's time.
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
 
 
 def listed(names: Sequence[str]) -> str:
