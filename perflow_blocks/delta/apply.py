@@ -13,17 +13,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from .files import (
-    DTYPES,
-    Weights,
-    describe_mismatch,
-    floating_entries,
-    is_finite,
-    listed,
-    named_as_model,
-    row_chunks,
-    rows_of,
-)
+from . import files
+from .files import DTYPES, Weights, listed, rows_of
 from .recipe import DeltaRecipe
 
 INPUT_WEIGHT = "conv_in.weight"  # the one UNet weight whose shape depends on what the UNet is fed
@@ -92,7 +83,7 @@ class MergeState:
         after: what an unfinished change was to make of the records.
         writing: the rows that it may have written, and whether they were base plus sum before; empty when the weights
             are what they should be.
-        witness: values of a few weights, "with" the deltas and "without".
+        witness: by name of a few weights, values of them with the deltas and without.
         signature: of the witness's weights when they were last compared; None if they were not.
     """
 
@@ -101,7 +92,7 @@ class MergeState:
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     after: tuple[MergeRecord, ...] = ()
     writing: dict[Piece, bool] = field(default_factory=dict)
-    witness: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    witness: dict[str, list[list[float]]] = field(default_factory=dict)
     signature: list[Any] | None = None
 
 
@@ -118,7 +109,7 @@ def own_weights(module: nn.Module) -> dict[str, Tensor]:
 
 def under_own_names(weights: Weights, module: nn.Module) -> Weights:
     """The weights under the model's names, as far as they are in another layout of them."""
-    return named_as_model(weights, own_weights(module), getattr(module, "config", {}))
+    return files.named_as_model(weights, own_weights(module), getattr(module, "config", {}))
 
 
 def require_architecture(weights: Weights, module: nn.Module) -> Weights:
@@ -133,7 +124,7 @@ def fit_delta(weights: Weights, module: nn.Module) -> dict[str, Tensor]:
 
     This is the model's weight, or of an input layer with more channels than the delta's the part for the latents.
     """
-    targets = floating_entries(own_weights(module))
+    targets = files.floating_entries(own_weights(module))
     whole = targets.get(INPUT_WEIGHT)
     if whole is not None and whole.dim() == 4:
         part = whole[:, :LATENT_CHANNELS]  # a view: no copy, and writable in place
@@ -141,7 +132,7 @@ def fit_delta(weights: Weights, module: nn.Module) -> dict[str, Tensor]:
             targets[INPUT_WEIGHT] = part
     own = {name: tuple(weight.shape) for name, weight in targets.items()}
     partial = weights.metadata.get(PARTIAL_KEY) == "true"
-    mismatch = describe_mismatch(weights.shapes, own, given="the file", expected="the model", partial=partial)
+    mismatch = files.describe_mismatch(weights.shapes, own, given="the file", expected="the model", partial=partial)
     if mismatch:
         raise ValueError(
             f"{weights.label} does not fit this {type(module).__name__}: {mismatch}. Pass a delta that was extracted "
@@ -207,9 +198,10 @@ def _rows(
     the start is the base's rows, else the live ones.
     """
     for name, target in targets.items():
-        old, new = ([(w.tensor(name), f) for w, f in factors(records, name)] for records in (state.records, state.after))
+        sums = (factors(state.records, name), factors(state.after, name))
+        old, new = ([(weights.tensor(name), factor) for weights, factor in terms] for terms in sums)
         stored = state.base.tensor(name) if state.base is not None and name in state.base.shapes else None
-        for start, stop in row_chunks(target.shape, 1 if target.device.type == "cpu" else GPU_CHUNKS):
+        for start, stop in files.row_chunks(target.shape, 1 if target.device.type == "cpu" else GPU_CHUNKS):
             live = rows_of(target.detach(), start, stop)
             minus, plus = ([(rows_of(tensor, start, stop), f) for tensor, f in terms] for terms in (old, new))
             held = None
@@ -256,7 +248,7 @@ def restore(state: MergeState, targets: Mapping[str, Tensor]) -> list[str]:
 
 
 def _require_finite(weight: Tensor, name: str, after: Sequence[MergeRecord]) -> None:
-    if not is_finite(weight):
+    if not files.is_finite(weight):
         raise ValueError(
             f"with {listed([record.source for record in after])} added, {name} would not be finite: the delta's "
             "values are not finite, or too large for the weights' type; extract it again, lower the scale, or load a "

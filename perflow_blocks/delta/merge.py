@@ -24,35 +24,10 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from .apply import (
-    INPUT_WEIGHT,
-    LATENT_CHANNELS,
-    NO_RECIPE,
-    MergeState,
-    add_terms,
-    change,
-    factors,
-    fit_base,
-    fit_delta,
-    own_weights,
-    require_mergeable,
-    restore,
-    under_own_names,
-)
+from . import apply, files
+from .apply import INPUT_WEIGHT, NO_RECIPE, MergeState, factors
 from .apply import MergeRecord as MergeRecord
-from .files import (
-    Delta,
-    Weights,
-    holds_differences,
-    identity_of,
-    listed,
-    loaded_weights,
-    open_weights,
-    opened,
-    read_recipe,
-    stamp_of,
-    weight_files,
-)
+from .files import Delta, Weights, listed, opened
 from .model_lock import model_lock, uncompiled
 
 logger = logging.get_logger(__name__)
@@ -60,10 +35,9 @@ logger = logging.get_logger(__name__)
 STATE_ATTRIBUTE = CONFIG_KEY = "_perflow_merges"
 """diffusers saves and reads configuration keys with an underscore and gives them to no constructor."""
 
-WITNESSES, WITNESS_VALUES, SAVED_VALUES, RELATED = 8, 1024, 32, 0.5
-"""How many weights are noted to recognise a merged model, how many values of each, how many of them are saved, and the
-cosine above which values are still those of the model that was noted, perhaps trained further; of other models it is
-near 0."""
+WITNESSES, WITNESS_VALUES, RELATED = 16, 32, 0.5
+"""How many weights are noted to recognise a merged model, how many values of each, and the cosine above which values
+are still those of the model that was noted, perhaps trained further; of other models it is near 0."""
 
 
 @contextmanager
@@ -96,7 +70,8 @@ def merge_delta(
     its files are written to meanwhile, undoing raises an error. For weights that differ from the base, or without one,
     a warning says that undoing is exact to one rounding.
 
-    The delta of a UNet with 4 input channels goes into the first 4 of one with more (inpainting UNets have 9).
+    The delta of a UNet with 4 input channels goes into the first 4 of one with more (inpainting UNets have 9). Quality
+    at few steps suffers, since it was distilled without the others.
 
     Args:
         module: a UNet, or a module that holds weights under the delta's names.
@@ -119,16 +94,11 @@ def merge_delta(
             return known
         # Not resolved: in the Hub's cache a link has the file's name, and what it leads to has not.
         source = os.path.abspath(weights.label) if os.path.exists(weights.label) else weights.label
-        fitted = under_own_names(weights, module)
-        record = MergeRecord(source, identity_of(fitted), float(scale), pairs, read_recipe(weights), weights=fitted)
+        fitted = apply.under_own_names(weights, module)
+        record = MergeRecord(
+            source, files.identity_of(fitted), float(scale), pairs, files.read_recipe(weights), weights=fitted
+        )
         _exchange(module, state, (*state.records, record))
-        whole = own_weights(module)[INPUT_WEIGHT].shape if scale and INPUT_WEIGHT in fitted.shapes else None
-        if whole is not None and whole != fitted.shapes[INPUT_WEIGHT]:
-            logger.warning(
-                f"{source} is the delta of a UNet with {LATENT_CHANNELS} input channels, and this "
-                f"{type(module).__name__} has more, as for inpainting: it is added to the first {LATENT_CHANNELS}, "
-                "the noisy latents. Quality at few steps suffers, since it was distilled without the others."
-            )
         return record
 
 
@@ -208,9 +178,9 @@ def find_merged(module: nn.Module, delta: Delta, variant: str | None = None) -> 
     """
     with _opened(module, write=False) as (module, state):
         if state.records and isinstance(delta, (str, os.PathLike)):
-            stamp = stamp_of(weight_files(delta, variant))
+            stamp = files.stamp_of(files.weight_files(delta, variant))
             known = next((r for r in state.records if r.weights is not None and r.weights.stamp == stamp), None)
-            return known or _find(module, state, open_weights(delta, variant))
+            return known or _find(module, state, files.open_weights(delta, variant))
         return _find(module, state, opened(delta)) if state.records else None
 
 
@@ -230,8 +200,8 @@ def _find(module: nn.Module, state: MergeState, weights: Weights) -> MergeRecord
     """The record of these weights, with them."""
     if not state.records:
         return None
-    weights = under_own_names(weights, module)
-    digest = identity_of(weights)
+    weights = apply.under_own_names(weights, module)
+    digest = files.identity_of(weights)
     records = [replace(old, weights=weights) if old.digest == digest else old for old in state.records]
     state.records = tuple(records)
     return next((record for record in records if record.digest == digest), None)
@@ -282,12 +252,12 @@ def _exchange(
     }
     if state.base is None and all(record.reloaded for record in state.records):
         with suppress(ValueError):  # files of another model: this one only has their configuration
-            state.base = fit_base(found, module) if (found := loaded_weights(module)) else None
+            state.base = apply.fit_base(found, module) if (found := files.loaded_weights(module)) else None
     if state.base is not None:
         state.base.require_unchanged()
     setattr(module, STATE_ATTRIBUTE, state)
     try:
-        inexact = change(state, targets)
+        inexact = apply.change(state, targets)
         dtypes = {**state.dtypes, **{name: target.dtype for name, target in targets.items()}}
         _remember(module, replace(state, records=records, dtypes=dtypes))
     except BaseException:
@@ -309,22 +279,22 @@ def _targets(module: nn.Module, state: MergeState) -> dict[str, Tensor]:
     records = [record for record in (*state.records, *state.after) if not record.reloaded]
     for digest, delta in {record.digest: record.weights for record in records if record.weights}.items():
         delta.require_unchanged()
-        if identity_of(delta) != digest:
+        if files.identity_of(delta) != digest:
             raise ValueError(f"{delta.label} was changed since it was merged; load the model again.")
-        if holds_differences(delta) is False:
+        if files.holds_differences(delta) is False:
             raise ValueError(
                 f"{delta.label} holds a model's whole weights, not their difference from a base; pass a delta, as "
                 "extract_delta or perflow extract makes."
             )
-        require_mergeable(module, delta)
-        targets = {**fit_delta(delta, module), **targets}
+        apply.require_mergeable(module, delta)
+        targets = {**apply.fit_delta(delta, module), **targets}
     return targets
 
 
 def _repair(module: nn.Module, state: MergeState) -> None:
     """Restores the weights that an unfinished change wrote, or says which cannot be."""
     setattr(module, STATE_ATTRIBUTE, state)
-    if lost := restore(state, _targets(module, state)):
+    if lost := apply.restore(state, _targets(module, state)):
         raise ValueError(
             f"changing the deltas of this {type(module).__name__} was interrupted and left weights half merged "
             f"({listed(lost)}); load the model again, or pass base=, the files that it was loaded from."
@@ -340,7 +310,7 @@ def _state(module: nn.Module, base: Delta | None = None) -> MergeState:
         records = saved_records(config)
         state = MergeState(records, witness=config[CONFIG_KEY].get("witness", {}) if records else {})
     if base is not None:
-        state.base = fit_base(opened(base, "base"), module)
+        state.base = apply.fit_base(opened(base, "base"), module)
         state.writing = dict.fromkeys(state.writing, True)  # which can restore all rows
     if state.writing:
         _repair(module, state)
@@ -369,7 +339,6 @@ def _remember(module: nn.Module, state: MergeState) -> None:
         # as the kind of projection when an IP-Adapter was loaded.
         OrderedDict.pop(module._internal_dict, CONFIG_KEY, None)
         if state.records:
-            witness = {n: {k: values[:SAVED_VALUES] for k, values in w.items()} for n, w in witness.items()}
             saved = {"deltas": [record.to_config() for record in state.records], "witness": witness}
             OrderedDict.__setitem__(module._internal_dict, CONFIG_KEY, saved)
     if state.records:
@@ -390,43 +359,39 @@ def _signature(module: nn.Module, names: Iterable[str]) -> list[Any]:
     return [(id(w), w._version if known else None) for w, known in zip(weights, versioned, strict=True)]
 
 
-def _values(weight: Any, count: int = WITNESS_VALUES) -> Tensor:
-    """The first values of a matrix or kernel; none of a weight that is quantized or offloaded."""
-    if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
+def _values(weight: Any) -> Tensor:
+    """Values on the diagonal of a matrix or kernel, which a LoRA does not change alike; none if it is not readable."""
+    if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:  # quantized, offloaded
         return torch.empty(0)
-    rows = weight.detach()[: 1 + count // max(1, weight.shape[1:].numel())]
-    return rows.flatten()[:count].float().cpu()
+    return weight.detach().diagonal().flatten()[:WITNESS_VALUES].float().cpu()
 
 
-def _witness(module: nn.Module, state: MergeState) -> dict[str, dict[str, list[float]]]:
-    """Some values of weights as they now are, "with" the deltas, and as they would be "without"."""
+def _witness(module: nn.Module, state: MergeState) -> dict[str, list[list[float]]]:
+    """By name of a weight, some of its values as they now are with the deltas, and as they would be without."""
     if any(record.reloaded for record in state.records):  # what is known of the base is what was saved
-        return {n: {**w, "with": _now(module, n, w).tolist() or w["with"]} for n, w in state.witness.items()}
+        return {n: [_values(_weight(module, n)).tolist() or old, base] for n, (old, base) in state.witness.items()}
     held = {n: shape for record in state.records if record.weights for n, shape in record.weights.shapes.items()}
     # The input layer may change in part.
     names = [n for n, shape in held.items() if len(shape) > 1 and n != INPUT_WEIGHT and factors(state.records, n)]
-    found = {}
+    witness = {}
     for name in names[:: max(1, len(names) // WITNESSES)][:WITNESSES]:
         values = _values(_weight(module, name))
-        minus = [(_values(delta.tensor(name))[: len(values)], -factor) for delta, factor in factors(state.records, name)]
-        found[name] = {"with": values.tolist(), "without": add_terms(values, minus).tolist()}
-    return found
+        if len(values):
+            minus = [(_values(delta.tensor(name)), -factor) for delta, factor in factors(state.records, name)]
+            witness[name] = [values.tolist(), apply.add_terms(values, minus).tolist()]
+    return witness
 
 
-def _now(module: nn.Module, name: str, witness: Mapping[str, list[float]]) -> Tensor:
-    return _values(_weight(module, name), len(witness["with"]))
-
-
-def _holds(module: nn.Module, witness: Mapping[str, Mapping[str, list[float]]]) -> bool:
+def _holds(module: nn.Module, witness: Mapping[str, list[list[float]]]) -> bool:
     """Whether the weights are nearer to those with the deltas than to those without; where it cannot be told, yes.
 
     Training further, another type or a fused LoRA change weights too, and a delta stays in them.
     """
-    found = {name: values for name, saved in witness.items() if len(values := _now(module, name, saved))}
+    found = {name: values for name in witness if len(values := _values(_weight(module, name)))}
     if not found:
         return True
     now = torch.cat(list(found.values()))
-    merged, base = (torch.tensor([v for name in found for v in witness[name][kind]]) for kind in ("with", "without"))
+    merged, base = (torch.tensor([value for name in found for value in witness[name][k]]) for k in (0, 1))
     if now.shape != merged.shape or torch.cosine_similarity(now, merged, dim=0) < RELATED:
         return False
     return bool(torch.dist(now, merged) <= torch.dist(now, base))
