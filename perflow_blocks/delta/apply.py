@@ -104,12 +104,13 @@ def factors(records: Sequence[MergeRecord], name: str) -> list[tuple[Weights, fl
 def own_weights(module: nn.Module) -> dict[str, Tensor]:
     """The model's weights by the names that they have without adapters, and without those of the adapters."""
     state = module.state_dict(keep_vars=True)
-    return {n.replace(WRAPPED, "."): t for n, t in state.items() if not any(part in f".{n}" for part in BESIDE)}
+    own = {name.replace(WRAPPED, "."): name for name in state if not any(part in f".{name}" for part in BESIDE)}
+    return {files.PREFIXES.sub("", name): state[key] for name, key in own.items()}
 
 
 def under_own_names(weights: Weights, module: nn.Module) -> Weights:
-    """The weights under the model's names, as far as they are in another layout of them."""
-    return files.named_as_model(weights, own_weights(module), getattr(module, "config", {}))
+    """The weights under the model's names, where they have the original ones of a single file."""
+    return files.named_as_model(weights, getattr(module, "config", {}))
 
 
 def require_architecture(weights: Weights, module: nn.Module) -> Weights:

@@ -29,9 +29,7 @@ SAMPLE = 32  # how many values at either end of a tensor identify it
 DIGEST_KEY = "perflow_delta"  # in a LoRA file's metadata: the `identity_of` the delta that it was made from
 
 # What distributed training, compilation, pipelines and checkpoints put before the names of all weights.
-_PREFIXES = re.compile(r"^(module\.|_orig_mod\.|unet\.|_fsdp_wrapped_module\.|model\.diffusion_model\.)+")
-# The modules of a UNet2DConditionModel.
-_UNET = re.compile(r"(conv_(in|norm_out|out)|(time|add|class)_embedding|(down|up)_blocks|mid_block)\.")
+PREFIXES = re.compile(r"^(module\.|_orig_mod\.|unet\.|_fsdp_wrapped_module\.|model\.diffusion_model\.)+")
 _LDM_PREFIX = "model.diffusion_model."
 _LDM_UNET = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
 _LORA = re.compile(r"lora|\.alpha$|hada_|lokr_", re.IGNORECASE)
@@ -68,7 +66,7 @@ class Weights:
 
     Attributes:
         label: names them in messages, for example a path.
-        shapes: of the tensors.
+        shapes: of the tensors, by names without the prefixes of wrappers.
         places: how each is read, and the name that it has there.
         metadata: of their files.
         stamp: of their files; empty for weights that are not files.
@@ -122,10 +120,11 @@ Delta = str | os.PathLike[str] | Mapping[str, Tensor] | Weights
 
 def mapping_weights(tensors: Mapping[str, Tensor], label: str = "the mapping") -> Weights:
     """A mapping's own tensors, by reference; ValueError without any."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in floating_entries(tensors).items()}
-    if not shapes:
+    own = {PREFIXES.sub("", name): (name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if not own:
         raise ValueError(f"{label} holds no floating-point tensors.")
-    return Weights(label, shapes, {name: (tensors.__getitem__, name) for name in shapes})
+    shapes = {name: tuple(tensor.shape) for name, (_, tensor) in own.items()}
+    return Weights(label, shapes, {name: (tensors.__getitem__, key) for name, (key, _) in own.items()})
 
 
 def opened(delta: Delta, what: str = "delta") -> Weights:
@@ -162,14 +161,15 @@ def open_weights(path: str | os.PathLike[str], variant: str | None = None, *, al
     for path in paths:
         try:
             file = _File(path)
-            slices = {name: file.handle.get_slice(name) for name in file.handle.keys()}
-            shapes |= {name: tuple(part.get_shape()) for name, part in slices.items() if "F" in part.get_dtype()}
+            for key in file.handle.keys():
+                part, name = file.handle.get_slice(key), PREFIXES.sub("", key)
+                if "F" in part.get_dtype():
+                    shapes[name], places[name] = tuple(part.get_shape()), (file.tensor, key)
             metadata |= file.handle.metadata() or {}
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(
                 f"{path} is not a complete safetensors file ({error}); download or extract it again."
             ) from error
-        places |= {name: (file.tensor, name) for name in slices if name in shapes}
     if not shapes:
         raise ValueError(f"{label} holds no floating-point tensors; pass a file of weights.")
     return Weights(label, shapes, places, metadata, stamp_of(paths))
@@ -290,45 +290,33 @@ def is_lora(names: Iterable[str]) -> bool:
     return any(_LORA.search(name) for name in names)
 
 
-def named_as_model(weights: Weights, model_names: Iterable[str], config: Mapping[str, Any]) -> Weights:
+def named_as_model(weights: Weights, config: Mapping[str, Any]) -> Weights:
     """The weights under the names of a diffusers UNet, with that UNet's configuration.
 
-    Prefixes of wrappers are removed. Original Latent Diffusion names, as in single-file checkpoints, are translated by
-    diffusers' converter; the checkpoint's other models are left out. Other names stay, for the caller to refuse.
+    Original Latent Diffusion names, as in single-file checkpoints, are translated by diffusers' converter; the
+    checkpoint's other models are left out. Other names stay, for the caller to refuse.
     """
-    names, known, label = list(weights.shapes), set(model_names), weights.label
-    if not known.isdisjoint(names):
-        return weights
-    if is_lora(names):
-        raise ValueError(f"{label} is a LoRA and not a delta of full weights; load it with load_lora_weights.")
-    short = {_PREFIXES.sub("", name): name for name in names}
-    if not known.isdisjoint(short):
-        return weights.renamed(short)
-    unet = {_LDM_PREFIX + name: own for name, own in short.items() if name.startswith(_LDM_UNET) or _LDM_PREFIX in own}
-    if not unet:
+    if all(_LORA.search(name) for name in weights.shapes):
+        raise ValueError(f"{weights.label} is a LoRA and not a delta of full weights; load it with load_lora_weights.")
+    if not any(name.startswith(_LDM_UNET[0]) for name in weights.shapes):
         return weights
     if "layers_per_block" not in config:
         raise ValueError(
-            f"{label} has original Latent Diffusion names; to translate them pass config= with the UNet's "
+            f"{weights.label} has original Latent Diffusion names; to translate them pass config= with the UNet's "
             "configuration (on the command line --config with its folder)."
         )
     try:  # the converter moves values from name to name: given the old names for values it returns the translation
+        unet = {f"{_LDM_PREFIX}{name}": name for name in weights.shapes if name.startswith(_LDM_UNET)}
         return weights.renamed(convert_ldm_unet_checkpoint(unet, dict(config)))
     except (KeyError, IndexError) as error:
-        raise ValueError(f"{label} is of another architecture than this UNet: it lacks {error}.") from error
+        raise ValueError(f"{weights.label} is of another architecture than this UNet: it lacks {error}.") from error
 
 
 def named_alike(one: Weights, other: Weights, config: Mapping[str, Any]) -> tuple[Weights, Weights]:
     """Two UNets' weights under the same names, those of diffusers if they differ; `config` as in `named_as_model`."""
     if one.shapes.keys() == other.shapes.keys():
         return one, other
-    known = unet_names((*one.shapes, *other.shapes))
-    return named_as_model(one, known, config), named_as_model(other, known, config)
-
-
-def unet_names(names: Iterable[str]) -> set[str]:
-    """Those names that a diffusers UNet may have, without prefixes."""
-    return {short for name in names if _UNET.match(short := _PREFIXES.sub("", name))}
+    return named_as_model(one, config), named_as_model(other, config)
 
 
 def identity_of(weights: Weights) -> str:

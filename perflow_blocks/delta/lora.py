@@ -6,19 +6,15 @@ residual: a small partial delta to merge beside it. What is lost is the share of
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import logging
-from diffusers.utils.peft_utils import get_peft_kwargs
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from torch import Tensor
 
@@ -32,6 +28,9 @@ from .recipe import DeltaRecipe
 PREFIX = "unet."  # what LoRA files put before the names of the UNet's modules
 KEPT_IN_FULL = ("time_embedding*", "add_embedding*", "class_embedding*")
 """Patterns of the modules that the residual always holds; diffusers cannot read the kohya names of some of them."""
+
+UNET = ("conv_", "time_embedding.", "add_embedding.", "class_embedding.", "down_blocks.", "up_blocks.", "mid_block.")
+"""How the names of a UNet's weights begin."""
 
 Layout = Literal["peft", "kohya"]
 
@@ -123,7 +122,7 @@ def delta_to_lora(
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy={energy!r} must be a share in (0, 1], for example 0.9.")
     given = files.opened(delta)
-    weights = files.named_as_model(given, files.unet_names(given.shapes), config or {})
+    weights = files.named_as_model(given, config or {})
     modules = _factorized_modules(weights, keep)
     lora: dict[str, Tensor] = {}
     residual: dict[str, Tensor] = {}
@@ -165,7 +164,7 @@ def delta_to_lora(
 
 def _factorized_modules(weights: files.Weights, keep: Sequence[str]) -> dict[str, str]:
     """The modules to factorize by the key of their weight: the linear and convolution layers that are not kept."""
-    if foreign := [name for name in weights.shapes if name not in files.unet_names([name])]:
+    if foreign := [name for name in weights.shapes if not name.startswith(UNET)]:
         raise ValueError(
             f"{len(foreign)} tensors are not weights of a UNet ({files.listed(foreign)}); pass a UNet's delta."
         )
@@ -206,19 +205,16 @@ def save_lora(converted: DeltaLora, path: str | os.PathLike[str], layout: Layout
     The metadata name the delta, in `perflow_delta`: a UNet that has it merged already must not get the LoRA too. The
     same LoRA gives the same bytes.
 
-    `layout` "peft" is what diffusers writes itself, with each layer's rank and alpha in the metadata. "kohya" is what
-    other programs read (`lora_unet_...`, with alphas).
+    `layout` "peft" is what diffusers writes itself, "kohya" what other programs read (`lora_unet_...`).
 
     Raises:
-        ValueError: an unknown layout, factors too large for their type in the kohya layout, or an unwritable path.
+        ValueError: an unknown layout, or an unwritable path.
     """
     if layout not in get_args(Layout):
         raise ValueError(f"layout={layout!r} must be one of {', '.join(get_args(Layout))}.")
     metadata = converted.recipe.to_metadata()
     if converted.digest:
         metadata[files.DIGEST_KEY] = converted.digest
-    if layout == "peft":
-        metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(peft_settings(converted.lora), sort_keys=True)
     tensors = converted.lora if layout == "peft" else kohya_state_dict(converted.lora)
     types = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
@@ -233,27 +229,10 @@ def save_residual(converted: DeltaLora, path: str | os.PathLike[str]) -> None:
     save_delta(converted.residual, path, converted.recipe, dtype, partial=True)
 
 
-def peft_settings(lora: Mapping[str, Tensor]) -> dict[str, object]:
-    """The `LoraConfig` arguments of a LoRA in peft's keys whose alphas are its ranks, under "unet." keys."""
-    own = {name.removeprefix(PREFIX): tensor for name, tensor in lora.items()}
-    # With "^" a name stands for one module, not for every module whose name ends in it.
-    ranks = {f"^{name}": tensor.shape[1] for name, tensor in own.items() if ".lora_B." in name}
-    settings = get_peft_kwargs(ranks, network_alpha_dict=None, peft_state_dict=own)
-    settings["target_modules"] = sorted(settings["target_modules"])
-    return {PREFIX + name: value for name, value in settings.items()}
-
-
 def kohya_state_dict(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same LoRA in kohya's keys, with one alpha for all layers.
+    """The same LoRA in kohya's keys, without alphas: readers then take each layer's rank, which is a factor of 1.
 
-    Where alphas differ, diffusers 0.42 gives attention layers the most common one. A layer of another rank has the
-    ratio in its factors instead: readers multiply by alpha / rank.
+    Of alphas that differ diffusers 0.42 gives attention layers the most common one.
     """
-    alpha = Counter(tensor.shape[1] for name, tensor in lora.items() if ".lora_B." in name).most_common(1)[0][0]
-    scaled = {}
-    for name, tensor in lora.items():
-        rank = tensor.shape[1] if ".lora_B." in name else tensor.shape[0]
-        scaled[name] = tensor if rank == alpha else _stored(tensor.float() * (rank / alpha) ** 0.5, tensor.dtype, name)
-    converted = convert_state_dict_to_kohya(scaled)
-    # float32, as half precision rounds alphas above 2048.
-    return converted | {name: torch.tensor(float(alpha)) for name in converted if name.endswith(".alpha")}
+    converted = convert_state_dict_to_kohya(dict(lora))
+    return {name: tensor for name, tensor in converted.items() if not name.endswith(".alpha")}

@@ -281,13 +281,13 @@ def _targets(module: nn.Module, state: MergeState) -> dict[str, Tensor]:
         delta.require_unchanged()
         if files.identity_of(delta) != digest:
             raise ValueError(f"{delta.label} was changed since it was merged; load the model again.")
+        apply.require_mergeable(module, delta)
+        targets = {**apply.fit_delta(delta, module), **targets}
         if files.holds_differences(delta) is False:
             raise ValueError(
                 f"{delta.label} holds a model's whole weights, not their difference from a base; pass a delta, as "
                 "extract_delta or perflow extract makes."
             )
-        apply.require_mergeable(module, delta)
-        targets = {**apply.fit_delta(delta, module), **targets}
     return targets
 
 
