@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import reduce
 from pathlib import Path
@@ -17,8 +17,9 @@ from . import files
 from .files import DTYPES, Weights, listed, rows_of
 from .recipe import DeltaRecipe
 
-INPUT_WEIGHT = "conv_in.weight"  # the one UNet weight whose shape depends on what the UNet is fed
-LATENT_CHANNELS = 4  # of its input; an inpainting UNet has 9: then come the mask and the masked image's latents
+INPUT_WEIGHT, LATENT_CHANNELS = "conv_in.weight", 4
+"""Inpainting UNets have 9 input channels: after the latents the mask and the masked image's latents."""
+
 BESIDE = (".processor.", ".encoder_hid_proj.", ".to_qkv.", ".to_kv.", ".lora_")
 """Parts of the names of weights that stand beside a model's own: of IP-Adapters, fused projections, LoRA."""
 
@@ -74,26 +75,17 @@ class MergeRecord:
 
 @dataclass
 class MergeState:
-    """What is merged into a model, kept on it.
+    """What is merged into a model, kept on it."""
 
-    Attributes:
-        records: in the order of merging, which is the order of the sum.
-        base: the weights without these deltas, but with the reloaded ones, as far as they can be read again.
-        dtypes: of weights that were changed: the type at that time, which the model may have been converted from.
-        after: what an unfinished change was to make of the records.
-        writing: the rows that it may have written, and whether they were base plus sum before; empty when the weights
-            are what they should be.
-        witness: by name of a few weights, values of them with the deltas and without.
-        signature: of the witness's weights when they were last compared; None if they were not.
-    """
-
-    records: tuple[MergeRecord, ...] = ()
-    base: Weights | None = None
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-    after: tuple[MergeRecord, ...] = ()
-    writing: dict[Piece, bool] = field(default_factory=dict)
-    witness: dict[str, list[list[float]]] = field(default_factory=dict)
-    signature: list[Any] | None = None
+    records: tuple[MergeRecord, ...] = ()  # in the order of merging, which is the order of the sum
+    base: Weights | None = None  # without these deltas, but with the reloaded ones, as far as it can be read again
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of changed weights, which may be converted since
+    after: tuple[MergeRecord, ...] = ()  # what an unfinished change was to make of the records
+    writing: dict[Piece, bool] = field(default_factory=dict)  # rows that it may have written; were they base plus sum?
+    witness: dict[str, list[list[float]]] = field(
+        default_factory=dict
+    )  # values of a few weights: now, and of the base
+    signature: list[Any] | None = None  # of the witness's weights when they were last compared
 
 
 def factors(records: Sequence[MergeRecord], name: str) -> list[tuple[Weights, float]]:
@@ -126,11 +118,8 @@ def fit_delta(weights: Weights, module: nn.Module) -> dict[str, Tensor]:
     This is the model's weight, or of an input layer with more channels than the delta's the part for the latents.
     """
     targets = files.floating_entries(own_weights(module))
-    whole = targets.get(INPUT_WEIGHT)
-    if whole is not None and whole.dim() == 4:
-        part = whole[:, :LATENT_CHANNELS]  # a view: no copy, and writable in place
-        if weights.shapes.get(INPUT_WEIGHT) == tuple(part.shape):
-            targets[INPUT_WEIGHT] = part
+    if INPUT_WEIGHT in targets and weights.shapes.get(INPUT_WEIGHT, ())[1:2] == (LATENT_CHANNELS,):
+        targets[INPUT_WEIGHT] = targets[INPUT_WEIGHT][:, :LATENT_CHANNELS]  # a view: no copy, and writable in place
     own = {name: tuple(weight.shape) for name, weight in targets.items()}
     partial = weights.metadata.get(PARTIAL_KEY) == "true"
     mismatch = files.describe_mismatch(weights.shapes, own, given="the file", expected="the model", partial=partial)
@@ -185,34 +174,30 @@ def add_terms(weight: Tensor, terms: Terms, out: Tensor | None = None) -> Tensor
     return torch.add(weight, change.to(weight.device), out=out).to(weight.dtype)
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    # A tenth of torch.equal's time in half precision. NaN equals nothing.
-    return not one.numel() or not torch.stack(torch.aminmax(one - other)).any()
+def _rows(state: MergeState, targets: Mapping[str, Tensor]) -> Iterator[tuple[Piece, Tensor, Tensor, Terms]]:
+    """Rows of the weights: piece, live values, and a start and terms whose sum the state's `after` makes of them.
 
-
-def _rows(
-    state: MergeState, targets: Mapping[str, Tensor]
-) -> Iterator[tuple[Piece, Tensor, Tensor | None, Tensor, Terms]]:
-    """Rows of the weights: piece, live values, what they should be, and a start and terms whose sum they shall become.
-
-    They should be the base plus the state's records, perhaps converted since; None without a base. Where they are,
-    the start is the base's rows, else the live ones.
+    The start is the base's rows where the live ones are the base plus the state's records, perhaps converted since;
+    elsewhere it is the live ones.
     """
     for name, target in targets.items():
         sums = (factors(state.records, name), factors(state.after, name))
         old, new = ([(weights.tensor(name), factor) for weights, factor in terms] for terms in sums)
         stored = state.base.tensor(name) if state.base is not None and name in state.base.shapes else None
         for start, stop in files.row_chunks(target.shape, 1 if target.device.type == "cpu" else GPU_CHUNKS):
-            live = rows_of(target.detach(), start, stop)
+            piece, live = (name, start, stop), rows_of(target.detach(), start, stop)
             minus, plus = ([(rows_of(tensor, start, stop), f) for tensor, f in terms] for terms in (old, new))
-            held = None
             if stored is not None:  # of more input channels where the target is a part of the weight
                 base = rows_of(stored, start, stop)[tuple(map(slice, live.shape))].to(live.device)
-                held = add_terms(base.to(state.dtypes.get(name, live.dtype)), minus).to(live.dtype)
-                if _equal(held, live):
-                    yield (name, start, stop), live, held, base.to(live.dtype), plus
+                exact = state.writing.get(piece)
+                if exact is None:
+                    held = add_terms(base.to(state.dtypes.get(name, live.dtype)), minus).to(live.dtype)
+                    # A tenth of torch.equal's time in half precision. NaN equals nothing.
+                    exact = not live.numel() or not torch.stack(torch.aminmax(held - live)).any()
+                if exact:
+                    yield piece, live, base.to(live.dtype), plus
                     continue
-            yield (name, start, stop), live, held, live, [*plus, *((tensor, -factor) for tensor, factor in minus)]
+            yield piece, live, live, [*plus, *((tensor, -factor) for tensor, factor in minus)]
 
 
 def change(state: MergeState, targets: Mapping[str, Tensor]) -> list[str]:
@@ -224,10 +209,10 @@ def change(state: MergeState, targets: Mapping[str, Tensor]) -> list[str]:
         ValueError: a weight would not be finite; what was written until then can be restored.
     """
     inexact: dict[str, None] = {}
-    for piece, live, _, start, terms in _rows(state, targets):
+    for piece, live, start, terms in _rows(state, targets):
         if start is live:
             if not inexact:  # what is written from here on cannot be read again: try it all first
-                for other, _, _, first, summands in _rows(state, targets):
+                for other, _, first, summands in _rows(state, targets):
                     if other not in state.writing:
                         _require_finite(add_terms(first, summands), other[0], state.after)
             inexact[piece[0]] = None
@@ -240,9 +225,10 @@ def change(state: MergeState, targets: Mapping[str, Tensor]) -> list[str]:
 def restore(state: MergeState, targets: Mapping[str, Tensor]) -> list[str]:
     """Writes base plus the state's records to all rows that were written; returns the weights without a base."""
     lost: dict[str, None] = {}
-    for piece, live, held, _, _ in _rows(state, {name: targets[name] for name, _, _ in state.writing}):
-        if state.writing.get(piece) and held is not None:
-            live.copy_(held)
+    written = {name: targets[name] for name, _, _ in state.writing}
+    for piece, live, start, terms in _rows(replace(state, after=state.records), written):
+        if piece in state.writing and start is not live:
+            add_terms(start, terms, out=live)
         elif piece in state.writing:
             lost[piece[0]] = None
     return list(lost)

@@ -177,11 +177,15 @@ def find_merged(module: nn.Module, delta: Delta, variant: str | None = None) -> 
     A file, or a folder and its variant, that was read before and has not changed since is not opened.
     """
     with _opened(module, write=False) as (module, state):
-        if state.records and isinstance(delta, (str, os.PathLike)):
+        if not state.records:
+            return None
+        if isinstance(delta, (str, os.PathLike)):
             stamp = files.stamp_of(files.weight_files(delta, variant))
-            known = next((r for r in state.records if r.weights is not None and r.weights.stamp == stamp), None)
-            return known or _find(module, state, files.open_weights(delta, variant))
-        return _find(module, state, opened(delta)) if state.records else None
+            for record in state.records:
+                if record.weights is not None and record.weights.stamp == stamp:
+                    return record
+            delta = files.open_weights(delta, variant)
+        return _find(module, state, opened(delta))
 
 
 def require_factor(name: str, value: object) -> None:
@@ -355,8 +359,7 @@ def _weight(module: nn.Module, name: str) -> Any:
 def _signature(module: nn.Module, names: Iterable[str]) -> list[Any]:
     """Identity and version of weights: differs once one was replaced or written to. Nothing is read of a device."""
     weights = [_weight(module, name) for name in names]
-    versioned = [isinstance(weight, Tensor) and not weight.is_inference() for weight in weights]
-    return [(id(w), w._version if known else None) for w, known in zip(weights, versioned, strict=True)]
+    return [(id(w), w._version if isinstance(w, Tensor) and not w.is_inference() else None) for w in weights]
 
 
 def _values(weight: Any) -> Tensor:
@@ -375,8 +378,7 @@ def _witness(module: nn.Module, state: MergeState) -> dict[str, list[list[float]
     names = [n for n, shape in held.items() if len(shape) > 1 and n != INPUT_WEIGHT and factors(state.records, n)]
     witness = {}
     for name in names[:: max(1, len(names) // WITNESSES)][:WITNESSES]:
-        values = _values(_weight(module, name))
-        if len(values):
+        if len(values := _values(_weight(module, name))):
             minus = [(_values(delta.tensor(name)), -factor) for delta, factor in factors(state.records, name)]
             witness[name] = [values.tolist(), apply.add_terms(values, minus).tolist()]
     return witness
@@ -392,6 +394,5 @@ def _holds(module: nn.Module, witness: Mapping[str, list[list[float]]]) -> bool:
         return True
     now = torch.cat(list(found.values()))
     merged, base = (torch.tensor([value for name in found for value in witness[name][k]]) for k in (0, 1))
-    if now.shape != merged.shape or torch.cosine_similarity(now, merged, dim=0) < RELATED:
-        return False
-    return bool(torch.dist(now, merged) <= torch.dist(now, base))
+    related = now.shape == merged.shape and torch.cosine_similarity(now, merged, dim=0) > RELATED
+    return bool(related and torch.dist(now, merged) <= torch.dist(now, base))
