@@ -19,8 +19,6 @@ def extract(
     dtype: Annotated[str, typer.Option(help="Type to store: float16, float32 or bfloat16.")] = "float16",
     variant: Annotated[str | None, typer.Option(help="Which files of the student's folder, fp16 say.")] = None,
     base_variant: Annotated[str | None, typer.Option(help="Which files of the base's folder.")] = None,
-    allow_pickle: options.AllowPickle = False,
-    config: options.Config = None,
     prediction_type: Annotated[str | None, typer.Option(help="ddim_eps, diff_eps or velocity.")] = None,
     windows: Annotated[int | None, typer.Option(help="Number of time windows it was distilled for.")] = None,
     steps: options.RecipeSteps = None,
@@ -51,18 +49,11 @@ def extract(
     from ..delta.files import open_weights
     from .unets import find_config
 
-    unet = find_config(config, base, student)
-    weights = [open_weights(student, variant, allow_pickle=allow_pickle)]
-    weights.append(open_weights(base, base_variant, allow_pickle=allow_pickle))
+    unet = find_config(base, student)
+    weights = open_weights(student, variant), open_weights(base, base_variant)
     if unet is not None:
-        weights = [require_architecture(part, unet) for part in weights]
-    else:
-        original = [part.label for part in weights if any(".input_blocks." in f".{name}" for name in part.shapes)]
-        if original:
-            raise ValueError(
-                f"{original[0]} has original Latent Diffusion names; pass --config with a folder of the UNet's "
-                "config.json."
-            )
+        for part in weights:
+            require_architecture(part, unet)
     difference = open_difference(weights[0], weights[1])
     save_delta(difference, out, recipe, precision, progress=True)
     typer.echo(f"{out}: {len(difference.shapes)} tensors, {out.stat().st_size / 1e6:,.1f} MB")

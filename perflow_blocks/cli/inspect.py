@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -51,8 +50,6 @@ def inspect(
     top: Annotated[int, typer.Option(help="How many of the largest tensors to name.")] = 5,
     variant: Annotated[str | None, typer.Option(help="Which files of PATH's folder, for example fp16.")] = None,
     base_variant: Annotated[str | None, typer.Option(help="Which files of the base's folder.")] = None,
-    allow_pickle: options.AllowPickle = False,
-    config: options.Config = None,
 ) -> None:
     """Say what PATH holds: delta, LoRA or UNet, its recipe, tensors by kind, norms, and what is merged into it."""
     if top < 0:
@@ -61,14 +58,12 @@ def inspect(
     if base is not None:
         options.require_weights("base", base)
     from ..delta.files import open_weights, read_recipe
-    from .unets import find_config
 
-    weights = open_weights(path, variant, allow_pickle=allow_pickle)
+    weights = open_weights(path, variant)
     recipe = read_recipe(weights)
     records = _merged(path)
-    own = None if base is None else open_weights(base, base_variant, allow_pickle=allow_pickle)
-    unet = None if base is None else find_config(config, base, path)
-    tensors = summarize(weights, own, None if unet is None else unet.config)
+    own = None if base is None else open_weights(base, base_variant)
+    tensors = summarize(weights, own)
     what = what_weights_are(weights)
     lines = [f"{path}: {_folder_kind(path)}{what}", *_totals(tensors), _recipe_line(recipe)]
     lines += records
@@ -83,16 +78,11 @@ def inspect(
     typer.echo("\n".join(lines))
 
 
-def summarize(
-    weights: Weights, base: Weights | None = None, config: Mapping[str, Any] | None = None
-) -> list[TensorSummary]:
-    """Reads every tensor once; sizes are relative to `base`. `config` is the UNet's, to translate original names."""
+def summarize(weights: Weights, base: Weights | None = None) -> list[TensorSummary]:
+    """Reads every tensor once; sizes are relative to `base`."""
     from diffusers.utils import logging
 
-    from ..delta.files import named_alike
-
     if base is not None:
-        weights, base = named_alike(weights, base, config or {})
         missing = [name for name in weights.shapes if name not in base.shapes]
         if missing:
             raise ValueError(f"{base.label} has no {missing[0]}; pass the base that {weights.label} was taken from.")

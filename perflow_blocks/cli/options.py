@@ -30,13 +30,6 @@ Dtype = Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}. By defaul
 
 RecipeSteps = Annotated[int | None, typer.Option("--steps", help="Steps to recommend, at least 1.")]
 RecipeGuidance = Annotated[float | None, typer.Option("--guidance", help="Guidance to recommend; 1 is none.")]
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read .bin, .pt and .ckpt too; their code is not run.")
-]
-Config = Annotated[
-    Path | None,
-    typer.Option("--config", help="The UNet's config.json, or its folder, by which original names are translated."),
-]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 

@@ -29,10 +29,8 @@ def require_unet(path: Path) -> Path:
     return folder
 
 
-def find_config(config: Path | None, *models: Path) -> UNet2DConditionModel | None:
-    """The UNet, without values, of a configuration that is named, else of the first of the models that has one."""
-    if config is not None:
-        return empty_unet(require_unet(config.parent if config.is_file() else config))
+def find_config(*models: Path) -> UNet2DConditionModel | None:
+    """The UNet, without values, of the first of the models that has a configuration."""
     folder = next((found for model in models if (found := find_unet(model.expanduser()))), None)
     return None if folder is None else empty_unet(folder)
 

@@ -43,7 +43,7 @@ class MergeRecord:
         scales: further factors, (pattern, factor) for names of weights; the first pattern that matches counts.
         recipe: the sampling settings that came with it.
         reloaded: whether the model was saved with it and loaded again, so that it is part of the base.
-        weights: the delta under the model's names, as it was read last; None until it is seen again.
+        weights: the delta, as it was read last; None until it is seen again.
     """
 
     source: str
@@ -100,23 +100,12 @@ def own_weights(module: nn.Module) -> dict[str, Tensor]:
     return {files.PREFIXES.sub("", name): state[key] for name, key in own.items()}
 
 
-def under_own_names(weights: Weights, module: nn.Module) -> Weights:
-    """The weights under the model's names, where they have the original ones of a single file."""
-    return files.named_as_model(weights, getattr(module, "config", {}))
-
-
-def require_architecture(weights: Weights, module: nn.Module) -> Weights:
-    """The delta under the model's names, once those and the shapes fit; the model may be without values, on "meta"."""
-    weights = under_own_names(weights, module)
-    fit_delta(weights, module)
-    return weights
-
-
-def fit_delta(weights: Weights, module: nn.Module) -> dict[str, Tensor]:
-    """What the tensors of a delta, under the model's names, are added to, once names and shapes fit.
+def require_architecture(weights: Weights, module: nn.Module) -> dict[str, Tensor]:
+    """What the tensors of a delta are added to, once names and shapes fit; the model may be on "meta".
 
     This is the model's weight, or of an input layer with more channels than the delta's the part for the latents.
     """
+    files.require_no_lora(weights)
     targets = files.floating_entries(own_weights(module))
     if INPUT_WEIGHT in targets and weights.shapes.get(INPUT_WEIGHT, ())[1:2] == (LATENT_CHANNELS,):
         targets[INPUT_WEIGHT] = targets[INPUT_WEIGHT][:, :LATENT_CHANNELS]  # a view: no copy, and writable in place
@@ -132,12 +121,12 @@ def fit_delta(weights: Weights, module: nn.Module) -> dict[str, Tensor]:
 
 
 def fit_base(weights: Weights, module: nn.Module) -> Weights:
-    """Those of the weights that a model may have been loaded from, under the model's names: of equal shapes."""
-    own, weights = own_weights(module), under_own_names(weights, module)
-    fitting = {name: name for name, tensor in own.items() if weights.shapes.get(name) == tuple(tensor.shape)}
-    if not fitting:
+    """Those of the weights that a model may have been loaded from: of equal shapes."""
+    own = own_weights(module)
+    shapes = {name: shape for name, shape in weights.shapes.items() if name in own and shape == own[name].shape}
+    if not shapes:
         raise ValueError(f"base={weights.label} holds no weight of this {type(module).__name__}; leave base out.")
-    return weights.renamed(fitting)
+    return replace(weights, shapes=shapes)
 
 
 def require_mergeable(module: nn.Module, weights: Weights) -> None:

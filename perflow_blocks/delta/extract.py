@@ -35,17 +35,17 @@ def extract_delta(
     return {name: difference.tensor(name) for name in difference.shapes}
 
 
-def open_difference(student: files.Delta, base: files.Delta, config: Mapping[str, Any] | None = None) -> files.Weights:
+def open_difference(student: files.Delta, base: files.Delta) -> files.Weights:
     """The delta `student - base` of two checkpoints, for a student that was published merged.
 
-    It is formed tensor by tensor as it is read. Original Latent Diffusion names need the UNet's `config`.
+    It is formed tensor by tensor as it is read.
 
     Raises:
         ValueError: a checkpoint cannot be read or is a delta itself, or the two do not match.
     """
-    pair = files.named_alike(files.opened(student), files.opened(base), config or {})
-    difference = pair[0].minus(pair[1])
-    for what, weights in zip(("student", "base"), pair, strict=True):
+    pair = {"student": files.opened(student), "base": files.opened(base)}
+    difference = pair["student"].minus(pair["base"])
+    for what, weights in pair.items():
         if files.holds_differences(weights):
             raise ValueError(f"the {what} {weights.label} holds differences, as a delta does; pass a model's weights.")
     return difference

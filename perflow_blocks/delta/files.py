@@ -1,4 +1,4 @@
-"""Weights by name, read one tensor at a time: finding and opening files, and translating other programs' names."""
+"""Weights by name, read one tensor at a time: finding and opening files, naming and comparing what they hold."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import snapshot_download
@@ -30,8 +29,6 @@ DIGEST_KEY = "perflow_delta"  # in a LoRA file's metadata: the `identity_of` the
 
 # What distributed training, compilation, pipelines and checkpoints put before the names of all weights.
 PREFIXES = re.compile(r"^(module\.|_orig_mod\.|unet\.|_fsdp_wrapped_module\.|model\.diffusion_model\.)+")
-_LDM_PREFIX = "model.diffusion_model."
-_LDM_UNET = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
 _LORA = re.compile(r"lora|\.alpha$|hada_|lokr_", re.IGNORECASE)
 
 _STEM = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")
@@ -89,12 +86,6 @@ class Weights:
         # In half precision the small difference would be rounded to the spacing of the large weights.
         return tensor.float() - self.base.tensor(name).to(tensor.device).float()
 
-    def renamed(self, names: Mapping[str, str]) -> Weights:
-        """Some of the weights under other names, {new: old}."""
-        shapes = {new: self.shapes[old] for new, old in names.items()}
-        places = {new: self.places[old] for new, old in names.items()}
-        return replace(self, shapes=shapes, places=places, base=self.base and self.base.renamed(names))
-
     def minus(self, base: Weights) -> Weights:
         """The difference, formed when it is read; ValueError unless names and shapes agree."""
         mismatch = describe_mismatch(self.shapes, base.shapes, given="the student", expected="the base")
@@ -136,25 +127,17 @@ def opened(delta: Delta, what: str = "delta") -> Weights:
     return mapping_weights(delta) if isinstance(delta, Mapping) else open_weights(delta)
 
 
-def open_weights(path: str | os.PathLike[str], variant: str | None = None, *, allow_pickle: bool = False) -> Weights:
+def open_weights(path: str | os.PathLike[str], variant: str | None = None) -> Weights:
     """The weights at a path: a file, the index of shards, or a folder of either, as diffusers saves models.
 
     A folder may be the model's own or a pipeline's, whose UNet is then meant; of several variants `variant` chooses
-    one. Pickles (.bin, .pt, .ckpt) are read only with `allow_pickle`, memory-mapped and without running their code.
+    one.
 
     Raises:
-        ValueError: nothing there, several variants and none named, a file that is broken, or a pickle.
+        ValueError: nothing there, several variants and none named, a file that is broken or no safetensors file, or a
+            checkpoint in original names.
     """
     paths, label = weight_files(path, variant), str(Path(path).expanduser())
-    if paths[0].suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        if not allow_pickle:
-            raise ValueError(f"{label} is a pickle, which can hold code; convert it, or pass allow_pickle=True.")
-        try:
-            loaded: Any = torch.load(paths[0], map_location="cpu", weights_only=True, mmap=True)
-            tensors = loaded.get("state_dict", loaded)
-        except Exception as error:  # whatever a broken pickle raises
-            raise ValueError(f"cannot read {label} as weights ({error}); download it again.") from error
-        return mapping_weights({name: value for name, value in tensors.items() if isinstance(value, Tensor)}, label)
     shapes: dict[str, tuple[int, ...]] = {}
     places: dict[str, tuple[Callable[[str], Tensor], str]] = {}
     metadata: dict[str, str] = {}
@@ -172,6 +155,11 @@ def open_weights(path: str | os.PathLike[str], variant: str | None = None, *, al
             ) from error
     if not shapes:
         raise ValueError(f"{label} holds no floating-point tensors; pass a file of weights.")
+    if any(name.startswith("input_blocks.") for name in shapes):
+        raise ValueError(
+            f"{label} has the original names of a single file; load it with UNet2DConditionModel.from_single_file, "
+            "save that with save_pretrained, and pass the folder."
+        )
     return Weights(label, shapes, places, metadata, stamp_of(paths))
 
 
@@ -290,33 +278,10 @@ def is_lora(names: Iterable[str]) -> bool:
     return any(_LORA.search(name) for name in names)
 
 
-def named_as_model(weights: Weights, config: Mapping[str, Any]) -> Weights:
-    """The weights under the names of a diffusers UNet, with that UNet's configuration.
-
-    Original Latent Diffusion names, as in single-file checkpoints, are translated by diffusers' converter; the
-    checkpoint's other models are left out. Other names stay, for the caller to refuse.
-    """
-    if all(_LORA.search(name) for name in weights.shapes):
+def require_no_lora(weights: Weights) -> None:
+    """Raises ValueError for a LoRA, which is easily taken for a delta."""
+    if is_lora(weights.shapes):
         raise ValueError(f"{weights.label} is a LoRA and not a delta of full weights; load it with load_lora_weights.")
-    if not any(name.startswith(_LDM_UNET[0]) for name in weights.shapes):
-        return weights
-    if "layers_per_block" not in config:
-        raise ValueError(
-            f"{weights.label} has original Latent Diffusion names; to translate them pass config= with the UNet's "
-            "configuration (on the command line --config with its folder)."
-        )
-    try:  # the converter moves values from name to name: given the old names for values it returns the translation
-        unet = {f"{_LDM_PREFIX}{name}": name for name in weights.shapes if name.startswith(_LDM_UNET)}
-        return weights.renamed(convert_ldm_unet_checkpoint(unet, dict(config)))
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"{weights.label} is of another architecture than this UNet: it lacks {error}.") from error
-
-
-def named_alike(one: Weights, other: Weights, config: Mapping[str, Any]) -> tuple[Weights, Weights]:
-    """Two UNets' weights under the same names, those of diffusers if they differ; `config` as in `named_as_model`."""
-    if one.shapes.keys() == other.shapes.keys():
-        return one, other
-    return named_as_model(one, config), named_as_model(other, config)
 
 
 def identity_of(weights: Weights) -> str:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from diffusers.utils import logging
@@ -92,7 +92,6 @@ def delta_to_lora(
     dtype: torch.dtype = torch.float16,
     device: torch.device | str | None = None,
     recipe: DeltaRecipe | None = None,
-    config: Mapping[str, Any] | None = None,
 ) -> DeltaLora:
     """Factorizes a UNet's delta layer by layer by truncated singular value decomposition.
 
@@ -109,7 +108,6 @@ def delta_to_lora(
         dtype: in which factors and residual are stored; they are computed in float32 or better.
         device: where to compute, for example "cuda"; by default where the delta is. The result is on the CPU.
         recipe: how the delta is to be sampled; by default what the file says.
-        config: the configuration of the UNet, to translate the original Latent Diffusion names of a delta.
 
     Raises:
         ValueError: neither or both of rank and energy, or one out of range; an unusable file; a delta that is empty,
@@ -121,8 +119,7 @@ def delta_to_lora(
     require_positive_int("max_rank" if rank is None else "rank", bound)
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy={energy!r} must be a share in (0, 1], for example 0.9.")
-    given = files.opened(delta)
-    weights = files.named_as_model(given, config or {})
+    weights = files.opened(delta)
     modules = _factorized_modules(weights, keep)
     lora: dict[str, Tensor] = {}
     residual: dict[str, Tensor] = {}
@@ -158,12 +155,13 @@ def delta_to_lora(
         energy=kept / whole,
         relative_error=math.sqrt(lost / (whole + rest)),
     )
-    recipe, digest = recipe or files.read_recipe(given), files.identity_of(weights)
+    recipe, digest = recipe or files.read_recipe(weights), files.identity_of(weights)
     return DeltaLora(lora=lora, residual=residual, report=report, recipe=recipe, digest=digest)
 
 
 def _factorized_modules(weights: files.Weights, keep: Sequence[str]) -> dict[str, str]:
     """The modules to factorize by the key of their weight: the linear and convolution layers that are not kept."""
+    files.require_no_lora(weights)
     if foreign := [name for name in weights.shapes if not name.startswith(UNET)]:
         raise ValueError(
             f"{len(foreign)} tensors are not weights of a UNet ({files.listed(foreign)}); pass a UNet's delta."

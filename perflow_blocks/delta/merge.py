@@ -86,7 +86,7 @@ def merge_delta(
     """
     pairs, weights = _pairs(scale, scales), opened(delta)
     with _opened(module, base) as (module, state):
-        known = _find(module, state, weights)
+        known = _find(state, weights)
         if known is not None:
             if (known.scale, known.scales) != (scale, pairs):
                 return rescale_delta(module, scale, weights, scales=scales, base=base)
@@ -94,10 +94,8 @@ def merge_delta(
             return known
         # Not resolved: in the Hub's cache a link has the file's name, and what it leads to has not.
         source = os.path.abspath(weights.label) if os.path.exists(weights.label) else weights.label
-        fitted = apply.under_own_names(weights, module)
-        record = MergeRecord(
-            source, files.identity_of(fitted), float(scale), pairs, files.read_recipe(weights), weights=fitted
-        )
+        digest, recipe = files.identity_of(weights), files.read_recipe(weights)
+        record = MergeRecord(source, digest, float(scale), pairs, recipe, weights=weights)
         _exchange(module, state, (*state.records, record))
         return record
 
@@ -185,7 +183,7 @@ def find_merged(module: nn.Module, delta: Delta, variant: str | None = None) -> 
                 if record.weights is not None and record.weights.stamp == stamp:
                     return record
             delta = files.open_weights(delta, variant)
-        return _find(module, state, opened(delta))
+        return _find(state, opened(delta))
 
 
 def require_factor(name: str, value: object) -> None:
@@ -200,11 +198,10 @@ def _pairs(scale: float, scales: Mapping[str, float] | None) -> tuple[tuple[str,
     return tuple((pattern, float(factor)) for pattern, factor in (scales or {}).items())
 
 
-def _find(module: nn.Module, state: MergeState, weights: Weights) -> MergeRecord | None:
+def _find(state: MergeState, weights: Weights) -> MergeRecord | None:
     """The record of these weights, with them."""
     if not state.records:
         return None
-    weights = apply.under_own_names(weights, module)
     digest = files.identity_of(weights)
     records = [replace(old, weights=weights) if old.digest == digest else old for old in state.records]
     state.records = tuple(records)
@@ -217,7 +214,7 @@ def _chosen(module: nn.Module, state: MergeState, delta: Delta | MergeRecord | N
     elif isinstance(delta, MergeRecord):
         found = [record for record in state.records if record.digest == delta.digest]
     else:
-        found = [record for record in (_find(module, state, opened(delta)),) if record]
+        found = [record for record in (_find(state, opened(delta)),) if record]
     if len(found) != 1:
         merged = listed([record.source for record in state.records]) or "none"
         problem = "name the delta that is meant" if delta is None else "that delta is not merged"
@@ -286,7 +283,7 @@ def _targets(module: nn.Module, state: MergeState) -> dict[str, Tensor]:
         if files.identity_of(delta) != digest:
             raise ValueError(f"{delta.label} was changed since it was merged; load the model again.")
         apply.require_mergeable(module, delta)
-        targets = {**apply.fit_delta(delta, module), **targets}
+        targets = {**apply.require_architecture(delta, module), **targets}
         if files.holds_differences(delta) is False:
             raise ValueError(
                 f"{delta.label} holds a model's whole weights, not their difference from a base; pass a delta, as "

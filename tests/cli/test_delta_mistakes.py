@@ -46,7 +46,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("extract base base -o new.bin", "no .safetensors file"),
         ("extract base base -o new.safetensors --dtype int8", "--dtype int8 is unknown"),
         ("extract base base -o new.safetensors --prediction-type x", "prediction_type='x'"),
-        ("extract base base -o new.safetensors --config full", "model full holds no UNet"),
         ("extract base base", "Missing option"),
         ("merge nowhere delta.safetensors -o new", "model nowhere does not exist"),
         ("merge full delta.safetensors -o new", "model full holds no UNet"),
