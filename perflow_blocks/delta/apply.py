@@ -82,9 +82,7 @@ class MergeState:
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of changed weights, which may be converted since
     after: tuple[MergeRecord, ...] = ()  # what an unfinished change was to make of the records
     writing: dict[Piece, bool] = field(default_factory=dict)  # rows that it may have written; were they base plus sum?
-    witness: dict[str, list[list[float]]] = field(
-        default_factory=dict
-    )  # values of a few weights: now, and of the base
+    witness: dict[str, list[list[float]]] = field(default_factory=dict)  # values of some weights, now and without
     signature: list[Any] | None = None  # of the witness's weights when they were last compared
 
 
@@ -106,7 +104,7 @@ def require_architecture(weights: Weights, module: nn.Module) -> dict[str, Tenso
     This is the model's weight, or of an input layer with more channels than the delta's the part for the latents.
     """
     files.require_no_lora(weights)
-    targets = files.floating_entries(own_weights(module))
+    targets = {name: tensor for name, tensor in own_weights(module).items() if tensor.is_floating_point()}
     if INPUT_WEIGHT in targets and weights.shapes.get(INPUT_WEIGHT, ())[1:2] == (LATENT_CHANNELS,):
         targets[INPUT_WEIGHT] = targets[INPUT_WEIGHT][:, :LATENT_CHANNELS]  # a view: no copy, and writable in place
     own = {name: tuple(weight.shape) for name, weight in targets.items()}

@@ -30,8 +30,7 @@ def extract_delta(
     Raises:
         ValueError: the two differ in keys or shapes.
     """
-    given = files.mapping_weights(files.floating_entries(student), "the student")
-    difference = given.minus(files.mapping_weights(files.floating_entries(base), "the base"))
+    difference = files.opened(student).minus(files.opened(base))
     return {name: difference.tensor(name) for name in difference.shapes}
 
 

@@ -29,7 +29,6 @@ DIGEST_KEY = "perflow_delta"  # in a LoRA file's metadata: the `identity_of` the
 
 # What distributed training, compilation, pipelines and checkpoints put before the names of all weights.
 PREFIXES = re.compile(r"^(module\.|_orig_mod\.|unet\.|_fsdp_wrapped_module\.|model\.diffusion_model\.)+")
-_LORA = re.compile(r"lora|\.alpha$|hada_|lokr_", re.IGNORECASE)
 
 _STEM = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")
 # diffusers 0.42 writes stem.fp16-00001-of-00002.safetensors, earlier releases stem-00001-of-00002.fp16.safetensors.
@@ -59,23 +58,14 @@ class _File:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Floating-point tensors by name, one of them in memory at a time. A deep copy is the same object.
+    """Floating-point tensors by name, one of them in memory at a time. A deep copy is the same object."""
 
-    Attributes:
-        label: names them in messages, for example a path.
-        shapes: of the tensors, by names without the prefixes of wrappers.
-        places: how each is read, and the name that it has there.
-        metadata: of their files.
-        stamp: of their files; empty for weights that are not files.
-        base: weights of the same names that are subtracted from these, or None.
-    """
-
-    label: str
-    shapes: Shapes
-    places: Mapping[str, tuple[Callable[[str], Tensor], str]]
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    stamp: Stamp = ()
-    base: Weights | None = None
+    label: str  # names them in messages, for example a path
+    shapes: Shapes  # by names without the prefixes of wrappers
+    places: Mapping[str, tuple[Callable[[str], Tensor], str]]  # how each is read, and the name that it has there
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of their files
+    stamp: Stamp = ()  # of their files, if they are files
+    base: Weights | None = None  # weights of the same names that are subtracted from these
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, which the caller must not write to; of a difference in float32 on the first one's device."""
@@ -95,36 +85,34 @@ class Weights:
 
     def require_unchanged(self) -> None:
         """Raises ValueError if a file was written to since it was opened."""
-        for path, *state in self.stamp:
+        for old in self.stamp:
             # A file that was replaced or deleted is still mapped with its old contents.
-            now = list(stamp_of([path])[0][1:]) if os.path.exists(path) else state
-            if now[:2] == state[:2] and now != state:
+            new = stamp_of(old[:1])[0] if os.path.exists(old[0]) else old
+            if new[:3] == old[:3] and new != old:
                 raise ValueError(f"{self.label} was written to since it was opened; load the model again.")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Weights:
         return self
 
 
-Delta = str | os.PathLike[str] | Mapping[str, Tensor] | Weights
-"""Weights: a file or folder that `open_weights` reads, a mapping as `extract_delta` gives, or what is open already."""
+Delta = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | Weights
+"""Weights: a file or folder that `open_weights` reads, a mapping as `extract_delta` gives, a module, or open ones."""
 
 
-def mapping_weights(tensors: Mapping[str, Tensor], label: str = "the mapping") -> Weights:
-    """A mapping's own tensors, by reference; ValueError without any."""
+def opened(delta: Delta, what: str = "delta") -> Weights:
+    """The weights of a delta in any form; messages call it `what`. Tensors are not copied."""
+    if isinstance(delta, Weights):
+        return delta
+    if isinstance(delta, (str, os.PathLike)):
+        return open_weights(delta)
+    tensors, label = delta.state_dict() if isinstance(delta, nn.Module) else delta, "the mapping"
+    if not isinstance(tensors, Mapping):
+        raise ValueError(f"{what}={type(delta).__name__} must be a file, a folder or a mapping of names to tensors.")
     own = {PREFIXES.sub("", name): (name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
     if not own:
         raise ValueError(f"{label} holds no floating-point tensors.")
     shapes = {name: tuple(tensor.shape) for name, (_, tensor) in own.items()}
     return Weights(label, shapes, {name: (tensors.__getitem__, key) for name, (key, _) in own.items()})
-
-
-def opened(delta: Delta, what: str = "delta") -> Weights:
-    """The weights of a delta in any form; messages call it `what`. A mapping's tensors are not copied."""
-    if isinstance(delta, Weights):
-        return delta
-    if not isinstance(delta, (str, os.PathLike, Mapping)):
-        raise ValueError(f"{what}={type(delta).__name__} must be a file, a folder or a mapping of names to tensors.")
-    return mapping_weights(delta) if isinstance(delta, Mapping) else open_weights(delta)
 
 
 def open_weights(path: str | os.PathLike[str], variant: str | None = None) -> Weights:
@@ -252,14 +240,11 @@ def loaded_weights(model: Any) -> Weights | None:
     place: Mapping[str, Any] = {} if load_id == "null" else ComponentSpec.decode_load_id(load_id)
     named = getattr(getattr(model, "config", None), "_name_or_path", None)
     source = place.get("pretrained_model_name_or_path") if place else named
-    if not source:
-        return None
     try:
-        path = Path(source)
-        if not path.exists():
+        path = Path(source or "")
+        if source and not path.exists():
             path = Path(snapshot_download(source, revision=place.get("revision"), local_files_only=True))
-        path = path if path.is_file() else path / (place.get("subfolder") or "")
-        return open_weights(path, place.get("variant"))
+        return open_weights(path / (place.get("subfolder") or ""), place.get("variant")) if source else None
     except (ValueError, OSError):
         return None
 
@@ -275,7 +260,7 @@ def read_recipe(delta: Delta) -> DeltaRecipe:
 
 def is_lora(names: Iterable[str]) -> bool:
     """Whether tensors of these names are a LoRA's or those of a similar adapter (LoHa, LoKr)."""
-    return any(_LORA.search(name) for name in names)
+    return any(re.search(r"lora|\.alpha$|hada_|lokr_", name, re.IGNORECASE) for name in names)
 
 
 def require_no_lora(weights: Weights) -> None:
@@ -307,6 +292,15 @@ def holds_differences(weights: Weights) -> bool | None:
     return sum(float(weights.tensor(name).double().mean()) for name in names) < 0.1 * len(names) if names else None
 
 
+def require_differences(weights: Weights) -> None:
+    """Raises ValueError for a model's whole weights."""
+    if holds_differences(weights) is False:
+        raise ValueError(
+            f"{weights.label} holds a model's whole weights, not their difference from a base; pass a delta, as "
+            "extract_delta, open_difference or perflow extract makes."
+        )
+
+
 def row_chunks(shape: Sequence[int], multiple: int = 1) -> list[tuple[int, int]]:
     """Ranges of rows, the first dimension, of about `multiple * CHUNK` values; without dimensions there is one row."""
     rows = shape[0] if shape else 1
@@ -317,12 +311,6 @@ def row_chunks(shape: Sequence[int], multiple: int = 1) -> list[tuple[int, int]]
 def rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
     """A view of some rows; a tensor without dimensions is one row."""
     return tensor[start:stop] if tensor.dim() else tensor.view(1)
-
-
-def floating_entries(weights: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The floating-point parameters and buffers by state-dict key. Nothing is copied."""
-    state = weights.state_dict(keep_vars=True) if isinstance(weights, nn.Module) else weights
-    return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
 
 
 def describe_mismatch(

@@ -37,21 +37,14 @@ Layout = Literal["peft", "kohya"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoraReport:
-    """What was kept and lost; prints as a line of text.
+    """What was kept and lost; prints as a line of text."""
 
-    Attributes:
-        ranks: of the layers, by the UNet's modules; without layers that the delta does not change.
-        parameters, residual_parameters, delta_parameters: numbers in the LoRA, beside it, and in the whole delta.
-        energy: share of the squared norm of all factorized layers that was kept, in [0, 1].
-        relative_error: norm of the error over that of the whole delta, including the residual, which has no error.
-    """
-
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    parameters: int = 0
-    residual_parameters: int = 0
-    delta_parameters: int = 0
-    energy: float = 1.0
-    relative_error: float = 0.0
+    ranks: Mapping[str, int] = field(default_factory=dict)  # of the layers that the delta changes, by module
+    parameters: int = 0  # numbers in the LoRA
+    residual_parameters: int = 0  # beside it
+    delta_parameters: int = 0  # in the whole delta
+    energy: float = 1.0  # share of the squared norm of all factorized layers that was kept, in [0, 1]
+    relative_error: float = 0.0  # norm of the error over that of the whole delta; the residual has no error
 
     def __str__(self) -> str:
         ranks = self.ranks.values() or [0]
@@ -138,13 +131,16 @@ def delta_to_lora(
         if not spectrum.squared_norm:
             continue
         own = min(bound, *matrix.shape) if energy is None else low_rank.rank_for_energy(spectrum, energy)
-        pair = _factors(spectrum, own, tensor.shape, dtype, f"{PREFIX}{modules[name]}.lora_")
-        lora |= pair
+        factors = low_rank.balanced_factors(spectrum, own)
+        shapes = {"A": (own, *tensor.shape[1:]), "B": (len(matrix), own, *(1 for _ in tensor.shape[2:]))}
+        for side, factor in (("A", factors.down), ("B", factors.up)):
+            key = f"{PREFIX}{modules[name]}.lora_{side}.weight"
+            lora[key] = _stored(factor.reshape(shapes[side]), dtype, key)
+            factor.copy_(lora[key].flatten(1))  # with the error of its type
         ranks[modules[name]] = own
-        down, up = (factor.flatten(1).to(matrix.device) for factor in pair.values())
         whole += spectrum.squared_norm
         kept += low_rank.kept_energy(spectrum, own) * spectrum.squared_norm
-        lost += low_rank.squared_error(matrix, low_rank.Factors(up=up, down=down))
+        lost += low_rank.squared_error(matrix, factors)
     if not lora:
         raise ValueError("the delta changes no linear or convolution layer; merge it as it is.")
     report = LoraReport(
@@ -171,23 +167,9 @@ def _factorized_modules(weights: files.Weights, keep: Sequence[str]) -> dict[str
     for pattern in keep:
         if not any(fnmatchcase(module, pattern) for module in modules.values()):
             raise ValueError(f"keep={keep!r}: {pattern} matches no linear or convolution layer.")
-    if files.holds_differences(weights) is False:
-        raise ValueError(
-            "these are a model's whole weights, not their difference from a base; pass a delta, such as what "
-            "open_difference(it, base) or perflow extract gives."
-        )
+    files.require_differences(weights)
     kept = (*KEPT_IN_FULL, *keep)
     return {name: module for name, module in modules.items() if not any(fnmatchcase(module, p) for p in kept)}
-
-
-def _factors(
-    spectrum: low_rank.Spectrum, rank: int, shape: tuple[int, ...], dtype: torch.dtype, name: str
-) -> dict[str, Tensor]:
-    """The pair of tensors as it is stored, by the layer's name: down, (rank, in, ...), and up, (out, rank, ...)."""
-    factors = low_rank.balanced_factors(spectrum, rank)
-    down = factors.down.reshape(rank, *shape[1:])
-    up = factors.up.reshape(shape[0], rank, *(1 for _ in shape[2:]))
-    return {key: _stored(factor, dtype, key) for key, factor in ((f"{name}A.weight", down), (f"{name}B.weight", up))}
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

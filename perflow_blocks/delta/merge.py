@@ -284,11 +284,7 @@ def _targets(module: nn.Module, state: MergeState) -> dict[str, Tensor]:
             raise ValueError(f"{delta.label} was changed since it was merged; load the model again.")
         apply.require_mergeable(module, delta)
         targets = {**apply.require_architecture(delta, module), **targets}
-        if files.holds_differences(delta) is False:
-            raise ValueError(
-                f"{delta.label} holds a model's whole weights, not their difference from a base; pass a delta, as "
-                "extract_delta or perflow extract makes."
-            )
+        files.require_differences(delta)
     return targets
 
 
@@ -309,7 +305,7 @@ def _state(module: nn.Module, base: Delta | None = None) -> MergeState:
     if state is None:
         config: Mapping[str, Any] = module.config if isinstance(module, ConfigMixin) else {}
         records = saved_records(config)
-        state = MergeState(records, witness=config[CONFIG_KEY].get("witness", {}) if records else {})
+        state = MergeState(records, witness=config[CONFIG_KEY].get("values", {}) if records else {})
     if base is not None:
         state.base = apply.fit_base(opened(base, "base"), module)
         state.writing = dict.fromkeys(state.writing, True)  # which can restore all rows
@@ -340,7 +336,7 @@ def _remember(module: nn.Module, state: MergeState) -> None:
         # as the kind of projection when an IP-Adapter was loaded.
         OrderedDict.pop(module._internal_dict, CONFIG_KEY, None)
         if state.records:
-            saved = {"deltas": [record.to_config() for record in state.records], "witness": witness}
+            saved = {"deltas": [record.to_config() for record in state.records], "values": witness}
             OrderedDict.__setitem__(module._internal_dict, CONFIG_KEY, saved)
     if state.records:
         setattr(module, STATE_ATTRIBUTE, state)
