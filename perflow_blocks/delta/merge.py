@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from . import apply, files
 from .apply import INPUT_WEIGHT, NO_RECIPE, MergeState, factors
 from .apply import MergeRecord as MergeRecord
-from .files import Delta, Weights, listed, opened
+from .files import Delta, listed, opened
 from .model_lock import model_lock, uncompiled
 
 logger = logging.get_logger(__name__)
@@ -183,7 +183,7 @@ def find_merged(module: nn.Module, delta: Delta, variant: str | None = None) -> 
                 if record.weights is not None and record.weights.stamp == stamp:
                     return record
             delta = files.open_weights(delta, variant)
-        return _find(state, opened(delta))
+        return _find(state, delta)
 
 
 def require_factor(name: str, value: object) -> None:
@@ -198,28 +198,27 @@ def _pairs(scale: float, scales: Mapping[str, float] | None) -> tuple[tuple[str,
     return tuple((pattern, float(factor)) for pattern, factor in (scales or {}).items())
 
 
-def _find(state: MergeState, weights: Weights) -> MergeRecord | None:
-    """The record of these weights, with them."""
+def _find(state: MergeState, delta: Delta | MergeRecord) -> MergeRecord | None:
+    """The record of a delta, with its weights as they are now."""
     if not state.records:
         return None
-    digest = files.identity_of(weights)
-    records = [replace(old, weights=weights) if old.digest == digest else old for old in state.records]
-    state.records = tuple(records)
-    return next((record for record in records if record.digest == digest), None)
+    if isinstance(delta, MergeRecord):
+        digest = delta.digest
+    else:
+        weights = opened(delta)
+        digest = files.identity_of(weights)
+        state.records = tuple(replace(old, weights=weights) if old.digest == digest else old for old in state.records)
+    return next((record for record in state.records if record.digest == digest), None)
 
 
 def _chosen(module: nn.Module, state: MergeState, delta: Delta | MergeRecord | None) -> MergeRecord:
-    if delta is None:
-        found = list(state.records)
-    elif isinstance(delta, MergeRecord):
-        found = [record for record in state.records if record.digest == delta.digest]
-    else:
-        found = [record for record in (_find(state, opened(delta)),) if record]
-    if len(found) != 1:
+    only = state.records[0] if len(state.records) == 1 else None
+    found = only if delta is None else _find(state, delta)
+    if found is None:
         merged = listed([record.source for record in state.records]) or "none"
         problem = "name the delta that is meant" if delta is None else "that delta is not merged"
         raise ValueError(f"{problem}; into this {type(module).__name__} are merged: {merged}.")
-    return found[0]
+    return found
 
 
 @torch.no_grad()
@@ -344,7 +343,7 @@ def _remember(module: nn.Module, state: MergeState) -> None:
         vars(module).pop(STATE_ATTRIBUTE, None)
 
 
-def _weight(module: nn.Module, name: str) -> Any:
+def _weight(module: Any, name: str) -> Any:
     """A weight by its own name, also of a layer that peft has wrapped; None where the model has none."""
     return reduce(lambda part, name: getattr(part, name, None), name.split("."), module)
 
