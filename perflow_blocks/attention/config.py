@@ -16,7 +16,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.utils.torch_utils import is_compiled_module, unwrap_module
 from torch import nn
 
-from .processor import PROCESSORS, AttentionRecord, StrategyAttnProcessor
+from .processor import PLAIN, AttentionRecord, StrategyAttnProcessor
 from .strategies import AttentionStrategy, get_attention_strategy
 
 KINDS = ("self", "cross")
@@ -25,15 +25,14 @@ KINDS = ("self", "cross")
 PlanLike = str | Mapping[str, str] | Sequence[str]
 """A strategy's name, for all modules; or kinds and patterns with a name each, as a mapping or "key=name" strings."""
 
-Device = Callable[[], torch.device]
+Device = Callable[[], torch.device] | None
 """Gives the device where models will run. Called as rarely as can be: pipelines look through all modules for it."""
 
 
 class AttentionPlace(NamedTuple):
     """An attention module `attn` of a `model`, and where it is."""
 
-    component: str  # the pipeline's name for the model, such as "controlnet"
-    label: str  # the same, with the number of the model where there are several: "controlnet.nets.0"
+    label: str  # the pipeline's name for the model, with its number where there are several: "controlnet.nets.0"
     name: str  # in the model, such as "mid_block.attentions.0.transformer_blocks.0.attn1"
     kind: str
     attn: Any = None
@@ -46,7 +45,7 @@ class AttentionPlace(NamedTuple):
 
     def matches(self, pattern: str) -> bool:
         """Whether a glob matches the name, alone or with model or component in front; `*` stands for dots too."""
-        names = (self.name, self.full_name, f"{self.component}.{self.name}")
+        names = (self.name, self.full_name, f"{self.label.split('.')[0]}.{self.name}")
         return any(fnmatchcase(name, pattern) for name in names)
 
 
@@ -88,10 +87,7 @@ def parse_plan(plan: PlanLike | None) -> AttentionPlan | None:
     if isinstance(plan, str):
         entries = dict.fromkeys(KINDS, plan)
     elif isinstance(plan, Sequence) and all(isinstance(entry, str) and "=" in entry for entry in plan):
-        entries = {}
-        for key, _, name in (entry.rpartition("=") for entry in plan):
-            entries.pop(key.strip(), None)  # a key that comes again counts at its last place
-            entries[key.strip()] = name.strip()
+        entries = {key.strip(): name.strip() for key, _, name in (entry.rpartition("=") for entry in plan)}
     if not isinstance(entries, Mapping):
         forms = 'a mapping such as {"self": "sliced", "mid_block.*": "native"}, or a list such as ["self=sliced"]'
         raise ValueError(f"attention plan={plan!r} must be a strategy's name, {forms}.")
@@ -163,9 +159,6 @@ class AttentionConfig(ConfigMixin):
         made_by_pipeline = {key: value for key, value in vars(self).items() if key == "_diffusers_load_id"}
         return type(self), (self.config.plan,), made_by_pipeline or None
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.config.plan})"
-
     def attach(self, models: Mapping[str, nn.Module], *, device: torch.device | str | None = None) -> None:
         """Puts the plan into effect.
 
@@ -178,11 +171,9 @@ class AttentionConfig(ConfigMixin):
             ValueError: a strategy does not run here, or a pattern matches no attention module. No module is changed.
         """
         self._resolved.clear()  # strategies that run on one device need not run on another
-        self.establish(self._plan, models, device=None if device is None else lambda: torch.device(device))
+        self.establish(self._plan, models, None if device is None else lambda: torch.device(device))
 
-    def establish(
-        self, plan: AttentionPlan | None, models: Mapping[str, nn.Module], *, device: Device | None = None
-    ) -> None:
+    def establish(self, plan: AttentionPlan | None, models: Mapping[str, nn.Module], device: Device = None) -> None:
         """Puts any plan into effect, as `attach` does with this one's. None takes out what is attached."""
         places = list(_places(models))
         if plan is not None:
@@ -192,9 +183,8 @@ class AttentionConfig(ConfigMixin):
             record = self._records.setdefault(place.attn, AttentionRecord(told=self._told))
             record.module, record.kind, record.asked, record.kept = place.full_name, place.kind, asked, kept
             _set_processor(place.attn, strategy, record)
-        for model, compiled in {place.model: place.compiled for place in places}.items():
-            self._models[model] = compiled
-            _restore_spares(model)
+            self._models[place.model] = place.compiled
+        _restore_spares({place.model for place in places})
 
     def detach(self) -> None:
         """Gives all modules that this component has changed the processors back that they had.
@@ -203,8 +193,7 @@ class AttentionConfig(ConfigMixin):
         """
         for attn in self._records:
             _set_processor(attn, None)
-        for model in self._models:
-            _restore_spares(model)
+        _restore_spares(self._models)
 
     def report(self) -> AttentionReport:
         """What each attention module was asked to run and ran, since the last `reset`; `print` shows a table."""
@@ -235,7 +224,7 @@ class AttentionConfig(ConfigMixin):
         self._taken[pipeline] = pipeline._component_specs["attention"]  # update_components makes a new one each time
 
     def _change(
-        self, plan: AttentionPlan | None, place: AttentionPlace, device: Device | None
+        self, plan: AttentionPlan | None, place: AttentionPlace, device: Device
     ) -> tuple[str | None, str | None, AttentionStrategy | None]:
         """What the plan asks for at a module, why that is not done, and the strategy to use."""
         attn, model = place.attn, place.model
@@ -243,7 +232,7 @@ class AttentionConfig(ConfigMixin):
         if asked is None:
             return None, None, None
         processor = type(_plain(attn.processor))
-        if processor not in PROCESSORS:  # one of a user's own, or an IP-Adapter's
+        if processor not in PLAIN:  # one of a user's own, or an IP-Adapter's
             return asked, processor.__name__, None
         weight, head_dim = next(attn.parameters()), attn.inner_dim // attn.heads
         key = (asked, weight.device, weight.dtype, head_dim)
@@ -276,7 +265,7 @@ def _places(models: Mapping[str, nn.Module]) -> Iterator[AttentionPlace]:
                         seen.add(attn)
                         name = f"{path}.{own}".replace("_orig_mod.", "")  # of a part that was compiled
                         kind = "cross" if attn.is_cross_attention else "self"
-                        yield AttentionPlace(component, label, name, kind, attn, model, compiled)
+                        yield AttentionPlace(label, name, kind, attn, model, compiled)
 
 
 def _plain(processor: Any) -> Any:
@@ -288,17 +277,14 @@ def _set_processor(attn: Attention, strategy: AttentionStrategy | None, record: 
     """Has a module call a strategy; None gives it back the processor that it had. Keeps what is right already."""
     current, plain = attn.processor, _plain(attn.processor)
     if strategy is None:
-        wanted = plain
-    elif current is not plain and current.strategy is strategy and current.record is record:
-        wanted = current
-    else:
-        wanted = PROCESSORS[type(plain)](strategy, plain, record)
-    if wanted is not current:
-        attn.set_processor(wanted)
+        if current is not plain:
+            attn.set_processor(plain)
+    elif current is plain or current.strategy is not strategy or current.record is not record:
+        attn.set_processor(StrategyAttnProcessor(strategy, plain, record))
 
 
-def _restore_spares(model: nn.Module) -> None:
+def _restore_spares(models: Iterable[nn.Module]) -> None:
     """Restores the processors that diffusers put aside when it fused projections, and will put back."""
-    spares = vars(model).get("original_attn_processors") or {}
-    for name, processor in spares.items():
-        spares[name] = _plain(processor)
+    for model in models:
+        spares = vars(model).get("original_attn_processors") or {}
+        spares.update({name: _plain(processor) for name, processor in spares.items()})

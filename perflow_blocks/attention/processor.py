@@ -69,19 +69,18 @@ class AttentionRecord:
 
 
 class StrategyAttnProcessor:
-    """Attention of a transformer block by a strategy; with `native` bit for bit what `AttnProcessor2_0` computes.
+    """Attention of a transformer block by a strategy; with `native` bit for bit what diffusers' processor computes.
 
     Where the strategy does not take a call, `native` does. Without arguments, as diffusers makes processors when
     IP-Adapters come and go, it is `native`. `replaced` is the processor to give back when the plan is taken out.
     """
 
-    stands_for: type = AttnProcessor2_0  # the class of diffusers that it replaces
-
     def __init__(
         self, strategy: AttentionStrategy = NATIVE, replaced: Any = None, record: AttentionRecord | None = None
     ) -> None:
         self.strategy = strategy
-        self.replaced = self.stands_for() if replaced is None else replaced
+        self.replaced = AttnProcessor2_0() if replaced is None else replaced
+        self.fused = isinstance(self.replaced, FusedAttnProcessor2_0)
         self.record = AttentionRecord() if record is None else record
 
     def __call__(
@@ -102,7 +101,13 @@ class StrategyAttnProcessor:
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, keys, batch)
             attention_mask = attention_mask.view(batch, heads, -1, keys)  # (batch, heads, 1 or queries, keys)
-        query, key, value = self.project(attn, hidden_states, encoder_hidden_states)
+        if self.fused and encoder_hidden_states is None:  # one matrix for query, key and value
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query = attn.to_q(hidden_states)
+            key, value = (
+                attn.to_kv(context).chunk(2, dim=-1) if self.fused else (attn.to_k(context), attn.to_v(context))
+            )
         query = query.view(batch, -1, heads, query.shape[-1] // heads)  # (batch, queries, heads, head_dim)
         key = key.view(batch, keys, heads, -1)
         value = value.view(batch, keys, heads, -1)
@@ -115,40 +120,14 @@ class StrategyAttnProcessor:
             self.record.count(strategy.name, self.strategy.name, reason)
         elif reason is not None:
             self.record.count_traced(self.strategy.name, reason)
-        attended = strategy(query, key, value, attention_mask)
-        attended = attended.flatten(2).to(query.dtype)
+        attended = strategy(query, key, value, attention_mask).flatten(2).to(query.dtype)
         return attn.to_out[1](attn.to_out[0](attended))
 
-    def project(
-        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query (batch, queries, inner channels), key and value (batch, keys, inner channels)."""
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        return attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
 
+PLAIN = (AttnProcessor2_0, FusedAttnProcessor2_0)
+"""The processors of diffusers that are replaced."""
 
-class FusedStrategyAttnProcessor(StrategyAttnProcessor):
-    """The same on fused projections: one matrix for query, key and value, or for key and value of the prompt."""
-
-    stands_for = FusedAttnProcessor2_0
-
-    def project(
-        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if encoder_hidden_states is None:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            query = attn.to_q(hidden_states)
-            key, value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
-        return query, key, value
-
-
-PROCESSORS: dict[type, type[StrategyAttnProcessor]] = {
-    kind.stands_for: kind for kind in (StrategyAttnProcessor, FusedStrategyAttnProcessor)
-}
-"""The processors of diffusers that are replaced, and what by."""
-
-# Guiders that skip layers look a processor's class up here. diffusers has no entry for fused projections either.
+# Guiders that skip layers look a processor's class up here.
 AttentionProcessorRegistry.register(StrategyAttnProcessor, AttentionProcessorRegistry.get(AttnProcessor2_0))
 
 

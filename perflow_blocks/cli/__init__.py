@@ -1,9 +1,41 @@
-"""The command line, one file per subcommand."""
+"""The `perflow` command: one line per subcommand here, one file each beside it."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from .compare import compare
+from .demo import demo
+from .distill import distill
+from .evaluate import evaluate
+from .export import export
+from .extract import extract
+from .generate import generate
+from .inspect import inspect
+from .merge import merge, unmerge
+from .push import push
+from .to_lora import to_lora
+
+app = typer.Typer(add_completion=False, help="Few-step images from PeRFlow diffusion models.")
+for command in (generate, compare, evaluate, demo, extract, merge, unmerge, to_lora, inspect, export, push):
+    app.command()(command)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(distill)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False
+) -> None:
+    if version:
+        typer.echo(f"perflow_blocks {__version__}")
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -13,8 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     in one line, or one for each mistake where all are looked for. A defect of the program keeps its traceback.
     """
     import typer.main
-
-    from .app import app
 
     # Not standalone, so that mistakes arrive here as exceptions instead of being drawn over several lines.
     command = typer.main.get_command(app)

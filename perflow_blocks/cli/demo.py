@@ -1,4 +1,4 @@
-"""`perflow demo`: a first sheet of pictures, with nothing to choose."""
+"""`perflow demo`: a first sheet of images, with nothing to choose."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .generate import Request, draw
+from .generate import draw
 
 PROMPTS: tuple[str, ...] = (
     "a red star on a white background",
@@ -23,11 +23,10 @@ PROMPTS: tuple[str, ...] = (
     "a blue diamond",
     "a big ring, on the left",
 )
-SEED = 0
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for the pictures and their sheet.")] = Path("outputs/demo"),
+    out: Annotated[Path, typer.Option(help="Directory for the images and their sheet.")] = Path("outputs/demo"),
 ) -> None:
     """Draw twelve prompts in four steps with the embedded model. Prompts and seeds are fixed, nothing is picked."""
     from ..atomic_files import require_writable_directory
@@ -38,9 +37,4 @@ def demo(
     from .pipeline import load_pipeline, model_location
 
     pipeline = load_pipeline(model_location(None), device=torch.device("cpu"), dtype=torch.float32)
-    requests = [
-        Request(prompt=prompt, negative=None, seed=SEED + i, steps=4, size=None, delta=None)
-        for i, prompt in enumerate(PROMPTS)
-    ]
-    written = draw(pipeline, requests, out, model="embedded")
-    typer.echo("\n".join(str(path) for path in written))
+    draw(pipeline, list(PROMPTS), 0, out, "embedded", {"num_inference_steps": 4})

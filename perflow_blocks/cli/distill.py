@@ -22,11 +22,9 @@ def distill(
     overrides = parse_overrides(context.args)
     if missing := [name for name in ("pydantic", "datasets") if find_spec(name) is None]:
         raise ValueError(f"distill needs {' and '.join(missing)}; install with pip install 'perflow-blocks[train]'.")
-    import transformers
+    from .pipeline import quiet_libraries
 
-    transformers.logging.set_verbosity_error()  # before the imports below, which have notices
-    transformers.logging.disable_progress_bar()
-    import diffusers
+    quiet_libraries()  # before the imports below, which have notices
     from accelerate import PartialState
 
     from ..training.checkpoints import RESULTS
@@ -47,7 +45,6 @@ def distill(
             if PartialState().is_main_process:
                 typer.echo(progress.describe())
 
-    diffusers.logging.disable_progress_bar()
     # That a prompt is cut to 77 tokens would be told for each one of them.
     logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
     directory = run(load_config(config, overrides), [Lines()])

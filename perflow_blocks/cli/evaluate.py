@@ -26,10 +26,15 @@ _SAMPLER = re.compile(r"(perflow|stock|ddim|dpm|euler):([1-9]\d*)(?:@(\d+(?:\.\d
 
 Spec = tuple[str, int, float | None]
 """Solver, steps, guidance."""
+TeacherGuidance = Annotated[
+    float | None, typer.Option(min=0, help="Of the teacher's samplers. By default 5; of the embedded model 3.")
+]
 
 
 def evaluate(
-    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Text file with one prompt a line.")
+    ] = None,
     demo: Annotated[bool, typer.Option("--demo", help="The demo's prompts and judge of shapes and colours.")] = False,
     model: options.Model = None,
     delta: options.Delta = None,
@@ -49,9 +54,7 @@ def evaluate(
     teacher: Annotated[
         str | None, typer.Option(help="The sampler that PSNR and SSIM are measured to. By default stock:50.")
     ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Of the teacher's samplers, at least 0. By default 5; 3 with --demo.")
-    ] = None,
+    guidance: TeacherGuidance = None,
     reference: Annotated[str, typer.Option(help="The images of FID and KID: a folder, or teacher.")] = TEACHER,
     features: Annotated[
         str | None, typer.Option(help="Network for FID and KID: inception, or a CLIP model. By default neither.")
@@ -86,10 +89,10 @@ def evaluate(
         raise ValueError("--reference needs --features, the network for FID and KID; --demo has neither.")
     if count is not None and count < 2:
         raise ValueError(f"--count {count} gives no standard error; pass at least 2.")
-    texts = _read_prompts(prompts, count) if prompts else [""] * (count or 512)
+    lines = prompts.read_text(encoding="utf-8-sig").splitlines() if prompts else []
+    texts = [line.strip() for line in lines if line.strip()][:count] if prompts else [""] * (count or 512)
     if len(texts) < 2:
         raise ValueError(f"{prompts} holds {len(texts)} prompts, which give no standard error; write at least 2.")
-    options.require_seeds(seed, len(texts))
     first = parse_samplers(teacher or ("ddim:50" if demo else "stock:50"))
     specs = parse_samplers(samplers or (DEMO_SAMPLERS if demo else SAMPLERS))
     if len(first) > 1 or first[0][0] == PERFLOW:
@@ -97,22 +100,15 @@ def evaluate(
     require_writable_directory(out)
     pixels = options.parse_size(size)
     place = options.choose_device(device or ("cpu" if demo else None))
-    from ..delta.files import read_recipe
-    from ..delta.recipe import require_guidance
-
-    if guidance is not None:
-        require_guidance(guidance)
-    if delta is not None:
-        read_recipe(delta)
     few_step, classic = open_pipelines(model, delta, unet, base, place, options.choose_dtype(dtype, place))
     from ..demo.judge import make_demo_set
     from ..evaluation.measure import evaluate_samplers
     from ..evaluation.metrics import clip_scorer, evaluation_set
     from ..evaluation.samplers import seeded_latents
 
-    scale = teacher_guidance(guidance, embedded=demo or model is None)
-    (target,) = open_samplers(few_step, classic, first, delta, scale)
-    others = open_samplers(few_step, classic, specs, delta, scale)
+    embedded = demo or model is None
+    (target,) = open_samplers(few_step, classic, first, delta, guidance, embedded=embedded)
+    others = open_samplers(few_step, classic, specs, delta, guidance, embedded=embedded)
     if demo:
         data = make_demo_set(len(texts), vae=classic.vae)
     else:
@@ -138,11 +134,6 @@ def parse_samplers(text: str) -> list[Spec]:
     return [(m[1], int(m[2]), float(m[3]) if m[3] else None) for m in matches if m]
 
 
-def _read_prompts(path: Path, count: int | None) -> list[str]:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    return [line for line in lines if line][:count]
-
-
 def open_pipelines(
     model: str | None, delta: Path | None, unet: str | None, base: str | None, place: Any, precision: Any
 ) -> tuple[Any, Any]:
@@ -164,17 +155,18 @@ def open_pipelines(
     return few_step, classic
 
 
-def teacher_guidance(given: float | None, *, embedded: bool) -> float:
-    """By default what the embedded model was distilled with, or that of the classic pipeline."""
+def open_samplers(
+    few_step: Any, classic: Any, specs: list[Spec], delta: Path | None, guidance: float | None, *, embedded: bool
+) -> list[Any]:
+    """Those of the teacher come first: PeRFlow's first image merges the delta into the UNet that they may share.
+
+    The teacher's guidance is by default what the embedded model was distilled with, or that of the classic pipeline.
+    """
     from ..demo.models import GUIDANCE_SCALE
-
-    return given if given is not None else GUIDANCE_SCALE if embedded else SDXL_GUIDANCE
-
-
-def open_samplers(few_step: Any, classic: Any, specs: list[Spec], delta: Path | None, guidance: float) -> list[Any]:
-    """Those of the teacher come first: PeRFlow's first image merges the delta into the UNet that they may share."""
     from ..evaluation.samplers import perflow_sampler, teacher_sampler
 
+    if guidance is None:
+        guidance = GUIDANCE_SCALE if embedded else SDXL_GUIDANCE
     return [
         perflow_sampler(few_step, steps, delta=delta, guidance_scale=scale)
         if solver == PERFLOW
@@ -196,5 +188,5 @@ def _write(out: Path, rows: list[Any], prompts: Sequence[str], settings: dict[st
     for name, content in ((REPORT, text), (RESULTS, json.dumps(results, indent=2, ensure_ascii=False))):
         with atomic_path(out / name) as temporary:
             temporary.write_text(content + "\n", encoding="utf-8")
-    save_png(comparison_sheet(rows, prompts), out / SHEET, {})
+    save_png(comparison_sheet(rows, prompts), out / SHEET)
     typer.echo(text)

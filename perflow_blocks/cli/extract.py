@@ -13,16 +13,18 @@ SCHEDULER = "scheduler_config.json"
 
 
 def extract(
-    student: Annotated[Path, typer.Argument(help="The accelerated UNet: a file, or a UNet's or pipeline's folder.")],
-    base: Annotated[Path, typer.Argument(help="The UNet that it was distilled from, likewise.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The delta, a .safetensors file.")],
-    dtype: Annotated[str, typer.Option(help="Type to store: float16, float32 or bfloat16.")] = "float16",
-    variant: Annotated[str | None, typer.Option(help="Which files of the student's folder, fp16 say.")] = None,
-    base_variant: Annotated[str | None, typer.Option(help="Which files of the base's folder.")] = None,
+    student: Annotated[
+        Path, typer.Argument(exists=True, help="The accelerated UNet: a file, or a UNet's or pipeline's folder.")
+    ],
+    base: Annotated[Path, typer.Argument(exists=True, help="The UNet that it was distilled from, likewise.")],
+    out: options.OutFile,
+    dtype: options.StoredDtype = "float16",
+    variant: options.Variant = None,
+    base_variant: options.BaseVariant = None,
     prediction_type: Annotated[str | None, typer.Option(help="ddim_eps, diff_eps or velocity.")] = None,
     windows: Annotated[int | None, typer.Option(help="Number of time windows it was distilled for.")] = None,
-    steps: options.RecipeSteps = None,
-    guidance: options.RecipeGuidance = None,
+    steps: Annotated[int | None, typer.Option(help="Steps to recommend, at least 1.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance to recommend; 1 is none.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Name of the base, such as its repository.")] = None,
     scheduler: Annotated[
         Path | None, typer.Option(help="Folder of a scheduler with the base's noise schedule; else the base's own.")
@@ -41,9 +43,6 @@ def extract(
         scheduler_config=_noise_schedule(scheduler, base),
     )
     options.require_free_file("--out", out, force)
-    options.require_weights("student", student)
-    options.require_weights("base", base)
-    precision = options.parse_dtype(dtype)
     from ..delta.apply import require_architecture
     from ..delta.extract import open_difference, save_delta
     from ..delta.files import open_weights
@@ -55,7 +54,7 @@ def extract(
         for part in weights:
             require_architecture(part, unet)
     difference = open_difference(weights[0], weights[1])
-    save_delta(difference, out, recipe, precision, progress=True)
+    save_delta(difference, out, recipe, options.parse_dtype(dtype), progress=True)
     typer.echo(f"{out}: {len(difference.shapes)} tensors, {out.stat().st_size / 1e6:,.1f} MB")
 
 

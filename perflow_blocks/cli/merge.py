@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from . import options
 
-Model = Annotated[Path, typer.Argument(help="Directory of a saved UNet, or of a pipeline with one.")]
-Delta = Annotated[Path, typer.Argument(help="The delta: a .safetensors file or a folder of weights.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Directory for the UNet that results.")]
+Model = Annotated[Path, typer.Argument(exists=True, help="Directory of a saved UNet, or of a pipeline with one.")]
+Out = Annotated[Path, typer.Option("--out", "-o", file_okay=False, help="Directory for the UNet that results.")]
 Variant = Annotated[
     str | None,
     typer.Option(help="Which files of the model's folder, fp16 say. A result that replaces them is named so too."),
 ]
-DeltaVariant = Annotated[
-    str | None, typer.Option("--delta-variant", help="Which files of the delta's folder, if it has several.")
-]
-Dtype = Annotated[
-    str | None, typer.Option(help=f"{', '.join(options.DTYPES)}, to save in. By default as the model is stored.")
-]
+DeltaVariant = Annotated[str | None, typer.Option(help="Which files of the delta's folder, if it has several.")]
+Dtype = Annotated[options.DtypeName | None, typer.Option(help="Type to save in. By default as the model is stored.")]
 
 
 def merge(
     model: Model,
-    delta: Delta,
+    delta: options.DeltaArgument,
     out: Out,
     scale: Annotated[float, typer.Option(help="Factor of the delta: 1 as it was extracted, not 0.")] = 1.0,
     variant: Variant = None,
@@ -38,34 +35,20 @@ def merge(
     """Write the UNet of MODEL with DELTA added; what was merged is recorded in its configuration."""
     if not math.isfinite(scale) or not scale:
         raise ValueError(f"--scale {scale} merges nothing; pass a finite number other than 0.")
-    precision = None if dtype is None else options.parse_dtype(dtype)
-    options.require_weights("delta", delta)
-    from .unets import load_unet, require_free_directory, require_own_weights, require_unet, save_unet, stored_variant
 
-    folder = require_unet(model)
-    variant = stored_variant(folder, variant)
-    written = require_free_directory(out, force, variant)
-    from ..delta.apply import require_architecture
-    from ..delta.files import open_weights
-    from ..delta.merge import find_merged, merge_delta
-    from .progress import busy
+    def add(unet: Any, weights: Any, base: Any) -> str:
+        from ..delta.merge import find_merged, merge_delta
 
-    weights = open_weights(delta, delta_variant)
-    require_architecture(weights, require_own_weights(folder, variant))
-    with busy(f"loading {folder}"):
-        unet = load_unet(folder, variant, precision)
         if find_merged(unet, weights) is not None:
             raise ValueError(f"{delta} is merged into {model} already; take it out with perflow unmerge first.")
-    with busy(f"merging {delta.name}"):
-        record = merge_delta(unet, weights, scale, base=open_weights(folder, variant))
-    with busy(f"writing {out}"):
-        save_unet(unet, out, written)
-    typer.echo(f"{out}: {delta} merged at scale {record.scale:g}")
+        return f"merged at scale {merge_delta(unet, weights, scale, base=base).scale:g}"
+
+    _rewrite(model, delta, out, variant, delta_variant, dtype, force, add)
 
 
 def unmerge(
     model: Model,
-    delta: Delta,
+    delta: options.DeltaArgument,
     out: Out,
     variant: Variant = None,
     delta_variant: DeltaVariant = None,
@@ -73,32 +56,93 @@ def unmerge(
     force: options.Force = False,
 ) -> None:
     """Write the UNet of MODEL with DELTA taken out again, at the scale it was merged with, but for a rounding."""
-    precision = None if dtype is None else options.parse_dtype(dtype)
-    options.require_weights("delta", delta)
-    from . import unets
 
-    folder = unets.require_unet(model)
-    variant = unets.stored_variant(folder, variant)
-    written = unets.require_free_directory(out, force, variant)
-    from ..delta.merge import merge_records, saved_records
+    def take_out(unet: Any, weights: Any, base: Any) -> str:
+        from ..delta.merge import merge_records, unmerge_delta
 
-    if not saved_records(unets.read_config(folder)):
-        raise ValueError(f"the configuration of {folder} names no merged delta; pass what perflow merge wrote.")
-    from ..delta.apply import require_architecture
-    from ..delta.files import open_weights
-    from ..delta.merge import unmerge_delta
-    from .progress import busy
-
-    weights = open_weights(delta, delta_variant)
-    require_architecture(weights, unets.require_own_weights(folder, variant))
-    with busy(f"loading {folder}"):
-        unet = unets.load_unet(folder, variant, precision)
-    with busy(f"taking out {delta.name}"):
         (record,) = unmerge_delta(unet, weights, exact=False)
-    with busy(f"writing {out}"):
-        unets.save_unet(unet, out, written)
-    left = f"; {', '.join(entry.source for entry in merge_records(unet))} left in it" if merge_records(unet) else ""
-    typer.echo(
-        f"{out}: {delta}, merged at scale {record.scale:g}, taken out{left}. A saved UNet has lost the base's last "
-        "bits: weights may differ from the base's by a rounding."
-    )
+        left = ", ".join(entry.source for entry in merge_records(unet))
+        return (
+            f"merged at scale {record.scale:g}, taken out{left and f'; {left} left in it'}. A saved UNet has lost the "
+            "base's last bits: weights may differ from the base's by a rounding."
+        )
+
+    _rewrite(model, delta, out, variant, delta_variant, dtype, force, take_out)
+
+
+def _rewrite(
+    model: Path,
+    delta: Path,
+    out: Path,
+    variant: str | None,
+    delta_variant: str | None,
+    dtype: options.DtypeName | None,
+    force: bool,
+    change: Callable[[Any, Any, Any], str],
+) -> None:
+    """Loads the UNet, has `change(unet, delta, base)` change it, writes it whole or not at all, and says what it did.
+
+    The configuration of the UNet is checked first, and that its files hold all of it: diffusers fills gaps at random.
+    """
+    from .pipeline import quiet_libraries
+
+    quiet_libraries()
+    from diffusers import UNet2DConditionModel
+
+    from ..atomic_files import atomic_directory
+    from ..delta.apply import require_architecture
+    from ..delta.files import find_weights, open_weights, variants_of
+    from .unets import empty_unet, require_unet
+
+    folder = require_unet(model)
+    name = find_weights(folder, variant).name
+    variant = variants_of([name])[name]
+    written = _require_free_directory(out, force, variant)
+    weights, own = open_weights(delta, delta_variant), open_weights(folder, variant)
+    for part in (own, weights):
+        require_architecture(part, empty_unet(folder))
+    stored = own.tensor(next(iter(own.shapes))).dtype
+    console = Console(stderr=True)
+    with console.status(f"loading {folder}"):
+        unet = UNet2DConditionModel.from_pretrained(
+            folder,
+            variant=variant,
+            dtype=stored if dtype is None else options.parse_dtype(dtype),
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    with console.status(f"changing {model} by {delta.name}"):
+        done = change(unet, weights, own)
+    with console.status(f"writing {out}"), atomic_directory(out) as temporary:
+        unet.save_pretrained(temporary, variant=written)
+    typer.echo(f"{out}: {delta} {done}")
+
+
+def _require_free_directory(out: Path, force: bool, variant: str | None) -> str | None:
+    """The variant to save a UNet in: that of the model's weights where those replace files of it, else none.
+
+    Raises:
+        ValueError: nothing can be written there; something stands there and `force` is not given; or it is no UNet
+            folder, or holds files that would not be replaced, which are never deleted.
+    """
+    from ..atomic_files import require_writable_directory
+    from ..delta.files import listed, variants_of
+    from .unets import CONFIG, is_unet
+
+    require_writable_directory(out.absolute().parent)
+    names = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
+    if not names:
+        return None
+    if not force:
+        raise ValueError(f"--out {out} exists; name another directory, or pass --force to replace it.")
+    if not is_unet(out):
+        raise ValueError(f"--out {out} is no folder of a UNet alone, so --force leaves it; name another directory.")
+    variants = variants_of(names)
+    kept = variant if variant in variants.values() else None
+    replaced = {CONFIG, *(name for name, own in variants.items() if own == kept)}
+    if others := [name for name in names if name not in replaced]:
+        raise ValueError(
+            f"--out {out} holds {listed(others)} too, which --force does not delete; name another directory, or "
+            "move them elsewhere."
+        )
+    return kept

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 INDEX_NAMES = ("modular_model_index.json", "model_index.json")
 
@@ -15,7 +17,7 @@ def quiet_libraries() -> None:
     """Keeps notices and loading bars of the model libraries off the terminal; warnings about the model stay."""
     import transformers.utils.logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()  # before diffusers, whose imports have notices
     transformers_logging.disable_progress_bar()
     import diffusers.utils.logging as diffusers_logging
 
@@ -40,10 +42,9 @@ def model_location(model: str | None) -> str:
         if not any((path / name).is_file() for name in INDEX_NAMES):
             raise ValueError(f"{path} holds none of {', '.join(INDEX_NAMES)}; pass the directory of a saved pipeline.")
         return str(path)
-    if path.exists():
-        raise ValueError(f"--model {model} is a file; pass the directory of a saved pipeline, or a repository.")
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-        raise ValueError(f"--model {model} does not exist; pass a directory, or a repository such as owner/name.")
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
+        state = "is a file" if path.exists() else "does not exist"
+        raise ValueError(f"--model {model} {state}; pass a saved pipeline's directory, or a repository: owner/name.")
     return model
 
 

@@ -20,7 +20,6 @@ def push(
 ) -> None:
     """Publish DIRECTORY as the repository REPO on the Hub; refuses private files and tokens in it."""
     from ..hub.push import push_workflow
-    from .tables import aligned
 
     report = push_workflow(
         directory,
@@ -32,7 +31,8 @@ def push(
         commit_message=message,
         dry_run=dry_run,
     )
-    rows = [["file", "bytes"], *([path, f"{size:,}"] for path, size in report.files.items())]
+    typer.echo(f"{'file':<50} {'bytes':>15}")
+    for path, size in report.files.items():
+        typer.echo(f"{path:<50} {size:>15,}")
     outcome = f"commit {report.commit}" if report.commit else "nothing was uploaded (--dry-run)"
-    total = f"{len(report.files)} files, {sum(report.files.values()):,} bytes; {outcome}"
-    typer.echo("\n".join([*aligned(rows), "", total, report.url]))
+    typer.echo(f"\n{len(report.files)} files, {sum(report.files.values()):,} bytes; {outcome}\n{report.url}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,33 +11,27 @@ from . import options
 
 
 def to_lora(
-    delta: Annotated[Path, typer.Argument(help="The delta of a UNet: a .safetensors file or a folder of weights.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The LoRA, a .safetensors file.")],
+    delta: options.DeltaArgument,
+    out: options.OutFile,
     rank: Annotated[int | None, typer.Option(help="Rank of every layer; or pass --energy.")] = None,
     energy: Annotated[
         float | None, typer.Option(help="Share in (0, 1] of each layer's squared norm to keep, at the least rank.")
     ] = None,
     max_rank: Annotated[int, typer.Option(help="Bound of the rank under --energy.")] = 128,
-    layout: Annotated[str, typer.Option(help="Names of the tensors: peft, as diffusers writes, or kohya.")] = "peft",
+    layout: Annotated[
+        Literal["peft", "kohya"], typer.Option(help="Names of the tensors: peft, as diffusers writes, or kohya.")
+    ] = "peft",
     residual: Annotated[
         Path | None, typer.Option(help="Write what a LoRA cannot hold, norms say, to this file: a delta to merge too.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Where to compute, such as cuda:0. By default an accelerator.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Type to store: float16, float32 or bfloat16.")] = "float16",
-    variant: Annotated[str | None, typer.Option(help="Which files of the delta's folder, if it has several.")] = None,
+    device: options.Device = None,
+    dtype: options.StoredDtype = "float16",
+    variant: options.Variant = None,
     force: options.Force = False,
 ) -> None:
     """Write DELTA as a LoRA for load_lora_weights, and say what it keeps."""
-    from ..delta.lora import Layout, save_lora
-
-    if layout not in get_args(Layout):
-        raise ValueError(f"--layout {layout} is unknown; pass one of {', '.join(get_args(Layout))}.")
-    precision = options.parse_dtype(dtype)
-    options.require_weights("delta", delta)
     written = [("--out", out)] if residual is None else [("--out", out), ("--residual", residual)]
-    taken = {delta.expanduser().resolve()}
+    taken = {delta.resolve()}
     for option, path in written:
         options.require_free_file(option, path, force)
         if path.resolve() in taken:
@@ -45,17 +39,17 @@ def to_lora(
         taken.add(path.resolve())
     place = options.choose_device(device)
     from ..delta.files import open_weights
-    from ..delta.lora import delta_to_lora, save_residual
+    from ..delta.lora import delta_to_lora, save_lora, save_residual
 
     converted = delta_to_lora(
         open_weights(delta, variant),
         rank=rank,
         energy=energy,
         max_rank=max_rank,
-        dtype=precision,
+        dtype=options.parse_dtype(dtype),
         device=place,
     )
-    save_lora(converted, out, layout)  # type: ignore[arg-type]
+    save_lora(converted, out, layout)
     typer.echo(f"{out}: {converted.report}")
     if not converted.residual:
         if residual is not None:

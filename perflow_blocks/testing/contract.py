@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping, Set
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import StableDiffusionXLModularPipeline
-from diffusers.configuration_utils import FrozenDict
+import transformers
 from diffusers.modular_pipelines.modular_pipeline import (
     BlockState,
     LoopSequentialPipelineBlocks,
@@ -17,10 +18,11 @@ from diffusers.modular_pipelines.modular_pipeline import (
     ModularPipelineBlocks,
     PipelineState,
 )
+from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 from torch import Tensor
 
 from ..blocks.loop_block import LoopBlock
-from .inputs import fill_components, fill_inputs, tiny_inputs
+from . import tiny
 
 LISTS = {
     "inputs": "InputParam",
@@ -30,6 +32,22 @@ LISTS = {
 }
 STOCK_PROBES = frozenset({"watermark"})
 """What diffusers' own steps look for without declaring it; a block that extends such a step is not to blame."""
+TINY: dict[type, Callable[[], Any]] = {
+    diffusers.AutoencoderKL: tiny.tiny_vae,
+    diffusers.ControlNetModel: tiny.tiny_controlnet,
+    diffusers.ControlNetUnionModel: tiny.tiny_controlnet_union,
+    diffusers.UNet2DConditionModel: tiny.tiny_sdxl_unet,
+    transformers.CLIPImageProcessor: tiny.tiny_feature_extractor,
+    transformers.CLIPTextModel: lambda: tiny.tiny_sdxl_components()["text_encoder"],
+    transformers.CLIPTextModelWithProjection: lambda: tiny.tiny_sdxl_components()["text_encoder_2"],
+    transformers.CLIPTokenizer: tiny.tiny_tokenizer,
+    transformers.CLIPVisionModelWithProjection: tiny.tiny_image_encoder,
+}
+NEGATIVE = frozenset({"negative_prompt_embeds", "negative_pooled_prompt_embeds", "negative_add_time_ids"})
+CONDITIONING = NEGATIVE | {"prompt_embeds", "pooled_prompt_embeds", "add_time_ids"}
+"""What an input gets that has no name and collects the `denoiser_input_fields`."""
+LOOP_NAMES = frozenset({"window_index", "stop_requested"})
+"""What the loop itself puts on the block state: blocks inside read it without declaring it."""
 
 
 class BlockContractError(AssertionError):
@@ -45,11 +63,11 @@ def check_block(
 ) -> PipelineState | BlockState:
     """Runs one block alone on tiny components, twice, and checks that it keeps its contract.
 
-    The rules: a block reads only inputs, components and configuration values that it declares, directly or through a
-    property of the pipeline (such as `vae_scale_factor`, which looks at the VAE); writes all the outputs that it
-    declares, of their types, and no others; changes no tensor of its inputs in place unless that is an output; leaves
-    the same at the second call; returns `(components, state)`; is described, as are its typed parameters; declares no
-    name twice. It runs as a shallow copy.
+    The rules: a block reads only inputs and components that it declares, directly or through a property of the
+    pipeline (such as `vae_scale_factor`, which looks at the VAE); writes all the outputs that it declares, of their
+    types, and no others; changes no tensor of its inputs in place unless that is an output; leaves the same at the
+    second call; returns `(components, state)`; is described, as are its typed parameters; declares no name twice. It
+    runs as a shallow copy.
 
     A block of a loop, called as `block(components, block_state, i=i, t=t)`, runs one step; what the loop provides,
     `window_index` and `stop_requested`, it reads without declaring it. Of an assembled block the declarations and the
@@ -73,9 +91,9 @@ def check_block(
         raise ValueError(f"{block!r} is not a block; pass an instance of a block class, such as MyStep().")
     _raise_if(block, _declaration_faults(block))
     runner, kind = copy.copy(block), type(block.init_pipeline())
-    kind = StableDiffusionXLModularPipeline if kind is ModularPipeline else kind
+    kind = diffusers.StableDiffusionXLModularPipeline if kind is ModularPipeline else kind
     pipe = type(kind.__name__, (_Recording, kind), {})(block)
-    fill_components(pipe, block, components or {})
+    _fill_components(pipe, block, components or {})
     states = [_run(runner, pipe, inputs or {}, i) for _ in range(2)]
     first, second = map(_public, states)
     other = {name for name, value in first.items() if not _same(value, second.get(name))}
@@ -110,9 +128,9 @@ def _run(block: ModularPipelineBlocks, pipe: Any, inputs: Mapping[str, Any], i: 
         BlockContractError: what it did differs from what it declares.
     """
     in_loop = len(inspect.signature(block.__call__).parameters) > 2
-    known = {**tiny_inputs(), **inputs}
+    known = {**tiny.tiny_inputs(), **inputs}
     of_loop = {"window_index": known["step_plan"].window_index[i], "stop_requested": False} if in_loop else {}
-    given, kinds = fill_inputs(block.inputs, {**of_loop, **inputs}, type(block).__name__)
+    given, kinds = _fill_inputs(block.inputs, {**of_loop, **inputs}, {**of_loop, **known}, type(block).__name__)
     if unknown := [name for name in inputs if name not in given]:
         raise ValueError(f"{type(block).__name__} declares no input {_quoted(unknown)}; leave it out of `inputs`.")
     before = {name: _copied(value) for name, value in given.items()}
@@ -143,43 +161,35 @@ def _run(block: ModularPipelineBlocks, pipe: Any, inputs: Mapping[str, Any], i: 
 
 
 def _read_faults(block: Any, pipe: Any, state: Any, error: Exception | None = None) -> list[str]:
-    if _is_assembled(block):
-        return []
-    holder, name = getattr(error, "obj", None), str(getattr(error, "name", None))
-    inputs = vars(state).get("_asked", set()) | ({name} if isinstance(holder, BlockState) else set())
-    components = vars(pipe).get("_asked", set()) - STOCK_PROBES
-    configs = {name} if isinstance(holder, FrozenDict) else set()
-    return _faults(
-        {
-            "reads {} without declaring it; add InputParam({first}, ...) to `inputs`": inputs,
-            "touches the component {} without declaring it, directly or through a property or method of the pipeline; "
-            "add ComponentSpec({first}, ...) to `expected_components`": components,
-            "reads the configuration {} without declaring it; add ConfigSpec({first}, ...) to `expected_configs`": (
-                configs
-            ),
-        }
-    )
+    inputs = set(vars(state).get("_asked", ()))
+    if isinstance(error, AttributeError) and isinstance(error.obj, BlockState):
+        inputs.add(error.name)
+    found = {
+        "reads {} without declaring it; add InputParam({first}, ...) to `inputs`": inputs,
+        "touches the component {} without declaring it, directly or through a property or method of the pipeline; add "
+        "ComponentSpec({first}, ...) to `expected_components`": vars(pipe).get("_asked", set()) - STOCK_PROBES,
+    }
+    return [] if _is_assembled(block) else _faults(found)
 
 
 def _write_faults(block: Any, after: Mapping[str, Any], before: Mapping[str, Any], given: Any) -> list[str]:
-    if _is_assembled(block):
-        return []
     outputs = {output.name: output.type_hint for output in block.intermediate_outputs if output.name}
     written = {name: value for name, value in after.items() if value is not before.get(name, block)}
-    in_place = {name for name in given.keys() - outputs.keys() if not _same(before.get(name), given[name])}
     kinds = {name: hint for name, hint in outputs.items() if isinstance(hint, type) and written.get(name) is not None}
-    wrong = {name for name, hint in kinds.items() if not isinstance(written[name], hint)}
-    return _faults(
-        {
-            "writes {} without declaring it; add OutputParam({first}, ...) to `intermediate_outputs`": (
-                written.keys() - outputs.keys()
-            ),
-            "changes {} in place, which is not an output; work on a copy, or add OutputParam({first}, ...)": in_place,
-            "does not write {}, declared in `intermediate_outputs`; set it on the block state, and in a block of a "
-            "pipeline end with `self.set_block_state(state, block_state)`": outputs.keys() - after.keys(),
-            "writes {}, which is not of the declared type_hint; make the two agree": wrong,
-        }
-    )
+    found = {
+        "writes {} without declaring it; add OutputParam({first}, ...) to `intermediate_outputs`": (
+            written.keys() - outputs.keys()
+        ),
+        "changes {} in place, which is not an output; work on a copy, or add OutputParam({first}, ...)": {
+            name for name in given.keys() - outputs.keys() if not _same(before.get(name), given[name])
+        },
+        "does not write {}, declared in `intermediate_outputs`; set it on the block state, and in a block of a "
+        "pipeline end with `self.set_block_state(state, block_state)`": outputs.keys() - after.keys(),
+        "writes {}, which is not of the declared type_hint; make the two agree": {
+            name for name, hint in kinds.items() if not isinstance(written[name], hint)
+        },
+    }
+    return [] if _is_assembled(block) else _faults(found)
 
 
 def _declaration_faults(block: ModularPipelineBlocks) -> list[str]:
@@ -187,25 +197,78 @@ def _declaration_faults(block: ModularPipelineBlocks) -> list[str]:
     faults = []
     base = next(kind for kind in type(block).__mro__ if kind.__module__.startswith("diffusers."))
     if not _is_assembled(block) and base.__module__ == ModularPipelineBlocks.__module__:
-        prefix = "loop_" if block.sub_blocks else ""
         for attribute, kind in LISTS.items():
-            declared = [(entry.name or entry.kwargs_type, entry) for entry in getattr(block, prefix + attribute)]
-            names = [name for name, _ in declared]
-            untyped = {name for name, entry in declared if getattr(entry, "type_hint", entry) is None}
-            silent = {name for name, entry in declared if not (entry.description or "").strip()}
+            entries = getattr(block, f"loop_{attribute}" if block.sub_blocks else attribute)
+            named = [(entry.name or entry.kwargs_type, entry) for entry in entries]
             place = f"declares {{}} in `{attribute}`"
-            faults += _faults(
-                {
-                    f"{place} more than once; keep one of each": {name for name in names if names.count(name) > 1},
-                    f"{place} without a type; pass type_hint= to {kind}": untyped,
-                    f"{place} without a description; pass description= to {kind}": silent,
-                }
-            )
+            found = {
+                f"{place} more than once; keep one of each": {
+                    name for name, count in Counter(name for name, _ in named).items() if count > 1
+                },
+                f"{place} without a type; pass type_hint= to {kind}": {
+                    name for name, entry in named if getattr(entry, "type_hint", entry) is None
+                },
+                f"{place} without a description; pass description= to {kind}": {
+                    name for name, entry in named if not (entry.description or "").strip()
+                },
+            }
+            faults += _faults(found)
         if not block.description:
             faults.append("has no description; add a property `description` that says what the block does")
     for inner in block.sub_blocks.values():
         faults += [f"holds {type(inner).__name__}, which {fault}" for fault in _declaration_faults(inner)]
     return faults
+
+
+def _fill_components(pipe: Any, block: ModularPipelineBlocks, given: Mapping[str, Any]) -> None:
+    """Gives the block's pipeline all its components; `given` wins, also over configuration values."""
+    components = {}
+    for name in pipe.components:
+        kind = pipe.get_component_spec(name).type_hint
+        if name in given:
+            components[name] = given[name]
+        elif kind in TINY:
+            components[name] = TINY[kind]()
+        elif isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin):
+            components[name] = kind(**tiny.BETAS)
+        elif getattr(pipe, name) is None:
+            raise ValueError(
+                f"{type(block).__name__} needs the component {name!r}, for which there is no tiny one; "
+                f'pass components={{"{name}": ...}}.'
+            )
+    pipe.register_components(**components)
+    declared = {spec.name for spec in block.expected_configs}
+    pipe.update_components(**{name: value for name, value in given.items() if name in declared})
+
+
+def _fill_inputs(
+    params: list[InputParam], given: Mapping[str, Any], known: Mapping[str, Any], block_name: str
+) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """A value for each declared input, as a pipeline would hand them to the block, and their names by `kwargs_type`.
+
+    Optional inputs keep their defaults, but for some without which little would run. An input without a name, which
+    collects all of a `kwargs_type`, gets what is given beyond the declared names.
+    """
+    names = {param.name for param in params}
+    also = {"generator", "prompt"} | (set() if "prompt" in names else NEGATIVE)
+    values: dict[str, Any] = {}
+    kinds: dict[str, list[str]] = {}
+    for param in params:
+        of_kind = kinds.setdefault(param.kwargs_type, [])
+        if not param.name:
+            collected = CONDITIONING if param.kwargs_type == "denoiser_input_fields" else frozenset()
+            of_kind.extend(collected | (given.keys() - names - LOOP_NAMES))
+            values |= {name: known[name] for name in of_kind}
+            continue
+        required = param.default is None and (param.required or param.name in also)
+        if required and param.name not in known:
+            raise ValueError(
+                f"{block_name} requires the input {param.name!r}, for which there is no tiny value; "
+                f'pass inputs={{"{param.name}": ...}}.'
+            )
+        values[param.name] = known[param.name] if required or param.name in given else param.default
+        of_kind.append(param.name)
+    return values, {kind: names for kind, names in kinds.items() if kind}
 
 
 def _is_assembled(block: ModularPipelineBlocks) -> bool:

@@ -31,6 +31,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from ..schedulers import PeRFlowScheduler
+
 IMAGE_SIZE = 32
 LATENT_SIZE = 16
 MAX_TOKENS = 16
@@ -42,8 +44,8 @@ IMAGE_WIDTH = 24
 CONTROL_TYPES = 6
 """Kinds of image that a ControlNet-Union knows."""
 
+NUM_STEPS = 4
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
 
 _LAYOUT: dict[str, Any] = {
     "block_out_channels": (16, 32),
@@ -163,10 +165,7 @@ def tiny_sd_components(scheduler: Any = None) -> dict[str, Any]:
 
 
 def tiny_controlnet(seed: int = 0) -> ControlNetModel:
-    """A ControlNet for `tiny_sdxl_unet` whose output is not zero, as that of a trained one.
-
-    Several together: `diffusers.MultiControlNetModel([tiny_controlnet(1), tiny_controlnet(2)])`.
-    """
+    """A ControlNet for `tiny_sdxl_unet` whose output is not zero, as that of a trained one."""
     return _made(seed, _controlnet, ControlNetModel)
 
 
@@ -225,43 +224,92 @@ def load_tiny_ip_adapter(pipe: Any, count: int = 1, seed: int = 0) -> None:
     pipe.load_ip_adapter(adapters, subfolder="", weight_name=[""] * count)
 
 
+def _ip_adapter_weights(unet: UNet2DConditionModel, seed: int) -> dict[str, dict[str, Tensor]]:
+    """What an IP-Adapter's file holds: the image projection, and keys and values of each cross-attention."""
+    generator = torch.Generator().manual_seed(seed)
+    width, tokens, attentions = unet.config.cross_attention_dim, 4, dict[str, Tensor]()
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator) * columns**-0.5
+
+    # Files number all attention layers; the odd ones are those that see the text.
+    for index, name in enumerate(unet.attn_processors):
+        if name.endswith("attn2.processor"):
+            inner = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+            attentions |= {f"{index}.to_{kind}_ip.weight": matrix(inner, width) for kind in "kv"}
+    projection = {"proj.weight": matrix(tokens * width, IMAGE_WIDTH), "proj.bias": matrix(1, tokens * width)[0]}
+    projection |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    return {"image_proj": projection, "ip_adapter": attentions}
+
+
 def tiny_picture(seed: int = 0, size: int | tuple[int, int] = IMAGE_SIZE) -> Image.Image:
     """A smooth RGB image of random colours; `size` is (width, height) in pixels, or one number for both."""
     colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(colours).resize(_width_and_height(size), Image.Resampling.BICUBIC)
+    return Image.fromarray(colours).resize((size, size) if isinstance(size, int) else size, Image.Resampling.BICUBIC)
 
 
 def tiny_mask(size: int | tuple[int, int] = IMAGE_SIZE) -> Image.Image:
     """A mask for inpainting: white, to be repainted, are the right half's lower three quarters; `size` as above."""
-    width, height = _width_and_height(size)
+    width, height = (size, size) if isinstance(size, int) else size
     mask = Image.new("L", (width, height), 0)
     mask.paste(255, (width // 2, height // 4, width, height))
     return mask
 
 
-def _ip_adapter_weights(unet: UNet2DConditionModel, seed: int) -> dict[str, dict[str, Tensor]]:
-    """What an IP-Adapter's file holds: the image projection, and keys and values of each cross-attention."""
-    generator = torch.Generator().manual_seed(seed)
-    width, tokens = unet.config.cross_attention_dim, 4
-
-    def matrix(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=generator) * columns**-0.5
-
-    attentions = {}
-    # Files number all attention layers; the odd ones are those that see the text.
-    for index, name in enumerate(unet.attn_processors):
-        if name.endswith("attn2.processor"):
-            inner = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
-            attentions[f"{index}.to_k_ip.weight"] = matrix(inner, width)
-            attentions[f"{index}.to_v_ip.weight"] = matrix(inner, width)
-    projection = {
-        "proj.weight": matrix(tokens * width, IMAGE_WIDTH),
-        "proj.bias": matrix(1, tokens * width)[0],
-        "norm.weight": torch.ones(width),
-        "norm.bias": torch.zeros(width),
+def tiny_inputs() -> dict[str, Any]:
+    """A value for each known name, newly made: four steps over four windows, each of which starts a window."""
+    scheduler = PeRFlowScheduler(**BETAS)
+    scheduler.set_timesteps(NUM_STEPS)
+    plan = scheduler.plan
+    latents, pixels = (1, 4, LATENT_SIZE, LATENT_SIZE), (1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    mask = torch.zeros(1, 1, *latents[2:])
+    mask[..., LATENT_SIZE // 4 :, LATENT_SIZE // 2 :] = 1.0  # as in tiny_mask
+    time_ids = torch.tensor([[IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE]])
+    return {
+        "prompt": "a red star",
+        "prompt_embeds": _noise(1, MAX_TOKENS, 2 * TEXT_WIDTH, seed=1),
+        "negative_prompt_embeds": _noise(1, MAX_TOKENS, 2 * TEXT_WIDTH, seed=2),
+        "pooled_prompt_embeds": _noise(1, TEXT_WIDTH, seed=3),
+        "negative_pooled_prompt_embeds": _noise(1, TEXT_WIDTH, seed=4),
+        "add_time_ids": time_ids.float(),
+        "negative_add_time_ids": time_ids.float(),
+        "batch_size": 1,
+        "num_images_per_prompt": 1,
+        "dtype": torch.float32,
+        "generator": torch.Generator().manual_seed(0),
+        "output_type": "pil",
+        "timesteps": scheduler.timesteps,
+        "num_inference_steps": NUM_STEPS,
+        "step_plan": plan,
+        "step_coefficients": plan.coefficients(),
+        "noise_coefficients": torch.tensor([*((a**0.5, (1.0 - a) ** 0.5) for a in plan.alpha_start), (1.0, 0.0)]),
+        "strength": 1.0,
+        "latents": _noise(*latents, seed=5),
+        "noise_pred": _noise(*latents, seed=6),
+        "noise": _noise(*latents, seed=7),
+        "image_latents": _noise(*latents, seed=8),
+        "masked_image_latents": _noise(*latents, seed=9),
+        "mask": mask,
+        "inpaint_conditioning": torch.cat([mask, _noise(*latents, seed=9)], dim=1),
+        "height": IMAGE_SIZE,
+        "width": IMAGE_SIZE,
+        "image": tiny_picture(0),
+        "mask_image": tiny_mask(),
+        "processed_image": _noise(*pixels, seed=10).tanh(),
+        "images": [tiny_picture(1)],
+        "ip_adapter_image": tiny_picture(2),
+        "ip_adapter_embeds": [_noise(1, 1, IMAGE_WIDTH, seed=11)],
+        "negative_ip_adapter_embeds": [torch.zeros(1, 1, IMAGE_WIDTH)],
+        "control_image": tiny_picture(3),
+        "control_mode": [0],
+        "controlnet_cond": _noise(*pixels, seed=12).sigmoid(),
+        "conditioning_scale": 1.0,
+        "controlnet_keep": [1.0] * NUM_STEPS,
+        "guess_mode": False,
+        "control_type": torch.eye(CONTROL_TYPES)[:1],
+        "control_type_idx": [0],
     }
-    return {"image_proj": projection, "ip_adapter": attentions}
 
 
-def _width_and_height(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
+def _noise(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

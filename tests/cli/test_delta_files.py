@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from torch import Tensor
 from perflow_blocks import extract_delta
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.testing.tiny import tiny_sdxl_unet
+from tests.cli.test_delta import Run, done
 
-Run = Callable[..., tuple[int, str, str]]
 STEM = "diffusion_pytorch_model"
 
 
@@ -40,12 +39,6 @@ def published(tmp_path: Path, difference: dict[str, Tensor]) -> Path:
     unet.load_state_dict(difference)
     unet.save_pretrained(tmp_path / "published", variant="v0-1")
     return tmp_path / "published"
-
-
-def done(run: Run, *arguments: object) -> str:
-    status, out, err = run(*arguments)
-    assert status == 0, err
-    return out
 
 
 def refused(run: Run, *arguments: object) -> str:

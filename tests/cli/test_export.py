@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,11 +29,8 @@ def test_a_plain_model_becomes_a_workflow_with_its_weights(run: Run, repository:
     status, out, err = run("export", repository, target, *options)
     assert status == 0, err
     files = [path for path in target.rglob("*") if path.is_file()]
-    assert out.startswith(f"{target}: {len(files)} files")
-    listed = {path: int(size.replace(",", "")) for path, size in re.findall(r"^  (\S+) +([\d,]+) bytes$", out, re.M)}
-    assert listed["block.py"] == (target / "block.py").stat().st_size
-    assert listed["unet/"] == sum(path.stat().st_size for path in (target / "unet").iterdir())
-    assert sum(listed.values()) == sum(path.stat().st_size for path in files)
+    assert out == f"{target}: {len(files)} files, {sum(path.stat().st_size for path in files):,} bytes\n"
+    assert (target / "unet").is_dir()
     assert "# Mine" in (target / "README.md").read_text()
 
 
@@ -61,8 +57,7 @@ def test_a_workflow_is_exported_with_its_own_blocks_and_a_delta(run: Run, tmp_pa
 def test_mistakes_are_one_line_and_leave_nothing(run: Run, repository: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "pass weights='include'" in mistake(run, repository, out)
-    assert "mode='fat' is unknown" in mistake(run, WORKFLOW, out, "--mode", "fat")
-    assert "--dtype float8 is unknown" in mistake(run, repository, out, "--dtype", "float8")
+    assert "'--mode'" in mistake(run, WORKFLOW, out, "--mode", "fat")
     assert "does not exist" in mistake(run, tmp_path / "absent", out)
     assert "--notes" in mistake(run, repository, out, "--notes", tmp_path / "absent.md")
     assert "--trust-remote-code" in mistake(run, WORKFLOW, out, "--revision", "main")

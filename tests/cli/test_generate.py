@@ -97,21 +97,18 @@ def test_guidance_asked_for_wins_over_the_recipe(run: Run, model: Path, delta: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([""], "prompt 1 is empty; write what to draw"),
-        (["a", " "], "prompt 2 is empty"),
         ([], "Missing argument"),
-        (["a", "--steps", "0"], "steps=0 must be a positive integer"),
+        (["a", "--steps", "0"], "'--steps'"),
         (["a", "--steps", "few"], "'--steps'"),
-        (["a", "--guidance", "nan"], "guidance_scale=nan"),
-        (["a", "--guidance", "-1"], "guidance_scale=-1.0"),
-        (["a", "--num-images", "0"], "num-images=0 "),
-        (["a", "--seed", "-1"], "--seed -1 is out of range; pass a number from 0"),
+        (["a", "--guidance", "-1"], "'--guidance'"),
+        (["a", "--num-images", "0"], "'--num-images'"),
+        (["a", "--seed", "-1"], "'--seed'"),
         (["a", "--size", "0"], "--size 0 is no size; pass N or WxH"),
         (["a", "--size", "64x-8"], "--size 64x-8 is no size"),
-        (["a", "--device", "warp"], "--device warp cannot be used here"),
-        (["a", "--device", "meta"], "--device meta holds no values"),
-        (["a", "--dtype", "int8"], "--dtype int8 is unknown; pass one of float32, float16, bfloat16"),
-        (["a", "--delta", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
+        (["a", "--device", "warp"], "--device warp is unknown; pass one such as cpu, cuda"),
+        (["a", "--device", "xpu"], "--device xpu cannot be used here"),
+        (["a", "--dtype", "int8"], "'--dtype': "),
+        (["a", "--delta", "nowhere.safetensors"], "'nowhere.safetensors' does not exist"),
         (["a", "--model", "./nowhere"], "--model ./nowhere does not exist"),
         (["a", "--no-such-option"], "No such option"),
     ],
@@ -128,15 +125,19 @@ def test_a_mistake_is_one_line_before_anything_is_loaded(
     assert not out.exists()
 
 
-def test_an_unusable_output_path_is_found_first(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perflow_blocks.cli.pipeline.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
-    file = tmp_path / "file"
-    file.write_text("mine")
-    for out in (file, file / "below"):
-        status, _, stderr = run("generate", "a", "--out", out)
-        assert status == 2
-        assert stderr.startswith(f"Error: cannot write into {out}") and "choose a writable directory" in stderr
-    assert file.read_text() == "mine"
+def test_a_wrong_option_is_answered_without_importing_torch() -> None:
+    code = """
+import sys
+from perflow_blocks.cli import main
+for wrong in ("--nope 1", "--steps 0", "--size 0", "--device tpu", "--dtype int8", "--delta nowhere"):
+    try:
+        main(["generate", "a", *wrong.split()])
+    except SystemExit as done:
+        assert done.code == 2
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr.count("\n") == 6, done.stderr
 
 
 def test_what_only_the_model_can_tell_costs_no_unet_call(

@@ -159,7 +159,6 @@ FAULTS: dict[str, tuple[ModularPipelineBlocks, str]] = {
     "component through a property": (leaf(lambda c, s, b: c.vae_scale_factor), "touches the component 'vae'"),
     "component through a method": (leaf(lambda c, s, b: c.enable_freeu(1, 1, 1, 1)), "touches the component 'unet'"),
     "component in a loop": (loop(lambda c, b, i: c.num_channels_latents), "touches the component 'vae'"),
-    "configuration": (leaf(lambda c, s, b: c.config.shift), r"reads .* 'shift' .*; add ConfigSpec\(\"shift\""),
     "other values at the second call": (leaf(hold([]), **outputs(LATENTS_OUT)), "leaves another 'latents' at the sec"),
     "no description": (make_block(lambda self, c, s: (c, s), description=""), "has no description"),
     "input without type": (
