@@ -29,9 +29,6 @@ PREFIX = "unet."  # what LoRA files put before the names of the UNet's modules
 KEPT_IN_FULL = ("time_embedding*", "add_embedding*", "class_embedding*")
 """Patterns of the modules that the residual always holds; diffusers cannot read the kohya names of some of them."""
 
-UNET = ("conv_", "time_embedding.", "add_embedding.", "class_embedding.", "down_blocks.", "up_blocks.", "mid_block.")
-"""How the names of a UNet's weights begin."""
-
 Layout = Literal["peft", "kohya"]
 
 
@@ -104,7 +101,7 @@ def delta_to_lora(
 
     Raises:
         ValueError: neither or both of rank and energy, or one out of range; an unusable file; a delta that is empty,
-            not of a UNet, whole weights, without a changed layer, or not finite (in `dtype`).
+            a LoRA, whole weights, without a changed layer, or not finite (in `dtype`).
     """
     if (rank is None) == (energy is None):
         raise ValueError(f"rank={rank} and energy={energy}: pass exactly one of the two.")
@@ -158,10 +155,6 @@ def delta_to_lora(
 def _factorized_modules(weights: files.Weights, keep: Sequence[str]) -> dict[str, str]:
     """The modules to factorize by the key of their weight: the linear and convolution layers that are not kept."""
     files.require_no_lora(weights)
-    if foreign := [name for name in weights.shapes if not name.startswith(UNET)]:
-        raise ValueError(
-            f"{len(foreign)} tensors are not weights of a UNet ({files.listed(foreign)}); pass a UNet's delta."
-        )
     layers = [name for name, shape in weights.shapes.items() if len(shape) in (2, 4) and 0 not in shape]
     modules = {name: name.removesuffix(".weight") for name in layers if name.endswith(".weight")}
     for pattern in keep:
@@ -192,10 +185,12 @@ def save_lora(converted: DeltaLora, path: str | os.PathLike[str], layout: Layout
     """
     if layout not in get_args(Layout):
         raise ValueError(f"layout={layout!r} must be one of {', '.join(get_args(Layout))}.")
-    metadata = converted.recipe.to_metadata()
-    if converted.digest:
-        metadata[files.DIGEST_KEY] = converted.digest
-    tensors = converted.lora if layout == "peft" else kohya_state_dict(converted.lora)
+    metadata = converted.recipe.to_metadata() | ({files.DIGEST_KEY: converted.digest} if converted.digest else {})
+    tensors = dict(converted.lora)
+    if layout == "kohya":
+        # Without alphas readers take each layer's rank for them, a factor of 1. Of alphas that differ diffusers 0.42
+        # gives attention layers the most common one.
+        tensors = {n: t for n, t in convert_state_dict_to_kohya(tensors).items() if not n.endswith(".alpha")}
     types = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         write_tensors(temporary, types, tensors.__getitem__, metadata)
@@ -207,12 +202,3 @@ def save_residual(converted: DeltaLora, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"the LoRA holds the whole delta, so there is no residual for {path}; leave the file out.")
     dtype = next(iter(converted.residual.values())).dtype
     save_delta(converted.residual, path, converted.recipe, dtype, partial=True)
-
-
-def kohya_state_dict(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same LoRA in kohya's keys, without alphas: readers then take each layer's rank, which is a factor of 1.
-
-    Of alphas that differ diffusers 0.42 gives attention layers the most common one.
-    """
-    converted = convert_state_dict_to_kohya(dict(lora))
-    return {name: tensor for name, tensor in converted.items() if not name.endswith(".alpha")}
