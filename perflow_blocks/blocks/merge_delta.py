@@ -14,8 +14,7 @@ from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, Outpu
 from diffusers.utils import logging
 from huggingface_hub import hf_hub_download
 
-from ..delta.apply import own_weights
-from ..delta.files import DIGEST_KEY, identity_of, leads_out, named_as_model, open_weights, read_recipe
+from ..delta.files import DIGEST_KEY, identity_of, leads_out, open_weights, read_recipe
 from ..delta.merge import (
     NO_RECIPE,
     MergeRecord,
@@ -150,7 +149,7 @@ def _change(components: Any, path: Path | None, scale: float, variant: str | Non
             f"pass it with delta_scale=0.0, before merging {weights.label}."
         )
     if scale and hasattr(unet, "peft_config"):
-        _require_no_lora_of(unet, identity_of(named_as_model(weights, own_weights(unet), unet.config)), weights.label)
+        _require_no_lora_of(unet, identity_of(weights), weights.label)
     if known is not None and known.reloaded:
         _warn_of_rounding(known)
         rescale_delta(unet, scale, weights, exact=False)

@@ -21,8 +21,6 @@ def extract(
     dtype: options.StoredDtype = "float16",
     variant: options.Variant = None,
     base_variant: options.BaseVariant = None,
-    allow_pickle: options.AllowPickle = False,
-    config: options.Config = None,
     prediction_type: Annotated[str | None, typer.Option(help="ddim_eps, diff_eps or velocity.")] = None,
     windows: Annotated[int | None, typer.Option(help="Number of time windows it was distilled for.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps to recommend, at least 1.")] = None,
@@ -50,13 +48,11 @@ def extract(
     from ..delta.files import open_weights
     from .unets import find_config
 
-    unet = find_config(config, base, student)
-    weights = [open_weights(student, variant, allow_pickle=allow_pickle)]
-    weights.append(open_weights(base, base_variant, allow_pickle=allow_pickle))
+    unet = find_config(base, student)
+    weights = open_weights(student, variant), open_weights(base, base_variant)
     if unet is not None:
-        weights = [require_architecture(part, unet) for part in weights]
-    elif any(".input_blocks." in f".{name}" for part in weights for name in part.shapes):
-        raise ValueError("original Latent Diffusion names need --config with the folder of the UNet's config.json.")
+        for part in weights:
+            require_architecture(part, unet)
     difference = open_difference(weights[0], weights[1])
     save_delta(difference, out, recipe, options.parse_dtype(dtype), progress=True)
     typer.echo(f"{out}: {len(difference.shapes)} tensors, {out.stat().st_size / 1e6:,.1f} MB")

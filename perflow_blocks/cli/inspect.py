@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -51,19 +50,16 @@ def inspect(
     top: Annotated[int, typer.Option(min=0, help="How many of the largest tensors to name.")] = 5,
     variant: options.Variant = None,
     base_variant: options.BaseVariant = None,
-    allow_pickle: options.AllowPickle = False,
-    config: options.Config = None,
 ) -> None:
     """Say what PATH holds: delta, LoRA or UNet, its recipe, tensors by kind, norms, and what is merged into it."""
     from ..delta.files import holds_differences, is_lora, open_weights, read_recipe
     from ..delta.merge import saved_records
-    from .unets import find_config, find_unet, read_config
+    from .unets import find_unet, read_config
 
-    weights = open_weights(path, variant, allow_pickle=allow_pickle)
+    weights = open_weights(path, variant)
     recipe = {name: value for name, value in asdict(read_recipe(weights)).items() if value is not None}
-    own = None if base is None else open_weights(base, base_variant, allow_pickle=allow_pickle)
-    unet = None if base is None else find_config(config, base, path)
-    tensors = summarize(weights, own, None if unet is None else unet.config)
+    own = None if base is None else open_weights(base, base_variant)
+    tensors = summarize(weights, own)
     folder = find_unet(path)
     where = "" if folder is None else "UNet folder, " if folder == path else "directory with a UNet, "
     # Where no normalization layer tells, it may be either.
@@ -98,14 +94,11 @@ def inspect(
             typer.echo(f"{tensor.name:<80}  {tensor.size:>20.3g}")
 
 
-def summarize(weights: Weights, base: Weights | None, config: Mapping[str, Any] | None) -> list[TensorSummary]:
-    """Reads every tensor once; sizes are relative to `base`. `config` is the UNet's, to translate original names."""
+def summarize(weights: Weights, base: Weights | None) -> list[TensorSummary]:
+    """Reads every tensor once; sizes are relative to `base`."""
     from diffusers.utils import logging
 
-    from ..delta.files import named_alike
-
     if base is not None:
-        weights, base = named_alike(weights, base, config or {})
         missing = [name for name in weights.shapes if name not in base.shapes]
         if missing:
             raise ValueError(f"{base.label} has no {missing[0]}; pass the base that {weights.label} was taken from.")

@@ -36,13 +36,6 @@ OutFile = Annotated[Path, typer.Option("--out", "-o", help="The file to write, a
 StoredDtype = Annotated[DtypeName, typer.Option(help="Type to store.")]
 Variant = Annotated[str | None, typer.Option(help="Which files of the folder, fp16 say, if it has several.")]
 BaseVariant = Annotated[str | None, typer.Option(help="Which files of the base's folder.")]
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read .bin, .pt and .ckpt too; their code is not run.")
-]
-Config = Annotated[
-    Path | None,
-    typer.Option("--config", help="The UNet's config.json, or its folder, by which original names are translated."),
-]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 

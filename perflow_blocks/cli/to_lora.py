@@ -27,8 +27,6 @@ def to_lora(
     device: options.Device = None,
     dtype: options.StoredDtype = "float16",
     variant: options.Variant = None,
-    allow_pickle: options.AllowPickle = False,
-    config: options.Config = None,
     force: options.Force = False,
 ) -> None:
     """Write DELTA as a LoRA for load_lora_weights, and say what it keeps."""
@@ -42,17 +40,14 @@ def to_lora(
     place = options.choose_device(device)
     from ..delta.files import open_weights
     from ..delta.lora import delta_to_lora, save_lora, save_residual
-    from .unets import find_config
 
-    unet = find_config(config, delta)
     converted = delta_to_lora(
-        open_weights(delta, variant, allow_pickle=allow_pickle),
+        open_weights(delta, variant),
         rank=rank,
         energy=energy,
         max_rank=max_rank,
         dtype=options.parse_dtype(dtype),
         device=place,
-        config=None if unet is None else unet.config,
     )
     save_lora(converted, out, layout)
     typer.echo(f"{out}: {converted.report}")

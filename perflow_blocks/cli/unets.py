@@ -26,12 +26,9 @@ def require_unet(path: Path) -> Path:
     return folder
 
 
-def find_config(config: Path | None, *models: Path) -> UNet2DConditionModel | None:
-    """The UNet, without values, of a configuration that is named, else of the first of the models that has one."""
-    if config is not None:
-        folder: Path | None = require_unet(config.parent if config.is_file() else config)
-    else:
-        folder = next((found for model in models if (found := find_unet(model))), None)
+def find_config(*models: Path) -> UNet2DConditionModel | None:
+    """The UNet, without values, of the first of the models that has a configuration."""
+    folder = next((found for model in models if (found := find_unet(model))), None)
     return None if folder is None else empty_unet(folder)
 
 

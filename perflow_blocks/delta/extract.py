@@ -17,9 +17,6 @@ from . import files
 from .apply import PARTIAL_KEY
 from .recipe import DeltaRecipe
 
-_TYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
-"""The types that a file may have, as safetensors calls them."""
-
 
 def extract_delta(
     student: nn.Module | Mapping[str, Tensor], base: nn.Module | Mapping[str, Tensor]
@@ -33,24 +30,21 @@ def extract_delta(
     Raises:
         ValueError: the two differ in keys or shapes.
     """
-    difference = files.DifferenceWeights(
-        files.MappingWeights(files.floating_entries(student), "the student"),
-        files.MappingWeights(files.floating_entries(base), "the base"),
-    )
+    difference = files.opened(student).minus(files.opened(base))
     return {name: difference.tensor(name) for name in difference.shapes}
 
 
-def open_difference(student: files.Delta, base: files.Delta, config: Mapping[str, Any] | None = None) -> files.Weights:
+def open_difference(student: files.Delta, base: files.Delta) -> files.Weights:
     """The delta `student - base` of two checkpoints, for a student that was published merged.
 
-    It is formed tensor by tensor as it is read. Original Latent Diffusion names need the UNet's `config`.
+    It is formed tensor by tensor as it is read.
 
     Raises:
         ValueError: a checkpoint cannot be read or is a delta itself, or the two do not match.
     """
-    pair = files.named_alike(files.opened(student), files.opened(base), config or {})
-    difference = files.DifferenceWeights(*pair)
-    for what, weights in zip(("student", "base"), pair, strict=True):
+    pair = {"student": files.opened(student), "base": files.opened(base)}
+    difference = pair["student"].minus(pair["base"])
+    for what, weights in pair.items():
         if files.holds_differences(weights):
             raise ValueError(f"the {what} {weights.label} holds differences, as a delta does; pass a model's weights.")
     return difference
@@ -79,11 +73,11 @@ def save_delta(
         ValueError: nothing to save, a type that cannot be stored, values that are not finite in it, a difference of
             equal models, or a path that cannot be written.
     """
-    if dtype not in _TYPES:
-        raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, _TYPES))}.")
+    if dtype not in files.DTYPES:
+        raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, files.DTYPES))}.")
     weights = files.opened(delta)
     metadata = (recipe or DeltaRecipe()).to_metadata() | ({PARTIAL_KEY: "true"} if partial else {})
-    changed = not isinstance(weights, files.DifferenceWeights)
+    changed = weights.base is None
 
     def stored(name: str) -> Tensor:
         nonlocal changed
@@ -120,7 +114,7 @@ def write_tensors(
     start = 0
     for name, (dtype, shape) in types.items():
         stop = start + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": _TYPES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+        header[name] = {"dtype": files.DTYPES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # readers map the values, which must be aligned

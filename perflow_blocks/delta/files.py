@@ -1,4 +1,4 @@
-"""Weights by name, read one tensor at a time: finding and opening files, and translating other programs' names."""
+"""Weights by name, read one tensor at a time: finding and opening files, naming and comparing what they hold."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import hashlib
 import json
 import os
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import snapshot_download
@@ -21,132 +20,141 @@ from torch import Tensor, nn
 
 from .recipe import DeltaRecipe
 
+DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+"""The types that a delta may have and be merged into, as safetensors calls them."""
+
 CHUNK = 1 << 20  # values that are worked on at a time: few enough for a processor's cache, enough for all its cores
 SAMPLE = 32  # how many values at either end of a tensor identify it
 DIGEST_KEY = "perflow_delta"  # in a LoRA file's metadata: the `identity_of` the delta that it was made from
 
 # What distributed training, compilation, pipelines and checkpoints put before the names of all weights.
-_PREFIXES = re.compile(r"^(module\.|_orig_mod\.|unet\.|_fsdp_wrapped_module\.|model\.diffusion_model\.)+")
-# The modules of a UNet2DConditionModel.
-_UNET = re.compile(r"(conv_(in|norm_out|out)|(time|add|class)_embedding|(down|up)_blocks|mid_block)\.")
-_LDM_PREFIX = "model.diffusion_model."
-_LDM_UNET = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
-_LORA = re.compile(r"lora|\.alpha$|hada_|lokr_", re.IGNORECASE)
+PREFIXES = re.compile(r"^(module\.|_orig_mod\.|unet\.|_fsdp_wrapped_module\.|model\.diffusion_model\.)+")
 
 _STEM = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")
 # diffusers 0.42 writes stem.fp16-00001-of-00002.safetensors, earlier releases stem-00001-of-00002.fp16.safetensors.
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _WEIGHTS = re.compile(re.escape(_STEM) + r"(?:\.(.+?))?\.safetensors(?:\.index(?:\.(.+))?\.json)?")
 
-Stamp = tuple[tuple[str, tuple[int, int], tuple[int, int]], ...]
+Stamp = tuple[tuple[str, int, int, int, int], ...]
 """Of each file: path; device and inode, which tell a file that was replaced; size and time of change (ns)."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class Weights(ABC):
+class _File:
+    """A memory-mapped safetensors file, which may be replaced or deleted while it is open, but not written to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.handle: Any = safe_open(str(path), framework="pt", device="cpu")
+
+    def tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self.handle.get_tensor(name)
+        return tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _File, (self.path,)
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
     """Floating-point tensors by name, one of them in memory at a time. A deep copy is the same object."""
 
-    label: str  # in messages, for example a path
-    shapes: Shapes
-    metadata: Mapping[str, str]
-    stamp: Stamp = ()  # of their files; empty for weights that are not files
+    label: str  # names them in messages, for example a path
+    shapes: Shapes  # by names without the prefixes of wrappers
+    places: Mapping[str, tuple[Callable[[str], Tensor], str]]  # how each is read, and the name that it has there
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of their files
+    stamp: Stamp = ()  # of their files, if they are files
+    base: Weights | None = None  # weights of the same names that are subtracted from these
 
-    @abstractmethod
     def tensor(self, name: str) -> Tensor:
-        """One tensor. The caller must not write to it."""
+        """One tensor, which the caller must not write to; of a difference in float32 on the first one's device."""
+        read, own = self.places[name]
+        tensor = read(own).detach()
+        if self.base is None:
+            return tensor
+        # In half precision the small difference would be rounded to the spacing of the large weights.
+        return tensor.float() - self.base.tensor(name).to(tensor.device).float()
+
+    def minus(self, base: Weights) -> Weights:
+        """The difference, formed when it is read; ValueError unless names and shapes agree."""
+        mismatch = describe_mismatch(self.shapes, base.shapes, given="the student", expected="the base")
+        if mismatch:
+            raise ValueError(f"{self.label} and {base.label} do not match: {mismatch}.")
+        return replace(self, label=f"{self.label} minus {base.label}", stamp=self.stamp + base.stamp, base=base)
 
     def require_unchanged(self) -> None:
         """Raises ValueError if a file was written to since it was opened."""
-        for path, inode, state in self.stamp:
+        for old in self.stamp:
             # A file that was replaced or deleted is still mapped with its old contents.
-            if os.path.exists(path) and (now := stamp_of([path])[0])[1] == inode and now[2] != state:
+            new = stamp_of(old[:1])[0] if os.path.exists(old[0]) else old
+            if new[:3] == old[:3] and new != old:
                 raise ValueError(f"{self.label} was written to since it was opened; load the model again.")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Weights:
         return self
 
 
-Delta = str | os.PathLike[str] | Mapping[str, Tensor] | Weights
-"""Weights: a file or folder that `open_weights` reads, a mapping as `extract_delta` gives, or what is open already."""
+Delta = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | Weights
+"""Weights: a file or folder that `open_weights` reads, a mapping as `extract_delta` gives, a module, or open ones."""
 
 
-class MappingWeights(Weights):
-    """A mapping's own tensors, by reference."""
-
-    def __init__(self, weights: Mapping[str, Tensor], label: str = "the mapping") -> None:
-        self.label, self.metadata, self._tensors = label, dict[str, str](), weights
-        self.shapes = {name: tuple(t.shape) for name, t in weights.items() if t.is_floating_point()}
-        if not self.shapes:
-            raise ValueError(f"{label} holds no floating-point tensors.")
-
-    def tensor(self, name: str) -> Tensor:
-        return self._tensors[name].detach()
-
-
-class FileWeights(Weights):
-    """A memory-mapped safetensors file, or a checkpoint's shards, which may be replaced or deleted, not written to."""
-
-    def __init__(self, paths: Sequence[Path], label: str) -> None:
-        self._paths, self._files = paths, dict[str, Any]()
-        self.label, self.shapes, self.metadata = label, {}, {}
-        for path in map(str, paths):
-            try:
-                file: Any = safe_open(path, framework="pt", device="cpu")
-                slices = {name: file.get_slice(name) for name in file.keys()}
-                shapes = {n: tuple(part.get_shape()) for n, part in slices.items() if "F" in part.get_dtype()}
-                self.metadata |= file.metadata() or {}
-            except (SafetensorError, OSError, ValueError) as error:
-                raise ValueError(
-                    f"{path} is not a complete safetensors file ({error}); download or extract it again."
-                ) from error
-            self.shapes |= shapes
-            self._files |= dict.fromkeys(shapes, file)
-        if not self.shapes:
-            raise ValueError(f"{self.label} holds no floating-point tensors; pass a file of weights.")
-        self.stamp = stamp_of(paths)
-
-    def tensor(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return FileWeights, (self._paths, self.label)
+def opened(delta: Delta, what: str = "delta") -> Weights:
+    """The weights of a delta in any form; messages call it `what`. Tensors are not copied."""
+    if isinstance(delta, Weights):
+        return delta
+    if isinstance(delta, (str, os.PathLike)):
+        return open_weights(delta)
+    tensors, label = delta.state_dict() if isinstance(delta, nn.Module) else delta, "the mapping"
+    if not isinstance(tensors, Mapping):
+        raise ValueError(f"{what}={type(delta).__name__} must be a file, a folder or a mapping of names to tensors.")
+    own = {PREFIXES.sub("", name): (name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if not own:
+        raise ValueError(f"{label} holds no floating-point tensors.")
+    shapes = {name: tuple(tensor.shape) for name, (_, tensor) in own.items()}
+    return Weights(label, shapes, {name: (tensors.__getitem__, key) for name, (key, _) in own.items()})
 
 
-class RenamedWeights(Weights):
-    """Some of the weights under other names, {new: old}."""
+def open_weights(path: str | os.PathLike[str], variant: str | None = None) -> Weights:
+    """The weights at a path: a file, the index of shards, or a folder of either, as diffusers saves models.
 
-    def __init__(self, weights: Weights, names: Mapping[str, str]) -> None:
-        self._weights, self._names = weights, names
-        self.label, self.metadata, self.stamp = weights.label, weights.metadata, weights.stamp
-        self.shapes = {new: weights.shapes[old] for new, old in names.items()}
+    A folder may be the model's own or a pipeline's, whose UNet is then meant; of several variants `variant` chooses
+    one.
 
-    def tensor(self, name: str) -> Tensor:
-        return self._weights.tensor(self._names[name])
-
-
-class DifferenceWeights(Weights):
-    """`student - base` in float32 on the student's device, formed when it is read."""
-
-    def __init__(self, student: Weights, base: Weights) -> None:
-        mismatch = describe_mismatch(student.shapes, base.shapes, given="the student", expected="the base")
-        if mismatch:
-            raise ValueError(f"{student.label} and {base.label} do not match: {mismatch}.")
-        self._pair = (student, base)
-        self.label = f"{student.label} minus {base.label}"
-        self.shapes, self.metadata = student.shapes, student.metadata
-        self.stamp = student.stamp + base.stamp
-
-    def tensor(self, name: str) -> Tensor:
-        student, base = (weights.tensor(name).detach() for weights in self._pair)
-        # In half precision the small difference would be rounded to the spacing of the large weights.
-        return student.float() - base.to(student.device).float()
+    Raises:
+        ValueError: nothing there, several variants and none named, a file that is broken or no safetensors file, or a
+            checkpoint in original names.
+    """
+    paths, label = weight_files(path, variant), str(Path(path).expanduser())
+    shapes: dict[str, tuple[int, ...]] = {}
+    places: dict[str, tuple[Callable[[str], Tensor], str]] = {}
+    metadata: dict[str, str] = {}
+    for path in paths:
+        try:
+            file = _File(path)
+            for key in file.handle.keys():
+                part, name = file.handle.get_slice(key), PREFIXES.sub("", key)
+                if "F" in part.get_dtype():
+                    shapes[name], places[name] = tuple(part.get_shape()), (file.tensor, key)
+            metadata |= file.handle.metadata() or {}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not a complete safetensors file ({error}); download or extract it again."
+            ) from error
+    if not shapes:
+        raise ValueError(f"{label} holds no floating-point tensors; pass a file of weights.")
+    if any(name.startswith("input_blocks.") for name in shapes):
+        raise ValueError(
+            f"{label} has the original names of a single file; load it with UNet2DConditionModel.from_single_file, "
+            "save that with save_pretrained, and pass the folder."
+        )
+    return Weights(label, shapes, places, metadata, stamp_of(paths))
 
 
 def stamp_of(paths: Sequence[str | Path]) -> Stamp:
     """The stamp of files as they are now; they are not opened."""
     states = [(os.path.realpath(path), os.stat(path)) for path in paths]
-    return tuple((path, (s.st_dev, s.st_ino), (s.st_size, s.st_mtime_ns)) for path, s in states)
+    return tuple((path, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for path, s in states)
 
 
 def weight_files(path: str | os.PathLike[str], variant: str | None = None) -> list[Path]:
@@ -159,66 +167,13 @@ def weight_files(path: str | os.PathLike[str], variant: str | None = None) -> li
     found = find_weights(path, variant) if path.is_dir() else path
     if not found.is_file():
         raise ValueError(f"{path} does not exist; pass the path of a .safetensors file.")
-    return _shards_of(found) if found.suffix == ".json" else [found]
-
-
-def open_weights(path: str | os.PathLike[str], variant: str | None = None, *, allow_pickle: bool = False) -> Weights:
-    """The weights at a path: a file, the index of shards, or a folder of either, as diffusers saves models.
-
-    A folder may be the model's own or a pipeline's, whose UNet is then meant; of several variants `variant` chooses
-    one. Pickles (.bin, .pt, .ckpt) are read only with `allow_pickle`, memory-mapped and without running their code.
-
-    Raises:
-        ValueError: nothing there, several variants and none named, a file that is broken, or a pickle.
-    """
-    files = weight_files(path, variant)
-    if files[0].suffix not in (".bin", ".pt", ".pth", ".ckpt"):
-        return FileWeights(files, str(Path(path).expanduser()))
-    if not allow_pickle:
-        raise ValueError(f"{path} is a pickle, which can hold code; convert it, or pass allow_pickle=True.")
-    try:
-        loaded: Any = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
-        state = loaded.get("state_dict", loaded)
-    except Exception as error:  # whatever a broken pickle raises
-        raise ValueError(f"cannot read {path} as weights ({error}); download it again.") from error
-    return MappingWeights({name: value for name, value in state.items() if isinstance(value, Tensor)}, str(path))
-
-
-def opened(delta: Delta, what: str = "delta") -> Weights:
-    """The weights of a delta in any form; messages call it `what`. A mapping's tensors are not copied."""
-    if isinstance(delta, Weights):
-        return delta
-    if not isinstance(delta, (str, os.PathLike, Mapping)):
-        raise ValueError(f"{what}={type(delta).__name__} must be a file, a folder or a mapping of names to tensors.")
-    return MappingWeights(delta) if isinstance(delta, Mapping) else open_weights(delta)
-
-
-def loaded_weights(model: Any) -> Weights | None:
-    """The safetensors files on this machine that a model was loaded from, if they are known; not that it is unchanged.
-
-    They are found by the load id that modular pipelines set, else by the model's configuration.
-    """
-    load_id = getattr(model, "_diffusers_load_id", "null")
-    place: Mapping[str, Any] = {} if load_id == "null" else ComponentSpec.decode_load_id(load_id)
-    named = getattr(getattr(model, "config", None), "_name_or_path", None)
-    source = place.get("pretrained_model_name_or_path") if place else named
-    try:
-        path = Path(source or "")
-        if source and not path.exists():
-            path = Path(snapshot_download(source, revision=place.get("revision"), local_files_only=True))
-        path = path if path.is_file() else path / (place.get("subfolder") or "")
-        return open_weights(path, place.get("variant")) if source else None
-    except (ValueError, OSError):
-        return None
-
-
-def read_recipe(delta: Delta) -> DeltaRecipe:
-    """The sampling settings that a delta names, else None; ValueError for files or settings that cannot be used."""
-    weights = opened(delta)
-    try:
-        return DeltaRecipe.from_metadata(weights.metadata)
-    except ValueError as error:
-        raise ValueError(f"{weights.label} names unusable settings: {error}") from error
+    if found.suffix != ".json":
+        return [found]
+    names = shard_names(found)
+    missing = [name for name in names if not (found.parent / name).is_file()]
+    if missing or not names:
+        raise ValueError(f"{found} names shards that are not there ({listed(missing)}); download them too.")
+    return [found.parent / name for name in names]
 
 
 def find_weights(folder: Path, variant: str | None = None) -> Path:
@@ -239,8 +194,6 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
                 f"{place} holds the variants {held} and {asked}; name one as the variant, or pass its file, for "
                 f"example {next(iter(variants.values()))}."
             )
-        if names:
-            raise ValueError(f"{place} holds pickles only ({listed(names)}); pass the file.")
     raise ValueError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}; it is a directory: pass a UNet's, or a file.")
 
 
@@ -248,14 +201,6 @@ def variants_of(names: Iterable[str]) -> dict[str, str | None]:
     """The variants (None for none) of those names that are of a model's safetensors files, shards or indices."""
     found = {name: _WEIGHTS.fullmatch(_SHARD.sub("", name)) for name in names}
     return {name: match[1] or match[2] for name, match in found.items() if match}
-
-
-def _shards_of(index: Path) -> list[Path]:
-    names = shard_names(index)
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing or not names:
-        raise ValueError(f"{index} names shards that are not there ({listed(missing)}); download them too.")
-    return [index.parent / name for name in names]
 
 
 def shard_names(index: Path) -> list[str]:
@@ -270,13 +215,9 @@ def shard_names(index: Path) -> list[str]:
 
 
 def leads_out(path: str) -> bool:
-    """Whether a path is absolute or climbs out of the folder that it is relative to, on any operating system."""
-    depth, parsed = 0, PureWindowsPath(path)  # which takes both / and \ for separators
-    for part in parsed.parts:
-        depth += -1 if part == ".." else 1
-        if depth < 0:
-            return True
-    return bool(parsed.anchor)
+    """Whether a path is absolute or goes up from the folder that it is relative to, on any operating system."""
+    parsed = PureWindowsPath(path)  # which takes both / and \ for separators
+    return bool(parsed.anchor) or ".." in parsed.parts
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -290,52 +231,42 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return values
 
 
+def loaded_weights(model: Any) -> Weights | None:
+    """The safetensors files on this machine that a model was loaded from, if they are known; not that it is unchanged.
+
+    They are found by the load id that modular pipelines set, else by the model's configuration.
+    """
+    load_id = getattr(model, "_diffusers_load_id", "null")
+    place: Mapping[str, Any] = {} if load_id == "null" else ComponentSpec.decode_load_id(load_id)
+    named = getattr(getattr(model, "config", None), "_name_or_path", None)
+    source = place.get("pretrained_model_name_or_path") if place else named
+    try:
+        path = Path(source or "")
+        if source and not path.exists():
+            path = Path(snapshot_download(source, revision=place.get("revision"), local_files_only=True))
+        return open_weights(path / (place.get("subfolder") or ""), place.get("variant")) if source else None
+    except (ValueError, OSError):
+        return None
+
+
+def read_recipe(delta: Delta) -> DeltaRecipe:
+    """The sampling settings that a delta names, else None; ValueError for files or settings that cannot be used."""
+    weights = opened(delta)
+    try:
+        return DeltaRecipe.from_metadata(weights.metadata)
+    except ValueError as error:
+        raise ValueError(f"{weights.label} names unusable settings: {error}") from error
+
+
 def is_lora(names: Iterable[str]) -> bool:
     """Whether tensors of these names are a LoRA's or those of a similar adapter (LoHa, LoKr)."""
-    return any(_LORA.search(name) for name in names)
+    return any(re.search(r"lora|\.alpha$|hada_|lokr_", name, re.IGNORECASE) for name in names)
 
 
-def named_as_model(weights: Weights, model_names: Iterable[str], config: Mapping[str, Any]) -> Weights:
-    """The weights under the names of a diffusers UNet, with that UNet's configuration.
-
-    Prefixes of wrappers are removed. Original Latent Diffusion names, as in single-file checkpoints, are translated by
-    diffusers' converter; the checkpoint's other models are left out. Other names stay, for the caller to refuse.
-    """
-    names, known, label = list(weights.shapes), set(model_names), weights.label
-    if not known.isdisjoint(names):
-        return weights
-    if is_lora(names):
-        raise ValueError(f"{label} is a LoRA and not a delta of full weights; load it with load_lora_weights.")
-    short = {_PREFIXES.sub("", name): name for name in names}
-    if not known.isdisjoint(short):
-        return RenamedWeights(weights, short)
-    unet = {_LDM_PREFIX + name: own for name, own in short.items() if name.startswith(_LDM_UNET) or _LDM_PREFIX in own}
-    return RenamedWeights(weights, _from_latent_diffusion(unet, config, label)) if unet else weights
-
-
-def named_alike(one: Weights, other: Weights, config: Mapping[str, Any]) -> tuple[Weights, Weights]:
-    """Two UNets' weights under the same names, those of diffusers if they differ; `config` as in `named_as_model`."""
-    if one.shapes.keys() == other.shapes.keys():
-        return one, other
-    known = unet_names((*one.shapes, *other.shapes))
-    return named_as_model(one, known, config), named_as_model(other, known, config)
-
-
-def _from_latent_diffusion(unet: dict[str, str], config: Mapping[str, Any], label: str) -> dict[str, str]:
-    if "layers_per_block" not in config:
-        raise ValueError(
-            f"{label} has original Latent Diffusion names; to translate them pass config= with the UNet's "
-            "configuration (on the command line --config with its folder)."
-        )
-    try:  # the converter moves values from name to name: given the old names for values it returns the translation
-        return convert_ldm_unet_checkpoint(dict(unet), dict(config))
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"{label} is of another architecture than this UNet: it lacks {error}.") from error
-
-
-def unet_names(names: Iterable[str]) -> set[str]:
-    """Those names that a diffusers UNet may have, without prefixes."""
-    return {short for name in names if _UNET.match(short := _PREFIXES.sub("", name))}
+def require_no_lora(weights: Weights) -> None:
+    """Raises ValueError for a LoRA, which is easily taken for a delta."""
+    if is_lora(weights.shapes):
+        raise ValueError(f"{weights.label} is a LoRA and not a delta of full weights; load it with load_lora_weights.")
 
 
 def identity_of(weights: Weights) -> str:
@@ -345,7 +276,7 @@ def identity_of(weights: Weights) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(weights.shapes):
-        flat = weights.tensor(name).detach().reshape(-1)
+        flat = weights.tensor(name).reshape(-1)
         sample = flat.cpu() if len(flat) <= 2 * SAMPLE else torch.cat([flat[:SAMPLE], flat[-SAMPLE:]]).cpu()
         digest.update(f"{name} {list(weights.shapes[name])} {sample.dtype}\n".encode())
         digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
@@ -361,6 +292,15 @@ def holds_differences(weights: Weights) -> bool | None:
     return sum(float(weights.tensor(name).double().mean()) for name in names) < 0.1 * len(names) if names else None
 
 
+def require_differences(weights: Weights) -> None:
+    """Raises ValueError for a model's whole weights."""
+    if holds_differences(weights) is False:
+        raise ValueError(
+            f"{weights.label} holds a model's whole weights, not their difference from a base; pass a delta, as "
+            "extract_delta, open_difference or perflow extract makes."
+        )
+
+
 def row_chunks(shape: Sequence[int], multiple: int = 1) -> list[tuple[int, int]]:
     """Ranges of rows, the first dimension, of about `multiple * CHUNK` values; without dimensions there is one row."""
     rows = shape[0] if shape else 1
@@ -373,32 +313,23 @@ def rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
     return tensor[start:stop] if tensor.dim() else tensor.view(1)
 
 
-def floating_entries(weights: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The floating-point parameters and buffers by state-dict key. Nothing is copied."""
-    state = weights.state_dict(keep_vars=True) if isinstance(weights, nn.Module) else weights
-    return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
-
-
 def describe_mismatch(
     given_shapes: Shapes, own_shapes: Shapes, *, given: str, expected: str, partial: bool = False
 ) -> str:
     """How `given` differs from `expected` in keys and shapes, "" if it does not; `partial` may leave keys out."""
-    both = given_shapes.keys() & own_shapes.keys()
-    shapes = {n: f"{n} is {list(given_shapes[n])} instead of {list(own_shapes[n])}" for n in given_shapes if n in both}
+    pairs = {name: (list(shape), list(own_shapes.get(name, shape))) for name, shape in given_shapes.items()}
     kinds = {
-        f"missing from {given}": [] if partial else [name for name in own_shapes if name not in both],
-        f"unexpected, not in {expected}": [name for name in given_shapes if name not in both],
-        "of another shape": [text for name, text in shapes.items() if given_shapes[name] != own_shapes[name]],
+        f"missing from {given}": [] if partial else [name for name in own_shapes if name not in given_shapes],
+        f"unexpected, not in {expected}": [name for name in given_shapes if name not in own_shapes],
+        "of another shape": [f"{name} is {a} instead of {b}" for name, (a, b) in pairs.items() if a != b],
     }
     return "; ".join(f"{len(names)} {kind} ({listed(names)})" for kind, names in kinds.items() if names)
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no value is infinite or NaN; waits for the device."""
-    if not tensor.numel():
-        return True
-    low, high = torch.aminmax(tensor.detach())  # passes NaN on; a tenth of isfinite's time
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    # aminmax passes NaN on, and takes a tenth of isfinite's time.
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
 
 
 def listed(names: Sequence[str]) -> str:

@@ -6,19 +6,15 @@ residual: a small partial delta to merge beside it. What is lost is the share of
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import logging
-from diffusers.utils.peft_utils import get_peft_kwargs
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from torch import Tensor
 
@@ -38,21 +34,14 @@ Layout = Literal["peft", "kohya"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoraReport:
-    """What was kept and lost; prints as a line of text.
+    """What was kept and lost; prints as a line of text."""
 
-    Attributes:
-        ranks: of the layers, by the UNet's modules; without layers that the delta does not change.
-        parameters, residual_parameters, delta_parameters: numbers in the LoRA, beside it, and in the whole delta.
-        energy: share of the squared norm of all factorized layers that was kept, in [0, 1].
-        relative_error: norm of the error over that of the whole delta, including the residual, which has no error.
-    """
-
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    parameters: int = 0
-    residual_parameters: int = 0
-    delta_parameters: int = 0
-    energy: float = 1.0
-    relative_error: float = 0.0
+    ranks: Mapping[str, int] = field(default_factory=dict)  # of the layers that the delta changes, by module
+    parameters: int = 0  # numbers in the LoRA
+    residual_parameters: int = 0  # beside it
+    delta_parameters: int = 0  # in the whole delta
+    energy: float = 1.0  # share of the squared norm of all factorized layers that was kept, in [0, 1]
+    relative_error: float = 0.0  # norm of the error over that of the whole delta; the residual has no error
 
     def __str__(self) -> str:
         ranks = self.ranks.values() or [0]
@@ -93,7 +82,6 @@ def delta_to_lora(
     dtype: torch.dtype = torch.float16,
     device: torch.device | str | None = None,
     recipe: DeltaRecipe | None = None,
-    config: Mapping[str, Any] | None = None,
 ) -> DeltaLora:
     """Factorizes a UNet's delta layer by layer by truncated singular value decomposition.
 
@@ -110,11 +98,10 @@ def delta_to_lora(
         dtype: in which factors and residual are stored; they are computed in float32 or better.
         device: where to compute, for example "cuda"; by default where the delta is. The result is on the CPU.
         recipe: how the delta is to be sampled; by default what the file says.
-        config: the configuration of the UNet, to translate the original Latent Diffusion names of a delta.
 
     Raises:
         ValueError: neither or both of rank and energy, or one out of range; an unusable file; a delta that is empty,
-            not of a UNet, whole weights, without a changed layer, or not finite (in `dtype`).
+            a LoRA, whole weights, without a changed layer, or not finite (in `dtype`).
     """
     if (rank is None) == (energy is None):
         raise ValueError(f"rank={rank} and energy={energy}: pass exactly one of the two.")
@@ -122,8 +109,7 @@ def delta_to_lora(
     require_positive_int("max_rank" if rank is None else "rank", bound)
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy={energy!r} must be a share in (0, 1], for example 0.9.")
-    given = files.opened(delta)
-    weights = files.named_as_model(given, files.unet_names(given.shapes), config or {})
+    weights = files.opened(delta)
     modules = _factorized_modules(weights, keep)
     lora: dict[str, Tensor] = {}
     residual: dict[str, Tensor] = {}
@@ -142,13 +128,16 @@ def delta_to_lora(
         if not spectrum.squared_norm:
             continue
         own = min(bound, *matrix.shape) if energy is None else low_rank.rank_for_energy(spectrum, energy)
-        pair = _factors(spectrum, own, tensor.shape, dtype, f"{PREFIX}{modules[name]}.lora_")
-        lora |= pair
+        factors = low_rank.balanced_factors(spectrum, own)
+        shapes = {"A": (own, *tensor.shape[1:]), "B": (len(matrix), own, *(1 for _ in tensor.shape[2:]))}
+        for side, factor in (("A", factors.down), ("B", factors.up)):
+            key = f"{PREFIX}{modules[name]}.lora_{side}.weight"
+            lora[key] = _stored(factor.reshape(shapes[side]), dtype, key)
+            factor.copy_(lora[key].flatten(1))  # with the error of its type
         ranks[modules[name]] = own
-        down, up = (factor.flatten(1).to(matrix.device) for factor in pair.values())
         whole += spectrum.squared_norm
         kept += low_rank.kept_energy(spectrum, own) * spectrum.squared_norm
-        lost += low_rank.squared_error(matrix, low_rank.Factors(up=up, down=down))
+        lost += low_rank.squared_error(matrix, factors)
     if not lora:
         raise ValueError("the delta changes no linear or convolution layer; merge it as it is.")
     report = LoraReport(
@@ -159,38 +148,21 @@ def delta_to_lora(
         energy=kept / whole,
         relative_error=math.sqrt(lost / (whole + rest)),
     )
-    recipe, digest = recipe or files.read_recipe(given), files.identity_of(weights)
+    recipe, digest = recipe or files.read_recipe(weights), files.identity_of(weights)
     return DeltaLora(lora=lora, residual=residual, report=report, recipe=recipe, digest=digest)
 
 
 def _factorized_modules(weights: files.Weights, keep: Sequence[str]) -> dict[str, str]:
     """The modules to factorize by the key of their weight: the linear and convolution layers that are not kept."""
-    if foreign := [name for name in weights.shapes if name not in files.unet_names([name])]:
-        raise ValueError(
-            f"{len(foreign)} tensors are not weights of a UNet ({files.listed(foreign)}); pass a UNet's delta."
-        )
+    files.require_no_lora(weights)
     layers = [name for name, shape in weights.shapes.items() if len(shape) in (2, 4) and 0 not in shape]
     modules = {name: name.removesuffix(".weight") for name in layers if name.endswith(".weight")}
     for pattern in keep:
         if not any(fnmatchcase(module, pattern) for module in modules.values()):
             raise ValueError(f"keep={keep!r}: {pattern} matches no linear or convolution layer.")
-    if files.holds_differences(weights) is False:
-        raise ValueError(
-            "these are a model's whole weights, not their difference from a base; pass a delta, such as what "
-            "open_difference(it, base) or perflow extract gives."
-        )
+    files.require_differences(weights)
     kept = (*KEPT_IN_FULL, *keep)
     return {name: module for name, module in modules.items() if not any(fnmatchcase(module, p) for p in kept)}
-
-
-def _factors(
-    spectrum: low_rank.Spectrum, rank: int, shape: tuple[int, ...], dtype: torch.dtype, name: str
-) -> dict[str, Tensor]:
-    """The pair of tensors as it is stored, by the layer's name: down, (rank, in, ...), and up, (out, rank, ...)."""
-    factors = low_rank.balanced_factors(spectrum, rank)
-    down = factors.down.reshape(rank, *shape[1:])
-    up = factors.up.reshape(shape[0], rank, *(1 for _ in shape[2:]))
-    return {key: _stored(factor, dtype, key) for key, factor in ((f"{name}A.weight", down), (f"{name}B.weight", up))}
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -206,20 +178,19 @@ def save_lora(converted: DeltaLora, path: str | os.PathLike[str], layout: Layout
     The metadata name the delta, in `perflow_delta`: a UNet that has it merged already must not get the LoRA too. The
     same LoRA gives the same bytes.
 
-    `layout` "peft" is what diffusers writes itself, with each layer's rank and alpha in the metadata. "kohya" is what
-    other programs read (`lora_unet_...`, with alphas).
+    `layout` "peft" is what diffusers writes itself, "kohya" what other programs read (`lora_unet_...`).
 
     Raises:
-        ValueError: an unknown layout, factors too large for their type in the kohya layout, or an unwritable path.
+        ValueError: an unknown layout, or an unwritable path.
     """
     if layout not in get_args(Layout):
         raise ValueError(f"layout={layout!r} must be one of {', '.join(get_args(Layout))}.")
-    metadata = converted.recipe.to_metadata()
-    if converted.digest:
-        metadata[files.DIGEST_KEY] = converted.digest
-    if layout == "peft":
-        metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(peft_settings(converted.lora), sort_keys=True)
-    tensors = converted.lora if layout == "peft" else kohya_state_dict(converted.lora)
+    metadata = converted.recipe.to_metadata() | ({files.DIGEST_KEY: converted.digest} if converted.digest else {})
+    tensors = dict(converted.lora)
+    if layout == "kohya":
+        # Without alphas readers take each layer's rank for them, a factor of 1. Of alphas that differ diffusers 0.42
+        # gives attention layers the most common one.
+        tensors = {n: t for n, t in convert_state_dict_to_kohya(tensors).items() if not n.endswith(".alpha")}
     types = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         write_tensors(temporary, types, tensors.__getitem__, metadata)
@@ -231,29 +202,3 @@ def save_residual(converted: DeltaLora, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"the LoRA holds the whole delta, so there is no residual for {path}; leave the file out.")
     dtype = next(iter(converted.residual.values())).dtype
     save_delta(converted.residual, path, converted.recipe, dtype, partial=True)
-
-
-def peft_settings(lora: Mapping[str, Tensor]) -> dict[str, object]:
-    """The `LoraConfig` arguments of a LoRA in peft's keys whose alphas are its ranks, under "unet." keys."""
-    own = {name.removeprefix(PREFIX): tensor for name, tensor in lora.items()}
-    # With "^" a name stands for one module, not for every module whose name ends in it.
-    ranks = {f"^{name}": tensor.shape[1] for name, tensor in own.items() if ".lora_B." in name}
-    settings = get_peft_kwargs(ranks, network_alpha_dict=None, peft_state_dict=own)
-    settings["target_modules"] = sorted(settings["target_modules"])
-    return {PREFIX + name: value for name, value in settings.items()}
-
-
-def kohya_state_dict(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same LoRA in kohya's keys, with one alpha for all layers.
-
-    Where alphas differ, diffusers 0.42 gives attention layers the most common one. A layer of another rank has the
-    ratio in its factors instead: readers multiply by alpha / rank.
-    """
-    alpha = Counter(tensor.shape[1] for name, tensor in lora.items() if ".lora_B." in name).most_common(1)[0][0]
-    scaled = {}
-    for name, tensor in lora.items():
-        rank = tensor.shape[1] if ".lora_B." in name else tensor.shape[0]
-        scaled[name] = tensor if rank == alpha else _stored(tensor.float() * (rank / alpha) ** 0.5, tensor.dtype, name)
-    converted = convert_state_dict_to_kohya(scaled)
-    # float32, as half precision rounds alphas above 2048.
-    return converted | {name: torch.tensor(float(alpha)) for name in converted if name.endswith(".alpha")}

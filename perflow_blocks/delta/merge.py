@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import reduce
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,47 +24,20 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from .apply import (
-    CONFIG_KEY,
-    INPUT_WEIGHT,
-    LATENT_CHANNELS,
-    NO_RECIPE,
-    MergeState,
-    add_terms,
-    change,
-    factors,
-    fit_base,
-    fit_delta,
-    own_weights,
-    require_mergeable,
-    restore,
-    under_own_names,
-)
+from . import apply, files
+from .apply import INPUT_WEIGHT, NO_RECIPE, MergeState, factors
 from .apply import MergeRecord as MergeRecord
-from .files import (
-    Delta,
-    Weights,
-    floating_entries,
-    holds_differences,
-    identity_of,
-    listed,
-    loaded_weights,
-    open_weights,
-    opened,
-    read_recipe,
-    rows_of,
-    stamp_of,
-    weight_files,
-)
+from .files import Delta, listed, opened
 from .model_lock import model_lock, uncompiled
 
 logger = logging.get_logger(__name__)
 
-STATE_ATTRIBUTE = "_perflow_merges"
-WITNESSES, WITNESS_VALUES, SAVED_VALUES, RELATED = 8, 1024, 32, 0.5
-"""How many weights are noted to recognise a merged model, how many values of each, how many of them are saved, and the
-cosine above which values are still those of the model that was noted, perhaps trained further; of other models it is
-near 0."""
+STATE_ATTRIBUTE = CONFIG_KEY = "_perflow_merges"
+"""diffusers saves and reads configuration keys with an underscore and gives them to no constructor."""
+
+WITNESSES, WITNESS_VALUES, RELATED = 16, 32, 0.5
+"""How many weights are noted to recognise a merged model, how many values of each, and the cosine above which values
+are still those of the model that was noted, perhaps trained further; of other models it is near 0."""
 
 
 @contextmanager
@@ -97,7 +70,8 @@ def merge_delta(
     its files are written to meanwhile, undoing raises an error. For weights that differ from the base, or without one,
     a warning says that undoing is exact to one rounding.
 
-    The delta of a UNet with 4 input channels goes into the first 4 of one with more (inpainting UNets have 9).
+    The delta of a UNet with 4 input channels goes into the first 4 of one with more (inpainting UNets have 9). Quality
+    at few steps suffers, since it was distilled without the others.
 
     Args:
         module: a UNet, or a module that holds weights under the delta's names.
@@ -112,33 +86,17 @@ def merge_delta(
     """
     pairs, weights = _pairs(scale, scales), opened(delta)
     with _opened(module, base) as (module, state):
-        known = _find(module, state, weights)
+        known = _find(state, weights)
         if known is not None:
             if (known.scale, known.scales) != (scale, pairs):
                 return rescale_delta(module, scale, weights, scales=scales, base=base)
             logger.warning(f"{known.source} is merged into this {type(module).__name__} already; nothing was changed.")
             return known
-        require_mergeable(module, under_own_names(weights, module))
-        fitted, targets = fit_delta(weights, module)
         # Not resolved: in the Hub's cache a link has the file's name, and what it leads to has not.
         source = os.path.abspath(weights.label) if os.path.exists(weights.label) else weights.label
-        digest, recipe = identity_of(fitted), read_recipe(weights)
-        record = MergeRecord(source, digest, float(scale), pairs, recipe, weights=fitted)
-        if not scale:
-            return record
-        if holds_differences(fitted) is False:
-            raise ValueError(
-                f"{weights.label} holds a model's whole weights, not their difference from a base; pass a delta, as "
-                "extract_delta or perflow extract makes."
-            )
+        digest, recipe = files.identity_of(weights), files.read_recipe(weights)
+        record = MergeRecord(source, digest, float(scale), pairs, recipe, weights=weights)
         _exchange(module, state, (*state.records, record))
-        if INPUT_WEIGHT in targets and targets[INPUT_WEIGHT].numel() < own_weights(module)[INPUT_WEIGHT].numel():
-            logger.warning(
-                f"{source} is the delta of a UNet with {LATENT_CHANNELS} input channels, and this "
-                f"{type(module).__name__} has more, as for inpainting: it is added to the first {LATENT_CHANNELS}, "
-                "the noisy latents. Quality at few steps suffers, since it was distilled without the others."
-            )
-        logger.info(f"merged {weights.label} into {type(module).__name__} at scale {scale:g}.")
         return record
 
 
@@ -163,8 +121,7 @@ def rescale_delta(
     with _opened(module, base) as (module, state):
         record = _chosen(module, state, delta)
         new = replace(record, scale=float(scale), scales=pairs, reloaded=False)
-        records = tuple(new if entry is record else entry for entry in state.records)
-        _exchange(module, state, tuple(entry for entry in records if entry.scale), base, exact)
+        _exchange(module, state, tuple(new if old is record else old for old in state.records), base, exact)
         return new
 
 
@@ -221,10 +178,12 @@ def find_merged(module: nn.Module, delta: Delta, variant: str | None = None) -> 
         if not state.records:
             return None
         if isinstance(delta, (str, os.PathLike)):
-            stamp = stamp_of(weight_files(delta, variant))
-            known = next((r for r in state.records if r.weights is not None and r.weights.stamp == stamp), None)
-            return known or _find(module, state, open_weights(delta, variant))
-        return _find(module, state, opened(delta))
+            stamp = files.stamp_of(files.weight_files(delta, variant))
+            for record in state.records:
+                if record.weights is not None and record.weights.stamp == stamp:
+                    return record
+            delta = files.open_weights(delta, variant)
+        return _find(state, delta)
 
 
 def require_factor(name: str, value: object) -> None:
@@ -236,135 +195,30 @@ def require_factor(name: str, value: object) -> None:
 def _pairs(scale: float, scales: Mapping[str, float] | None) -> tuple[tuple[str, float], ...]:
     for name, factor in {"scale": scale, **(scales or {})}.items():
         require_factor(name, factor)
-    return tuple((scales or {}).items())
+    return tuple((pattern, float(factor)) for pattern, factor in (scales or {}).items())
 
 
-def _find(module: nn.Module, state: MergeState, weights: Weights) -> MergeRecord | None:
+def _find(state: MergeState, delta: Delta | MergeRecord) -> MergeRecord | None:
+    """The record of a delta, with its weights as they are now."""
     if not state.records:
         return None
-    weights = under_own_names(weights, module)
-    digest = identity_of(weights)
-    for record in state.records:
-        known = record.digest == digest
-        if not record.digest:  # saved by version 0.1.0, with another digest
-            known = (record.source, record.recipe) == (Path(weights.label).name, read_recipe(weights))
-        if known:
-            return state.put(record, replace(record, digest=digest, weights=weights))
-    return None
+    if isinstance(delta, MergeRecord):
+        digest = delta.digest
+    else:
+        weights = opened(delta)
+        digest = files.identity_of(weights)
+        state.records = tuple(replace(old, weights=weights) if old.digest == digest else old for old in state.records)
+    return next((record for record in state.records if record.digest == digest), None)
 
 
 def _chosen(module: nn.Module, state: MergeState, delta: Delta | MergeRecord | None) -> MergeRecord:
-    if delta is None:
-        found = list(state.records)
-    elif isinstance(delta, MergeRecord):
-        found = [record for record in state.records if record.digest == delta.digest]
-    else:
-        found = [record for record in (_find(module, state, opened(delta)),) if record]
-    if len(found) != 1:
+    only = state.records[0] if len(state.records) == 1 else None
+    found = only if delta is None else _find(state, delta)
+    if found is None:
         merged = listed([record.source for record in state.records]) or "none"
         problem = "name the delta that is meant" if delta is None else "that delta is not merged"
         raise ValueError(f"{problem}; into this {type(module).__name__} are merged: {merged}.")
-    return found[0]
-
-
-def _state(module: nn.Module, base: Delta | None = None) -> MergeState:
-    """The model's state, with `base` if one is given, once the weights are what it says. The lock is held."""
-    state: MergeState | None = vars(module).get(STATE_ATTRIBUTE)
-    if state is None:
-        config: Mapping[str, Any] = module.config if isinstance(module, ConfigMixin) else {}
-        records = saved_records(config)
-        state = MergeState(records=records, witness=config[CONFIG_KEY].get("witness", {}) if records else {})
-    if base is not None:
-        state.base = fit_base(opened(base, "base"), module)
-    if state.writing:
-        _repair(module, state, base_given=base is not None)
-    if state.records and (signature := _signature(module, state.witness)) != state.signature:
-        if _holds(module, state.witness):
-            state.signature = signature
-            setattr(module, STATE_ATTRIBUTE, state)
-        else:  # other weights were loaded since, or the configuration alone
-            names, model = listed([record.source for record in state.records]), type(module).__name__
-            logger.warning(f"{names} is not in the weights of this {model}, though its record says so: others are.")
-            state = MergeState(base=state.base)
-            _remember(module, state)
-    return state
-
-
-def _remember(module: nn.Module, state: MergeState) -> None:
-    """Puts the state on the module, and its records in the module's configuration.
-
-    In this order: where it is interrupted the module still has a state that names rows to restore.
-    """
-    state.witness = _witness(module, state)
-    state.signature = _signature(module, state.witness)
-    if isinstance(module, ConfigMixin):
-        # In place, past the freezing: a new FrozenDict would lose what diffusers set as attributes of this one, such
-        # as the kind of projection when an IP-Adapter was loaded.
-        OrderedDict.pop(module._internal_dict, CONFIG_KEY, None)
-        if state.records:
-            witness = {n: {k: values[:SAVED_VALUES] for k, values in w.items()} for n, w in state.witness.items()}
-            saved = {"deltas": [record.to_config() for record in state.records], "witness": witness}
-            OrderedDict.__setitem__(module._internal_dict, CONFIG_KEY, saved)
-    state.after, state.writing = (), {}
-    if state.records:
-        setattr(module, STATE_ATTRIBUTE, state)
-    else:  # no trace
-        vars(module).pop(STATE_ATTRIBUTE, None)
-
-
-def _witness(module: nn.Module, state: MergeState) -> dict[str, dict[str, list[float]]]:
-    """Some values of weights as they now are, "with" the deltas, and as they would be "without"."""
-    weights = _readable(module)
-    if any(record.reloaded for record in state.records):  # what is known of the base is what was saved
-        known = {name: saved for name, saved in state.witness.items() if name in weights}
-        return {n: {**w, "with": _values(weights[n], len(w["with"])).tolist()} for n, w in known.items()}
-    changed = [name for name in weights if factors(state.records, name)]
-    found = {}
-    for name in changed[:: max(1, len(changed) // WITNESSES)][:WITNESSES]:
-        values = _values(weights[name])
-        minus = [(_values(delta.tensor(name)), -factor) for delta, factor in factors(state.records, name)]
-        found[name] = {"with": values.tolist(), "without": add_terms(values, minus).tolist()}
     return found
-
-
-def _readable(module: nn.Module) -> dict[str, Tensor]:
-    """The matrices and kernels that are not quantized or offloaded; not the input layer, which may change in part."""
-    own = floating_entries(own_weights(module))
-    own = {name: weight for name, weight in own.items() if weight.dim() > 1 and name != INPUT_WEIGHT}
-    return {n: w for n, w in own.items() if type(w) in (Tensor, nn.Parameter) and not w.is_meta}
-
-
-def _values(weight: Tensor, count: int = WITNESS_VALUES) -> Tensor:
-    rows = math.ceil(count / max(1, weight.shape[1:].numel()))
-    return rows_of(weight.detach(), 0, rows).flatten()[:count].float().cpu()
-
-
-def _holds(module: nn.Module, witness: Mapping[str, Mapping[str, list[float]]]) -> bool:
-    """Whether the weights are nearer to those with the deltas than to those without; where it cannot be told, yes.
-
-    Training further, another type or a fused LoRA change weights too, and a delta stays in them.
-    """
-    weights = _readable(module)
-    known = [name for name in witness if name in weights and "without" in witness[name]]
-    if not known:
-        return True
-    found = torch.cat([_values(weights[name], len(witness[name]["with"])) for name in known])
-    merged, base = (torch.tensor([v for name in known for v in witness[name][kind]]) for kind in ("with", "without"))
-    if found.shape != merged.shape or torch.cosine_similarity(found, merged, dim=0) < RELATED:
-        return False
-    return bool(torch.dist(found, merged) <= torch.dist(found, base))
-
-
-def _signature(module: nn.Module, names: Iterable[str]) -> tuple[Any, ...]:
-    """Identity and version of weights: differs once one was replaced or written to. Nothing is read of a device."""
-    found = []
-    for name in names:  # peft's layers pass on the weight of the layer that they wrap
-        weight: Any = module
-        for part in name.split("."):
-            weight = getattr(weight, part, None)
-        known = isinstance(weight, Tensor) and not weight.is_inference()
-        found.append((id(weight), weight._version if known else None))
-    return tuple(found)
 
 
 @torch.no_grad()
@@ -375,8 +229,9 @@ def _exchange(
     base: Delta | None = None,
     exact: bool = True,
 ) -> None:
-    """Makes `records` what is merged; `state` has the weights of all of them. The lock is held."""
-    state = replace(state, after=records)
+    """Makes `records`, without those of scale 0, what is merged. The lock is held."""
+    records = tuple(record for record in records if record.scale)
+    state = replace(state, after=records)  # until something is written, the model keeps the one it has
     for record in [record for record in state.records if record.reloaded and record not in records]:
         if record.weights is None or (exact and base is None):
             raise ValueError(
@@ -384,14 +239,12 @@ def _exchange(
                 f"{record.scale:g}: load the base, or pass the delta (a file or mapping) and base=, the base's files; "
                 "with exact=False the delta alone is enough."
             )
-        state.put(record, replace(record, reloaded=False))
-        if base is None:
-            state.base = None  # the files that the model was loaded from hold the delta too
+        state.records = tuple(replace(old, reloaded=False) if old is record else old for old in state.records)
+        state.base = state.base if base is not None else None  # the files that it was loaded from hold the delta too
     for record in records:
         for pattern, _ in record.scales:
             if record.weights and not any(fnmatchcase(name, pattern) for name in record.weights.shapes):
                 raise ValueError(f"scales names {pattern}, which matches no weight of {record.source}.")
-    new = replace(state, records=records, after=(), writing={})
     targets = {
         name: target
         for name, target in _targets(module, state).items()
@@ -399,18 +252,17 @@ def _exchange(
     }
     if state.base is None and all(record.reloaded for record in state.records):
         with suppress(ValueError):  # files of another model: this one only has their configuration
-            state.base = fit_base(found, module) if (found := loaded_weights(module)) else None
+            state.base = apply.fit_base(found, module) if (found := files.loaded_weights(module)) else None
     if state.base is not None:
         state.base.require_unchanged()
+    setattr(module, STATE_ATTRIBUTE, state)
     try:
-        setattr(module, STATE_ATTRIBUTE, state)
-        inexact = change(state, targets)
-        new.base, new.dtypes = state.base, {**state.dtypes, **{name: t.dtype for name, t in targets.items()}}
-        _remember(module, new)
+        inexact = apply.change(state, targets)
+        dtypes = {**state.dtypes, **{name: target.dtype for name, target in targets.items()}}
+        _remember(module, replace(state, records=records, dtypes=dtypes))
     except BaseException:
-        if vars(module).get(STATE_ATTRIBUTE) is state:
-            with suppress(ValueError):  # what cannot be restored, which the next call names
-                _repair(module, state)
+        with suppress(ValueError):  # what cannot be restored, which the next call names
+            _repair(module, state)
         raise
     if inexact and exact:
         reason = f"differ from {state.base.label} plus what is merged" if state.base else "have no base"
@@ -427,21 +279,112 @@ def _targets(module: nn.Module, state: MergeState) -> dict[str, Tensor]:
     records = [record for record in (*state.records, *state.after) if not record.reloaded]
     for digest, delta in {record.digest: record.weights for record in records if record.weights}.items():
         delta.require_unchanged()
-        if identity_of(delta) != digest:
+        if files.identity_of(delta) != digest:
             raise ValueError(f"{delta.label} was changed since it was merged; load the model again.")
-        require_mergeable(module, delta)
-        targets = {**fit_delta(delta, module)[1], **targets}
+        apply.require_mergeable(module, delta)
+        targets = {**apply.require_architecture(delta, module), **targets}
+        files.require_differences(delta)
     return targets
 
 
-def _repair(module: nn.Module, state: MergeState, base_given: bool = False) -> None:
-    """Restores the weights that an interrupted change wrote; with a base that the user gave, all of them."""
-    if base_given:
-        state.writing = dict.fromkeys(state.writing, True)
-    lost = restore(state, _targets(module, state))
-    if lost:
+def _repair(module: nn.Module, state: MergeState) -> None:
+    """Restores the weights that an unfinished change wrote, or says which cannot be."""
+    setattr(module, STATE_ATTRIBUTE, state)
+    if lost := apply.restore(state, _targets(module, state)):
         raise ValueError(
             f"changing the deltas of this {type(module).__name__} was interrupted and left weights half merged "
             f"({listed(lost)}); load the model again, or pass base=, the files that it was loaded from."
         )
     _remember(module, state)
+
+
+def _state(module: nn.Module, base: Delta | None = None) -> MergeState:
+    """The model's state, with `base` if one is given, once the weights are what it says. The lock is held."""
+    state: MergeState | None = vars(module).get(STATE_ATTRIBUTE)
+    if state is None:
+        config: Mapping[str, Any] = module.config if isinstance(module, ConfigMixin) else {}
+        records = saved_records(config)
+        state = MergeState(records, witness=config[CONFIG_KEY].get("values", {}) if records else {})
+    if base is not None:
+        state.base = apply.fit_base(opened(base, "base"), module)
+        state.writing = dict.fromkeys(state.writing, True)  # which can restore all rows
+    if state.writing:
+        _repair(module, state)
+        state = vars(module).get(STATE_ATTRIBUTE, MergeState(base=state.base))
+    if state.records and (signature := _signature(module, state.witness)) != state.signature:
+        if _holds(module, state.witness):
+            state.signature = signature
+            setattr(module, STATE_ATTRIBUTE, state)
+        else:  # other weights were loaded since, or the configuration alone
+            names, model = listed([record.source for record in state.records]), type(module).__name__
+            logger.warning(f"{names} is not in the weights of this {model}, though its record says so: others are.")
+            state = MergeState(base=state.base)
+            _remember(module, state)
+    return state
+
+
+def _remember(module: nn.Module, state: MergeState) -> None:
+    """Puts a finished state on the module, and its records in the module's configuration.
+
+    In this order: where it is interrupted the module still has a state that names rows to restore.
+    """
+    witness = _witness(module, state)
+    state = replace(state, after=(), writing={}, witness=witness, signature=_signature(module, witness))
+    if isinstance(module, ConfigMixin):
+        # In place, past the freezing: a new FrozenDict would lose what diffusers set as attributes of this one, such
+        # as the kind of projection when an IP-Adapter was loaded.
+        OrderedDict.pop(module._internal_dict, CONFIG_KEY, None)
+        if state.records:
+            saved = {"deltas": [record.to_config() for record in state.records], "values": witness}
+            OrderedDict.__setitem__(module._internal_dict, CONFIG_KEY, saved)
+    if state.records:
+        setattr(module, STATE_ATTRIBUTE, state)
+    else:  # no trace
+        vars(module).pop(STATE_ATTRIBUTE, None)
+
+
+def _weight(module: Any, name: str) -> Any:
+    """A weight by its own name, also of a layer that peft has wrapped; None where the model has none."""
+    return reduce(lambda part, name: getattr(part, name, None), name.split("."), module)
+
+
+def _signature(module: nn.Module, names: Iterable[str]) -> list[Any]:
+    """Identity and version of weights: differs once one was replaced or written to. Nothing is read of a device."""
+    weights = [_weight(module, name) for name in names]
+    return [(id(w), w._version if isinstance(w, Tensor) and not w.is_inference() else None) for w in weights]
+
+
+def _values(weight: Any) -> Tensor:
+    """Values on the diagonal of a matrix or kernel, which a LoRA does not change alike; none if it is not readable."""
+    if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:  # quantized, offloaded
+        return torch.empty(0)
+    return weight.detach().diagonal().flatten()[:WITNESS_VALUES].float().cpu()
+
+
+def _witness(module: nn.Module, state: MergeState) -> dict[str, list[list[float]]]:
+    """By name of a weight, some of its values as they now are with the deltas, and as they would be without."""
+    if any(record.reloaded for record in state.records):  # what is known of the base is what was saved
+        return {n: [_values(_weight(module, n)).tolist() or old, base] for n, (old, base) in state.witness.items()}
+    held = {n: shape for record in state.records if record.weights for n, shape in record.weights.shapes.items()}
+    # The input layer may change in part.
+    names = [n for n, shape in held.items() if len(shape) > 1 and n != INPUT_WEIGHT and factors(state.records, n)]
+    witness = {}
+    for name in names[:: max(1, len(names) // WITNESSES)][:WITNESSES]:
+        if len(values := _values(_weight(module, name))):
+            minus = [(_values(delta.tensor(name)), -factor) for delta, factor in factors(state.records, name)]
+            witness[name] = [values.tolist(), apply.add_terms(values, minus).tolist()]
+    return witness
+
+
+def _holds(module: nn.Module, witness: Mapping[str, list[list[float]]]) -> bool:
+    """Whether the weights are nearer to those with the deltas than to those without; where it cannot be told, yes.
+
+    Training further, another type or a fused LoRA change weights too, and a delta stays in them.
+    """
+    found = {name: values for name in witness if len(values := _values(_weight(module, name)))}
+    if not found:
+        return True
+    now = torch.cat(list(found.values()))
+    merged, base = (torch.tensor([value for name in found for value in witness[name][k]]) for k in (0, 1))
+    related = now.shape == merged.shape and torch.cosine_similarity(now, merged, dim=0) > RELATED
+    return bool(related and torch.dist(now, merged) <= torch.dist(now, base))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 LOCK_ATTRIBUTE = "_perflow_lock"
@@ -33,17 +33,10 @@ class ModelLock:
     def __reduce__(self) -> tuple[type[ModelLock], tuple[()]]:
         return ModelLock, ()
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> AbstractContextManager[None]:
         """Inside, no other thread changes the model."""
         me = threading.get_ident()
-        with self._free:
-            self._free.wait_for(lambda: not self._changing or me in self._changing)
-            self._running.append(me)
-        try:
-            yield
-        finally:
-            self._done(self._running, me)
+        return self._entered(self._running, lambda: not self._changing or me in self._changing)
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -53,27 +46,31 @@ class ModelLock:
             ValueError: this thread runs the model already and so does another one. They would wait for each other.
         """
         me = threading.get_ident()
-        with self._free:
-            if me in self._running and self._others(me):
+
+        def alone() -> bool:
+            others = {*self._running, *self._changing} - {me}
+            if others and me in self._running:
                 raise ValueError(
                     "this call has to change a model that another thread is running; run such calls one after the "
                     "other, or give each thread a pipeline with models of its own."
                 )
-            self._free.wait_for(lambda: not self._others(me))
-            self._changing.append(me)
+            return not others
+
+        with self._entered(self._changing, alone):
             self.changed_by = me
+            yield
+
+    @contextmanager
+    def _entered(self, threads: list[int], ready: Callable[[], bool]) -> Iterator[None]:
+        with self._free:
+            self._free.wait_for(ready)
+            threads.append(threading.get_ident())
         try:
             yield
         finally:
-            self._done(self._changing, me)
-
-    def _done(self, threads: list[int], me: int) -> None:
-        with self._free:
-            threads.remove(me)
-            self._free.notify_all()
-
-    def _others(self, me: int) -> bool:
-        return any(thread != me for thread in (*self._running, *self._changing))
+            with self._free:
+                threads.remove(threading.get_ident())
+                self._free.notify_all()
 
 
 def uncompiled(model: Any) -> Any:

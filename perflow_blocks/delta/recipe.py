@@ -102,13 +102,12 @@ class DeltaRecipe:
             ValueError: a value that cannot be read or is out of range.
         """
         values: dict[str, Any] = {}
-        for name in (field.name for field in fields(cls)):
-            if (value := metadata.get(PREFIX + name)) is not None:
-                try:
-                    values[name] = value if name in _TEXT else json.loads(value)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{name}={value[:99]!r} is not JSON ({error}); save the delta again.") from error
         try:
+            for name in (field.name for field in fields(cls)):
+                if (value := metadata.get(PREFIX + name)) is not None:
+                    values[name] = value if name in _TEXT else json.loads(value)
             return cls(**values)
-        except TypeError as error:
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name} is not JSON ({error}); save the delta again.") from error
+        except (TypeError, RecursionError) as error:
             raise ValueError(f"{values} holds a value of the wrong type ({error}); save the delta again.") from error

@@ -13,7 +13,7 @@ from accelerate import cpu_offload, cpu_offload_with_hook
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
-from perflow_blocks.delta import apply, files, merge
+from perflow_blocks.delta import apply, files
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.merge import merge_records
 from perflow_blocks.delta.recipe import DeltaRecipe
@@ -36,13 +36,13 @@ def delta(tmp_path: Path) -> Path:
 def rewrites(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every change of a model's weights."""
     made: list[int] = []
-    inner = merge.change
+    inner = apply.change
 
     def counted(*args: Any) -> list[str]:
         made.append(1)
         return inner(*args)
 
-    monkeypatch.setattr(merge, "change", counted)
+    monkeypatch.setattr(apply, "change", counted)
     return made
 
 
@@ -202,8 +202,8 @@ def test_an_interrupted_merge_is_put_right_by_the_next_call(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(apply, "is_finite", interrupted)  # after the first rows are written
-        patch.setattr(merge, "restore", interrupted)
+        patch.setattr(files, "is_finite", interrupted)  # after the first rows are written
+        patch.setattr(apply, "restore", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(pipe, delta=delta)
     assert not same(state(pipe), before)

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from perflow_blocks import extract_delta
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.testing.tiny import tiny_sdxl_unet
-from tests.checkpoints import unet_keys
 from tests.cli.test_delta import Run, done
 
 STEM = "diffusion_pytorch_model"
@@ -130,33 +129,6 @@ def test_a_delta_as_it_is_published_goes_in_and_out(run: Run, published: Path, t
     base = ("--base", published, "--base-variant")
     assert "of the model" not in done(run, "inspect", published, "--variant", "v0-1", *base, "v0-1")
     assert "has no " in refused(run, "inspect", published, "--variant", "v0-1", *base, "v0-2")
-
-
-def test_a_base_of_original_names_is_compared(run: Run, delta: Path, tmp_path: Path) -> None:
-    unet = tiny_sdxl_unet(0)
-    unet.save_pretrained(tmp_path / "base")
-    save_file(unet_keys(unet), tmp_path / "original.safetensors")
-    expected = done(run, "inspect", delta, "--base", tmp_path / "base")
-    assert "norm over the base's" in expected
-    assert "--config" in refused(run, "inspect", delta, "--base", tmp_path / "original.safetensors")
-    config = ("--config", tmp_path / "base")
-    assert done(run, "inspect", delta, "--base", tmp_path / "original.safetensors", *config) == expected
-
-
-def test_a_delta_of_original_names_becomes_a_lora(
-    run: Run, delta: Path, difference: dict[str, Tensor], tmp_path: Path
-) -> None:
-    unet = tiny_sdxl_unet(0)
-    unet.save_pretrained(tmp_path / "base")
-    unet.load_state_dict(difference)
-    save_file(unet_keys(unet), tmp_path / "original.safetensors")
-    one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
-    options = ("--rank", 2, "--device", "cpu")
-    done(run, "to-lora", delta, "-o", one, *options)
-    assert "--config" in refused(run, "to-lora", tmp_path / "original.safetensors", "-o", other, *options)
-    done(run, "to-lora", tmp_path / "original.safetensors", "-o", other, *options, "--config", tmp_path / "base")
-    expected = load_file(one)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(other).items())
 
 
 def test_whole_weights_make_no_lora_and_a_delta_has_no_delta(run: Run, delta: Path, tmp_path: Path) -> None:

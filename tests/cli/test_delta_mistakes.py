@@ -44,7 +44,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("extract base base -o full", "is a directory"),
         ("extract base base -o new.bin", "no .safetensors file"),
         ("extract base base -o new.safetensors --prediction-type x", "prediction_type='x'"),
-        ("extract base base -o new.safetensors --config full", "model full holds no UNet"),
         ("extract base base", "Missing option"),
         ("merge full delta.safetensors -o new", "model full holds no UNet"),
         ("merge delta.safetensors delta.safetensors -o new", "model delta.safetensors holds no UNet"),

@@ -46,13 +46,6 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(torch.int16 if tensor.element_size() == 2 else torch.int32)
 
 
-def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What was logged as a warning since the last look."""
-    found = [entry.getMessage() for entry in caplog.records if entry.levelname == "WARNING"]
-    caplog.clear()
-    return found
-
-
 @pytest.fixture
 def delta() -> dict[str, Tensor]:
     return extract_delta(plain(1), plain(0))
@@ -79,18 +72,6 @@ def test_the_first_channels_become_the_students_and_the_others_stay(
     for name in after.keys() - {KEY}:
         assert torch.equal(after[name], student[name]), name
     assert model.conv_in.weight.is_leaf and model.conv_in.weight.requires_grad
-
-
-def test_one_warning_names_the_loss_of_quality(delta_file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = inpainting()
-    merge_delta(model, delta_file, scale=0.5, base=values(model))
-    (warning,) = warnings(caplog)
-    assert str(delta_file) in warning and "4 input channels, and this UNet2DConditionModel has more" in warning
-    assert "Quality at few steps suffers" in warning
-    for scale in (1.0, 0.0):  # rescaled, taken out
-        merge_delta(model, delta_file, scale=scale)
-    merge_delta(plain(0), delta_file, base=values(plain(0)))
-    assert warnings(caplog) == []
 
 
 def test_the_delta_of_an_inpainting_unet_is_for_its_own_kind(tmp_path: Path) -> None:

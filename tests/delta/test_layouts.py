@@ -1,8 +1,7 @@
-"""The layouts that weights are published in: folders, variants, shards, wrappers' and original names, pickles."""
+"""The layouts that weights are published in: folders, variants, shards, wrappers' prefixes."""
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from perflow_blocks import extract_delta, merge_delta, unmerge_delta
 from perflow_blocks.delta.extract import open_difference, save_delta
 from perflow_blocks.delta.files import open_weights
 from perflow_blocks.delta.merge import merge_record, merge_records
-from perflow_blocks.demo.models import build_unet
-from perflow_blocks.testing.tiny import tiny_sdxl_components, tiny_sdxl_unet
-from tests.checkpoints import save_checkpoint
+from perflow_blocks.testing.tiny import tiny_sdxl_unet
+from tests.checkpoints import MODELS, save_checkpoint
 
 pytestmark = pytest.mark.behaviour
 
@@ -103,17 +101,13 @@ def test_prefixes_of_wrappers_are_taken_away(prefix: str, expected: dict[str, Te
     assert_same(unet.state_dict(), tiny_sdxl_unet(0).state_dict())
 
 
-def test_names_of_another_unet_and_loras_are_refused() -> None:
-    unet = build_unet()
-    strange = {
-        "model.diffusion_model.input_blocks.1.0.strange.weight": torch.ones(1),
-        **{f"model.diffusion_model.{name}": torch.ones(1) for name in ("label_emb.0.0.weight", "label_emb.0.0.bias")},
-    }
-    with pytest.raises(ValueError, match="is of another architecture than this UNet: it lacks"):
-        merge_delta(unet, strange)
+def test_loras_and_original_names_are_refused(tmp_path: Path) -> None:
     for key in ("unet.conv_in.lora_A.weight", "lora_unet_conv_in.alpha"):
         with pytest.raises(ValueError, match=r"is a LoRA .*load_lora_weights"):
-            merge_delta(unet, {key: torch.ones(1)})
+            merge_delta(tiny_sdxl_unet(0), {key: torch.ones(1)})
+    file = save_checkpoint(tmp_path / "single.safetensors", {"unet": tiny_sdxl_unet(0)}, MODELS[1:])
+    with pytest.raises(ValueError, match=r"single\.safetensors has the original names .*from_single_file"):
+        open_weights(file)
 
 
 def test_a_merged_student_and_its_base_are_a_delta(tmp_path: Path, expected: dict[str, Tensor]) -> None:
@@ -129,24 +123,6 @@ def test_a_merged_student_and_its_base_are_a_delta(tmp_path: Path, expected: dic
     save_file({"conv_in.weight": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"do not match: .*missing from the student"):
         open_difference(tmp_path / "other.safetensors", tmp_path / "0")
-
-
-def test_two_checkpoints_of_different_names_are_a_pair(tmp_path: Path, expected: dict[str, Tensor]) -> None:
-    unets = [tiny_sdxl_unet(seed) for seed in (0, 1)]
-    files: dict[str, list[Path]] = {"plain": [], "wrapped": [], "original": []}
-    for seed, unet in enumerate(unets):
-        for kind, prefix in (("plain", ""), ("wrapped", f"module.{'unet.' * seed}")):
-            files[kind].append(tmp_path / f"{kind}{seed}.safetensors")
-            save_file({prefix + name: tensor for name, tensor in unet.state_dict().items()}, files[kind][-1])
-        path, encoders = tmp_path / f"original{seed}.safetensors", ("text_encoder", "text_encoder_2")
-        beside = encoders if seed else ("vae", *encoders)  # one file holds a VAE too
-        files["original"].append(save_checkpoint(path, {**tiny_sdxl_components(), "unet": unet}, beside))
-    config = unets[0].config
-    for base, student in itertools.product(files, files):
-        assert_same(merged(open_difference(files[student][1], files[base][0], config)), expected)
-    for one, other in (("original", "plain"), ("plain", "original"), ("wrapped", "original")):
-        with pytest.raises(ValueError, match=r"original Latent Diffusion names.*pass config= with the UNet's config"):
-            open_difference(files[one][1], files[other][0])
 
 
 @pytest.mark.parametrize("wrong", ["student", "base"])
@@ -166,16 +142,3 @@ def test_whole_weights_are_no_delta(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds a model's whole weights"):
         merge_delta(unet, student.state_dict())
     assert_same(unet.state_dict(), tiny_sdxl_unet(0).state_dict())
-
-
-def test_a_pickle_is_read_only_when_asked_for_by_name(tmp_path: Path, expected: dict[str, Tensor]) -> None:
-    path = tmp_path / f"{STEM}.bin"
-    torch.save({"state_dict": difference()}, path)
-    with pytest.raises(ValueError, match=r"is a pickle, .*allow_pickle=True"):
-        merge_delta(tiny_sdxl_unet(0), path)
-    with pytest.raises(ValueError, match="holds pickles only"):
-        open_weights(tmp_path)
-    assert_same(merged(open_weights(path, allow_pickle=True)), expected)
-    torch.save({"x": print}, path)
-    with pytest.raises(ValueError, match=r"cannot read .* as weights"):
-        open_weights(path, allow_pickle=True)

@@ -15,7 +15,6 @@ from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.merge import merge_record, merge_records
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.testing.tiny import tiny_sdxl_unet
-from tests.conftest import make_pipeline, run
 
 pytestmark = pytest.mark.behaviour
 
@@ -108,20 +107,3 @@ def test_a_reloaded_delta_comes_out_exactly_with_the_base(tmp_path: Path, delta:
     for name, tensor in again.state_dict().items():
         torch.testing.assert_close(tensor, base[name], rtol=0, atol=0 if known else 1e-6)
     assert merge_records(again) == () and "_perflow_merges" not in again.config
-
-
-def test_a_record_of_version_0_1_0_is_known_by_its_name(tmp_path: Path, delta: Path) -> None:
-    """Its digest was another."""
-    unet = tiny_sdxl_unet(0)
-    merge_delta(unet, delta)
-    unet.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    entry = config["_perflow_merges"]["deltas"][0]
-    del entry["sampled"]
-    entry["digest"] = "0" * 64
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    again = UNet2DConditionModel.from_pretrained(tmp_path)
-    assert [(record.source, record.scale) for record in merge_records(again)] == [("delta.safetensors", 1.0)]
-    run(make_pipeline(unet=again), delta=delta)
-    assert same(again, unet) and len(merge_records(again)) == 1
-    assert merge_delta(again, delta).reloaded

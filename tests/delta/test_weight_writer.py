@@ -13,18 +13,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from perflow_blocks.delta.extract import save_delta
-from perflow_blocks.delta.files import MappingWeights
 from perflow_blocks.delta.recipe import DeltaRecipe
 
 
-class OneAtATime(MappingWeights):
+class OneAtATime(dict[str, Tensor]):
     """Fails when a tensor is asked for while the one before is still held."""
 
     before: weakref.ref[Any] | None = None
 
-    def tensor(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Tensor:
         assert self.before is None or self.before() is None
-        values = super().tensor(name).numpy().copy()
+        values = super().__getitem__(name).numpy().copy()
         self.before = weakref.ref(values)  # what holds the memory, which views of the tensor keep alive
         return torch.from_numpy(values)
 
