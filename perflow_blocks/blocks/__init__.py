@@ -28,7 +28,7 @@ from .denoise import (
     PeRFlowTiledLoopDenoiser,
 )
 from .encode import PeRFlowEmbeddingsStep, PeRFlowIPAdapterStep, PromptCacheStep
-from .finite_guard import ControlNetFiniteGuardStep, FiniteGuardStep
+from .finite_guard import FiniteGuardStep
 from .loop_block import LoopBlock as LoopBlock
 from .merge_delta import PeRFlowMergeDeltaStep
 from .observers import PreviewStep, StepCallbackStep, WindowLogStep
@@ -36,7 +36,6 @@ from .set_timesteps import PeRFlowImg2ImgSetTimestepsStep, PeRFlowInpaintSetTime
 from .vae import PeRFlowInpaintVaeEncoderStep, PeRFlowKeepKnownPixelsStep, PeRFlowVaeEncoderStep
 
 __all__ = [
-    "ControlNetFiniteGuardStep",
     "FiniteGuardStep",
     "PeRFlowApplyAttentionStep",
     "PeRFlowCheckInputsStep",

@@ -121,12 +121,11 @@ class PeRFlowInpaintPrepareLatentsStep(ModularPipelineBlocks):
     description = "Noises the given image to where the run starts and lays out mask, noise and conditioning."
     expected_components = declared(unet_spec())
     inputs = declared(
-        param("latents", Tensor, "The noise to use, or with `denoising_start` the latents to go on from."),
-        param("noise", Tensor, "The noise of the earlier run, for one that goes on at `denoising_start`."),
+        param("latents", Tensor, "The noise to use, in place of one drawn with `generator`."),
         *shared_inputs("image_latents", "mask", required=True),
         param("masked_image_latents", Tensor, "Latents of the image without its hole, for a 9-channel UNet."),
         *shared_inputs("noise_coefficients", "step_plan", required=True),
-        *shared_inputs("denoising_start", "generator"),
+        *shared_inputs("generator"),
         *_BATCH,
     )
     intermediate_outputs = declared(
@@ -144,18 +143,12 @@ class PeRFlowInpaintPrepareLatentsStep(ModularPipelineBlocks):
         block_state.image_latents = _one_for_each(block_state, "image_latents", device)
         block_state.mask = _one_for_each(block_state, "mask", device)
         block_state.inpaint_conditioning = _conditioning(components.unet, block_state, device)
-        goes_on = block_state.denoising_start is not None
-        given = block_state.noise if goes_on else block_state.latents
-        noise = _draw_noise(block_state, block_state.image_latents) if given is None else given.to(device)
+        noise = block_state.latents
+        noise = _draw_noise(block_state, block_state.image_latents) if noise is None else noise.to(device)
+        start, plan = _noised(block_state, block_state.image_latents, noise), block_state.step_plan
+        begins_path = plan.window_index[0] == 0 and plan.times[0] == plan.window_start[0]
         block_state.noise = noise
-        if goes_on:
-            start = block_state.image_latents if block_state.latents is None else block_state.latents
-            block_state.latents = start.to(device)
-        else:
-            start = _noised(block_state, block_state.image_latents, noise)
-            plan = block_state.step_plan
-            begins_path = plan.window_index[0] == 0 and plan.times[0] == plan.window_start[0]
-            block_state.latents = torch.lerp(start, noise if begins_path else start, block_state.mask)
+        block_state.latents = torch.lerp(start, noise if begins_path else start, block_state.mask)
         self.set_block_state(state, block_state)
         return components, state
 

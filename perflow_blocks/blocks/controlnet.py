@@ -28,7 +28,7 @@ from .denoise import (
     joined_conditions,
     repeated,
 )
-from .finite_guard import ControlNetFiniteGuardStep
+from .finite_guard import FiniteGuardStep
 from .images import image_size
 from .inputs import shared_inputs
 from .specs import controlnet_spec, vae_spec
@@ -173,7 +173,7 @@ class PeRFlowTiledControlNetLoopDenoiser(PeRFlowTiledLoopDenoiser, PeRFlowContro
 class PeRFlowControlNetDenoiseStep(PeRFlowDenoiseStep):
     """The loop with a ControlNet."""
 
-    block_classes = [ControlNetFiniteGuardStep, PeRFlowControlNetLoopDenoiser, PeRFlowLoopSolverStep]
+    block_classes = [FiniteGuardStep, PeRFlowControlNetLoopDenoiser, PeRFlowLoopSolverStep]
 
 
 class PeRFlowInpaintControlNetDenoiseStep(PeRFlowInpaintDenoiseStep):

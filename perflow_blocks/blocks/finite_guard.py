@@ -1,99 +1,46 @@
-"""Models and their types: the guard of the loop, and runs again in float32 where results are not finite."""
+"""Checks of models and results: latents and images are finite, models lie where they should."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from diffusers.hooks.group_offloading import _GROUP_OFFLOADING, _is_group_offload_enabled
-from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
-from diffusers.utils import logging
+from diffusers.hooks.group_offloading import _GROUP_OFFLOADING
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from ..delta.model_lock import model_lock
 from .declare import declared
-from .guiders import guider_of_call
 from .inputs import shared_inputs
 from .loop_block import LoopBlock, Repeat
-from .specs import controlnet_spec, guider_spec, unet_spec
-
-logger = logging.get_logger(__name__)
-
-HALF = (torch.float16, torch.bfloat16)
 
 ALIGNMENT = 64
 """Bytes: torch allocates tensors of a CPU at multiples of it."""
 
 ALIGNED_ATTRIBUTE = "_perflow_aligned"
 
-_REMEDY = "check the delta, the LoRAs and the latents that you passed (the VAE is not the cause)"
-
 
 class FiniteGuardStep(LoopBlock):
     """Checks once, after the last step, that all latents are finite.
 
-    With `on_nonfinite="raise"`, latents that are not finite are an error. With `"fallback"`, all steps are run again
-    in float32, with a warning; that needs memory for the networks in float32.
-
     Raises:
-        ValueError: latents are not finite, with `"fallback"` also after the run in float32.
+        ValueError: latents are not finite.
     """
 
-    models: tuple[str, ...] = ("unet",)  # the components that the fallback runs in float32
-    description = "Checks after the loop that the latents are finite; if not, raises or runs all steps in float32."
-    expected_components = declared(guider_spec(), unet_spec())
-    inputs = declared(*shared_inputs("latents", required=True), *shared_inputs("on_nonfinite", "guider"))
-    intermediate_outputs = declared(
-        OutputParam("latents", Tensor, "Latents (batch, channels, height/f, width/f), all of them finite.")
-    )
-
-    def start(self, components: Any, block_state: Any) -> None:
-        latents, guider = block_state.latents, None
-        if block_state.on_nonfinite == "fallback":  # blocks may write into the latents, and a guider into its momentum
-            latents, guider = latents.clone(), copy.deepcopy(vars(guider_of_call(components, block_state)))
-        block_state["_run_starts_with"] = (latents, guider)
+    description = "Checks once, after the loop, that the latents are finite; if not, raises an error."
+    inputs = declared(*shared_inputs("latents", required=True))
 
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
         return components, block_state
 
-    @torch.no_grad()
     def finish(self, components: Any, block_state: Any, repeat: Repeat) -> None:
-        latents, (beginning, guider) = block_state.latents, vars(block_state).pop("_run_starts_with")
-        problem = not_finite("the latents", latents)
-        if problem is None:
-            return
-        advice, models = _advice(latents), [getattr(components, name) for name in self.models]
-        require_float32_may_help(problem, beginning, models, _REMEDY, advice)
-        if guider is None:
+        problem = not_finite("the latents", block_state.latents)
+        if problem is not None:
+            in_half = precision(block_state.latents) != torch.float32
+            wider = "load the pipeline with dtype=torch.bfloat16 or torch.float32, or " if in_half else ""
             raise ValueError(
-                f'{problem}; {advice}, or pass on_nonfinite="fallback"; if that does not help, {_REMEDY}.'
+                f"{problem}; {wider}check the delta, the LoRAs and the latents that you passed (the VAE is not the "
+                "cause)."
             )
-        block_state.latents = beginning
-        vars(guider_of_call(components, block_state)).update(guider)
-        with in_float32(models, vars(block_state), beginning.device):
-            repeat(0)
-        if not_finite("the latents", block_state.latents) is not None:
-            raise ValueError(f"{problem}, nor are they in torch.float32; {_REMEDY}.")
-        logger.warning(f"{problem}; all steps were run again in float32. To avoid the second run, {advice}.")
-
-
-class ControlNetFiniteGuardStep(FiniteGuardStep):
-    """The guard of a loop with a ControlNet, which the fallback runs in float32 as well."""
-
-    models = ("unet", "controlnet")
-    expected_components = declared(*FiniteGuardStep.expected_components, controlnet_spec())
-
-
-def _advice(latents: Tensor) -> str:
-    """How to compute in a type of more range."""
-    if precision(latents) != latents.dtype:
-        return "run the pipeline outside torch.autocast"
-    types = [str(dtype) for dtype in (torch.bfloat16, torch.float32) if dtype != latents.dtype]
-    return f"load the pipeline with dtype={' or '.join(types)}"
 
 
 def not_finite(what: str, values: Tensor) -> str | None:
@@ -109,79 +56,15 @@ def precision(values: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else values.dtype
 
 
-def require_float32_may_help(problem: str, given: Tensor, models: Sequence[nn.Module], rest: str, advice: str) -> None:
-    """Raises a ValueError for a `problem` that a second run in float32 would not solve.
-
-    `rest` says what to do if the run was in float32 already, `advice` if the models cannot be made float32.
-    """
-    if not_finite("the inputs", given) is not None:
-        raise ValueError(f"{problem}, as is what they were computed from; check the given latents or image.")
-    if precision(given) == torch.float32:
-        raise ValueError(f"{problem}; {rest}.")
-    if not can_be_float32(models):
-        raise ValueError(f"{problem}, and offloaded or quantized weights cannot be made float32; {advice}.")
-
-
-def can_be_float32(models: Sequence[nn.Module]) -> bool:
-    """Whether all weights are here and plain numbers: neither offloaded layer by layer nor quantized."""
-    weights = [weight for model in models for weight in model.parameters()]
-    plain = all(type(w.data) is Tensor and w.dtype in (*HALF, torch.float32) and not w.is_meta for w in weights)
-    return plain and not any(_is_group_offload_enabled(model) for model in models)
-
-
-@contextmanager
-def in_float32(models: Sequence[nn.Module], values: dict[str, Any], device: torch.device) -> Iterator[None]:
-    """Inside, the models' half-precision weights and tensors among `values` are float32, without autocast on `device`.
-
-    Other threads that use the models wait meanwhile. Afterwards the weights are as they were, bit for bit, and so are
-    the values, except for those that were replaced inside, which get their old type.
-    """
-    with ExitStack() as locks:
-        for model in models:
-            locks.enter_context(model_lock(model).changing())
-        tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
-        halves = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in HALF]
-        given = dict(values)
-        lifted = tree_map_only(Tensor, lambda tensor: tensor.float() if tensor.dtype in HALF else tensor, given)
-        values.update(lifted)
-        try:
-            for tensor, _ in halves:
-                tensor.data = tensor.data.float()
-            with torch.autocast(device.type, enabled=False):
-                yield
-        finally:
-            for tensor, dtype in halves:
-                tensor.data = tensor.data.to(dtype)
-            for name, value in given.items():
-                if values[name] is lifted[name]:
-                    values[name] = value
-                elif isinstance(value, Tensor) and isinstance(values[name], Tensor):
-                    values[name] = values[name].to(value.dtype)
-
-
 def is_offloaded(model: nn.Module) -> bool:
     """Whether a hook moves the model, or the layers with its first weights, to another device when it runs."""
-    for module in _down_to_weights(model):
+    for module in model.modules():
         hooks: Any = getattr(module, "_diffusers_hook", None)
         if hasattr(module, "_hf_hook") or (hooks is not None and hooks.get_hook(_GROUP_OFFLOADING) is not None):
             return True
-    return False
-
-
-def computing_dtype(model: Any) -> torch.dtype:
-    """The type a model computes with: that of its first weight, unless a hook or fewer bits say that it is another."""
-    dtype: torch.dtype = next(model.parameters()).dtype
-    hooked = any(hasattr(module, "_diffusers_hook") for module in _down_to_weights(model))
-    plain = dtype.is_floating_point and dtype.itemsize > 1 and not hooked
-    return dtype if plain else model.dtype  # which walks all modules
-
-
-def _down_to_weights(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules from the model down to the first one that holds weights itself."""
-    for module in model.modules():
-        yield module
         if module._parameters:
-            return
+            break
+    return False
 
 
 def align_weights(model: nn.Module) -> None:

@@ -46,14 +46,9 @@ def check_images(request: Any, prompts: int, images: int, channels: int) -> None
         if image is not None and image_size(mask) != image_size(image):
             given, size = (f"{width}x{height}" for height, width in map(image_size, (mask, image)))
             raise ValueError(f"{mask_name} is {given}, {image_name} {size}; resize the mask to {size}.")
-        if request.denoising_start is not None and request.latents is None:
-            raise ValueError("denoising_start and a mask are given without the latents of an earlier run; pass both.")
-    if request.padding_mask_crop is not None:
-        pair = (request.image, request.mask_image)
-        if not all(isinstance(one, Image.Image) for one in pair) or request.output_type != "pil":
-            raise ValueError(
-                'padding_mask_crop needs single PIL images as image and mask_image, and output_type="pil".'
-            )
+    single = isinstance(request.image, Image.Image) and isinstance(request.mask_image, Image.Image)
+    if request.padding_mask_crop is not None and not (single and request.output_type == "pil"):
+        raise ValueError('padding_mask_crop needs single PIL images as image and mask_image, and output_type="pil".')
 
 
 def check_controlnet(controlnet: Any, request: Any, prompts: int) -> None:
@@ -159,16 +154,11 @@ def _upright(name: str, image: Image.Image, mask: bool) -> Image.Image:
         raise ValueError(f"{name} is of mode {image.mode}, which has no fixed range; pass it in mode L or I;16.")
     if image.mode.startswith("I;16"):  # PIL would clip it
         image = Image.fromarray(np.rint(np.asarray(image) / 257.0).astype(np.uint8))
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    if mask:
-        varies = alpha is not None and len(set(alpha.getextrema())) > 1
-        return alpha if alpha is not None and varies else image.convert("RGB").convert("L")
-    if alpha is not None and alpha.getextrema() != (255, 255):
-        raise ValueError(
-            f"{name} is transparent in places; give it a background: "
-            f'Image.alpha_composite(Image.new("RGBA", {name}.size, "white"), {name}.convert("RGBA")).'
-        )
-    return image.convert("RGB")
+    if mask and image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+        if len(set(alpha.getextrema())) > 1:
+            return alpha
+    return image.convert("RGB").convert("L" if mask else "RGB")
 
 
 def _unit_floats(name: str, values: Any) -> Any:

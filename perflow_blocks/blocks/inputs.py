@@ -26,7 +26,6 @@ DENOISER_INPUT_FIELDS = "denoiser_input_fields"
 """The name under which diffusers collects the tensors that the guider splits."""
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-NONFINITE_POLICIES = ("raise", "fallback")
 
 Text = str | list[str]
 Size = tuple[int, int]
@@ -72,7 +71,6 @@ _TEXT_TO_IMAGE = (
         'Called as `callback(pipe, step, timestep, {"latents": latents})` after each step; may return other latents.',
     ),
     param("output_type", str, f"What images are returned as: {', '.join(OUTPUT_TYPES)}.", default="pil"),
-    param("on_nonfinite", str, "If latents are not finite: raise, or fallback (again in float32).", default="raise"),
 )
 
 TASKS = (
@@ -101,7 +99,7 @@ TASKS = (
         "denoising_start",
         float,
         "Fraction of the denoising, in (0, 1), that an earlier run did, snapped to a window boundary: no noise is "
-        "added, and the steps before it are skipped. With a mask pass the earlier run's `noise` too.",
+        "added, and the steps before it are skipped. Not for inpainting.",
     ),
     param("control_image", Images, "For a ControlNet: the control image, or a list for several of them."),
     param("control_mode", int | list[int], "For a ControlNet-Union: the control type of each control image."),

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import VaeImageProcessor
 from diffusers.configuration_utils import FrozenDict
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.modular_pipelines.modular_pipeline import (
     AutoPipelineBlocks,
     ModularPipelineBlocks,
     PipelineState,
     SequentialPipelineBlocks,
 )
-from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, OutputParam
+from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from diffusers.modular_pipelines.stable_diffusion_xl.decoders import StableDiffusionXLDecodeStep
 from diffusers.modular_pipelines.stable_diffusion_xl.encoders import (
     StableDiffusionXLInpaintVaeEncoderStep,
@@ -28,18 +32,20 @@ from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffu
 )
 from diffusers.utils import logging
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..delta.model_lock import model_lock
 from .declare import Assembled, declared
-from .finite_guard import HALF, can_be_float32, in_float32, not_finite, require_float32_may_help
-from .images import as_batch, count_images, image_size, pil_images, repeat_images
+from .finite_guard import not_finite, precision
+from .images import as_batch, count_images, image_size, repeat_images
 from .inputs import Images, param, shared_input
 from .specs import unet_spec
 
 logger = logging.get_logger(__name__)
 
 Decoded = list[Image.Image] | np.ndarray | Tensor
+
+HALF = (torch.float16, torch.bfloat16)
 
 _REMEDY = 'use a VAE in float32, pipe.vae.to(torch.float32), or one made for float16, "madebyollin/sdxl-vae-fp16-fix"'
 
@@ -64,7 +70,7 @@ class GuardedVAE:
         self.config = FrozenDict({**vae.config, "force_upcast": False})
         with self._lock.running():
             self.dtype: torch.dtype = vae.dtype
-            self._upcasts = vae.config.force_upcast and self.dtype in HALF and can_be_float32([vae])
+            self._upcasts = vae.config.force_upcast and self.dtype in HALF and can_be_float32(vae)
 
     @property
     def decoding_dtype(self) -> torch.dtype:
@@ -77,14 +83,13 @@ class GuardedVAE:
 
     def encode(self, images: Tensor) -> Any:
         """The VAE's output for images (batch, 3, height, width) in [-1, 1]."""
-        run, upcast = self._vae.encode, self._upcasts
-        return self._finite("encoded", run, images, upcast, lambda output: retrieve_latents(output, None, "argmax"))
+        values = partial(retrieve_latents, sample_mode="argmax")
+        return self._finite("encoded", self._vae.encode, images, self._upcasts, values)
 
     def decode(self, latents: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         """Images (batch, 3, height, width) of latents that are scaled for the VAE, as a tuple of one."""
-        upcast = self.decoding_dtype != self.dtype
-        run = self._vae.decode
-        return self._finite("decoded", lambda z: run(z, return_dict=False), latents, upcast, lambda output: output[0])
+        run = partial(self._vae.decode, return_dict=False)
+        return self._finite("decoded", run, latents, self.decoding_dtype != self.dtype, itemgetter(0))
 
     def _finite(
         self, done: str, run: Callable[[Tensor], Any], given: Tensor, upcast: bool, values: Callable[[Any], Tensor]
@@ -97,16 +102,39 @@ class GuardedVAE:
             problem = not_finite(f"the {done} images", values(output))
             if problem is None:
                 return output
-            require_float32_may_help(problem, given, [self._vae], "check the VAE's weights", _REMEDY)
-        inputs = {"given": given}
-        with in_float32([self._vae], inputs, given.device):
-            output = run(inputs["given"])
+            if precision(given) != torch.float32 and not can_be_float32(self._vae):
+                raise ValueError(f"{problem}, and offloaded or quantized weights cannot be made float32; {_REMEDY}.")
+        with in_float32(self._vae, given.device):
+            output = run(given.float())
         still = not_finite(f"the {done} images", values(output))
         if still is not None:
             raise ValueError(f"{still}; check the VAE's weights, and the given latents or image.")
         if problem is not None:
             logger.warning(f"{problem}; they were {done} again in float32. To avoid the second run, {_REMEDY}.")
         return output
+
+
+def can_be_float32(model: nn.Module) -> bool:
+    """Whether all weights are here and plain numbers: neither offloaded layer by layer nor quantized."""
+    plain = all(type(weight.data) is Tensor and not weight.is_meta for weight in model.parameters())
+    return plain and not _is_group_offload_enabled(model)
+
+
+@contextmanager
+def in_float32(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside, half-precision weights are float32, without autocast on `device`. Other threads wait meanwhile.
+
+    Afterwards the weights are as they were, bit for bit.
+    """
+    with model_lock(model).changing(), torch.autocast(device.type, enabled=False):
+        halves = [(one, one.data) for one in (*model.parameters(), *model.buffers()) if one.dtype in HALF]
+        try:
+            for tensor, data in halves:
+                tensor.data = data.float()
+            yield
+        finally:
+            for tensor, data in halves:
+                tensor.data = data
 
 
 class PeRFlowVaeEncoderStep(StableDiffusionXLVaeEncoderStep):
@@ -210,23 +238,13 @@ def images_output() -> OutputParam:
     return OutputParam("images", Decoded, "The images, as `output_type` says; for `latent` the latents as they are.")
 
 
-_MASK_SETTINGS = {"do_normalize": False, "do_binarize": True, "do_convert_grayscale": True}
-
-
-def _processor(name: str, description: str, **settings: bool) -> ComponentSpec:
-    """As diffusers' own blocks declare it, so that the pipeline has one of the name."""
-    config = FrozenDict({"vae_scale_factor": 8, **settings})
-    return ComponentSpec(name, VaeImageProcessor, description, config, default_creation_method="from_config")
-
-
 class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
     """Puts the pixels outside the mask back exactly: decoding known latents alone gives only nearly what they were."""
 
     model_name = "stable-diffusion-xl"
     description = "Puts the known pixels of an inpainted image back as they were; `keep_known_pixels=False` leaves it."
-    expected_components = declared(
-        _processor("image_processor", "Resizes the given image."),
-        _processor("mask_processor", "Resizes the mask; makes it 0 or 1 unless it is soft.", **_MASK_SETTINGS),
+    expected_components = declared(  # the processors of images and masks
+        *(spec for spec in StableDiffusionXLInpaintVaeEncoderStep().expected_components if spec.name != "vae")
     )
     inputs = declared(
         param("images", Decoded, "The decoded images.", required=True),
@@ -248,18 +266,12 @@ class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
 
 
 def _compose(components: Any, block_state: Any) -> Decoded:
-    painted, kind = block_state.images, block_state.output_type
-    height, width = image_size(painted)
-    given = components.image_processor.preprocess(block_state.image, height=height, width=width)
-    hole = _mask_processor(components, block_state).preprocess(block_state.mask_image, height=height, width=width)
-    given, hole = repeat_images(given, len(painted)), repeat_images(hole, len(painted))
-    known = components.image_processor.postprocess(given, output_type=kind)
-    if kind == "pil":
-        return [Image.composite(*three) for three in zip(painted, known, pil_images(hole.cpu()), strict=True)]
-    if kind == "np":
-        mask = hole.permute(0, 2, 3, 1).float().cpu().numpy()
-        return mask * painted + (1.0 - mask) * known
-    return torch.lerp(known.to(painted), painted, hole.to(painted))
+    height, width = image_size(block_state.images)
+    processor = components.image_processor
+    painted, known = (processor.preprocess(one, height, width) for one in (block_state.images, block_state.image))
+    hole = _mask_processor(components, block_state).preprocess(block_state.mask_image, height, width)
+    known, hole = (repeat_images(one, len(painted)).to(painted) for one in (known, hole))
+    return processor.postprocess(torch.lerp(known, painted, hole), output_type=block_state.output_type)
 
 
 class PeRFlowDecodeStep(StableDiffusionXLDecodeStep):

@@ -21,7 +21,7 @@ from .controlnet import (
 )
 from .denoise import PeRFlowDenoiseStep, PeRFlowInpaintDenoiseStep, PeRFlowLoopSolverStep
 from .encode import PeRFlowIPAdapterStep, PeRFlowTextEncoderStep
-from .finite_guard import ControlNetFiniteGuardStep
+from .finite_guard import FiniteGuardStep
 from .merge_delta import PeRFlowMergeDeltaStep
 from .vae import PeRFlowAutoDecodeStep, PeRFlowDecodeStep, PeRFlowInpaintVaeEncoderStep, PeRFlowVaeEncoderStep
 
@@ -68,7 +68,7 @@ class PeRFlowSDXLControlNetText2ImageDenoiseStep(PeRFlowSDXLCoreDenoiseStep):
 class PeRFlowTiledControlNetDenoiseStep(PeRFlowControlNetDenoiseStep):
     """The loop with a ControlNet that predicts large images tile by tile."""
 
-    block_classes = [ControlNetFiniteGuardStep, PeRFlowTiledControlNetLoopDenoiser, PeRFlowLoopSolverStep]
+    block_classes = [FiniteGuardStep, PeRFlowTiledControlNetLoopDenoiser, PeRFlowLoopSolverStep]
 
 
 class PeRFlowSDXLTileUpscalerDenoiseStep(PeRFlowSDXLCoreDenoiseStep):
