@@ -1,6 +1,6 @@
 """Leaf blocks, the denoising loops and the assembled presets for Modular Diffusers."""
 
-from .apply_attention import PeRFlowApplyAttentionStep, PeRFlowControlNetApplyAttentionStep
+from .apply_attention import PeRFlowApplyAttentionStep
 from .auto_blocks import PeRFlowSDXLAutoBlocks, PeRFlowSDXLCoreDenoiseStep
 from .before_denoise import (
     PeRFlowImg2ImgPrepareLatentsStep,
@@ -39,7 +39,6 @@ __all__ = [
     "FiniteGuardStep",
     "PeRFlowApplyAttentionStep",
     "PeRFlowCheckInputsStep",
-    "PeRFlowControlNetApplyAttentionStep",
     "PeRFlowControlNetDenoiseStep",
     "PeRFlowControlNetLoopDenoiser",
     "PeRFlowControlNetUnionInputStep",

@@ -11,20 +11,19 @@ from diffusers.guiders import BaseGuidance
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..schedulers.scheduling_perflow import NOISINGS
 from .declare import declared
 from .finite_guard import align_weights
 from .guiders import guider_for_call
-from .images import IMAGES, IP_ADAPTER_INPUTS, check_controlnet, check_images, check_ip_adapters, require_shape
-from .inputs import OUTPUT_TYPES, REQUEST, TASKS
+from .images import IMAGES, check_controlnet, check_images, check_ip_adapters, require_shape
+from .inputs import OUTPUT_TYPES, REQUEST
 from .specs import guider_spec, unet_spec, vae_spec
 
 NAMES = tuple(entry.name for entry in REQUEST)
 PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
-TASK_INPUTS = tuple(entry.name for entry in TASKS if entry.default is None)
 
 OPTIONS = {"output_type": OUTPUT_TYPES, "noising": NOISINGS}
 
@@ -32,13 +31,12 @@ LEAST = {"num_inference_steps": 1, "num_images_per_prompt": 1, "height": 1, "wid
 LEAST |= {"padding_mask_crop": 0}
 """The least value of each integer."""
 
-EXCLUSIVE = (
-    (PROMPTS, EMBEDDINGS),
-    (("image",), ("image_latents",)),
-    (("ip_adapter_image",), ("ip_adapter_embeds",)),
-    (("denoising_start",), ("mask_image", "mask")),
-)
-"""Inputs on one side cannot be given beside those on the other."""
+ENCODED = {
+    "text_encoder": (PROMPTS, EMBEDDINGS),
+    "ip_adapter": (("ip_adapter_image",), ("ip_adapter_embeds",)),
+    "vae_encoder": (("image", "mask_image", "padding_mask_crop"), ("image_latents",)),
+}
+"""The blocks of a preset that encode: what each takes, and what may be given in its place."""
 
 CONTROL_SETTINGS = ("control_guidance_start", "control_guidance_end", "controlnet_conditioning_scale", "guess_mode")
 
@@ -56,13 +54,6 @@ NEEDS = (
     (("control_mode", *CONTROL_SETTINGS), ("control_image",)),
 )
 """Inputs on the left work only together with one of those on the right."""
-
-STAGES = {
-    "text_encoder": ("prompt_embeds", PROMPTS),
-    "ip_adapter": ("ip_adapter_embeds", ("ip_adapter_image",)),
-    "vae_encoder": ("image_latents", ("image", "mask_image", "padding_mask_crop")),
-}
-"""The blocks of a preset that encode: what each makes, and of what."""
 
 
 class PeRFlowCheckInputsStep(ModularPipelineBlocks):
@@ -90,9 +81,7 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
         _use_python_numbers(request, state)
         loaded, blocks = components.components, components._blocks
         guider = guider_for_call(loaded["guider"], request.guidance_scale)
-        for stage, (made, sources) in STAGES.items():  # the state of another pipeline holds both
-            if stage not in blocks.sub_blocks and getattr(request, made) is not None:
-                vars(request).update(dict.fromkeys(sources))
+        _check_encoded(request, blocks.sub_blocks)
         is_refiner = components.config.get("requires_aesthetics_score", False)
         _check_loaded(loaded, request, blocks.sub_blocks, is_refiner)
         given = {name for name in NAMES if getattr(request, name) is not None}
@@ -102,13 +91,9 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
         images = prompts * request.num_images_per_prompt
         channels, factor = components.num_channels_latents, components.vae_scale_factor
         _check_size(request, images, channels, factor)
-        if not given.isdisjoint(TASK_INPUTS):
-            check_images(request, prompts, images, channels)
-            check_controlnet(loaded.get("controlnet"), request, prompts)
-        unet = loaded["unet"]
-        adapted = unet.config.encoder_hid_dim_type == "ip_image_proj"
-        if adapted or not given.isdisjoint(IP_ADAPTER_INPUTS):
-            check_ip_adapters(len(unet.encoder_hid_proj.image_projection_layers) if adapted else 0, request)
+        check_images(request, prompts, images, channels)
+        check_controlnet(loaded.get("controlnet"), request, prompts)
+        check_ip_adapters(loaded["unet"], request)
         for name in given.intersection(IMAGES):  # the checks brought it to one form
             state.set(name, getattr(request, name))
         for model in loaded.values():
@@ -122,7 +107,7 @@ def _use_python_numbers(request: Any, state: PipelineState) -> None:
     """Converts NumPy's numbers to Python's, in the request and for later blocks."""
     for name in NAMES:
         value = getattr(request, name)
-        if isinstance(value, (np.generic, list, tuple)):
+        if any(isinstance(leaf, np.generic) for leaf in tree_leaves(value)):
             value = tree_map_only(np.generic, np.generic.item, value)
             setattr(request, name, value)
             state.set(name, value)
@@ -148,12 +133,22 @@ def _check_loaded(loaded: Mapping[str, Any], request: Any, blocks: Container[str
         raise ValueError(f"{names} not loaded; call pipe.load_components() and read its warnings, or set {names}.")
 
 
+def _check_encoded(request: Any, blocks: Container[str]) -> None:
+    """Refuses inputs beside those that replace them.
+
+    Where the blocks do not encode, the state of another pipeline may hold both: what was encoded counts.
+    """
+    for stage, groups in ENCODED.items():
+        given = [next((name for name in names if getattr(request, name) is not None), None) for names in groups]
+        if None in given:
+            continue
+        if stage in blocks:
+            raise ValueError(f"{given[0]} and {given[1]} are both given; leave one out.")
+        vars(request).update(dict.fromkeys(groups[0]))
+
+
 def _check_combination(given: set[str]) -> None:
-    """Refuses inputs beside those that replace them, or without those that they need."""
-    for these, those in EXCLUSIVE:
-        one, other = (next((name for name in names if name in given), None) for names in (these, those))
-        if one and other:
-            raise ValueError(f"{one} and {other} are both given; leave one out.")
+    """Refuses inputs without those that they need."""
     for names, needed in NEEDS:
         name = next((name for name in names if name in given), None)
         if name and given.isdisjoint(needed):

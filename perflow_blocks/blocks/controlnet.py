@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.guiders import BaseGuidance
 from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, PipelineState
@@ -111,10 +112,10 @@ class PeRFlowControlNetLoopDenoiser(PeRFlowLoopDenoiser):
         sample: Tensor,
         conditions: dict[str, Any],
     ) -> dict[str, Any]:
-        scale = _scale_at(block_state, i)
+        scale = np.multiply(block_state.conditioning_scale, block_state.controlnet_keep[i]).tolist()  # of one, or each
         kinds = [batch[BaseGuidance._identifier_key] for batch in batches]
         controlled = [not (block_state.guess_mode and kind == UNCONDITIONAL) for kind in kinds]
-        if not any(controlled) or not any(scale if isinstance(scale, list) else [scale]):
+        if not any(controlled) or not np.any(scale):
             return {}
         copies, latents = sum(controlled), block_state.latents
         if copies < len(batches):
@@ -140,15 +141,6 @@ class PeRFlowControlNetLoopDenoiser(PeRFlowLoopDenoiser):
         down = [_spread(_interleave(parts), controlled) for parts in zip(*(down for down, _ in outputs), strict=True)]
         mid = _spread(_interleave([mid for _, mid in outputs]), controlled)
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-
-
-def _scale_at(block_state: Any, i: int) -> float | list[float]:
-    """The ControlNets' scale at step i: a number for one ControlNet, a list for several, or for a union's controls."""
-    keep, scale = block_state.controlnet_keep[i], block_state.conditioning_scale
-    if isinstance(keep, list):
-        scales = scale if isinstance(scale, list) else [scale] * len(keep)
-        return [float(s * k) for s, k in zip(scales, keep, strict=True)]
-    return [float(s * keep) for s in scale] if isinstance(scale, list) else float(scale * keep)
 
 
 def _interleave(parts: Sequence[Tensor]) -> Tensor:

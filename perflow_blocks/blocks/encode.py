@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -113,6 +114,9 @@ class PeRFlowIPAdapterStep(StableDiffusionXLIPAdapterStep):
     """
 
     inputs = declared(*StableDiffusionXLIPAdapterStep().inputs, shared_input("guider"))
+    intermediate_outputs = declared(
+        *(replace(output, type_hint=list[Tensor]) for output in StableDiffusionXLIPAdapterStep().intermediate_outputs)
+    )
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
@@ -138,8 +142,8 @@ class PromptCacheStep(PeRFlowTextEncoderStep):
     """Takes the place of the text encoder block; the same prompts with the same encoders are encoded once.
 
     Prompt and negative prompt are one request. Calls with `prompt_embeds`, or with LoRAs in the text encoders, do not
-    use the cache. Embeddings are kept by the request, the encoders and tokenizers and their types. Call `clear()` after
-    changing an encoder in place, such as writing into its weights.
+    use the cache. Embeddings are kept by the request, the encoders with their types, and the tokenizers. Call
+    `clear()` after changing an encoder in place, such as writing into its weights.
 
     The entries lie on the encoders' device: 0.32 MB for one prompt of SDXL in half precision, twice that with
     guidance. `hits` and `misses` count the calls. Threads may share the block, and a deep copy is the same block:

@@ -42,6 +42,8 @@ def check_images(request: Any, prompts: int, images: int, channels: int) -> None
         mask, image = getattr(request, mask_name), getattr(request, image_name)
         if mask is None:
             continue
+        if request.denoising_start is not None:
+            raise ValueError(f"denoising_start and {mask_name} are both given; leave one out.")
         _warn_of_empty_mask(mask_name, mask, soft=mask_name == "mask" or request.soft_mask)
         if image is not None and image_size(mask) != image_size(image):
             given, size = (f"{width}x{height}" for height, width in map(image_size, (mask, image)))
@@ -80,11 +82,13 @@ def check_controlnet(controlnet: Any, request: Any, prompts: int) -> None:
             raise ValueError(f"control_guidance_start={first} must be below control_guidance_end={last}, in [0, 1].")
 
 
-def check_ip_adapters(count: int, request: Any) -> None:
-    """Checks that images or embeddings match `count` loaded IP-Adapters. Images become a list of PIL images for each.
+def check_ip_adapters(unet: Any, request: Any) -> None:
+    """Checks that images or embeddings match the loaded IP-Adapters. Images become a list of PIL images for each.
 
     CLIP's image processor would scale arrays by 1/255 once more, and take tensors as preprocessed.
     """
+    adapted = unet.config.encoder_hid_dim_type == "ip_image_proj"
+    count = len(unet.encoder_hid_proj.image_projection_layers) if adapted else 0
     given = {name: getattr(request, name) for name in IP_ADAPTER_INPUTS if getattr(request, name) is not None}
     if count and not given:
         raise ValueError(f"ip_adapter_image is missing for {count} loaded IP-Adapters; pass it, or unload them.")

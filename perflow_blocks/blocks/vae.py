@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -137,18 +138,31 @@ def in_float32(model: nn.Module, device: torch.device) -> Iterator[None]:
                 tensor.data = data
 
 
-class PeRFlowVaeEncoderStep(StableDiffusionXLVaeEncoderStep):
-    """diffusers' VAE encoder with a `GuardedVAE`, and with a list of generators allowed for fewer images."""
+class _TakesAnyImages:
+    """Mixed in before diffusers' VAE encoders: a `GuardedVAE`, and as many images as masks and generators.
+
+    Images are encoded at the call's size, else at their own.
+    """
 
     @torch.no_grad()
-    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        inner = _match_images(state)
-        inner.values.update(_target_size(components, state))
-        super().__call__(guarded_vae(components), inner)
-        return components, _take_outputs(self, state, inner)
+    def __call__(self: Any, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        self.get_block_state(state)  # refuses a missing image
+        view, inner = guarded_vae(components), _match_images(state)
+        if inner.get("padding_mask_crop") is None:
+            inner.values.update(_target_size(components, state))
+        if inner.get("soft_mask"):
+            view.mask_processor = _soft(components.mask_processor)
+        super().__call__(view, inner)  # type: ignore[misc]
+        for output in self.intermediate_outputs:
+            state.set(output.name, inner.get(output.name), output.kwargs_type)
+        return components, state
 
 
-class PeRFlowInpaintVaeEncoderStep(StableDiffusionXLInpaintVaeEncoderStep):
+class PeRFlowVaeEncoderStep(_TakesAnyImages, StableDiffusionXLVaeEncoderStep):
+    """diffusers' VAE encoder with a `GuardedVAE`, and with a list of generators allowed for fewer images."""
+
+
+class PeRFlowInpaintVaeEncoderStep(_TakesAnyImages, StableDiffusionXLInpaintVaeEncoderStep):
     """diffusers' VAE encoder for inpainting, at the image's own size unless the call names another.
 
     It does not encode the masked image for a 4-channel UNet, which does not take it. With `soft_mask` the mask's grey
@@ -160,16 +174,6 @@ class PeRFlowInpaintVaeEncoderStep(StableDiffusionXLInpaintVaeEncoderStep):
 
     # The stock method of this class reads `self.vae` where the VAE has latent statistics, which no block has.
     _encode_vae_image = StableDiffusionXLVaeEncoderStep._encode_vae_image
-
-    @torch.no_grad()
-    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        inner = _match_images(state)
-        if state.get("padding_mask_crop") is None:
-            inner.values.update(_target_size(components, state))
-        view = guarded_vae(components)
-        view.mask_processor = _mask_processor(components, self.get_block_state(state))
-        super().__call__(view, inner)
-        return components, _take_outputs(self, state, inner)
 
     def prepare_mask_latents(
         self, components: Any, mask: Tensor, masked_image: Tensor | None, *args: Any
@@ -221,16 +225,9 @@ def _target_size(components: Any, state: PipelineState) -> dict[str, int]:
     return target
 
 
-def _take_outputs(block: ModularPipelineBlocks, state: PipelineState, inner: PipelineState) -> PipelineState:
-    for output in block.intermediate_outputs:
-        state.set(output.name, inner.get(output.name), output.kwargs_type)
-    return state
-
-
-def _mask_processor(components: Any, block_state: Any) -> VaeImageProcessor:
-    """The pipeline's processor of masks, or with `soft_mask` one like it that keeps grey values."""
-    processor = components.mask_processor
-    return VaeImageProcessor.from_config(processor.config, do_binarize=False) if block_state.soft_mask else processor
+def _soft(processor: VaeImageProcessor) -> VaeImageProcessor:
+    """A processor of masks like the pipeline's, which keeps grey values."""
+    return VaeImageProcessor.from_config(processor.config, do_binarize=False)
 
 
 def images_output() -> OutputParam:
@@ -243,8 +240,12 @@ class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
 
     model_name = "stable-diffusion-xl"
     description = "Puts the known pixels of an inpainted image back as they were; `keep_known_pixels=False` leaves it."
-    expected_components = declared(  # the processors of images and masks
-        *(spec for spec in StableDiffusionXLInpaintVaeEncoderStep().expected_components if spec.name != "vae")
+    expected_components = declared(
+        *(
+            replace(spec, description="Resizes images or masks.")
+            for spec in StableDiffusionXLInpaintVaeEncoderStep().expected_components
+            if spec.name != "vae"
+        )
     )
     inputs = declared(
         param("images", Decoded, "The decoded images.", required=True),
@@ -260,18 +261,15 @@ class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         block_state = self.get_block_state(state)
         if block_state.keep_known_pixels and block_state.output_type != "latent":
-            block_state.images = _compose(components, block_state)
+            processor, masks = components.image_processor, components.mask_processor
+            size = image_size(block_state.images)
+            painted, known = (processor.preprocess(one, *size) for one in (block_state.images, block_state.image))
+            hole = (_soft(masks) if block_state.soft_mask else masks).preprocess(block_state.mask_image, *size)
+            known, hole = (repeat_images(one, len(painted)).to(painted) for one in (known, hole))
+            blended = torch.lerp(known, painted, hole)
+            block_state.images = processor.postprocess(blended, output_type=block_state.output_type)
         self.set_block_state(state, block_state)
         return components, state
-
-
-def _compose(components: Any, block_state: Any) -> Decoded:
-    height, width = image_size(block_state.images)
-    processor = components.image_processor
-    painted, known = (processor.preprocess(one, height, width) for one in (block_state.images, block_state.image))
-    hole = _mask_processor(components, block_state).preprocess(block_state.mask_image, height, width)
-    known, hole = (repeat_images(one, len(painted)).to(painted) for one in (known, hole))
-    return processor.postprocess(torch.lerp(known, painted, hole), output_type=block_state.output_type)
 
 
 class PeRFlowDecodeStep(StableDiffusionXLDecodeStep):
