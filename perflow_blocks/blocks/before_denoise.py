@@ -50,9 +50,7 @@ class PeRFlowInputStep(ModularPipelineBlocks):
     expected_components = declared(guider_spec())  # unused: the first block that names the guider decides its default
     inputs = declared(*shared_inputs("num_images_per_prompt"), *_EMBEDDINGS)
     intermediate_outputs = declared(
-        OutputParam("batch_size", int, "Number of prompts."),
-        OutputParam("dtype", torch.dtype, "Type of the embeddings, and so of the latents."),
-        *as_outputs(_EMBEDDINGS),
+        *as_outputs([*shared_inputs("batch_size", "dtype"), *_EMBEDDINGS]),
     )
 
     @torch.no_grad()
@@ -122,18 +120,13 @@ class PeRFlowInpaintPrepareLatentsStep(ModularPipelineBlocks):
     expected_components = declared(unet_spec())
     inputs = declared(
         param("latents", Tensor, "The noise to use, in place of one drawn with `generator`."),
-        *shared_inputs("image_latents", "mask", required=True),
-        param("masked_image_latents", Tensor, "Latents of the image without its hole, for a 9-channel UNet."),
-        *shared_inputs("noise_coefficients", "step_plan", required=True),
-        *shared_inputs("generator"),
+        *shared_inputs("image_latents", "mask", "noise_coefficients", "step_plan", required=True),
+        *shared_inputs("masked_image_latents", "generator"),
         *_BATCH,
     )
     intermediate_outputs = declared(
         _LATENTS,
-        OutputParam("noise", Tensor, "The noise of the known part (images, channels, height/f, width/f)."),
-        OutputParam("image_latents", Tensor, "The given image's clean latents (images, channels, height/f, width/f)."),
-        OutputParam("mask", Tensor, "What to repaint (images, 1, height/f, width/f): 1 is painted, 0 kept."),
-        OutputParam("inpaint_conditioning", Tensor, "Mask and masked image for a 9-channel UNet, None for others."),
+        *as_outputs(shared_inputs("noise", "image_latents", "mask", "inpaint_conditioning")),
     )
 
     @torch.no_grad()

@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,9 +113,7 @@ class PeRFlowIPAdapterStep(StableDiffusionXLIPAdapterStep):
     """
 
     inputs = declared(*StableDiffusionXLIPAdapterStep().inputs, shared_input("guider"))
-    intermediate_outputs = declared(
-        *(replace(output, type_hint=list[Tensor]) for output in StableDiffusionXLIPAdapterStep().intermediate_outputs)
-    )
+    intermediate_outputs = declared(*as_outputs(guided_inputs("ip_adapter_embeds")))
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:

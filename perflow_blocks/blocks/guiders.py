@@ -61,7 +61,6 @@ def check_guider(guider: Any) -> None:
 
 def warn_about_few_steps(guider: BaseGuidance, num_inference_steps: int) -> None:
     """Logs a warning for each setting of the guider that suits 30 steps or more but not this few."""
-    forget_step(guider)
     steps, wanted, found = num_inference_steps, guider.num_conditions, 0
     for step in range(steps):
         guider.set_state(step=step, num_inference_steps=steps, timestep=None)

@@ -99,8 +99,10 @@ def check_ip_adapters(unet: Any, request: Any) -> None:
         if len(entries) != count:
             raise ValueError(f"{name} holds {len(entries)} entries for {count} IP-Adapters; pass a list of {count}.")
         if name == "ip_adapter_image":
-            standard = [_standard_entries(name, entry) for entry in entries]
-            request.ip_adapter_image = [[pil for one in images for pil in pil_images(one)] for images in standard]
+            request.ip_adapter_image = [
+                [pil for one in _listed(entry) for pil in pil_images(_standard(name, one, mask=False))]
+                for entry in entries
+            ]
 
 
 def standard_images(name: str, image: Any, mask: bool = False) -> Any:
@@ -109,7 +111,7 @@ def standard_images(name: str, image: Any, mask: bool = False) -> Any:
     Args:
         name: of the input, for errors.
         image: a PIL image of any mode, an array (height, width, 3), a tensor (3, height, width), a batch (n, ...) of
-            either, or a list of single images of one kind and size.
+            either, or a list of these, of one kind and size.
         mask: whether they are masks: (height, width) with one channel or none, or a batch (n, height, width).
 
     Returns:
@@ -118,7 +120,9 @@ def standard_images(name: str, image: Any, mask: bool = False) -> Any:
     Raises:
         ValueError: an image is of another kind, shape or range.
     """
-    entries = _standard_entries(name, image, mask)
+    entries = [_standard(name, one, mask) for one in _listed(image)]
+    if not entries:
+        raise ValueError(f"{name} is an empty list; pass at least one image.")
     kinds = list(dict.fromkeys(map(_describe, entries)))
     if len(kinds) > 1:
         found = ", ".join(kinds)
@@ -128,24 +132,18 @@ def standard_images(name: str, image: Any, mask: bool = False) -> Any:
     return entries if isinstance(image, list) else entries[0]
 
 
-def _standard_entries(name: str, image: Any, mask: bool = False) -> list[Any]:
-    """The images of a list, or the one image: upright PIL images, and batches of all others."""
-    if not _listed(image):
-        raise ValueError(f"{name} is an empty list; pass at least one image.")
+def _standard(name: str, image: Any, mask: bool) -> Any:
+    """One entry of a list: an upright PIL image, or a batch (n, channels, height, width) of anything else."""
+    if isinstance(image, Image.Image):
+        return _upright(name, image, mask)
+    values = _unit_floats(name, image)
     channels, dimensions = (1, (2, 3, 4)) if mask else (3, (3, 4))
-    entries = []
-    for entry in _listed(image):
-        if isinstance(entry, Image.Image):
-            entries.append(_upright(name, entry, mask))
-            continue
-        values = _unit_floats(name, entry)
-        batch = as_batch(values, mask) if values.ndim in dimensions else None
-        if batch is None or batch.shape[1] != channels or (isinstance(image, list) and len(batch) > 1):
-            shape = "(3, height, width)" if isinstance(entry, Tensor) else "(height, width, 3)"
-            wanted = "have one channel, such as (height, width)" if mask else f"be {shape}, a batch or a list of these"
-            raise ValueError(f"{name} is {_describe(entry)}; it must {wanted}.")
-        entries.append(batch)
-    return entries
+    batch = as_batch(values, mask) if values.ndim in dimensions else None
+    if batch is None or batch.shape[1] != channels:
+        shape = "(3, height, width)" if isinstance(image, Tensor) else "(height, width, 3)"
+        wanted = "have one channel, such as (height, width)" if mask else f"be {shape}, a batch or a list of these"
+        raise ValueError(f"{name} is {_describe(image)}; it must {wanted}.")
+    return batch
 
 
 def _upright(name: str, image: Image.Image, mask: bool) -> Image.Image:

@@ -39,7 +39,7 @@ from ..delta.model_lock import model_lock
 from .declare import Assembled, declared
 from .finite_guard import not_finite, precision
 from .images import as_batch, count_images, image_size, repeat_images
-from .inputs import Images, param, shared_input
+from .inputs import param, shared_input, shared_inputs
 from .specs import unet_spec
 
 logger = logging.get_logger(__name__)
@@ -249,11 +249,9 @@ class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
     )
     inputs = declared(
         param("images", Decoded, "The decoded images.", required=True),
-        param("image", Images, "The image that was given, or one for each prompt.", required=True),
-        param("mask_image", Images, "The mask that was given: white is painted, black kept.", required=True),
-        shared_input("soft_mask"),
+        *shared_inputs("image", "mask_image", required=True),
         param("keep_known_pixels", bool, "Whether pixels outside the mask are put back exactly.", default=True),
-        shared_input("output_type"),
+        *shared_inputs("soft_mask", "output_type"),
     )
     intermediate_outputs = declared(OutputParam("images", Decoded, "The images, with the known pixels as given."))
 
