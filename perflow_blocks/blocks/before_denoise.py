@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..core.step_plan import apply_step
 from .declare import Assembled, declared
-from .images import require_count
+from .images import repeat_images, require_count
 from .inputs import as_outputs, guided_inputs, param, shared_input, shared_inputs
 from .set_timesteps import PeRFlowImg2ImgSetTimestepsStep, PeRFlowInpaintSetTimestepsStep, PeRFlowSetTimestepsStep
 from .specs import guider_spec, unet_spec
@@ -70,11 +70,8 @@ class PeRFlowInputStep(ModularPipelineBlocks):
 
 def one_for_each_image(name: str, tensor: Tensor, prompts: int, images_per_prompt: int) -> Tensor:
     """The tensor with one row for each image, those of the first prompt first, from one row for all or each prompt."""
-    rows, images = tensor.shape[0], prompts * images_per_prompt
-    if rows == images:
-        return tensor
-    require_count(name, rows, prompts, images)
-    return tensor.repeat_interleave(images // rows, dim=0)
+    require_count(name, len(tensor), prompts, prompts * images_per_prompt)
+    return repeat_images(tensor, prompts * images_per_prompt)
 
 
 _LATENTS = OutputParam("latents", Tensor, "Starting latents (images, channels, height/f, width/f).")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,9 +36,6 @@ from .specs import controlnet_spec, vae_spec
 
 logger = logging.get_logger(__name__)
 
-UNCONDITIONAL = "pred_uncond"
-"""What every diffusers guider calls its unconditional batch."""
-
 
 class WarnsOfSqueezing:
     """Mixed in before diffusers' ControlNet input steps, which resize control images to the output's size."""
@@ -51,8 +48,7 @@ class WarnsOfSqueezing:
                 f"control_image is {given_width}x{given_height}, the output {width}x{height}: the control image is "
                 "squeezed. To keep its proportions, crop it, or pass another height and width."
             )
-        prepare: Callable[..., Tensor] = super().prepare_control_image  # type: ignore[misc]
-        return prepare(components, image=image, width=width, height=height, **settings)
+        return super().prepare_control_image(components, image, width, height, **settings)  # type: ignore[misc]
 
 
 class PeRFlowControlNetInputStep(WarnsOfSqueezing, StableDiffusionXLControlNetInputStep):
@@ -114,7 +110,8 @@ class PeRFlowControlNetLoopDenoiser(PeRFlowLoopDenoiser):
     ) -> dict[str, Any]:
         scale = np.multiply(block_state.conditioning_scale, block_state.controlnet_keep[i]).tolist()  # of one, or each
         kinds = [batch[BaseGuidance._identifier_key] for batch in batches]
-        controlled = [not (block_state.guess_mode and kind == UNCONDITIONAL) for kind in kinds]
+        # "pred_uncond" is what every diffusers guider calls its unconditional batch
+        controlled = [not (block_state.guess_mode and kind == "pred_uncond") for kind in kinds]
         if not any(controlled) or not np.any(scale):
             return {}
         copies, latents = sum(controlled), block_state.latents

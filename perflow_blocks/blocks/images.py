@@ -45,7 +45,7 @@ def check_images(request: Any, prompts: int, images: int, channels: int) -> None
         if request.denoising_start is not None:
             raise ValueError(f"denoising_start and {mask_name} are both given; leave one out.")
         _warn_of_empty_mask(mask_name, mask, soft=mask_name == "mask" or request.soft_mask)
-        if image is not None and image_size(mask) != image_size(image):
+        if image_size(mask) != image_size(image):
             given, size = (f"{width}x{height}" for height, width in map(image_size, (mask, image)))
             raise ValueError(f"{mask_name} is {given}, {image_name} {size}; resize the mask to {size}.")
     single = isinstance(request.image, Image.Image) and isinstance(request.mask_image, Image.Image)
