@@ -23,7 +23,7 @@ from torch import Tensor
 from ..core.step_plan import apply_step
 from .declare import Assembled, declared
 from .images import repeat_images, require_count
-from .inputs import as_outputs, guided_inputs, param, shared_input, shared_inputs
+from .inputs import as_outputs, guided_inputs, param, shared_inputs
 from .set_timesteps import PeRFlowImg2ImgSetTimestepsStep, PeRFlowInpaintSetTimestepsStep, PeRFlowSetTimestepsStep
 from .specs import guider_spec, unet_spec
 
@@ -31,11 +31,7 @@ _EMBEDDINGS = (
     *guided_inputs("prompt_embeds", "pooled_prompt_embeds"),
     *guided_inputs("ip_adapter_embeds", required=False),
 )
-_BATCH = (
-    shared_input("batch_size", required=True),
-    shared_input("num_images_per_prompt"),
-    shared_input("dtype", required=True),
-)
+_BATCH = (*shared_inputs("batch_size", "dtype", required=True), *shared_inputs("num_images_per_prompt"))
 
 
 class PeRFlowInputStep(ModularPipelineBlocks):
@@ -49,9 +45,7 @@ class PeRFlowInputStep(ModularPipelineBlocks):
     description = "Repeats the embeddings of texts and IP-Adapter images for the images of each prompt."
     expected_components = declared(guider_spec())  # unused: the first block that names the guider decides its default
     inputs = declared(*shared_inputs("num_images_per_prompt"), *_EMBEDDINGS)
-    intermediate_outputs = declared(
-        *as_outputs([*shared_inputs("batch_size", "dtype"), *_EMBEDDINGS]),
-    )
+    intermediate_outputs = declared(*as_outputs([*shared_inputs("batch_size", "dtype"), *_EMBEDDINGS]))
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:

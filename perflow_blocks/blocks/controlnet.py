@@ -110,15 +110,14 @@ class PeRFlowControlNetLoopDenoiser(PeRFlowLoopDenoiser):
     ) -> dict[str, Any]:
         scale = np.multiply(block_state.conditioning_scale, block_state.controlnet_keep[i]).tolist()  # of one, or each
         kinds = [batch[BaseGuidance._identifier_key] for batch in batches]
-        # "pred_uncond" is what every diffusers guider calls its unconditional batch
+        # Every diffusers guider calls its unconditional batch "pred_uncond".
         controlled = [not (block_state.guess_mode and kind == "pred_uncond") for kind in kinds]
         if not any(controlled) or not np.any(scale):
             return {}
         copies, latents = sum(controlled), block_state.latents
         if copies < len(batches):
-            conditions = joined_conditions(
-                block_state, [one for one, on in zip(batches, controlled, strict=True) if on]
-            )
+            chosen = [one for one, on in zip(batches, controlled, strict=True) if on]
+            conditions = joined_conditions(block_state, chosen)
         tensors = {
             "sample": sample[: copies * len(latents), : latents.shape[1]],  # a 9-channel UNet's further ones left out
             "encoder_hidden_states": conditions["encoder_hidden_states"],

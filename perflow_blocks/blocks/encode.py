@@ -179,7 +179,7 @@ class PromptCacheStep(PeRFlowTextEncoderStep):
         if block_state.prompt is None:
             return PeRFlowEmbeddingsStep()(components, state)
         encoders = (components.text_encoder, components.text_encoder_2)
-        if any(vars(encoder).get("peft_config") for encoder in encoders if encoder is not None):
+        if any(getattr(encoder, "peft_config", None) for encoder in encoders):
             return super().__call__(components, state)
         request = self._request(components, block_state)
         with self._lock:

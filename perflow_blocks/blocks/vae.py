@@ -72,7 +72,7 @@ class GuardedVAE:
         with self._lock.running():
             self.dtype: torch.dtype = vae.dtype
             self._upcasts = vae.config.force_upcast and self.dtype in HALF and can_be_float32(vae)
-        # that in which latents are to be scaled and decoded
+        # The type in which latents are scaled and decoded.
         self.decoding_dtype = torch.float32 if self._upcasts and self.dtype == torch.float16 else self.dtype
 
     def to(self, *args: Any, **kwargs: Any) -> GuardedVAE:

@@ -264,12 +264,10 @@ def _guarded(steps: Callable[..., int]) -> Callable[..., int]:
     return run
 
 
-def poison(unet: nn.Module, timestep: int, image: int = 0, dtypes: tuple[torch.dtype, ...] | None = None) -> Any:
-    """Makes the UNet's prediction for an image infinite at a timestep, where it computes in one of the types."""
+def poison(unet: nn.Module, timestep: int, image: int) -> Any:
+    """Makes the UNet's prediction for an image infinite at a timestep."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor] | None:
-        if dtypes is not None and output[0].dtype not in dtypes:
-            return None
+    def hook(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor]:
         broken = output[0].clone()
         broken[image] += torch.where(args[1] == timestep, math.inf, 0.0)  # without reading the timestep
         return (broken,)
