@@ -1,6 +1,6 @@
 """Leaf blocks, the denoising loops and the assembled presets for Modular Diffusers."""
 
-from .apply_attention import PeRFlowApplyAttentionStep, PeRFlowControlNetApplyAttentionStep
+from .apply_attention import PeRFlowApplyAttentionStep
 from .auto_blocks import PeRFlowSDXLAutoBlocks, PeRFlowSDXLCoreDenoiseStep
 from .before_denoise import (
     PeRFlowImg2ImgPrepareLatentsStep,
@@ -28,7 +28,7 @@ from .denoise import (
     PeRFlowTiledLoopDenoiser,
 )
 from .encode import PeRFlowEmbeddingsStep, PeRFlowIPAdapterStep, PromptCacheStep
-from .finite_guard import ControlNetFiniteGuardStep, FiniteGuardStep
+from .finite_guard import FiniteGuardStep
 from .loop_block import LoopBlock as LoopBlock
 from .merge_delta import PeRFlowMergeDeltaStep
 from .observers import PreviewStep, StepCallbackStep, WindowLogStep
@@ -36,11 +36,9 @@ from .set_timesteps import PeRFlowImg2ImgSetTimestepsStep, PeRFlowInpaintSetTime
 from .vae import PeRFlowInpaintVaeEncoderStep, PeRFlowKeepKnownPixelsStep, PeRFlowVaeEncoderStep
 
 __all__ = [
-    "ControlNetFiniteGuardStep",
     "FiniteGuardStep",
     "PeRFlowApplyAttentionStep",
     "PeRFlowCheckInputsStep",
-    "PeRFlowControlNetApplyAttentionStep",
     "PeRFlowControlNetDenoiseStep",
     "PeRFlowControlNetLoopDenoiser",
     "PeRFlowControlNetUnionInputStep",

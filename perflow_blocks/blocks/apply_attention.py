@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, ModularPipelineBlocks, PipelineState
+from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
 
 from ..attention.config import AttentionConfig, parse_plan
 from ..delta.model_lock import model_lock
-from .declare import Assembled, declared
-from .specs import attention_config_specs, attention_spec, controlnet_spec, unet_spec
+from .declare import declared
+from .specs import attention_config_specs, attention_spec, unet_spec
 
 
 class PeRFlowApplyAttentionStep(ModularPipelineBlocks):
-    """Gives every attention module of the UNet the strategy that the plan asks for, and leaves the others as they are.
+    """Gives every attention module of UNet and ControlNets the strategy that the plan asks for.
 
     Which plan: that of an `AttentionConfig` set as the component `attention` and not run before, else the
     configuration's `attention_plan`. The first is written to the configuration, so that a save keeps it. What was set
@@ -37,9 +37,6 @@ class PeRFlowApplyAttentionStep(ModularPipelineBlocks):
     expected_components = declared(attention_spec(), unet_spec())
     expected_configs = declared(*attention_config_specs())
 
-    models: tuple[str, ...] = ("unet",)
-    """The components whose attention the plan is about."""
-
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         with model_lock(components.unet):
@@ -56,24 +53,9 @@ class PeRFlowApplyAttentionStep(ModularPipelineBlocks):
             components.update_components(attention=attention)
         is_new = attention.is_new_to(components)
         plan = attention.config.plan if is_new else components.config.attention_plan
-        models = {name: getattr(components, name) for name in self.models}
+        loaded = components.components
+        models = {name: loaded[name] for name in ("unet", "controlnet") if loaded.get(name) is not None}
         attention.establish(parse_plan(plan), models, device=lambda: components._execution_device)
         if is_new:
             components.update_components(attention_plan=plan)
             attention.remember(components)
-
-
-class PeRFlowControlNetApplyAttentionStep(PeRFlowApplyAttentionStep):
-    """The same for UNet and ControlNets."""
-
-    models = ("unet", "controlnet")
-    expected_components = declared(attention_spec(), unet_spec(), controlnet_spec())
-
-
-class PeRFlowAutoApplyAttentionStep(Assembled, AutoPipelineBlocks):
-    """The plan on UNet and ControlNets where there is a control image, else on the UNet."""
-
-    block_classes = [PeRFlowControlNetApplyAttentionStep, PeRFlowApplyAttentionStep]
-    block_names = ["controlnet", "unet"]
-    block_trigger_inputs = ["control_image", None]
-    description = "Puts the attention plan into effect on the UNet, and with `control_image` on the ControlNets too."

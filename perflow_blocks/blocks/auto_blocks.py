@@ -10,7 +10,7 @@ from diffusers import ComponentsManager, StableDiffusionXLAutoBlocks
 from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, SequentialPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 
-from .apply_attention import PeRFlowAutoApplyAttentionStep
+from .apply_attention import PeRFlowApplyAttentionStep
 from .before_denoise import PeRFlowInputStep, PeRFlowSDXLAutoBeforeDenoiseStep
 from .check_inputs import PeRFlowCheckInputsStep
 from .controlnet import (
@@ -117,7 +117,7 @@ class PeRFlowSDXLAutoBlocks(Preset):
 
     block_classes = [
         PeRFlowCheckInputsStep,
-        PeRFlowAutoApplyAttentionStep,
+        PeRFlowApplyAttentionStep,
         PeRFlowMergeDeltaStep,
         PeRFlowAutoTextEncoderStep,
         PeRFlowAutoIPAdapterStep,

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ..core.step_plan import apply_step
 from .declare import Assembled, declared
-from .images import require_count
-from .inputs import as_outputs, guided_inputs, param, shared_input, shared_inputs
+from .images import repeat_images, require_count
+from .inputs import as_outputs, guided_inputs, param, shared_inputs
 from .set_timesteps import PeRFlowImg2ImgSetTimestepsStep, PeRFlowInpaintSetTimestepsStep, PeRFlowSetTimestepsStep
 from .specs import guider_spec, unet_spec
 
@@ -31,11 +31,7 @@ _EMBEDDINGS = (
     *guided_inputs("prompt_embeds", "pooled_prompt_embeds"),
     *guided_inputs("ip_adapter_embeds", required=False),
 )
-_BATCH = (
-    shared_input("batch_size", required=True),
-    shared_input("num_images_per_prompt"),
-    shared_input("dtype", required=True),
-)
+_BATCH = (*shared_inputs("batch_size", "dtype", required=True), *shared_inputs("num_images_per_prompt"))
 
 
 class PeRFlowInputStep(ModularPipelineBlocks):
@@ -49,11 +45,7 @@ class PeRFlowInputStep(ModularPipelineBlocks):
     description = "Repeats the embeddings of texts and IP-Adapter images for the images of each prompt."
     expected_components = declared(guider_spec())  # unused: the first block that names the guider decides its default
     inputs = declared(*shared_inputs("num_images_per_prompt"), *_EMBEDDINGS)
-    intermediate_outputs = declared(
-        OutputParam("batch_size", int, "Number of prompts."),
-        OutputParam("dtype", torch.dtype, "Type of the embeddings, and so of the latents."),
-        *as_outputs(_EMBEDDINGS),
-    )
+    intermediate_outputs = declared(*as_outputs([*shared_inputs("batch_size", "dtype"), *_EMBEDDINGS]))
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
@@ -72,11 +64,8 @@ class PeRFlowInputStep(ModularPipelineBlocks):
 
 def one_for_each_image(name: str, tensor: Tensor, prompts: int, images_per_prompt: int) -> Tensor:
     """The tensor with one row for each image, those of the first prompt first, from one row for all or each prompt."""
-    rows, images = tensor.shape[0], prompts * images_per_prompt
-    if rows == images:
-        return tensor
-    require_count(name, rows, prompts, images)
-    return tensor.repeat_interleave(images // rows, dim=0)
+    require_count(name, len(tensor), prompts, prompts * images_per_prompt)
+    return repeat_images(tensor, prompts * images_per_prompt)
 
 
 _LATENTS = OutputParam("latents", Tensor, "Starting latents (images, channels, height/f, width/f).")
@@ -121,20 +110,14 @@ class PeRFlowInpaintPrepareLatentsStep(ModularPipelineBlocks):
     description = "Noises the given image to where the run starts and lays out mask, noise and conditioning."
     expected_components = declared(unet_spec())
     inputs = declared(
-        param("latents", Tensor, "The noise to use, or with `denoising_start` the latents to go on from."),
-        param("noise", Tensor, "The noise of the earlier run, for one that goes on at `denoising_start`."),
-        *shared_inputs("image_latents", "mask", required=True),
-        param("masked_image_latents", Tensor, "Latents of the image without its hole, for a 9-channel UNet."),
-        *shared_inputs("noise_coefficients", "step_plan", required=True),
-        *shared_inputs("denoising_start", "generator"),
+        param("latents", Tensor, "The noise to use, in place of one drawn with `generator`."),
+        *shared_inputs("image_latents", "mask", "noise_coefficients", "step_plan", required=True),
+        *shared_inputs("masked_image_latents", "generator"),
         *_BATCH,
     )
     intermediate_outputs = declared(
         _LATENTS,
-        OutputParam("noise", Tensor, "The noise of the known part (images, channels, height/f, width/f)."),
-        OutputParam("image_latents", Tensor, "The given image's clean latents (images, channels, height/f, width/f)."),
-        OutputParam("mask", Tensor, "What to repaint (images, 1, height/f, width/f): 1 is painted, 0 kept."),
-        OutputParam("inpaint_conditioning", Tensor, "Mask and masked image for a 9-channel UNet, None for others."),
+        *as_outputs(shared_inputs("noise", "image_latents", "mask", "inpaint_conditioning")),
     )
 
     @torch.no_grad()
@@ -144,18 +127,12 @@ class PeRFlowInpaintPrepareLatentsStep(ModularPipelineBlocks):
         block_state.image_latents = _one_for_each(block_state, "image_latents", device)
         block_state.mask = _one_for_each(block_state, "mask", device)
         block_state.inpaint_conditioning = _conditioning(components.unet, block_state, device)
-        goes_on = block_state.denoising_start is not None
-        given = block_state.noise if goes_on else block_state.latents
-        noise = _draw_noise(block_state, block_state.image_latents) if given is None else given.to(device)
+        noise = block_state.latents
+        noise = _draw_noise(block_state, block_state.image_latents) if noise is None else noise.to(device)
+        start, plan = _noised(block_state, block_state.image_latents, noise), block_state.step_plan
+        begins_path = plan.window_index[0] == 0 and plan.times[0] == plan.window_start[0]
         block_state.noise = noise
-        if goes_on:
-            start = block_state.image_latents if block_state.latents is None else block_state.latents
-            block_state.latents = start.to(device)
-        else:
-            start = _noised(block_state, block_state.image_latents, noise)
-            plan = block_state.step_plan
-            begins_path = plan.window_index[0] == 0 and plan.times[0] == plan.window_start[0]
-            block_state.latents = torch.lerp(start, noise if begins_path else start, block_state.mask)
+        block_state.latents = torch.lerp(start, noise if begins_path else start, block_state.mask)
         self.set_block_state(state, block_state)
         return components, state
 

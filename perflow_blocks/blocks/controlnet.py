@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.guiders import BaseGuidance
 from diffusers.modular_pipelines.modular_pipeline import AutoPipelineBlocks, PipelineState
@@ -28,15 +29,12 @@ from .denoise import (
     joined_conditions,
     repeated,
 )
-from .finite_guard import ControlNetFiniteGuardStep
+from .finite_guard import FiniteGuardStep
 from .images import image_size
 from .inputs import shared_inputs
 from .specs import controlnet_spec, vae_spec
 
 logger = logging.get_logger(__name__)
-
-UNCONDITIONAL = "pred_uncond"
-"""What every diffusers guider calls its unconditional batch."""
 
 
 class WarnsOfSqueezing:
@@ -50,8 +48,7 @@ class WarnsOfSqueezing:
                 f"control_image is {given_width}x{given_height}, the output {width}x{height}: the control image is "
                 "squeezed. To keep its proportions, crop it, or pass another height and width."
             )
-        prepare: Callable[..., Tensor] = super().prepare_control_image  # type: ignore[misc]
-        return prepare(components, image=image, width=width, height=height, **settings)
+        return super().prepare_control_image(components, image, width, height, **settings)  # type: ignore[misc]
 
 
 class PeRFlowControlNetInputStep(WarnsOfSqueezing, StableDiffusionXLControlNetInputStep):
@@ -111,16 +108,16 @@ class PeRFlowControlNetLoopDenoiser(PeRFlowLoopDenoiser):
         sample: Tensor,
         conditions: dict[str, Any],
     ) -> dict[str, Any]:
-        scale = _scale_at(block_state, i)
+        scale = np.multiply(block_state.conditioning_scale, block_state.controlnet_keep[i]).tolist()  # of one, or each
         kinds = [batch[BaseGuidance._identifier_key] for batch in batches]
-        controlled = [not (block_state.guess_mode and kind == UNCONDITIONAL) for kind in kinds]
-        if not any(controlled) or not any(scale if isinstance(scale, list) else [scale]):
+        # Every diffusers guider calls its unconditional batch "pred_uncond".
+        controlled = [not (block_state.guess_mode and kind == "pred_uncond") for kind in kinds]
+        if not any(controlled) or not np.any(scale):
             return {}
         copies, latents = sum(controlled), block_state.latents
         if copies < len(batches):
-            conditions = joined_conditions(
-                block_state, [one for one, on in zip(batches, controlled, strict=True) if on]
-            )
+            chosen = [one for one, on in zip(batches, controlled, strict=True) if on]
+            conditions = joined_conditions(block_state, chosen)
         tensors = {
             "sample": sample[: copies * len(latents), : latents.shape[1]],  # a 9-channel UNet's further ones left out
             "encoder_hidden_states": conditions["encoder_hidden_states"],
@@ -140,15 +137,6 @@ class PeRFlowControlNetLoopDenoiser(PeRFlowLoopDenoiser):
         down = [_spread(_interleave(parts), controlled) for parts in zip(*(down for down, _ in outputs), strict=True)]
         mid = _spread(_interleave([mid for _, mid in outputs]), controlled)
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-
-
-def _scale_at(block_state: Any, i: int) -> float | list[float]:
-    """The ControlNets' scale at step i: a number for one ControlNet, a list for several, or for a union's controls."""
-    keep, scale = block_state.controlnet_keep[i], block_state.conditioning_scale
-    if isinstance(keep, list):
-        scales = scale if isinstance(scale, list) else [scale] * len(keep)
-        return [float(s * k) for s, k in zip(scales, keep, strict=True)]
-    return [float(s * keep) for s in scale] if isinstance(scale, list) else float(scale * keep)
 
 
 def _interleave(parts: Sequence[Tensor]) -> Tensor:
@@ -173,7 +161,7 @@ class PeRFlowTiledControlNetLoopDenoiser(PeRFlowTiledLoopDenoiser, PeRFlowContro
 class PeRFlowControlNetDenoiseStep(PeRFlowDenoiseStep):
     """The loop with a ControlNet."""
 
-    block_classes = [ControlNetFiniteGuardStep, PeRFlowControlNetLoopDenoiser, PeRFlowLoopSolverStep]
+    block_classes = [FiniteGuardStep, PeRFlowControlNetLoopDenoiser, PeRFlowLoopSolverStep]
 
 
 class PeRFlowInpaintControlNetDenoiseStep(PeRFlowInpaintDenoiseStep):

@@ -48,17 +48,9 @@ class Assembled:
     def _work_out(self, name: str) -> list[Any]:
         return getattr(super(), name)
 
-    @property
-    def inputs(self) -> list[Any]:
-        return self._once("inputs")
-
-    @property
-    def required_inputs(self) -> list[str]:
-        return self._once("required_inputs")
-
-    @property
-    def intermediate_outputs(self) -> list[Any]:
-        return self._once("intermediate_outputs")
+    inputs = property(lambda self: self._once("inputs"))
+    required_inputs = property(lambda self: self._once("required_inputs"))
+    intermediate_outputs = property(lambda self: self._once("intermediate_outputs"))
 
 
 def _arrangement(block: Any) -> tuple[Any, ...]:

@@ -7,8 +7,6 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
-from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,10 +49,7 @@ class PeRFlowTextEncoderStep(StableDiffusionXLTextEncoderStep):
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        used = {id(part): part for part in (getattr(components, name) for name in TEXT_MODELS) if part is not None}
-        with ExitStack() as locks:
-            for _, part in sorted(used.items()):  # in one order, so that no two threads wait for each other
-                locks.enter_context(model_lock(part))
+        with model_lock(components.text_encoder_2):  # SDXL's refiner has no other
             super().__call__(_with_guider(components, self.get_block_state(state)), state)
         return components, state
 
@@ -118,9 +113,7 @@ class PeRFlowIPAdapterStep(StableDiffusionXLIPAdapterStep):
     """
 
     inputs = declared(*StableDiffusionXLIPAdapterStep().inputs, shared_input("guider"))
-    intermediate_outputs = declared(
-        *(replace(output, type_hint=list[Tensor]) for output in StableDiffusionXLIPAdapterStep().intermediate_outputs)
-    )
+    intermediate_outputs = declared(*as_outputs(guided_inputs("ip_adapter_embeds")))
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
@@ -142,39 +135,60 @@ class PeRFlowAutoIPAdapterStep(Assembled, AutoPipelineBlocks):
     description = "Encodes `ip_adapter_image` where it is given, for the IP-Adapters that are loaded; else is skipped."
 
 
-class PeRFlowCachedTextEncoderStep(PeRFlowTextEncoderStep):
-    """diffusers' text encoder, run once for each request: what `PromptCacheStep` runs where there is a prompt.
+class PromptCacheStep(PeRFlowTextEncoderStep):
+    """Takes the place of the text encoder block; the same prompts with the same encoders are encoded once.
 
-    A deep copy is the same block: `init_pipeline` and `pipe.blocks` copy blocks, and what a user holds must be what
-    the pipeline uses. Threads may share it.
+    Prompt and negative prompt are one request. Calls with `prompt_embeds`, or with LoRAs in the text encoders, do not
+    use the cache. Embeddings are kept by the request, the encoders with their types, and the tokenizers. Call
+    `clear()` after changing an encoder in place, such as writing into its weights.
+
+    The entries lie on the encoders' device: 0.32 MB for one prompt of SDXL in half precision, twice that with
+    guidance. `hits` and `misses` count the calls. Threads may share the block, and a deep copy is the same block:
+    `init_pipeline` and `pipe.blocks` copy blocks, and what a user holds must be what the pipeline uses.
+
+    Example:
+        >>> cache = PromptCacheStep()
+        >>> blocks = PeRFlowSDXLAutoBlocks()
+        >>> blocks.sub_blocks["text_encoder"] = cache
+        >>> pipe = blocks.init_pipeline("stabilityai/stable-diffusion-xl-base-1.0")
+
+    Args:
+        max_entries: how many requests to keep, a positive integer; the one that was not used for longest goes first.
     """
 
     description = f"{PeRFlowAutoTextEncoderStep.description} The same prompts with the same encoders are encoded once."
+    inputs = declared(*PeRFlowAutoTextEncoderStep().inputs)
 
     def __init__(self, max_entries: int = DEFAULT_MAX_ENTRIES) -> None:
         super().__init__()
         self.max_entries = require_positive_int("max_entries", max_entries)
+        self._lock = threading.Lock()
+        self.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PromptCacheStep:
+        return self
+
+    def clear(self) -> None:
+        """Forgets all embeddings and counts from zero."""
         self.cache: OrderedDict[Hashable, Embeddings] = OrderedDict()
         self.hits = self.misses = 0
-        self._lock = threading.Lock()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PeRFlowCachedTextEncoderStep:
-        return self
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         block_state = self.get_block_state(state)
+        if block_state.prompt is None:
+            return PeRFlowEmbeddingsStep()(components, state)
+        encoders = (components.text_encoder, components.text_encoder_2)
+        if any(getattr(encoder, "peft_config", None) for encoder in encoders):
+            return super().__call__(components, state)
         request = self._request(components, block_state)
         with self._lock:
             found = self.cache.get(request)
-            if found is None:
-                self.misses += 1
-            else:
-                self.hits += 1
+            self.hits, self.misses = self.hits + (found is not None), self.misses + (found is None)
+            if found is not None:
                 self.cache.move_to_end(request)
         if found is None:
             super().__call__(components, state)
-            request = self._request(components, block_state)  # the stock step resets a LoRA's scale after scale 0
             with self._lock:
                 self.cache[request] = _copies({name: state.get(name) for name in self.intermediate_output_names})
                 while len(self.cache) > self.max_entries:
@@ -187,11 +201,10 @@ class PeRFlowCachedTextEncoderStep(PeRFlowTextEncoderStep):
 
     def _request(self, components: Any, block_state: Any) -> Hashable:
         """All that the embeddings depend on."""
-        device, scale = components._execution_device, (block_state.cross_attention_kwargs or {}).get("scale")
-        inputs = {name: getattr(block_state, name) for name in self.input_names if name != "guider"}
-        inputs["cross_attention_kwargs"] = None if scale is None else float(scale)  # the rest is the UNet's
+        names = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "clip_skip")
+        device = components._execution_device
         return (
-            repr(inputs),
+            repr([getattr(block_state, name) for name in names]),
             tuple(_identity(getattr(components, name)) for name in TEXT_MODELS),
             guider_of_call(components, block_state).num_conditions > 1,
             components.config.force_zeros_for_empty_prompt,
@@ -200,68 +213,13 @@ class PeRFlowCachedTextEncoderStep(PeRFlowTextEncoderStep):
         )
 
 
-class PromptCacheStep(PeRFlowAutoTextEncoderStep):
-    """Takes the place of the text encoder block; the same prompts with the same encoders are encoded once.
-
-    Prompt and negative prompt are one request. Calls with `prompt_embeds` do not use the cache. Embeddings are kept by
-    the request, the encoders and tokenizers, their types, and the LoRAs in the encoders: which are active, at what
-    scale. Call `clear()` after changing an encoder in place in another way, such as writing into its weights.
-
-    The entries lie on the encoders' device: 0.32 MB for one prompt of SDXL in half precision, twice that with
-    guidance. `hits` and `misses` count the calls, also those of a pipeline's copy of this block.
-
-    Example:
-        >>> cache = PromptCacheStep()
-        >>> blocks = PeRFlowSDXLAutoBlocks()
-        >>> blocks.sub_blocks["text_encoder"] = cache
-        >>> pipe = blocks.init_pipeline("stabilityai/stable-diffusion-xl-base-1.0")
-
-    Args:
-        max_entries: how many requests to keep, a positive integer; the one that was not used for longest goes first.
-    """
-
-    block_classes = [PeRFlowCachedTextEncoderStep, PeRFlowEmbeddingsStep]
-    description = PeRFlowCachedTextEncoderStep.description
-
-    def __init__(self, max_entries: int = DEFAULT_MAX_ENTRIES) -> None:
-        super().__init__()
-        self.max_entries = max_entries
-        self.sub_blocks["prompt"] = PeRFlowCachedTextEncoderStep(max_entries)
-
-    @property
-    def cache(self) -> OrderedDict[Hashable, Embeddings]:
-        return self.sub_blocks["prompt"].cache
-
-    @property
-    def hits(self) -> int:
-        return self.sub_blocks["prompt"].hits
-
-    @property
-    def misses(self) -> int:
-        return self.sub_blocks["prompt"].misses
-
-    def clear(self) -> None:
-        """Forgets all embeddings and counts from zero."""
-        encoder = self.sub_blocks["prompt"]
-        encoder.cache.clear()
-        encoder.hits = encoder.misses = 0
-
-
 def _copies(embeddings: Embeddings) -> Embeddings:
     return {name: None if tensor is None else tensor.clone() for name, tensor in embeddings.items()}
 
 
 def _identity(part: Any) -> Hashable:
-    """An encoder or a tokenizer, held weakly, and what of it changes the embeddings."""
+    """An encoder and its type, or a tokenizer and the tokens that textual inversion added; held weakly."""
     if part is None:
         return None
-    if not isinstance(part, nn.Module):  # textual inversion adds tokens
-        return weakref.ref(part), tuple(part.added_tokens_encoder), part.model_max_length
-    layers = [module for module in part.modules() if hasattr(module, "lora_A")] if hasattr(part, "peft_config") else []
-    return weakref.ref(part), next(part.parameters()).dtype, tuple(map(_lora_identity, layers))
-
-
-def _lora_identity(layer: Any) -> Hashable:
-    """A LoRA layer, held weakly, and which adapters count in it, how much."""
-    adapters = tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters)
-    return weakref.ref(layer), adapters, tuple((name, float(scale)) for name, scale in layer.scaling.items())
+    is_model = isinstance(part, nn.Module)
+    return weakref.ref(part), next(part.parameters()).dtype if is_model else tuple(part.added_tokens_encoder)

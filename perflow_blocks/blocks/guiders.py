@@ -6,13 +6,7 @@ import copy
 from numbers import Real
 from typing import Any
 
-from diffusers.guiders import (
-    BaseGuidance,
-    ClassifierFreeZeroStarGuidance,
-    PerturbedAttentionGuidance,
-    SkipLayerGuidance,
-    SmoothedEnergyGuidance,
-)
+from diffusers.guiders import BaseGuidance, ClassifierFreeZeroStarGuidance
 from diffusers.utils import logging
 
 from ..delta.recipe import require_guidance
@@ -25,9 +19,10 @@ def guider_for_call(guider: Any, guidance_scale: float | None = None) -> Any:
 
     `guidance_scale` is this call's, at least 0; None for the guider's own. Another one is a ValueError.
     """
+    check_guider(guider)
     own = copy.copy(guider)
-    has_scale = isinstance(guider, BaseGuidance) and "guidance_scale" in vars(own)
-    if has_scale:
+    forget_step(own)
+    if "guidance_scale" in vars(own):
         scale = own.guidance_scale if guidance_scale is None else guidance_scale
         require_guidance(scale)
         set_guidance(own, scale)
@@ -58,39 +53,14 @@ def is_batchable(guider: BaseGuidance) -> bool:
 
 
 def check_guider(guider: Any) -> None:
-    """Checks that a guider works on a UNet, without running a model.
-
-    A subclass that overrides the method at fault is taken to have fixed it.
-
-    Raises:
-        ValueError: no guider, or one that does not do on a UNet what its settings say.
-    """
+    """Raises a ValueError for what is not a guider, such as a number or a guider's class."""
     if not isinstance(guider, BaseGuidance):
         given = f"the class {guider.__name__}" if isinstance(guider, type) else f"of type {type(guider).__name__}"
         raise ValueError(f"guider is {given}; use, for example, ClassifierFreeGuidance(guidance_scale=2.0).")
-    forget_step(guider)
-    if guider.num_conditions == 1:
-        return
-
-    def inherits(owner: type, method: str) -> bool:
-        return isinstance(guider, owner) and getattr(type(guider), method) is getattr(owner, method)
-
-    fault = None
-    if inherits(SmoothedEnergyGuidance, "prepare_models"):
-        fault = "its third prediction smooths nothing; use PerturbedAttentionGuidance"
-    skips = inherits(SkipLayerGuidance, "is_conditional") or inherits(PerturbedAttentionGuidance, "is_conditional")
-    if skips and guider.skip_layer_guidance_scale and _skips_outside_guidance(guider):
-        fault = (
-            "it guides by the wrong prediction where it skips layers without classifier-free guidance; set a "
-            "guidance_scale with effect, and a start and stop that enclose those of the layers"
-        )
-    if fault is not None:
-        raise ValueError(f"guider: {type(guider).__name__} does not work on a UNet: {fault}.")
 
 
 def warn_about_few_steps(guider: BaseGuidance, num_inference_steps: int) -> None:
     """Logs a warning for each setting of the guider that suits 30 steps or more but not this few."""
-    forget_step(guider)
     steps, wanted, found = num_inference_steps, guider.num_conditions, 0
     for step in range(steps):
         guider.set_state(step=step, num_inference_steps=steps, timestep=None)
@@ -111,9 +81,3 @@ def warn_about_few_steps(guider: BaseGuidance, num_inference_steps: int) -> None
 def forget_step(guider: BaseGuidance) -> None:
     """As at the start of a run: guiders keep the step on themselves."""
     guider.set_state(step=None, num_inference_steps=None, timestep=None)
-
-
-def _skips_outside_guidance(guider: Any) -> bool:
-    """Are there steps that skip layers while classifier-free guidance is off?"""
-    starts, stops = guider.skip_layer_guidance_start, guider.skip_layer_guidance_stop
-    return guider.num_conditions < 3 or starts < guider._start or stops > guider._stop

@@ -42,18 +42,15 @@ def check_images(request: Any, prompts: int, images: int, channels: int) -> None
         mask, image = getattr(request, mask_name), getattr(request, image_name)
         if mask is None:
             continue
+        if request.denoising_start is not None:
+            raise ValueError(f"denoising_start and {mask_name} are both given; leave one out.")
         _warn_of_empty_mask(mask_name, mask, soft=mask_name == "mask" or request.soft_mask)
-        if image is not None and image_size(mask) != image_size(image):
+        if image_size(mask) != image_size(image):
             given, size = (f"{width}x{height}" for height, width in map(image_size, (mask, image)))
             raise ValueError(f"{mask_name} is {given}, {image_name} {size}; resize the mask to {size}.")
-        if request.denoising_start is not None and request.latents is None:
-            raise ValueError("denoising_start and a mask are given without the latents of an earlier run; pass both.")
-    if request.padding_mask_crop is not None:
-        pair = (request.image, request.mask_image)
-        if not all(isinstance(one, Image.Image) for one in pair) or request.output_type != "pil":
-            raise ValueError(
-                'padding_mask_crop needs single PIL images as image and mask_image, and output_type="pil".'
-            )
+    single = isinstance(request.image, Image.Image) and isinstance(request.mask_image, Image.Image)
+    if request.padding_mask_crop is not None and not (single and request.output_type == "pil"):
+        raise ValueError('padding_mask_crop needs single PIL images as image and mask_image, and output_type="pil".')
 
 
 def check_controlnet(controlnet: Any, request: Any, prompts: int) -> None:
@@ -85,11 +82,13 @@ def check_controlnet(controlnet: Any, request: Any, prompts: int) -> None:
             raise ValueError(f"control_guidance_start={first} must be below control_guidance_end={last}, in [0, 1].")
 
 
-def check_ip_adapters(count: int, request: Any) -> None:
-    """Checks that images or embeddings match `count` loaded IP-Adapters. Images become a list of PIL images for each.
+def check_ip_adapters(unet: Any, request: Any) -> None:
+    """Checks that images or embeddings match the loaded IP-Adapters. Images become a list of PIL images for each.
 
     CLIP's image processor would scale arrays by 1/255 once more, and take tensors as preprocessed.
     """
+    adapted = unet.config.encoder_hid_dim_type == "ip_image_proj"
+    count = len(unet.encoder_hid_proj.image_projection_layers) if adapted else 0
     given = {name: getattr(request, name) for name in IP_ADAPTER_INPUTS if getattr(request, name) is not None}
     if count and not given:
         raise ValueError(f"ip_adapter_image is missing for {count} loaded IP-Adapters; pass it, or unload them.")
@@ -100,8 +99,10 @@ def check_ip_adapters(count: int, request: Any) -> None:
         if len(entries) != count:
             raise ValueError(f"{name} holds {len(entries)} entries for {count} IP-Adapters; pass a list of {count}.")
         if name == "ip_adapter_image":
-            standard = [_standard_entries(name, entry) for entry in entries]
-            request.ip_adapter_image = [[pil for one in images for pil in pil_images(one)] for images in standard]
+            request.ip_adapter_image = [
+                [pil for one in _listed(entry) for pil in pil_images(_standard(name, one, mask=False))]
+                for entry in entries
+            ]
 
 
 def standard_images(name: str, image: Any, mask: bool = False) -> Any:
@@ -110,7 +111,7 @@ def standard_images(name: str, image: Any, mask: bool = False) -> Any:
     Args:
         name: of the input, for errors.
         image: a PIL image of any mode, an array (height, width, 3), a tensor (3, height, width), a batch (n, ...) of
-            either, or a list of single images of one kind and size.
+            either, or a list of these, of one kind and size.
         mask: whether they are masks: (height, width) with one channel or none, or a batch (n, height, width).
 
     Returns:
@@ -119,7 +120,9 @@ def standard_images(name: str, image: Any, mask: bool = False) -> Any:
     Raises:
         ValueError: an image is of another kind, shape or range.
     """
-    entries = _standard_entries(name, image, mask)
+    entries = [_standard(name, one, mask) for one in _listed(image)]
+    if not entries:
+        raise ValueError(f"{name} is an empty list; pass at least one image.")
     kinds = list(dict.fromkeys(map(_describe, entries)))
     if len(kinds) > 1:
         found = ", ".join(kinds)
@@ -129,24 +132,18 @@ def standard_images(name: str, image: Any, mask: bool = False) -> Any:
     return entries if isinstance(image, list) else entries[0]
 
 
-def _standard_entries(name: str, image: Any, mask: bool = False) -> list[Any]:
-    """The images of a list, or the one image: upright PIL images, and batches of all others."""
-    if not _listed(image):
-        raise ValueError(f"{name} is an empty list; pass at least one image.")
+def _standard(name: str, image: Any, mask: bool) -> Any:
+    """One entry of a list: an upright PIL image, or a batch (n, channels, height, width) of anything else."""
+    if isinstance(image, Image.Image):
+        return _upright(name, image, mask)
+    values = _unit_floats(name, image)
     channels, dimensions = (1, (2, 3, 4)) if mask else (3, (3, 4))
-    entries = []
-    for entry in _listed(image):
-        if isinstance(entry, Image.Image):
-            entries.append(_upright(name, entry, mask))
-            continue
-        values = _unit_floats(name, entry)
-        batch = as_batch(values, mask) if values.ndim in dimensions else None
-        if batch is None or batch.shape[1] != channels or (isinstance(image, list) and len(batch) > 1):
-            shape = "(3, height, width)" if isinstance(entry, Tensor) else "(height, width, 3)"
-            wanted = "have one channel, such as (height, width)" if mask else f"be {shape}, a batch or a list of these"
-            raise ValueError(f"{name} is {_describe(entry)}; it must {wanted}.")
-        entries.append(batch)
-    return entries
+    batch = as_batch(values, mask) if values.ndim in dimensions else None
+    if batch is None or batch.shape[1] != channels:
+        shape = "(3, height, width)" if isinstance(image, Tensor) else "(height, width, 3)"
+        wanted = "have one channel, such as (height, width)" if mask else f"be {shape}, a batch or a list of these"
+        raise ValueError(f"{name} is {_describe(image)}; it must {wanted}.")
+    return batch
 
 
 def _upright(name: str, image: Image.Image, mask: bool) -> Image.Image:
@@ -159,16 +156,11 @@ def _upright(name: str, image: Image.Image, mask: bool) -> Image.Image:
         raise ValueError(f"{name} is of mode {image.mode}, which has no fixed range; pass it in mode L or I;16.")
     if image.mode.startswith("I;16"):  # PIL would clip it
         image = Image.fromarray(np.rint(np.asarray(image) / 257.0).astype(np.uint8))
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    if mask:
-        varies = alpha is not None and len(set(alpha.getextrema())) > 1
-        return alpha if alpha is not None and varies else image.convert("RGB").convert("L")
-    if alpha is not None and alpha.getextrema() != (255, 255):
-        raise ValueError(
-            f"{name} is transparent in places; give it a background: "
-            f'Image.alpha_composite(Image.new("RGBA", {name}.size, "white"), {name}.convert("RGBA")).'
-        )
-    return image.convert("RGB")
+    if mask and image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+        if len(set(alpha.getextrema())) > 1:
+            return alpha
+    return image.convert("RGB").convert("L" if mask else "RGB")
 
 
 def _unit_floats(name: str, values: Any) -> Any:

@@ -44,7 +44,7 @@ def param(name: str, type_hint: Any, description: str, **options: Any) -> InputP
 _guided = partial(param, kwargs_type=DENOISER_INPUT_FIELDS)
 _control = partial(param, kwargs_type="controlnet_kwargs")
 
-_TEXT_TO_IMAGE = (
+REQUEST = (
     param("prompt", Text, "What to draw: a text, or a list with one text for each image."),
     param("prompt_2", Text, "The text for the second text encoder, if not `prompt`; unused if it is the only one."),
     param("negative_prompt", Text, "What not to draw; has no effect while the guidance scale is 1."),
@@ -73,9 +73,7 @@ _TEXT_TO_IMAGE = (
     ),
     param("output_type", str, f"What images are returned as: {', '.join(OUTPUT_TYPES)}.", default="pil"),
     param("on_nonfinite", str, "If latents are not finite: raise, or fallback (again in float32).", default="raise"),
-)
-
-TASKS = (
+    # for image-to-image and inpainting, ControlNets and IP-Adapters
     param("image", Images, "The image to start from: one for all prompts, or one for each. PIL, or values in [0, 1]."),
     param(
         "mask_image",
@@ -101,7 +99,7 @@ TASKS = (
         "denoising_start",
         float,
         "Fraction of the denoising, in (0, 1), that an earlier run did, snapped to a window boundary: no noise is "
-        "added, and the steps before it are skipped. With a mask pass the earlier run's `noise` too.",
+        "added, and the steps before it are skipped. Not for inpainting.",
     ),
     param("control_image", Images, "For a ControlNet: the control image, or a list for several of them."),
     param("control_mode", int | list[int], "For a ControlNet-Union: the control type of each control image."),
@@ -112,10 +110,7 @@ TASKS = (
     param("ip_adapter_image", Images, "For IP-Adapters: an image, or a list with one or more images for each."),
     _guided("ip_adapter_embeds", list[Tensor], "Image embeddings, one tensor for each loaded IP-Adapter."),
     _guided("negative_ip_adapter_embeds", list[Tensor], "Embeddings of the empty image, likewise."),
-)
-"""What only image-to-image, inpainting, ControlNets and IP-Adapters take."""
-
-_SIZES = (
+    # sizes
     param("height", int, "Height in pixels, a multiple of f. None: the given image's, else the UNet's own."),
     param("width", int, "Width in pixels, a multiple of f. None: the given image's, else the UNet's own."),
     param("original_size", Size, "Size before cropping that SDXL is told, (height, width). None: the image's."),
@@ -127,8 +122,6 @@ _SIZES = (
     param("negative_target_size", Size, "`target_size` of the negative prompt; needs `negative_original_size`."),
     param("negative_crops_coords_top_left", Size, "`crops_coords_top_left` of the negative prompt.", default=(0, 0)),
 )
-
-REQUEST = (*_TEXT_TO_IMAGE, *TASKS, *_SIZES)
 """What a call may be given, in the order in which a preset's documentation lists it."""
 
 _HANDED_ON = (

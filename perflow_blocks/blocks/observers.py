@@ -19,7 +19,6 @@ from torch import Tensor
 from ..core.step_plan import apply_step
 from .declare import declared
 from .inputs import param, shared_inputs
-from .loop_block import LoopBlock
 
 logger = logging.get_logger(__name__)
 
@@ -64,7 +63,7 @@ class LatentToRGB(ConfigMixin):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
 
-class PreviewStep(LoopBlock):
+class PreviewStep(ModularPipelineBlocks):
     """Decodes the clean latents that a step predicts and hands the images to `preview_callback(i, images)`.
 
     Insert it between denoiser and solver: `insert_loop_block(blocks, "preview", PreviewStep, before="solver")`. It
@@ -73,6 +72,7 @@ class PreviewStep(LoopBlock):
     `pipe.update_components(preview_decoder=AutoModel.from_pretrained("madebyollin/taesdxl"))`.
     """
 
+    model_name = "stable-diffusion-xl"
     description = "Loop step that hands images of the predicted result to a callback; goes before the solver."
     expected_components = declared(
         ComponentSpec(
@@ -89,13 +89,6 @@ class PreviewStep(LoopBlock):
         param("preview_every", int, "Steps from one preview to the next, at least 1.", default=1),
     )
 
-    def start(self, components: Any, block_state: Any) -> None:
-        used, decoder = block_state.preview_callback is not None, components.preview_decoder
-        if used and decoder.dtype == torch.float16 and decoder.config.get("force_upcast"):
-            raise ValueError(
-                "preview_decoder overflows in torch.float16; use a tiny VAE, such as madebyollin/taesdxl, or float32."
-            )
-
     @torch.no_grad()
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
         if block_state.preview_callback is not None and i % block_state.preview_every == 0:
@@ -108,10 +101,7 @@ class PreviewStep(LoopBlock):
 @torch.no_grad()
 def decode_preview(decoder: Any, latents: Tensor) -> list[Image.Image]:
     """What a decoder, or a LatentToRGB, makes of clean latents (images, channels, height/f, width/f)."""
-    rows = (decoder.config.get("latents_mean") or [0.0], decoder.config.get("latents_std") or [1.0])
-    shift, scale = (torch.tensor(row, dtype=torch.float64)[:, None, None] for row in rows)
-    scale, shift = (row.to(latents.device, torch.float32) for row in (scale / decoder.config["scaling_factor"], shift))
-    sample = decoder.decode((scale * latents.float() + shift).to(decoder.dtype)).sample
+    sample = decoder.decode((latents / decoder.config["scaling_factor"]).to(decoder.dtype)).sample
     return VaeImageProcessor().postprocess(sample.float(), output_type="pil")
 
 

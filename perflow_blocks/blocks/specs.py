@@ -84,7 +84,7 @@ def schedule_config_specs() -> list[ConfigSpec]:
         "num_time_windows": "Number of equal time windows, at least 1. None: the recipe's, else 4.",
         "window_boundaries": "Descending times from 1 (noise) to 0 (data). None: the recipe's, else equal windows.",
         "solver_order": "1, or 2 for better images with more steps than windows. None: the recipe's, else 1.",
-        "theta": "Corrections (num_time_windows, 2) of the windows' steps, as of PeRFlowScheduler. None: the recipe's.",
+        "theta": "Corrections of each window's steps, (windows, 2), as of PeRFlowScheduler. None: the recipe's.",
         "default_num_inference_steps": f"Steps of a call that gives no number. None: the recipe's, else {steps}.",
     }
     return [ConfigSpec(name, None, description) for name, description in descriptions.items()]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,7 @@ from diffusers.modular_pipelines.modular_pipeline import (
     PipelineState,
     SequentialPipelineBlocks,
 )
-from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, OutputParam
+from diffusers.modular_pipelines.modular_pipeline_utils import OutputParam
 from diffusers.modular_pipelines.stable_diffusion_xl.decoders import StableDiffusionXLDecodeStep
 from diffusers.modular_pipelines.stable_diffusion_xl.encoders import (
     StableDiffusionXLInpaintVaeEncoderStep,
@@ -32,9 +35,9 @@ from torch import Tensor
 
 from ..delta.model_lock import model_lock
 from .declare import Assembled, declared
-from .finite_guard import HALF, can_be_float32, in_float32, not_finite, require_float32_may_help
-from .images import as_batch, count_images, image_size, pil_images, repeat_images
-from .inputs import Images, param, shared_input
+from .finite_guard import HALF, can_be_float32, in_float32, not_finite, precision
+from .images import as_batch, count_images, image_size, repeat_images
+from .inputs import param, shared_input, shared_inputs
 from .specs import unet_spec
 
 logger = logging.get_logger(__name__)
@@ -64,12 +67,9 @@ class GuardedVAE:
         self.config = FrozenDict({**vae.config, "force_upcast": False})
         with self._lock.running():
             self.dtype: torch.dtype = vae.dtype
-            self._upcasts = vae.config.force_upcast and self.dtype in HALF and can_be_float32([vae])
-
-    @property
-    def decoding_dtype(self) -> torch.dtype:
-        """The type in which latents are to be scaled and decoded."""
-        return torch.float32 if self._upcasts and self.dtype == torch.float16 else self.dtype
+            self._upcasts = vae.config.force_upcast and self.dtype in HALF and can_be_float32(vae)
+        # The type in which latents are scaled and decoded.
+        self.decoding_dtype = torch.float32 if self._upcasts and self.dtype == torch.float16 else self.dtype
 
     def to(self, *args: Any, **kwargs: Any) -> GuardedVAE:
         """Nothing: diffusers would change the type of weights that threads share."""
@@ -77,14 +77,13 @@ class GuardedVAE:
 
     def encode(self, images: Tensor) -> Any:
         """The VAE's output for images (batch, 3, height, width) in [-1, 1]."""
-        run, upcast = self._vae.encode, self._upcasts
-        return self._finite("encoded", run, images, upcast, lambda output: retrieve_latents(output, None, "argmax"))
+        values = partial(retrieve_latents, sample_mode="argmax")
+        return self._finite("encoded", self._vae.encode, images, self._upcasts, values)
 
     def decode(self, latents: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         """Images (batch, 3, height, width) of latents that are scaled for the VAE, as a tuple of one."""
-        upcast = self.decoding_dtype != self.dtype
-        run = self._vae.decode
-        return self._finite("decoded", lambda z: run(z, return_dict=False), latents, upcast, lambda output: output[0])
+        run = partial(self._vae.decode, return_dict=False)
+        return self._finite("decoded", run, latents, self.decoding_dtype != self.dtype, itemgetter(0))
 
     def _finite(
         self, done: str, run: Callable[[Tensor], Any], given: Tensor, upcast: bool, values: Callable[[Any], Tensor]
@@ -97,10 +96,10 @@ class GuardedVAE:
             problem = not_finite(f"the {done} images", values(output))
             if problem is None:
                 return output
-            require_float32_may_help(problem, given, [self._vae], "check the VAE's weights", _REMEDY)
-        inputs = {"given": given}
-        with in_float32([self._vae], inputs, given.device):
-            output = run(inputs["given"])
+            if precision(given) != torch.float32 and not can_be_float32(self._vae):
+                raise ValueError(f"{problem}, and offloaded or quantized weights cannot be made float32; {_REMEDY}.")
+        with in_float32([self._vae], given.device):
+            output = run(given.float())
         still = not_finite(f"the {done} images", values(output))
         if still is not None:
             raise ValueError(f"{still}; check the VAE's weights, and the given latents or image.")
@@ -109,18 +108,31 @@ class GuardedVAE:
         return output
 
 
-class PeRFlowVaeEncoderStep(StableDiffusionXLVaeEncoderStep):
-    """diffusers' VAE encoder with a `GuardedVAE`, and with a list of generators allowed for fewer images."""
+class _TakesAnyImages:
+    """Mixed in before diffusers' VAE encoders: a `GuardedVAE`, and as many images as masks and generators.
+
+    Images are encoded at the call's size, else at their own.
+    """
 
     @torch.no_grad()
-    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        inner = _match_images(state)
-        inner.values.update(_target_size(components, state))
-        super().__call__(guarded_vae(components), inner)
-        return components, _take_outputs(self, state, inner)
+    def __call__(self: Any, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        self.get_block_state(state)  # refuses a missing image
+        view, inner = guarded_vae(components), _match_images(state)
+        if inner.get("padding_mask_crop") is None:
+            inner.values.update(_target_size(components, state))
+        if inner.get("soft_mask"):
+            view.mask_processor = _soft(components.mask_processor)
+        super().__call__(view, inner)  # type: ignore[misc]
+        for output in self.intermediate_outputs:
+            state.set(output.name, inner.get(output.name), output.kwargs_type)
+        return components, state
 
 
-class PeRFlowInpaintVaeEncoderStep(StableDiffusionXLInpaintVaeEncoderStep):
+class PeRFlowVaeEncoderStep(_TakesAnyImages, StableDiffusionXLVaeEncoderStep):
+    """diffusers' VAE encoder with a `GuardedVAE`, and with a list of generators allowed for fewer images."""
+
+
+class PeRFlowInpaintVaeEncoderStep(_TakesAnyImages, StableDiffusionXLInpaintVaeEncoderStep):
     """diffusers' VAE encoder for inpainting, at the image's own size unless the call names another.
 
     It does not encode the masked image for a 4-channel UNet, which does not take it. With `soft_mask` the mask's grey
@@ -132,16 +144,6 @@ class PeRFlowInpaintVaeEncoderStep(StableDiffusionXLInpaintVaeEncoderStep):
 
     # The stock method of this class reads `self.vae` where the VAE has latent statistics, which no block has.
     _encode_vae_image = StableDiffusionXLVaeEncoderStep._encode_vae_image
-
-    @torch.no_grad()
-    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        inner = _match_images(state)
-        if state.get("padding_mask_crop") is None:
-            inner.values.update(_target_size(components, state))
-        view = guarded_vae(components)
-        view.mask_processor = _mask_processor(components, self.get_block_state(state))
-        super().__call__(view, inner)
-        return components, _take_outputs(self, state, inner)
 
     def prepare_mask_latents(
         self, components: Any, mask: Tensor, masked_image: Tensor | None, *args: Any
@@ -193,30 +195,14 @@ def _target_size(components: Any, state: PipelineState) -> dict[str, int]:
     return target
 
 
-def _take_outputs(block: ModularPipelineBlocks, state: PipelineState, inner: PipelineState) -> PipelineState:
-    for output in block.intermediate_outputs:
-        state.set(output.name, inner.get(output.name), output.kwargs_type)
-    return state
-
-
-def _mask_processor(components: Any, block_state: Any) -> VaeImageProcessor:
-    """The pipeline's processor of masks, or with `soft_mask` one like it that keeps grey values."""
-    processor = components.mask_processor
-    return VaeImageProcessor.from_config(processor.config, do_binarize=False) if block_state.soft_mask else processor
+def _soft(processor: VaeImageProcessor) -> VaeImageProcessor:
+    """A processor of masks like the pipeline's, which keeps grey values."""
+    return VaeImageProcessor.from_config(processor.config, do_binarize=False)
 
 
 def images_output() -> OutputParam:
     """The one output of every preset."""
     return OutputParam("images", Decoded, "The images, as `output_type` says; for `latent` the latents as they are.")
-
-
-_MASK_SETTINGS = {"do_normalize": False, "do_binarize": True, "do_convert_grayscale": True}
-
-
-def _processor(name: str, description: str, **settings: bool) -> ComponentSpec:
-    """As diffusers' own blocks declare it, so that the pipeline has one of the name."""
-    config = FrozenDict({"vae_scale_factor": 8, **settings})
-    return ComponentSpec(name, VaeImageProcessor, description, config, default_creation_method="from_config")
 
 
 class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
@@ -225,16 +211,17 @@ class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
     model_name = "stable-diffusion-xl"
     description = "Puts the known pixels of an inpainted image back as they were; `keep_known_pixels=False` leaves it."
     expected_components = declared(
-        _processor("image_processor", "Resizes the given image."),
-        _processor("mask_processor", "Resizes the mask; makes it 0 or 1 unless it is soft.", **_MASK_SETTINGS),
+        *(
+            replace(spec, description="Resizes images or masks.")
+            for spec in StableDiffusionXLInpaintVaeEncoderStep().expected_components
+            if spec.name != "vae"
+        )
     )
     inputs = declared(
         param("images", Decoded, "The decoded images.", required=True),
-        param("image", Images, "The image that was given, or one for each prompt.", required=True),
-        param("mask_image", Images, "The mask that was given: white is painted, black kept.", required=True),
-        shared_input("soft_mask"),
+        *shared_inputs("image", "mask_image", required=True),
         param("keep_known_pixels", bool, "Whether pixels outside the mask are put back exactly.", default=True),
-        shared_input("output_type"),
+        *shared_inputs("soft_mask", "output_type"),
     )
     intermediate_outputs = declared(OutputParam("images", Decoded, "The images, with the known pixels as given."))
 
@@ -242,24 +229,15 @@ class PeRFlowKeepKnownPixelsStep(ModularPipelineBlocks):
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         block_state = self.get_block_state(state)
         if block_state.keep_known_pixels and block_state.output_type != "latent":
-            block_state.images = _compose(components, block_state)
+            processor, masks = components.image_processor, components.mask_processor
+            size = image_size(block_state.images)
+            painted, known = (processor.preprocess(one, *size) for one in (block_state.images, block_state.image))
+            hole = (_soft(masks) if block_state.soft_mask else masks).preprocess(block_state.mask_image, *size)
+            known, hole = (repeat_images(one, len(painted)).to(painted) for one in (known, hole))
+            blended = torch.lerp(known, painted, hole)
+            block_state.images = processor.postprocess(blended, output_type=block_state.output_type)
         self.set_block_state(state, block_state)
         return components, state
-
-
-def _compose(components: Any, block_state: Any) -> Decoded:
-    painted, kind = block_state.images, block_state.output_type
-    height, width = image_size(painted)
-    given = components.image_processor.preprocess(block_state.image, height=height, width=width)
-    hole = _mask_processor(components, block_state).preprocess(block_state.mask_image, height=height, width=width)
-    given, hole = repeat_images(given, len(painted)), repeat_images(hole, len(painted))
-    known = components.image_processor.postprocess(given, output_type=kind)
-    if kind == "pil":
-        return [Image.composite(*three) for three in zip(painted, known, pil_images(hole.cpu()), strict=True)]
-    if kind == "np":
-        mask = hole.permute(0, 2, 3, 1).float().cpu().numpy()
-        return mask * painted + (1.0 - mask) * known
-    return torch.lerp(known.to(painted), painted, hole.to(painted))
 
 
 class PeRFlowDecodeStep(StableDiffusionXLDecodeStep):

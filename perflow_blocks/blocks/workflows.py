@@ -5,7 +5,7 @@ They take the inputs and need the components of their task alone, which is what 
 
 from __future__ import annotations
 
-from .apply_attention import PeRFlowApplyAttentionStep, PeRFlowControlNetApplyAttentionStep
+from .apply_attention import PeRFlowApplyAttentionStep
 from .auto_blocks import PeRFlowSDXLCoreDenoiseStep, Preset
 from .before_denoise import (
     PeRFlowInputStep,
@@ -21,12 +21,11 @@ from .controlnet import (
 )
 from .denoise import PeRFlowDenoiseStep, PeRFlowInpaintDenoiseStep, PeRFlowLoopSolverStep
 from .encode import PeRFlowIPAdapterStep, PeRFlowTextEncoderStep
-from .finite_guard import ControlNetFiniteGuardStep
+from .finite_guard import FiniteGuardStep
 from .merge_delta import PeRFlowMergeDeltaStep
 from .vae import PeRFlowAutoDecodeStep, PeRFlowDecodeStep, PeRFlowInpaintVaeEncoderStep, PeRFlowVaeEncoderStep
 
 _PREPARE = [PeRFlowCheckInputsStep, PeRFlowApplyAttentionStep, PeRFlowMergeDeltaStep, PeRFlowTextEncoderStep]
-_PREPARE_CONTROL = [_PREPARE[0], PeRFlowControlNetApplyAttentionStep, *_PREPARE[2:]]
 _PREPARE_NAMES = ["check_inputs", "apply_attention", "merge_delta", "text_encoder"]
 _STAGES = ["input", "before_denoise", "denoise"]
 _CONTROL_STAGES = ["input", "before_denoise", "controlnet_input", "denoise"]
@@ -68,7 +67,7 @@ class PeRFlowSDXLControlNetText2ImageDenoiseStep(PeRFlowSDXLCoreDenoiseStep):
 class PeRFlowTiledControlNetDenoiseStep(PeRFlowControlNetDenoiseStep):
     """The loop with a ControlNet that predicts large images tile by tile."""
 
-    block_classes = [ControlNetFiniteGuardStep, PeRFlowTiledControlNetLoopDenoiser, PeRFlowLoopSolverStep]
+    block_classes = [FiniteGuardStep, PeRFlowTiledControlNetLoopDenoiser, PeRFlowLoopSolverStep]
 
 
 class PeRFlowSDXLTileUpscalerDenoiseStep(PeRFlowSDXLCoreDenoiseStep):
@@ -110,7 +109,7 @@ class PeRFlowSDXLInpaintBlocks(Preset):
 class PeRFlowSDXLControlNetBlocks(Preset):
     """Text-to-image along a control image with Stable Diffusion XL in 4 to 8 steps."""
 
-    block_classes = [*_PREPARE_CONTROL, PeRFlowSDXLControlNetText2ImageDenoiseStep, PeRFlowDecodeStep]
+    block_classes = [*_PREPARE, PeRFlowSDXLControlNetText2ImageDenoiseStep, PeRFlowDecodeStep]
     block_names = [*_PREPARE_NAMES, "denoise", "decode"]
     description = "Draws images from prompts along a control image, with a ControlNet, in 4 to 8 PeRFlow steps."
 
@@ -118,7 +117,7 @@ class PeRFlowSDXLControlNetBlocks(Preset):
 class PeRFlowSDXLTileUpscalerBlocks(Preset):
     """Upscaling of images of any size with Stable Diffusion XL and a ControlNet for tiles, in a few steps."""
 
-    block_classes = [*_PREPARE_CONTROL, PeRFlowVaeEncoderStep, PeRFlowSDXLTileUpscalerDenoiseStep, PeRFlowDecodeStep]
+    block_classes = [*_PREPARE, PeRFlowVaeEncoderStep, PeRFlowSDXLTileUpscalerDenoiseStep, PeRFlowDecodeStep]
     block_names = [*_PREPARE_NAMES, "vae_encoder", "denoise", "decode"]
     description = "Gives an enlarged image new detail, tile by tile, without seams, in few PeRFlow steps."
 

@@ -27,8 +27,9 @@ def calibrate_theta(
     """The theta with which the final latents of a student come nearest to those of its teacher from the same noise.
 
     Minimises the mean logarithm of each image's squared difference (its PSNR, so that images which turned out to show
-    something else do not decide) by Gauss-Newton steps, with derivatives by finite differences. It calls the student `iterations * (2 * num_time_windows + 1) + 1` times for
-    each batch of prompts, and the teacher once. Whether the result helps is to be measured on other prompts.
+    something else do not decide) by Gauss-Newton steps, with derivatives by finite differences. It calls the teacher
+    once for each batch of prompts, and the student `iterations * (2 * num_time_windows + 1) + 1` times. Whether the
+    result helps is to be measured on other prompts.
 
     Args:
         pipe: a pipeline with a PeRFlowScheduler, of this package or of diffusers. Its scheduler has other values of
@@ -39,7 +40,7 @@ def calibrate_theta(
         seed: of the noise, on the CPU.
         batch_size: prompts of a call.
         iterations: Gauss-Newton steps, at least 1. The best theta of all is returned.
-        teacher_settings: for the teacher's calls, such as `guidance_scale=3.0`; `num_inference_steps` is 50 by default.
+        teacher_settings: of the teacher's calls, such as `guidance_scale=3.0`; `num_inference_steps` is by default 50.
 
     Returns:
         Theta (num_time_windows, 2), float64, for `PeRFlowScheduler(theta=...)` or `pipe.update_components(theta=...)`.

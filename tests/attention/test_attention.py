@@ -17,7 +17,6 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from perflow_blocks import AttentionConfig, PeRFlowApplyAttentionStep
 from perflow_blocks.attention.strategies import AttentionStrategy
-from perflow_blocks.blocks import PeRFlowControlNetApplyAttentionStep
 from perflow_blocks.testing import check_block, tiny_controlnet, tiny_picture, tiny_sdxl_unet
 from tests.attention.conftest import (
     HALF,
@@ -216,11 +215,8 @@ def test_the_report_is_a_table_with_one_line_for_modules_that_are_alike() -> Non
     assert len(str(AttentionConfig().report()).splitlines()) == 1
 
 
-@pytest.mark.parametrize("kind", [PeRFlowApplyAttentionStep, PeRFlowControlNetApplyAttentionStep])
-def test_the_blocks_keep_their_contract(kind: type[PeRFlowApplyAttentionStep]) -> None:
-    block, attention = kind(), AttentionConfig("sliced")
-    models = {"unet": tiny_sdxl_unet(), "controlnet": tiny_controlnet()}
-    check_block(block, components={"attention": attention, **models})
+def test_the_block_keeps_its_contract() -> None:
+    block, attention, unet = PeRFlowApplyAttentionStep(), AttentionConfig("sliced"), tiny_sdxl_unet()
+    check_block(block, components={"attention": attention, "unet": unet})
     assert {row.asked for row in attention.report().rows} == {"sliced"}
-    assert {row.module.split(".")[0] for row in attention.report().rows} == set(block.models)
     check_block(block, components={"attention_plan": ["self=flex"]})

@@ -23,10 +23,8 @@ from diffusers.guiders import (
     LTX2Guidance,
     PerturbedAttentionGuidance,
     SkipLayerGuidance,
-    SmoothedEnergyGuidance,
     TangentialClassifierFreeGuidance,
 )
-from diffusers.hooks.smoothed_energy_guidance_utils import SmoothedEnergyGuidanceConfig
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 from diffusers.modular_pipelines.stable_diffusion_xl.denoise import StableDiffusionXLLoopDenoiser
 from diffusers.utils import is_kornia_available
@@ -107,10 +105,6 @@ def perturbed(scale: float = 3.0, config: Any = None, **settings: Any) -> Pertur
     return PerturbedAttentionGuidance(scale, perturbed_guidance_config=config or attention_scores(), **settings)
 
 
-def smoothed(scale: float = 3.0, **settings: Any) -> SmoothedEnergyGuidance:
-    return SmoothedEnergyGuidance(scale, seg_guidance_config=SmoothedEnergyGuidanceConfig([0], fqn=MIDDLE), **settings)
-
-
 EVERYWHERE, AFTER_THE_FIRST = [BATCHED] * 4, [IN_TURN, IN_THREE, IN_THREE, IN_THREE]
 GUIDERS: dict[str, tuple[Callable[[float], BaseGuidance], list[list[int]]]] = {
     "cfg": (lambda scale: ClassifierFreeGuidance(scale), EVERYWHERE),
@@ -168,11 +162,9 @@ def put_in_place_of_denoisers(blocks: Any, denoiser: Any) -> None:
             put_in_place_of_denoisers(block, denoiser)
 
 
-def draw(guider: BaseGuidance, *, prompts: int = 2, checked: bool = True, **denoiser: bool) -> Any:
+def draw(guider: BaseGuidance, *, prompts: int = 2, **denoiser: bool) -> Any:
     """Four steps: the recording, which also holds the final `latents` (prompts, 4, 16, 16)."""
     pipe = make_pipeline(guider=guider)
-    if not checked:
-        pipe._blocks.sub_blocks.pop("check_inputs")
     recording = RecordingDenoiser(pipe, **denoiser)
     put_in_place_of_denoisers(pipe._blocks, recording)
     recording.latents = pipe(
@@ -272,12 +264,10 @@ def _guarded(steps: Callable[..., int]) -> Callable[..., int]:
     return run
 
 
-def poison(unet: nn.Module, timestep: int, image: int = 0, dtypes: tuple[torch.dtype, ...] | None = None) -> Any:
-    """Makes the UNet's prediction for an image infinite at a timestep, where it computes in one of the types."""
+def poison(unet: nn.Module, timestep: int, image: int) -> Any:
+    """Makes the UNet's prediction for an image infinite at a timestep."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor] | None:
-        if dtypes is not None and output[0].dtype not in dtypes:
-            return None
+    def hook(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor]:
         broken = output[0].clone()
         broken[image] += torch.where(args[1] == timestep, math.inf, 0.0)  # without reading the timestep
         return (broken,)

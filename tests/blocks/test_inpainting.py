@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import ClassifierFreeGuidance
 from PIL import Image
 from torch import Tensor
 
@@ -173,16 +172,6 @@ def test_a_four_channel_unet_is_spared_the_masked_picture() -> None:
     pipe.vae.encoder.register_forward_pre_hook(lambda module, args: encoded.append(args[0].shape[0]))
     run(pipe, image=tiny_picture(3), mask_image=hole_picture())
     assert encoded == [1]
-
-
-def test_a_split_run_goes_on_with_latents_and_noise() -> None:
-    pipe = make_pipeline(guider=ClassifierFreeGuidance(guidance_scale=2.0))
-    inputs = {"prompt": "a star", "image_latents": PICTURE, "mask": HOLE, "num_inference_steps": 4}
-    inputs["output_type"] = "latent"
-    whole = pipe(**inputs, generator=generator())
-    base = pipe(**inputs, generator=generator(), denoising_end=0.5)
-    rest = pipe(**inputs, denoising_start=0.5, latents=base.get("latents"), noise=base.get("noise"))
-    torch.testing.assert_close(rest.get("latents"), whole.get("latents"), rtol=1e-5, atol=1e-5)
 
 
 TWO_PICTURES = [tiny_picture(1), tiny_picture(2)]

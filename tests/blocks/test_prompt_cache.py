@@ -13,10 +13,7 @@ from diffusers import ClassifierFreeGuidance
 from peft import LoraConfig
 
 from perflow_blocks import PeRFlowSDXLAutoBlocks, PromptCacheStep
-from perflow_blocks.blocks.encode import (
-    PeRFlowAutoTextEncoderStep,
-    PeRFlowCachedTextEncoderStep,
-)
+from perflow_blocks.blocks.encode import PeRFlowAutoTextEncoderStep
 from perflow_blocks.testing import check_block
 from perflow_blocks.testing.tiny import TEXT_WIDTH, tiny_sdxl_components, tiny_tokenizer
 from tests.blocks.conftest import (
@@ -86,7 +83,7 @@ def test_a_workflow_that_is_taken_out_keeps_the_cache() -> None:
     blocks = PeRFlowSDXLAutoBlocks()
     blocks.sub_blocks["text_encoder"] = (cache := PromptCacheStep())
     pruned = blocks.get_workflow(name)
-    assert type(pruned.sub_blocks["text_encoder"]) is PeRFlowCachedTextEncoderStep
+    assert pruned.sub_blocks["text_encoder"] is cache
     inputs, expected = workflow_inputs(name), run(workflow_pipeline(name), **workflow_inputs(name))
     for each in (blocks, pruned):
         pipe = workflow_pipeline(name, each)
@@ -142,7 +139,7 @@ def test_copies_of_a_block_share_its_cache_and_pipelines_keep_apart(encoded: lis
         assert same(encode(first), uncached(first))
         assert same(encode(second), uncached(second))
     assert (cache.hits, cache.misses, len(cache.cache)) == (2, 2, 2)
-    assert first.blocks.hits == 2
+    assert first.blocks is cache
     first.blocks.clear()
     encoded.clear()
     encode(first)
@@ -182,68 +179,27 @@ def add_vectors(pipe: Any) -> None:
         pipe.load_textual_inversion(vectors, token="star", **parts)
 
 
-def add_lora(pipe: Any, name: str = "one") -> None:
-    torch.manual_seed(len(name))
-    for encoder in BOTH:
-        getattr(pipe, encoder).add_adapter(LoraConfig(**LORA), adapter_name=name)
-
-
-def use_lora(pipe: Any, name: str) -> None:
-    for encoder in BOTH:
-        getattr(pipe, encoder).set_adapter(name)
-
-
-def scale_lora(pipe: Any, scale: Any) -> None:
-    pipe.set_adapters("one", scale)
-
-
-def replace_lora(pipe: Any) -> None:
-    """Under the same name, which gives the new matrices the place of the old ones in memory."""
-    pipe.unload_lora_weights()
-    torch.manual_seed(9)
+def add_lora(pipe: Any) -> None:
+    torch.manual_seed(3)
     for encoder in BOTH:
         getattr(pipe, encoder).add_adapter(LoraConfig(**LORA), adapter_name="one")
-
-
-def turn(pipe: Any, method: str) -> None:
-    for encoder in BOTH:
-        getattr(getattr(pipe, encoder), method)()
-
-
-def scale_second_layer(pipe: Any) -> None:
-    layers = [module for module in pipe.text_encoder.modules() if hasattr(module, "lora_A")]
-    layers[1].set_scale("one", 0.25)
-
-
-def fuse(pipe: Any, scale: float = 1.0) -> None:
-    pipe.fuse_lora(components=BOTH, lora_scale=scale)
 
 
 Change = Callable[[Any], None]
 
 
-CHANGES: dict[str, tuple[list[Change], Change]] = {
-    "encoder replaced": ([], replace_encoder),
-    "tokenizer replaced": ([], replace_tokenizer),
-    "token added": ([], add_token),
-    "type": ([], half),
-    "textual inversion": ([], add_vectors),
-    "LoRA": ([], add_lora),
-    "LoRA scaled": ([add_lora], lambda pipe: scale_lora(pipe, 0.5)),
-    "LoRA scaled in one layer": ([add_lora], scale_second_layer),
-    "LoRA switched": ([add_lora, lambda pipe: add_lora(pipe, "three")], lambda pipe: use_lora(pipe, "one")),
-    "LoRA replaced": ([add_lora], replace_lora),
-    "LoRA off": ([add_lora], lambda pipe: turn(pipe, "disable_adapters")),
-    "LoRA fused": ([add_lora], lambda pipe: fuse(pipe, 0.5)),
-    "LoRA unloaded": ([add_lora], lambda pipe: pipe.unload_lora_weights()),
+CHANGES: dict[str, Change] = {
+    "encoder replaced": replace_encoder,
+    "tokenizer replaced": replace_tokenizer,
+    "token added": add_token,
+    "type": half,
+    "textual inversion": add_vectors,
 }
 
 
-@pytest.mark.parametrize(("before", "change"), CHANGES.values(), ids=CHANGES)
-def test_a_change_of_the_encoders_is_seen(before: list[Change], change: Change, encoded: list[str]) -> None:
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_of_the_encoders_is_seen(change: Change, encoded: list[str]) -> None:
     pipe = text_pipeline(cache := PromptCacheStep())
-    for step in before:
-        step(pipe)
     old = [encode(pipe, prompt=prompt) for prompt in ("a red star", "a ring", "a red star")]
     assert (cache.hits, cache.misses, len(cache.cache)) == (1, 2, 2)
     change(pipe)
@@ -258,6 +214,19 @@ def test_a_change_of_the_encoders_is_seen(before: list[Change], change: Change, 
     assert not same(old[0], expected)
 
 
+def test_with_loras_in_the_encoders_nothing_is_kept() -> None:
+    pipe = text_pipeline(cache := PromptCacheStep())
+    plain = encode(pipe)
+    add_lora(pipe)
+    for scale in (1.0, 0.5):
+        pipe.set_adapters("one", scale)
+        found = encode(pipe)
+        assert same(found, uncached(pipe)) and not same(found, plain)
+    pipe.unload_lora_weights()
+    assert same(encode(pipe), plain)
+    assert (cache.hits, cache.misses, len(cache.cache)) == (1, 1, 1)
+
+
 def test_an_encoder_changed_in_place_wants_a_clear() -> None:
     pipe = text_pipeline(cache := PromptCacheStep())
     old = encode(pipe)
@@ -270,29 +239,25 @@ def test_an_encoder_changed_in_place_wants_a_clear() -> None:
     assert not same(new, old)
 
 
-def test_loras_from_files_are_seen(tmp_path: Path, encoded: list[str]) -> None:
-    """Loaded one after the other without a call in between, under one name, and scaled by the call."""
+def test_loras_from_files_are_scaled_by_the_call(tmp_path: Path) -> None:
     blocks = PeRFlowSDXLAutoBlocks()
     blocks.sub_blocks["text_encoder"] = PromptCacheStep()
     cached, plain = make_pipeline(blocks), make_pipeline()
     plain_result = run(cached)
-    for seed in range(2):
-        folder = write_lora(tmp_path / str(seed), seed)
-        for pipe in (cached, plain):
-            pipe.unload_lora_weights()
-            pipe.load_lora_weights(folder)
+    folder = write_lora(tmp_path, 1)
+    for pipe in (cached, plain):
+        pipe.load_lora_weights(folder)
     for scale in (1.0, 0.3, 1.0):
         inputs = {"cross_attention_kwargs": {"scale": scale}}
         assert torch.equal(run(cached, **inputs), run(plain, **inputs)), scale
-    encoded.clear()
     assert not torch.equal(run(cached, **inputs), plain_result)
-    assert encoded == []
 
 
 def test_it_keeps_the_contract_of_the_block_in_whose_place_it_stands() -> None:
     stock, cached = PeRFlowAutoTextEncoderStep(), PromptCacheStep()
-    for attribute in ("inputs", "intermediate_outputs", "outputs", "expected_components", "expected_configs"):
-        assert getattr(stock, attribute) == getattr(cached, attribute)
+    for attribute in ("inputs", "intermediate_outputs", "expected_components"):
+        own, others = ([entry.name for entry in getattr(block, attribute)] for block in (cached, stock))
+        assert own == others
     components = {name: part for name, part in tiny_sdxl_components().items() if name in TEXT}
     components["guider"] = ClassifierFreeGuidance(guidance_scale=2.0)
     for _ in range(2):

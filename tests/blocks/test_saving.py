@@ -32,9 +32,9 @@ from perflow_blocks import (
 )
 from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
 from perflow_blocks.blocks import merge_delta as block
-from perflow_blocks.blocks.specs import SCHEDULER_SETTINGS
 from perflow_blocks.blocks.loop_block import LoopBlock
 from perflow_blocks.blocks.merge_delta import guidance_in_effect
+from perflow_blocks.blocks.specs import SCHEDULER_SETTINGS
 from perflow_blocks.blocks.workflows import PeRFlowSDXLText2ImageBlocks
 from perflow_blocks.delta.merge import merge_records
 from perflow_blocks.delta.recipe import DeltaRecipe

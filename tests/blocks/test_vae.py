@@ -90,16 +90,9 @@ def test_an_overflow_is_encoded_again_in_float32(caplog: pytest.LogCaptureFixtur
     torch.testing.assert_close(latents.float(), encoded(vae.float()), rtol=0.0, atol=0.01)
 
 
-@pytest.mark.parametrize(
-    ("vae", "latents", "text"),
-    [
-        (vae_of(torch.bfloat16), LATENTS / 0.0, "as is what they were computed from"),
-        (vae_of(torch.float32), LATENTS * float("inf"), "as is what they were computed from"),
-    ],
-)
-def test_latents_that_are_broken_are_told_apart(vae: Any, latents: Tensor, text: str) -> None:
-    with pytest.raises(ValueError, match=text):
-        decoded(vae, latents)
+def test_latents_that_are_broken_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"decoded images are not finite in torch\.float32.*and the given latents"):
+        decoded(vae_of(torch.bfloat16), LATENTS / 0.0)
 
 
 @pytest.mark.parametrize(("dtype", "upcast"), [(torch.float16, False), (torch.float16, True), (torch.float32, False)])

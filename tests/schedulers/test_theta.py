@@ -77,7 +77,7 @@ def test_a_saved_scheduler_holds_a_state_file_that_is_read(tmp_path: Path) -> No
     config = json.loads(file.read_text())
     assert config.pop("theta") == THETA
     file.write_text(json.dumps(config))
-    loaded, unused = PeRFlowScheduler.from_pretrained(tmp_path / "scheduler", return_unused_kwargs=True)
+    loaded, _ = PeRFlowScheduler.from_pretrained(tmp_path / "scheduler", return_unused_kwargs=True)
     assert loaded.config.theta == THETA
     PeRFlowScheduler().save_pretrained(tmp_path / "scheduler")
     assert not (tmp_path / "scheduler" / STATE_FILE).exists()
