@@ -77,10 +77,13 @@ def save_delta(
         raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, files.DTYPES))}.")
     weights = files.opened(delta)
     metadata = (recipe or DeltaRecipe()).to_metadata() | ({PARTIAL_KEY: "true"} if partial else {})
+    theta = torch.tensor(json.loads(metadata.pop(files.THETA, "[]")), dtype=torch.float64)
     changed = weights.base is None
 
     def stored(name: str) -> Tensor:
         nonlocal changed
+        if name == files.THETA:
+            return theta
         tensor = weights.tensor(name).to("cpu", dtype)
         if not files.is_finite(tensor):
             raise ValueError(
@@ -91,6 +94,8 @@ def save_delta(
 
     with atomic_path(path) as temporary:
         types = {name: (dtype, shape) for name, shape in weights.shapes.items()}
+        if len(theta):
+            types[files.THETA] = (torch.float64, tuple(theta.shape))
         write_tensors(temporary, types, stored, metadata, progress=progress)
         if not changed:
             raise ValueError(f"{weights.label} is zero in every weight; pass two models that differ.")

@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .recipe import DeltaRecipe
+from .recipe import PREFIX, DeltaRecipe
 
 DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 """The types that a delta may have and be merged into, as safetensors calls them."""
@@ -26,6 +26,8 @@ DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", to
 CHUNK = 1 << 20  # values that are worked on at a time: few enough for a processor's cache, enough for all its cores
 SAMPLE = 32  # how many values at either end of a tensor identify it
 DIGEST_KEY = "perflow_delta"  # in a LoRA file's metadata: the `identity_of` the delta that it was made from
+
+THETA = f"{PREFIX}theta"  # the one tensor of a delta that is no weight; read as if it were in the metadata
 
 # What distributed training, compilation, pipelines and checkpoints put before the names of all weights.
 PREFIXES = re.compile(r"^(module\.|_orig_mod\.|unet\.|_fsdp_wrapped_module\.|model\.diffusion_model\.)+")
@@ -108,11 +110,13 @@ def opened(delta: Delta, what: str = "delta") -> Weights:
     tensors, label = delta.state_dict() if isinstance(delta, nn.Module) else delta, "the mapping"
     if not isinstance(tensors, Mapping):
         raise ValueError(f"{what}={type(delta).__name__} must be a file, a folder or a mapping of names to tensors.")
-    own = {PREFIXES.sub("", name): (name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    theta = {THETA: json.dumps(tensors[THETA].tolist())} if THETA in tensors else {}
+    numbers = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point() and key != THETA}
+    own = {PREFIXES.sub("", name): (name, tensor) for name, tensor in numbers.items()}
     if not own:
         raise ValueError(f"{label} holds no floating-point tensors.")
     shapes = {name: tuple(tensor.shape) for name, (_, tensor) in own.items()}
-    return Weights(label, shapes, {name: (tensors.__getitem__, key) for name, (key, _) in own.items()})
+    return Weights(label, shapes, {name: (tensors.__getitem__, key) for name, (key, _) in own.items()}, theta)
 
 
 def open_weights(path: str | os.PathLike[str], variant: str | None = None) -> Weights:
@@ -134,7 +138,9 @@ def open_weights(path: str | os.PathLike[str], variant: str | None = None) -> We
             file = _File(path)
             for key in file.handle.keys():
                 part, name = file.handle.get_slice(key), PREFIXES.sub("", key)
-                if "F" in part.get_dtype():
+                if key == THETA:
+                    metadata[THETA] = json.dumps(file.tensor(key).tolist())
+                elif "F" in part.get_dtype():
                     shapes[name], places[name] = tuple(part.get_shape()), (file.tensor, key)
             metadata |= file.handle.metadata() or {}
         except (SafetensorError, OSError, ValueError) as error:

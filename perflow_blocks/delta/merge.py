@@ -41,10 +41,9 @@ are still those of the model that was noted, perhaps trained further; of other m
 
 
 @contextmanager
-def _opened(
-    module: nn.Module, base: Delta | None = None, write: bool = True
-) -> Iterator[tuple[nn.Module, MergeState]]:
-    """The module without its compiled wrapper, and its state; to write, once no thread runs the model."""
+def _opened(module: Any, base: Delta | None = None, write: bool = True) -> Iterator[tuple[nn.Module, MergeState]]:
+    """A module, or a pipeline's UNet, without its compiled wrapper, and its state; to write once no thread runs it."""
+    module = module if isinstance(module, nn.Module) else module.unet
     lock = model_lock(module)
     with lock.changing() if write else nullcontext(), lock:
         module = uncompiled(module)
@@ -52,7 +51,7 @@ def _opened(
 
 
 def merge_delta(
-    module: nn.Module,
+    module: Any,
     delta: Delta,
     scale: float = 1.0,
     *,
@@ -74,7 +73,9 @@ def merge_delta(
     at few steps suffers, since it was distilled without the others.
 
     Args:
-        module: a UNet, or a module that holds weights under the delta's names.
+        module: a pipeline of this package or of diffusers, whose UNet is meant, a UNet, or another module with weights
+            of the delta's names. The scheduler stays as it is: blocks of this package follow the delta's recipe; for
+            others, `PeRFlowScheduler.from_scheduler(pipe.scheduler, **record.recipe.scheduler_settings())`.
         delta: a file, a folder, a mapping from `extract_delta`, or what `open_weights` or `open_difference` gave.
         scale: the factor of dW: 1 as it was extracted, 0 for none.
         scales: further factors by pattern of a weight's name, as in {"up_blocks.*": 0.5}; the first match counts.
@@ -101,7 +102,7 @@ def merge_delta(
 
 
 def rescale_delta(
-    module: nn.Module,
+    module: Any,
     scale: float,
     delta: Delta | MergeRecord | None = None,
     *,
@@ -126,7 +127,7 @@ def rescale_delta(
 
 
 def unmerge_delta(
-    module: nn.Module, delta: Delta | MergeRecord | None = None, *, base: Delta | None = None, exact: bool = True
+    module: Any, delta: Delta | MergeRecord | None = None, *, base: Delta | None = None, exact: bool = True
 ) -> tuple[MergeRecord, ...]:
     """Takes one delta, or all, out of the model and returns their records; the rest stays merged.
 
@@ -144,7 +145,7 @@ def unmerge_delta(
         return gone
 
 
-def merge_records(module: nn.Module) -> tuple[MergeRecord, ...]:
+def merge_records(module: Any) -> tuple[MergeRecord, ...]:
     """What is merged into the model, in the order of merging; also into one that was saved and loaded again.
 
     An interrupted merge is undone first, and records are dropped if other weights were loaded since. Costs
@@ -154,7 +155,7 @@ def merge_records(module: nn.Module) -> tuple[MergeRecord, ...]:
         return state.records
 
 
-def merge_record(module: nn.Module) -> MergeRecord | None:
+def merge_record(module: Any) -> MergeRecord | None:
     """The delta that says how to sample, else the first one; None where nothing is merged."""
     return recipe_record(merge_records(module))
 

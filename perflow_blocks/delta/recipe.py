@@ -75,6 +75,11 @@ class DeltaRecipe:
                 raise ValueError(f"{name}={value!r} must be an integer from 1 to {timesteps}, the training timesteps.")
         if self.solver_order not in (None, 1, 2):
             raise ValueError(f"solver_order={self.solver_order!r} must be 1 or 2.")
+        if self.theta is not None:
+            rows = tuple(tuple(map(float, row)) for row in self.theta)
+            if any(len(row) != 2 or not all(map(math.isfinite, row)) for row in rows):
+                raise ValueError(f"theta={self.theta} must hold 2 finite numbers for each window.")
+            object.__setattr__(self, "theta", rows)
         if self.window_boundaries is None:
             return
         windows = tile_windows(num_windows=1, boundaries=self.window_boundaries, num_train_timesteps=timesteps)
@@ -88,6 +93,12 @@ class DeltaRecipe:
     def noise_schedule(self) -> dict[str, Any]:
         """What `scheduler_config` says about betas and training timesteps, as settings of a `PeRFlowScheduler`."""
         return noise_schedule_of(self.scheduler_config or {})
+
+    def scheduler_settings(self) -> dict[str, Any]:
+        """Settings of the `PeRFlowScheduler` to sample with: `from_scheduler(pipe.scheduler, **settings)`."""
+        names = ("prediction_type", "num_time_windows", "window_boundaries", "solver_order", "theta")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {**self.noise_schedule(), **given}
 
     def to_metadata(self) -> dict[str, str]:
         """The settings that are not None, as strings under "perflow." keys: text as it is, the others in JSON."""

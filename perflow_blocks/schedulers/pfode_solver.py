@@ -151,11 +151,9 @@ class PFODESolver:
                 With None each row's own t_start and t_end decide, for windows of unequal lengths.
         """
         _check_conditions(len(latents), positive, negative, guidance_scale)
-        _check_times(t_start, t_end)
-        start, end = _rows("t_start", t_start, latents), _rows("t_end", t_end, latents)
         stride = self._stride(num_steps, num_windows)
-        if num_windows is not None:
-            _check_length(t_start, t_end, num_windows)
+        _check_times(t_start, t_end, num_windows)
+        start, end = _rows("t_start", t_start, latents), _rows("t_end", t_end, latents)
         guider = None
         if guidance_scale > 1.0 and negative is not None:
             positive, guider = positive.join(negative), self._guiders.get(guidance_scale)
@@ -304,24 +302,16 @@ def _rows(name: str, t: float | Tensor, latents: Tensor) -> Tensor:
     return rows.expand(len(latents))
 
 
-def _check_times(t_start: float | Tensor, t_end: float | Tensor) -> None:
-    if not _are_on_host(t_start, t_end):
+def _check_times(t_start: float | Tensor, t_end: float | Tensor, num_windows: int | None) -> None:
+    """Checks times that lie on the host; reading a tensor back from a device would stall it.
+
+    Equal windows must be as long as their number says, since the steps would miss their ends otherwise.
+    """
+    if any(isinstance(t, Tensor) and t.device.type != "cpu" for t in (t_start, t_end)):
         return
     start, end = torch.as_tensor(t_start), torch.as_tensor(t_end)
     if not bool(((0.0 <= end) & (end < start) & (start <= 1.0)).all()):
         raise ValueError(f"{t_start=} and {t_end=} must be times with 0 <= t_end < t_start <= 1 in every row.")
-
-
-def _check_length(t_start: float | Tensor, t_end: float | Tensor, num_windows: int) -> None:
-    """Refuses times that are not one of `num_windows` equal windows apart, whose ends the steps would miss."""
-    if not _are_on_host(t_start, t_end):
-        return
-    lengths = (torch.as_tensor(t_start) - torch.as_tensor(t_end)) * num_windows
-    if bool(((lengths - 1.0).abs() > _LENGTH_TOLERANCE).any()):
+    if num_windows is not None and bool((((start - end) * num_windows - 1.0).abs() > _LENGTH_TOLERANCE).any()):
         rule = f"must lie 1/{num_windows} apart, the length of each of num_windows={num_windows} equal windows"
         raise ValueError(f"{t_start=} and {t_end=} {rule}; pass another num_windows, or None for any times.")
-
-
-def _are_on_host(*times: float | Tensor) -> bool:
-    """Whether times can be checked: reading a tensor back from a device would stall it."""
-    return not any(isinstance(t, Tensor) and t.device.type != "cpu" for t in times)

@@ -350,7 +350,7 @@ class Teacher:
     ) -> None:
         self.unet, self.encoder, self.geometry, self.config = unet, encoder, geometry, config
         self.at_hand = at_hand
-        self._solver = PFODESolver(scheduler)
+        self._solver = PFODESolver(scheduler, order=config.order)
 
     def solve(self, z_start: Tensor, window: WindowAlpha, conditioning: Conditioning) -> Tensor:
         """The ends (batch, channels, height, width) of windows that begin at `z_start`; each row has its own window.

@@ -97,7 +97,7 @@ def test_equal_steps_weigh_three_halves_and_minus_one_half() -> None:
     start, velocities = randn(1, 4, 3, 3), [randn(1, 4, 3, 3, seed=seed) for seed in range(1, 7)]
     given = iter(velocities)
     samples = [start, *run(scheduler, start, lambda sample, t: next(given))]
-    lengths = -np.diff([*scheduler.plan.timesteps, 0]) / 1000  # type: ignore[union-attr]
+    lengths = -np.diff([*scheduler.plan.timesteps, 0]) / 1000
     for i in range(6):
         step = -lengths[i] * velocities[i]
         if i in (1, 2, 4, 5):

@@ -88,7 +88,7 @@ def test_it_shows_the_student_and_changes_nothing(
 
 @pytest.mark.parametrize("family", ["sdxl", "sd"])
 def test_images_are_those_of_diffusers_pipelines(family: str, teachers: dict[str, Path], tmp_path: Path) -> None:
-    session = Session(tiny_config(tmp_path, teachers[family], **SETTINGS, **{"teacher__cfg_mode": "fixed"}))
+    session = Session(tiny_config(tmp_path, teachers[family], **SETTINGS, teacher__cfg_mode="fixed", teacher__order=1))
     pipe: Any = (StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline).from_pretrained(
         teachers[family], unet=session.accelerator.unwrap_model(session.student)
     )
