@@ -35,6 +35,7 @@ _PUBLIC = {
     "StepInfo": "blocks.observers",
     "TimeWindows": "core.windows",
     "WindowLogStep": "blocks.observers",
+    "calibrate_theta": "training.calibration",
     "compile_loops": "blocks.recombine",
     "delta_to_lora": "delta.lora",
     "export_workflow": "hub.export",
