@@ -49,7 +49,7 @@ RESULTS = {
 _STATE, _STUDENT, _AVERAGES = "state.json", "student.safetensors", "averages.safetensors"
 _MAY_CHANGE = tuple(
     """output. loss. data.num_workers teacher.guidance_scale teacher.dtype teacher.offload teacher.on_policy_
-    teacher.text_cache teacher.latent_cache optimizer.learning_rate optimizer.schedule optimizer.warmup_steps
+    teacher.text_cache optimizer.learning_rate optimizer.schedule optimizer.warmup_steps
     optimizer.max_grad_norm optimizer.max_steps optimizer.gradient_checkpointing optimizer.compile""".split()
 )
 """Settings that may differ from those of the run that is resumed."""
@@ -246,9 +246,9 @@ def read_state(path: Path) -> State:
 def require_same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
     """Raises ValueError that names all settings by "section.field" that differ where they may not."""
     changed = [
-        f"{key} is {json.dumps(value)} there and {json.dumps(new.get(key))} here"
+        f"{key} is {json.dumps(value)} there and {json.dumps(new[key])} here"
         for key, value in old.items()
-        if new.get(key) != value and not _may_change(key, value, new)
+        if key in new and new[key] != value and not _may_change(key, value, new)
     ]
     if changed:
         raise ValueError(

@@ -60,14 +60,11 @@ class ModelConfig(Section):
     """Teacher and student."""
 
     teacher: PathText
-    """Repository or directory of a Stable Diffusion pipeline, a checkpoint in one file, or "demo" for the embedded
-    model."""
+    """Repository or directory of a Stable Diffusion pipeline, or "demo" for the embedded model."""
     revision: str | None = None
     """Branch, tag or commit of the repository."""
     variant: str | None = None
     """Variant of the weight files, such as "fp16"."""
-    config: PathText | None = None
-    """For a checkpoint in one file: repository or directory with the configurations of its parts."""
     student: Literal["full", "lora"] = "full"
     """"full" trains all weights, "lora" low-rank factors beside them."""
     lora_rank: PositiveInt = 64
@@ -211,8 +208,6 @@ class TeacherConfig(Section):
     """What waits in host memory while it is not used: "none", the "encoders", or "all" with the teacher's UNet."""
     text_cache: NonNegativeInt = 1024
     """Prompts whose embeddings are kept on the device (about 0.3 MB each for SDXL in half precision)."""
-    latent_cache: NonNegativeInt = 0
-    """Images whose latents are kept, recognised by their pixels."""
 
     def rules(self) -> Iterator[str]:
         if self.on_policy_share > 0 and self.starts == "noised":
@@ -307,7 +302,7 @@ class OutputConfig(Section):
     delta_dtype: DTypeName = "float16"
     """Type in which the delta, its LoRA forms and the workflow's weights are stored."""
     validation_every: PositiveInt | None = None
-    """Updates between two validations: a sheet of images and the windows' straightness. The first comes before any."""
+    """Updates between two validations: a sheet of images and endpoint errors. The first comes before any update."""
     validation_prompts: tuple[str, ...] = ()
     """Prompts of the sheets."""
     validation_steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
@@ -316,12 +311,8 @@ class OutputConfig(Section):
     """Number of steps of the teacher."""
     workflow: bool = True
     """Writes a workflow repository at the end (SDXL). It refers to a teacher on the Hub and holds any other."""
-    evaluation_prompts: NonNegativeInt = 0
-    """Prompts of the report's table of quality, for the demo's images, at least 2; 0 for no table."""
 
     def rules(self) -> Iterator[str]:
-        if self.evaluation_prompts == 1:
-            yield "output.evaluation_prompts: 1 is too few; pass at least 2, or 0 for no table."
         if self.validation_every is not None and not self.validation_prompts:
             yield "output.validation_every: needs output.validation_prompts; pass a few prompts, or leave it out."
 
@@ -366,10 +357,6 @@ class DistillConfig(Section):
             yield f"teacher.steps_per_window: must be at most {timesteps}, the timesteps of the narrowest window."
         if self.teacher.starts == "noised" and self.data.kind == "prompts":
             yield "data.kind: prompts have no images to noise; pass teacher.starts=trajectory, or images."
-        local = self.model.teacher == "demo" or Path(self.model.teacher).is_dir()
-        judged = self.data.kind == "demo" and self.data.resolution == DEMO_IMAGE_SIZE and local
-        if output.evaluation_prompts and not judged:
-            yield "output.evaluation_prompts: for data.kind=demo at full size and a local teacher; leave it out."
 
 
 def load_config(path: str | os.PathLike[str], overrides: Mapping[str, str] | None = None) -> DistillConfig:

@@ -9,40 +9,24 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from accelerate import PartialState
 
 from ..atomic_files import atomic_path, require_writable_directory
 from ..schedulers import PFODESolver
-from .checkpoints import (
-    DELTA,
-    METRICS,
-    READINGS,
-    REPORT,
-    RESULTS,
-    SHEETS,
-    WORKFLOW,
-    by_step,
-    find_checkpoint,
-    read_lines,
-)
+from .checkpoints import METRICS, READINGS, REPORT, RESULTS, SHEETS, WORKFLOW, by_step, find_checkpoint, read_lines
 from .config import ConfigError, DistillConfig
 from .data import open_rows
 from .loop import Observer, train
-from .output import describe, pipeline_of, write_outputs
+from .output import describe, write_outputs
 from .student import empty_unet, frozen_weights, lora_modules
 from .teacher import SDXL, WindowGeometry, open_teacher
 from .validation import Validation
 
-_PLOTS = "plots"
+PLOTS = "plots"
 _FAR = 4  # times the teacher's own size: a step then takes more than 16 times as long
 _SHOWN_SHEETS = 4
-_ABOUT = """The mean squared deviation of the velocity of a student's path from that of its chord, over the squared
-speed along the chord: 0 is a line, which one Euler step solves exactly (arXiv 2209.03003, section 2). A line may lead
-to a wrong place, so the endpoint error is beside it: the squared distance between where one step of the student and
-where the teacher end, over the squared length of the teacher's chord."""
-
-Curves = Mapping[str, Sequence[float | None]]
+_ABOUT = """The squared distance between where one step of the student and where the teacher end, over the squared
+length of the teacher's chord; 1 is as bad as not moving."""
 
 
 def distill(config: DistillConfig, observers: Sequence[Observer] = ()) -> Path:
@@ -59,12 +43,11 @@ def distill(config: DistillConfig, observers: Sequence[Observer] = ()) -> Path:
     require_possible(config)
     train(config, [*observers, Validation()])
     if (state := PartialState()).is_main_process:
-        summary, tables = "", ""
+        summary = ""
         try:
             summary = write_outputs(config, state.device)
-            tables = _evaluate(config)
         finally:  # the training is done, so that it is reported even where an output fails
-            write_report(config, summary, tables)
+            write_report(config, summary)
     return Path(config.output.directory)
 
 
@@ -78,7 +61,6 @@ def _problems(config: DistillConfig) -> Iterator[str]:
     optional = {
         "peft": config.model.student == "lora",
         "bitsandbytes": config.optimizer.name == "adamw8bit",
-        "torchmetrics": config.output.evaluation_prompts > 0,
         config.output.tracker: config.output.tracker is not None,
     }
     for package, is_needed in optional.items():
@@ -120,24 +102,15 @@ def _require_teacher(config: DistillConfig) -> None:
         require_target(Path(config.output.directory) / WORKFLOW, overwrite=True)
 
 
-def _evaluate(config: DistillConfig) -> str:
-    if not config.output.evaluation_prompts:
-        return ""
-    from ..demo.judge import evaluate_student  # with packages that nothing else here needs
-
-    pipe = pipeline_of(open_teacher(config.model), torch.float32)
-    scale = config.teacher.guidance_scale if config.teacher.cfg_mode == "fixed" else None
-    return evaluate_student(pipe, Path(config.output.directory) / DELTA, config.output.evaluation_prompts, scale)
-
-
-def write_report(config: DistillConfig, lora_summary: str = "", evaluation: str = "") -> Path:
-    """Writes `report.md` and its plots, with what the LoRA keeps of the delta and tables of an evaluation."""
+def write_report(config: DistillConfig, lora_summary: str = "") -> Path:
+    """Writes `report.md` and its plots, with what the LoRA keeps of the delta."""
     directory = Path(config.output.directory)
     metrics, readings = read_lines(directory / METRICS), read_lines(directory / READINGS)
     present = [[f"`{name}`", what] for name, what in RESULTS.items() if (directory / name).exists()]
     try:
-        curves = ["## Loss", *_loss(metrics, directory)] if metrics else []
-        curves += ["## Straightness", _ABOUT, *_straightness(readings, directory)] if readings else []
+        curves = ["## Loss", *_curves(directory, "loss", metrics, "window_losses")] if metrics else []
+        if readings:
+            curves += ["## Endpoint error", _ABOUT, *_curves(directory, "endpoint_error", readings, "endpoint_error")]
     except (LookupError, TypeError) as error:
         raise ValueError(f"{METRICS} or {READINGS} in {directory} is damaged ({error!r}); move it away.") from error
     parts = [
@@ -145,7 +118,6 @@ def write_report(config: DistillConfig, lora_summary: str = "", evaluation: str 
         f"{describe(config)}.",
         *curves,
         *_sheets(directory),
-        *(["## Evaluation", evaluation.strip()] if evaluation else []),
         "## Files",
         _table(["file", "what it is"], present),
         lora_summary,
@@ -157,18 +129,13 @@ def write_report(config: DistillConfig, lora_summary: str = "", evaluation: str 
     return directory / REPORT
 
 
-def _loss(metrics: list[dict[str, Any]], directory: Path) -> list[str]:
-    steps = [line["step"] for line in metrics]
-    curves: dict[str, list[float | None]] = {"weighted, all": [fmean(line["losses"]) for line in metrics]}
-    for number in range(len(metrics[0]["window_losses"])):
-        curves[f"window {number + 1}"] = [line["window_losses"][number] for line in metrics]
-    rows = [[name, *_thirds([value for value in curve if value is not None])] for name, curve in curves.items()]
-    others = {name: {name: [line[name] for line in metrics]} for name in ("learning_rate", "samples_per_second")}
-    return [
-        _plot(directory, "loss", steps, curves),
-        _table(["", "mean loss in the first third", "in the last third"], rows),
-        *(_plot(directory, name, steps, curve, "linear") for name, curve in others.items()),
-    ]
+def _curves(directory: Path, name: str, lines: list[dict[str, Any]], key: str) -> list[str]:
+    """A table of the windows' figures in the first and last third of the readings, and their plot."""
+    steps, windows = [line["step"] for line in lines], range(len(lines[0][key]))
+    curves = {f"window {i + 1}": [line[key][i] for line in lines] for i in windows}
+    rows = [[label, *_thirds([value for value in curve if value is not None])] for label, curve in curves.items()]
+    plot = _plot(directory / PLOTS / f"{name}.png", steps, curves)
+    return [*plot, _table(["", "mean of the first third", "of the last third"], rows)]
 
 
 def _thirds(values: list[float]) -> list[str]:
@@ -176,14 +143,21 @@ def _thirds(values: list[float]) -> list[str]:
     return [f"{fmean(some):.4g}" if some else "-" for some in (values[:part], values[-part:])]
 
 
-def _straightness(readings: list[dict[str, Any]], directory: Path) -> list[str]:
-    names, first, last = ("straightness", "endpoint_error"), readings[0], readings[-1]
-    count = range(len(last[names[0]]))
-    rows = [[i + 1, *(f"{reading[name][i]:.3g}" for name in names for reading in (first, last))] for i in count]
-    header = [f"{name.replace('_', ' ')}, {reading['step']} updates" for name in names for reading in (first, last)]
-    steps = [line["step"] for line in readings]
-    curves = {name: {f"window {i + 1}": [line[name][i] for line in readings] for i in count} for name in names}
-    return [*(_plot(directory, name, steps, curves[name]) for name in names), _table(["window", *header], rows)]
+def _plot(path: Path, steps: list[int], curves: Mapping[str, list[float | None]]) -> list[str]:
+    """Draws curves over the updates, with gaps for None; the link to the file. Nothing without matplotlib."""
+    if find_spec("matplotlib") is None:
+        return []
+    from matplotlib.figure import Figure  # by itself: no backend is set for anyone
+
+    figure: Any = Figure(figsize=(7.0, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for label, curve in curves.items():
+        axes.plot(steps, [value or float("nan") for value in curve], label=label, marker=".")
+    axes.set(yscale="log", xlabel="updates", ylabel=path.stem.replace("_", " "))
+    axes.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+    return [f"![{path.stem}]({PLOTS}/{path.name})"]
 
 
 def _sheets(directory: Path) -> list[str]:
@@ -194,25 +168,5 @@ def _sheets(directory: Path) -> list[str]:
     return ["## Validation", *(f"![{path.stem}]({SHEETS}/{path.name})" for path in chosen)] if found else []
 
 
-def _plot(directory: Path, name: str, steps: Sequence[int], curves: Curves, scale: str = "log") -> str:
-    """Draws curves over the updates, with gaps for None, into a PNG file; the link to it. Needs matplotlib."""
-    if find_spec("matplotlib") is None:
-        return ""
-    from matplotlib.figure import Figure  # by itself: no backend is set for anyone
-
-    figure: Any = Figure(figsize=(7.0, 3.6), dpi=110, layout="constrained")
-    axes = figure.subplots()
-    for label, curve in curves.items():
-        values = [float("nan") if value is None or (scale == "log" and value <= 0) else value for value in curve]
-        axes.plot(steps, values, label=label, marker="o" if len(values) < 12 else None, markersize=3, linewidth=1.2)
-    axes.set(yscale=scale, xlabel="updates", ylabel=name.replace("_", " "))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    with atomic_path(directory / _PLOTS / f"{name}.png") as temporary:
-        figure.savefig(temporary, format="png")
-    return f"![{name}]({_PLOTS}/{name}.png)"
-
-
-def _table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])

@@ -116,7 +116,7 @@ class Session:
             return TrajectoryStarts(**common, vae_factor=factor, device=device, batch_size=rows)
         vae = self.source.load_vae(getattr(torch, config.teacher.dtype))
         offload = _place([vae], device, config.teacher.offload != "none")
-        return NoisedStarts(**common, latents=LatentEncoder(vae, device, config.teacher.latent_cache, offload))
+        return NoisedStarts(**common, latents=LatentEncoder(vae, device, offload))
 
 
 def _place(models: list[Any], device: torch.device, offload: bool) -> Offload | None:
