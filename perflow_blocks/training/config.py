@@ -206,21 +206,12 @@ class LossConfig(Section):
     """"l2", or "huber", which is quadratic up to `huber_c` and linear beyond."""
     huber_c: PositiveFloat = 0.1
     """See `kind`."""
-    weighting: Literal["none", "reciprocal", "endpoint", "window"] = "none"
-    """Of each row: "none"; "reciprocal", 1 / (1 - t), of mean 1; "endpoint", which makes the error that of the
-    window's end; "window", the weight of its window."""
-    window_weights: tuple[NonNegativeFloat, ...] | None = None
-    """One weight for each window, noisiest first, for "window"."""
+    weighting: Literal["none", "reciprocal", "endpoint"] = "none"
+    """Of each row: "none"; "reciprocal", 1 / (1 - t), of mean 1; "endpoint", the error is that of the window's end."""
     max_weight: PositiveFloat = 10.0
     """The most that "endpoint" weighs."""
     caption_dropout: Share = 0.1
     """Share of the prompts that teacher and student see as the empty one."""
-
-    def rules(self) -> Iterator[str]:
-        if (self.weighting == "window") != (self.window_weights is not None):
-            yield "loss.window_weights: go with loss.weighting=window; pass both, or neither."
-        if self.window_weights is not None and not any(self.window_weights):
-            yield "loss.window_weights: all are 0, which trains nothing; pass at least one above 0."
 
 
 class OptimizerConfig(Section):
@@ -313,9 +304,7 @@ class DistillConfig(Section):
 
     def rules(self) -> Iterator[str]:
         windows, output = self.windows.tile(), self.output
-        count, weights = windows.num_windows, self.loss.window_weights
-        if weights is not None and len(weights) != count:
-            yield f"loss.window_weights: {len(weights)} weights for {count} windows; pass {count}."
+        count = windows.num_windows
         if output.num_inference_steps is not None and output.num_inference_steps < count:
             yield f"output.num_inference_steps: {output.num_inference_steps} is below the {count} windows."
         for number in output.validation_steps or ():

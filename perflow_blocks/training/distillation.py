@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -24,7 +24,6 @@ from .validation import Validation
 
 PLOTS = "plots"
 _FAR = 4  # times the teacher's own size: a step then takes more than 16 times as long
-_SHOWN_SHEETS = 4
 _ABOUT = """The squared distance between where one step of the student and where the teacher end, over the squared
 length of the teacher's chord; 1 is as bad as not moving."""
 
@@ -106,7 +105,8 @@ def write_report(config: DistillConfig, lora_summary: str = "") -> Path:
     """Writes `report.md` and its plots, with what the LoRA keeps of the delta."""
     directory = Path(config.output.directory)
     metrics, readings = read_lines(directory / METRICS), read_lines(directory / READINGS)
-    present = [[f"`{name}`", what] for name, what in RESULTS.items() if (directory / name).exists()]
+    present = [f"`{name}`" for name in RESULTS if (directory / name).exists()]
+    sheets = [f"![{path.stem}]({SHEETS}/{path.name})" for _, path in by_step(directory / SHEETS, ".png")]
     try:
         curves = ["## Loss", *_curves(directory, "loss", metrics, "window_losses")] if metrics else []
         if readings:
@@ -117,9 +117,8 @@ def write_report(config: DistillConfig, lora_summary: str = "") -> Path:
         f"# Distillation of {config.model.teacher}",
         f"{describe(config)}.",
         *curves,
-        *_sheets(directory),
-        "## Files",
-        _table(["file", "what it is"], present),
+        *(["## Validation", *sheets] if sheets else []),
+        f"## Files\n\n{', '.join(present)}",
         lora_summary,
         "## Settings",
         f"```json\n{json.dumps(config.model_dump(mode='json'), indent=2)}\n```",
@@ -130,43 +129,26 @@ def write_report(config: DistillConfig, lora_summary: str = "") -> Path:
 
 
 def _curves(directory: Path, name: str, lines: list[dict[str, Any]], key: str) -> list[str]:
-    """A table of the windows' figures in the first and last third of the readings, and their plot."""
-    steps, windows = [line["step"] for line in lines], range(len(lines[0][key]))
-    curves = {f"window {i + 1}": [line[key][i] for line in lines] for i in windows}
-    rows = [[label, *_thirds([value for value in curve if value is not None])] for label, curve in curves.items()]
-    plot = _plot(directory / PLOTS / f"{name}.png", steps, curves)
-    return [*plot, _table(["", "mean of the first third", "of the last third"], rows)]
-
-
-def _thirds(values: list[float]) -> list[str]:
-    part = max(1, len(values) // 3)
-    return [f"{fmean(some):.4g}" if some else "-" for some in (values[:part], values[-part:])]
-
-
-def _plot(path: Path, steps: list[int], curves: Mapping[str, list[float | None]]) -> list[str]:
-    """Draws curves over the updates, with gaps for None; the link to the file. Nothing without matplotlib."""
+    """A table of the windows' figures in the first and last third of the readings and, by matplotlib, their plot."""
+    curves = {f"window {i + 1}": [line[key][i] for line in lines] for i in range(len(lines[0][key]))}
+    table = ["| | mean of the first third | of the last third |", "|---|---|---|"]
+    for label, curve in curves.items():
+        known = [value for value in curve if value is not None]
+        part = max(1, len(known) // 3)
+        first, last = (f"{fmean(some):.4g}" if some else "-" for some in (known[:part], known[-part:]))
+        table.append(f"| {label} | {first} | {last} |")
     if find_spec("matplotlib") is None:
-        return []
+        return ["\n".join(table)]
     from matplotlib.figure import Figure  # by itself: no backend is set for anyone
 
     figure: Any = Figure(figsize=(7.0, 3.6), layout="constrained")
     axes = figure.subplots()
     for label, curve in curves.items():
-        axes.plot(steps, [value or float("nan") for value in curve], label=label, marker=".")
-    axes.set(yscale="log", xlabel="updates", ylabel=path.stem.replace("_", " "))
+        axes.plot(
+            [line["step"] for line in lines], [value or float("nan") for value in curve], label=label, marker="."
+        )
+    axes.set(yscale="log", xlabel="updates", ylabel=name.replace("_", " "))
     axes.legend()
-    with atomic_path(path) as temporary:
+    with atomic_path(directory / PLOTS / f"{name}.png") as temporary:
         figure.savefig(temporary, format="png")
-    return [f"![{path.stem}]({PLOTS}/{path.name})"]
-
-
-def _sheets(directory: Path) -> list[str]:
-    """The first sheet, the last, and some between, by links."""
-    found = [path for _, path in by_step(directory / SHEETS, ".png")]
-    count = min(_SHOWN_SHEETS, len(found))
-    chosen = dict.fromkeys(found[round(i * (len(found) - 1) / max(1, count - 1))] for i in range(count))
-    return ["## Validation", *(f"![{path.stem}]({SHEETS}/{path.name})" for path in chosen)] if found else []
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])
+    return [f"![{name}]({PLOTS}/{name}.png)", "\n".join(table)]

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType, cpu_offload_with_hook
 from accelerate.utils import InitProcessGroupKwargs
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from diffusers.utils import logging
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from .config import DistillConfig
 from .data import open_dataset
 from .output import write_result
 from .pairs import NoisedStarts, PairSource, TrajectoryStarts, distillation_step
-from .student import build_student, make_ema, make_optimizer, make_schedule, set_learning_rate, trainable
+from .student import build_student, make_optimizer, set_learning_rate, trainable
 from .teacher import LatentEncoder, Offload, PromptEncoder, Teacher, WindowGeometry, between, open_teacher
 
 logger = logging.get_logger(__name__)
@@ -72,10 +74,14 @@ class Session:
         base_dtype = half.get(accelerator.mixed_precision, torch.float32)
         student = build_student(self.source, config.model, settings, base_dtype)
         optimizer = make_optimizer(trainable(student).values(), settings)
-        prepared: Any = accelerator.prepare(student, optimizer, make_schedule(optimizer, settings))
+        steps = {"num_warmup_steps": settings.warmup_steps, "num_training_steps": settings.max_steps}
+        prepared: Any = accelerator.prepare(student, optimizer, get_scheduler(settings.schedule, optimizer, **steps))
         self.student, self.optimizer, self.schedule = prepared
         self.trained = trainable(accelerator.unwrap_model(self.student))
-        self.ema = make_ema(self.trained, settings.ema_decay)
+        self.ema: EMAModel | None = None
+        if settings.ema_decay:
+            self.ema = EMAModel(self.trained.values(), decay=settings.ema_decay, foreach=True)
+            self.ema.to(dtype=torch.float32)  # half-precision weights (DeepSpeed) would round an average's moves away
         self.teacher = self._make_teacher(base_dtype)
         self.pairs = self._make_pairs()
 
@@ -148,7 +154,6 @@ class Progress:
 
     @property
     def loss(self) -> float:
-        """The mean of `losses`."""
         return sum(self.losses) / len(self.losses)
 
     def describe(self) -> str:
@@ -175,14 +180,11 @@ class Observer:
 def train(config: DistillConfig, observers: Sequence[Observer] = ()) -> None:
     """Distils a student as configured and writes the result; every process of the launch calls it.
 
-    Raises:
-        DivergenceError: the training diverged; the last checkpoint before is kept.
-        ValueError: weights, data or a checkpoint that cannot be read.
+    Raises DivergenceError, where the last checkpoint before is kept, and ValueError for weights, data or a checkpoint
+    that cannot be read.
     """
     checkpoint, session = find_checkpoint(config), Session(config)
-    settings = {
-        name: value if isinstance(value, (int, float)) else str(value) for name, value in config.flat().items()
-    }
+    settings = {name: str(value) for name, value in config.flat().items()}
     session.accelerator.init_trackers("perflow_distill", config=settings)
     try:
         run = TrainingRun(session, observers)
@@ -292,7 +294,7 @@ class TrainingRun:
             append_line(self.output / METRICS, asdict(progress))
         figures = {f"loss/window_{i}": loss for i, loss in enumerate(progress.window_losses) if loss is not None}
         figures |= {"loss": progress.loss, "gradient_norm": progress.gradient_norms[-1]}
-        figures |= {name: getattr(progress, name) for name in ("learning_rate", "samples_per_second")}
+        figures |= {"learning_rate": self.rate, "samples_per_second": progress.samples_per_second}
         accelerator.log(figures, step=self.step)
         self._tell(lambda observer: observer.read(progress))
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel, cast_training_params
+from diffusers.training_utils import cast_training_params
 from torch import Tensor, nn
 
 from .config import ModelConfig, OptimizerConfig
@@ -31,7 +30,14 @@ def build_student(
             student.register_forward_pre_hook(_require_input_gradient)
     else:
         student = source.load_unet(base_dtype).requires_grad_(False)
-        add_lora(student, model.lora_rank, lora_modules(student, model.lora_targets), optimizer.seed)
+        from peft import LoraConfig
+
+        modules = lora_modules(student, model.lora_targets)
+        config = LoraConfig(r=model.lora_rank, lora_alpha=model.lora_rank, target_modules=modules)
+        with torch.random.fork_rng(devices=[]):  # the same factors for the same seed
+            torch.manual_seed(optimizer.seed)
+            student.add_adapter(config, adapter_name=ADAPTER)
+        cast_training_params(student, dtype=torch.float32)
         student.train()
     if optimizer.channels_last:
         student.to(memory_format=torch.channels_last)
@@ -87,29 +93,9 @@ def lora_modules(unet: nn.Module, targets: Sequence[str] | None) -> list[str]:
     return [name for name in layers if f".{name}".endswith(tuple(f".{target}" for target in targets))]
 
 
-def add_lora(unet: Any, rank: int, modules: list[str], seed: int) -> None:
-    """Adds trainable float32 factors that change nothing yet, with a factor of 1; the same for the same seed."""
-    from peft import LoraConfig
-
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=modules)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        unet.add_adapter(config, adapter_name=ADAPTER)
-    cast_training_params(unet, dtype=torch.float32)
-
-
 def trainable(student: nn.Module) -> dict[str, nn.Parameter]:
     """What is trained, by name."""
     return {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
-
-
-def make_ema(trained: Mapping[str, nn.Parameter], decay: float) -> EMAModel | None:
-    """Averages of the trained weights, None for a decay of 0."""
-    if not decay:
-        return None
-    ema = EMAModel(trained.values(), decay=decay, foreach=True)
-    ema.to(dtype=torch.float32)  # half-precision weights (DeepSpeed) would round an average's moves away
-    return ema
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -119,12 +105,6 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
 
         kind = AdamW8bit
     return kind(list(parameters), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> Any:
-    """The learning rate over the updates; to be stepped once after each."""
-    steps = {"num_warmup_steps": config.warmup_steps, "num_training_steps": config.max_steps}
-    return get_scheduler(config.schedule, optimizer, **steps)
 
 
 def set_learning_rate(optimizer: Any, schedule: Any, learning_rate: float) -> None:

@@ -129,8 +129,6 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         [teacher]
         steps_per_windo = 10
         guidance_scale = 0.5
-        [loss]
-        weighting = "window"
         [optimizer]
         max_steps = 1.5
         betas = [0.9, 1.0]
@@ -150,7 +148,6 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
             "timesteps.",
             "teacher.steps_per_windo: unknown; did you mean steps_per_window?",
             "teacher.guidance_scale: input should be greater than or equal to 1 (given 0.5).",
-            "loss.window_weights: go with loss.weighting=window; pass both, or neither.",
             "optimizer.max_steps: input should be a valid integer, got a number with a fractional part (given 1.5).",
             "optimizer.betas.1: input should be less than 1 (given 1.0).",
             "optimizer.learning_rate: input should be a finite number (given nan).",
@@ -168,11 +165,6 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     [
         ({"windows.window_boundaries": "[0.9, 0.5, 0]"}, "windows: window_boundaries="),
         ({"windows.num_discrete_times": "2"}, "windows.num_discrete_times: 2 is below the 3 windows"),
-        (
-            {"loss.weighting": "window", "loss.window_weights": "[1, 2]"},
-            "2 weights for 3 windows; pass 3",
-        ),
-        ({"loss.weighting": "window", "loss.window_weights": "[0, 0, 0]"}, "loss.window_weights: all are 0"),
         ({"output.num_inference_steps": "2"}, "output.num_inference_steps: 2 is below the 3 windows"),
         ({"output.validation_steps": "[4, 2]"}, "output.validation_steps: 2 is below the 3 windows"),
         ({"output.validation_every": "5"}, "output.validation_every: needs output.validation_prompts"),

@@ -157,7 +157,7 @@ def test_the_report_holds_what_was_written_down(finished: DistillConfig) -> None
     assert "What the LoRA keeps." in text
     assert "`delta.safetensors`" in text and "`student`" not in text and '"max_steps": 6' in text
     shown = [line for line in text.splitlines() if "](validation/" in line]
-    assert len(shown) == 4 and "step_00000000" in shown[0] and "step_00000005" in shown[-1]
+    assert len(shown) == 6 and "step_00000000" in shown[0] and "step_00000005" in shown[-1]
     links = {part.split(")")[0] for part in text.split("](")[1:]}
     assert all((path.parent / link).is_file() for link in links)
     plots = {Path(link).stem for link in links if link.startswith("plots/")}
