@@ -70,14 +70,10 @@ class ModelConfig(Section):
     """Rank of the factors; they are applied with factor 1."""
     lora_targets: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
     """Ends of the names of layers that get factors; by default all linear layers and convolutions of the blocks."""
-    init_student: PathText | None = None
-    """Directory of a UNet to start from instead of the teacher's weights."""
     frozen: tuple[str, ...] = ()
     """Patterns such as "*transformer_blocks*" of a full student's weights that are not trained, nor in the delta."""
 
     def rules(self) -> Iterator[str]:
-        if self.student == "lora" and self.init_student is not None:
-            yield "model.init_student: for full weights; leave it out, or pass model.student=full."
         if self.student == "lora" and self.frozen:
             yield "model.frozen: for full weights; name the layers that get factors in model.lora_targets instead."
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -144,9 +145,8 @@ def _curves(directory: Path, name: str, lines: list[dict[str, Any]], key: str) -
     figure: Any = Figure(figsize=(7.0, 3.6), layout="constrained")
     axes = figure.subplots()
     for label, curve in curves.items():
-        axes.plot(
-            [line["step"] for line in lines], [value or float("nan") for value in curve], label=label, marker="."
-        )
+        values = [value or math.nan for value in curve]
+        axes.plot([line["step"] for line in lines], values, label=label, marker=".")
     axes.set(yscale="log", xlabel="updates", ylabel=name.replace("_", " "))
     axes.legend()
     with atomic_path(directory / PLOTS / f"{name}.png") as temporary:

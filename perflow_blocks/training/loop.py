@@ -184,7 +184,8 @@ def train(config: DistillConfig, observers: Sequence[Observer] = ()) -> None:
     that cannot be read.
     """
     checkpoint, session = find_checkpoint(config), Session(config)
-    settings = {name: str(value) for name, value in config.flat().items()}
+    flat = config.flat().items()
+    settings = {name: value if isinstance(value, (int, float)) else str(value) for name, value in flat}
     session.accelerator.init_trackers("perflow_distill", config=settings)
     try:
         run = TrainingRun(session, observers)

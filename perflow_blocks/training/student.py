@@ -23,7 +23,7 @@ def build_student(
 ) -> Any:
     """The student on the CPU; its trainable weights are float32, a LoRA's frozen ones `base_dtype`."""
     if model.student == "full":
-        student = load_initial(source, model).train().requires_grad_(True)
+        student = source.load_unet(torch.float32).train().requires_grad_(True)
         for name in frozen_weights(student, model.frozen):
             student.get_parameter(name).requires_grad_(False)
         if model.frozen:
@@ -45,17 +45,6 @@ def build_student(
         student.enable_gradient_checkpointing()
     if optimizer.compile:
         student.compile_repeated_blocks()
-    return student
-
-
-def load_initial(source: TeacherSource, model: ModelConfig) -> UNet2DConditionModel:
-    """The weights that a full student starts from, float32. Raises ValueError for those of another architecture."""
-    if model.init_student is None:
-        return source.load_unet(torch.float32)
-    student = UNet2DConditionModel.from_pretrained(model.init_student, dtype=torch.float32)
-    own, wanted = student.state_dict(), empty_unet(source).state_dict()
-    if {name: own[name].shape for name in own} != {name: wanted[name].shape for name in wanted}:
-        raise ValueError(f"model.init_student={model.init_student} has another architecture than the teacher.")
     return student
 
 

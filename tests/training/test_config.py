@@ -174,7 +174,6 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
             {"teacher.starts": "noised", "teacher.on_policy_share": "0.5"},
             "on_policy_share: needs trajectories",
         ),
-        ({"model.init_student": "x"}, "model.init_student: for full weights"),
         ({"model.frozen": "[conv_in]"}, "model.frozen: for full weights"),
         ({"optimizer.seed": "18446744073709551616"}, "optimizer.seed: input should be less than 184467440737"),
         ({"data.streaming": "true"}, "data.streaming: goes with data.kind=datasets, not prompts"),
