@@ -88,8 +88,6 @@ _OUTLINES: dict[str, list[tuple[Polygon, int]]] = {
 }
 """Polygons of each shape inside the unit circle, y downwards, each with its fill (0 cuts a hole)."""
 SHAPES: tuple[str, ...] = tuple(_OUTLINES)
-
-
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
     "color": tuple(COLORS),
@@ -184,13 +182,10 @@ def render_images(count: int, seed: int, *, renderer: Renderer = render, workers
     """Renders `count` random scenes; the same `seed` gives the same images whatever the number of workers."""
     sizes = [min(_CHUNK, count - start) for start in range(0, count, _CHUNK)]
     seeds = np.random.SeedSequence(seed).spawn(len(sizes))
-    pixels, scenes = [], []
-    with ProcessPoolExecutor(workers) as pool, tqdm(total=count, desc="render", unit="image") as progress:
-        for chunk, chunk_scenes in pool.map(partial(_render_chunk, renderer=renderer), sizes, seeds):
-            pixels.append(torch.from_numpy(chunk))
-            scenes += chunk_scenes
-            progress.update(len(chunk_scenes))
-    return RenderedImages(pixels=torch.cat(pixels), scenes=tuple(scenes))
+    with ProcessPoolExecutor(workers) as pool:
+        parts = pool.map(partial(_render_chunk, renderer=renderer), sizes, seeds)
+        pixels, scenes = zip(*tqdm(parts, "render", len(sizes), unit_scale=_CHUNK, unit="image"), strict=True)
+    return RenderedImages(pixels=torch.from_numpy(np.concatenate(pixels)), scenes=tuple(itertools.chain(*scenes)))
 
 
 def _render_chunk(size: int, seed: np.random.SeedSequence, renderer: Renderer) -> tuple[np.ndarray, list[Scene]]:
@@ -200,10 +195,7 @@ def _render_chunk(size: int, seed: np.random.SeedSequence, renderer: Renderer) -
 
 
 def render_scenes(scenes: Sequence[Scene], rng: np.random.Generator, renderer: Renderer = render) -> np.ndarray:
-    """Images (count, 3, 64, 64) as uint8 of scenes, drawn one after the other with one generator.
-
-    It does without torch, whose threads do not survive the fork of a worker.
-    """
+    """Images (count, 3, 64, 64) as uint8 of scenes, drawn in turn; without torch, whose threads survive no fork."""
     return np.stack([np.asarray(renderer(scene, rng)).transpose(2, 0, 1) for scene in scenes])
 
 

@@ -75,20 +75,15 @@ def read_colors(image: Tensor) -> ColorReading:
     background = nearest_color(background_color, BACKGROUNDS)
     far = (image - background_color[:, None, None]).norm(dim=0) > _FOREGROUND_DISTANCE
     mask = far.clone()  # less the blend at the shape's edge: all four neighbours must be far as well
-    mask[1:] &= far[:-1]
-    mask[:-1] &= far[1:]
-    mask[:, 1:] &= far[:, :-1]
-    mask[:, :-1] &= far[:, 1:]
+    for mine, other in ((slice(1, None), slice(-1)), (slice(-1), slice(1, None))):
+        mask[mine] &= far[other]
+        mask[:, mine] &= far[:, other]
     if int(mask.sum()) < _MIN_FOREGROUND:
         return ColorReading(color=None, background=background, clean=False)
     shape = image[:, mask].T
     color = nearest_color(shape.median(0).values, COLORS)
-    clean = (
-        color is not None
-        and background is not None
-        and share_near(shape, COLORS[color]) >= CLEAN_SHARE
-        and share_near(border, BACKGROUNDS[background]) >= CLEAN_SHARE
-    )
+    clean = color is not None and share_near(shape, COLORS[color]) >= CLEAN_SHARE
+    clean &= background is not None and share_near(border, BACKGROUNDS[background]) >= CLEAN_SHARE
     return ColorReading(color=color, background=background, clean=clean)
 
 

@@ -108,25 +108,18 @@ class TeacherSource:
 
     def load_text_pipeline(self, dtype: torch.dtype) -> Any:
         """The family's pipeline with text encoders and tokenizers alone, on the CPU."""
-        absent: dict[str, Any] = {"unet": None, "vae": None}
-        if self.family is not SDXL:
-            absent |= {"safety_checker": None, "feature_extractor": None}
         parts: dict[str, Any] = {
             name: CLIPTokenizer.from_pretrained(self.location, subfolder=name, revision=self.model.revision)
             for name in self.family.tokenizers
         }
-        encoders = {name: self._load(kind, name, dtype) for name, kind in self.family.text_encoders.items()}
-        for encoder in encoders.values():
-            encoder.eval().requires_grad_(False)
-        parts |= encoders | absent | self.pipeline_settings()
-        return self.family.pipeline(scheduler=self.scheduler(), **parts)
-
-    def pipeline_settings(self) -> dict[str, Any]:
-        """The arguments of the family's pipeline beside its parts."""
+        for name, kind in self.family.text_encoders.items():
+            parts[name] = self._load(kind, name, dtype).requires_grad_(False)
+        parts |= {"unet": None, "vae": None, "scheduler": self.scheduler()}
         if self.family is not SDXL:
-            return {"requires_safety_checker": False}
+            safety = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            return self.family.pipeline(**parts, **safety)
         zeros = _index(self.location, self.model.revision).get("force_zeros_for_empty_prompt", True)
-        return {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+        return self.family.pipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
 
     def _load(self, kind: Any, folder: str, dtype: torch.dtype) -> Any:
         where = {"subfolder": folder, "revision": self.model.revision, "variant": self.model.variant}

@@ -60,7 +60,7 @@ class Watches(Observer):
     [
         ("sdxl", {"windows__zero_snr_start": "true", "windows__times": "discrete"}),
         ("sdxl", {"teacher__starts": "trajectory", "teacher__on_policy_share": 0.5, "teacher__cfg_mode": "fixed"}),
-        ("sd", {"windows__prediction_type": "diff_eps", "teacher__latent_cache": 10, "loss__kind": "huber"}),
+        ("sd", {"windows__prediction_type": "diff_eps", "loss__kind": "huber"}),
         ("sd", {"windows__prediction_type": "velocity", "teacher__starts": "trajectory", "data__kind": "prompts"}),
         ("v", {"windows__prediction_type": "velocity", "windows__window_boundaries": "[1, 0.7, 0.3, 0]"}),
     ],
@@ -202,7 +202,7 @@ def test_an_update_reads_nothing_from_the_device(
 def test_memory_savers_and_half_precision_stay_near(teachers: dict[str, Path], tmp_path: Path) -> None:
     train(tiny_config(tmp_path, teachers["sdxl"], "plain", optimizer__max_steps=2))
     settings: dict[str, Any] = {"optimizer__gradient_checkpointing": "true", "optimizer__channels_last": "true"}
-    settings |= {"teacher__offload": "all", "teacher__text_cache": 0, "teacher__latent_cache": 4}
+    settings |= {"teacher__offload": "all", "teacher__text_cache": 0}
     train(tiny_config(tmp_path, teachers["sdxl"], "saving", optimizer__max_steps=2, **settings))
     plain = losses(tmp_path / "plain")
     assert losses(tmp_path / "saving") == pytest.approx(plain, rel=1e-3)
