@@ -83,12 +83,10 @@ def publish(run: Path, weights: Path, base: Path | None = None) -> None:
     unet = UNet2DConditionModel.from_pretrained(base or weights, subfolder="unet", dtype=torch.float32)
     student = UNet2DConditionModel.from_pretrained(run / STUDENT, dtype=torch.float32)
     delta, whole = load_file(run / RUN_DELTA), extract_delta(student, unet)
-    wrong = [
-        name
-        for name, change in whole.items()
-        if not (torch.equal(change.to(delta[name].dtype), delta[name]) if name in delta else not change.any())
-    ]
-    if wrong:
+    stored = {name: delta.get(name, torch.zeros(change.shape)) for name, change in whole.items()}
+    if wrong := [
+        name for name, change in whole.items() if not torch.equal(change.to(stored[name].dtype), stored[name])
+    ]:
         what = f"{run / RUN_DELTA} does not lead from the base that is published to the student ({listed(wrong)})"
         raise ValueError(f"{what}; distil from that base.")
     recipe = replace(read_recipe(run / RUN_DELTA), base_model=BASE_NAME)
@@ -108,8 +106,7 @@ def save_base(vae: AutoencoderKL, unet: UNet2DConditionModel, encoder: CaptionEn
             # transformers loads the type that a config names, diffusers float32: make both load the same.
             model.config.dtype = torch.float32
             model.config.save_pretrained(temporary / name)
-        for name in ("tokenizer", "tokenizer_2"):
-            encoder.tokenizer.save_pretrained(temporary / name)
+            encoder.tokenizer.save_pretrained(temporary / name.replace("text_encoder", "tokenizer"))
         build_teacher_scheduler().save_pretrained(temporary / "scheduler")
 
 

@@ -97,8 +97,7 @@ class DataConfig(Section):
     image_column: Text | None = None
     """Column (webdataset: extension) of images, or paths from `path`; by default the first of images, or "image"."""
     caption_column: Text | None = None
-    """Column (webdataset: extension, or key of the .json) of the captions, each a string, or a list to draw from; by
-    default the first of "text", "caption", "prompt" and "txt"."""
+    """Column (webdataset: extension, .json's key) of captions, a text or a list; else text, caption, prompt or txt."""
     trigger: str = ""
     """Words put before every caption, with a comma between."""
     resolution: Annotated[int, Field(ge=8, le=16384)] = 1024
@@ -303,9 +302,6 @@ class DistillConfig(Section):
         count = windows.num_windows
         if output.num_inference_steps is not None and output.num_inference_steps < count:
             yield f"output.num_inference_steps: {output.num_inference_steps} is below the {count} windows."
-        for number in output.validation_steps or ():
-            if number < count:
-                yield f"output.validation_steps: {number} is below the {count} windows."
         narrowest = min(start - end for start, end in zip(windows.starts, windows.ends, strict=True))
         timesteps = round(narrowest * windows.num_train_timesteps)
         if self.teacher.steps_per_window > timesteps:

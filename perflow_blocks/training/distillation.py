@@ -10,7 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from diffusers import UNet2DConditionModel
 
 from ..atomic_files import atomic_path, require_writable_directory
 from ..schedulers import PFODESolver
@@ -19,21 +21,18 @@ from .config import ConfigError, DistillConfig
 from .data import open_rows
 from .loop import Observer, train
 from .output import describe, write_outputs
-from .student import empty_unet, frozen_weights, lora_modules
+from .student import frozen_weights, lora_modules
 from .teacher import SDXL, WindowGeometry, open_teacher
 from .validation import Validation
 
 PLOTS = "plots"
 _FAR = 4  # times the teacher's own size: a step then takes more than 16 times as long
-_ABOUT = """The squared distance between where one step of the student and where the teacher end, over the squared
-length of the teacher's chord; 1 is as bad as not moving."""
 
 
 def distill(config: DistillConfig, observers: Sequence[Observer] = ()) -> Path:
     """Trains as configured with validation, and writes all outputs and the report; every process calls it.
 
-    Returns:
-        `output.directory`, where all of it is.
+    Returns `output.directory`, where all of it is.
 
     Raises:
         ConfigError: with everything that is wrong, before any weight is read.
@@ -87,7 +86,8 @@ def _require_teacher(config: DistillConfig) -> None:
     PFODESolver(source.scheduler())
     WindowGeometry(config.windows, source.scheduler_config)
     if config.model.lora_targets or config.model.frozen:
-        unet = empty_unet(source)
+        with torch.device("meta"):  # without values
+            unet = UNet2DConditionModel.from_config(dict(source.unet_config))
         lora_modules(unet, config.model.lora_targets)
         frozen_weights(unet, config.model.frozen)
     own = source.unet_config.get("sample_size")
@@ -111,7 +111,8 @@ def write_report(config: DistillConfig, lora_summary: str = "") -> Path:
     try:
         curves = ["## Loss", *_curves(directory, "loss", metrics, "window_losses")] if metrics else []
         if readings:
-            curves += ["## Endpoint error", _ABOUT, *_curves(directory, "endpoint_error", readings, "endpoint_error")]
+            about = "Squared distance of the student's end from the teacher's, over the squared length of its chord."
+            curves += ["## Endpoint error", about, *_curves(directory, "endpoint_error", readings, "endpoint_error")]
     except (LookupError, TypeError) as error:
         raise ValueError(f"{METRICS} or {READINGS} in {directory} is damaged ({error!r}); move it away.") from error
     parts = [

@@ -159,9 +159,10 @@ class Progress:
     def describe(self) -> str:
         """One line for a terminal."""
         windows = " ".join("-" if loss is None else f"{loss:.4g}" for loss in self.window_losses)
-        eta, speed = timedelta(seconds=round(self.eta_seconds)), f"{self.samples_per_second:.3g} samples/s"
-        head = f"step {self.step}/{self.max_steps}  loss {self.loss:.4g}  windows {windows}"
-        return f"{head}  lr {self.learning_rate:.3g}  {speed}  ETA {eta}"
+        head = (
+            f"step {self.step}/{self.max_steps}  loss {self.loss:.4g}  windows {windows}  lr {self.learning_rate:.3g}"
+        )
+        return f"{head}  {self.samples_per_second:.3g} samples/s  ETA {timedelta(seconds=round(self.eta_seconds))}"
 
 
 class Observer:
@@ -178,11 +179,7 @@ class Observer:
 
 
 def train(config: DistillConfig, observers: Sequence[Observer] = ()) -> None:
-    """Distils a student as configured and writes the result; every process of the launch calls it.
-
-    Raises DivergenceError, where the last checkpoint before is kept, and ValueError for weights, data or a checkpoint
-    that cannot be read.
-    """
+    """Distils a student as configured and writes the result; every process calls it. Raises as `distill` does."""
     checkpoint, session = find_checkpoint(config), Session(config)
     flat = config.flat().items()
     settings = {name: value if isinstance(value, (int, float)) else str(value) for name, value in flat}

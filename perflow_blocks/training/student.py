@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatch, fnmatchcase
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from torch import Tensor, nn
 
@@ -29,9 +28,9 @@ def build_student(
         if model.frozen:
             student.register_forward_pre_hook(_require_input_gradient)
     else:
-        student = source.load_unet(base_dtype).requires_grad_(False)
         from peft import LoraConfig
 
+        student = source.load_unet(base_dtype).requires_grad_(False)
         modules = lora_modules(student, model.lora_targets)
         config = LoraConfig(r=model.lora_rank, lora_alpha=model.lora_rank, target_modules=modules)
         with torch.random.fork_rng(devices=[]):  # the same factors for the same seed
@@ -46,12 +45,6 @@ def build_student(
     if optimizer.compile:
         student.compile_repeated_blocks()
     return student
-
-
-def empty_unet(source: TeacherSource) -> UNet2DConditionModel:
-    """The teacher's UNet without values."""
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(dict(source.unet_config))
 
 
 def frozen_weights(unet: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
@@ -72,7 +65,7 @@ def lora_modules(unet: nn.Module, targets: Sequence[str] | None) -> list[str]:
     """Full names of the layers that get factors. Raises ValueError for a target that is not Linear or Conv2d."""
     layers = [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     if targets is None:
-        return [name for name in layers if any(fnmatch(name, blocks) for blocks in _BLOCKS)]
+        return [name for name in layers if any(fnmatchcase(name, blocks) for blocks in _BLOCKS)]
     missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in layers)]
     if missing:
         raise ValueError(

@@ -127,7 +127,7 @@ class TeacherSource:
 
 
 def open_teacher(model: ModelConfig) -> TeacherSource:
-    """Reads the configurations of the teacher's parts. Raises ValueError where they are not there or do not suit."""
+    """Reads the configurations of the teacher's parts. Raises ValueError or OSError where they are absent or unfit."""
     label, location, path = model.teacher, model.teacher, Path(model.teacher)
     if model.teacher == "demo":
         location = str(files("perflow_blocks.demo") / "weights")
@@ -140,19 +140,11 @@ def open_teacher(model: ModelConfig) -> TeacherSource:
         )
     elif path.is_absolute() or model.teacher.startswith((".", "~")) or model.teacher.count("/") != 1:
         raise ValueError(f"model.teacher={model.teacher} does not exist; pass a directory, or owner/name.")
-    unet, scheduler, vae = (_part_config(location, part, model.revision) for part in ("unet", "scheduler", "vae"))
+    kinds: dict[str, Any] = {"unet": UNet2DConditionModel, "scheduler": DDIMScheduler, "vae": AutoencoderKL}
+    unet, scheduler, vae = (
+        dict(kind.load_config(location, subfolder=part, revision=model.revision)) for part, kind in kinds.items()
+    )
     return TeacherSource(label, location, model, family_of(unet), unet, scheduler, vae)
-
-
-def _part_config(location: str, folder: str, revision: str | None) -> dict[str, Any]:
-    loader: Any = DDIMScheduler if folder == "scheduler" else UNet2DConditionModel
-    try:
-        return dict(loader.load_config(location, subfolder=folder, revision=revision))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.teacher: cannot read the {folder}'s configuration in {location} ({str(error).splitlines()[0]}); "
-            "pass a pipeline with a folder for each part."
-        ) from error
 
 
 def _index(location: str, revision: str | None) -> dict[str, Any]:

@@ -166,7 +166,6 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ({"windows.window_boundaries": "[0.9, 0.5, 0]"}, "windows: window_boundaries="),
         ({"windows.num_discrete_times": "2"}, "windows.num_discrete_times: 2 is below the 3 windows"),
         ({"output.num_inference_steps": "2"}, "output.num_inference_steps: 2 is below the 3 windows"),
-        ({"output.validation_steps": "[4, 2]"}, "output.validation_steps: 2 is below the 3 windows"),
         ({"output.validation_every": "5"}, "output.validation_every: needs output.validation_prompts"),
         ({"teacher.steps_per_window": "301"}, "teacher.steps_per_window: must be at most 300"),
         ({"teacher.starts": "noised"}, "data.kind: prompts have no images to noise"),
