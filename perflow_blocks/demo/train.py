@@ -84,9 +84,8 @@ def publish(run: Path, weights: Path, base: Path | None = None) -> None:
     student = UNet2DConditionModel.from_pretrained(run / STUDENT, dtype=torch.float32)
     delta, whole = load_file(run / RUN_DELTA), extract_delta(student, unet)
     stored = {name: delta.get(name, torch.zeros(change.shape)) for name, change in whole.items()}
-    if wrong := [
-        name for name, change in whole.items() if not torch.equal(change.to(stored[name].dtype), stored[name])
-    ]:
+    wrong = [name for name in whole if not torch.equal(whole[name].to(stored[name].dtype), stored[name])]
+    if wrong:
         what = f"{run / RUN_DELTA} does not lead from the base that is published to the student ({listed(wrong)})"
         raise ValueError(f"{what}; distil from that base.")
     recipe = replace(read_recipe(run / RUN_DELTA), base_model=BASE_NAME)

@@ -200,16 +200,14 @@ def find_checkpoint(config: DistillConfig) -> Path | None:
     """
     resume, output = config.output.resume, Path(config.output.directory)
     present = list_checkpoints(output)
-    if resume == "latest":
-        path, present = (present[-1] if present else None), []
-    else:
-        path = Path(resume) if resume else None
+    latest = present[-1] if present else None
+    path = latest if resume == "latest" else Path(resume) if resume else None
     if path is not None and not (path / _STATE).is_file():
         raise ValueError(f"output.resume={resume} is not a checkpoint; pass the folder of one, or latest.")
-    if present and (path is None or path.resolve().parent != (output / CHECKPOINTS).resolve()):
+    if latest and (path is None or path.resolve().parent != latest.parent.resolve()):
         raise ValueError(
-            f"output.directory={output} holds checkpoints up to {present[-1].name}; pass output.resume=latest to go "
-            "on from there, or another directory."
+            f"output.directory={output} holds checkpoints up to {latest.name}; pass output.resume=latest to go on "
+            "from there, or another directory."
         )
     if path is None:
         return None

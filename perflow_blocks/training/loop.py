@@ -25,7 +25,7 @@ from .config import DistillConfig
 from .data import open_dataset
 from .output import write_result
 from .pairs import NoisedStarts, PairSource, TrajectoryStarts, distillation_step
-from .student import build_student, make_optimizer, set_learning_rate, trainable
+from .student import build_student, set_learning_rate, trainable
 from .teacher import LatentEncoder, Offload, PromptEncoder, Teacher, WindowGeometry, between, open_teacher
 
 logger = logging.get_logger(__name__)
@@ -39,12 +39,8 @@ _PATIENCE = timedelta(hours=2)
 class Session:
     """A distillation in this process, with nothing taken up from a checkpoint yet.
 
-    Attributes:
-        student: the UNet, prepared by the accelerator, as are `optimizer` and `schedule`.
-        trained: the student's trainable parameters by their names in the bare UNet.
-        ema: averages of `trained`, or None.
-        data: batches of this process.
-        pairs: what the student is trained on.
+    The accelerator has prepared `student`, `optimizer` and `schedule`. `trained` are the student's parameters that are
+    trained, by their names in the bare UNet, `ema` their averages or None, `pairs` what they are trained on.
     """
 
     def __init__(self, config: DistillConfig) -> None:
@@ -73,7 +69,13 @@ class Session:
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}
         base_dtype = half.get(accelerator.mixed_precision, torch.float32)
         student = build_student(self.source, config.model, settings, base_dtype)
-        optimizer = make_optimizer(trainable(student).values(), settings)
+        kind: Any = torch.optim.AdamW
+        if settings.name == "adamw8bit":
+            from bitsandbytes.optim import AdamW8bit
+
+            kind = AdamW8bit
+        rates = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
+        optimizer = kind(list(trainable(student).values()), **rates)
         steps = {"num_warmup_steps": settings.warmup_steps, "num_training_steps": settings.max_steps}
         prepared: Any = accelerator.prepare(student, optimizer, get_scheduler(settings.schedule, optimizer, **steps))
         self.student, self.optimizer, self.schedule = prepared
@@ -159,10 +161,9 @@ class Progress:
     def describe(self) -> str:
         """One line for a terminal."""
         windows = " ".join("-" if loss is None else f"{loss:.4g}" for loss in self.window_losses)
-        head = (
-            f"step {self.step}/{self.max_steps}  loss {self.loss:.4g}  windows {windows}  lr {self.learning_rate:.3g}"
-        )
-        return f"{head}  {self.samples_per_second:.3g} samples/s  ETA {timedelta(seconds=round(self.eta_seconds))}"
+        head = f"step {self.step}/{self.max_steps}  loss {self.loss:.4g}  windows {windows}"
+        eta = timedelta(seconds=round(self.eta_seconds))
+        return f"{head}  lr {self.learning_rate:.3g}  {self.samples_per_second:.3g} samples/s  ETA {eta}"
 
 
 class Observer:

@@ -30,7 +30,6 @@ from .config import LossConfig
 from .teacher import LATENT_CHANNELS, LatentEncoder, Sizes, Teacher, WindowGeometry, cast
 
 UNet = Callable[..., Any]
-
 RECIPROCAL_FLOOR = 0.1  # the least 1 - t that the "reciprocal" weighting divides by
 _RECIPROCAL_MEAN = 1.0 - math.log(RECIPROCAL_FLOOR)  # of 1 / max(1 - t, floor) over t in [0, 1]
 

@@ -1,8 +1,8 @@
-"""The student, the teacher's UNet with all weights free or with low-rank factors beside frozen ones; its optimizer."""
+"""The student, the teacher's UNet with all weights free or with low-rank factors beside frozen ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -78,15 +78,6 @@ def lora_modules(unet: nn.Module, targets: Sequence[str] | None) -> list[str]:
 def trainable(student: nn.Module) -> dict[str, nn.Parameter]:
     """What is trained, by name."""
     return {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
-
-
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    kind: Any = torch.optim.AdamW
-    if config.name == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        kind = AdamW8bit
-    return kind(list(parameters), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
 
 
 def set_learning_rate(optimizer: Any, schedule: Any, learning_rate: float) -> None:

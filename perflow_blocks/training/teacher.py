@@ -215,14 +215,10 @@ def cast(conditioning: Conditioning, dtype: torch.dtype) -> Conditioning:
 
 
 class PromptEncoder:
-    """Encodes prompts as the teacher's pipeline does, and keeps the embeddings of `cache` prompts on the device.
-
-    `offload` is called when prompts were encoded.
-    """
+    """Encodes prompts as the teacher's pipeline does, then calls `offload`; keeps embeddings of `cache` prompts."""
 
     def __init__(self, pipeline: Any, device: torch.device, cache: int, offload: Offload | None = None) -> None:
-        self._pipeline = pipeline
-        self._device = device
+        self._pipeline, self._device = pipeline, device
         self._added_conditions = isinstance(pipeline, StableDiffusionXLPipeline)
         self._offload = offload or (lambda: None)
         self._row = lru_cache(maxsize=cache)(self._encode)
@@ -294,8 +290,7 @@ class Teacher:
         at_hand: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.unet, self.encoder, self.geometry, self.config = unet, encoder, geometry, config
-        self.at_hand = at_hand
-        self._solver = PFODESolver(scheduler)
+        self.at_hand, self._solver = at_hand, PFODESolver(scheduler)
 
     def solve(self, z_start: Tensor, window: WindowAlpha, conditioning: Conditioning) -> Tensor:
         """The ends (batch, channels, height, width) of windows that begin at `z_start`; each row has its own window.
