@@ -28,6 +28,7 @@ Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
+DEMO_IMAGE_SIZE = 64
 
 
 class ConfigError(ValueError):
@@ -130,6 +131,8 @@ class DataConfig(Section):
         if self.resolution % multiple:
             below = max(multiple, self.resolution // multiple * multiple)
             yield f"data.resolution: must be a multiple of {multiple} (given {self.resolution}); pass {below}."
+        if self.kind == "demo" and self.resolution > DEMO_IMAGE_SIZE * self.max_enlargement:
+            yield f"data.resolution: {self.resolution} is too large for the demo's images; pass {DEMO_IMAGE_SIZE}."
 
 
 class WindowConfig(Section):

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .buckets import BadSample, Buckets, Sample, TrainingBatch, image_size, make_batch, plan_epoch
-from .config import DataConfig
+from .config import DEMO_IMAGE_SIZE, DataConfig
 
 _CAPTIONS = ("text", "caption", "prompt", "txt")
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
@@ -48,7 +48,6 @@ _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # as imagefo
 _MOST_SHARDS = 100_000
 _FIRST_LOOK = 200  # a stream none of whose first samples is usable is an error, without waiting for its end
 _CHUNK = 32
-_DEMO_SIZE = (64, 64)
 
 
 def _captions(value: Any) -> tuple[str, ...]:
@@ -347,7 +346,7 @@ class _Indexed(BatchSource):
         """The bucket and aspect ratio of each sample, or why it is left out."""
         count = len(self._dataset)
         if self._config.kind == "demo":
-            return [self._buckets.place(_DEMO_SIZE)] * count
+            return [self._buckets.place((DEMO_IMAGE_SIZE, DEMO_IMAGE_SIZE))] * count
 
         def look(start: int) -> list[tuple[int, float] | str]:
             chunk, places = self._dataset[start : start + _CHUNK], list[tuple[int, float] | str]()

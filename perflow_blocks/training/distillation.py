@@ -25,14 +25,12 @@ from .student import frozen_weights, lora_modules
 from .teacher import SDXL, WindowGeometry, open_teacher
 from .validation import Validation
 
-PLOTS = "plots"
+_PLOTS = "plots"
 _FAR = 4  # times the teacher's own size: a step then takes more than 16 times as long
 
 
 def distill(config: DistillConfig, observers: Sequence[Observer] = ()) -> Path:
-    """Trains as configured with validation, and writes all outputs and the report; every process calls it.
-
-    Returns `output.directory`, where all of it is.
+    """Trains with validation and writes all outputs into `output.directory`, which it returns; every process calls it.
 
     Raises:
         ConfigError: with everything that is wrong, before any weight is read.
@@ -150,6 +148,6 @@ def _curves(directory: Path, name: str, lines: list[dict[str, Any]], key: str) -
         axes.plot([line["step"] for line in lines], values, label=label, marker=".")
     axes.set(yscale="log", xlabel="updates", ylabel=name.replace("_", " "))
     axes.legend()
-    with atomic_path(directory / PLOTS / f"{name}.png") as temporary:
+    with atomic_path(directory / _PLOTS / f"{name}.png") as temporary:
         figure.savefig(temporary, format="png")
-    return [f"![{name}]({PLOTS}/{name}.png)", "\n".join(table)]
+    return [f"![{name}]({_PLOTS}/{name}.png)", "\n".join(table)]

@@ -175,6 +175,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ),
         ({"model.frozen": "[conv_in]"}, "model.frozen: for full weights"),
         ({"optimizer.seed": "18446744073709551616"}, "optimizer.seed: input should be less than 184467440737"),
+        ({"data.kind": "demo", "data.path": "null"}, "data.resolution: 1024 is too large for the demo's images"),
         ({"data.streaming": "true"}, "data.streaming: goes with data.kind=datasets, not prompts"),
         ({"data.kind": "folder", "data.resolution": "1000"}, "must be a multiple of 64 (given 1000); pass 960"),
         ({"data.resolution": "1001"}, "must be a multiple of 8 (given 1001); pass 1000"),
