@@ -24,8 +24,7 @@ from perflow_blocks.delta.files import read_recipe
 from perflow_blocks.delta.lora import delta_to_lora, save_lora, save_residual
 from perflow_blocks.demo import perflow_pipeline, teacher_pipeline, weights_directory
 from perflow_blocks.demo.blocks import DELTA
-from perflow_blocks.demo.finetune import BATCH_SIZE, LEARNING_RATE
-from perflow_blocks.demo.images import COLORS, FRAME_WIDTH, SHAPES, Prompt, render_framed, render_images
+from perflow_blocks.demo.images import COLORS, SHAPES, Prompt, render_images
 from perflow_blocks.demo.judge import (
     BATCH,
     CLASSIFIER,
@@ -42,6 +41,7 @@ from perflow_blocks.demo.train import fit
 from perflow_blocks.evaluation.measure import EvaluationSet, comparison_sheet, evaluate_samplers, markdown
 from perflow_blocks.evaluation.samplers import Sampler, perflow_sampler, teacher_sampler
 
+from .demo_finetune import BATCH_SIZE, FRAME_WIDTH, LEARNING_RATE, render_framed
 from .report import table, write
 
 FINETUNED_SEED = 40_260  # no training run and no other evaluation draws from it
@@ -76,7 +76,7 @@ def judge_framed(
 def finetune_report(directory: Path, count: int) -> tuple[str, Any]:
     """The tables of the fine-tune in a directory, its base beside it, and a sheet of the first prompts."""
     if not (directory / "unet" / "config.json").is_file():
-        raise SystemExit(f"no fine-tune in {directory}; run python -m perflow_blocks.demo.finetune --out {directory}.")
+        raise SystemExit(f"no fine-tune in {directory}; run python -m benchmarks.demo_finetune --out {directory}.")
     data = make_demo_set(
         count, seed=FINETUNED_SEED, vae=teacher_pipeline().vae, renderer=render_framed, judge=judge_framed
     )

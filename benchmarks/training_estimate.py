@@ -137,7 +137,7 @@ class _Weightless(TeacherSource):
 def student_footprint(size: Size, kind: Literal["full", "lora"], checkpointing: bool, rank: int) -> Footprint:
     """The trainer's student in bfloat16 autocast with one row, forward and back, as on CUDA."""
     model = ModelConfig(teacher="none", student=kind, lora_rank=rank)
-    source = _Weightless("none", "none", None, model, SDXL_FAMILY, {}, {}, {}, size=size)
+    source = _Weightless("none", "none", model, SDXL_FAMILY, {}, {}, {}, size=size)
     optimizer = OptimizerConfig(gradient_checkpointing=checkpointing)
     student = build_student(source, model, optimizer, torch.bfloat16)
     if checkpointing:

@@ -25,7 +25,6 @@ Renderer = Callable[["Scene", np.random.Generator], Image.Image]
 """Draws a scene as an RGB image of 64x64 pixels."""
 
 IMAGE_SIZE = 64
-FRAME_WIDTH = 8  # pixels, two latents; the autoencoder, which never saw a frame, blurs narrower ones
 _OVERSAMPLING = 4
 _COLOR_JITTER = 10
 _CHUNK = 500
@@ -89,8 +88,6 @@ _OUTLINES: dict[str, list[tuple[Polygon, int]]] = {
 }
 """Polygons of each shape inside the unit circle, y downwards, each with its fill (0 cuts a hole)."""
 SHAPES: tuple[str, ...] = tuple(_OUTLINES)
-
-
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
     "color": tuple(COLORS),
@@ -150,7 +147,7 @@ def all_captions() -> list[str]:
 def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """Draws `scene` with jittered place, size, angle and colours, at four times the size, then reduced."""
     size = IMAGE_SIZE * _OVERSAMPLING
-    canvas = Image.new("RGB", (size, size), _jitter(BACKGROUNDS[scene.background], rng))
+    canvas = Image.new("RGB", (size, size), jitter(BACKGROUNDS[scene.background], rng))
     center_x = IMAGE_SIZE / 2 + POSITIONS[scene.position] + rng.uniform(-2.0, 2.0)
     center_y = IMAGE_SIZE / 2 + rng.uniform(-3.0, 3.0)
     radius = SIZES[scene.size] * rng.uniform(0.93, 1.07)
@@ -162,16 +159,8 @@ def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
         rotated = points @ np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
         placed = (rotated + np.array([center_x, center_y])) * _OVERSAMPLING
         draw.polygon([(float(x), float(y)) for x, y in placed], fill=value)
-    canvas.paste(_jitter(COLORS[scene.color], rng), mask=mask)
+    canvas.paste(jitter(COLORS[scene.color], rng), mask=mask)
     return canvas.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
-
-
-def render_framed(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """Draws `scene` as `render` does, and over its edge a frame in the shape's colour, which no caption names."""
-    image = render(scene, rng)
-    edge = IMAGE_SIZE - 1
-    ImageDraw.Draw(image).rectangle((0, 0, edge, edge), outline=_jitter(COLORS[scene.color], rng), width=FRAME_WIDTH)
-    return image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,13 +182,10 @@ def render_images(count: int, seed: int, *, renderer: Renderer = render, workers
     """Renders `count` random scenes; the same `seed` gives the same images whatever the number of workers."""
     sizes = [min(_CHUNK, count - start) for start in range(0, count, _CHUNK)]
     seeds = np.random.SeedSequence(seed).spawn(len(sizes))
-    pixels, scenes = [], []
-    with ProcessPoolExecutor(workers) as pool, tqdm(total=count, desc="render", unit="image") as progress:
-        for chunk, chunk_scenes in pool.map(partial(_render_chunk, renderer=renderer), sizes, seeds):
-            pixels.append(torch.from_numpy(chunk))
-            scenes += chunk_scenes
-            progress.update(len(chunk_scenes))
-    return RenderedImages(pixels=torch.cat(pixels), scenes=tuple(scenes))
+    with ProcessPoolExecutor(workers) as pool:
+        parts = pool.map(partial(_render_chunk, renderer=renderer), sizes, seeds)
+        pixels, scenes = zip(*tqdm(parts, "render", len(sizes), unit_scale=_CHUNK, unit="image"), strict=True)
+    return RenderedImages(pixels=torch.from_numpy(np.concatenate(pixels)), scenes=tuple(itertools.chain(*scenes)))
 
 
 def _render_chunk(size: int, seed: np.random.SeedSequence, renderer: Renderer) -> tuple[np.ndarray, list[Scene]]:
@@ -209,14 +195,11 @@ def _render_chunk(size: int, seed: np.random.SeedSequence, renderer: Renderer) -
 
 
 def render_scenes(scenes: Sequence[Scene], rng: np.random.Generator, renderer: Renderer = render) -> np.ndarray:
-    """Images (count, 3, 64, 64) as uint8 of scenes, drawn one after the other with one generator.
-
-    It does without torch, whose threads do not survive the fork of a worker.
-    """
+    """Images (count, 3, 64, 64) as uint8 of scenes, drawn in turn; without torch, whose threads survive no fork."""
     return np.stack([np.asarray(renderer(scene, rng)).transpose(2, 0, 1) for scene in scenes])
 
 
-def _jitter(color: RGB, rng: np.random.Generator) -> RGB:
+def jitter(color: RGB, rng: np.random.Generator) -> RGB:
     """`color` with each channel off by up to 10 levels, within 0 to 255."""
     red, green, blue = np.clip(np.asarray(color) + rng.integers(-_COLOR_JITTER, _COLOR_JITTER + 1, 3), 0, 255)
     return int(red), int(green), int(blue)

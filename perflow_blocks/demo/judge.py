@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..evaluation.measure import EvaluationSet, evaluate_samplers, markdown, measure
-from ..evaluation.samplers import classic_pipeline, perflow_sampler, teacher_sampler
+from ..evaluation.measure import EvaluationSet, measure
 from .images import BACKGROUNDS, COLORS, RGB, SHAPES, Prompt, Renderer, Scene, render, render_scenes
 from .models import LATENT_CHANNELS, LATENT_SIZE
 
@@ -76,20 +75,15 @@ def read_colors(image: Tensor) -> ColorReading:
     background = nearest_color(background_color, BACKGROUNDS)
     far = (image - background_color[:, None, None]).norm(dim=0) > _FOREGROUND_DISTANCE
     mask = far.clone()  # less the blend at the shape's edge: all four neighbours must be far as well
-    mask[1:] &= far[:-1]
-    mask[:-1] &= far[1:]
-    mask[:, 1:] &= far[:, :-1]
-    mask[:, :-1] &= far[:, 1:]
+    for mine, other in ((slice(1, None), slice(-1)), (slice(-1), slice(1, None))):
+        mask[mine] &= far[other]
+        mask[:, mine] &= far[:, other]
     if int(mask.sum()) < _MIN_FOREGROUND:
         return ColorReading(color=None, background=background, clean=False)
     shape = image[:, mask].T
     color = nearest_color(shape.median(0).values, COLORS)
-    clean = (
-        color is not None
-        and background is not None
-        and share_near(shape, COLORS[color]) >= CLEAN_SHARE
-        and share_near(border, BACKGROUNDS[background]) >= CLEAN_SHARE
-    )
+    clean = color is not None and share_near(shape, COLORS[color]) >= CLEAN_SHARE
+    clean &= background is not None and share_near(border, BACKGROUNDS[background]) >= CLEAN_SHARE
     return ColorReading(color=color, background=background, clean=clean)
 
 
@@ -171,19 +165,3 @@ def reconstruct(vae: Any, images: Tensor) -> Tensor:
     inputs = [(chunk / 127.5 - 1.0).to(vae.device, vae.dtype) for chunk in images.split(BATCH)]
     decoded = torch.cat([vae.decode(vae.encode(chunk).latent_dist.mode()).sample.float().cpu() for chunk in inputs])
     return ((decoded / 2 + 0.5).clamp(0, 1) * 255.0).round().to(torch.uint8)
-
-
-def evaluate_student(pipe: Any, delta: Path, count: int, guidance_scale: float | None) -> str:
-    """The tables, in Markdown, of a student that was just distilled from a teacher of the demo's images.
-
-    `pipe` has the teacher's weights and was not called yet; `count` prompts are drawn. A `guidance_scale` of None is
-    the student's.
-    """
-    pipe.set_progress_bar_config(disable=True)
-    students = [perflow_sampler(pipe, steps, delta=delta) for steps in (4, 6, 8)]
-    scale = students[0].guidance_scale if guidance_scale is None else guidance_scale
-    classic = classic_pipeline(pipe)
-    others = [teacher_sampler(classic, solver, steps, scale) for steps in (8, 4) for solver in ("ddim", "dpm")]
-    first = teacher_sampler(classic, "ddim", 50, scale)
-    data = make_demo_set(count, vae=classic.vae)
-    return markdown(evaluate_samplers([*others, *students], data, teacher=first, batch_size=BATCH))

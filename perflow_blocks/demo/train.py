@@ -3,11 +3,14 @@
 Autoencoder and teacher; the base that these are in half precision, and the student that is distilled from it as
 `distill.toml` says; then base and delta are published. Every stage keeps its result under `--out` and is skipped when
 that exists, and teacher and student go on from their last checkpoint, so an interrupted run loses minutes.
+`--student RUN` publishes the delta of what `perflow distill` made of the embedded base, and trains nothing.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,18 +20,23 @@ import typer
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..atomic_files import atomic_path
-from ..training.checkpoints import REPORT
+from ..atomic_files import atomic_directory, atomic_path
+from ..delta.extract import extract_delta, save_delta
+from ..delta.files import listed, read_recipe
+from ..training.checkpoints import DELTA as RUN_DELTA
+from ..training.checkpoints import REPORT, STUDENT
 from ..training.config import load_config
 from ..training.distillation import distill
+from .blocks import DELTA
 from .images import IMAGE_SIZE, Prompt, RenderedImages, render_images
 from .models import CaptionEncoder, build_caption_encoder, build_teacher_scheduler, build_unet, build_vae, time_ids
-from .publish import WEIGHTS, publish, save_base
 
-SETTINGS = Path(__file__).parent / "distill.toml"
+SETTINGS, WEIGHTS = Path(__file__).parent / "distill.toml", Path(__file__).parent / "weights"
+BASE_NAME = "perflow_blocks demo teacher"
 CHECKPOINT_EVERY = 250
 _CROP = 32
 _KL_WEIGHT = 1e-6
@@ -43,8 +51,12 @@ def main(
     weights: Annotated[Path, typer.Option(help="Where the half-precision model goes.")] = WEIGHTS,
     teacher_steps: Annotated[int, typer.Option(help="Training steps of the teacher.")] = 3800,
     settings: Annotated[Path, typer.Option(help="Of the student, as `perflow distill` takes them.")] = SETTINGS,
+    student: Annotated[Path | None, typer.Option(help="A finished distillation to publish; trains nothing.")] = None,
 ) -> None:
     """Train every part of the demo model."""
+    if student is not None:
+        publish(student, weights)
+        return
     torch.set_flush_denormal(True)
     base, run = out / "base", out / "distillation"
     if not base.is_dir():
@@ -60,6 +72,41 @@ def main(
         overrides = {"model.teacher": str(base), "output.directory": str(run), "output.resume": "latest"}
         distill(load_config(settings, overrides))
     publish(run, weights, base)
+
+
+def publish(run: Path, weights: Path, base: Path | None = None) -> None:
+    """Writes the delta of a finished distillation of full weights into `weights`.
+
+    `base` is what `save_base` wrote, to be put there as well; by default `weights` has it already. Nothing is written
+    where the delta does not lead from this base to the student.
+    """
+    unet = UNet2DConditionModel.from_pretrained(base or weights, subfolder="unet", dtype=torch.float32)
+    student = UNet2DConditionModel.from_pretrained(run / STUDENT, dtype=torch.float32)
+    delta, whole = load_file(run / RUN_DELTA), extract_delta(student, unet)
+    stored = {name: delta.get(name, torch.zeros(change.shape)) for name, change in whole.items()}
+    wrong = [name for name in whole if not torch.equal(whole[name].to(stored[name].dtype), stored[name])]
+    if wrong:
+        what = f"{run / RUN_DELTA} does not lead from the base that is published to the student ({listed(wrong)})"
+        raise ValueError(f"{what}; distil from that base.")
+    recipe = replace(read_recipe(run / RUN_DELTA), base_model=BASE_NAME)
+    if base is not None:
+        shutil.copytree(base, weights, dirs_exist_ok=True)
+    save_delta(delta, weights / DELTA, recipe, partial=len(delta) < len(whole))
+
+
+def save_base(vae: AutoencoderKL, unet: UNet2DConditionModel, encoder: CaptionEncoder, directory: Path) -> None:
+    """Writes the base as a folder for each part, in half precision, from which the student is distilled too."""
+    with atomic_directory(directory) as temporary:
+        unet.half().save_pretrained(temporary / "unet")
+        vae.half().save_pretrained(temporary / "vae")
+        for name in ("text_encoder", "text_encoder_2"):
+            model = getattr(encoder, name).half()
+            model.save_pretrained(temporary / name)
+            # transformers loads the type that a config names, diffusers float32: make both load the same.
+            model.config.dtype = torch.float32
+            model.config.save_pretrained(temporary / name)
+            encoder.tokenizer.save_pretrained(temporary / name.replace("text_encoder", "tokenizer"))
+        build_teacher_scheduler().save_pretrained(temporary / "scheduler")
 
 
 def fit(

@@ -60,8 +60,7 @@ def evaluate_samplers(
     samplers: Sequence[Sampler], data: EvaluationSet, *, teacher: Sampler | None = None, batch_size: int = 1
 ) -> list[Row]:
     """Measures 8-bit images of all samplers; the teacher draws first, and PSNR and SSIM are to its images."""
-    rows = list(data.floors)
-    order = [*([teacher] if teacher else []), *samplers]
+    rows, order = list(data.floors), [*([teacher] if teacher else []), *samplers]
     total = sum(sampler.nfe for sampler in order) * len(data.prompts)
     with tqdm(total=total, desc="evaluate", unit="row", unit_scale=True) as bar:
         for sampler in order:
@@ -120,9 +119,7 @@ def _compute(metric: Any) -> tuple[float, float | None]:
         torch.manual_seed(0)
         value = metric.compute()
     metric.reset()
-    if isinstance(value, tuple):
-        return float(value[0]), float(value[1])
-    return float(value), None
+    return (float(value[0]), float(value[1])) if isinstance(value, tuple) else (float(value), None)
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.functional.multimodal import clip_score
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -38,20 +37,14 @@ def clip_scorer(network: str, prompts: Sequence[str], device: torch.device) -> S
 
     `network` is the repository or directory of a CLIP model of transformers.
     """
-    model, processor = _load_clip(network, device)
-    # torchmetrics expects tensors, where transformers 5 returns objects that hold them.
-    plain = SimpleNamespace(
-        config=model.config,
-        get_image_features=lambda pixels: model.get_image_features(pixels).pooler_output,
-        get_text_features=lambda ids, mask: model.get_text_features(ids, mask).pooler_output,
-    )
-    plain.to = lambda device: plain
+    encoder = ClipFeatures(network, device)
+    options = {"padding": True, "truncation": True, "return_tensors": "pt"}
 
+    @torch.no_grad()
     def score(images: Tensor, where: slice) -> Mapping[str, Tensor]:
-        levels = (255.0 * images).round().to(device, torch.uint8)
-        pairs = zip(levels, prompts[where], strict=True)
-        values: Any = [clip_score(image, prompt, lambda: (plain, processor)) for image, prompt in pairs]
-        return {"CLIP score": torch.stack(values)}
+        tokens = encoder.processor.tokenizer(list(prompts[where]), **options).to(device)
+        texts = encoder.model.get_text_features(**tokens).pooler_output
+        return {"CLIP score": 100.0 * cosine_similarity(encoder(images.to(device)), texts).clamp(min=0)}
 
     return score
 
@@ -95,23 +88,18 @@ def set_distances(network: str, count: int, device: torch.device) -> dict[str, A
     return {"FID": FrechetInceptionDistance(**options).to(device), "KID": kernel.to(device)}
 
 
-def _load_clip(network: str, device: torch.device) -> tuple[Any, Any]:
-    from transformers import CLIPModel, CLIPProcessor
-
-    model: Any = CLIPModel.from_pretrained(network)
-    return model.to(device).eval(), CLIPProcessor.from_pretrained(network)
-
-
 class ClipFeatures(nn.Module):
     """CLIP's image embeddings in the form that torchmetrics asks for."""
 
     def __init__(self, network: str, device: torch.device) -> None:
+        from transformers import CLIPModel, CLIPProcessor
+
         super().__init__()
-        self.model, processor = _load_clip(network, device)
-        self.processor = processor.image_processor
+        model: Any = CLIPModel.from_pretrained(network)
+        self.model, self.processor = model.to(device).eval(), CLIPProcessor.from_pretrained(network)
         self.num_features: int = self.model.config.projection_dim
 
     def forward(self, images: Tensor) -> Tensor:
         levels = list((255.0 * images).round().to("cpu", torch.uint8))
-        pixels = self.processor(levels, return_tensors="pt")["pixel_values"]
+        pixels = self.processor.image_processor(levels, return_tensors="pt")["pixel_values"]
         return self.model.get_image_features(pixels.to(images.device)).pooler_output

@@ -35,21 +35,12 @@ METRICS, READINGS, REPORT = "metrics.jsonl", "validation.jsonl", "report.md"
 STUDENT, SCHEDULER, WORKFLOW = "student", "scheduler", "workflow"
 DELTA, LORA = "delta.safetensors", "lora.safetensors"
 LORA_KOHYA, LORA_RESIDUAL = "lora_kohya.safetensors", "lora_residual.safetensors"
-RESULTS = {
-    STUDENT: "student, a UNet",
-    DELTA: "delta (student less teacher, with the recipe)",
-    SCHEDULER: "scheduler",
-    LORA: "LoRA",
-    LORA_KOHYA: "LoRA in kohya's keys",
-    LORA_RESIDUAL: "residual, to be merged beside the LoRA",
-    WORKFLOW: "workflow repository, for `perflow push`",
-    REPORT: "this report",
-}
+RESULTS = (STUDENT, DELTA, SCHEDULER, LORA, LORA_KOHYA, LORA_RESIDUAL, WORKFLOW, REPORT)
 """What a finished training has in its directory; not every one has all."""
 _STATE, _STUDENT, _AVERAGES = "state.json", "student.safetensors", "averages.safetensors"
 _MAY_CHANGE = tuple(
     """output. loss. data.num_workers teacher.guidance_scale teacher.dtype teacher.offload teacher.on_policy_
-    teacher.text_cache teacher.latent_cache optimizer.learning_rate optimizer.schedule optimizer.warmup_steps
+    teacher.text_cache optimizer.learning_rate optimizer.schedule optimizer.warmup_steps
     optimizer.max_grad_norm optimizer.max_steps optimizer.gradient_checkpointing optimizer.compile""".split()
 )
 """Settings that may differ from those of the run that is resumed."""
@@ -121,8 +112,7 @@ class Checkpoints:
         With the first one, a run that was resumed from an earlier step replaces the later checkpoints it found.
         """
         session, accelerator, output = self._session, self._session.accelerator, self._session.config.output
-        directory = Path(output.directory)
-        final = directory / CHECKPOINTS / f"step_{step:08d}"
+        final = Path(output.directory) / CHECKPOINTS / f"step_{step:08d}"
         temporary = final.with_name(f".{final.name}.tmp")
         if accelerator.is_main_process:
             for leftover in final.parent.glob(".step_*"):
@@ -136,15 +126,14 @@ class Checkpoints:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             _write(temporary / _AVERAGES, self._averages())
-            steps, config = session.ema.optimization_step if session.ema else 0, session.config.flat()
-            processes = accelerator.num_processes
-            state = State(step=step, average_steps=steps, num_processes=processes, config=config)
+            averaged, settings = session.ema.optimization_step if session.ema else 0, session.config.flat()
+            state = State(step=step, average_steps=averaged, num_processes=accelerator.num_processes, config=settings)
             (temporary / _STATE).write_text(state.model_dump_json(indent=2), encoding="utf-8")
             for number, path in by_step(final.parent):
                 if number > self._last:  # not this run's
                     _remove(path)
             temporary.rename(final)
-            for old in list_checkpoints(directory)[: -output.keep_checkpoints]:
+            for old in list_checkpoints(Path(output.directory))[: -output.keep_checkpoints]:
                 _remove(old)
         self._last = step
         accelerator.wait_for_everyone()
@@ -152,8 +141,7 @@ class Checkpoints:
     def load(self, path: Path) -> int:
         """Takes up a checkpoint in every process; returns its number of updates.
 
-        Raises:
-            ValueError: it is damaged, or of another number of processes, or fp16 and this run is not, or the reverse.
+        Raises ValueError where it is damaged, of another number of processes, or fp16 and this run is not, or reverse.
         """
         state, accelerator = read_state(path), self._session.accelerator
         scaled, processes = (path / SCALER_NAME).is_file(), accelerator.num_processes
@@ -207,31 +195,29 @@ def list_checkpoints(output: Path) -> list[Path]:
 def find_checkpoint(config: DistillConfig) -> Path | None:
     """The checkpoint that the configuration asks to go on from; None for the beginning.
 
-    Raises:
-        ValueError: it is not there, is damaged, is of more steps than are wanted, or was made with settings that
-            cannot change; or there are checkpoints and none of them is asked for.
+    Raises ValueError where it is not there, is damaged, is of more steps than are wanted, or was made with settings
+    that cannot change; or where there are checkpoints and none of them is asked for.
     """
     resume, output = config.output.resume, Path(config.output.directory)
     present = list_checkpoints(output)
-    if resume == "latest":
-        path = present[-1] if present else None
-    else:
-        path = None if resume is None else Path(resume)
-        if path is not None and not (path / _STATE).is_file():
-            raise ValueError(f"output.resume={resume} is not a checkpoint; pass the folder of one, or latest.")
-        if present and (path is None or path.resolve().parent != (output / CHECKPOINTS).resolve()):
-            raise ValueError(
-                f"output.directory={output} holds checkpoints up to {present[-1].name}; pass output.resume=latest to "
-                "go on from there, or another directory."
-            )
-    if path is not None:
-        state = read_state(path)
-        require_same(state.config, config.flat(), path)
-        if state.step > config.optimizer.max_steps:
-            raise ValueError(
-                f"optimizer.max_steps={config.optimizer.max_steps} is below the {state.step} updates of {path.name}; "
-                "pass at least as many, or go on from an earlier checkpoint."
-            )
+    latest = present[-1] if present else None
+    path = latest if resume == "latest" else Path(resume) if resume else None
+    if path is not None and not (path / _STATE).is_file():
+        raise ValueError(f"output.resume={resume} is not a checkpoint; pass the folder of one, or latest.")
+    if latest and (path is None or path.resolve().parent != latest.parent.resolve()):
+        raise ValueError(
+            f"output.directory={output} holds checkpoints up to {latest.name}; pass output.resume=latest to go on "
+            "from there, or another directory."
+        )
+    if path is None:
+        return None
+    state = read_state(path)
+    require_same(state.config, config.flat(), path)
+    if state.step > config.optimizer.max_steps:
+        raise ValueError(
+            f"optimizer.max_steps={config.optimizer.max_steps} is below the {state.step} updates of {path.name}; "
+            "pass at least as many, or go on from an earlier checkpoint."
+        )
     return path
 
 
@@ -246,9 +232,9 @@ def read_state(path: Path) -> State:
 def require_same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
     """Raises ValueError that names all settings by "section.field" that differ where they may not."""
     changed = [
-        f"{key} is {json.dumps(value)} there and {json.dumps(new.get(key))} here"
+        f"{key} is {json.dumps(value)} there and {json.dumps(new[key])} here"
         for key, value in old.items()
-        if new.get(key) != value and not _may_change(key, value, new)
+        if key in new and new[key] != value and not _may_change(key, value, new)
     ]
     if changed:
         raise ValueError(

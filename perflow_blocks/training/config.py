@@ -22,12 +22,12 @@ from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, Posi
 from ..core.parameterization import PredictionType
 from ..core.windows import TimeWindows, tile_windows
 
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 DTypeName = Literal["float32", "float16", "bfloat16"]
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
-
 DEMO_IMAGE_SIZE = 64
 
 
@@ -60,29 +60,21 @@ class ModelConfig(Section):
     """Teacher and student."""
 
     teacher: PathText
-    """Repository or directory of a Stable Diffusion pipeline, a checkpoint in one file, or "demo" for the embedded
-    model."""
+    """Repository or directory of a Stable Diffusion pipeline, or "demo" for the embedded model."""
     revision: str | None = None
     """Branch, tag or commit of the repository."""
     variant: str | None = None
     """Variant of the weight files, such as "fp16"."""
-    config: PathText | None = None
-    """For a checkpoint in one file: repository or directory with the configurations of its parts."""
     student: Literal["full", "lora"] = "full"
     """"full" trains all weights, "lora" low-rank factors beside them."""
     lora_rank: PositiveInt = 64
     """Rank of the factors; they are applied with factor 1."""
     lora_targets: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
-    """Names of the UNet's layers, or their ends, that get factors. By default all linear layers and convolutions of
-    its transformer and residual blocks."""
-    init_student: PathText | None = None
-    """Directory of a UNet to start from instead of the teacher's weights."""
+    """Ends of the names of layers that get factors; by default all linear layers and convolutions of the blocks."""
     frozen: tuple[str, ...] = ()
     """Patterns such as "*transformer_blocks*" of a full student's weights that are not trained, nor in the delta."""
 
     def rules(self) -> Iterator[str]:
-        if self.student == "lora" and self.init_student is not None:
-            yield "model.init_student: for full weights; leave it out, or pass model.student=full."
         if self.student == "lora" and self.frozen:
             yield "model.frozen: for full weights; name the layers that get factors in model.lora_targets instead."
 
@@ -94,8 +86,7 @@ class DataConfig(Section):
     """"datasets": a Hugging Face dataset. "folder": images with captions in metadata.jsonl, .csv or .parquet, or in
     .txt files beside them. "webdataset": tar shards. "prompts": captions without images. "demo": the demo's images."""
     path: PathText | None = None
-    """Hub id, directory or file. For webdataset a directory, a tar file, a range such as "shards-{000..099}.tar", or a
-    URL of these."""
+    """Hub id, directory or file; for webdataset a tar file or URL too, or a range such as "s-{000..099}.tar"."""
     subset: str | None = None
     """Configuration of a dataset on the Hub that has several."""
     revision: str | None = None
@@ -105,11 +96,9 @@ class DataConfig(Section):
     streaming: bool = False
     """Reads a dataset while training instead of downloading it first."""
     image_column: Text | None = None
-    """Column (webdataset: extension) of the images. By default the first that holds images, else "image". Relative
-    paths in it start at the folder that `path` is or lies in."""
+    """Column (webdataset: extension) of images, or paths from `path`; by default the first of images, or "image"."""
     caption_column: Text | None = None
-    """Column (webdataset: extension, or key of the .json) of the captions, each a string or a list of which one is
-    drawn. By default "text", "caption", "prompt" or "txt", whichever comes first."""
+    """Column (webdataset: extension, .json's key) of captions, a text or a list; else text, caption, prompt or txt."""
     trigger: str = ""
     """Words put before every caption, with a comma between."""
     resolution: Annotated[int, Field(ge=8, le=16384)] = 1024
@@ -134,14 +123,10 @@ class DataConfig(Section):
     """Processes that read images, for each training process. Batches do not depend on it."""
 
     def rules(self) -> Iterator[str]:
-        if self.kind == "demo" and self.path is not None:
-            yield "data.path: of no use to data.kind=demo; leave it out."
         if self.kind != "demo" and self.path is None:
             yield f"data.path: missing for data.kind={self.kind}; say where the data is."
         if self.streaming and self.kind != "datasets":
             yield f"data.streaming: goes with data.kind=datasets, not {self.kind}; leave it out."
-        if self.streaming and "[" in self.split:
-            yield f"data.split: {self.split} is a slice, which a stream does not have; use data.max_samples."
         multiple = self.bucket_step if self.bucketing and self.kind != "prompts" else 8
         if self.resolution % multiple:
             below = max(multiple, self.resolution // multiple * multiple)
@@ -170,12 +155,10 @@ class WindowConfig(Section):
 
     def rules(self) -> Iterator[str]:
         try:
-            count = self.tile().num_windows
+            if self.num_discrete_times < (count := self.tile().num_windows):
+                yield f"windows.num_discrete_times: {self.num_discrete_times} is below the {count} windows."
         except ValueError as error:
             yield f"windows: {error}"
-        else:
-            if self.num_discrete_times < count:
-                yield f"windows.num_discrete_times: {self.num_discrete_times} is below the {count} windows."
 
     def tile(self, num_train_timesteps: int = 1000) -> TimeWindows:
         """The windows of a noise schedule with that many timesteps."""
@@ -192,13 +175,11 @@ class TeacherConfig(Section):
     steps_per_window: PositiveInt = 5
     """Steps from a window's start to its end, each with one call of the teacher; published are 10 of order 1."""
     cfg_mode: Literal["sync", "fixed"] = "sync"
-    """"sync": the teacher has no guidance, and the student is sampled with guidance like its teacher. "fixed": the
-    teacher's guidance is baked into the student, which is then sampled without."""
+    """"sync": no guidance here, the student is sampled with it. "fixed": the teacher's guidance is baked in."""
     guidance_scale: Annotated[float, Field(ge=1)] = 7.5
     """Guidance of the teacher under "fixed"; 1 is none."""
     starts: Literal["noised", "trajectory"] = "noised"
-    """Where windows start: "noised" images, or the teacher's own "trajectory" from pure noise through all windows,
-    which needs prompts only."""
+    """Where windows start: at "noised" images, or on the teacher's own "trajectory", which needs prompts only."""
     on_policy_share: Share = 0.0
     """Share of the trajectories that start a window where the student ended the one before."""
     on_policy_from: Share = 0.33
@@ -206,16 +187,13 @@ class TeacherConfig(Section):
     buffer_size: PositiveInt = 256
     """Trajectories that each process keeps to draw from."""
     solve_every: PositiveInt | None = None
-    """Micro-steps for which a batch of trajectories is used before the next one is solved. By default as many as there
-    are windows, so that each pair is used once on average."""
+    """Micro-steps between two batches of trajectories; by default one a window, so that a pair is used once or so."""
     dtype: DTypeName = "float32"
     """Type of the teacher and of the encoders. A VAE that needs float32 keeps it."""
     offload: Literal["none", "encoders", "all"] = "none"
     """What waits in host memory while it is not used: "none", the "encoders", or "all" with the teacher's UNet."""
     text_cache: NonNegativeInt = 1024
     """Prompts whose embeddings are kept on the device (about 0.3 MB each for SDXL in half precision)."""
-    latent_cache: NonNegativeInt = 0
-    """Images whose latents are kept, recognised by their pixels."""
 
     def rules(self) -> Iterator[str]:
         if self.on_policy_share > 0 and self.starts == "noised":
@@ -229,21 +207,12 @@ class LossConfig(Section):
     """"l2", or "huber", which is quadratic up to `huber_c` and linear beyond."""
     huber_c: PositiveFloat = 0.1
     """See `kind`."""
-    weighting: Literal["none", "reciprocal", "endpoint", "window"] = "none"
-    """Weight of each row: "none"; "reciprocal", 1 / (1 - t), of mean 1; "endpoint", which turns an error of the output
-    into one of the image at the window's end; "window", the weight of its window."""
-    window_weights: tuple[NonNegativeFloat, ...] | None = None
-    """One weight for each window, noisiest first, for "window"."""
+    weighting: Literal["none", "reciprocal", "endpoint"] = "none"
+    """Of each row: "none"; "reciprocal", 1 / (1 - t), of mean 1; "endpoint", the error is that of the window's end."""
     max_weight: PositiveFloat = 10.0
     """The most that "endpoint" weighs."""
     caption_dropout: Share = 0.1
     """Share of the prompts that teacher and student see as the empty one."""
-
-    def rules(self) -> Iterator[str]:
-        if (self.weighting == "window") != (self.window_weights is not None):
-            yield "loss.window_weights: go with loss.weighting=window; pass both, or neither."
-        if self.window_weights is not None and not any(self.window_weights):
-            yield "loss.window_weights: all are 0, which trains nothing; pass at least one above 0."
 
 
 class OptimizerConfig(Section):
@@ -259,9 +228,7 @@ class OptimizerConfig(Section):
     """Decoupled weight decay of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
-    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = (
-        "constant_with_warmup"
-    )
+    schedule: Schedule = "constant_with_warmup"
     """Course of the learning rate, by diffusers' names."""
     warmup_steps: NonNegativeInt = 100
     """Updates in which the learning rate rises from 0."""
@@ -284,10 +251,6 @@ class OptimizerConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed of all random numbers."""
 
-    def rules(self) -> Iterator[str]:
-        if self.schedule == "polynomial" and self.learning_rate <= 1e-7:
-            yield "optimizer.learning_rate: must be above 1e-07, where optimizer.schedule=polynomial ends."
-
 
 class OutputConfig(Section):
     """Where the result, the checkpoints and the figures go."""
@@ -303,14 +266,13 @@ class OutputConfig(Section):
     tracker: Literal["tensorboard", "wandb"] | None = None
     """Tracker that the curves go to."""
     resume: PathText | None = None
-    """"latest" checkpoint in the directory (from the beginning where there is none), or the path of one. What the
-    directory holds of later steps goes when this run saves its first checkpoint."""
+    """"latest" checkpoint in the directory, if any, or the path of one; later ones go when this run saves one."""
     num_inference_steps: PositiveInt | None = None
     """Number of steps that the recipe recommends; by default one for each window."""
     delta_dtype: DTypeName = "float16"
     """Type in which the delta, its LoRA forms and the workflow's weights are stored."""
     validation_every: PositiveInt | None = None
-    """Updates between two validations: a sheet of images and the windows' straightness. The first comes before any."""
+    """Updates between two validations: a sheet of images and endpoint errors. The first comes before any update."""
     validation_prompts: tuple[str, ...] = ()
     """Prompts of the sheets."""
     validation_steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
@@ -319,12 +281,8 @@ class OutputConfig(Section):
     """Number of steps of the teacher."""
     workflow: bool = True
     """Writes a workflow repository at the end (SDXL). It refers to a teacher on the Hub and holds any other."""
-    evaluation_prompts: NonNegativeInt = 0
-    """Prompts of the report's table of quality, for the demo's images, at least 2; 0 for no table."""
 
     def rules(self) -> Iterator[str]:
-        if self.evaluation_prompts == 1:
-            yield "output.evaluation_prompts: 1 is too few; pass at least 2, or 0 for no table."
         if self.validation_every is not None and not self.validation_prompts:
             yield "output.validation_every: needs output.validation_prompts; pass a few prompts, or leave it out."
 
@@ -345,46 +303,24 @@ class DistillConfig(Section):
         tree = self.model_dump(mode="json")
         return {f"{section}.{name}": value for section, values in tree.items() for name, value in values.items()}
 
-    def changed(self, values: Mapping[str, Any]) -> DistillConfig:
-        """These settings with others by "section.field", checked again."""
-        tree = self.model_dump()
-        for key, value in values.items():
-            section, _, name = key.partition(".")
-            tree[section][name] = value
-        return DistillConfig.model_validate(tree)
-
     def rules(self) -> Iterator[str]:
         windows, output = self.windows.tile(), self.output
-        count, weights = windows.num_windows, self.loss.window_weights
-        if weights is not None and len(weights) != count:
-            yield f"loss.window_weights: {len(weights)} weights for {count} windows; pass {count}."
+        count = windows.num_windows
         if output.num_inference_steps is not None and output.num_inference_steps < count:
             yield f"output.num_inference_steps: {output.num_inference_steps} is below the {count} windows."
-        for number in output.validation_steps or ():
-            if number < count:
-                yield f"output.validation_steps: {number} is below the {count} windows."
         narrowest = min(start - end for start, end in zip(windows.starts, windows.ends, strict=True))
         timesteps = round(narrowest * windows.num_train_timesteps)
         if self.teacher.steps_per_window > timesteps:
             yield f"teacher.steps_per_window: must be at most {timesteps}, the timesteps of the narrowest window."
         if self.teacher.starts == "noised" and self.data.kind == "prompts":
             yield "data.kind: prompts have no images to noise; pass teacher.starts=trajectory, or images."
-        local = self.model.teacher == "demo" or Path(self.model.teacher).is_dir()
-        judged = self.data.kind == "demo" and self.data.resolution == DEMO_IMAGE_SIZE and local
-        if output.evaluation_prompts and not judged:
-            yield "output.evaluation_prompts: for data.kind=demo at full size and a local teacher; leave it out."
 
 
 def load_config(path: str | os.PathLike[str], overrides: Mapping[str, str] | None = None) -> DistillConfig:
-    """The settings of a file.
+    """The settings of a .toml, .yaml, .yml or .json file with a table for each section of `DistillConfig`.
 
-    Args:
-        path: a .toml, .yaml, .yml or .json file with a table for each section of `DistillConfig`.
-        overrides: by "section.field" the text of a value that replaces the file's: "0.5", "true", "a prompt", "null"
-            for None, "[1, 0.4, 0]" for a list.
-
-    Raises:
-        ConfigError: the file cannot be read, or everything that is wrong with the settings.
+    `overrides` has by "section.field" the text of a value that replaces the file's: "0.5", "true", "a prompt", "null"
+    for None, "[1, 0.4, 0]" for a list. Raises ConfigError: the file cannot be read, or all that is wrong with it.
     """
     tree, problems = _read(Path(path).expanduser()), []
     for key, text in (overrides or {}).items():

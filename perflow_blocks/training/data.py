@@ -1,8 +1,7 @@
 """The trainer's data: what `datasets` reads, as batches of one bucket with an exact position.
 
-A position is an epoch and a number of batches. It counts the batches that were handed out, not those that workers read
-ahead. What a batch holds, every random draw included, follows from the seed, the epoch and the batch's number, so a
-resumed run gets the batches of the unbroken one to the bit, with any number of workers:
+A position is an epoch and the number of its batches that were handed out. What a batch holds, every random draw
+included, follows from the seed, the epoch and the batch's number, with any number of workers:
 
 - Folders, tables, prompts and the demo have an index. Each epoch is planned from the images' sizes for all processes
   together: they share no sample in an epoch and work in the same bucket at the same time. Resuming reads nothing.
@@ -10,8 +9,7 @@ resumed run gets the batches of the unbroken one to the bit, with any number of 
   process its own part. Resuming reads the current epoch's samples again, without decoding their images.
 
 The positions of `datasets` and torchdata are not exact here: that of a stream leaves out the shuffle buffer and partly
-filled buckets, that of a loader holds for one number of workers. Downloads and tables are cached in HF_DATASETS_CACHE.
-Links to folders are not followed, and what is not a plain file counts as missing.
+filled buckets, that of a loader holds for one number of workers. Links to folders are not followed.
 """
 
 from __future__ import annotations
@@ -87,8 +85,7 @@ class DemoRows:
 def open_rows(config: DataConfig, seed: int = 0) -> Any:
     """Rows of "image" (left out for prompts) and "text", an IterableDataset for streams; no image is opened.
 
-    Raises:
-        ValueError: the data is not there, cannot be read, or lacks a column.
+    Raises ValueError: the data is not there, cannot be read, or lacks a column.
     """
     if config.kind == "demo":
         return DemoRows(config.max_samples or 10_000, seed)
@@ -162,7 +159,7 @@ def _select(dataset: Any, config: DataConfig) -> Any:
 def _open_folder(root: Path, caption_column: str | None) -> datasets.Dataset:
     """Images in the order of their paths, captioned by metadata files or by .txt files beside them.
 
-    The files are listed here because imagefolder itself takes a millisecond for each of them, at every start.
+    imagefolder itself takes a millisecond for each file, at every start.
     """
     if not root.is_dir():
         raise ValueError("it is not a folder; name the one that holds the images")
@@ -237,10 +234,7 @@ def _shard_row(fields: dict[str, Any], image: str | None, caption: str | None) -
 
 
 class BatchSource:
-    """Endless epochs of batches for one process, with an exact position.
-
-    `iter` goes on from the position. Have one iterator at a time; after `load_state_dict` take a new one.
-    """
+    """Endless epochs of batches for one process; `iter` goes on from the position. Have one iterator at a time."""
 
     def __init__(self, config: DataConfig, dataset: Any, batch_size: int, seed: int, process: tuple[int, int]) -> None:
         self._config, self._dataset, self._batch_size, self._seed = config, dataset, batch_size, seed
@@ -320,11 +314,7 @@ class BatchSource:
         return {"epoch": self.epoch, "batch": self._batch, "content": self._content}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a position: the next batch is the one that an unbroken run with these settings would have had.
-
-        Raises:
-            ValueError: the position belongs to other data.
-        """
+        """Takes up a position, of which a new iterator goes on. Raises ValueError for that of other data."""
         if state.get("content") != self._content:
             what = f"it held {state.get('content')} and holds {self._content}"
             raise ValueError(f"data.path={self._config.path} has changed ({what}); resume with the same data.")
@@ -416,13 +406,10 @@ class _Streamed(BatchSource):
 def open_dataset(
     config: DataConfig, *, batch_size: int, seed: int, process_index: int = 0, num_processes: int = 1
 ) -> BatchSource:
-    """The batches that process `process_index` of `num_processes` trains on, each of `batch_size` rows.
+    """The batches of `batch_size` rows that process `process_index` of `num_processes` trains on.
 
-    Unless the data is a stream, captions and the headers of images are looked at first. `seed` settles the order, the
-    crops, the mirroring and the captions drawn, together with the epoch.
-
-    Raises:
-        ValueError: the data cannot be read, or nothing in it is usable.
+    Unless the data is a stream, captions and the headers of images are looked at first. Raises ValueError: the data
+    cannot be read, or nothing in it is usable.
     """
     dataset = open_rows(config, seed)
     kind = _Streamed if isinstance(dataset, datasets.IterableDataset) else _Indexed

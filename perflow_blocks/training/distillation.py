@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -11,45 +12,25 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from diffusers import UNet2DConditionModel
 
 from ..atomic_files import atomic_path, require_writable_directory
 from ..schedulers import PFODESolver
-from .checkpoints import (
-    DELTA,
-    METRICS,
-    READINGS,
-    REPORT,
-    RESULTS,
-    SHEETS,
-    WORKFLOW,
-    by_step,
-    find_checkpoint,
-    read_lines,
-)
+from .checkpoints import METRICS, READINGS, REPORT, RESULTS, SHEETS, WORKFLOW, by_step, find_checkpoint, read_lines
 from .config import ConfigError, DistillConfig
 from .data import open_rows
 from .loop import Observer, train
-from .output import describe, pipeline_of, write_outputs
-from .student import empty_unet, frozen_weights, lora_modules
+from .output import describe, write_outputs
+from .student import frozen_weights, lora_modules
 from .teacher import SDXL, WindowGeometry, open_teacher
 from .validation import Validation
 
 _PLOTS = "plots"
 _FAR = 4  # times the teacher's own size: a step then takes more than 16 times as long
-_SHOWN_SHEETS = 4
-_ABOUT = """The mean squared deviation of the velocity of a student's path from that of its chord, over the squared
-speed along the chord: 0 is a line, which one Euler step solves exactly (arXiv 2209.03003, section 2). A line may lead
-to a wrong place, so the endpoint error is beside it: the squared distance between where one step of the student and
-where the teacher end, over the squared length of the teacher's chord."""
-
-Curves = Mapping[str, Sequence[float | None]]
 
 
 def distill(config: DistillConfig, observers: Sequence[Observer] = ()) -> Path:
-    """Trains as configured with validation, and writes all outputs and the report; every process calls it.
-
-    Returns:
-        `output.directory`, where all of it is.
+    """Trains with validation and writes all outputs into `output.directory`, which it returns; every process calls it.
 
     Raises:
         ConfigError: with everything that is wrong, before any weight is read.
@@ -59,12 +40,11 @@ def distill(config: DistillConfig, observers: Sequence[Observer] = ()) -> Path:
     require_possible(config)
     train(config, [*observers, Validation()])
     if (state := PartialState()).is_main_process:
-        summary, tables = "", ""
+        summary = ""
         try:
             summary = write_outputs(config, state.device)
-            tables = _evaluate(config)
         finally:  # the training is done, so that it is reported even where an output fails
-            write_report(config, summary, tables)
+            write_report(config, summary)
     return Path(config.output.directory)
 
 
@@ -78,7 +58,6 @@ def _problems(config: DistillConfig) -> Iterator[str]:
     optional = {
         "peft": config.model.student == "lora",
         "bitsandbytes": config.optimizer.name == "adamw8bit",
-        "torchmetrics": config.output.evaluation_prompts > 0,
         config.output.tracker: config.output.tracker is not None,
     }
     for package, is_needed in optional.items():
@@ -105,7 +84,8 @@ def _require_teacher(config: DistillConfig) -> None:
     PFODESolver(source.scheduler())
     WindowGeometry(config.windows, source.scheduler_config)
     if config.model.lora_targets or config.model.frozen:
-        unet = empty_unet(source)
+        with torch.device("meta"):  # without values
+            unet = UNet2DConditionModel.from_config(dict(source.unet_config))
         lora_modules(unet, config.model.lora_targets)
         frozen_weights(unet, config.model.frozen)
     own = source.unet_config.get("sample_size")
@@ -120,34 +100,25 @@ def _require_teacher(config: DistillConfig) -> None:
         require_target(Path(config.output.directory) / WORKFLOW, overwrite=True)
 
 
-def _evaluate(config: DistillConfig) -> str:
-    if not config.output.evaluation_prompts:
-        return ""
-    from ..demo.judge import evaluate_student  # with packages that nothing else here needs
-
-    pipe = pipeline_of(open_teacher(config.model), torch.float32)
-    scale = config.teacher.guidance_scale if config.teacher.cfg_mode == "fixed" else None
-    return evaluate_student(pipe, Path(config.output.directory) / DELTA, config.output.evaluation_prompts, scale)
-
-
-def write_report(config: DistillConfig, lora_summary: str = "", evaluation: str = "") -> Path:
-    """Writes `report.md` and its plots, with what the LoRA keeps of the delta and tables of an evaluation."""
+def write_report(config: DistillConfig, lora_summary: str = "") -> Path:
+    """Writes `report.md` and its plots, with what the LoRA keeps of the delta."""
     directory = Path(config.output.directory)
     metrics, readings = read_lines(directory / METRICS), read_lines(directory / READINGS)
-    present = [[f"`{name}`", what] for name, what in RESULTS.items() if (directory / name).exists()]
+    present = [f"`{name}`" for name in RESULTS if (directory / name).exists()]
+    sheets = [f"![{path.stem}]({SHEETS}/{path.name})" for _, path in by_step(directory / SHEETS, ".png")]
     try:
-        curves = ["## Loss", *_loss(metrics, directory)] if metrics else []
-        curves += ["## Straightness", _ABOUT, *_straightness(readings, directory)] if readings else []
+        curves = ["## Loss", *_curves(directory, "loss", metrics, "window_losses")] if metrics else []
+        if readings:
+            about = "Squared distance of the student's end from the teacher's, over the squared length of its chord."
+            curves += ["## Endpoint error", about, *_curves(directory, "endpoint_error", readings, "endpoint_error")]
     except (LookupError, TypeError) as error:
         raise ValueError(f"{METRICS} or {READINGS} in {directory} is damaged ({error!r}); move it away.") from error
     parts = [
         f"# Distillation of {config.model.teacher}",
         f"{describe(config)}.",
         *curves,
-        *_sheets(directory),
-        *(["## Evaluation", evaluation.strip()] if evaluation else []),
-        "## Files",
-        _table(["file", "what it is"], present),
+        *(["## Validation", *sheets] if sheets else []),
+        f"## Files\n\n{', '.join(present)}",
         lora_summary,
         "## Settings",
         f"```json\n{json.dumps(config.model_dump(mode='json'), indent=2)}\n```",
@@ -157,62 +128,26 @@ def write_report(config: DistillConfig, lora_summary: str = "", evaluation: str 
     return directory / REPORT
 
 
-def _loss(metrics: list[dict[str, Any]], directory: Path) -> list[str]:
-    steps = [line["step"] for line in metrics]
-    curves: dict[str, list[float | None]] = {"weighted, all": [fmean(line["losses"]) for line in metrics]}
-    for number in range(len(metrics[0]["window_losses"])):
-        curves[f"window {number + 1}"] = [line["window_losses"][number] for line in metrics]
-    rows = [[name, *_thirds([value for value in curve if value is not None])] for name, curve in curves.items()]
-    others = {name: {name: [line[name] for line in metrics]} for name in ("learning_rate", "samples_per_second")}
-    return [
-        _plot(directory, "loss", steps, curves),
-        _table(["", "mean loss in the first third", "in the last third"], rows),
-        *(_plot(directory, name, steps, curve, "linear") for name, curve in others.items()),
-    ]
-
-
-def _thirds(values: list[float]) -> list[str]:
-    part = max(1, len(values) // 3)
-    return [f"{fmean(some):.4g}" if some else "-" for some in (values[:part], values[-part:])]
-
-
-def _straightness(readings: list[dict[str, Any]], directory: Path) -> list[str]:
-    names, first, last = ("straightness", "endpoint_error"), readings[0], readings[-1]
-    count = range(len(last[names[0]]))
-    rows = [[i + 1, *(f"{reading[name][i]:.3g}" for name in names for reading in (first, last))] for i in count]
-    header = [f"{name.replace('_', ' ')}, {reading['step']} updates" for name in names for reading in (first, last)]
-    steps = [line["step"] for line in readings]
-    curves = {name: {f"window {i + 1}": [line[name][i] for line in readings] for i in count} for name in names}
-    return [*(_plot(directory, name, steps, curves[name]) for name in names), _table(["window", *header], rows)]
-
-
-def _sheets(directory: Path) -> list[str]:
-    """The first sheet, the last, and some between, by links."""
-    found = [path for _, path in by_step(directory / SHEETS, ".png")]
-    count = min(_SHOWN_SHEETS, len(found))
-    chosen = dict.fromkeys(found[round(i * (len(found) - 1) / max(1, count - 1))] for i in range(count))
-    return ["## Validation", *(f"![{path.stem}]({SHEETS}/{path.name})" for path in chosen)] if found else []
-
-
-def _plot(directory: Path, name: str, steps: Sequence[int], curves: Curves, scale: str = "log") -> str:
-    """Draws curves over the updates, with gaps for None, into a PNG file; the link to it. Needs matplotlib."""
+def _curves(directory: Path, name: str, lines: list[dict[str, Any]], key: str) -> list[str]:
+    """A table of the windows' figures in the first and last third of the readings and, by matplotlib, their plot."""
+    curves = {f"window {i + 1}": [line[key][i] for line in lines] for i in range(len(lines[0][key]))}
+    table = ["| | mean of the first third | of the last third |", "|---|---|---|"]
+    for label, curve in curves.items():
+        known = [value for value in curve if value is not None]
+        part = max(1, len(known) // 3)
+        first, last = (f"{fmean(some):.4g}" if some else "-" for some in (known[:part], known[-part:]))
+        table.append(f"| {label} | {first} | {last} |")
     if find_spec("matplotlib") is None:
-        return ""
+        return ["\n".join(table)]
     from matplotlib.figure import Figure  # by itself: no backend is set for anyone
 
-    figure: Any = Figure(figsize=(7.0, 3.6), dpi=110, layout="constrained")
+    figure: Any = Figure(figsize=(7.0, 3.6), layout="constrained")
     axes = figure.subplots()
     for label, curve in curves.items():
-        values = [float("nan") if value is None or (scale == "log" and value <= 0) else value for value in curve]
-        axes.plot(steps, values, label=label, marker="o" if len(values) < 12 else None, markersize=3, linewidth=1.2)
-    axes.set(yscale=scale, xlabel="updates", ylabel=name.replace("_", " "))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+        values = [value or math.nan for value in curve]
+        axes.plot([line["step"] for line in lines], values, label=label, marker=".")
+    axes.set(yscale="log", xlabel="updates", ylabel=name.replace("_", " "))
+    axes.legend()
     with atomic_path(directory / _PLOTS / f"{name}.png") as temporary:
         figure.savefig(temporary, format="png")
-    return f"![{name}]({_PLOTS}/{name}.png)"
-
-
-def _table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+    return [f"![{name}]({_PLOTS}/{name}.png)", "\n".join(table)]

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType, cpu_offload_with_hook
 from accelerate.utils import InitProcessGroupKwargs
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from diffusers.utils import logging
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from .config import DistillConfig
 from .data import open_dataset
 from .output import write_result
 from .pairs import NoisedStarts, PairSource, TrajectoryStarts, distillation_step
-from .student import build_student, make_ema, make_optimizer, make_schedule, set_learning_rate, trainable
+from .student import build_student, set_learning_rate, trainable
 from .teacher import LatentEncoder, Offload, PromptEncoder, Teacher, WindowGeometry, between, open_teacher
 
 logger = logging.get_logger(__name__)
@@ -37,12 +39,8 @@ _PATIENCE = timedelta(hours=2)
 class Session:
     """A distillation in this process, with nothing taken up from a checkpoint yet.
 
-    Attributes:
-        student: the UNet, prepared by the accelerator, as are `optimizer` and `schedule`.
-        trained: the student's trainable parameters by their names in the bare UNet.
-        ema: averages of `trained`, or None.
-        data: batches of this process.
-        pairs: what the student is trained on.
+    The accelerator has prepared `student`, `optimizer` and `schedule`. `trained` are the student's parameters that are
+    trained, by their names in the bare UNet, `ema` their averages or None, `pairs` what they are trained on.
     """
 
     def __init__(self, config: DistillConfig) -> None:
@@ -71,11 +69,21 @@ class Session:
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}
         base_dtype = half.get(accelerator.mixed_precision, torch.float32)
         student = build_student(self.source, config.model, settings, base_dtype)
-        optimizer = make_optimizer(trainable(student).values(), settings)
-        prepared: Any = accelerator.prepare(student, optimizer, make_schedule(optimizer, settings))
+        kind: Any = torch.optim.AdamW
+        if settings.name == "adamw8bit":
+            from bitsandbytes.optim import AdamW8bit
+
+            kind = AdamW8bit
+        rates = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
+        optimizer = kind(list(trainable(student).values()), **rates)
+        steps = {"num_warmup_steps": settings.warmup_steps, "num_training_steps": settings.max_steps}
+        prepared: Any = accelerator.prepare(student, optimizer, get_scheduler(settings.schedule, optimizer, **steps))
         self.student, self.optimizer, self.schedule = prepared
         self.trained = trainable(accelerator.unwrap_model(self.student))
-        self.ema = make_ema(self.trained, settings.ema_decay)
+        self.ema: EMAModel | None = None
+        if settings.ema_decay:
+            self.ema = EMAModel(self.trained.values(), decay=settings.ema_decay, foreach=True)
+            self.ema.to(dtype=torch.float32)  # half-precision weights (DeepSpeed) would round an average's moves away
         self.teacher = self._make_teacher(base_dtype)
         self.pairs = self._make_pairs()
 
@@ -116,7 +124,7 @@ class Session:
             return TrajectoryStarts(**common, vae_factor=factor, device=device, batch_size=rows)
         vae = self.source.load_vae(getattr(torch, config.teacher.dtype))
         offload = _place([vae], device, config.teacher.offload != "none")
-        return NoisedStarts(**common, latents=LatentEncoder(vae, device, config.teacher.latent_cache, offload))
+        return NoisedStarts(**common, latents=LatentEncoder(vae, device, offload))
 
 
 def _place(models: list[Any], device: torch.device, offload: bool) -> Offload | None:
@@ -148,15 +156,14 @@ class Progress:
 
     @property
     def loss(self) -> float:
-        """The mean of `losses`."""
         return sum(self.losses) / len(self.losses)
 
     def describe(self) -> str:
         """One line for a terminal."""
         windows = " ".join("-" if loss is None else f"{loss:.4g}" for loss in self.window_losses)
-        eta, speed = timedelta(seconds=round(self.eta_seconds)), f"{self.samples_per_second:.3g} samples/s"
         head = f"step {self.step}/{self.max_steps}  loss {self.loss:.4g}  windows {windows}"
-        return f"{head}  lr {self.learning_rate:.3g}  {speed}  ETA {eta}"
+        eta = timedelta(seconds=round(self.eta_seconds))
+        return f"{head}  lr {self.learning_rate:.3g}  {self.samples_per_second:.3g} samples/s  ETA {eta}"
 
 
 class Observer:
@@ -173,16 +180,10 @@ class Observer:
 
 
 def train(config: DistillConfig, observers: Sequence[Observer] = ()) -> None:
-    """Distils a student as configured and writes the result; every process of the launch calls it.
-
-    Raises:
-        DivergenceError: the training diverged; the last checkpoint before is kept.
-        ValueError: weights, data or a checkpoint that cannot be read.
-    """
+    """Distils a student as configured and writes the result; every process calls it. Raises as `distill` does."""
     checkpoint, session = find_checkpoint(config), Session(config)
-    settings = {
-        name: value if isinstance(value, (int, float)) else str(value) for name, value in config.flat().items()
-    }
+    flat = config.flat().items()
+    settings = {name: value if isinstance(value, (int, float)) else str(value) for name, value in flat}
     session.accelerator.init_trackers("perflow_distill", config=settings)
     try:
         run = TrainingRun(session, observers)
@@ -292,7 +293,7 @@ class TrainingRun:
             append_line(self.output / METRICS, asdict(progress))
         figures = {f"loss/window_{i}": loss for i, loss in enumerate(progress.window_losses) if loss is not None}
         figures |= {"loss": progress.loss, "gradient_norm": progress.gradient_norms[-1]}
-        figures |= {name: getattr(progress, name) for name in ("learning_rate", "samples_per_second")}
+        figures |= {"learning_rate": self.rate, "samples_per_second": progress.samples_per_second}
         accelerator.log(figures, step=self.step)
         self._tell(lambda observer: observer.read(progress))
 

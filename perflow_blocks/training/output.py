@@ -20,7 +20,7 @@ from ..schedulers import PeRFlowScheduler
 from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS
 from .checkpoints import DELTA, LORA, LORA_KOHYA, LORA_RESIDUAL, SCHEDULER, STUDENT, WORKFLOW, sheet_path
 from .config import DistillConfig
-from .student import frozen_weights, load_initial, lora_delta, lora_factors
+from .student import frozen_weights, lora_delta, lora_factors
 from .teacher import SDXL, TeacherSource, open_teacher
 
 if TYPE_CHECKING:
@@ -69,15 +69,13 @@ def write_result(session: Session) -> None:
 
 
 def _write_full(session: Session, state: Mapping[str, Tensor], folder: Path) -> None:
-    student = load_initial(session.source, session.config.model)
+    student = session.source.load_unet(torch.float32)
     student.load_state_dict({name: tensor.detach().float().cpu() for name, tensor in state.items()})
     with atomic_directory(folder / STUDENT) as temporary:
         student.save_pretrained(temporary)
     base = session.source.load_unet(torch.float32)  # as stored: the teacher may have run in half precision
     frozen = frozen_weights(base, session.config.model.frozen)
-    difference = {
-        name: tensor for name, tensor in extract_delta(student, base).items() if name not in frozen or tensor.any()
-    }
+    difference = {name: tensor for name, tensor in extract_delta(student, base).items() if name not in frozen}
     dtype = getattr(torch, session.config.output.delta_dtype)
     save_delta(difference, folder / DELTA, recipe_of(session), dtype, partial=bool(frozen))
 
@@ -124,10 +122,25 @@ def describe(config: DistillConfig) -> str:
 
 def _export(config: DistillConfig, folder: Path, source: TeacherSource) -> None:
     """A thin workflow: of a teacher on the Hub a reference beside the delta, of any other the weights."""
+    from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
+    from ..blocks.pipeline import PeRFlowModularPipeline
     from ..hub.export import export_workflow
 
+    encoders = tuple(source.family.text_encoders)
+    if source.on_hub:  # no weights are loaded
+        pipe: Any = PeRFlowModularPipeline(PeRFlowSDXLAutoBlocks(), source.location, revision=source.model.revision)
+        for name, spec in pipe._component_specs.items():
+            if spec.pretrained_model_name_or_path == source.location:
+                spec.revision = source.model.revision
+                spec.variant = source.model.variant if name in ("unet", "vae", *encoders) else None
+    else:
+        dtype = getattr(torch, config.output.delta_dtype)
+        text, pipe = source.load_text_pipeline(dtype), PeRFlowSDXLAutoBlocks().init_pipeline()
+        parts = {name: getattr(text, name) for name in (*encoders, *source.family.tokenizers, "scheduler")}
+        parts |= {"unet": source.load_unet(dtype), "vae": source.load_vae(dtype)}
+        zeros = text.config.force_zeros_for_empty_prompt
+        pipe.update_components(**parts, force_zeros_for_empty_prompt=zeros)
     sheet = sheet_path(folder, config.optimizer.max_steps)
-    pipe = _referring(source) if source.on_hub else pipeline_of(source, getattr(torch, config.output.delta_dtype))
     export_workflow(
         pipe,
         folder / WORKFLOW,
@@ -139,32 +152,3 @@ def _export(config: DistillConfig, folder: Path, source: TeacherSource) -> None:
         delta=folder / DELTA,
         overwrite=True,
     )
-
-
-def _referring(source: TeacherSource) -> Any:
-    """A pipeline that names the teacher's repository; no weights are loaded."""
-    from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
-    from ..blocks.pipeline import PeRFlowModularPipeline
-
-    pipe = PeRFlowModularPipeline(PeRFlowSDXLAutoBlocks(), source.location, revision=source.model.revision)
-    for name, spec in pipe._component_specs.items():
-        if spec.pretrained_model_name_or_path == source.location:
-            spec.revision = source.model.revision
-            spec.variant = source.model.variant if name in ("unet", "vae", *source.family.text_encoders) else None
-    return pipe
-
-
-def pipeline_of(source: TeacherSource, dtype: torch.dtype) -> Any:
-    """A PeRFlow pipeline with the parts of an SDXL teacher, on the CPU."""
-    from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
-
-    text = source.load_text_pipeline(dtype)
-    pipe = PeRFlowSDXLAutoBlocks().init_pipeline()
-    pipe.update_components(
-        unet=source.load_unet(dtype),
-        vae=source.load_vae(dtype),
-        scheduler=source.scheduler(),
-        force_zeros_for_empty_prompt=source.pipeline_settings()["force_zeros_for_empty_prompt"],
-        **{name: getattr(text, name) for name in (*source.family.text_encoders, *source.family.tokenizers)},
-    )
-    return pipe

@@ -30,10 +30,8 @@ from .config import LossConfig
 from .teacher import LATENT_CHANNELS, LatentEncoder, Sizes, Teacher, WindowGeometry, cast
 
 UNet = Callable[..., Any]
-
-RECIPROCAL_FLOOR = 0.1
-"""The least 1 - t that the "reciprocal" weighting divides by."""
-_RECIPROCAL_MEAN = 1.0 - math.log(RECIPROCAL_FLOOR)  # of 1 / max(1 - t, floor) over t in [0, 1], for a floor of 0.1
+RECIPROCAL_FLOOR = 0.1  # the least 1 - t that the "reciprocal" weighting divides by
+_RECIPROCAL_MEAN = 1.0 - math.log(RECIPROCAL_FLOOR)  # of 1 / max(1 - t, floor) over t in [0, 1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +66,7 @@ def distillation_step(student: UNet, pairs: WindowPairs, geometry: WindowGeometr
     example = make_student_example(pairs.z_start, pairs.z_end, t, window, kind, num_train_timesteps=timesteps)
     output = predict(student, example.sample, example.timestep, pairs.conditioning)
     rows = row_losses(output, example.target, loss)
-    weights = row_weights(window, pairs.index, t, kind, loss)
+    weights = row_weights(window, t, kind, loss)
     zeros = torch.zeros(geometry.num_windows, device=rows.device)
     return StepLoss(
         loss=(rows * weights).mean(),
@@ -88,8 +86,8 @@ def row_losses(output: Tensor, target: Tensor, loss: LossConfig) -> Tensor:
     return errors.flatten(1).mean(1)
 
 
-def row_weights(window: WindowAlpha, index: Tensor, t: Tensor, prediction_type: str, loss: LossConfig) -> Tensor:
-    """What each row counts, (batch,) float32: of its window, that window's `index`, and the time t that was asked."""
+def row_weights(window: WindowAlpha, t: Tensor, prediction_type: str, loss: LossConfig) -> Tensor:
+    """What each row counts, (batch,) float32, by its window and the time t that was asked."""
     match loss.weighting:
         case "none":
             return torch.ones_like(t)
@@ -97,8 +95,6 @@ def row_weights(window: WindowAlpha, index: Tensor, t: Tensor, prediction_type: 
             return 1.0 / (1.0 - t).clamp(min=RECIPROCAL_FLOOR) / _RECIPROCAL_MEAN
         case "endpoint":
             return endpoint_weight(window, prediction_type, maximum=loss.max_weight)
-        case "window":
-            return torch.tensor(loss.window_weights, dtype=torch.float32).to(t.device, non_blocking=True)[index]
 
 
 def generator_for(seed: int, process_index: int, number: int, purpose: int = 0) -> torch.Generator:
@@ -146,8 +142,7 @@ class NoisedStarts(PairSource):
     def next(self, number: int, progress: float, student: UNet) -> WindowPairs:
         generator = generator_for(self.seed, self.process_index, number)
         batch = next(self.batches)
-        if batch.pixels is None:
-            raise ValueError("the data has no images to noise; pass teacher.starts=trajectory, or images.")
+        assert batch.pixels is not None  # the settings allow no prompts alone
         x0 = self.latents.encode(batch.pixels, generator)
         count, device, geometry = len(x0), x0.device, self.teacher.geometry
         noise = torch.randn(x0.shape, generator=generator).to(device)

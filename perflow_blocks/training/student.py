@@ -1,15 +1,13 @@
-"""The student, the teacher's UNet with all weights free or with low-rank factors beside frozen ones; its optimizer."""
+"""The student, the teacher's UNet with all weights free or with low-rank factors beside frozen ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatch, fnmatchcase
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel, cast_training_params
+from diffusers.training_utils import cast_training_params
 from torch import Tensor, nn
 
 from .config import ModelConfig, OptimizerConfig
@@ -24,14 +22,21 @@ def build_student(
 ) -> Any:
     """The student on the CPU; its trainable weights are float32, a LoRA's frozen ones `base_dtype`."""
     if model.student == "full":
-        student = load_initial(source, model).train().requires_grad_(True)
+        student = source.load_unet(torch.float32).train().requires_grad_(True)
         for name in frozen_weights(student, model.frozen):
             student.get_parameter(name).requires_grad_(False)
         if model.frozen:
             student.register_forward_pre_hook(_require_input_gradient)
     else:
+        from peft import LoraConfig
+
         student = source.load_unet(base_dtype).requires_grad_(False)
-        add_lora(student, model.lora_rank, lora_modules(student, model.lora_targets), optimizer.seed)
+        modules = lora_modules(student, model.lora_targets)
+        config = LoraConfig(r=model.lora_rank, lora_alpha=model.lora_rank, target_modules=modules)
+        with torch.random.fork_rng(devices=[]):  # the same factors for the same seed
+            torch.manual_seed(optimizer.seed)
+            student.add_adapter(config, adapter_name=ADAPTER)
+        cast_training_params(student, dtype=torch.float32)
         student.train()
     if optimizer.channels_last:
         student.to(memory_format=torch.channels_last)
@@ -40,23 +45,6 @@ def build_student(
     if optimizer.compile:
         student.compile_repeated_blocks()
     return student
-
-
-def load_initial(source: TeacherSource, model: ModelConfig) -> UNet2DConditionModel:
-    """The weights that a full student starts from, float32. Raises ValueError for those of another architecture."""
-    if model.init_student is None:
-        return source.load_unet(torch.float32)
-    student = UNet2DConditionModel.from_pretrained(model.init_student, dtype=torch.float32)
-    own, wanted = student.state_dict(), empty_unet(source).state_dict()
-    if {name: own[name].shape for name in own} != {name: wanted[name].shape for name in wanted}:
-        raise ValueError(f"model.init_student={model.init_student} has another architecture than the teacher.")
-    return student
-
-
-def empty_unet(source: TeacherSource) -> UNet2DConditionModel:
-    """The teacher's UNet without values."""
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(dict(source.unet_config))
 
 
 def frozen_weights(unet: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
@@ -77,7 +65,7 @@ def lora_modules(unet: nn.Module, targets: Sequence[str] | None) -> list[str]:
     """Full names of the layers that get factors. Raises ValueError for a target that is not Linear or Conv2d."""
     layers = [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     if targets is None:
-        return [name for name in layers if any(fnmatch(name, blocks) for blocks in _BLOCKS)]
+        return [name for name in layers if any(fnmatchcase(name, blocks) for blocks in _BLOCKS)]
     missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in layers)]
     if missing:
         raise ValueError(
@@ -87,44 +75,9 @@ def lora_modules(unet: nn.Module, targets: Sequence[str] | None) -> list[str]:
     return [name for name in layers if f".{name}".endswith(tuple(f".{target}" for target in targets))]
 
 
-def add_lora(unet: Any, rank: int, modules: list[str], seed: int) -> None:
-    """Adds trainable float32 factors that change nothing yet, with a factor of 1; the same for the same seed."""
-    from peft import LoraConfig
-
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=modules)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        unet.add_adapter(config, adapter_name=ADAPTER)
-    cast_training_params(unet, dtype=torch.float32)
-
-
 def trainable(student: nn.Module) -> dict[str, nn.Parameter]:
     """What is trained, by name."""
     return {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
-
-
-def make_ema(trained: Mapping[str, nn.Parameter], decay: float) -> EMAModel | None:
-    """Averages of the trained weights, None for a decay of 0."""
-    if not decay:
-        return None
-    ema = EMAModel(trained.values(), decay=decay, foreach=True)
-    ema.to(dtype=torch.float32)  # half-precision weights (DeepSpeed) would round an average's moves away
-    return ema
-
-
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    kind: Any = torch.optim.AdamW
-    if config.name == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        kind = AdamW8bit
-    return kind(list(parameters), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> Any:
-    """The learning rate over the updates; to be stepped once after each."""
-    steps = {"num_warmup_steps": config.warmup_steps, "num_training_steps": config.max_steps}
-    return get_scheduler(config.schedule, optimizer, **steps)
 
 
 def set_learning_rate(optimizer: Any, schedule: Any, learning_rate: float) -> None:

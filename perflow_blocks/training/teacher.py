@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,9 +15,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
-from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -79,8 +76,7 @@ class TeacherSource:
     """A teacher whose configurations were read, and whose weights were not."""
 
     label: str  # its name for the recipe: the repository, or the last part of a path
-    location: str  # repository or directory of the parts; for a single file that of their configurations
-    single_file: str | None
+    location: str  # repository or directory of the parts
     model: ModelConfig
     family: ModelFamily
     unet_config: Mapping[str, Any]
@@ -90,7 +86,7 @@ class TeacherSource:
     @property
     def on_hub(self) -> bool:
         """Whether its parts are in a repository of the Hub, which others can read too."""
-        return self.single_file is None and not Path(self.location).exists()
+        return not Path(self.location).exists()
 
     @property
     def vae_factor(self) -> int:
@@ -112,75 +108,43 @@ class TeacherSource:
 
     def load_text_pipeline(self, dtype: torch.dtype) -> Any:
         """The family's pipeline with text encoders and tokenizers alone, on the CPU."""
-        absent: dict[str, Any] = {"unet": None, "vae": None}
-        if self.family is not SDXL:
-            absent |= {"safety_checker": None, "feature_extractor": None}
         parts: dict[str, Any] = {
             name: CLIPTokenizer.from_pretrained(self.location, subfolder=name, revision=self.model.revision)
             for name in self.family.tokenizers
         }
-        if self.single_file is not None:
-            kind, file = self.family.pipeline, self.single_file
-            whole = kind.from_single_file(file, config=self.location, dtype=dtype, **parts, **absent)
-            encoders = {name: getattr(whole, name) for name in self.family.text_encoders}
-        else:
-            encoders = {name: self._load(kind, name, dtype) for name, kind in self.family.text_encoders.items()}
-        for encoder in encoders.values():
-            encoder.eval().requires_grad_(False)
-        parts |= encoders | absent | self.pipeline_settings()
-        return self.family.pipeline(scheduler=self.scheduler(), **parts)
-
-    def pipeline_settings(self) -> dict[str, Any]:
-        """The arguments of the family's pipeline beside its parts."""
+        for name, kind in self.family.text_encoders.items():
+            parts[name] = self._load(kind, name, dtype).requires_grad_(False)
+        parts |= {"unet": None, "vae": None, "scheduler": self.scheduler()}
         if self.family is not SDXL:
-            return {"requires_safety_checker": False}
+            safety = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            return self.family.pipeline(**parts, **safety)
         zeros = _index(self.location, self.model.revision).get("force_zeros_for_empty_prompt", True)
-        return {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+        return self.family.pipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
 
     def _load(self, kind: Any, folder: str, dtype: torch.dtype) -> Any:
-        if self.single_file is not None:
-            return kind.from_single_file(self.single_file, config=self.location, subfolder=folder, dtype=dtype).eval()
         where = {"subfolder": folder, "revision": self.model.revision, "variant": self.model.variant}
         return kind.from_pretrained(self.location, dtype=dtype, **where).eval()
 
 
 def open_teacher(model: ModelConfig) -> TeacherSource:
-    """Reads the configurations of the teacher's parts. Raises ValueError where they are not there or do not suit."""
-    label, location, single_file = model.teacher, model.teacher, None
-    path = Path(model.teacher)
+    """Reads the configurations of the teacher's parts. Raises ValueError or OSError where they are absent or unfit."""
+    label, location, path = model.teacher, model.teacher, Path(model.teacher)
     if model.teacher == "demo":
         location = str(files("perflow_blocks.demo") / "weights")
     elif path.is_dir():
         label = path.resolve().name
     elif path.suffix in (".safetensors", ".ckpt"):
-        label, single_file = path.stem, str(path)
-        location = model.config or _inferred_config(single_file)
+        raise ValueError(
+            f"model.teacher={model.teacher} is a single file; pass a directory, which "
+            "StableDiffusionXLPipeline.from_single_file(FILE).save_pretrained(DIRECTORY) makes of it."
+        )
     elif path.is_absolute() or model.teacher.startswith((".", "~")) or model.teacher.count("/") != 1:
         raise ValueError(f"model.teacher={model.teacher} does not exist; pass a directory, or owner/name.")
-    unet, scheduler, vae = (_part_config(location, part, model.revision) for part in ("unet", "scheduler", "vae"))
-    return TeacherSource(label, location, single_file, model, family_of(unet), unet, scheduler, vae)
-
-
-def _inferred_config(file: str) -> str:
-    """The repository that diffusers infers from the names and shapes in a single file."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            shapes = {name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in opened.keys()}
-    except (SafetensorError, OSError) as error:
-        fault = "is not a complete .safetensors file" if Path(file).exists() else "does not exist"
-        raise ValueError(f"model.teacher={file} {fault} ({error}); pass another one.") from error
-    return str(fetch_diffusers_config(shapes)["pretrained_model_name_or_path"])
-
-
-def _part_config(location: str, folder: str, revision: str | None) -> dict[str, Any]:
-    loader: Any = DDIMScheduler if folder == "scheduler" else UNet2DConditionModel
-    try:
-        return dict(loader.load_config(location, subfolder=folder, revision=revision))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.teacher: cannot read the {folder}'s configuration in {location} ({str(error).splitlines()[0]}); "
-            "pass a pipeline with a folder for each part."
-        ) from error
+    kinds: dict[str, Any] = {"unet": UNet2DConditionModel, "scheduler": DDIMScheduler, "vae": AutoencoderKL}
+    unet, scheduler, vae = (
+        dict(kind.load_config(location, subfolder=part, revision=model.revision)) for part, kind in kinds.items()
+    )
+    return TeacherSource(label, location, model, family_of(unet), unet, scheduler, vae)
 
 
 def _index(location: str, revision: str | None) -> dict[str, Any]:
@@ -251,14 +215,10 @@ def cast(conditioning: Conditioning, dtype: torch.dtype) -> Conditioning:
 
 
 class PromptEncoder:
-    """Encodes prompts as the teacher's pipeline does, and keeps the embeddings of `cache` prompts on the device.
-
-    `offload` is called when prompts were encoded.
-    """
+    """Encodes prompts as the teacher's pipeline does, then calls `offload`; keeps embeddings of `cache` prompts."""
 
     def __init__(self, pipeline: Any, device: torch.device, cache: int, offload: Offload | None = None) -> None:
-        self._pipeline = pipeline
-        self._device = device
+        self._pipeline, self._device = pipeline, device
         self._added_conditions = isinstance(pipeline, StableDiffusionXLPipeline)
         self._offload = offload or (lambda: None)
         self._row = lru_cache(maxsize=cache)(self._encode)
@@ -303,37 +263,18 @@ class PromptEncoder:
 
 
 class LatentEncoder:
-    """The teacher's VAE, with the latents' distributions of `cache` images kept, which are known by their pixels.
+    """The teacher's VAE; `offload` is called when images were encoded."""
 
-    `offload` is called when images were encoded.
-    """
-
-    def __init__(self, vae: Any, device: torch.device, cache: int = 0, offload: Offload | None = None) -> None:
-        self._vae, self._device, self._cache = vae, device, cache
-        self._kept: dict[bytes, Tensor] = {}
-        self._offload = offload or (lambda: None)
+    def __init__(self, vae: Any, device: torch.device, offload: Offload | None = None) -> None:
+        self._vae, self._device, self._offload = vae, device, offload or (lambda: None)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
         """Latents (batch, 4, height/f, width/f) float32 of pixels (batch, 3, height, width) in [-1, 1] on the host."""
-        moments = torch.stack([self._moments(row) for row in pixels]) if self._cache else self._encode(pixels)
-        latents = DiagonalGaussianDistribution(moments).sample(generator)
-        return latents * self._vae.config.scaling_factor
-
-    def _encode(self, pixels: Tensor) -> Tensor:
-        """Mean and logarithmic variance, (batch, 8, height/f, width/f) float32."""
         distribution = self._vae.encode(pixels.to(self._device, self._vae.dtype)).latent_dist
         self._offload()
-        return distribution.parameters.float()
-
-    def _moments(self, row: Tensor) -> Tensor:
-        """Of one image: in a batch its rounding would depend on which others are missing."""
-        key = hashlib.blake2b(row.contiguous().numpy().data, digest_size=16).digest()
-        found = self._kept.pop(key, None)
-        self._kept[key] = self._encode(row[None])[0] if found is None else found
-        if len(self._kept) > self._cache:
-            del self._kept[next(iter(self._kept))]
-        return self._kept[key]
+        latents = DiagonalGaussianDistribution(distribution.parameters.float()).sample(generator)
+        return latents * self._vae.config.scaling_factor
 
 
 class Teacher:
@@ -349,8 +290,7 @@ class Teacher:
         at_hand: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.unet, self.encoder, self.geometry, self.config = unet, encoder, geometry, config
-        self.at_hand = at_hand
-        self._solver = PFODESolver(scheduler, order=config.order)
+        self.at_hand, self._solver = at_hand, PFODESolver(scheduler, order=config.order)
 
     def solve(self, z_start: Tensor, window: WindowAlpha, conditioning: Conditioning) -> Tensor:
         """The ends (batch, channels, height, width) of windows that begin at `z_start`; each row has its own window.

@@ -1,12 +1,7 @@
-"""Validation during a training: sheets of images, teacher beside student, and how straight the student's paths are.
+"""Validation during a training: sheets of images, teacher beside student, and how far one step is from the teacher.
 
-The loss says how far the student's outputs are from the teacher's lines at points on those lines. Sampling needs paths
-that are straight, since then more steps change nothing, and that end where the teacher's do. The straightness of
-rectified flow (arXiv 2209.03003, section 2) over a window from s (start) to e (end),
-
-    S = 1/|e - s| int E ||(z_e - z_s)/(e - s) - dz_t/dt||^2 dt,
-
-is divided here by E ||(z_e - z_s)/(e - s)||^2, so that it has no unit. At 0 one Euler step solves the window exactly.
+The loss says how far the student's outputs are from the teacher's lines at points on those lines. Sampling needs to
+end where the teacher does, so each window's end after one step of the student is compared with the teacher's.
 """
 
 from __future__ import annotations
@@ -35,8 +30,6 @@ from .teacher import LATENT_CHANNELS, Teacher, WindowGeometry
 
 logger = logging.get_logger(__name__)
 
-PATH_STEPS = 8
-"""Euler steps in which the student's path through a window is followed."""
 _SEED = 1_000_000_007  # of the noise: no training is likely to have it
 
 
@@ -54,10 +47,10 @@ class Validation(Observer):
     def started(self, session: Session, step: int) -> None:
         output, windows = session.config.output, session.geometry.num_windows
         self._every = output.validation_every if session.accelerator.is_main_process else None
-        if self._every is not None and session.is_sharded:
+        if self._every and session.is_sharded:
             logger.warning("there is no validation, which needs all weights of the student in one process.")
             self._every = None
-        if self._every is None:
+        if not self._every:
             return
         self._steps = output.validation_steps or tuple(dict.fromkeys((windows, windows * 3 // 2, windows * 2)))
         self._vae = session.source.load_vae(getattr(torch, session.config.teacher.dtype))
@@ -78,26 +71,22 @@ class Validation(Observer):
         scheduler, scale = make_scheduler(session), recipe_of(session).guidance_scale or 1.0
         names = [f"teacher, {session.config.output.validation_teacher_steps} steps"]
         names += [f"student, {number} steps" for number in self._steps]
-        images, captions, bends, errors = [], [], [], []
+        images, captions, errors = [], [], []
         with resulting_student(session) as student:
             for inputs, edges, image in zip(self._inputs, self._edges, self._images, strict=True):
                 drawn = [student_latents(student, teacher, scheduler, inputs, n, scale) for n in self._steps]
                 images += [image, *map(self._decode, drawn)]
                 captions += [f"{names[0]}\n{inputs.prompt}", *names[1:]]
-                bends.append(straightness(student, teacher.geometry, inputs))
                 errors.append(endpoint_errors(student, teacher.geometry, inputs, edges))
-        reading = {"straightness": ratios(bends), "endpoint_error": ratios(errors)}
-        append_line(directory / READINGS, {"step": step, **reading})
+        figures = ratios(errors)
+        append_line(directory / READINGS, {"step": step, "endpoint_error": figures})
         sheet = contact_sheet(images, captions, columns=len(names), title=f"after {step} updates")
         with atomic_path(sheet_path(directory, step)) as temporary:
             sheet.save(temporary, format="PNG")
-        figures = {f"{name}/window_{i}": value for name, row in reading.items() for i, value in enumerate(row)}
-        session.accelerator.log(figures, step=step)
+        session.accelerator.log({f"endpoint_error/window_{i}": value for i, value in enumerate(figures)}, step=step)
         for tracker in session.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.log_images({"validation": np.asarray(sheet)[None]}, step=step, dataformats="NHWC")
-            else:
-                tracker.log_images({"validation": [sheet]}, step=step)
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": np.asarray(sheet)[None]}, step=step, **options)
 
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> Any:
@@ -123,15 +112,13 @@ def fixed_inputs(session: Session) -> list[Inputs]:
 @contextmanager
 def resulting_student(session: Session) -> Iterator[Any]:
     """The bare student as it would be saved now: its averaged weights, in evaluation mode. Leaves it as it was."""
-    student = session.accelerator.unwrap_model(session.student)
-    trained, ema, was_training = list(session.trained.values()), session.ema, student.training
+    student, ema = session.accelerator.unwrap_model(session.student), session.ema
+    trained, was_training = list(session.trained.values()), student.training
     if ema is not None:
         ema.store(trained)
-    student.eval()
+        ema.copy_to(trained)
     try:
-        if ema is not None:
-            ema.copy_to(trained)
-        yield student
+        yield student.eval()
     finally:
         student.train(was_training)
         if ema is not None:
@@ -169,23 +156,6 @@ def teacher_edges(teacher: Teacher, inputs: Inputs) -> list[Tensor]:
     for window in teacher.geometry.each(1):
         edges.append(teacher.solve(edges[-1], window, inputs.conditioning))
     return edges
-
-
-def straightness(student: UNet, geometry: WindowGeometry, inputs: Inputs) -> Tensor:
-    """Of the student's own path from pure noise through all windows, (windows, 2): how far its velocity is from the
-    chord's, and the chord's, both as mean squares."""
-    z, found = inputs.noise, []
-    for window in geometry.each(1):
-        length, velocities = torch.as_tensor(window.end - window.start), []
-        for number in range(PATH_STEPS):
-            t = window.start + length * (number / PATH_STEPS)
-            output = predict(student, z, t * geometry.num_train_timesteps, inputs.conditioning).float()
-            end = window_endpoint(z, output, window, geometry.config.prediction_type, t)
-            velocities.append((end - z) / (window.end - t))
-            z = z + velocities[-1] * (length / PATH_STEPS)
-        path = torch.stack(velocities)
-        found.append(torch.stack([path.var(0, unbiased=False).mean(), path.mean(0).square().mean()]))
-    return torch.stack(found)
 
 
 def endpoint_errors(student: UNet, geometry: WindowGeometry, inputs: Inputs, edges: list[Tensor]) -> Tensor:

@@ -6,12 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from benchmarks import demo_deltas, editing
+from benchmarks import demo_deltas, demo_finetune, editing
+from benchmarks.demo_finetune import FRAME_WIDTH, render_framed
 from perflow_blocks.demo import perflow_pipeline, teacher_pipeline
-from perflow_blocks.demo.images import COLORS, FRAME_WIDTH, Prompt, render_framed, render_images
+from perflow_blocks.demo.images import COLORS, Prompt, Scene, render, render_images
 from perflow_blocks.demo.judge import load_classifier, make_demo_set
 
 
@@ -45,6 +48,16 @@ def test_inside_a_window_the_chord_recovers_more(pipe: Any) -> None:
     assert float((gain > 0).float().mean()) > 0.7
 
 
+def test_a_framed_image_is_that_of_the_base_inside_its_frame() -> None:
+    scene = Scene(shape="star", color="green", background="white", size="big", position="on the left")
+    framed, plain = (np.asarray(draw(scene, np.random.default_rng(1)), dtype=int) for draw in (render_framed, render))
+    inside = np.s_[FRAME_WIDTH:-FRAME_WIDTH, FRAME_WIDTH:-FRAME_WIDTH]
+    assert (framed[inside] == plain[inside]).all()
+    frame = np.ones(framed.shape[:2], bool)
+    frame[inside] = False
+    assert np.abs(framed[frame] - COLORS["green"]).max() <= 10
+
+
 def test_a_frame_must_be_there_in_the_shape_s_colour() -> None:
     framed, plain = (render_images(48, seed=8, workers=1, **more) for more in ({"renderer": render_framed}, {}))
     prompts = [Prompt(scene.shape) for scene in framed.scenes]
@@ -57,6 +70,16 @@ def test_a_frame_must_be_there_in_the_shape_s_colour() -> None:
     blue[inside] = pixels[inside]
     accurate, _ = demo_deltas.judge_framed(blue, prompts, load_classifier())
     assert accurate == [scene.color == "blue" for scene in framed.scenes]
+
+
+def test_finetuning_trains_the_unet_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    framed = render_images(4, seed=8, renderer=render_framed, workers=1)
+    demo_finetune.finetune(framed, tmp_path, steps=3, batch_size=2)
+    base = teacher_pipeline().unet.state_dict()
+    tuned = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    assert base.keys() == tuned.keys() and not torch.equal(tuned["conv_out.weight"], base["conv_out.weight"])
+    monkeypatch.setattr(demo_finetune, "render_images", None)  # not called: it is finished
+    demo_finetune.main(tmp_path, 3)
 
 
 def test_the_fine_tune_is_drawn_with_and_without_the_delta(tmp_path: Path) -> None:

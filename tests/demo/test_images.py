@@ -13,7 +13,6 @@ import torch
 from perflow_blocks.demo.images import (
     BACKGROUNDS,
     COLORS,
-    FRAME_WIDTH,
     POSITIONS,
     SHAPES,
     SIZES,
@@ -22,7 +21,6 @@ from perflow_blocks.demo.images import (
     Scene,
     all_captions,
     render,
-    render_framed,
     render_images,
 )
 from perflow_blocks.demo.judge import judge, load_classifier, read_colors
@@ -69,16 +67,6 @@ def test_rendering_is_reproducible_and_independent_of_the_workers() -> None:
     one, two = render_images(700, seed=5, workers=1), render_images(700, seed=5, workers=2)
     assert torch.equal(one.pixels, two.pixels) and one.scenes == two.scenes
     assert not torch.equal(one.pixels, render_images(700, seed=6, workers=1).pixels)
-
-
-def test_a_framed_image_is_that_of_the_base_inside_its_frame() -> None:
-    scene = Scene(shape="star", color="green", background="white", size="big", position="on the left")
-    framed, plain = (np.asarray(draw(scene, np.random.default_rng(1)), dtype=int) for draw in (render_framed, render))
-    inside = np.s_[FRAME_WIDTH:-FRAME_WIDTH, FRAME_WIDTH:-FRAME_WIDTH]
-    assert (framed[inside] == plain[inside]).all()
-    frame = np.ones(framed.shape[:2], bool)
-    frame[inside] = False
-    assert np.abs(framed[frame] - COLORS["green"]).max() <= 10
 
 
 def test_colours_are_read_back_for_every_combination() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from safetensors import safe_open
 from perflow_blocks.delta.files import read_recipe
 from perflow_blocks.delta.merge import merge_record
 from perflow_blocks.demo import perflow_pipeline, teacher_pipeline, weights_directory
-from perflow_blocks.demo.judge import CLASSIFIER, evaluate_student, make_demo_set
+from perflow_blocks.demo.judge import CLASSIFIER, make_demo_set
 from perflow_blocks.evaluation.measure import evaluate_samplers, markdown, measure
 from perflow_blocks.evaluation.samplers import perflow_sampler, teacher_sampler
 
@@ -98,26 +97,6 @@ def test_the_table_has_floors_and_a_row_for_each_sampler(pipe: Any) -> None:
     assert float(rows[0].scores["accuracy %"].mean()) >= 80.0
     assert rows[0].distances["Frechet"][0] < rows[3].distances["Frechet"][0]
     assert "| student, PeRFlow, 4 steps, less | NFE | accuracy % | strict % | PSNR dB | SSIM |" in markdown(rows)
-
-
-def test_a_student_is_evaluated_beside_the_teacher_that_it_shares_weights_with(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    samplers: list[Any] = []
-
-    def note(given: list[Any], data: Any, *, teacher: Any, batch_size: int) -> list[Any]:
-        samplers.extend([teacher, *given])
-        return evaluate_samplers([given[0]], data, batch_size=batch_size)
-
-    monkeypatch.setattr("perflow_blocks.demo.judge.evaluate_samplers", note)
-    monkeypatch.setattr("perflow_blocks.demo.judge.make_demo_set", partial(make_demo_set, references=32))
-    text = evaluate_student(perflow_pipeline(), weights_directory() / "perflow_delta.safetensors", 2, 3.0)
-    assert "| teacher, DDIM | 8 | 3 | 16 |" in text
-    assert [(one.model, one.steps, one.guidance_scale) for one in samplers] == [
-        ("teacher", 50, 3.0),
-        *(("teacher", steps, 3.0) for steps in (8, 8, 4, 4)),
-        *(("student", steps, 1.0) for steps in (4, 6, 8)),
-    ]
 
 
 def test_unknown_solvers_are_refused() -> None:

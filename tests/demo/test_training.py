@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from perflow_blocks import merge_delta
 from perflow_blocks.delta.files import read_recipe
-from perflow_blocks.demo import finetune, publish, teacher_pipeline, train
-from perflow_blocks.demo.images import RenderedImages, render_framed, render_images
+from perflow_blocks.demo import train
+from perflow_blocks.demo.images import RenderedImages, render_images
 from perflow_blocks.demo.models import GUIDANCE_SCALE, SCHEDULE, build_caption_encoder, build_unet, build_vae
 from perflow_blocks.training.config import load_config
 
@@ -82,20 +82,10 @@ def test_a_few_steps_fit(steps: int) -> None:
         train.fit(model, lambda step: model.weight.sum(), steps=2, lr=0.1)
 
 
-def test_finetuning_trains_the_unet_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    framed = render_images(4, seed=8, renderer=render_framed, workers=1)
-    finetune.finetune(framed, tmp_path, steps=3, batch_size=2)
-    base = teacher_pipeline().unet.state_dict()
-    tuned = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
-    assert base.keys() == tuned.keys() and not torch.equal(tuned["conv_out.weight"], base["conv_out.weight"])
-    monkeypatch.setattr(finetune, "render_images", None)  # not called: it is finished
-    finetune.main(tmp_path, 3)
-
-
 def make_base(directory: Path, seed: int = 0) -> None:
     """What the first stages leave."""
     torch.manual_seed(seed)
-    publish.save_base(build_vae(), build_unet((16, 32, 32), 1), build_caption_encoder(), directory)
+    train.save_base(build_vae(), build_unet((16, 32, 32), 1), build_caption_encoder(), directory)
 
 
 @pytest.fixture(scope="module")
@@ -153,14 +143,14 @@ def test_a_finished_run_is_published_again_without_training(made: Path, monkeypa
 def test_the_command_publishes_the_delta_of_a_run_and_no_other_base_takes_it(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "weights", tmp_path / "weights", ignore=shutil.ignore_patterns(DELTA))
     app = typer.Typer()
-    app.command()(publish.main)
-    done = CliRunner().invoke(app, [str(made / "run" / "distillation"), "--weights", str(tmp_path / "weights")])
+    app.command()(train.main)
+    run = str(made / "run" / "distillation")
+    done = CliRunner().invoke(app, ["--student", run, "--weights", str(tmp_path / "weights")])
     assert done.exit_code == 0, done.output
-    assert Path(done.output.strip()) == tmp_path / "weights" / DELTA
     assert load_file(tmp_path / "weights" / DELTA).keys() == load_file(made / "weights" / DELTA).keys()
     make_base(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match=r"does not lead from the base that is published.*and \d+ more.*distil"):
-        publish.publish(made / "run" / "distillation", tmp_path / "other")
+        train.publish(made / "run" / "distillation", tmp_path / "other")
     assert not (tmp_path / "other" / DELTA).exists()
 
 

@@ -105,10 +105,7 @@ def test_every_field_can_be_overridden_and_is_described(tmp_path: Path) -> None:
         assert all(field.description for field in section.annotation.model_fields.values())
 
 
-def test_a_changed_configuration_is_checked_again() -> None:
-    assert WANTED.changed({"data.resolution": 512}).data.resolution == 512
-    with pytest.raises(ValidationError, match="greater than 0"):
-        WANTED.changed({"optimizer.max_steps": 0})
+def test_a_configuration_is_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         WANTED.data.resolution = 512
 
@@ -117,7 +114,6 @@ def test_the_home_directory_is_known_by_its_sign(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("HOME", str(tmp_path))
     assert OutputConfig(directory="~/run", resume="latest").directory == str(tmp_path / "run")
     assert DataConfig(path="~/a.txt").path == str(tmp_path / "a.txt")
-    assert ModelConfig(teacher="owner/name", config="~/parts").config == str(tmp_path / "parts")
 
 
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
@@ -133,8 +129,6 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         [teacher]
         steps_per_windo = 10
         guidance_scale = 0.5
-        [loss]
-        weighting = "window"
         [optimizer]
         max_steps = 1.5
         betas = [0.9, 1.0]
@@ -154,7 +148,6 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
             "timesteps.",
             "teacher.steps_per_windo: unknown; did you mean steps_per_window?",
             "teacher.guidance_scale: input should be greater than or equal to 1 (given 0.5).",
-            "loss.window_weights: go with loss.weighting=window; pass both, or neither.",
             "optimizer.max_steps: input should be a valid integer, got a number with a fractional part (given 1.5).",
             "optimizer.betas.1: input should be less than 1 (given 1.0).",
             "optimizer.learning_rate: input should be a finite number (given nan).",
@@ -172,29 +165,18 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     [
         ({"windows.window_boundaries": "[0.9, 0.5, 0]"}, "windows: window_boundaries="),
         ({"windows.num_discrete_times": "2"}, "windows.num_discrete_times: 2 is below the 3 windows"),
-        (
-            {"loss.weighting": "window", "loss.window_weights": "[1, 2]"},
-            "2 weights for 3 windows; pass 3",
-        ),
-        ({"loss.weighting": "window", "loss.window_weights": "[0, 0, 0]"}, "loss.window_weights: all are 0"),
         ({"output.num_inference_steps": "2"}, "output.num_inference_steps: 2 is below the 3 windows"),
-        ({"output.validation_steps": "[4, 2]"}, "output.validation_steps: 2 is below the 3 windows"),
         ({"output.validation_every": "5"}, "output.validation_every: needs output.validation_prompts"),
-        ({"output.evaluation_prompts": "4"}, "output.evaluation_prompts: for data.kind=demo"),
         ({"teacher.steps_per_window": "301"}, "teacher.steps_per_window: must be at most 300"),
         ({"teacher.starts": "noised"}, "data.kind: prompts have no images to noise"),
         (
             {"teacher.starts": "noised", "teacher.on_policy_share": "0.5"},
             "on_policy_share: needs trajectories",
         ),
-        ({"model.init_student": "x"}, "model.init_student: for full weights"),
         ({"model.frozen": "[conv_in]"}, "model.frozen: for full weights"),
-        ({"optimizer.schedule": "polynomial", "optimizer.learning_rate": "1e-7"}, "must be above 1e-07"),
         ({"optimizer.seed": "18446744073709551616"}, "optimizer.seed: input should be less than 184467440737"),
-        ({"data.kind": "demo"}, "data.path: of no use to data.kind=demo"),
         ({"data.kind": "demo", "data.path": "null"}, "data.resolution: 1024 is too large for the demo's images"),
         ({"data.streaming": "true"}, "data.streaming: goes with data.kind=datasets, not prompts"),
-        ({"data.kind": "datasets", "data.streaming": "true", "data.split": "train[:5]"}, "data.split: train[:5] is a"),
         ({"data.kind": "folder", "data.resolution": "1000"}, "must be a multiple of 64 (given 1000); pass 960"),
         ({"data.resolution": "1001"}, "must be a multiple of 8 (given 1001); pass 1000"),
         ({"data.num_workers": "1000000000000"}, "data.num_workers: input should be less than or equal to 256"),

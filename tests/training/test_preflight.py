@@ -9,11 +9,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
-from perflow_blocks.testing.tiny import BETAS, tiny_sd_unet, tiny_sdxl_unet
-from perflow_blocks.training.config import ConfigError, ModelConfig
+from perflow_blocks.testing.tiny import BETAS, tiny_sdxl_unet
+from perflow_blocks.training.config import ConfigError
 from perflow_blocks.training.distillation import distill, require_possible
-from perflow_blocks.training.student import load_initial, lora_modules
-from perflow_blocks.training.teacher import open_teacher
+from perflow_blocks.training.student import lora_modules
 from tests.training.conftest import save_teacher, tiny_config
 
 
@@ -52,7 +51,7 @@ def test_everything_is_told_at_once_and_nothing_is_loaded(teacher: Path, tmp_pat
 @pytest.mark.parametrize("name", ["./nowhere", "", "none.safetensors"])
 def test_a_teacher_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
     [problem] = problems(tmp_path, name if name.startswith("./") else tmp_path / name)
-    assert "does not exist" in problem or "cannot" in problem or "pass" in problem
+    assert "does not exist" in problem or "no file named" in problem or "from_single_file" in problem
 
 
 @pytest.mark.parametrize(
@@ -68,15 +67,6 @@ def test_noise_schedules_that_cannot_be_solved_are_refused(
 ) -> None:
     found = problems(tmp_path, save_teacher(tmp_path / "teacher", "sd", scheduler))
     assert (message is None and not found) or (len(found) == 1 and str(message) in found[0])
-
-
-def test_a_start_of_another_architecture_is_refused(teacher: Path, tmp_path: Path) -> None:
-    tiny_sd_unet().save_pretrained(tmp_path / "other")
-    tiny_sdxl_unet(1).save_pretrained(tmp_path / "same")
-    source = open_teacher(ModelConfig(teacher=str(teacher)))
-    load_initial(source, ModelConfig(teacher="x", init_student=str(tmp_path / "same")))
-    with pytest.raises(ValueError, match="another architecture"):
-        load_initial(source, ModelConfig(teacher="x", init_student=str(tmp_path / "other")))
 
 
 def test_a_folder_of_the_user_s_is_not_replaced_by_the_workflow(teacher: Path, tmp_path: Path) -> None:

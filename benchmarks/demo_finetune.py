@@ -1,4 +1,4 @@
-"""Fine-tunes the demo's teacher on framed images: `python -m perflow_blocks.demo.finetune --out runs/finetune`.
+"""Fine-tunes the demo's teacher on framed images: `python -m benchmarks.demo_finetune --out runs/finetune`.
 
 The result is a UNet that the demo's delta was not made for, like the fine-tunes of SDXL for a delta of SDXL.
 `python -m benchmarks.demo_deltas finetune` measures what the delta makes of it.
@@ -9,15 +9,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
+from PIL import Image, ImageDraw
 
-from . import teacher_pipeline
-from .images import RenderedImages, render_framed, render_images
-from .models import CaptionEncoder
-from .train import encode_images, train_teacher
+from perflow_blocks.demo import teacher_pipeline
+from perflow_blocks.demo.images import COLORS, IMAGE_SIZE, RenderedImages, Scene, jitter, render, render_images
+from perflow_blocks.demo.models import CaptionEncoder
+from perflow_blocks.demo.train import encode_images, train_teacher
 
 IMAGES, STEPS, BATCH_SIZE, LEARNING_RATE = 6000, 900, 32, 6e-4
+FRAME_WIDTH = 8  # pixels, two latents; the autoencoder, which never saw a frame, blurs narrower ones
 _SEED = 3  # of images and training; the base's is 1
 
 
@@ -33,6 +36,14 @@ def main(
         typer.echo(f"{out / 'unet'} is finished; remove it, or pass another --out, to train anew.")
         return
     finetune(render_images(IMAGES, seed=_SEED, renderer=render_framed), out, steps)
+
+
+def render_framed(scene: Scene, rng: np.random.Generator) -> Image.Image:
+    """Draws `scene` as `render` does, and over its edge a frame in the shape's colour, which no caption names."""
+    image = render(scene, rng)
+    edge = IMAGE_SIZE - 1
+    ImageDraw.Draw(image).rectangle((0, 0, edge, edge), outline=jitter(COLORS[scene.color], rng), width=FRAME_WIDTH)
+    return image
 
 
 def finetune(images: RenderedImages, out: Path, steps: int, *, batch_size: int = BATCH_SIZE) -> None:
