@@ -16,8 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from perflow_blocks import export_workflow
-from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
+from perflow_blocks import PeRFlowSDXLAutoBlocks, export_workflow
 from perflow_blocks.blocks.block_source import INDEX
 from perflow_blocks.blocks.workflows import (
     PeRFlowSDXLControlNetBlocks,

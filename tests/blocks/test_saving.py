@@ -25,12 +25,12 @@ from perflow_blocks import (
     PeRFlowModularPipeline,
     PeRFlowPipelineBuilder,
     PeRFlowScheduler,
+    PeRFlowSDXLAutoBlocks,
     PromptCacheStep,
     WindowLogStep,
     insert_loop_block,
     merge_delta,
 )
-from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
 from perflow_blocks.blocks import merge_delta as block
 from perflow_blocks.blocks.loop_block import LoopBlock
 from perflow_blocks.blocks.merge_delta import guidance_in_effect

@@ -309,7 +309,7 @@ OWN_BLOCK = """
 from typing import Any
 from diffusers.modular_pipelines import InputParam, OutputParam
 from perflow_blocks import LoopBlock, StepInfo
-from perflow_blocks.blocks import PreviewStep as Preview
+from perflow_blocks import PreviewStep as Preview
 from own_folder_{number} import factor as helper
 
 class Doubling(LoopBlock):
