@@ -54,18 +54,20 @@ _MAY_BE_ABSOLUTE = (LOCATION, "delta")
 # Reading
 
 
-def require_sound(directory: Path, *, portable: bool = False) -> None:
+def require_sound(directory: Path, *, portable: bool = False, index: Mapping[str, Any] | None = None) -> None:
     """Checks that index, shards' indices and the scheduler's configuration can be used and stay in the directory.
 
     Args:
         directory: of a pipeline or a workflow. It needs no index.
         portable: whether an index may not name places of this machine either, as `save_pretrained` does.
+        index: what to check in place of the directory's.
 
     Raises:
         ValueError: names the file and what is wrong with it.
     """
     file = next((directory / name for name in (INDEX, CLASSIC_INDEX) if (directory / name).is_file()), None)
-    index = {} if file is None else read_json(file)
+    if index is None:
+        index = {} if file is None else read_json(file)
     folders = {""}
     for name, key, path in _index_paths(index):
         if not isinstance(path, str) or leads_out(path):

@@ -89,17 +89,9 @@ def test_code_that_fails_is_an_error_and_not_the_stock_blocks(flow: Path) -> Non
         load_workflow(flow, trust_remote_code=True)
 
 
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        ("import no_such_package", "needs what is not installed (No module named 'no_such_package')"),
-        ("Other = 1", "defines no blocks Blocks"),
-        ("Blocks = dict", "defines no blocks Blocks"),
-        ("from diffusers import StableDiffusionXLAutoBlocks as Blocks", "no PeRFlow workflow"),
-    ],
-)
-def test_code_without_blocks_of_perflow_is_refused(flow: Path, code: str, message: str) -> None:
-    assert message in refused(with_code(flow, code))
+@pytest.mark.parametrize("code", ["Other = 1", "Blocks = dict"])
+def test_code_without_blocks_is_refused(flow: Path, code: str) -> None:
+    assert "defines no blocks Blocks" in refused(with_code(flow, code))
 
 
 def test_two_workflows_and_two_versions_do_not_mix(flow: Path, tmp_path: Path) -> None:
