@@ -192,15 +192,16 @@ PUBLISHED = {
 def generate(name: str, folder: Path) -> Path:
     """Writes one published workflow, with its recipe, to `folder/name`."""
     workflow = PUBLISHED[name]
-    return export_workflow(
+    made = export_workflow(
         make_pipeline(workflow),
         folder / name,
         title=workflow.title,
         notes=workflow.notes,
         example=workflow.example,
         licence="apache-2.0",
-        files=[WORKFLOWS / name / "recipe.py"],
     )
+    shutil.copyfile(WORKFLOWS / name / "recipe.py", made / "recipe.py")
+    return made
 
 
 def generate_root(folder: Path) -> Path:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from keyword import iskeyword
@@ -37,7 +36,7 @@ from ..blocks.saving import (
     unwrapped,
 )
 from ..blocks.set_timesteps import scheduler_source
-from ..delta.files import Weights, read_recipe
+from ..delta.files import Weights, read_json, read_recipe
 from ..delta.merge import MergeRecord, find_merged, merge_records, recipe_record
 from ..delta.recipe import DeltaRecipe
 from .card import CARD, OWNER, make_card, make_recipe
@@ -63,7 +62,6 @@ def export_workflow(
     mode: Mode = "thin",
     weights: WeightsMode = "reference",
     name: str | None = None,
-    description: str | None = None,
     title: str | None = None,
     notes: str = "",
     picture: str | os.PathLike[str] | None = None,
@@ -71,8 +69,6 @@ def export_workflow(
     example: str | None = None,
     delta: str | os.PathLike[str] | None = None,
     repo_id: str | None = None,
-    files: Sequence[str | os.PathLike[str]] = (),
-    exclude: Collection[str] = (),
     overwrite: bool = False,
 ) -> Path:
     """Writes a workflow repository: code, index, Mellon's configuration, model card, and weights if asked.
@@ -89,7 +85,6 @@ def export_workflow(
             are loaded, with a merged delta in them and a copy of it; "delta-only" names the repositories and copies
             the delta.
         name: class in `block.py`; by default a preset's own, or `SavedBlocks`.
-        description: the card's text about the blocks; by default the blocks' own description.
         title: heading of the model card; by default the directory's name.
         notes: what the card tells users besides, in Markdown.
         picture: image file for the card; a side longer than 1024 pixels is scaled down.
@@ -97,8 +92,6 @@ def export_workflow(
         example: Python that the card shows, from the imports on; by default a call with a prompt and images.
         delta: the delta file, in place of the pipeline's own.
         repo_id: the repository of the Hub that this will be, "owner/name", if it is known. Pushing fills it in.
-        files: further files to copy beside the others, such as a script that uses the workflow.
-        exclude: names of components that the index leaves out.
         overwrite: replace a workflow repository that is there, as a whole.
 
     Returns:
@@ -113,8 +106,7 @@ def export_workflow(
             raise ValueError(f"{option}={given!r} is unknown; pass one of {', '.join(known)}.")
     if not isinstance(pipe_or_blocks, (ModularPipeline, ModularPipelineBlocks)):
         raise ValueError(f"{pipe_or_blocks!r} is neither a modular pipeline nor blocks; pass one of them.")
-    extras = [Path(file) for file in files]
-    require_target(target, overwrite=overwrite, files=[file.name for file in extras])
+    require_target(target, overwrite=overwrite)
     pipe: Any = pipe_or_blocks if isinstance(pipe_or_blocks, ModularPipeline) else pipe_or_blocks.init_pipeline()
     blocks, problems = pipe.blocks, Problems()
     if delta is not None:
@@ -125,15 +117,25 @@ def export_workflow(
     recipe = read_recipe(delta_weights) if delta_weights is not None else record.recipe if record else DeltaRecipe()
     if weights != "include":
         values, delta_weights = _unmerged(pipe, records, values, delta_weights, weights, problems)
-    components, saved = _components(pipe, saver, weights == "include", exclude, problems)
+    components, saved = _components(pipe, saver, weights == "include", problems)
     if weights == "include" and not saved:
         problems.append("no component is loaded; pass a pipeline, after pipe.load_components(), or another weights=.")
     code = dict[str, str]()
     with problems.noted():
         siblings, modules = carried_modules(blocks, mode == "self-contained")
         code = {**block_files(blocks, name, siblings), **modules}
-    image = None if picture is None else _image(picture, problems)
-    problems += _option_problems(name, repo_id, extras, {*code, INDEX, MELLON, CARD, IMAGE, "delta", *saved})
+    image = None
+    if picture is not None:
+        with (
+            problems.noted(SyntaxError, about=f"picture={str(picture)!r} cannot be read: "),
+            Image.open(picture) as file,
+        ):
+            image = file.convert("RGB")  # without the prompts and paths that programs write into images
+            image.thumbnail((MAX_SIDE, MAX_SIDE))
+    if name is not None and (not name.isidentifier() or not name.isascii() or iskeyword(name)):
+        problems.add(f"name={name!r} must be the name of a class, such as MyWorkflow.")
+    if repo_id is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) is None:
+        problems.add(f"repo_id={repo_id!r} must be the name of a repository with its owner, owner/name.")
     if problems:
         raise ValueError(complaint("exported", problems))
     folder_name = target.absolute().name
@@ -150,7 +152,6 @@ def export_workflow(
         CARD: make_card(
             blocks,
             title,
-            description=description or blocks.description,
             notes=notes,
             recipe=make_recipe(pipe, values, recipe, guider=saver.guider if "guider" in saved else None),
             repository=repo_id or f"{OWNER}/{re.sub(r'[^A-Za-z0-9.-]+', '-', folder_name).strip('-.') or 'workflow'}",
@@ -169,15 +170,13 @@ def export_workflow(
             _save(value, folder / component)
         if delta_weights is not None:
             save_delta_file(delta_weights, folder / values["delta"])
-        for file in extras:
-            shutil.copyfile(file, folder / file.name)
         if image is not None:
             image.save(folder / IMAGE, "PNG")
     return target
 
 
-def require_target(target: Path, *, overwrite: bool = False, files: Collection[str] = ()) -> None:
-    """Raises ValueError if `target` holds anything but an earlier export with these `files`."""
+def require_target(target: Path, *, overwrite: bool = False) -> None:
+    """Raises ValueError if `target` holds anything but an earlier export."""
     there = {path.name for path in target.iterdir()} if target.is_dir() else set()
     if not there and not target.is_file():
         return
@@ -185,30 +184,13 @@ def require_target(target: Path, *, overwrite: bool = False, files: Collection[s
         raise ValueError(f"{target} exists and is not a workflow repository; name a new or empty directory.")
     if not overwrite:
         raise ValueError(f"{target} holds a workflow; pass overwrite=True to replace it, or name another directory.")
-    try:
-        components = set(json.loads((target / INDEX).read_text(encoding="utf-8")))
-    except ValueError:
-        components = set()
-    known = {*FILES, "delta", "perflow_manifest.json", "__pycache__", *components, *files}
+    known = {*FILES, "delta", "perflow_manifest.json", "__pycache__", *read_json(target / INDEX)}
     others = sorted(name for name in there - known if not re.fullmatch(r"perflow_\w+\.py", name))
     if others:
         raise ValueError(
             f"{target} holds files that no export wrote ({', '.join(others[:5])}), which would be lost; move them "
             "away, or name another directory."
         )
-
-
-def _option_problems(
-    name: str | None, repo_id: str | None, files: Sequence[Path], taken: Collection[str]
-) -> Iterator[str]:
-    if name is not None and (not name.isidentifier() or not name.isascii() or iskeyword(name)):
-        yield f"name={name!r} must be the name of a class, such as MyWorkflow."
-    if repo_id is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) is None:
-        yield f"repo_id={repo_id!r} must be the name of a repository with its owner, owner/name."
-    names = [*taken, *(file.name for file in files)]
-    for file in files:
-        if not file.is_file() or names.count(file.name) > 1:
-            yield f"files names {file}; pass files that exist, each of another name than the repository's other files."
 
 
 def _with_delta(pipe: Any, path: Path, problems: list[str]) -> Any:
@@ -256,18 +238,16 @@ def _unmerged(
 
 
 def _components(
-    pipe: Any, saver: Any, include: bool, exclude: Collection[str], problems: list[str]
+    pipe: Any, saver: Any, include: bool, problems: list[str]
 ) -> tuple[dict[str, tuple[ComponentSpec, type | None]], dict[str, Any]]:
     """Place and class of each component of the index, and the components that the repository itself holds."""
     declared = {spec.name: spec for spec in pipe.blocks.expected_components}
-    if unknown := sorted(set(exclude) - declared.keys()):
-        problems.append(f"exclude names {', '.join(unknown)}; the components are {', '.join(declared)}.")
     entries, saved = dict[str, tuple[ComponentSpec, type | None]](), dict[str, Any]()
     private: dict[str, list[str]] = {}
     for name, spec in saver._component_specs.items():
         component = unwrapped(getattr(saver, name, None))
         is_absent = component is None and spec.type_hint is None  # as model_index.json says it
-        if spec.default_creation_method != "from_pretrained" or name in exclude or is_absent:
+        if spec.default_creation_method != "from_pretrained" or is_absent:
             continue
         place = (scheduler_source(pipe) if name == "scheduler" else None) or spec
         location, public = place.pretrained_model_name_or_path, _public(place)
@@ -304,18 +284,6 @@ def _public(spec: ComponentSpec) -> ComponentSpec | None:
         return replace(spec, pretrained_model_name_or_path=name, revision=found["sha"])
     is_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", place) is not None and not Path(place).exists()
     return spec if is_id or place.startswith("https://") else None
-
-
-def _image(path: str | os.PathLike[str], problems: list[str]) -> Image.Image | None:
-    """An image of at most `MAX_SIDE` pixels a side, without the prompts and paths that programs write into images."""
-    try:
-        with Image.open(path) as given:
-            image = given.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        problems.append(f"picture={str(path)!r} cannot be read ({error}); pass an image file, such as a PNG.")
-        return None
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
-    return image
 
 
 def _save(component: Any, folder: Path) -> None:

@@ -98,7 +98,6 @@ def test_a_repository_by_reference(tmp_path: Path, referring: Any) -> None:
     plain = ModularPipeline.from_pretrained(str(directory), trust_remote_code=True)
     assert type(plain.blocks) is PeRFlowSDXLText2ImageBlocks
     assert plain.get_component_spec("unet").revision == "abc" and plain.config["num_time_windows"] == 2
-    assert "unet" not in index_of(export_workflow(referring, tmp_path / "without", exclude=["unet"]))
     assert "no components" in (export_workflow(PeRFlowSetTimestepsStep(), tmp_path / "step") / "README.md").read_text()
 
 
@@ -163,9 +162,9 @@ def test_a_card_says_what_there_is_and_shows_the_given_example(tmp_path: Path) -
     assert "[owner/model](https://huggingface.co/owner/model), `unet`, variant `v0-fix`, revision `abc`" in text
     assert 'from_pretrained("me/mine", trust_remote_code=True)' in text and 'image=load_image("photo.png"),' in text
     assert all(f"- `{param.name}` (" in text for param in pipe.blocks.inputs)
-    own = export_workflow(pipe, tmp_path / "own", example="draw('x')", description="Draws again.")
+    own = export_workflow(pipe, tmp_path / "own", example="draw('x')")
     text = (own / "README.md").read_text()
-    assert "```py\ndraw('x')\n```" in text and "Draws again." in text and "load_image" not in text
+    assert "```py\ndraw('x')\n```" in text and "load_image" not in text
 
 
 def test_mellon_reads_its_configuration(tmp_path: Path) -> None:
@@ -178,11 +177,10 @@ def test_an_image_is_small_and_tells_nothing_else(tmp_path: Path, referring: Any
     info = PngInfo()
     info.add_text("prompt", "/home/somebody/model")
     Image.new("RGB", (2048, 512)).save(tmp_path / "given.png", pnginfo=info)
-    directory = export_workflow(referring, tmp_path / "out", picture=tmp_path / "given.png", files=[__file__])
+    directory = export_workflow(referring, tmp_path / "out", picture=tmp_path / "given.png")
     with Image.open(directory / "picture.png") as written:
         assert written.size == (1024, 256) and written.info == {}
     assert "(picture.png)" in (directory / "README.md").read_text()
-    assert (directory / Path(__file__).name).read_bytes() == Path(__file__).read_bytes()
 
 
 # Deltas
@@ -266,9 +264,6 @@ def test_weights_that_others_do_not_have_are_refused_together(
         ({"name": "class"}, "name='class' must be the name of a class"),
         ({"repo_id": 'me/x", "y'}, "must be the name of a repository with its owner"),
         ({"picture": "absent.png"}, "picture='absent.png' cannot be read"),
-        ({"files": ["absent.py"]}, "files names absent.py; pass files that exist"),
-        ({"files": [__file__, __file__]}, "test_export.py; pass files that exist, each of another name"),
-        ({"exclude": ["vea"]}, "exclude names vea; the components are "),
     ],
 )
 def test_options_that_make_no_sense(tmp_path: Path, options: dict[str, Any], message: str) -> None:
