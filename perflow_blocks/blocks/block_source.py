@@ -194,7 +194,7 @@ def block_files(
     if not is_complete:
         needed = {"perflow-blocks": vars(sys.modules[PACKAGE])["__version__"]}
     requirements = {package: f">={'.'.join(version.split('.')[:2])}" for package, version in needed.items()}
-    config: dict[str, Any] = {"requirements": requirements | _requirements(blocks)}
+    config: dict[str, Any] = {"requirements": requirements}
     if is_preset and name in (None, kind.__name__):
         name = kind.__name__
         code = f'from {module} import {name}\n\n__all__ = ["{name}"]\n'
@@ -219,14 +219,6 @@ def block_files(
     }
 
 
-def _requirements(block: ModularPipelineBlocks) -> dict[str, str]:
-    """The packages that the blocks declare to need."""
-    found = {} if block.sub_blocks else dict(block._requirements or {})
-    for inner in block.sub_blocks.values():
-        found |= _requirements(inner)
-    return found
-
-
 def _with_own_size(text: str) -> str:
     """Code followed by a line whose length depends on the content.
 
@@ -239,10 +231,9 @@ def _with_own_size(text: str) -> str:
     )
 
 
-def arranged(block: Any, inside: Mapping[str, ModularPipelineBlocks], **attributes: Any) -> Any:
+def arranged(block: Any, inside: Mapping[str, ModularPipelineBlocks]) -> Any:
     """A block with other blocks inside; the `block.py` of a saved pipeline calls it."""
     block.sub_blocks = InsertableDict(inside)
-    vars(block).update(attributes)
     return block
 
 
@@ -276,12 +267,11 @@ class _Writer:
         arguments = ", ".join(f"{name}={value!r}" for name, value in values.items())
         call = f"{self.siblings.get(module, module)}.{kind.__qualname__}({arguments})"
         usual = kind(**values)
-        inside, made, changed = self._inside(block, place), self._inside(usual, place), _changed(block, usual)
-        if inside == made and not changed:
+        inside = self._inside(block, place)
+        if inside == self._inside(usual, place):
             return call
         pairs = ", ".join(f"{name!r}: {code}" for name, code in inside)
-        attributes = "".join(f", {name}={value!r}" for name, value in changed.items())
-        return f"{self.siblings.get(__name__, __name__)}.arranged({call}, {{{pairs}}}{attributes})"
+        return f"{self.siblings.get(__name__, __name__)}.arranged({call}, {{{pairs}}})"
 
     def module(self, kind: type) -> str:
         """Where the code takes a class from: for a public name this package, since its modules may move."""
@@ -307,12 +297,6 @@ def _arguments(block: ModularPipelineBlocks, label: str) -> dict[str, Any]:
         if value is not parameter.default and value != parameter.default:
             found[name] = value
     return found
-
-
-def _changed(block: ModularPipelineBlocks, usual: ModularPipelineBlocks) -> dict[str, Any]:
-    """The public attributes that were set after the block was made, as far as literals give them again."""
-    there, public = vars(usual), {name: value for name, value in vars(block).items() if not name.startswith("_")}
-    return {n: v for n, v in public.items() if _is_plain(v, None) and (n not in there or there[n] != v)}
 
 
 def _is_plain(value: Any, default: Any) -> bool:

@@ -44,9 +44,6 @@ from .merge_delta import delta_path, is_default_guider
 from .set_timesteps import OWN_ATTRIBUTE
 from .specs import SCHEDULER_SETTINGS
 
-DELTA_FILE = "delta/perflow_delta.safetensors"
-"""Where the copy is. Not at the top: diffusers would take it for the weights of a component without a subfolder."""
-
 DELTA_VALUES = ("delta", "delta_scale", "delta_variant")
 LIBRARIES = ("diffusers", "transformers")
 """Whose classes an index may name, as everyone who loads it has them."""
@@ -287,10 +284,12 @@ def _delta(pipe: Any, default: Any) -> tuple[dict[str, Any], Weights | None]:
         except (ValueError, OSError):
             if Path(named).name not in {Path(record.source).name for record in records}:
                 raise
-            return {**values, "delta": _copy_of(Path(named).name)}, None  # the merged weights are what it names
+            return {**values, "delta": f"delta/{Path(named).name}"}, None  # the merged weights are what it names
     source = Path(weights.label)
     values.pop("delta_variant", None)  # that of a folder
-    return {**values, "delta": _copy_of(source.name) if source.suffix == ".safetensors" else DELTA_FILE}, weights
+    name = source.name if source.suffix == ".safetensors" else "perflow_delta.safetensors"
+    # In a folder: diffusers takes a file at the top for the weights of a component without a subfolder.
+    return {**values, "delta": f"delta/{name}"}, weights
 
 
 def _only_merged(unet: Any, records: tuple[MergeRecord, ...]) -> Weights | None:
@@ -302,10 +301,6 @@ def _only_merged(unet: Any, records: tuple[MergeRecord, ...]) -> Weights | None:
     except ValueError:
         return None
     return weights if find_merged(unet, weights) is not None else None
-
-
-def _copy_of(name: str) -> str:
-    return Path(DELTA_FILE).with_name(name).as_posix()
 
 
 def save_delta_file(weights: Weights, path: Path) -> None:

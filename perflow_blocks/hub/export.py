@@ -110,14 +110,17 @@ def export_workflow(
     pipe: Any = pipe_or_blocks if isinstance(pipe_or_blocks, ModularPipeline) else pipe_or_blocks.init_pipeline()
     blocks, problems = pipe.blocks, Problems()
     if delta is not None:
-        pipe = _with_delta(pipe, Path(delta).expanduser(), problems)
+        if "delta" not in pipe._config_specs:
+            problems.add("the blocks merge no delta; insert a PeRFlowMergeDeltaStep, or leave delta= out.")
+        pipe, place = copy(pipe), str(Path(delta).expanduser().absolute())
+        pipe._internal_dict = FrozenDict({**pipe.config, "delta": place, "delta_variant": None})
     saver, values, delta_weights = settled(pipe, problems)
     records = () if pipe.components.get("unet") is None else merge_records(pipe.unet)
     record = recipe_record(records)
     recipe = read_recipe(delta_weights) if delta_weights is not None else record.recipe if record else DeltaRecipe()
     if weights != "include":
         values, delta_weights = _unmerged(pipe, records, values, delta_weights, weights, problems)
-    components, saved = _components(pipe, saver, weights == "include", problems)
+    entries, saved = _components(pipe, saver, weights == "include", repo_id, problems)
     if weights == "include" and not saved:
         problems.append("no component is loaded; pass a pipeline, after pipe.load_components(), or another weights=.")
     code = dict[str, str]()
@@ -140,11 +143,8 @@ def export_workflow(
         raise ValueError(complaint("exported", problems))
     folder_name = target.absolute().name
     title = title or folder_name
-    index = {"_class_name": stock_class_name(pipe), "_diffusers_version": diffusers.__version__}
-    for component, (spec, kind) in components.items():
-        here = ComponentSpec(component, pretrained_model_name_or_path=repo_id, subfolder=component)
-        index[component] = index_entry(here if component in saved else spec, kind)
-    index |= values
+    head = {"_class_name": stock_class_name(pipe), "_diffusers_version": diffusers.__version__}
+    index = {**head, **entries, **values}
     texts = {
         **code,
         INDEX: json.dumps(index, indent=2, ensure_ascii=False) + "\n",
@@ -193,15 +193,6 @@ def require_target(target: Path, *, overwrite: bool = False) -> None:
         )
 
 
-def _with_delta(pipe: Any, path: Path, problems: list[str]) -> Any:
-    """A copy of the pipeline with this delta in its configuration."""
-    if "delta" not in pipe._config_specs:
-        problems.append("the blocks merge no delta; insert a PeRFlowMergeDeltaStep, or leave delta= out.")
-    with_delta = copy(pipe)
-    with_delta._internal_dict = FrozenDict({**pipe.config, "delta": str(path.absolute()), "delta_variant": None})
-    return with_delta
-
-
 def _unmerged(
     pipe: Any,
     records: Sequence[MergeRecord],
@@ -238,12 +229,11 @@ def _unmerged(
 
 
 def _components(
-    pipe: Any, saver: Any, include: bool, problems: list[str]
-) -> tuple[dict[str, tuple[ComponentSpec, type | None]], dict[str, Any]]:
-    """Place and class of each component of the index, and the components that the repository itself holds."""
+    pipe: Any, saver: Any, include: bool, repo_id: str | None, problems: list[str]
+) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """The entry of each component in the index, and the components that the repository itself holds."""
     declared = {spec.name: spec for spec in pipe.blocks.expected_components}
-    entries, saved = dict[str, tuple[ComponentSpec, type | None]](), dict[str, Any]()
-    private: dict[str, list[str]] = {}
+    entries, saved, private = dict[str, list[Any]](), dict[str, Any](), dict[str, list[str]]()
     for name, spec in saver._component_specs.items():
         component = unwrapped(getattr(saver, name, None))
         is_absent = component is None and spec.type_hint is None  # as model_index.json says it
@@ -253,7 +243,8 @@ def _components(
         location, public = place.pretrained_model_name_or_path, _public(place)
         if component is not None and (include or (public is None and name in ("scheduler", "guider"))):
             problems += component_problems(name, component)
-            entries[name], saved[name] = (spec, type(component)), component
+            here = ComponentSpec(name, pretrained_model_name_or_path=repo_id, subfolder=name)
+            entries[name], saved[name] = index_entry(here, type(component)), component
         elif location is None and component is not None:
             problems.append(
                 f"{name} was put in as an object, so no repository is known for it; pass weights='include', or load "
@@ -267,7 +258,7 @@ def _components(
             problems += adapter_problems(name, component)
             if public.type_hint is not None and not is_stock(public.type_hint):
                 problems.append(foreign(name, public.type_hint))
-            entries[name] = (public, public.type_hint)
+            entries[name] = index_entry(public, public.type_hint)
     for location, names in private.items():
         problems.append(
             f"{location}, where {', '.join(names)} came from, is a place that others do not have; call "
