@@ -172,14 +172,11 @@ def make_preset(name: str) -> ModularPipelineBlocks:
 # Writing
 
 
-def block_files(
-    blocks: ModularPipelineBlocks, name: str | None = None, siblings: Mapping[str, str] = MappingProxyType({})
-) -> dict[str, str]:
+def block_files(blocks: ModularPipelineBlocks, siblings: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
     """`modular_config.json` and `block.py`, with which diffusers makes these blocks again.
 
     Args:
         blocks: a preset of this package, or any other blocks.
-        name: the class in `block.py`; by default a preset's own, or `SavedBlocks`.
         siblings: modules that lie beside `block.py`, each with the name of its file without the suffix.
 
     Raises:
@@ -190,17 +187,12 @@ def block_files(
     module = writer.module(kind)
     is_preset = kind.__module__ in PRESET_MODULES and expression == f"{module}.{kind.__qualname__}()"
     is_complete = __name__ in siblings
-    needed = {"diffusers": diffusers.__version__}
-    if not is_complete:
-        needed = {"perflow-blocks": vars(sys.modules[PACKAGE])["__version__"]}
-    requirements = {package: f">={'.'.join(version.split('.')[:2])}" for package, version in needed.items()}
-    config: dict[str, Any] = {"requirements": requirements}
-    if is_preset and name in (None, kind.__name__):
-        name = kind.__name__
-        code = f'from {module} import {name}\n\n__all__ = ["{name}"]\n'
-        config[PRESET_KEY] = f"{kind.__module__}.{name}"
-    else:
-        name = name or SAVED_BLOCKS
+    package, version = "perflow-blocks", vars(sys.modules[PACKAGE])["__version__"]
+    if is_complete:
+        package, version = "diffusers", diffusers.__version__
+    name = kind.__name__ if is_preset else SAVED_BLOCKS
+    code = f'from {module} import {name}\n\n__all__ = ["{name}"]\n'
+    if not is_preset:
         code = (
             f"{writer.imports()}\n\nclass {name}({ModularPipelineBlocks.__module__}.ModularPipelineBlocks):\n"
             '    """Makes the saved blocks, which are of their own classes."""\n\n'
@@ -210,7 +202,8 @@ def block_files(
         "_class_name": name,
         "_diffusers_version": diffusers.__version__,
         "auto_map": {"ModularPipelineBlocks": f"{CODE.removesuffix('.py')}.{name}"},
-        **config,
+        "requirements": {package: f">={'.'.join(version.split('.')[:2])}"},
+        **({PRESET_KEY: f"{kind.__module__}.{name}"} if is_preset else {}),
     }
     source = "the files beside this one" if is_complete else f"the package {PACKAGE}"
     return {

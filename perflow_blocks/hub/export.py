@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
-from keyword import iskeyword
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -61,14 +60,12 @@ def export_workflow(
     *,
     mode: Mode = "thin",
     weights: WeightsMode = "reference",
-    name: str | None = None,
     title: str | None = None,
     notes: str = "",
     picture: str | os.PathLike[str] | None = None,
     licence: str | None = None,
     example: str | None = None,
     delta: str | os.PathLike[str] | None = None,
-    repo_id: str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes a workflow repository: code, index, Mellon's configuration, model card, and weights if asked.
@@ -84,14 +81,12 @@ def export_workflow(
         weights: "reference" names the repositories that components came from; "include" saves the components that
             are loaded, with a merged delta in them and a copy of it; "delta-only" names the repositories and copies
             the delta.
-        name: class in `block.py`; by default a preset's own, or `SavedBlocks`.
         title: heading of the model card; by default the directory's name.
         notes: what the card tells users besides, in Markdown.
         picture: image file for the card; a side longer than 1024 pixels is scaled down.
         licence: identifier as the Hub knows it, for example "apache-2.0", for the card.
         example: Python that the card shows, from the imports on; by default a call with a prompt and images.
         delta: the delta file, in place of the pipeline's own.
-        repo_id: the repository of the Hub that this will be, "owner/name", if it is known. Pushing fills it in.
         overwrite: replace a workflow repository that is there, as a whole.
 
     Returns:
@@ -120,13 +115,13 @@ def export_workflow(
     recipe = read_recipe(delta_weights) if delta_weights is not None else record.recipe if record else DeltaRecipe()
     if weights != "include":
         values, delta_weights = _unmerged(pipe, records, values, delta_weights, weights, problems)
-    entries, saved = _components(pipe, saver, weights == "include", repo_id, problems)
+    entries, saved = _components(pipe, saver, weights == "include", problems)
     if weights == "include" and not saved:
         problems.append("no component is loaded; pass a pipeline, after pipe.load_components(), or another weights=.")
     code = dict[str, str]()
     with problems.noted():
         siblings, modules = carried_modules(blocks, mode == "self-contained")
-        code = {**block_files(blocks, name, siblings), **modules}
+        code = {**block_files(blocks, siblings), **modules}
     image = None
     if picture is not None:
         with (
@@ -135,10 +130,6 @@ def export_workflow(
         ):
             image = file.convert("RGB")  # without the prompts and paths that programs write into images
             image.thumbnail((MAX_SIDE, MAX_SIDE))
-    if name is not None and (not name.isidentifier() or not name.isascii() or iskeyword(name)):
-        problems.add(f"name={name!r} must be the name of a class, such as MyWorkflow.")
-    if repo_id is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) is None:
-        problems.add(f"repo_id={repo_id!r} must be the name of a repository with its owner, owner/name.")
     if problems:
         raise ValueError(complaint("exported", problems))
     folder_name = target.absolute().name
@@ -148,13 +139,13 @@ def export_workflow(
     texts = {
         **code,
         INDEX: json.dumps(index, indent=2, ensure_ascii=False) + "\n",
-        MELLON: _mellon_config(blocks, title, repo_id).to_json_string(),
+        MELLON: _mellon_config(blocks, title).to_json_string(),
         CARD: make_card(
             blocks,
             title,
             notes=notes,
             recipe=make_recipe(pipe, values, recipe, guider=saver.guider if "guider" in saved else None),
-            repository=repo_id or f"{OWNER}/{re.sub(r'[^A-Za-z0-9.-]+', '-', folder_name).strip('-.') or 'workflow'}",
+            repository=f"{OWNER}/{re.sub(r'[^A-Za-z0-9.-]+', '-', folder_name).strip('-.') or 'workflow'}",
             index=index,
             saved=saved.keys(),
             requirements=json.loads(code[ModularPipelineBlocks.config_name])["requirements"],
@@ -229,7 +220,7 @@ def _unmerged(
 
 
 def _components(
-    pipe: Any, saver: Any, include: bool, repo_id: str | None, problems: list[str]
+    pipe: Any, saver: Any, include: bool, problems: list[str]
 ) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """The entry of each component in the index, and the components that the repository itself holds."""
     declared = {spec.name: spec for spec in pipe.blocks.expected_components}
@@ -243,8 +234,8 @@ def _components(
         location, public = place.pretrained_model_name_or_path, _public(place)
         if component is not None and (include or (public is None and name in ("scheduler", "guider"))):
             problems += component_problems(name, component)
-            here = ComponentSpec(name, pretrained_model_name_or_path=repo_id, subfolder=name)
-            entries[name], saved[name] = index_entry(here, type(component)), component
+            entries[name] = index_entry(ComponentSpec(name, subfolder=name), type(component))
+            saved[name] = component
         elif location is None and component is not None:
             problems.append(
                 f"{name} was put in as an object, so no repository is known for it; pass weights='include', or load "
@@ -288,11 +279,9 @@ def _save(component: Any, folder: Path) -> None:
             file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
-def _mellon_config(blocks: Any, label: str, repo_id: str | None) -> MellonPipelineConfig:
+def _mellon_config(blocks: Any, label: str) -> MellonPipelineConfig:
     """The nodes of the workflow in Mellon: one for each stage, or one for all where blocks have no such stages."""
     if MELLON_STAGES <= set(blocks.sub_blocks):
-        return MellonPipelineConfig.from_blocks(blocks, label=label, default_repo=repo_id or "")
+        return MellonPipelineConfig.from_blocks(blocks, label=label)
     widgets: dict[str, Any] = {"input_types": {"prompt": "textbox"}, "output_types": {"images": "image"}}
-    config = MellonPipelineConfig.from_custom_block(blocks, node_label=label, **widgets)
-    config.default_repo = repo_id or ""
-    return config
+    return MellonPipelineConfig.from_custom_block(blocks, node_label=label, **widgets)

@@ -118,11 +118,11 @@ def test_components_and_settings_come_back(tmp_path: Path, pipe: Any) -> None:
         default_num_inference_steps=5,
     )
     expected = run(pipe)
-    directory = export_workflow(pipe, tmp_path / "out", weights="include", repo_id="me/mine")
+    directory = export_workflow(pipe, tmp_path / "out", weights="include")
     folders = {"unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "guider"}
     assert {path.name for path in directory.iterdir() if path.is_dir()} == folders
     index = index_of(directory)
-    assert {index[name][2]["pretrained_model_name_or_path"] for name in folders} == {"me/mine"}
+    assert {index[name][2]["pretrained_model_name_or_path"] for name in folders} == {None}
     assert index["scheduler"][1] == "EulerDiscreteScheduler" and index["attention_plan"] == ["self=sliced"]
     assert "| 5 | AdaptiveProjectedGuidance | ddim_eps | 3, equal |" in (directory / "README.md").read_text()
     directory = export_workflow(pipe, directory, weights="include", overwrite=True)
@@ -157,10 +157,12 @@ def test_a_card_says_what_there_is_and_shows_the_given_example(tmp_path: Path) -
     places = {"unet": PLACE, "vae": {"pretrained_model_name_or_path": "owner/vae"}}
     values = {"default_num_inference_steps": 5, "window_boundaries": [1.0, 0.3, 0.0], "prediction_type": "velocity"}
     pipe = referring_pipeline(PeRFlowSDXLImage2ImageBlocks(), places, **values)
-    text = (export_workflow(pipe, tmp_path / "out", repo_id="me/mine") / "README.md").read_text()
+    text = (export_workflow(pipe, tmp_path / "out") / "README.md").read_text()
     assert "| 5 | 2 | velocity | 2, from 1, 0.3, 0 |" in text and "pipeline_tag: image-to-image" in text
     assert "[owner/model](https://huggingface.co/owner/model), `unet`, variant `v0-fix`, revision `abc`" in text
-    assert 'from_pretrained("me/mine", trust_remote_code=True)' in text and 'image=load_image("photo.png"),' in text
+    assert (
+        'from_pretrained("your-name/out", trust_remote_code=True)' in text and 'image=load_image("photo.png"),' in text
+    )
     assert all(f"- `{param.name}` (" in text for param in pipe.blocks.inputs)
     own = export_workflow(pipe, tmp_path / "own", example="draw('x')")
     text = (own / "README.md").read_text()
@@ -169,8 +171,8 @@ def test_a_card_says_what_there_is_and_shows_the_given_example(tmp_path: Path) -
 
 def test_mellon_reads_its_configuration(tmp_path: Path) -> None:
     """That of presets is read by the tests of the repositories under workflows/."""
-    node = MellonPipelineConfig.load(export_workflow(PeRFlowSetTimestepsStep(), tmp_path / "b", repo_id="me/mine"))
-    assert node.default_repo == "me/mine" and node.node_params["custom"]["params"]
+    node = MellonPipelineConfig.load(export_workflow(PeRFlowSetTimestepsStep(), tmp_path / "b"))
+    assert node.node_params["custom"]["params"]
 
 
 def test_an_image_is_small_and_tells_nothing_else(tmp_path: Path, referring: Any) -> None:
@@ -260,9 +262,6 @@ def test_weights_that_others_do_not_have_are_refused_together(
     [
         ({"mode": "fat"}, "mode='fat' is unknown; pass one of thin, self-contained."),
         ({"weights": "some"}, "weights='some' is unknown; pass one of reference, include, delta-only."),
-        ({"name": "not a name"}, "name='not a name' must be the name of a class"),
-        ({"name": "class"}, "name='class' must be the name of a class"),
-        ({"repo_id": 'me/x", "y'}, "must be the name of a repository with its owner"),
         ({"picture": "absent.png"}, "picture='absent.png' cannot be read"),
     ],
 )
@@ -397,11 +396,11 @@ def test_own_modules_go_with_an_export(
     with monkeypatch.context() as patch:
         pipe = with_weights(own_blocks(tmp_path / "own", 2.0, patch, 1).init_pipeline(str(repository)))
         expected = run(pipe)
-        directory = export_workflow(pipe, tmp_path / "flow", mode=mode, weights="include", name="Doubled")
+        directory = export_workflow(pipe, tmp_path / "flow", mode=mode, weights="include")
         shutil.rmtree(tmp_path / "own")
     for module in ("", ".block", ".factor"):
         sys.modules.pop(f"own_folder_1{module}", None)
-    assert "block.Doubled" in (directory / "modular_config.json").read_text()
+    assert "block.SavedBlocks" in (directory / "modular_config.json").read_text()
     copy = again(directory)
     assert torch.equal(run(copy), expected)
     twice = export_workflow(copy, tmp_path / "twice", mode=mode, weights="include")

@@ -212,7 +212,7 @@ def push_version(hub: LoopbackHub, repository: Path, number: int, tmp_path: Path
     with torch.no_grad():
         pipe.unet.conv_in.bias.add_(number)
     mode: Any = ("thin", "self-contained")[number]
-    directory = export_workflow(pipe, tmp_path / f"v{number}", mode=mode, weights="include", name=f"V{number}")
+    directory = export_workflow(pipe, tmp_path / f"v{number}", mode=mode, weights="include")
     commit = push_workflow(directory, REPO).commit
     assert commit is not None and (directory / "delta").is_dir()
     hub.repositories[REPO].refs[f"v{number}"] = commit
