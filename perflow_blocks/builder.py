@@ -313,7 +313,7 @@ def _make_plan(settings: _Settings, manager: ComponentsManager) -> _Plan:
     dtype = _resolve_dtype(pipe, settings, device, problems)
     _check_places(pipe, settings, problems)
     with problems.noted(TypeError):
-        _check_delta(pipe, source and source.config)
+        _check_delta(pipe)
     plan = _Plan(settings, pipe, {}, {}, device, dtype, problems)
     _find_shared(plan, manager)
     return plan
@@ -462,17 +462,15 @@ def _pending(pipe: PeRFlowModularPipeline) -> dict[str, ComponentSpec]:
     return {n: spec for n, spec in specs if spec.pretrained_model_name_or_path and getattr(pipe, n, None) is None}
 
 
-def _check_delta(pipe: PeRFlowModularPipeline, config: Any) -> None:
-    """Compares a local delta with the UNet's configuration, which is in `config` for a single file."""
+def _check_delta(pipe: PeRFlowModularPipeline) -> None:
+    """Compares a local delta with the UNet's configuration; a single file has none, so that calls compare it."""
     named, origin = pipe.config.get("delta"), pipe._pretrained_model_name_or_path
     if named is None or (origin is not None and not Path(origin).is_dir() and not Path(named).is_absolute()):
         return  # no delta, or one on the Hub
     weights = open_weights(delta_path(None, pipe) or "", pipe.config.get("delta_variant"))
     read_recipe(weights)
     unet, spec = unwrap_module(getattr(pipe, "unet", None)), _pending(pipe).get("unet")
-    if spec is not None and Path(str(spec.pretrained_model_name_or_path)).is_file():
-        spec = config and ComponentSpec("unet", pretrained_model_name_or_path=config, subfolder="unet")
-    if spec:
+    if spec is not None and not Path(str(spec.pretrained_model_name_or_path)).is_file():
         where = {"subfolder": spec.subfolder, "revision": spec.revision}
         config = UNet2DConditionModel.load_config(spec.pretrained_model_name_or_path, **where)
         with torch.device("meta"):  # the architecture without values takes no memory

@@ -341,9 +341,6 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
             exclude_modules: names of models that go to `onload_device` whole.
             settings: those of `diffusers.hooks.apply_group_offloading`: `offload_type="leaf_level"` for single layers,
                 or "block_level" with `num_blocks_per_group=`; `use_stream=True`.
-
-        Raises:
-            ValueError: what diffusers raises.
         """
         excluded = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
         for name, model in self.components.items():

@@ -16,7 +16,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.modular_pipelines.mellon_node_utils import MellonPipelineConfig
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
-from PIL import Image
+from diffusers.utils import load_image
 
 from ..atomic_files import atomic_directory
 from ..blocks.block_source import CODE, INDEX, block_files
@@ -99,8 +99,6 @@ def export_workflow(
     for option, given, known in (("mode", mode, get_args(Mode)), ("weights", weights, get_args(WeightsMode))):
         if given not in known:
             raise ValueError(f"{option}={given!r} is unknown; pass one of {', '.join(known)}.")
-    if not isinstance(pipe_or_blocks, (ModularPipeline, ModularPipelineBlocks)):
-        raise ValueError(f"{pipe_or_blocks!r} is neither a modular pipeline nor blocks; pass one of them.")
     require_target(target, overwrite=overwrite)
     pipe: Any = pipe_or_blocks if isinstance(pipe_or_blocks, ModularPipeline) else pipe_or_blocks.init_pipeline()
     blocks, problems = pipe.blocks, Problems()
@@ -122,20 +120,14 @@ def export_workflow(
     with problems.noted():
         siblings, modules = carried_modules(blocks, mode == "self-contained")
         code = {**block_files(blocks, siblings), **modules}
-    image = None
-    if picture is not None:
-        with (
-            problems.noted(SyntaxError, about=f"picture={str(picture)!r} cannot be read: "),
-            Image.open(picture) as file,
-        ):
-            image = file.convert("RGB")  # without the prompts and paths that programs write into images
-            image.thumbnail((MAX_SIDE, MAX_SIDE))
+    with problems.noted(SyntaxError, about=f"picture={str(picture)!r} cannot be read: "):
+        image = None if picture is None else load_image(str(picture))
     if problems:
         raise ValueError(complaint("exported", problems))
     folder_name = target.absolute().name
     title = title or folder_name
-    head = {"_class_name": stock_class_name(pipe), "_diffusers_version": diffusers.__version__}
-    index = {**head, **entries, **values}
+    names = {"_class_name": stock_class_name(pipe), "_diffusers_version": diffusers.__version__}
+    index = {**names, **entries, **values}
     texts = {
         **code,
         INDEX: json.dumps(index, indent=2, ensure_ascii=False) + "\n",
@@ -162,7 +154,8 @@ def export_workflow(
         if delta_weights is not None:
             save_delta_file(delta_weights, folder / values["delta"])
         if image is not None:
-            image.save(folder / IMAGE, "PNG")
+            image.thumbnail((MAX_SIDE, MAX_SIDE))
+            image.save(folder / IMAGE)  # without the prompts and paths that programs write into images
     return target
 
 

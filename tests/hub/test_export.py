@@ -267,7 +267,6 @@ def test_weights_that_others_do_not_have_are_refused_together(
 )
 def test_options_that_make_no_sense(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     assert message in refused(PeRFlowSDXLText2ImageBlocks(), tmp_path, **options)
-    assert "is neither a modular pipeline nor blocks" in refused("owner/model", tmp_path)
 
 
 def test_a_directory_is_replaced_only_where_that_is_meant_and_loses_nothing(tmp_path: Path) -> None:
