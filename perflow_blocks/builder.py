@@ -32,7 +32,7 @@ from .blocks.guiders import check_guider
 from .blocks.merge_delta import PeRFlowMergeDeltaStep, delta_path
 from .blocks.pipeline import PeRFlowModularPipeline, offload_in_groups, put_components
 from .blocks.recombine import compile_loops, insert_loop_block
-from .blocks.saving import DELTA_VALUES, Problems, complaint
+from .blocks.saving import DELTA_VALUES, Problems
 from .delta.apply import require_architecture
 from .delta.files import open_weights, read_recipe
 
@@ -262,8 +262,7 @@ class PeRFlowPipelineBuilder:
             ValueError: all mistakes at once, before anything is loaded. Loading raises what diffusers raises.
         """
         plan = _make_plan(self.settings, self.components_manager)
-        if plan.problems:
-            raise ValueError(complaint("built", plan.problems))
+        plan.problems.refuse("built")
         return _build(plan, self.components_manager, self.collection)
 
     def build_components(self) -> dict[str, Any]:

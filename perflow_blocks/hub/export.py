@@ -17,6 +17,7 @@ from diffusers.modular_pipelines.mellon_node_utils import MellonPipelineConfig
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from diffusers.utils import load_image
+from diffusers.utils.torch_utils import unwrap_module
 
 from ..atomic_files import atomic_directory
 from ..blocks.block_source import CODE, INDEX, block_files
@@ -24,15 +25,12 @@ from ..blocks.pipeline import stock_class_name
 from ..blocks.saving import (
     Problems,
     adapter_problems,
-    complaint,
     component_problems,
     foreign,
     index_entry,
     is_stock,
-    python_number,
     save_delta_file,
     settled,
-    unwrapped,
 )
 from ..blocks.set_timesteps import scheduler_source
 from ..delta.files import Weights, read_json, read_recipe
@@ -122,8 +120,7 @@ def export_workflow(
         code = {**block_files(blocks, siblings), **modules}
     with problems.noted(SyntaxError, about=f"picture={str(picture)!r} cannot be read: "):
         image = None if picture is None else load_image(str(picture))
-    if problems:
-        raise ValueError(complaint("exported", problems))
+    problems.refuse("exported")
     folder_name = target.absolute().name
     title = title or folder_name
     names = {"_class_name": stock_class_name(pipe), "_diffusers_version": diffusers.__version__}
@@ -208,7 +205,7 @@ def _unmerged(
             "leave out delta=."
         )
     elif own is not None:
-        values = {**values, "delta_scale": python_number(own.scale)}
+        values = {**values, "delta_scale": float(own.scale)}
     return values, delta
 
 
@@ -219,7 +216,7 @@ def _components(
     declared = {spec.name: spec for spec in pipe.blocks.expected_components}
     entries, saved, private = dict[str, list[Any]](), dict[str, Any](), dict[str, list[str]]()
     for name, spec in saver._component_specs.items():
-        component = unwrapped(getattr(saver, name, None))
+        component = unwrap_module(getattr(saver, name, None))
         is_absent = component is None and spec.type_hint is None  # as model_index.json says it
         if spec.default_creation_method != "from_pretrained" or is_absent:
             continue

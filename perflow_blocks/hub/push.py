@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .. import __version__
 from ..blocks.block_source import INDEX, LOCATION, is_entry, require_sound, workflow_config
-from ..blocks.saving import complaint
+from ..blocks.saving import Problems
 from ..delta.files import read_json
 from .card import CARD, OWNER
 from .export import MELLON
@@ -104,9 +104,7 @@ def push_workflow(
     root = Path(directory).expanduser()
     _, _, kind = workflow_config(root)
     paths = sorted(_listed(root))
-    problems = [problem for path in paths for problem in _problems(root, path)]
-    if problems:
-        raise ValueError(complaint("pushed", problems))
+    Problems(problem for path in paths for problem in _problems(root, path)).refuse("pushed")
     content: dict[str, Any] = {path: root / path for path in paths}
     content |= {path: text.encode() for path, text in _naming(root, paths, repo_id).items()}
     require_sound(root, portable=True, index=json.loads(content[INDEX]) if INDEX in content else None)
