@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
@@ -31,7 +32,7 @@ from .blocks.guiders import check_guider
 from .blocks.merge_delta import PeRFlowMergeDeltaStep, delta_path
 from .blocks.pipeline import PeRFlowModularPipeline, offload_in_groups, put_components
 from .blocks.recombine import compile_loops, insert_loop_block
-from .blocks.saving import DELTA_VALUES, Problems, complaint
+from .blocks.saving import DELTA_VALUES, Problems
 from .delta.apply import require_architecture
 from .delta.files import open_weights, read_recipe
 
@@ -136,13 +137,11 @@ class PeRFlowPipelineBuilder:
         frozen = self.settings.frozen - {name} | ({name} if freeze else set())
         return self._with(components={**self.settings.components, name: component}, frozen=frozen)
 
-    def with_unet(self, unet: Any, *, freeze: bool = False, **loading: str | None) -> Self:
-        """`with_component("unet", ...)`."""
-        return self.with_component("unet", unet, freeze=freeze, **loading)
-
-    def with_vae(self, vae: Any, *, freeze: bool = False, **loading: str | None) -> Self:
-        """`with_component("vae", ...)`."""
-        return self.with_component("vae", vae, freeze=freeze, **loading)
+    with_unet = partialmethod(with_component, "unet")
+    with_vae = partialmethod(with_component, "vae")
+    with_scheduler = partialmethod(with_component, "scheduler")  # calls keep a PeRFlowScheduler and convert others
+    with_controlnet = partialmethod(with_component, "controlnet")  # one, a list of them, or a ControlNet-Union
+    with_guider = partialmethod(with_component, "guider")  # a delta's recipe does not change its scale
 
     def with_text_encoder(
         self, text_encoder: Any, *, tokenizer: Any = None, number: int = 1, freeze: bool = False, **loading: str | None
@@ -151,14 +150,6 @@ class PeRFlowPipelineBuilder:
         suffix = "" if number == 1 else f"_{number}"
         builder = self.with_component(f"text_encoder{suffix}", text_encoder, freeze=freeze, **loading)
         return builder if tokenizer is None else builder.with_component(f"tokenizer{suffix}", tokenizer)
-
-    def with_scheduler(self, scheduler: Any, **loading: str | None) -> Self:
-        """`with_component("scheduler", ...)`. A `PeRFlowScheduler` is kept; calls convert any other one."""
-        return self.with_component("scheduler", scheduler, freeze=False, **loading)
-
-    def with_controlnet(self, controlnet: Any, *, freeze: bool = False, **loading: str | None) -> Self:
-        """`with_component("controlnet", ...)`: a ControlNet, a list of them, or a ControlNet-Union."""
-        return self.with_component("controlnet", controlnet, freeze=freeze, **loading)
 
     def with_ip_adapter(
         self,
@@ -205,10 +196,6 @@ class PeRFlowPipelineBuilder:
         if adapter_name is None and self.settings.loras.get(name, place)[:2] != place:
             raise ValueError(f"with_lora: two LoRAs are called {name!r}; pass adapter_name= to tell them apart.")
         return self._with(loras=dict(sorted({**self.settings.loras, name: (*place, weight)}.items())))
-
-    def with_guider(self, guider: Any) -> Self:
-        """Sets the guider, one of `diffusers.guiders`. A delta's recipe does not change its scale."""
-        return self.with_component("guider", guider)
 
     def with_guidance(self, scale: float, start: float = 0.0, stop: float = 1.0) -> Self:
         """Sets classifier-free guidance of this scale; `start` and `stop` are shares of the steps, in [0, 1]."""
@@ -275,8 +262,7 @@ class PeRFlowPipelineBuilder:
             ValueError: all mistakes at once, before anything is loaded. Loading raises what diffusers raises.
         """
         plan = _make_plan(self.settings, self.components_manager)
-        if plan.problems:
-            raise ValueError(complaint("built", plan.problems))
+        plan.problems.refuse("built")
         return _build(plan, self.components_manager, self.collection)
 
     def build_components(self) -> dict[str, Any]:
@@ -326,7 +312,7 @@ def _make_plan(settings: _Settings, manager: ComponentsManager) -> _Plan:
     dtype = _resolve_dtype(pipe, settings, device, problems)
     _check_places(pipe, settings, problems)
     with problems.noted(TypeError):
-        _check_delta(pipe, source and source.config)
+        _check_delta(pipe)
     plan = _Plan(settings, pipe, {}, {}, device, dtype, problems)
     _find_shared(plan, manager)
     return plan
@@ -475,17 +461,15 @@ def _pending(pipe: PeRFlowModularPipeline) -> dict[str, ComponentSpec]:
     return {n: spec for n, spec in specs if spec.pretrained_model_name_or_path and getattr(pipe, n, None) is None}
 
 
-def _check_delta(pipe: PeRFlowModularPipeline, config: Any) -> None:
-    """Compares a local delta with the UNet's configuration, which is in `config` for a single file."""
+def _check_delta(pipe: PeRFlowModularPipeline) -> None:
+    """Compares a local delta with the UNet's configuration; a single file has none, so that calls compare it."""
     named, origin = pipe.config.get("delta"), pipe._pretrained_model_name_or_path
     if named is None or (origin is not None and not Path(origin).is_dir() and not Path(named).is_absolute()):
         return  # no delta, or one on the Hub
     weights = open_weights(delta_path(None, pipe) or "", pipe.config.get("delta_variant"))
     read_recipe(weights)
     unet, spec = unwrap_module(getattr(pipe, "unet", None)), _pending(pipe).get("unet")
-    if spec is not None and Path(str(spec.pretrained_model_name_or_path)).is_file():
-        spec = config and ComponentSpec("unet", pretrained_model_name_or_path=config, subfolder="unet")
-    if spec:
+    if spec is not None and not Path(str(spec.pretrained_model_name_or_path)).is_file():
         where = {"subfolder": spec.subfolder, "revision": spec.revision}
         config = UNet2DConditionModel.load_config(spec.pretrained_model_name_or_path, **where)
         with torch.device("meta"):  # the architecture without values takes no memory

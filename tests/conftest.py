@@ -27,8 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from perflow_blocks import PeRFlowPipelineBuilder, load_workflow
-from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
+from perflow_blocks import PeRFlowPipelineBuilder, PeRFlowSDXLAutoBlocks, load_workflow
 from perflow_blocks.cli import main
 from perflow_blocks.testing.tiny import tiny_sdxl_components
 from tests.hub.loopback import LoopbackHub

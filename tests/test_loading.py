@@ -27,7 +27,7 @@ from diffusers import ModularPipeline
 
 def load(directory):
     pipe = ModularPipeline.from_pretrained(directory, trust_remote_code=True)
-    from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
+    from perflow_blocks import PeRFlowSDXLAutoBlocks
     assert type(pipe.blocks) is PeRFlowSDXLAutoBlocks, type(pipe.blocks)
     report = {"pipeline": type(pipe).__name__, "specs": {}, "config": {}}
     for name in pipe.pretrained_component_names:

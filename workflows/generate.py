@@ -16,8 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from perflow_blocks import export_workflow
-from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
+from perflow_blocks import PeRFlowSDXLAutoBlocks, export_workflow
 from perflow_blocks.blocks.block_source import INDEX
 from perflow_blocks.blocks.workflows import (
     PeRFlowSDXLControlNetBlocks,
@@ -193,15 +192,16 @@ PUBLISHED = {
 def generate(name: str, folder: Path) -> Path:
     """Writes one published workflow, with its recipe, to `folder/name`."""
     workflow = PUBLISHED[name]
-    return export_workflow(
+    made = export_workflow(
         make_pipeline(workflow),
         folder / name,
         title=workflow.title,
         notes=workflow.notes,
         example=workflow.example,
         licence="apache-2.0",
-        files=[WORKFLOWS / name / "recipe.py"],
     )
+    shutil.copyfile(WORKFLOWS / name / "recipe.py", made / "recipe.py")
+    return made
 
 
 def generate_root(folder: Path) -> Path:

@@ -54,18 +54,20 @@ _MAY_BE_ABSOLUTE = (LOCATION, "delta")
 # Reading
 
 
-def require_sound(directory: Path, *, portable: bool = False) -> None:
+def require_sound(directory: Path, *, portable: bool = False, index: Mapping[str, Any] | None = None) -> None:
     """Checks that index, shards' indices and the scheduler's configuration can be used and stay in the directory.
 
     Args:
         directory: of a pipeline or a workflow. It needs no index.
         portable: whether an index may not name places of this machine either, as `save_pretrained` does.
+        index: what to check in place of the directory's.
 
     Raises:
         ValueError: names the file and what is wrong with it.
     """
     file = next((directory / name for name in (INDEX, CLASSIC_INDEX) if (directory / name).is_file()), None)
-    index = {} if file is None else read_json(file)
+    if index is None:
+        index = {} if file is None else read_json(file)
     folders = {""}
     for name, key, path in _index_paths(index):
         if not isinstance(path, str) or leads_out(path):
@@ -170,14 +172,11 @@ def make_preset(name: str) -> ModularPipelineBlocks:
 # Writing
 
 
-def block_files(
-    blocks: ModularPipelineBlocks, name: str | None = None, siblings: Mapping[str, str] = MappingProxyType({})
-) -> dict[str, str]:
+def block_files(blocks: ModularPipelineBlocks, siblings: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
     """`modular_config.json` and `block.py`, with which diffusers makes these blocks again.
 
     Args:
         blocks: a preset of this package, or any other blocks.
-        name: the class in `block.py`; by default a preset's own, or `SavedBlocks`.
         siblings: modules that lie beside `block.py`, each with the name of its file without the suffix.
 
     Raises:
@@ -188,17 +187,12 @@ def block_files(
     module = writer.module(kind)
     is_preset = kind.__module__ in PRESET_MODULES and expression == f"{module}.{kind.__qualname__}()"
     is_complete = __name__ in siblings
-    needed = {"diffusers": diffusers.__version__}
-    if not is_complete:
-        needed = {"perflow-blocks": vars(sys.modules[PACKAGE])["__version__"]}
-    requirements = {package: f">={'.'.join(version.split('.')[:2])}" for package, version in needed.items()}
-    config: dict[str, Any] = {"requirements": requirements | _requirements(blocks)}
-    if is_preset and name in (None, kind.__name__):
-        name = kind.__name__
-        code = f'from {module} import {name}\n\n__all__ = ["{name}"]\n'
-        config[PRESET_KEY] = f"{kind.__module__}.{name}"
-    else:
-        name = name or SAVED_BLOCKS
+    package, version = "perflow-blocks", vars(sys.modules[PACKAGE])["__version__"]
+    if is_complete:
+        package, version = "diffusers", diffusers.__version__
+    name = kind.__name__ if is_preset else SAVED_BLOCKS
+    code = f'from {module} import {name}\n\n__all__ = ["{name}"]\n'
+    if not is_preset:
         code = (
             f"{writer.imports()}\n\nclass {name}({ModularPipelineBlocks.__module__}.ModularPipelineBlocks):\n"
             '    """Makes the saved blocks, which are of their own classes."""\n\n'
@@ -208,21 +202,14 @@ def block_files(
         "_class_name": name,
         "_diffusers_version": diffusers.__version__,
         "auto_map": {"ModularPipelineBlocks": f"{CODE.removesuffix('.py')}.{name}"},
-        **config,
+        "requirements": {package: f">={'.'.join(version.split('.')[:2])}"},
+        **({PRESET_KEY: f"{kind.__module__}.{name}"} if is_preset else {}),
     }
     source = "the files beside this one" if is_complete else f"the package {PACKAGE}"
     return {
         BLOCKS_CONFIG: json.dumps(config, indent=2) + "\n",
         CODE: _with_own_size(f'"""The blocks of a saved pipeline; needs {source}."""\n\n{code}'),
     }
-
-
-def _requirements(block: ModularPipelineBlocks) -> dict[str, str]:
-    """The packages that the blocks declare to need."""
-    found = {} if block.sub_blocks else dict(block._requirements or {})
-    for inner in block.sub_blocks.values():
-        found |= _requirements(inner)
-    return found
 
 
 def _with_own_size(text: str) -> str:
@@ -237,10 +224,9 @@ def _with_own_size(text: str) -> str:
     )
 
 
-def arranged(block: Any, inside: Mapping[str, ModularPipelineBlocks], **attributes: Any) -> Any:
+def arranged(block: Any, inside: Mapping[str, ModularPipelineBlocks]) -> Any:
     """A block with other blocks inside; the `block.py` of a saved pipeline calls it."""
     block.sub_blocks = InsertableDict(inside)
-    vars(block).update(attributes)
     return block
 
 
@@ -274,12 +260,11 @@ class _Writer:
         arguments = ", ".join(f"{name}={value!r}" for name, value in values.items())
         call = f"{self.siblings.get(module, module)}.{kind.__qualname__}({arguments})"
         usual = kind(**values)
-        inside, made, changed = self._inside(block, place), self._inside(usual, place), _changed(block, usual)
-        if inside == made and not changed:
+        inside = self._inside(block, place)
+        if inside == self._inside(usual, place):
             return call
         pairs = ", ".join(f"{name!r}: {code}" for name, code in inside)
-        attributes = "".join(f", {name}={value!r}" for name, value in changed.items())
-        return f"{self.siblings.get(__name__, __name__)}.arranged({call}, {{{pairs}}}{attributes})"
+        return f"{self.siblings.get(__name__, __name__)}.arranged({call}, {{{pairs}}})"
 
     def module(self, kind: type) -> str:
         """Where the code takes a class from: for a public name this package, since its modules may move."""
@@ -305,12 +290,6 @@ def _arguments(block: ModularPipelineBlocks, label: str) -> dict[str, Any]:
         if value is not parameter.default and value != parameter.default:
             found[name] = value
     return found
-
-
-def _changed(block: ModularPipelineBlocks, usual: ModularPipelineBlocks) -> dict[str, Any]:
-    """The public attributes that were set after the block was made, as far as literals give them again."""
-    there, public = vars(usual), {name: value for name, value in vars(block).items() if not name.startswith("_")}
-    return {n: v for n, v in public.items() if _is_plain(v, None) and (n not in there or there[n] != v)}
 
 
 def _is_plain(value: Any, default: Any) -> bool:

@@ -330,8 +330,7 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
     def enable_group_offload(
         self,
         onload_device: torch.device | str,
-        offload_device: torch.device | str = CPU,
-        offload_type: str = "block_level",
+        *,
         exclude_modules: str | list[str] | None = None,
         **settings: Any,
     ) -> None:
@@ -339,23 +338,18 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
 
         Args:
             onload_device: where layers run.
-            offload_device: where they wait.
-            offload_type: "leaf_level" for single layers, or "block_level" with `num_blocks_per_group=`.
             exclude_modules: names of models that go to `onload_device` whole.
-            settings: further ones of `diffusers.hooks.apply_group_offloading`, for example `use_stream=True`.
-
-        Raises:
-            ValueError: what diffusers raises.
+            settings: those of `diffusers.hooks.apply_group_offloading`: `offload_type="leaf_level"` for single layers,
+                or "block_level" with `num_blocks_per_group=`; `use_stream=True`.
         """
         excluded = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
-        places = {"onload_device": torch.device(onload_device), "offload_device": torch.device(offload_device)}
         for name, model in self.components.items():
             if not isinstance(model, nn.Module):
                 continue
             if name in excluded:
                 model.to(onload_device)
             else:
-                offload_in_groups(model, offload_type=offload_type, **places, **settings)
+                offload_in_groups(model, onload_device=torch.device(onload_device), **settings)
 
     # LoRA
 

@@ -97,20 +97,12 @@ def compile_loops(pipe: Any, *, full: bool = False, vae: bool = True, **options:
         raise ValueError("unet=None cannot be compiled; call pipe.load_components() first.")
     compiled = [name for name in ("unet", "controlnet") if components.get(name) is not None]
     for name in compiled:
-        _compile(components[name], full, {"fullgraph": True, **options})
+        model = components[name]
+        for part in [model] if full else model.modules():
+            if full or isinstance(part, BasicTransformerBlock):
+                part.compile(**{"fullgraph": True, **options})
     decoder = getattr(components.get("vae"), "decoder", None)
     if vae and decoder is not None:
         decoder.compile(**options)
         compiled.append("vae.decoder")
     return compiled
-
-
-def _compile(model: Any, full: bool, options: dict[str, Any]) -> None:
-    if full:
-        model.compile(**options)
-    elif getattr(model, "_repeated_blocks", None):
-        model.compile_repeated_blocks(**options)
-    else:  # diffusers names no repeated blocks of ControlNets
-        for module in model.modules():
-            if isinstance(module, BasicTransformerBlock):
-                module.compile(**options)

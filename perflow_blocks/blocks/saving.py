@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import replace
 from importlib import import_module
@@ -44,9 +44,6 @@ from .merge_delta import delta_path, is_default_guider
 from .set_timesteps import OWN_ATTRIBUTE
 from .specs import SCHEDULER_SETTINGS
 
-DELTA_FILE = "delta/perflow_delta.safetensors"
-"""Where the copy is. Not at the top: diffusers would take it for the weights of a component without a subfolder."""
-
 DELTA_VALUES = ("delta", "delta_scale", "delta_variant")
 LIBRARIES = ("diffusers", "transformers")
 """Whose classes an index may name, as everyone who loads it has them."""
@@ -66,12 +63,13 @@ class Problems(list[str]):
         except caught as error:
             self.append(f"{about}{error}")
 
-
-def complaint(done: str, problems: list[str]) -> str:
-    """The text of the error that nothing was `done`, for these reasons."""
-    if len(problems) == 1:
-        return f"nothing was {done}: {problems[0]}"
-    return "\n".join([f"nothing was {done}, for {len(problems)} reasons:", *(f"- {problem}" for problem in problems)])
+    def refuse(self, done: str) -> None:
+        """Raises one ValueError that nothing was `done`, for these reasons; does nothing if there are none."""
+        if len(self) == 1:
+            raise ValueError(f"nothing was {done}: {self[0]}")
+        if self:
+            lines = [f"nothing was {done}, for {len(self)} reasons:", *(f"- {problem}" for problem in self)]
+            raise ValueError("\n".join(lines))
 
 
 def prepare(pipe: Any) -> tuple[Any, Weights | None]:
@@ -86,7 +84,7 @@ def prepare(pipe: Any) -> tuple[Any, Weights | None]:
         block_files(pipe.blocks)
     index: dict[str, Any] = {}
     for name, spec in saver._component_specs.items():
-        component = unwrapped(getattr(saver, name, None))
+        component = unwrap_module(getattr(saver, name, None))
         if spec.default_creation_method != "from_pretrained":
             continue
         place = spec.pretrained_model_name_or_path
@@ -96,8 +94,7 @@ def prepare(pipe: Any) -> tuple[Any, Weights | None]:
         elif place and spec.type_hint is not None:  # keeps the place that it can be loaded from
             here = str(Path(place).absolute()) if Path(place).exists() else place
             index[name] = index_entry(replace(spec, pretrained_model_name_or_path=here), None)
-    if problems:
-        raise ValueError(complaint("saved", problems))
+    problems.refuse("saved")
     saver._internal_dict = FrozenDict({**index, **values})
     return saver, delta
 
@@ -156,17 +153,13 @@ def _settle(saver: Any, declared: ComponentSpec) -> None:
 def _settings(component: Any) -> dict[str, Any]:
     """The settings as they are now; some may have been set as attributes."""
     config = {name: value for name, value in component.config.items() if not name.startswith("_")}
-    return {name: python_number(vars(component).get(name, value)) for name, value in config.items()}
+    now = {name: vars(component).get(name, value) for name, value in config.items()}
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in now.items()}
 
 
 def _put(saver: Any, name: str, component: Any) -> None:
     setattr(saver, name, component)
     saver._component_specs[name] = ComponentSpec(name, type_hint=type(component))
-
-
-def unwrapped(component: Any) -> Any:
-    """A compiled model's own; other components as they are."""
-    return unwrap_module(component) if isinstance(component, nn.Module) else component
 
 
 def index_entry(spec: ComponentSpec, kind: type | None) -> list[Any]:
@@ -189,11 +182,6 @@ def foreign(name: str, component: Any) -> str:
     kind = component if isinstance(component, type) else type(component)
     known = " or ".join(LIBRARIES)
     return f"{name} is a {kind.__module__}.{kind.__qualname__}, which no index can name; use a class of {known}."
-
-
-def python_number(value: Any) -> Any:
-    """A number of NumPy, which JSON does not know, as Python's; other values as they are."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def stock_scheduler(scheduler: Any) -> Any:
@@ -287,25 +275,22 @@ def _delta(pipe: Any, default: Any) -> tuple[dict[str, Any], Weights | None]:
         except (ValueError, OSError):
             if Path(named).name not in {Path(record.source).name for record in records}:
                 raise
-            return {**values, "delta": _copy_of(Path(named).name)}, None  # the merged weights are what it names
+            return {**values, "delta": f"delta/{Path(named).name}"}, None  # the merged weights are what it names
     source = Path(weights.label)
     values.pop("delta_variant", None)  # that of a folder
-    return {**values, "delta": _copy_of(source.name) if source.suffix == ".safetensors" else DELTA_FILE}, weights
+    name = source.name if source.suffix == ".safetensors" else "perflow_delta.safetensors"
+    # In a folder: diffusers takes a file at the top for the weights of a component without a subfolder.
+    return {**values, "delta": f"delta/{name}"}, weights
 
 
 def _only_merged(unet: Any, records: tuple[MergeRecord, ...]) -> Weights | None:
     """The file of the only delta that is merged, unchanged since; None where there is none."""
     if len(records) != 1 or records[0].scales or not Path(records[0].source).is_absolute():
         return None
-    try:
+    with suppress(ValueError):
         weights = open_weights(records[0].source)
-    except ValueError:
-        return None
-    return weights if find_merged(unet, weights) is not None else None
-
-
-def _copy_of(name: str) -> str:
-    return Path(DELTA_FILE).with_name(name).as_posix()
+        return weights if find_merged(unet, weights) is not None else None
+    return None
 
 
 def save_delta_file(weights: Weights, path: Path) -> None:

@@ -22,7 +22,6 @@ def export(
         typer.Option(help="reference names repositories, include saves weights, delta-only copies the delta."),
     ] = "reference",
     delta: options.Delta = None,
-    name: Annotated[str | None, typer.Option(help="Class of the workflow's blocks.")] = None,
     title: Annotated[
         str | None, typer.Option(help="Heading of the model card. By default the directory's name.")
     ] = None,
@@ -33,7 +32,6 @@ def export(
         Path | None, typer.Option(exists=True, dir_okay=False, help="Image for the model card.")
     ] = None,
     licence: Annotated[str | None, typer.Option(help="Licence for the model card, such as apache-2.0.")] = None,
-    repo_id: Annotated[str | None, typer.Option(help="Repository that this will be, owner/name, if known.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository with code.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run SOURCE's code and export its blocks, not the preset.")
@@ -68,13 +66,11 @@ def export(
             directory,
             mode=mode,
             weights=weights,
-            name=name,
             title=title,
             notes="" if notes is None else notes.read_text(encoding="utf-8"),
             picture=picture,
             licence=licence,
             delta=delta,
-            repo_id=repo_id,
             overwrite=force,
         )
     sizes = [path.stat().st_size for path in directory.rglob("*") if path.is_file()]

@@ -31,7 +31,6 @@ def make_card(
     blocks: Any,
     title: str,
     *,
-    description: str,
     notes: str,
     recipe: Mapping[str, str],
     repository: str,
@@ -60,7 +59,7 @@ def make_card(
     sections = [
         f"# {title}",
         f"![{title}]({image})" if image else "",
-        description.strip(),
+        blocks.description.strip(),
         notes.strip(),
         _table("Recipe", tuple(recipe), [tuple(recipe.values())] if recipe else []),
         _run(requirements, example or example_code(blocks, repository), repository),

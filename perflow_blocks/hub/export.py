@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
-from keyword import iskeyword
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,7 +16,8 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.modular_pipelines.mellon_node_utils import MellonPipelineConfig
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
-from PIL import Image
+from diffusers.utils import load_image
+from diffusers.utils.torch_utils import unwrap_module
 
 from ..atomic_files import atomic_directory
 from ..blocks.block_source import CODE, INDEX, block_files
@@ -26,18 +25,15 @@ from ..blocks.pipeline import stock_class_name
 from ..blocks.saving import (
     Problems,
     adapter_problems,
-    complaint,
     component_problems,
     foreign,
     index_entry,
     is_stock,
-    python_number,
     save_delta_file,
     settled,
-    unwrapped,
 )
 from ..blocks.set_timesteps import scheduler_source
-from ..delta.files import Weights, read_recipe
+from ..delta.files import Weights, read_json, read_recipe
 from ..delta.merge import MergeRecord, find_merged, merge_records, recipe_record
 from ..delta.recipe import DeltaRecipe
 from .card import CARD, OWNER, make_card, make_recipe
@@ -62,17 +58,12 @@ def export_workflow(
     *,
     mode: Mode = "thin",
     weights: WeightsMode = "reference",
-    name: str | None = None,
-    description: str | None = None,
     title: str | None = None,
     notes: str = "",
     picture: str | os.PathLike[str] | None = None,
     licence: str | None = None,
     example: str | None = None,
     delta: str | os.PathLike[str] | None = None,
-    repo_id: str | None = None,
-    files: Sequence[str | os.PathLike[str]] = (),
-    exclude: Collection[str] = (),
     overwrite: bool = False,
 ) -> Path:
     """Writes a workflow repository: code, index, Mellon's configuration, model card, and weights if asked.
@@ -88,17 +79,12 @@ def export_workflow(
         weights: "reference" names the repositories that components came from; "include" saves the components that
             are loaded, with a merged delta in them and a copy of it; "delta-only" names the repositories and copies
             the delta.
-        name: class in `block.py`; by default a preset's own, or `SavedBlocks`.
-        description: the card's text about the blocks; by default the blocks' own description.
         title: heading of the model card; by default the directory's name.
         notes: what the card tells users besides, in Markdown.
         picture: image file for the card; a side longer than 1024 pixels is scaled down.
         licence: identifier as the Hub knows it, for example "apache-2.0", for the card.
         example: Python that the card shows, from the imports on; by default a call with a prompt and images.
         delta: the delta file, in place of the pipeline's own.
-        repo_id: the repository of the Hub that this will be, "owner/name", if it is known. Pushing fills it in.
-        files: further files to copy beside the others, such as a script that uses the workflow.
-        exclude: names of components that the index leaves out.
         overwrite: replace a workflow repository that is there, as a whole.
 
     Returns:
@@ -111,49 +97,44 @@ def export_workflow(
     for option, given, known in (("mode", mode, get_args(Mode)), ("weights", weights, get_args(WeightsMode))):
         if given not in known:
             raise ValueError(f"{option}={given!r} is unknown; pass one of {', '.join(known)}.")
-    if not isinstance(pipe_or_blocks, (ModularPipeline, ModularPipelineBlocks)):
-        raise ValueError(f"{pipe_or_blocks!r} is neither a modular pipeline nor blocks; pass one of them.")
-    extras = [Path(file) for file in files]
-    require_target(target, overwrite=overwrite, files=[file.name for file in extras])
+    require_target(target, overwrite=overwrite)
     pipe: Any = pipe_or_blocks if isinstance(pipe_or_blocks, ModularPipeline) else pipe_or_blocks.init_pipeline()
     blocks, problems = pipe.blocks, Problems()
     if delta is not None:
-        pipe = _with_delta(pipe, Path(delta).expanduser(), problems)
+        if "delta" not in pipe._config_specs:
+            problems.add("the blocks merge no delta; insert a PeRFlowMergeDeltaStep, or leave delta= out.")
+        pipe, place = copy(pipe), str(Path(delta).expanduser().absolute())
+        pipe._internal_dict = FrozenDict({**pipe.config, "delta": place, "delta_variant": None})
     saver, values, delta_weights = settled(pipe, problems)
     records = () if pipe.components.get("unet") is None else merge_records(pipe.unet)
     record = recipe_record(records)
     recipe = read_recipe(delta_weights) if delta_weights is not None else record.recipe if record else DeltaRecipe()
     if weights != "include":
         values, delta_weights = _unmerged(pipe, records, values, delta_weights, weights, problems)
-    components, saved = _components(pipe, saver, weights == "include", exclude, problems)
+    entries, saved = _components(pipe, saver, weights == "include", problems)
     if weights == "include" and not saved:
         problems.append("no component is loaded; pass a pipeline, after pipe.load_components(), or another weights=.")
     code = dict[str, str]()
     with problems.noted():
         siblings, modules = carried_modules(blocks, mode == "self-contained")
-        code = {**block_files(blocks, name, siblings), **modules}
-    image = None if picture is None else _image(picture, problems)
-    problems += _option_problems(name, repo_id, extras, {*code, INDEX, MELLON, CARD, IMAGE, "delta", *saved})
-    if problems:
-        raise ValueError(complaint("exported", problems))
+        code = {**block_files(blocks, siblings), **modules}
+    with problems.noted(SyntaxError, about=f"picture={str(picture)!r} cannot be read: "):
+        image = None if picture is None else load_image(str(picture))
+    problems.refuse("exported")
     folder_name = target.absolute().name
     title = title or folder_name
-    index = {"_class_name": stock_class_name(pipe), "_diffusers_version": diffusers.__version__}
-    for component, (spec, kind) in components.items():
-        here = ComponentSpec(component, pretrained_model_name_or_path=repo_id, subfolder=component)
-        index[component] = index_entry(here if component in saved else spec, kind)
-    index |= values
+    names = {"_class_name": stock_class_name(pipe), "_diffusers_version": diffusers.__version__}
+    index = {**names, **entries, **values}
     texts = {
         **code,
         INDEX: json.dumps(index, indent=2, ensure_ascii=False) + "\n",
-        MELLON: _mellon_config(blocks, title, repo_id).to_json_string(),
+        MELLON: _mellon_config(blocks, title).to_json_string(),
         CARD: make_card(
             blocks,
             title,
-            description=description or blocks.description,
             notes=notes,
             recipe=make_recipe(pipe, values, recipe, guider=saver.guider if "guider" in saved else None),
-            repository=repo_id or f"{OWNER}/{re.sub(r'[^A-Za-z0-9.-]+', '-', folder_name).strip('-.') or 'workflow'}",
+            repository=f"{OWNER}/{re.sub(r'[^A-Za-z0-9.-]+', '-', folder_name).strip('-.') or 'workflow'}",
             index=index,
             saved=saved.keys(),
             requirements=json.loads(code[ModularPipelineBlocks.config_name])["requirements"],
@@ -169,15 +150,14 @@ def export_workflow(
             _save(value, folder / component)
         if delta_weights is not None:
             save_delta_file(delta_weights, folder / values["delta"])
-        for file in extras:
-            shutil.copyfile(file, folder / file.name)
         if image is not None:
-            image.save(folder / IMAGE, "PNG")
+            image.thumbnail((MAX_SIDE, MAX_SIDE))
+            image.save(folder / IMAGE)  # without the prompts and paths that programs write into images
     return target
 
 
-def require_target(target: Path, *, overwrite: bool = False, files: Collection[str] = ()) -> None:
-    """Raises ValueError if `target` holds anything but an earlier export with these `files`."""
+def require_target(target: Path, *, overwrite: bool = False) -> None:
+    """Raises ValueError if `target` holds anything but an earlier export."""
     there = {path.name for path in target.iterdir()} if target.is_dir() else set()
     if not there and not target.is_file():
         return
@@ -185,39 +165,13 @@ def require_target(target: Path, *, overwrite: bool = False, files: Collection[s
         raise ValueError(f"{target} exists and is not a workflow repository; name a new or empty directory.")
     if not overwrite:
         raise ValueError(f"{target} holds a workflow; pass overwrite=True to replace it, or name another directory.")
-    try:
-        components = set(json.loads((target / INDEX).read_text(encoding="utf-8")))
-    except ValueError:
-        components = set()
-    known = {*FILES, "delta", "perflow_manifest.json", "__pycache__", *components, *files}
+    known = {*FILES, "delta", "perflow_manifest.json", "__pycache__", *read_json(target / INDEX)}
     others = sorted(name for name in there - known if not re.fullmatch(r"perflow_\w+\.py", name))
     if others:
         raise ValueError(
             f"{target} holds files that no export wrote ({', '.join(others[:5])}), which would be lost; move them "
             "away, or name another directory."
         )
-
-
-def _option_problems(
-    name: str | None, repo_id: str | None, files: Sequence[Path], taken: Collection[str]
-) -> Iterator[str]:
-    if name is not None and (not name.isidentifier() or not name.isascii() or iskeyword(name)):
-        yield f"name={name!r} must be the name of a class, such as MyWorkflow."
-    if repo_id is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) is None:
-        yield f"repo_id={repo_id!r} must be the name of a repository with its owner, owner/name."
-    names = [*taken, *(file.name for file in files)]
-    for file in files:
-        if not file.is_file() or names.count(file.name) > 1:
-            yield f"files names {file}; pass files that exist, each of another name than the repository's other files."
-
-
-def _with_delta(pipe: Any, path: Path, problems: list[str]) -> Any:
-    """A copy of the pipeline with this delta in its configuration."""
-    if "delta" not in pipe._config_specs:
-        problems.append("the blocks merge no delta; insert a PeRFlowMergeDeltaStep, or leave delta= out.")
-    with_delta = copy(pipe)
-    with_delta._internal_dict = FrozenDict({**pipe.config, "delta": str(path.absolute()), "delta_variant": None})
-    return with_delta
 
 
 def _unmerged(
@@ -251,29 +205,27 @@ def _unmerged(
             "leave out delta=."
         )
     elif own is not None:
-        values = {**values, "delta_scale": python_number(own.scale)}
+        values = {**values, "delta_scale": float(own.scale)}
     return values, delta
 
 
 def _components(
-    pipe: Any, saver: Any, include: bool, exclude: Collection[str], problems: list[str]
-) -> tuple[dict[str, tuple[ComponentSpec, type | None]], dict[str, Any]]:
-    """Place and class of each component of the index, and the components that the repository itself holds."""
+    pipe: Any, saver: Any, include: bool, problems: list[str]
+) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """The entry of each component in the index, and the components that the repository itself holds."""
     declared = {spec.name: spec for spec in pipe.blocks.expected_components}
-    if unknown := sorted(set(exclude) - declared.keys()):
-        problems.append(f"exclude names {', '.join(unknown)}; the components are {', '.join(declared)}.")
-    entries, saved = dict[str, tuple[ComponentSpec, type | None]](), dict[str, Any]()
-    private: dict[str, list[str]] = {}
+    entries, saved, private = dict[str, list[Any]](), dict[str, Any](), dict[str, list[str]]()
     for name, spec in saver._component_specs.items():
-        component = unwrapped(getattr(saver, name, None))
+        component = unwrap_module(getattr(saver, name, None))
         is_absent = component is None and spec.type_hint is None  # as model_index.json says it
-        if spec.default_creation_method != "from_pretrained" or name in exclude or is_absent:
+        if spec.default_creation_method != "from_pretrained" or is_absent:
             continue
         place = (scheduler_source(pipe) if name == "scheduler" else None) or spec
         location, public = place.pretrained_model_name_or_path, _public(place)
         if component is not None and (include or (public is None and name in ("scheduler", "guider"))):
             problems += component_problems(name, component)
-            entries[name], saved[name] = (spec, type(component)), component
+            entries[name] = index_entry(ComponentSpec(name, subfolder=name), type(component))
+            saved[name] = component
         elif location is None and component is not None:
             problems.append(
                 f"{name} was put in as an object, so no repository is known for it; pass weights='include', or load "
@@ -287,7 +239,7 @@ def _components(
             problems += adapter_problems(name, component)
             if public.type_hint is not None and not is_stock(public.type_hint):
                 problems.append(foreign(name, public.type_hint))
-            entries[name] = (public, public.type_hint)
+            entries[name] = index_entry(public, public.type_hint)
     for location, names in private.items():
         problems.append(
             f"{location}, where {', '.join(names)} came from, is a place that others do not have; call "
@@ -306,18 +258,6 @@ def _public(spec: ComponentSpec) -> ComponentSpec | None:
     return spec if is_id or place.startswith("https://") else None
 
 
-def _image(path: str | os.PathLike[str], problems: list[str]) -> Image.Image | None:
-    """An image of at most `MAX_SIDE` pixels a side, without the prompts and paths that programs write into images."""
-    try:
-        with Image.open(path) as given:
-            image = given.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        problems.append(f"picture={str(path)!r} cannot be read ({error}); pass an image file, such as a PNG.")
-        return None
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
-    return image
-
-
 def _save(component: Any, folder: Path) -> None:
     """Saves a component without where it was loaded from, which the libraries write into its configuration."""
     component.save_pretrained(folder)
@@ -329,11 +269,9 @@ def _save(component: Any, folder: Path) -> None:
             file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
-def _mellon_config(blocks: Any, label: str, repo_id: str | None) -> MellonPipelineConfig:
+def _mellon_config(blocks: Any, label: str) -> MellonPipelineConfig:
     """The nodes of the workflow in Mellon: one for each stage, or one for all where blocks have no such stages."""
     if MELLON_STAGES <= set(blocks.sub_blocks):
-        return MellonPipelineConfig.from_blocks(blocks, label=label, default_repo=repo_id or "")
+        return MellonPipelineConfig.from_blocks(blocks, label=label)
     widgets: dict[str, Any] = {"input_types": {"prompt": "textbox"}, "output_types": {"images": "image"}}
-    config = MellonPipelineConfig.from_custom_block(blocks, node_label=label, **widgets)
-    config.default_repo = repo_id or ""
-    return config
+    return MellonPipelineConfig.from_custom_block(blocks, node_label=label, **widgets)

@@ -114,27 +114,11 @@ def _import_blocks(directory: Path, module: str, kind: str) -> ModularPipelineBl
     name = f"{DIFFUSERS_DYNAMIC_MODULE_NAME}.workflow_{digest.hexdigest()[:16]}"
     package = sys.modules.setdefault(name, ModuleType(name))
     package.__path__ = [str(directory)]
-    try:
-        found = getattr(import_module(f"{name}.{module}"), kind, None)
-    except ImportError as error:
-        raise ValueError(
-            f"the code of {directory} needs what is not installed ({error}); install what its modular_config.json "
-            "names as requirements."
-        ) from error
+    found = getattr(import_module(f"{name}.{module}"), kind, None)
     blocks = found() if isinstance(found, type) else None
     if not isinstance(blocks, ModularPipelineBlocks):
         raise ValueError(f"{directory / module}.py defines no blocks {kind}; export the workflow again.")
-    if _is_stock(blocks):
-        raise ValueError(
-            f"{kind} of {directory / module}.py has diffusers' own blocks only, so it is no PeRFlow workflow; load it "
-            "with diffusers' ModularPipeline.from_pretrained."
-        )
     return blocks
-
-
-def _is_stock(blocks: ModularPipelineBlocks) -> bool:
-    stock = type(blocks).__module__.split(".")[0] == "diffusers"
-    return stock and all(_is_stock(inner) for inner in blocks.sub_blocks.values())
 
 
 def _load_components(pipe: Any, directory: Path, options: dict[str, Any]) -> None:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath
+from typing import Any
 from urllib.parse import quote
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from .. import __version__
 from ..blocks.block_source import INDEX, LOCATION, is_entry, require_sound, workflow_config
-from ..blocks.saving import complaint
+from ..blocks.saving import Problems
 from ..delta.files import read_json
 from .card import CARD, OWNER
 from .export import MELLON
@@ -77,7 +76,7 @@ def push_workflow(
     dry_run: bool = False,
     endpoint: str | None = None,
 ) -> PushReport:
-    """Publishes a workflow on the Hub, with `HfApi.upload_folder`. The repository is made if there is none.
+    """Publishes a workflow on the Hub, in one commit. The repository is made if there is none.
 
     Card, index and Mellon's configuration are uploaded with the repository's id in them; the directory stays as it
     is. Code, JSON files and weights in the repository that the directory does not have are deleted; other files stay.
@@ -105,42 +104,39 @@ def push_workflow(
     root = Path(directory).expanduser()
     _, _, kind = workflow_config(root)
     paths = sorted(_listed(root))
-    problems = [problem for path in paths for problem in _problems(root, path)]
-    if problems:
-        raise ValueError(complaint("pushed", problems))
-    with tempfile.TemporaryDirectory(prefix="perflow-push-") as temporary:
-        staged = Path(temporary)
-        _stage(root, paths, staged)
-        _name_repository(staged, paths, repo_id)
-        require_sound(staged, portable=True)
-        token = (token or get_token() or "").strip()
-        api = HfApi(endpoint=endpoint, token=token, library_name="perflow-blocks", library_version=__version__)
-        url = f"{api.endpoint}/{repo_id}" + (f"/tree/{quote(revision, safe='')}" if revision else "")
-        sizes = {path: (staged / path).stat().st_size for path in paths}
-        if dry_run:
-            return PushReport(files=sizes, url=url, commit=None)
-        if not re.fullmatch(r"[\x21-\x7e]+", token):  # the error about a token with a line break would repeat it
-            raise ValueError("no token for the Hub was found; run `hf auth login`, or pass token=.")
-        try:
-            if not create_pr and revision in (None, "main") and not api.repo_exists(repo_id):
-                api.create_repo(repo_id, private=private, exist_ok=True)
-            if private is not None and api.repo_info(repo_id).private != private:
-                raise ValueError(
-                    f"{repo_id} exists and is {'public' if private else 'private'}; change that in its settings, or "
-                    "leave private out."
-                )
-            done = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=staged,
-                commit_message=commit_message or f"Push the workflow {kind}",
-                revision=revision,
-                create_pr=create_pr,
-                delete_patterns=list(REPLACED),
+    Problems(problem for path in paths for problem in _problems(root, path)).refuse("pushed")
+    content: dict[str, Any] = {path: root / path for path in paths}
+    content |= {path: text.encode() for path, text in _naming(root, paths, repo_id).items()}
+    require_sound(root, portable=True, index=json.loads(content[INDEX]) if INDEX in content else None)
+    token = (token or get_token() or "").strip()
+    api = HfApi(endpoint=endpoint, token=token, library_name="perflow-blocks", library_version=__version__)
+    url = f"{api.endpoint}/{repo_id}" + (f"/tree/{quote(revision, safe='')}" if revision else "")
+    sizes = {path: len(new) if isinstance(new, bytes) else new.stat().st_size for path, new in content.items()}
+    if dry_run:
+        return PushReport(files=sizes, url=url, commit=None)
+    if not re.fullmatch(r"[\x21-\x7e]+", token):  # the error about a token with a line break would repeat it
+        raise ValueError("no token for the Hub was found; run `hf auth login`, or pass token=.")
+    try:
+        if not create_pr and revision in (None, "main") and not api.repo_exists(repo_id):
+            api.create_repo(repo_id, private=private, exist_ok=True)
+        if private is not None and api.repo_info(repo_id).private != private:
+            raise ValueError(
+                f"{repo_id} exists and is {'public' if private else 'private'}; change that in its settings, or "
+                "leave private out."
             )
-        except HfHubHTTPError as error:
-            if (advice := _advice(error, repo_id)) is None:
-                raise
-            raise ValueError(advice) from error
+        there = set(api.list_repo_files(repo_id, revision=revision)) - content.keys()
+        done = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(path, new) for path, new in content.items()]
+            + [CommitOperationDelete(path) for path in there if _matches(PurePath(path).name, REPLACED)],
+            commit_message=commit_message or f"Push the workflow {kind}",
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except HfHubHTTPError as error:
+        if (advice := _advice(error, repo_id)) is None:
+            raise
+        raise ValueError(advice) from error
     return PushReport(files=sizes, url=done.pr_url or url, commit=done.oid)
 
 
@@ -160,22 +156,21 @@ def _advice(error: HfHubHTTPError, repo_id: str) -> str | None:
 
 def _listed(root: Path) -> Iterator[str]:
     """The POSIX paths of all files to upload, and of links to folders."""
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not _is_any(name, LEFT_OUT)]
-        links = [name for name in folders if (Path(folder) / name).is_symlink()]
-        for name in [*files, *links]:
-            if not _is_any(name, LEFT_OUT):
-                yield (Path(folder) / name).relative_to(root).as_posix()
+    for file in root.rglob("*"):
+        path = file.relative_to(root).as_posix()
+        if (file.is_symlink() or not file.is_dir()) and not _matches(path, LEFT_OUT):
+            yield path
 
 
-def _is_any(name: str, patterns: Collection[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
+def _matches(path: str, patterns: Collection[str]) -> bool:
+    """Whether the name of a file, or of a folder that it is in, matches one of the patterns."""
+    return any(fnmatch(part, pattern) for part in path.split("/") for pattern in patterns)
 
 
 def _problems(root: Path, path: str) -> Iterator[str]:
     """A sentence for each reason against uploading a file. Tokens are not repeated."""
     file = root / path
-    if any(_is_any(part, PRIVATE) for part in PurePosixPath(path).parts):
+    if _matches(path, PRIVATE):
         yield f"{path} is a private file; move it out of the directory."
     elif file.is_dir() or not file.resolve().is_relative_to(root.resolve()):
         yield f"{path} is a link that leads elsewhere; put a copy in its place."
@@ -198,36 +193,22 @@ def _tokens(file: Path) -> Iterator[tuple[int, str]]:
             yield content.count(b"\n", 0, match.start()) + 1, kind
 
 
-def _stage(root: Path, paths: Collection[str], staged: Path) -> None:
-    """Lays out the files in another directory, as links where the system allows them."""
-    for path in paths:
-        (staged / path).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            (staged / path).symlink_to((root / path).resolve())
-        except OSError:
-            shutil.copyfile(root / path, staged / path)
-
-
-def _name_repository(staged: Path, paths: Collection[str], repo_id: str) -> None:
-    """Puts the repository's id into index, card and Mellon's configuration; without it, its weights do not load by id.
+def _naming(root: Path, paths: Collection[str], repo_id: str) -> dict[str, str]:
+    """Index, card and Mellon's configuration with the repository's id, without which its weights do not load by id.
 
     A component whose folder is here belongs to this repository, as diffusers sees it when it loads a directory.
     """
+    texts = {}
     if INDEX in paths:
-        index = read_json(staged / INDEX)
+        index = read_json(root / INDEX)
         folders = [path.rpartition("/")[0] for path in paths if "/" in path]
         for entry in filter(is_entry, index.values()):
             if entry[2].get("subfolder") in folders:
                 entry[2].update({LOCATION: repo_id, "revision": None})
-        _replace(staged / INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+        texts[INDEX] = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
     if MELLON in paths:
-        mellon = {**read_json(staged / MELLON), "default_repo": repo_id}
-        _replace(staged / MELLON, json.dumps(mellon, indent=2, ensure_ascii=False) + "\n")
+        mellon = {**read_json(root / MELLON), "default_repo": repo_id}
+        texts[MELLON] = json.dumps(mellon, indent=2, ensure_ascii=False) + "\n"
     if CARD in paths:
-        card = (staged / CARD).read_text(encoding="utf-8")
-        _replace(staged / CARD, PLACEHOLDER.sub(f'"{repo_id}"', card))
-
-
-def _replace(file: Path, text: str) -> None:
-    file.unlink()  # the link, not what it leads to
-    file.write_text(text, encoding="utf-8", newline="\n")
+        texts[CARD] = PLACEHOLDER.sub(f'"{repo_id}"', (root / CARD).read_text(encoding="utf-8"))
+    return texts

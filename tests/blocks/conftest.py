@@ -32,7 +32,7 @@ from PIL import ExifTags, Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from perflow_blocks.blocks import PeRFlowLoopDenoiser, PeRFlowSDXLAutoBlocks
+from perflow_blocks import PeRFlowLoopDenoiser, PeRFlowSDXLAutoBlocks
 from perflow_blocks.blocks.encode import PeRFlowAutoTextEncoderStep
 from perflow_blocks.blocks.loop_block import LoopBlock
 from perflow_blocks.blocks.recombine import find_loops, insert_loop_block

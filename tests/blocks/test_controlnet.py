@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoGuidance, ClassifierFreeGuidance, MultiControlNetModel
 from diffusers.modular_pipelines.stable_diffusion_xl.denoise import StableDiffusionXLControlNetLoopDenoiser
 
-from perflow_blocks.blocks import PeRFlowControlNetDenoiseStep, PeRFlowControlNetLoopDenoiser
+from perflow_blocks.blocks.controlnet import PeRFlowControlNetDenoiseStep, PeRFlowControlNetLoopDenoiser
 from perflow_blocks.testing.tiny import tiny_controlnet, tiny_controlnet_union
 from perflow_blocks.testing.tiny import tiny_picture as image
 from tests.blocks.conftest import layers

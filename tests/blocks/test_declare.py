@@ -9,7 +9,7 @@ import pytest
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 
-from perflow_blocks.blocks import PeRFlowDenoiseStep, PeRFlowSDXLAutoBlocks
+from perflow_blocks import PeRFlowDenoiseStep, PeRFlowSDXLAutoBlocks
 from perflow_blocks.blocks.auto_blocks import Preset
 from perflow_blocks.blocks.declare import Assembled, declared
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
+from perflow_blocks import PeRFlowSDXLAutoBlocks
 from perflow_blocks.delta import apply, files
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.merge import merge_records

@@ -15,8 +15,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from perflow_blocks import AttentionConfig, compile_loops
-from perflow_blocks.blocks import PeRFlowDenoiseStep, PeRFlowLoopDenoiser, PeRFlowSDXLAutoBlocks
+from perflow_blocks import (
+    AttentionConfig,
+    PeRFlowDenoiseStep,
+    PeRFlowLoopDenoiser,
+    PeRFlowSDXLAutoBlocks,
+    compile_loops,
+)
 from perflow_blocks.blocks.loop_block import LOOP_PROVIDES
 from perflow_blocks.blocks.recombine import find_loops, insert_loop_block
 from perflow_blocks.schedulers import PeRFlowScheduler

@@ -9,7 +9,7 @@ import torch
 from diffusers import ClassifierFreeGuidance, StableDiffusionXLAutoBlocks
 from PIL import Image
 
-from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks, PeRFlowTiledControlNetLoopDenoiser
+from perflow_blocks import PeRFlowSDXLAutoBlocks, PeRFlowTiledControlNetLoopDenoiser
 from perflow_blocks.blocks.workflows import (
     PeRFlowSDXLControlNetBlocks,
     PeRFlowSDXLImage2ImageBlocks,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from perflow_blocks import (
     LatentToRGB,
+    PeRFlowDenoiseStep,
     PeRFlowSDXLAutoBlocks,
     PreviewStep,
     StepCallbackStep,
@@ -22,7 +23,7 @@ from perflow_blocks import (
     WindowLogStep,
     insert_loop_block,
 )
-from perflow_blocks.blocks import PeRFlowDenoiseStep, PeRFlowInpaintDenoiseStep
+from perflow_blocks.blocks.denoise import PeRFlowInpaintDenoiseStep
 from perflow_blocks.blocks.observers import SDXL_BIAS, SDXL_FACTORS, decode_preview
 from perflow_blocks.blocks.recombine import find_loops
 from perflow_blocks.testing import check_block, tiny_sdxl_components

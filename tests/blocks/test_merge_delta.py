@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import ClassifierFreeGuidance, UNet2DConditionModel
 
-from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
+from perflow_blocks import PeRFlowSDXLAutoBlocks
 from perflow_blocks.blocks import merge_delta as block
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.merge import merge_delta, merge_record, merge_records

@@ -11,7 +11,7 @@ import torch
 from diffusers import MultiControlNetModel
 from PIL import Image
 
-from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
+from perflow_blocks import PeRFlowSDXLAutoBlocks
 from perflow_blocks.testing.tiny import (
     load_tiny_ip_adapter,
     tiny_controlnet,

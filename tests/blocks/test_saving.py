@@ -25,12 +25,12 @@ from perflow_blocks import (
     PeRFlowModularPipeline,
     PeRFlowPipelineBuilder,
     PeRFlowScheduler,
+    PeRFlowSDXLAutoBlocks,
     PromptCacheStep,
     WindowLogStep,
     insert_loop_block,
     merge_delta,
 )
-from perflow_blocks.blocks import PeRFlowSDXLAutoBlocks
 from perflow_blocks.blocks import merge_delta as block
 from perflow_blocks.blocks.loop_block import LoopBlock
 from perflow_blocks.blocks.merge_delta import guidance_in_effect
@@ -82,7 +82,6 @@ def recombined() -> Any:
     insert_loop_block(blocks, "log", WindowLogStep(level=10), before="solver")
     blocks.sub_blocks["text_encoder"] = PromptCacheStep(5)
     del blocks.sub_blocks["ip_adapter"]
-    blocks.sub_blocks["decode"].note = "mine"
     return of_the_demo(blocks)
 
 
@@ -97,7 +96,7 @@ STAGES = [(case, stage) for case, (_, stages) in CASES.items() for stage in stag
 
 
 def arrangement(block: Any) -> Any:
-    settings = {name: value for name, value in vars(block).items() if name in ("level", "max_entries", "note")}
+    settings = {name: value for name, value in vars(block).items() if name in ("level", "max_entries")}
     return [type(block).__name__, settings, [[name, arrangement(inner)] for name, inner in block.sub_blocks.items()]]
 
 

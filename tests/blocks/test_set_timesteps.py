@@ -18,8 +18,7 @@ from diffusers import (
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from diffusers.utils import logging
 
-from perflow_blocks import PeRFlowSDXLAutoBlocks
-from perflow_blocks.blocks import PeRFlowSetTimestepsStep
+from perflow_blocks import PeRFlowSDXLAutoBlocks, PeRFlowSetTimestepsStep
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.schedulers import PeRFlowScheduler
 from tests.conftest import make_pipeline

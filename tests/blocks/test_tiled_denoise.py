@@ -11,13 +11,13 @@ from diffusers import AdaptiveProjectedGuidance, ClassifierFreeGuidance, MultiCo
 from diffusers.guiders import BaseGuidance
 from PIL import Image
 
-from perflow_blocks.blocks import (
-    PeRFlowControlNetLoopDenoiser,
+from perflow_blocks import (
     PeRFlowLoopDenoiser,
     PeRFlowSDXLAutoBlocks,
     PeRFlowTiledControlNetLoopDenoiser,
     PeRFlowTiledLoopDenoiser,
 )
+from perflow_blocks.blocks.controlnet import PeRFlowControlNetLoopDenoiser
 from perflow_blocks.testing import (
     tiny_controlnet,
     tiny_inpainting_unet,

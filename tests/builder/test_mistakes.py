@@ -14,8 +14,7 @@ from perflow_blocks import PeRFlowPipelineBuilder, PeRFlowSDXLAutoBlocks, Window
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.testing.tiny import tiny_controlnet, tiny_sd_unet, tiny_sdxl_unet
 from tests.blocks.test_features_lora import write_lora
-from tests.checkpoints import checkpoint_components, save_checkpoint
-from tests.conftest import builder, problems, save_repository
+from tests.conftest import builder, problems
 
 SD = "sd_delta.safetensors"
 
@@ -121,13 +120,6 @@ def test_all_mistakes_are_told_at_once(repository: Path, files: Path) -> None:
         built = MISTAKES[name][0](built, files)
     assert len(built.problems()) == len(chosen)
     assert f"for {len(chosen)} reasons" in problems(built)
-
-
-def test_a_delta_is_compared_with_the_configuration_of_a_checkpoint(tmp_path: Path, files: Path) -> None:
-    file = save_checkpoint(tmp_path / "tuned.safetensors", checkpoint_components())
-    config = save_repository(tmp_path / "config", **checkpoint_components())
-    built = PeRFlowPipelineBuilder().from_single_file(file, config=config)
-    assert "does not fit" in problems(built.with_delta(files / SD))
 
 
 def test_a_lora_for_blocks_without_a_unet_is_not_ignored(repository: Path, tmp_path: Path) -> None:

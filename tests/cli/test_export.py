@@ -42,16 +42,16 @@ def test_a_workflow_is_exported_with_its_own_blocks_and_a_delta(run: Run, tmp_pa
     target = tmp_path / "out"
     status, _, err = run(
         "export", WORKFLOW, target, "--trust-remote-code", "--weights", "delta-only", "--delta", delta,
-        "--picture", picture, "--notes", notes, "--name", "Flow", "--mode", "self-contained", "--repo-id", "me/flow",
+        "--picture", picture, "--notes", notes, "--mode", "self-contained",
     )  # fmt: skip
     assert status == 0, err
-    assert "block.Flow" in (target / "modular_config.json").read_text() and list(target.glob("perflow_*.py"))
+    assert "block.SavedBlocks" in (target / "modular_config.json").read_text() and list(target.glob("perflow_*.py"))
     index = index_of(target)
     assert index["unet"][2]["pretrained_model_name_or_path"] == "hansyan/perflow-sdxl-base"
     assert index["delta"] == "delta/d.safetensors" and index["num_time_windows"] == 4
     assert (target / "picture.png").is_file()
     card = (target / "README.md").read_text()
-    assert "Take care." in card and '"me/flow"' in card
+    assert "Take care." in card and '"your-name/out"' in card
 
 
 def test_mistakes_are_one_line_and_leave_nothing(run: Run, repository: Path, tmp_path: Path) -> None:

@@ -89,17 +89,9 @@ def test_code_that_fails_is_an_error_and_not_the_stock_blocks(flow: Path) -> Non
         load_workflow(flow, trust_remote_code=True)
 
 
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        ("import no_such_package", "needs what is not installed (No module named 'no_such_package')"),
-        ("Other = 1", "defines no blocks Blocks"),
-        ("Blocks = dict", "defines no blocks Blocks"),
-        ("from diffusers import StableDiffusionXLAutoBlocks as Blocks", "no PeRFlow workflow"),
-    ],
-)
-def test_code_without_blocks_of_perflow_is_refused(flow: Path, code: str, message: str) -> None:
-    assert message in refused(with_code(flow, code))
+@pytest.mark.parametrize("code", ["Other = 1", "Blocks = dict"])
+def test_code_without_blocks_is_refused(flow: Path, code: str) -> None:
+    assert "defines no blocks Blocks" in refused(with_code(flow, code))
 
 
 def test_two_workflows_and_two_versions_do_not_mix(flow: Path, tmp_path: Path) -> None:
@@ -220,7 +212,7 @@ def push_version(hub: LoopbackHub, repository: Path, number: int, tmp_path: Path
     with torch.no_grad():
         pipe.unet.conv_in.bias.add_(number)
     mode: Any = ("thin", "self-contained")[number]
-    directory = export_workflow(pipe, tmp_path / f"v{number}", mode=mode, weights="include", name=f"V{number}")
+    directory = export_workflow(pipe, tmp_path / f"v{number}", mode=mode, weights="include")
     commit = push_workflow(directory, REPO).commit
     assert commit is not None and (directory / "delta").is_dir()
     hub.repositories[REPO].refs[f"v{number}"] = commit
@@ -250,7 +242,7 @@ def test_a_revision_holds_for_code_weights_and_delta_also_offline(
     plain.load_components()
     compare(plain, 1)
     pinned = re.findall(r"revision=('\w+')", caplog.text)
-    assert pinned == [repr(commits[number]) for number in (0, 1, 1)]  # the tag, main, main offline
+    assert pinned == [repr(commits[1])] * 2  # main, also offline; a preset runs no code
 
 
 def test_what_the_hub_does_not_hold_is_one_line(default_hub: LoopbackHub, thin: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 import pytest
@@ -19,17 +21,26 @@ from perflow_blocks.testing import (
 )
 from tests.conftest import make_pipeline
 
-OWN_BLOCKS = [
-    kind
-    for kind in (getattr(blocks, name) for name in blocks.__all__)
-    if isinstance(kind, type) and issubclass(kind, ModularPipelineBlocks) and kind is not blocks.LoopBlock
+NOT_ALONE = {"LoopBlock", "Preset", "PeRFlowControlNetInputStep", "PeRFlowSDXLAutoDenoiseStep"}
+"""Base classes, and blocks that need inputs of one task."""
+MODULES = [
+    import_module(f"{blocks.__name__}.{module.name}")
+    for module in iter_modules(blocks.__path__)
+    if module.name != "workflows"
 ]
+OWN_BLOCKS: dict[str, Any] = {
+    name: kind
+    for module in MODULES
+    for name, kind in vars(module).items()
+    if isinstance(kind, type) and issubclass(kind, ModularPipelineBlocks) and kind.__module__ == module.__name__
+    if name not in NOT_ALONE
+}
 
 
-@pytest.mark.parametrize("kind", OWN_BLOCKS, ids=lambda kind: kind.__name__)
-def test_every_block_keeps_its_contract(kind: type[ModularPipelineBlocks]) -> None:
-    components = {}
-    if kind is blocks.PeRFlowIPAdapterStep:
+@pytest.mark.parametrize("name", OWN_BLOCKS)
+def test_every_block_keeps_its_contract(name: str) -> None:
+    kind, components = OWN_BLOCKS[name], {}
+    if name == "PeRFlowIPAdapterStep":
         pipe = make_pipeline()
         load_tiny_ip_adapter(pipe)
         components["unet"] = pipe.unet
@@ -49,22 +60,22 @@ TWO_CONTROLS = {
 NINE_CHANNELS = {"unet": tiny_inpainting_unet()}
 OTHER_BRANCHES: dict[str, tuple[type[ModularPipelineBlocks], dict[str, Any], dict[str, Any]]] = {
     "two ControlNets": (
-        blocks.PeRFlowControlNetLoopDenoiser,
+        OWN_BLOCKS["PeRFlowControlNetLoopDenoiser"],
         {"controlnet": MultiControlNetModel([tiny_controlnet(1), tiny_controlnet(2)])},
         TWO_CONTROLS,
     ),
-    "guess mode": (blocks.PeRFlowControlNetLoopDenoiser, {}, {"guess_mode": True}),
-    "nine channels": (blocks.PeRFlowLoopDenoiser, NINE_CHANNELS, pick("inpaint_conditioning")),
-    "nine prepared": (blocks.PeRFlowInpaintPrepareLatentsStep, NINE_CHANNELS, pick("masked_image_latents")),
-    "known part of nine": (blocks.PeRFlowLoopKeepKnownStep, {}, pick("inpaint_conditioning")),
-    "latents given": (blocks.PeRFlowImg2ImgPrepareLatentsStep, {}, pick("latents")),
-    "refiner's latents": (blocks.PeRFlowImg2ImgPrepareLatentsStep, {}, {"denoising_start": 0.5}),
-    "base": (blocks.PeRFlowSetTimestepsStep, {}, {"denoising_end": 0.5}),
-    "refiner": (blocks.PeRFlowImg2ImgSetTimestepsStep, {}, {"denoising_start": 0.5}),
-    "IP-Adapters": (blocks.PeRFlowInputStep, {}, pick("ip_adapter_embeds", "negative_ip_adapter_embeds")),
-    "generators": (blocks.PeRFlowVaeEncoderStep, {}, {"generator": [torch.Generator(), torch.Generator()]}),
-    "latents out": (blocks.PeRFlowKeepKnownPixelsStep, {}, {"output_type": "latent"}),
-    "no guidance": (blocks.PeRFlowLoopDenoiser, {"guider": ClassifierFreeGuidance(guidance_scale=1.0)}, {}),
+    "guess mode": (OWN_BLOCKS["PeRFlowControlNetLoopDenoiser"], {}, {"guess_mode": True}),
+    "nine channels": (OWN_BLOCKS["PeRFlowLoopDenoiser"], NINE_CHANNELS, pick("inpaint_conditioning")),
+    "nine prepared": (OWN_BLOCKS["PeRFlowInpaintPrepareLatentsStep"], NINE_CHANNELS, pick("masked_image_latents")),
+    "known part of nine": (OWN_BLOCKS["PeRFlowLoopKeepKnownStep"], {}, pick("inpaint_conditioning")),
+    "latents given": (OWN_BLOCKS["PeRFlowImg2ImgPrepareLatentsStep"], {}, pick("latents")),
+    "refiner's latents": (OWN_BLOCKS["PeRFlowImg2ImgPrepareLatentsStep"], {}, {"denoising_start": 0.5}),
+    "base": (OWN_BLOCKS["PeRFlowSetTimestepsStep"], {}, {"denoising_end": 0.5}),
+    "refiner": (OWN_BLOCKS["PeRFlowImg2ImgSetTimestepsStep"], {}, {"denoising_start": 0.5}),
+    "IP-Adapters": (OWN_BLOCKS["PeRFlowInputStep"], {}, pick("ip_adapter_embeds", "negative_ip_adapter_embeds")),
+    "generators": (OWN_BLOCKS["PeRFlowVaeEncoderStep"], {}, {"generator": [torch.Generator(), torch.Generator()]}),
+    "latents out": (OWN_BLOCKS["PeRFlowKeepKnownPixelsStep"], {}, {"output_type": "latent"}),
+    "no guidance": (OWN_BLOCKS["PeRFlowLoopDenoiser"], {"guider": ClassifierFreeGuidance(guidance_scale=1.0)}, {}),
 }
 
 

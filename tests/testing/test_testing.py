@@ -12,7 +12,7 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, 
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, ConfigSpec, InputParam, OutputParam
 from diffusers.modular_pipelines.stable_diffusion_xl.decoders import StableDiffusionXLDecodeStep
 
-from perflow_blocks.blocks import PeRFlowDenoiseStep
+from perflow_blocks import PeRFlowDenoiseStep
 from perflow_blocks.blocks.loop_block import LoopBlock
 from perflow_blocks.testing import (
     BlockContractError,
