@@ -51,7 +51,7 @@ def calibrate_theta(
     if not prompts or iterations < 1:
         raise ValueError(f"{len(prompts)} prompts and {iterations=} must both be at least 1.")
     generator, batches = torch.Generator().manual_seed(seed), list[tuple[dict[str, Any], Tensor]]()
-    settings: dict[str, Any] = {"num_inference_steps": 50, **teacher_settings, "output_type": "latent"}
+    settings: Any = {"num_inference_steps": 50, **teacher_settings, "output_type": "latent"}
     side, channels = teacher.unet.config.sample_size, teacher.unet.config.in_channels
     for first in range(0, len(prompts), batch_size):
         chunk = list(prompts[first : first + batch_size])
@@ -63,20 +63,14 @@ def calibrate_theta(
         return pipe(**call, num_inference_steps=steps, output_type="latent").images.double().cpu()
 
     draw(batches[0][0])  # the first call puts the scheduler in place
-    scheduler = pipe.scheduler
-    before = scheduler.config.theta
+    before = pipe.scheduler.config.theta
     try:
-        return _fit(scheduler, draw, batches, iterations)
+        return _fit(pipe.scheduler, draw, batches, iterations)
     finally:
-        scheduler.set_theta(before)
+        pipe.scheduler.set_theta(before)
 
 
-def _fit(
-    scheduler: Any,
-    draw: Callable[[dict[str, Any]], Tensor],
-    batches: Sequence[tuple[dict[str, Any], Tensor]],
-    iterations: int,
-) -> Tensor:
+def _fit(scheduler: Any, draw: Callable[[Any], Tensor], batches: list[tuple[Any, Tensor]], iterations: int) -> Tensor:
     theta = torch.zeros(scheduler.windows.num_windows, 2, dtype=torch.float64)
     best, least = theta, float("inf")
     shifts = DIFFERENCE * torch.eye(theta.numel(), dtype=torch.float64)
@@ -101,7 +95,7 @@ def _fit(
             raise ValueError("the latents of student or teacher are not finite; use a type of more range.")
         if loss < least:
             best, least = theta, loss
-        damped = curvature + DAMPING * curvature.diag().diag()
         if iteration < iterations:
-            theta = theta - torch.linalg.solve(damped, slope).reshape(theta.shape)
+            curvature += DAMPING * curvature.diag().diag()
+            theta = theta - torch.linalg.solve(curvature, slope).reshape(theta.shape)
     return best
