@@ -31,7 +31,6 @@ def main(
     steps: Annotated[int, typer.Option(help="Training steps, at least 3.")] = STEPS,
 ) -> None:
     """Fine-tune the embedded teacher on framed images; an interrupted training goes on from its last checkpoint."""
-    torch.set_flush_denormal(True)
     if (out / "unet").is_dir():  # what is saved last
         typer.echo(f"{out / 'unet'} is finished; remove it, or pass another --out, to train anew.")
         return
@@ -59,4 +58,5 @@ def finetune(images: RenderedImages, out: Path, steps: int, *, batch_size: int =
 
 
 if __name__ == "__main__":
+    torch.set_flush_denormal(True)
     typer.run(main)

@@ -3,8 +3,9 @@
     python -m benchmarks.solvers teacher student theta --prompts 2048
     python -m benchmarks.solvers training --runs runs/ddim10 runs/second5
 
-`training` compares two finished distillations: the speed of their updates as their reports tell it, and their students
-on the same prompts. Each part writes a table of `benchmarks/results/solvers.md`, and the others stay.
+`training` compares two finished distillations: the students on the same prompts, and the speed of an update, which is
+that of `--timed` where other runs were made side by side for it. Each part writes a section of
+`benchmarks/results/solvers.md`, and the others stay.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from .report import describe_machine, table, write
 RESULT = Path(__file__).parent / "results" / "solvers.md"
 SHOWN = ("strict %", "PSNR dB")
 WINDOWS = 4
+FITTED = 256  # prompts
 
 
 def quiet(pipe: Any) -> Any:
@@ -138,8 +140,8 @@ def student_table(prompts: int) -> str:
 
 
 def theta_table(prompts: int) -> str:
-    """Fitted for 4 and 8 steps on 512 prompts of another seed."""
-    fitting, teacher = make_demo_set(512, seed=31_415, references=2), quiet(teacher_pipeline())
+    """Fitted for 4 and 8 steps on prompts of another seed."""
+    fitting, teacher = make_demo_set(FITTED, seed=31_415, references=2), quiet(teacher_pipeline())
     plain, pairs, lines = student(1, name="no theta"), [], []
     for steps in (4, 8):
         theta = calibrate_theta(
@@ -147,16 +149,39 @@ def theta_table(prompts: int) -> str:
         )
         lines.append(f"{steps} steps: " + "; ".join(f"{a:+.3f}, {b:+.3f}" for a, b in theta.tolist()))
         pairs.append((plain(steps), student(1, theta, name="theta")(steps)))
-    head = f"Theta fitted to 512 prompts by `calibrate_theta`; {prompts} others, paired with the row before."
+    head = f"Theta fitted to {FITTED} prompts by `calibrate_theta`; {prompts} others, paired with the row before."
     return f"{head}\n\n{paired(prompts, pairs)}\n\nTheta of A and B, by window: {'. '.join(lines)}."
 
 
-def training_table(prompts: int, runs: Sequence[Path]) -> str:
-    speeds = [json.loads((run / "report.json").read_text())["seconds_per_update"] for run in runs]
+def training_table(prompts: int, runs: Sequence[Path], timed: Sequence[Path]) -> str:
+    settings = [json.loads(_config(run)) for run in runs]
     samplers = [student(1, name=run.name, delta=run / "delta.safetensors")(WINDOWS) for run in runs]
-    head = f"Two distillations; {prompts} prompts, 4 steps, paired with the row before."
-    ratio = f"Seconds an update: {speeds[0]:.3f} and {speeds[1]:.3f}, a ratio of {speeds[1] / speeds[0]:.2f}."
-    return f"{head}\n\n{paired(prompts, [(samplers[0], samplers[1])])}\n\n{ratio}"
+    optimizer, speeds = settings[0]["optimizer"], [seconds_per_update(run) for run in timed]
+    head = (
+        f"Two distillations from data, {optimizer['max_steps']} updates of {optimizer['batch_size']}, with "
+        f"{' and '.join(_teacher(one) for one in settings)}; {prompts} prompts, paired with the row before."
+    )
+    speed = f"Seconds an update: {speeds[0]:.2f} and {speeds[1]:.2f}, a ratio of {speeds[1] / speeds[0]:.2f}."
+    return f"{head}\n\n{paired(prompts, [(samplers[0], samplers[1])])}\n\n{speed}"
+
+
+def _config(run: Path) -> str:
+    """The settings in a run's report."""
+    found = re.search(r"```json\n(.*?)```", (run / "report.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def _teacher(settings: dict[str, Any]) -> str:
+    teacher = settings["teacher"]
+    return f"{teacher['steps_per_window']} steps of order {teacher['order']}"
+
+
+def seconds_per_update(run: Path) -> float:
+    """The median over the readings of a run but the first."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    batch = json.loads(_config(run))["optimizer"]["batch_size"]
+    return statistics.median(batch / json.loads(line)["samples_per_second"] for line in lines)
 
 
 PARTS = {"teacher": "Teacher", "student": "Student", "theta": "Theta", "training": "Training"}
@@ -168,6 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--prompts", type=int, default=2048, help="of the judged images (default: %(default)s)")
     parser.add_argument("--runs", type=Path, nargs=2, default=(), help="of training: what two distillations wrote")
+    parser.add_argument("--timed", type=Path, nargs=2, help="of training: runs whose speed counts (default: --runs)")
     parser.add_argument("--out", type=Path, default=RESULT, help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     if ("training" in options.parts) != bool(options.runs):
@@ -181,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             case "theta":
                 text = theta_table(options.prompts)
             case _:
-                text = training_table(options.prompts, options.runs)
+                text = training_table(options.prompts, options.runs, options.timed or options.runs)
         _put(options.out, PARTS[name], f"{describe_machine(torch.device('cpu'))}.\n\n{text}")
         sys.stdout.write(f"{text}\n\n")
         sys.stdout.flush()

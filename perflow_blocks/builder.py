@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import partialmethod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
@@ -137,11 +136,25 @@ class PeRFlowPipelineBuilder:
         frozen = self.settings.frozen - {name} | ({name} if freeze else set())
         return self._with(components={**self.settings.components, name: component}, frozen=frozen)
 
-    with_unet = partialmethod(with_component, "unet")
-    with_vae = partialmethod(with_component, "vae")
-    with_scheduler = partialmethod(with_component, "scheduler")  # calls keep a PeRFlowScheduler and convert others
-    with_controlnet = partialmethod(with_component, "controlnet")  # one, a list of them, or a ControlNet-Union
-    with_guider = partialmethod(with_component, "guider")  # a delta's recipe does not change its scale
+    def with_unet(self, unet: Any, *, freeze: bool = False, **loading: str | None) -> Self:
+        """`with_component("unet", ...)`."""
+        return self.with_component("unet", unet, freeze=freeze, **loading)
+
+    def with_vae(self, vae: Any, *, freeze: bool = False, **loading: str | None) -> Self:
+        """`with_component("vae", ...)`."""
+        return self.with_component("vae", vae, freeze=freeze, **loading)
+
+    def with_scheduler(self, scheduler: Any, **loading: str | None) -> Self:
+        """`with_component("scheduler", ...)`. A `PeRFlowScheduler` is kept; calls convert any other one."""
+        return self.with_component("scheduler", scheduler, freeze=False, **loading)
+
+    def with_controlnet(self, controlnet: Any, *, freeze: bool = False, **loading: str | None) -> Self:
+        """`with_component("controlnet", ...)`: a ControlNet, a list of them, or a ControlNet-Union."""
+        return self.with_component("controlnet", controlnet, freeze=freeze, **loading)
+
+    def with_guider(self, guider: Any) -> Self:
+        """`with_component("guider", ...)`. A delta's recipe does not change its scale."""
+        return self.with_component("guider", guider)
 
     def with_text_encoder(
         self, text_encoder: Any, *, tokenizer: Any = None, number: int = 1, freeze: bool = False, **loading: str | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -117,6 +118,8 @@ def evaluate(
         data = evaluation_set(texts, latents, features=features, reference=folder, device=place)
     if clip:
         data.scorers.append(clip_scorer(clip, data.prompts, place))
+    for name in ("diffusers.pipelines", "diffusers.modular_pipelines.stable_diffusion_xl.encoders"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # that a prompt is cut would be told for each sampler
     rows = evaluate_samplers(others, data, teacher=target, batch_size=batch_size or (32 if demo else 1))
     settings = {"model": model or "embedded", "delta": delta and delta.name, "teacher": target.label, "seed": seed}
     settings |= {"reference": reference, "features": features, "clip": clip, "perflow_blocks": __version__}

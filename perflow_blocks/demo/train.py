@@ -57,7 +57,6 @@ def main(
     if student is not None:
         publish(student, weights)
         return
-    torch.set_flush_denormal(True)
     base, run = out / "base", out / "distillation"
     if not base.is_dir():
         images = render_images(32_000, seed=1)
@@ -236,4 +235,5 @@ def train_teacher(
 
 
 if __name__ == "__main__":
+    torch.set_flush_denormal(True)
     typer.run(main)

@@ -189,7 +189,7 @@ class Checkpoints:
 
 def list_checkpoints(output: Path) -> list[Path]:
     """The checkpoints in an output directory, oldest first."""
-    return [path for _, path in by_step(output / CHECKPOINTS) if (path / _STATE).is_file()]
+    return [path for _, path in by_step(output / CHECKPOINTS)]
 
 
 def find_checkpoint(config: DistillConfig) -> Path | None:
@@ -203,7 +203,7 @@ def find_checkpoint(config: DistillConfig) -> Path | None:
     latest = present[-1] if present else None
     path = latest if resume == "latest" else Path(resume) if resume else None
     if path is not None and not (path / _STATE).is_file():
-        raise ValueError(f"output.resume={resume} is not a checkpoint; pass the folder of one, or latest.")
+        raise ValueError(f"output.resume: {path} is not a checkpoint, as it has no {_STATE}; pass another one.")
     if latest and (path is None or path.resolve().parent != latest.parent.resolve()):
         raise ValueError(
             f"output.directory={output} holds checkpoints up to {latest.name}; pass output.resume=latest to go on "

@@ -217,9 +217,12 @@ def test_only_the_last_checkpoints_stay_and_half_written_ones_are_never_taken(te
     assert names(tmp_path / "run") == [3, 4]
     (folder / ".step_00000005.tmp").mkdir()
     (folder / ".step_00000002.old").mkdir()
-    (folder / "step_00000009").mkdir()  # without its last file
+    (folder / "step_00000009").mkdir()  # which no run of ours leaves: a copy without its last file
     notes = Notes()
     settings |= {"output__resume": "latest", "optimizer__max_steps": 5}
+    with pytest.raises(ValueError, match=r"step_00000009 is not a checkpoint, as it has no state.json"):
+        train(tiny_config(tmp_path, teacher, **settings))
+    (folder / "step_00000009").rmdir()
     train(tiny_config(tmp_path, teacher, **settings), [notes])
     assert notes.steps == [4, 5] and sorted(path.name for path in folder.iterdir()) == [
         "step_00000004",
