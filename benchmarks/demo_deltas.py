@@ -189,7 +189,7 @@ def _outputs(pipes: dict[str, Any], full: Sampler, data: EvaluationSet) -> dict[
     }
 
 
-def train_classifier(path: Path, *, images: int = 24_000, steps: int = 1200) -> float:
+def train_classifier(path: Path, *, images: int = 24_000, seconds: float = 180.0) -> float:
     """Trains the judge on renders with noise and blur added, so that it also judges images that a decoder drew.
 
     Returns:
@@ -200,16 +200,19 @@ def train_classifier(path: Path, *, images: int = 24_000, steps: int = 1200) -> 
     data, held_out, classifier = render_images(images, seed=3), render_images(4096, seed=4), ShapeClassifier()
     labels = torch.tensor([SHAPES.index(scene.shape) for scene in data.scenes])
 
-    def loss(step: int) -> Tensor:
+    def draw(update: int) -> tuple[Tensor, ...]:
         indices = torch.randint(len(data), (64,), generator=generator)
         batch = data.batch(indices) / 2 + 0.5
-        if step % 2:
+        if update % 2:
             batch = F.avg_pool2d(batch, 3, stride=1, padding=1, count_include_pad=False)
         strength = torch.rand(len(batch), 1, 1, 1, generator=generator) * 0.08
         batch = (batch + strength * torch.randn(batch.shape, generator=generator)).clamp(0, 1)
-        return F.cross_entropy(classifier.shapes(batch), labels[indices])
+        return batch, labels[indices]
 
-    fit(classifier, loss, steps=steps, lr=2e-3, weight_decay=1e-2, warmup=0.3)
+    def loss(batch: Tensor, shapes: Tensor) -> Tensor:
+        return F.cross_entropy(classifier.shapes(batch), shapes)
+
+    fit(classifier, draw, loss, seconds=seconds, lr=2e-3, weight_decay=1e-2)
     save_file({name: value.half().contiguous() for name, value in classifier.eval().state_dict().items()}, path)
     with torch.no_grad():
         found = torch.cat([classifier.shapes(chunk.float() / 255.0).argmax(1) for chunk in held_out.pixels.split(256)])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from perflow_blocks.blocks.recombine import find_loops
-from perflow_blocks.demo.models import build_tokenizer
+from perflow_blocks.demo.models import load_tokenizer
 
 MAX_TOKENS = 77
 _TIME_IDS = 6
@@ -134,7 +134,7 @@ def build_components(
     size: Size, device: torch.device | str, dtype: torch.dtype, unet: Any = UNet2DConditionModel
 ) -> dict[str, Any]:
     """All models and tokenizers of a text-to-image pipeline; `unet` is the UNet's class."""
-    tokenizer = build_tokenizer()  # its words are the demo's; texts are padded to SDXL's length all the same
+    tokenizer = load_tokenizer()  # its words are the demo's; texts are padded to SDXL's length all the same
     tokenizer.model_max_length = MAX_TOKENS
     return {
         "vae": _build(lambda: _vae(size), device, dtype),

@@ -112,6 +112,10 @@ class Scene:
         """Draws every attribute uniformly and independently."""
         return cls(**{name: options[int(rng.integers(len(options)))] for name, options in ATTRIBUTES.items()})
 
+    def numbers(self) -> list[int]:
+        """The place of each attribute among its options."""
+        return [options.index(getattr(self, name)) for name, options in ATTRIBUTES.items()]
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -142,6 +146,14 @@ def all_captions() -> list[str]:
     """Every caption the grammar can produce; the demo's tokenizers are built from these."""
     options: list[Any] = [(None, *values) for values in list(ATTRIBUTES.values())[1:]]
     return [Prompt(*values).text for values in itertools.product(SHAPES, *options)]
+
+
+def caption_numbers(scenes: torch.Tensor, named: torch.Tensor) -> torch.Tensor:
+    """The places (n,) in `all_captions` of what is `named` (n, 4) in scenes of these `Scene.numbers` (n, 5)."""
+    number = scenes[:, 0]
+    for k, options in enumerate(list(ATTRIBUTES.values())[1:]):
+        number = number * (len(options) + 1) + torch.where(named[:, k], scenes[:, k + 1] + 1, 0)
+    return number
 
 
 def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
@@ -178,8 +190,8 @@ class RenderedImages:
         return self.pixels[indices].float() / 127.5 - 1.0
 
 
-def render_images(count: int, seed: int, *, renderer: Renderer = render, workers: int = 2) -> RenderedImages:
-    """Renders `count` random scenes; the same `seed` gives the same images whatever the number of workers."""
+def render_images(count: int, seed: int, *, renderer: Renderer = render, workers: int | None = None) -> RenderedImages:
+    """Renders `count` random scenes, on all cores; `seed` gives the same images whatever the number of workers."""
     sizes = [min(_CHUNK, count - start) for start in range(0, count, _CHUNK)]
     seeds = np.random.SeedSequence(seed).spawn(len(sizes))
     with ProcessPoolExecutor(workers) as pool:

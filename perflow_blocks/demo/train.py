@@ -1,20 +1,24 @@
-"""Makes the demo model from nothing: `python -m perflow_blocks.demo.train --out runs/demo`.
+"""Makes the demo model from nothing: `python -m perflow_blocks.demo.train --device cuda --minutes 8`.
 
 Autoencoder and teacher; the base that these are in half precision, and the student that is distilled from it as
 `distill.toml` says; then base and delta are published. Every stage keeps its result under `--out` and is skipped when
-that exists, and teacher and student go on from their last checkpoint, so an interrupted run loses minutes.
+that exists, and teacher and student go on from their last checkpoint, so an interrupted run loses minutes. On a CPU
+the same takes hours. `--start perflow_blocks/demo/weights` trains the teacher of a model on.
 `--student RUN` publishes the delta of what `perflow distill` made of the embedded base, and trains nothing.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -28,28 +32,32 @@ from ..atomic_files import atomic_directory, atomic_path
 from ..delta.extract import extract_delta, save_delta
 from ..delta.files import listed, read_recipe
 from ..training.checkpoints import DELTA as RUN_DELTA
-from ..training.checkpoints import REPORT, STUDENT
+from ..training.checkpoints import METRICS, REPORT, STUDENT
 from ..training.config import load_config
 from ..training.distillation import distill
 from .blocks import DELTA
-from .images import IMAGE_SIZE, Prompt, RenderedImages, render_images
+from .images import ATTRIBUTES, IMAGE_SIZE, RenderedImages, all_captions, caption_numbers, render_images
 from .models import CaptionEncoder, build_caption_encoder, build_teacher_scheduler, build_unet, build_vae, time_ids
 
 SETTINGS, WEIGHTS = Path(__file__).parent / "distill.toml", Path(__file__).parent / "weights"
 BASE_NAME = "perflow_blocks demo teacher"
 CHECKPOINT_EVERY = 250
+IMAGES = {"cpu": 64_000, "cuda": 200_000}
+VAE_SHARE, TEACHER_SHARE, STUDENT_SHARE = 0.15, 0.55, 0.3  # of the time
 _CROP = 32
 _KL_WEIGHT = 1e-6
 _BACKGROUND_WEIGHT = 0.3  # the background is most of an image and is learnt first
 _CAPTION_DROPOUT = 0.12
-_NOISY_SHARE = 0.6  # share of the timesteps drawn from the noisier half
-_MAX_WEIGHT = 60.0
+_MAX_WEIGHT = 20.0
+_WARMUP = 0.04  # of the time
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Where checkpoints and full-precision results go.")] = Path("runs/demo"),
     weights: Annotated[Path, typer.Option(help="Where the half-precision model goes.")] = WEIGHTS,
-    teacher_steps: Annotated[int, typer.Option(help="Training steps of the teacher.")] = 3800,
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    minutes: Annotated[float | None, typer.Option(help="Time in all. By default 8 on a GPU, else 300.")] = None,
+    start: Annotated[Path | None, typer.Option(help="A model to go on from, such as the embedded one.")] = None,
     settings: Annotated[Path, typer.Option(help="Of the student, as `perflow distill` takes them.")] = SETTINGS,
     student: Annotated[Path | None, typer.Option(help="A finished distillation to publish; trains nothing.")] = None,
 ) -> None:
@@ -57,20 +65,42 @@ def main(
     if student is not None:
         publish(student, weights)
         return
-    base, run = out / "base", out / "distillation"
+    place, base, run = torch.device(device), out / "base", out / "distillation"
+    seconds = 60.0 * (minutes or (8 if place.type == "cuda" else 300))
     if not base.is_dir():
-        images = render_images(32_000, seed=1)
-        done = (out / "vae").is_dir()
-        vae = AutoencoderKL.from_pretrained(out / "vae") if done else train_vae(images, out / "vae")
+        images = render_images(IMAGES[place.type], seed=1)
+        parts, encoder, unet = out if start is None else start, build_caption_encoder(), build_unet()
+        if start is not None:
+            names = {"text_encoder": encoder.text_encoder, "text_encoder_2": encoder.text_encoder_2, "unet": unet}
+            for name, model in names.items():
+                model.load_state_dict(type(model).from_pretrained(start / name, dtype=torch.float32).state_dict())
+        if not (parts / "vae").is_dir():
+            train_vae(images, out / "vae", VAE_SHARE * seconds, place)
+        vae = AutoencoderKL.from_pretrained(parts / "vae", dtype=torch.float32).to(place)
         latents = encode_images(vae, images) * vae.config.scaling_factor
-        torch.manual_seed(0)
-        encoder, unet = build_caption_encoder(), build_unet()
-        train_teacher(unet, encoder, latents, images, out, steps=teacher_steps)
+        train_teacher(unet, encoder, latents, images, out, seconds=TEACHER_SHARE * seconds)
         save_base(vae, unet, encoder, base)
     if not (run / REPORT).exists():  # what is written last
         overrides = {"model.teacher": str(base), "output.directory": str(run), "output.resume": "latest"}
+        if minutes is not None:
+            overrides |= _as_long_as(STUDENT_SHARE * seconds, settings, overrides, out)
         distill(load_config(settings, overrides))
     publish(run, weights, base)
+
+
+def _as_long_as(seconds: float, settings: Path, overrides: dict[str, str], out: Path) -> dict[str, str]:
+    """The number of updates that a distillation makes in this time, measured once by a few of them."""
+    known = out / "student_updates.json"
+    if not known.exists():
+        with TemporaryDirectory() as folder:
+            few = {"optimizer.max_steps": "30", "output.log_every": "10", "output.validation_every": "null"}
+            distill(
+                load_config(settings, {**overrides, **few, "output.directory": folder, "output.workflow": "false"})
+            )
+            reading = json.loads((Path(folder) / METRICS).read_text(encoding="utf-8").splitlines()[-1])
+        batch = load_config(settings, overrides).optimizer.batch_size
+        known.write_text(json.dumps(max(30, round(seconds * reading["samples_per_second"] / batch))))
+    return {"optimizer.max_steps": known.read_text()}
 
 
 def publish(run: Path, weights: Path, base: Path | None = None) -> None:
@@ -110,79 +140,85 @@ def save_base(vae: AutoencoderKL, unet: UNet2DConditionModel, encoder: CaptionEn
 
 def fit(
     model: nn.Module,
-    loss: Callable[[int], Tensor],
+    draw: Callable[[int], tuple[Tensor, ...]],
+    loss: Callable[..., Tensor],
     *,
-    steps: int,
+    seconds: float,
     lr: float,
     beta2: float = 0.999,
     weight_decay: float = 0.0,
-    warmup: float = 0.05,
     ema_decay: float = 0.0,
     checkpoint: Path | None = None,
 ) -> None:
-    """Trains what requires gradients, in place and to its average, from `checkpoint` on where that exists."""
-    if steps < 3:
-        raise ValueError(f"steps={steps} is below 3; pass at least 3.")
+    """Trains what requires gradients with `loss(*draw(update))` for a time, in place and to its average.
+
+    The learning rate follows the share of the time that is over: it rises, and falls to 0 by a cosine. The time that a
+    `checkpoint` tells of counts too.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr, betas=(0.9, beta2), weight_decay=weight_decay, fused=True)
-    # A warm-up of one step or less would divide by zero.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=max(warmup, 2 / steps))
-    ema = EMAModel(trained, decay=ema_decay)
-    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule, "ema": ema}
-    start = 0
+    ema = EMAModel(trained, decay=ema_decay, foreach=True)
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "ema": ema}
+    done, spent = 0, 0.0
     if checkpoint is not None and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
-        start = state["done"]
-        if state["steps"] != steps:
-            raise ValueError(f"{checkpoint} is of {state['steps']} steps, not {steps}; pass its number, or remove it.")
+        done, spent = state["done"], state["spent"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    for step in tqdm(range(start, steps), desc=type(model).__name__, unit="step", initial=start, total=steps):
-        loss(step).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        ema.step(trained)
-        if checkpoint is not None and (step + 1) % CHECKPOINT_EVERY == 0:
-            with atomic_path(checkpoint) as temporary:
+    began = time.monotonic() - spent
+    with tqdm(desc=type(model).__name__, unit="update", initial=done) as bar:
+        while (share := (time.monotonic() - began) / seconds) < 1.0:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1.0, share / _WARMUP) * 0.5 * (1.0 + math.cos(math.pi * share))
+            loss(*draw(done)).backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.step(trained)
+            done += 1
+            bar.update()
+            if checkpoint is not None and done % CHECKPOINT_EVERY == 0:
                 states = {name: part.state_dict() for name, part in parts.items()}
-                torch.save({**states, "done": step + 1, "steps": steps}, temporary)
+                with atomic_path(checkpoint) as temporary:
+                    torch.save({**states, "done": done, "spent": time.monotonic() - began}, temporary)
+    if not done:
+        raise ValueError(f"{seconds:.0f} seconds are over already; remove {checkpoint}, or give more minutes.")
     ema.copy_to(trained)
 
 
-def train_vae(images: RenderedImages, out: Path, *, steps: int = 3200, batch_size: int = 24) -> AutoencoderKL:
+def train_vae(images: RenderedImages, out: Path, seconds: float, device: torch.device, batch_size: int = 24) -> None:
     """Trains a VAE and saves it, its `scaling_factor` set to one over the latents' deviation.
 
     The loss is the absolute error, weighted towards the foreground, with a small KL term, on random crops, which teach
     the same at a quarter of the cost.
     """
     torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    vae = build_vae().to(memory_format=torch.channels_last)
+    generator, pixels = torch.Generator().manual_seed(0), images.pixels.to(device)
+    vae = build_vae().to(device, memory_format=torch.channels_last)
 
-    def loss(step: int) -> Tensor:
-        whole = images.batch(torch.randint(len(images), (batch_size,), generator=generator))
+    def draw(update: int) -> tuple[Tensor, ...]:
+        whole = pixels[torch.randint(len(images), (batch_size,), generator=generator)] / 127.5 - 1.0
         top, left = torch.randint(IMAGE_SIZE - _CROP + 1, (2,), generator=generator).tolist()
         crop = whole[..., top : top + _CROP, left : left + _CROP].contiguous(memory_format=torch.channels_last)
+        return crop, whole[..., :1, :1]
+
+    def loss(crop: Tensor, background: Tensor) -> Tensor:
         posterior = vae.encode(crop).latent_dist
-        error = (vae.decode(posterior.sample(generator)).sample - crop).abs()
-        foreground = ((crop - whole[..., :1, :1]).abs().amax(1, keepdim=True) > 0.1).float()
+        error = (vae.decode(posterior.sample()).sample - crop).abs()
+        foreground = ((crop - background).abs().amax(1, keepdim=True) > 0.1).float()
         weight = _BACKGROUND_WEIGHT + (1 - _BACKGROUND_WEIGHT) * foreground
         return (error * weight).mean() / weight.mean() + _KL_WEIGHT * posterior.kl().mean()
 
-    fit(vae, loss, steps=steps, lr=2e-3)
-    vae.eval()
-    vae.register_to_config(scaling_factor=float(1.0 / encode_images(vae, images, limit=2048).std()))
+    fit(vae, draw, loss, seconds=seconds, lr=2e-3)
+    vae.eval().register_to_config(scaling_factor=float(1.0 / encode_images(vae, images, limit=2048).std()))
     vae.save_pretrained(out)
-    return vae
 
 
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, images: RenderedImages, *, limit: int | None = None) -> Tensor:
-    """Posterior means of the first `limit` images, unscaled: (count, 4, 16, 16)."""
+    """Posterior means of the first `limit` images, unscaled, on the VAE's device: (count, 4, 16, 16)."""
     chunks = tqdm(torch.arange(len(images))[:limit].split(128), desc="encode", unit="batch")
-    return torch.cat([vae.encode(images.batch(chunk)).latent_dist.mode() for chunk in chunks])
+    return torch.cat([vae.encode(images.batch(chunk).to(vae.device)).latent_dist.mode() for chunk in chunks])
 
 
 def train_teacher(
@@ -192,46 +228,47 @@ def train_teacher(
     images: RenderedImages,
     out: Path,
     *,
-    steps: int,
-    batch_size: int = 32,
+    seconds: float,
+    batch_size: int | None = None,
     lr: float = 1e-3,
     seed: int = 0,
 ) -> None:
     """Trains the weights of `unet` and `encoder` that require gradients, in place, with a checkpoint in `out`.
 
-    `latents` (count, 4, 16, 16) are the scaled ones of `images`, whose scenes give the captions. The error of the
-    noise is weighted by min(1/abar, 60), which makes it an error of the image at high noise; plain weighting hardly
-    teaches colour there, since an image of the wrong colour is a small error of the noise.
+    `latents` (count, 4, 16, 16) are the scaled ones of `images`, whose scenes give the captions; all runs on their
+    device, on a GPU with 256 rows an update as CUDA graphs. The error of the noise is weighted by min(1/abar, 20),
+    which makes it an error of the image at high noise; plain weighting hardly teaches colour there, since an image of
+    the wrong colour is a small error of the noise.
     """
+    device, model = latents.device, nn.ModuleDict({"unet": unet, "encoder": encoder}).to(latents.device)
+    on_gpu, captions = device.type == "cuda", encoder.tokenize(all_captions()).to(device)
+    rows = batch_size or (256 if on_gpu else 32)
     unet.to(memory_format=torch.channels_last)
-    unet.set_attn_processor(AttnProcessor())  # faster than SDPA in CPU training at these sizes
-    scheduler = build_teacher_scheduler()
+    if not on_gpu:
+        unet.set_attn_processor(AttnProcessor())  # faster than SDPA in CPU training at these sizes
+    scenes = torch.tensor([scene.numbers() for scene in images.scenes], device=device)
+    alphas, sizes = build_teacher_scheduler().alphas_cumprod.to(device), time_ids(rows).to(device)
 
-    def loss(step: int) -> Tensor:
-        rng = np.random.default_rng((seed, step))
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        indices = torch.randint(len(images), (batch_size,), generator=generator)
-        captions = [Prompt.describe(images.scenes[index], rng).text for index in indices.tolist()]
-        kept = (torch.rand(batch_size, generator=generator) >= _CAPTION_DROPOUT).float()
-        embeds, pooled = encoder(captions)
-        noisy_half = torch.rand(batch_size, generator=generator) < _NOISY_SHARE
-        timesteps = torch.randint(0, 500, (batch_size,), generator=generator) + 500 * noisy_half.long()
-        noise = torch.randn(batch_size, *latents.shape[1:], generator=generator)
-        noisy = scheduler.add_noise(latents[indices], noise, timesteps)
-        prediction = unet(
-            noisy.contiguous(memory_format=torch.channels_last),
-            timesteps,
-            embeds * kept[:, None, None],  # in SDXL the empty prompt is all zeros
-            added_cond_kwargs={"text_embeds": pooled * kept[:, None], "time_ids": time_ids(batch_size)},
-            return_dict=False,
-        )[0]
-        weight = (1 / scheduler.alphas_cumprod[timesteps]).clamp(max=_MAX_WEIGHT)
-        return ((prediction - noise).square().mean((1, 2, 3)) * weight).mean()
+    def draw(update: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + update)
+        where: Any = {"generator": generator, "device": device}
+        indices = torch.randint(len(images), (rows,), **where)
+        ids = captions[caption_numbers(scenes[indices], torch.rand(rows, len(ATTRIBUTES) - 1, **where) < 0.5)]
+        kept = (torch.rand(rows, **where) >= _CAPTION_DROPOUT).float()
+        timesteps = torch.randint(0, 500, (rows,), **where) + 500 * (torch.arange(rows, device=device) % 2)
+        return latents[indices], torch.randn(rows, *latents.shape[1:], **where), timesteps, ids, kept
 
-    model = nn.ModuleDict({"unet": unet, "encoder": encoder})
-    checkpoint = out / "teacher_state.pt"
-    settings = {"beta2": 0.99, "weight_decay": 1e-2, "warmup": 0.04, "ema_decay": 0.999}
-    fit(model, loss, steps=steps, lr=lr, checkpoint=checkpoint, **settings)
+    def loss(clean: Tensor, noise: Tensor, timesteps: Tensor, ids: Tensor, kept: Tensor) -> Tensor:
+        alpha = alphas[timesteps].reshape(-1, 1, 1, 1)
+        noisy = (alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise).contiguous(memory_format=torch.channels_last)
+        embeds, pooled = encoder(ids)
+        added = {"text_embeds": pooled * kept[:, None], "time_ids": sizes}  # in SDXL the empty prompt is all zeros
+        prediction = unet(noisy, timesteps, embeds * kept[:, None, None], added_cond_kwargs=added).sample
+        return ((prediction - noise).square() / alpha.clamp(min=1 / _MAX_WEIGHT)).mean()
+
+    run = torch.compile(loss, mode="reduce-overhead") if on_gpu else loss
+    more: Any = {"beta2": 0.99, "weight_decay": 1e-2, "ema_decay": 0.999, "checkpoint": out / "teacher_state.pt"}
+    fit(model, draw, run, seconds=seconds, lr=lr, **more)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def test_a_frame_must_be_there_in_the_shape_s_colour() -> None:
 
 def test_finetuning_trains_the_unet_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     framed = render_images(4, seed=8, renderer=render_framed, workers=1)
-    demo_finetune.finetune(framed, tmp_path, steps=3, batch_size=2)
+    demo_finetune.finetune(framed, tmp_path, 2.0, batch_size=2)
     base = teacher_pipeline().unet.state_dict()
     tuned = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     assert base.keys() == tuned.keys() and not torch.equal(tuned["conv_out.weight"], base["conv_out.weight"])

@@ -24,7 +24,7 @@ from perflow_blocks.demo.images import (
     render_images,
 )
 from perflow_blocks.demo.judge import judge, load_classifier, read_colors
-from perflow_blocks.demo.models import MAX_TOKENS, build_tokenizer
+from perflow_blocks.demo.models import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +53,12 @@ def test_a_caption_names_what_the_scene_shows_and_leaves_half_of_it_open() -> No
 
 
 def test_every_word_of_the_captions_is_one_token_and_other_words_still_tokenize() -> None:
-    tokenizer = build_tokenizer()
+    tokenizer = load_tokenizer()
     words = {word for caption in all_captions() for word in caption.replace(",", " ,").split()}
     for word in words:
         assert len(tokenizer(word).input_ids) == 3, word  # start, the word, end
     longest = max(len(tokenizer(caption).input_ids) for caption in all_captions())
-    assert longest <= MAX_TOKENS
+    assert longest <= tokenizer.model_max_length
     assert len(tokenizer("zebra").input_ids) > 3
     assert tokenizer.pad_token_id == tokenizer.eos_token_id != tokenizer.bos_token_id
 

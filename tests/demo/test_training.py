@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import typer
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -18,11 +20,12 @@ from typer.testing import CliRunner
 from perflow_blocks import merge_delta
 from perflow_blocks.delta.files import read_recipe
 from perflow_blocks.demo import train
-from perflow_blocks.demo.images import RenderedImages, render_images
+from perflow_blocks.demo.images import Prompt, RenderedImages, all_captions, caption_numbers, render_images
 from perflow_blocks.demo.models import GUIDANCE_SCALE, SCHEDULE, build_caption_encoder, build_unet, build_vae
 from perflow_blocks.training.config import load_config
 
 DELTA = "perflow_delta.safetensors"
+SMALL_UNET = {"block_out_channels": (16, 32, 32), "layers_per_block": 1}
 SMALL: dict[str, dict[str, Any]] = {
     "data": {"max_samples": 8},
     "teacher": {"steps_per_window": 1, "solve_every": 2, "buffer_size": 8},
@@ -37,24 +40,31 @@ def images() -> RenderedImages:
     return render_images(40, seed=7, workers=1)
 
 
-def test_the_autoencoder_trains_and_scales_its_latents(images: RenderedImages, tmp_path: Path) -> None:
-    vae = train.train_vae(images, tmp_path / "vae", steps=3, batch_size=4)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second passes whenever the training looks at the time."""
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+
+
+def test_the_autoencoder_trains_and_scales_its_latents(images: RenderedImages, tmp_path: Path, clock: None) -> None:
+    train.train_vae(images, tmp_path / "vae", 4, torch.device("cpu"), batch_size=4)
+    vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
     latents = train.encode_images(vae, images)
     assert latents.shape == (40, 4, 16, 16)
     assert float(latents.std() * vae.config.scaling_factor) == pytest.approx(1.0, rel=1e-3)
 
 
 def test_an_interrupted_teacher_goes_on_as_if_nothing_had_happened(
-    images: RenderedImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: RenderedImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: None
 ) -> None:
     monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
     latents = torch.randn(40, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     step, taken = EMAModel.step, []
 
-    def teach(name: str, steps: int = 4) -> dict[str, torch.Tensor]:
+    def teach(name: str) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
-        encoder, unet = build_caption_encoder(), build_unet((16, 32, 32), 1)
-        train.train_teacher(unet, encoder, latents, images, tmp_path / name, steps=steps, batch_size=2)
+        encoder, unet = build_caption_encoder(), build_unet(**SMALL_UNET)
+        train.train_teacher(unet, encoder, latents, images, tmp_path / name, seconds=7, batch_size=2)
         return unet.state_dict()
 
     def interrupt(self: EMAModel, parameters: object) -> None:
@@ -67,25 +77,43 @@ def test_an_interrupted_teacher_goes_on_as_if_nothing_had_happened(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(EMAModel, "step", interrupt)
         teach("broken")
-    with pytest.raises(ValueError, match="is of 4 steps, not 6"):
-        teach("broken", steps=6)
     resumed = teach("broken")
     for name, weight in unbroken.items():
         torch.testing.assert_close(resumed[name], weight, msg=name)
 
 
-@pytest.mark.parametrize("steps", [3, 25])  # 25: a warm-up of 4 % is one step
-def test_a_few_steps_fit(steps: int) -> None:
-    model = torch.nn.Linear(1, 1)
-    train.fit(model, lambda step: model(torch.ones(1)).square().sum(), steps=steps, lr=0.1, warmup=0.04)
-    with pytest.raises(ValueError, match="steps=2 is below 3"):
-        train.fit(model, lambda step: model.weight.sum(), steps=2, lr=0.1)
+def test_the_learning_rate_follows_the_time(clock: None) -> None:
+    """The time of a checkpoint counts too, and a training whose time is over says so."""
+    model, rates = torch.nn.Linear(1, 1), []
+    step = torch.optim.AdamW.step
+
+    def note(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", note)
+        train.fit(model, lambda update: (), lambda: model(torch.ones(1)).square().sum(), seconds=100, lr=0.1)
+    assert len(rates) == 99 and rates[0] < rates[2] and rates == [*rates[:4], *sorted(rates[4:], reverse=True)]
+    assert max(rates) == pytest.approx(0.1, rel=0.01) and rates[-1] < 1e-4
+    with pytest.raises(ValueError, match="1 seconds are over already"):
+        train.fit(model, lambda update: (), lambda: model.weight.sum(), seconds=1, lr=0.1)
+
+
+def test_a_caption_number_is_its_place_among_all_captions(images: RenderedImages) -> None:
+    numbers = torch.tensor([scene.numbers() for scene in images.scenes])
+    named = torch.rand(len(images), 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    places = caption_numbers(numbers, named).tolist()
+    for scene, keep, place in zip(images.scenes, named.tolist(), places, strict=True):
+        names = ("color", "background", "size", "position")
+        kept = {name: getattr(scene, name) for name, one in zip(names, keep, strict=True) if one}
+        assert all_captions()[place] == Prompt(scene.shape, **kept).text
 
 
 def make_base(directory: Path, seed: int = 0) -> None:
     """What the first stages leave."""
     torch.manual_seed(seed)
-    train.save_base(build_vae(), build_unet((16, 32, 32), 1), build_caption_encoder(), directory)
+    train.save_base(build_vae(), build_unet(**SMALL_UNET), build_caption_encoder(), directory)
 
 
 @pytest.fixture(scope="module")
