@@ -88,10 +88,10 @@ def teacher_table(prompts: int) -> str:
     return f"{head}\n\n{table(['calls', 'first order (DDIM)', 'second order'], rows)}"
 
 
-def student(order: int = 1, theta: Tensor | None = None, name: str | None = None, delta: Path | None = None) -> Any:
+def student(order: int = 1, theta: Any = None, name: str | None = None, delta: Path | None = None) -> Any:
     """Samplers by number of steps, of a pipeline of their own."""
     pipe = quiet(perflow_pipeline())
-    pipe.update_components(solver_order=order, theta=None if theta is None else theta.tolist())
+    pipe.update_components(solver_order=order, theta=theta)
     return lambda steps: perflow_sampler(pipe, steps, model=name or f"order {order}", delta=delta)
 
 
@@ -147,7 +147,7 @@ def theta_table(prompts: int) -> str:
         theta = calibrate_theta(
             quiet(perflow_pipeline()), teacher, fitting.prompts, steps, batch_size=64, guidance_scale=GUIDANCE_SCALE
         )
-        lines.append(f"{steps} steps: " + "; ".join(f"{a:+.3f}, {b:+.3f}" for a, b in theta.tolist()))
+        lines.append(f"{steps} steps: " + "; ".join(f"{a:+.3f}, {b:+.3f}" for a, b in theta))
         pairs.append((plain(steps), student(1, theta, name="theta")(steps)))
     head = f"Theta fitted to {FITTED} prompts by `calibrate_theta`; {prompts} others, paired with the row before."
     return f"{head}\n\n{paired(prompts, pairs)}\n\nTheta of A and B, by window: {'. '.join(lines)}."

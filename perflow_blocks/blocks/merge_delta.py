@@ -126,7 +126,7 @@ def _as_asked(
         if any(record.reloaded and (record.source, record.scale) == (path.name, scale) for record in records):
             return records
     known = find_merged(unet, path, variant)
-    return records if known is not None and (known.scale, known.scales) == (scale, ()) else None
+    return merge_records(unet) if known is not None and (known.scale, known.scales) == (scale, ()) else None
 
 
 def _change(components: Any, path: Path | None, scale: float, variant: str | None) -> None:

@@ -31,7 +31,7 @@ from torch import nn
 
 from ..attention.config import parse_plan
 from ..delta.files import Weights, open_weights, variants_of
-from ..delta.merge import MergeRecord, find_merged, merge_records
+from ..delta.merge import MergeRecord, find_merged, merge_record, merge_records
 from ..schedulers.scheduling_perflow import (
     BASE_TYPE,
     NOISE_SCHEDULE_KEYS,
@@ -209,7 +209,11 @@ def _windows(pipe: Any, problems: Problems) -> dict[str, Any]:
                 f"{name}={usual[name]}."
             )
     # None too: what the configuration says of windows would hold otherwise.
-    return {name: config[name] for name in SCHEDULER_SETTINGS}
+    values = {name: config[name] for name in SCHEDULER_SETTINGS}
+    record = None if getattr(pipe, "unet", None) is None else merge_record(pipe.unet)
+    if values["theta"] is None and record is not None and record.recipe.theta is not None:
+        values["theta"] = [[0.0, 0.0]] * config["num_time_windows"]  # the scheduler has none, whatever the delta says
+    return values
 
 
 def _attention(pipe: Any, values: dict[str, Any]) -> dict[str, Any]:

@@ -249,7 +249,8 @@ def _window_settings(config: Any, recipe: DeltaRecipe) -> dict[str, Any]:
     """
     configured, distilled = _boundaries(config), _boundaries(recipe)
     windows = recipe if configured is None else config
-    theta = _first(config.theta, recipe.theta if configured in (None, distilled) else None)
+    usual = TimeWindows.equal(4).boundaries
+    theta = _first(config.theta, recipe.theta if configured in (None, distilled or usual) else None)
     settings = {
         "prediction_type": _first(config.prediction_type, recipe.prediction_type),
         "num_time_windows": windows.num_time_windows,

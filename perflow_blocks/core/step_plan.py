@@ -17,6 +17,8 @@ from .windows import TimeWindows
 # In timesteps: makes the truncation of t*T immune to rounding (0.29 * 1000 is 289.99999999999994).
 _ROUNDING = 1e-6
 
+_LARGEST_RATIO = 2.5  # of a step's length to that of the step before, beyond which extrapolation does harm
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
@@ -87,7 +89,8 @@ def build_step_plan(
     window (image-to-image does), but must hold every window start below: the velocity is constant inside a window
     only. `rows` are the windows' numbers, from `window_table`.
 
-    With `solver_order=2` all steps but the first of each window, and the first of all, are of second order. `theta`
+    With `solver_order=2` all steps but the first of each window, the first of all, and those that are much longer than
+    the one before are of second order. `theta`
     holds for each window what is added to 1 as a factor of A and of B.
 
     Raises:
@@ -112,7 +115,8 @@ def build_step_plan(
     ratios = [0.0] * len(starts)
     for i in range(1, len(starts)):
         if solver_order == 2 and indices[i] == indices[i - 1]:
-            ratios[i] = (starts[i] - stops[i]) / (starts[i - 1] - stops[i - 1])
+            ratio = (starts[i] - stops[i]) / (starts[i - 1] - stops[i - 1])
+            ratios[i] = ratio if ratio <= _LARGEST_RATIO else 0.0
     uncorrected = None
     if theta:
         uncorrected = build_step_plan(windows, rows, prediction_type, times, solver_order=solver_order)

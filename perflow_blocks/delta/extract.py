@@ -76,7 +76,8 @@ def save_delta(
     if dtype not in files.DTYPES:
         raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, files.DTYPES))}.")
     weights = files.opened(delta)
-    metadata = (recipe or DeltaRecipe()).to_metadata() | ({PARTIAL_KEY: "true"} if partial else {})
+    kept = {name: text for name, text in weights.metadata.items() if name == files.THETA}  # of a file's mapping
+    metadata = kept | (recipe or DeltaRecipe()).to_metadata() | ({PARTIAL_KEY: "true"} if partial else {})
     theta = torch.tensor(json.loads(metadata.pop(files.THETA, "[]")), dtype=torch.float64)
     changed = weights.base is None
 

@@ -43,7 +43,9 @@ are still those of the model that was noted, perhaps trained further; of other m
 @contextmanager
 def _opened(module: Any, base: Delta | None = None, write: bool = True) -> Iterator[tuple[nn.Module, MergeState]]:
     """A module, or a pipeline's UNet, without its compiled wrapper, and its state; to write once no thread runs it."""
-    module = module if isinstance(module, nn.Module) else module.unet
+    module = module if isinstance(module, nn.Module) else getattr(module, "unet", None)
+    if module is None:
+        raise ValueError("there is no UNet to change; pass a UNet, or a pipeline whose components are loaded.")
     lock = model_lock(module)
     with lock.changing() if write else nullcontext(), lock:
         module = uncompiled(module)
@@ -207,8 +209,12 @@ def _find(state: MergeState, delta: Delta | MergeRecord) -> MergeRecord | None:
         digest = delta.digest
     else:
         weights = opened(delta)
-        digest = files.identity_of(weights)
-        state.records = tuple(replace(old, weights=weights) if old.digest == digest else old for old in state.records)
+        digest, recipe = files.identity_of(weights), files.read_recipe(weights)
+        new: Any = {
+            "weights": weights,
+            **({} if recipe == NO_RECIPE else {"recipe": recipe}),
+        }  # theirs may have changed
+        state.records = tuple(replace(old, **new) if old.digest == digest else old for old in state.records)
     return next((record for record in state.records if record.digest == digest), None)
 
 

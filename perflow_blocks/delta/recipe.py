@@ -76,9 +76,14 @@ class DeltaRecipe:
         if self.solver_order not in (None, 1, 2):
             raise ValueError(f"solver_order={self.solver_order!r} must be 1 or 2.")
         if self.theta is not None:
-            rows = tuple(tuple(map(float, row)) for row in self.theta)
-            if any(len(row) != 2 or not all(map(math.isfinite, row)) for row in rows):
-                raise ValueError(f"theta={self.theta} must hold 2 finite numbers for each window.")
+            try:
+                rows = tuple((float(a), float(b)) for a, b in self.theta)
+            except (TypeError, ValueError):
+                rows = ()
+            boundaries = self.window_boundaries
+            count = (self.num_time_windows or 4) if boundaries is None else len(boundaries) - 1
+            if len(rows) != count or not all(map(math.isfinite, sum(rows, ()))):
+                raise ValueError(f"theta={self.theta} must hold 2 finite numbers for each of {count} windows.")
             object.__setattr__(self, "theta", rows)
         if self.window_boundaries is None:
             return

@@ -167,15 +167,17 @@ class PFODESolver:
             index = index.clamp(0, self.num_train_timesteps - 1)
             output = _predict(unet, latents, index, positive, guider)
             alpha, alpha_next = alphas[index + 1], alphas[following.clamp(min=-1) + 1]
-            if self.order == 1:
-                latents = apply_step(latents, output, *teacher_coefficients(alpha, alpha_next, self.prediction_type))
-                continue
             noise = output
-            if self.prediction_type == "v_prediction":  # eps = sqrt(1 - abar) z + sqrt(abar) v
+            if self.order == 2 and self.prediction_type == "v_prediction":  # eps = sqrt(1 - abar) z + sqrt(abar) v
                 noise = apply_step(latents, output, (1.0 - alpha) ** 0.5, alpha**0.5)
             length = _sigma(alpha_next) - _sigma(alpha)
-            mean = noise if earlier is None else _extrapolated(noise, length, *earlier)
-            latents, earlier = apply_step(latents, mean, *ddim_coefficients(alpha, alpha_next)), (noise, length)
+            if earlier is None:  # also where abar is 0, and noise alone would not do
+                step = teacher_coefficients(alpha, alpha_next, self.prediction_type)
+                latents = apply_step(latents, output, *step)
+            else:
+                mean = _extrapolated(noise, length, *earlier)
+                latents = apply_step(latents, mean, *ddim_coefficients(alpha, alpha_next))
+            earlier = (noise, length) if self.order == 2 else None
         return latents
 
     def _index(self, t: Tensor) -> Tensor:

@@ -93,8 +93,9 @@ class _ConfigOfOtherBase(FrozenDict):
 class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
     """Few-step sampler of piecewise rectified flow (arXiv 2405.07510) for text-to-image and image-to-image pipelines.
 
-    `step` is a pure function of its arguments and of the plan that `set_timesteps` made. It moves no counter, so a
-    run may start at any timestep. `make_plan` and `plan_from` change nothing, so threads may share a scheduler.
+    `step` is a pure function of its arguments and of the plan that `set_timesteps` made, but for `solver_order=2`. It
+    moves no counter, so a run may start at any timestep. `make_plan` and `plan_from` change nothing, so threads may
+    share a scheduler.
 
     `from_config(scheduler.config)` of another class takes over the noise schedule and the other settings of the
     scheduler which this one was made from, with its `prediction_type`, such as `v_prediction`, else `epsilon`.
@@ -196,8 +197,9 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
             known = [kind for kind in map(config.get, ("prediction_type", OWN_TYPE)) if kind in PREDICTION_TYPES]
             if known:
                 kwargs.setdefault("prediction_type", known[0])
-            order = config.get("solver_order", 1) if config.get("_class_name") == cls.__name__ else 1
-            kwargs.setdefault("solver_order", config.get(OWN_ORDER, order))
+            # Of another class it would be that of a multistep method.
+            own = "solver_order" if config.get("prediction_type") in PREDICTION_TYPES else OWN_ORDER
+            kwargs.setdefault("solver_order", config.get(own, 1))
             kept = {key: config[key] for key in config if key not in (OWN_TYPE, BASE_TYPE, OWN_ORDER)}
             config = {**kept, **_base_type(config)}
         return super().from_config(config, return_unused_kwargs, **kwargs)
@@ -243,12 +245,13 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """As in diffusers. In a directory, a `scheduler_state.safetensors` beside the configuration is loaded too."""
+        """As in diffusers. Theta that the configuration lacks comes from `scheduler_state.safetensors` beside it."""
         made = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         file = Path(pretrained_model_name_or_path, subfolder or "", STATE_FILE)
-        if file.is_file():
+        scheduler = made[0] if isinstance(made, tuple) else made
+        if file.is_file() and scheduler.config.theta is None and "theta" not in kwargs:
             state = {name.removeprefix("perflow."): value for name, value in load_file(file).items()}
-            (made[0] if isinstance(made, tuple) else made).load_state_dict({"perflow": state})
+            scheduler.load_state_dict({"perflow": state})
         return made
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
@@ -263,7 +266,9 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         return {"perflow": {"theta": theta, **windows, "version": STATE_VERSION}}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], strict: bool = True) -> list[str]:
-        """Takes theta from what `state_dict` returned, for the plans that are made from now on.
+        """Takes theta from what `state_dict` returned, for the plans that are made from now on; zeros are no theta.
+
+        For pipelines of this package, whose blocks make the scheduler, use `pipe.update_components(theta=...)`.
 
         Args:
             state: of a scheduler with the same windows, which are compared, not loaded.
@@ -275,10 +280,10 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: a theta that is not finite, or with `strict` any such entry. The scheduler is then as it was.
         """
-        own, given = self.state_dict()["perflow"], dict(state.get("perflow", {}))
+        own, given = self.state_dict()["perflow"], dict(state.get("perflow") or {})
         wrong = own.keys() ^ given.keys()
         for name in own.keys() & given.keys():
-            mine, other = torch.as_tensor(own[name]), torch.as_tensor(given[name])
+            mine, other = torch.as_tensor(own[name]), _as_tensor(given[name])
             same = mine.shape == other.shape and (name == "theta" or torch.allclose(mine.double(), other.double()))
             wrong |= set() if same else {name}
         if wrong and strict:
@@ -287,17 +292,14 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
                 f"{self.windows.boundaries}; load a state of the same windows, or pass strict=False."
             )
         if "theta" not in wrong:
-            self.set_theta(given["theta"])
+            self.set_theta(given["theta"] if bool(_as_tensor(given["theta"]).any()) else None)
         return sorted(wrong)
 
     def set_theta(self, theta: Sequence[Sequence[float]] | Tensor | None) -> None:
         """Replaces theta, for the plans that are made from now on. A ValueError leaves it as it was."""
         if theta is not None:
             count = self.windows.num_windows
-            try:
-                given = torch.as_tensor(theta, dtype=torch.float64)
-            except (TypeError, ValueError, RuntimeError):
-                given = torch.empty(0)
+            given = _as_tensor(theta)
             if given.shape != (count, 2) or not bool(given.isfinite().all()):
                 shown = " ".join(str(theta).split())
                 raise ValueError(f"theta={shown} must hold 2 finite numbers for each of {count} windows.")
@@ -452,6 +454,14 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         i = plan.timesteps.index(value)
         euler = (plan.sample_coeff[i], plan.output_coeff[i], plan.x0_sample_coeff[i], plan.x0_output_coeff[i])
         return (*euler, plan.step_ratio[i]) if plan.is_second_order else euler
+
+
+def _as_tensor(values: Any) -> Tensor:
+    """Numbers in any form as float64; an empty tensor where they are none."""
+    try:
+        return torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        return torch.empty(0)
 
 
 @functools.lru_cache(maxsize=128)

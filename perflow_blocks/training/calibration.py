@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..schedulers.scheduling_perflow import is_perflow_scheduler
 
 DIFFERENCE = 0.01  # of theta, for the derivatives by finite differences
 DAMPING = 1e-4  # of Levenberg and Marquardt, relative to each parameter's own curvature
@@ -22,8 +24,9 @@ def calibrate_theta(
     seed: int = 0,
     batch_size: int = 8,
     iterations: int = 3,
+    student_settings: Mapping[str, Any] | None = None,
     **teacher_settings: Any,
-) -> Tensor:
+) -> list[list[float]]:
     """The theta with which the final latents of a student come nearest to those of its teacher from the same noise.
 
     Minimises the mean logarithm of each image's squared difference (its PSNR, so that images which turned out to show
@@ -40,32 +43,34 @@ def calibrate_theta(
         seed: of the noise, on the CPU.
         batch_size: prompts of a call.
         iterations: Gauss-Newton steps, at least 1. The best theta of all is returned.
+        student_settings: of the student's calls, such as `{"guidance_scale": 1.0}` for a pipeline of diffusers.
         teacher_settings: of the teacher's calls, such as `guidance_scale=3.0`; `num_inference_steps` is by default 50.
 
     Returns:
-        Theta (num_time_windows, 2), float64, for `PeRFlowScheduler(theta=...)` or `pipe.update_components(theta=...)`.
+        Theta, 2 numbers for each window, for `PeRFlowScheduler(theta=...)` or `pipe.update_components(theta=...)`.
 
     Raises:
-        ValueError: no prompts, iterations below 1, or latents that are not finite.
+        ValueError: no prompts, numbers below 1, another scheduler, or latents that are not finite.
     """
-    if not prompts or iterations < 1:
-        raise ValueError(f"{len(prompts)} prompts and {iterations=} must both be at least 1.")
-    generator, batches = torch.Generator().manual_seed(seed), list[tuple[dict[str, Any], Tensor]]()
-    settings: Any = {"num_inference_steps": 50, **teacher_settings, "output_type": "latent"}
-    side, channels = teacher.unet.config.sample_size, teacher.unet.config.in_channels
-    for first in range(0, len(prompts), batch_size):
-        chunk = list(prompts[first : first + batch_size])
-        noise = torch.randn(len(chunk), channels, side, side, generator=generator)
-        call = {"prompt": chunk, "latents": noise.to(teacher.unet.device, teacher.unet.dtype)}
-        batches.append((call, teacher(**call, **settings).images.double().cpu()))
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts or min(iterations, batch_size) < 1:
+        raise ValueError(f"{len(prompts)} prompts, {iterations=} and {batch_size=} must all be at least 1.")
+    generator, side = torch.Generator().manual_seed(seed), pipe.unet.config.sample_size
+    shape, own = (pipe.unet.config.in_channels, side, side), {"num_inference_steps": steps, **(student_settings or {})}
 
-    def draw(call: dict[str, Any]) -> Tensor:
-        return pipe(**call, num_inference_steps=steps, output_type="latent").images.double().cpu()
+    def run(one: Any, call: tuple[list[str], Tensor], settings: Any) -> Tensor:
+        latents = call[1].to(one.unet.device, one.unet.dtype)
+        return one(prompt=call[0], latents=latents, **settings, output_type="latent").images.double().cpu()
 
-    draw(batches[0][0])  # the first call puts the scheduler in place
+    chunks = [prompts[first : first + batch_size] for first in range(0, len(prompts), batch_size)]
+    calls = [(chunk, torch.randn(len(chunk), *shape, generator=generator)) for chunk in chunks]
+    run(pipe, calls[0], own)  # the first call puts the scheduler in place
+    if not is_perflow_scheduler(pipe.scheduler):
+        raise ValueError(f"the student's scheduler is {type(pipe.scheduler).__name__}; set a PeRFlowScheduler.")
+    batches = [(call, run(teacher, call, {"num_inference_steps": 50, **teacher_settings})) for call in calls]
     before = pipe.scheduler.config.theta
     try:
-        return _fit(pipe.scheduler, draw, batches, iterations)
+        return _fit(pipe.scheduler, lambda call: run(pipe, call, own), batches, iterations).tolist()
     finally:
         pipe.scheduler.set_theta(before)
 

@@ -12,7 +12,15 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from perflow_blocks import PeRFlowScheduler, extract_delta, merge_delta, rescale_delta, unmerge_delta
+from perflow_blocks import (
+    PeRFlowModularPipeline,
+    PeRFlowScheduler,
+    PeRFlowSDXLAutoBlocks,
+    extract_delta,
+    merge_delta,
+    rescale_delta,
+    unmerge_delta,
+)
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.files import open_weights, read_recipe
 from perflow_blocks.delta.merge import merge_record
@@ -53,6 +61,36 @@ def test_blocks_sample_with_the_theta_of_the_delta_that_is_merged(delta: Path) -
     assert torch.equal(run(pipe, num_inference_steps=6), run(make_pipeline(), num_inference_steps=6))
 
 
+def test_the_same_weights_with_another_recipe_change_what_is_sampled(delta: Path, tmp_path: Path) -> None:
+    plain, pipe = tmp_path / "plain.safetensors", make_pipeline()
+    save_delta(
+        extract_delta(tiny_sdxl_unet(1), tiny_sdxl_unet(0)), plain, DeltaRecipe(num_time_windows=4), torch.float32
+    )
+    drawn = [run(pipe, num_inference_steps=6, delta=path) for path in (plain, delta, plain)]
+    assert torch.equal(drawn[0], drawn[2]) and not torch.allclose(drawn[0], drawn[1], rtol=1e-2, atol=1e-2)
+
+
+def test_the_mapping_of_a_file_keeps_theta(delta: Path, tmp_path: Path) -> None:
+    save_delta(load_file(delta), tmp_path / "again.safetensors", DeltaRecipe(num_time_windows=4), torch.float32)
+    assert read_recipe(tmp_path / "again.safetensors").theta == THETA
+
+
+def test_a_scheduler_without_theta_comes_back_without_it(delta: Path, tmp_path: Path) -> None:
+    pipe = make_pipeline()
+    pipe.update_components(scheduler=PeRFlowScheduler.from_scheduler(pipe.scheduler), delta=str(delta))
+    expected = run(pipe, num_inference_steps=6)
+    pipe.save_pretrained(str(tmp_path / "saved"))
+    again = PeRFlowModularPipeline.from_pretrained(str(tmp_path / "saved"))
+    again.load_components(dtype=torch.float32)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(run(again, num_inference_steps=6), expected)
+
+
+def test_a_pipeline_without_a_unet_is_told(delta: Path) -> None:
+    with pytest.raises(ValueError, match="no UNet to change"):
+        merge_delta(PeRFlowSDXLAutoBlocks().init_pipeline(), delta)
+
+
 def test_windows_of_the_configuration_leave_the_theta_of_others_out(delta: Path) -> None:
     pipe = make_pipeline()
     pipe.update_components(num_time_windows=2)
@@ -68,7 +106,7 @@ def test_a_merged_unet_that_was_saved_still_brings_theta(delta: Path, tmp_path: 
     assert record is not None and record.recipe.theta == THETA
 
 
-@pytest.mark.parametrize("theta", [[[0.0, 1.0, 2.0]], [[float("nan"), 0.0]]])
+@pytest.mark.parametrize("theta", [[[0.0, 1.0, 2.0]] * 4, [[float("nan"), 0.0]] * 4, [[0.0, 0.0]] * 3, [0.1]])
 def test_a_theta_that_cannot_be_used_is_refused_with_the_file(theta: Any, delta: Path) -> None:
     save_file({**load_file(delta), "perflow.theta": torch.tensor(theta)}, delta)
     with pytest.raises(ValueError, match=r"delta.safetensors names unusable settings: theta=.* 2 finite numbers"):

@@ -67,6 +67,8 @@ def test_the_order_of_another_class_is_not_taken_over() -> None:
     assert PeRFlowScheduler.from_config(other.config).config.solver_order == 1
     assert PeRFlowScheduler.from_config({**other.config, "_class_name": "DPMSolver"}).config.solver_order == 1
     assert DPMSolverMultistepScheduler.from_config(PeRFlowScheduler().config).config.solver_order == 2
+    changed = {**PeRFlowScheduler().config, "solver_order": 2}
+    assert PeRFlowScheduler.from_config(changed).config.solver_order == 2
 
 
 def test_a_saved_scheduler_holds_a_state_file_that_is_read(tmp_path: Path) -> None:
@@ -79,6 +81,7 @@ def test_a_saved_scheduler_holds_a_state_file_that_is_read(tmp_path: Path) -> No
     file.write_text(json.dumps(config))
     loaded, _ = PeRFlowScheduler.from_pretrained(tmp_path / "scheduler", return_unused_kwargs=True)
     assert loaded.config.theta == THETA
+    assert PeRFlowScheduler.from_pretrained(tmp_path / "scheduler", theta=None).config.theta is None
     PeRFlowScheduler().save_pretrained(tmp_path / "scheduler")
     assert not (tmp_path / "scheduler" / STATE_FILE).exists()
     assert PeRFlowScheduler.from_pretrained(tmp_path / "scheduler").config.theta is None
@@ -95,6 +98,8 @@ def test_a_state_comes_back() -> None:
     scheduler, other = PeRFlowScheduler(theta=THETA), PeRFlowScheduler()
     assert other.load_state_dict(scheduler.state_dict()) == []
     assert torch.equal(run(other), run(scheduler)) and other.config.theta == THETA
+    other.load_state_dict(PeRFlowScheduler().state_dict())
+    assert other.config.theta is None
 
 
 @pytest.mark.parametrize(
@@ -102,6 +107,7 @@ def test_a_state_comes_back() -> None:
     [
         ({"theta": torch.zeros(3, 2)}, ["theta"], False),
         ({"theta": None}, ["theta"], False),
+        ({"theta": "abc"}, ["theta"], False),
         ({"segments": None, "version": None}, ["segments", "version"], True),
         ({"segment_boundaries": torch.tensor([1.0, 0.7, 0.5, 0.2, 0.0])}, ["segment_boundaries"], True),
         ({"more": 1}, ["more"], True),

@@ -38,7 +38,7 @@ def test_a_known_theta_is_found_and_the_scheduler_left_as_it_was() -> None:
     theta = calibrate_theta(pipe, teacher, PROMPTS, 4, batch_size=2, guidance_scale=3.0)
     call: dict[str, Any] = {"prompt": ["a green cross"], "latents": torch.ones(1, 4, 16, 16)}
     wanted, drawn = teacher.pipe(**call, output_type="latent").images, []
-    for fitted in (None, theta.tolist()):
+    for fitted in (None, theta):
         pipe.update_components(theta=fitted)
         drawn.append(float((pipe(**call, output_type="latent").images - wanted).norm()))
     assert drawn[1] < 0.05 * drawn[0], drawn
@@ -50,5 +50,6 @@ def test_a_known_theta_is_found_and_the_scheduler_left_as_it_was() -> None:
 
 @pytest.mark.parametrize(("prompts", "iterations"), [([], 3), (PROMPTS, 0)])
 def test_nothing_to_fit_is_refused(prompts: list[str], iterations: int) -> None:
-    with pytest.raises(ValueError, match=f"{len(prompts)} prompts and iterations={iterations} must both be at least"):
+    rule = f"{len(prompts)} prompts, iterations={iterations} and batch_size=8 must all be at least 1"
+    with pytest.raises(ValueError, match=rule):
         calibrate_theta(None, None, prompts, 4, iterations=iterations)
