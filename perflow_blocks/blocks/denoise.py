@@ -193,14 +193,12 @@ class PeRFlowLoopSolverStep(ModularPipelineBlocks):
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
         a, b, _, _ = block_state.step_coefficients[i].unbind()
         latents, noise_pred, plan = block_state.latents, block_state.noise_pred, block_state.step_plan
-        if plan is None or not plan.is_second_order:
+        if plan is None or not any(plan.step_ratio):
             block_state.latents = apply_step(latents, noise_pred, a, b)
         else:
             ratio = plan.step_ratio[i]
-            earlier = block_state.earlier_step if ratio else None
-            block_state.latents, block_state.earlier_step = second_order_step(
-                latents, noise_pred, a, b, ratio, earlier
-            )
+            step = second_order_step(latents, noise_pred, a, b, ratio, block_state.earlier_step if ratio else None)
+            block_state.latents, block_state.earlier_step = step
         return components, block_state
 
 

@@ -82,9 +82,7 @@ class FiniteGuardStep(LoopBlock):
             block_state.step_plan = plan.uncorrected
             block_state.step_coefficients = plan.uncorrected.coefficients(beginning[0].device)
             if run_again(beginning[0].dtype):
-                logger.warning(
-                    f"{problem}; all steps were run again without the scheduler's theta, which is at fault."
-                )
+                logger.warning(f"{problem}; all steps were run again without the scheduler's theta, the cause.")
                 return
         models = [model for name in ("unet", "controlnet") if (model := components.components.get(name)) is not None]
         if not in_half or not all(map(can_be_float32, models)):

@@ -203,7 +203,7 @@ def _snap(windows: TimeWindows, name: str, share: float) -> float:
 def _place_scheduler(components: Any, recipe: DeltaRecipe | None) -> PeRFlowScheduler:
     """Puts a PeRFlowScheduler in place that follows configuration and recipe, unless the user set one; returns it."""
     config = components.config
-    made_from = (recipe, *(config[name] for name in SCHEDULER_SETTINGS))
+    made_from = (recipe, *(repr(config[name]) for name in SCHEDULER_SETTINGS))  # some may be arrays
     with model_lock(components):  # threads that make the first call convert once
         current: Any = components.scheduler
         own = None if current is None else vars(current).get(OWN_ATTRIBUTE)
@@ -256,7 +256,7 @@ def _window_settings(config: Any, recipe: DeltaRecipe) -> dict[str, Any]:
         "num_time_windows": windows.num_time_windows,
         "window_boundaries": windows.window_boundaries,
         "solver_order": _first(config.solver_order, recipe.solver_order),
-        "theta": None if theta is None else [list(row) for row in theta],
+        "theta": None if theta is None else torch.as_tensor(theta, dtype=torch.float64).tolist(),
     }
     pairs = {"prediction_type": (config.prediction_type, recipe.prediction_type), "windows": (configured, distilled)}
     for name, (used, other) in pairs.items():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -48,8 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # Not standalone, so that mistakes arrive here as exceptions instead of being drawn over several lines.
     command = typer.main.get_command(app)
+    given = sys.argv[1:] if arguments is None else arguments
+    given = [re.sub(r"^(--[a-z-]+=)?~/", lambda found: f"{found[1] or ''}{Path.home()}/", one) for one in given]
     try:
-        status = command.main(arguments, prog_name="perflow", standalone_mode=False)
+        status = command.main(given, prog_name="perflow", standalone_mode=False)
     except Exception as error:
         message = _request_error(error)
         if message is None:

@@ -29,6 +29,7 @@ def compare(
     """Draw one prompt with the teacher in 50 steps, with DDIM in few steps, and with PeRFlow in as few."""
     from ..atomic_files import require_writable_directory
 
+    options.require_prompts([prompt])
     require_writable_directory(out.parent)
     if model is not None and delta is None:
         raise ValueError("--model without --delta leaves no teacher to compare with; pass a base and its delta.")

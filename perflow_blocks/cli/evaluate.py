@@ -165,11 +165,13 @@ def open_samplers(
 
     The teacher's guidance is by default what the embedded model was distilled with, or that of the classic pipeline.
     """
+    from ..delta.recipe import require_guidance
     from ..demo.models import GUIDANCE_SCALE
     from ..evaluation.samplers import perflow_sampler, teacher_sampler
 
     if guidance is None:
         guidance = GUIDANCE_SCALE if embedded else SDXL_GUIDANCE
+    require_guidance(guidance)
     return [
         perflow_sampler(few_step, steps, delta=delta, guidance_scale=scale)
         if solver == PERFLOW

@@ -37,6 +37,7 @@ def generate(
     """Draw images from prompts in a few steps, into PNG files that carry their settings, and one contact sheet."""
     from ..atomic_files import require_writable_directory
 
+    options.require_prompts(prompts)
     require_writable_directory(out)
     width, height = options.parse_size(size) or (None, None)
     inputs = {

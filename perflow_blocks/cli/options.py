@@ -39,6 +39,11 @@ BaseVariant = Annotated[str | None, typer.Option(help="Which files of the base's
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
+def require_prompts(prompts: list[str]) -> None:
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError('a prompt is empty; write what to draw, such as "a red star on a white background".')
+
+
 def parse_size(text: str | None) -> tuple[int, int] | None:
     """(width, height) in pixels from "N" or "WxH"; None from None."""
     if text is None:

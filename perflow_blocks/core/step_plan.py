@@ -52,11 +52,6 @@ class StepPlan:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    @property
-    def is_second_order(self) -> bool:
-        """Whether any step is."""
-        return any(self.step_ratio)
-
     def begins_window(self, i: int) -> bool:
         """Whether step i is the first of its window in this plan."""
         return i == 0 or self.window_index[i] != self.window_index[i - 1]

@@ -114,11 +114,19 @@ def _import_blocks(directory: Path, module: str, kind: str) -> ModularPipelineBl
     name = f"{DIFFUSERS_DYNAMIC_MODULE_NAME}.workflow_{digest.hexdigest()[:16]}"
     package = sys.modules.setdefault(name, ModuleType(name))
     package.__path__ = [str(directory)]
-    found = getattr(import_module(f"{name}.{module}"), kind, None)
-    blocks = found() if isinstance(found, type) else None
-    if not isinstance(blocks, ModularPipelineBlocks):
-        raise ValueError(f"{directory / module}.py defines no blocks {kind}; export the workflow again.")
+    try:
+        found = getattr(import_module(f"{name}.{module}"), kind, None)
+        blocks = found() if isinstance(found, type) else None
+    except (ImportError, AttributeError) as error:  # what is not installed, or of another version of this package
+        raise ValueError(f"the code of {directory} cannot run ({error}); install that, or export it again.") from error
+    if not isinstance(blocks, ModularPipelineBlocks) or _is_stock(blocks):
+        raise ValueError(f"{directory / module}.py defines no blocks {kind} of PeRFlow; export the workflow again.")
     return blocks
+
+
+def _is_stock(blocks: ModularPipelineBlocks) -> bool:
+    stock = type(blocks).__module__.split(".")[0] == "diffusers"
+    return stock and all(_is_stock(inner) for inner in blocks.sub_blocks.values())
 
 
 def _load_components(pipe: Any, directory: Path, options: dict[str, Any]) -> None:

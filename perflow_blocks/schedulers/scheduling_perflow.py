@@ -352,7 +352,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         """Has `step` follow a plan, with its timesteps (num_steps,) and coefficients (num_steps, 4) on the device."""
         self.plan, self.num_inference_steps = plan, len(plan)
         self.timesteps, self._coefficients, self._earlier = timesteps, coefficients, None
-        if plan.is_second_order:
+        if any(plan.step_ratio):
             ratios = torch.tensor(plan.step_ratio, dtype=coefficients.dtype).to(coefficients.device)
             self._coefficients = torch.cat([coefficients, ratios[:, None]], dim=1)
 
@@ -453,7 +453,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"timestep={value} must be in {list(plan.timesteps)}; call set_timesteps for others.")
         i = plan.timesteps.index(value)
         euler = (plan.sample_coeff[i], plan.output_coeff[i], plan.x0_sample_coeff[i], plan.x0_output_coeff[i])
-        return (*euler, plan.step_ratio[i]) if plan.is_second_order else euler
+        return (*euler, plan.step_ratio[i]) if any(plan.step_ratio) else euler
 
 
 def _as_tensor(values: Any) -> Tensor:

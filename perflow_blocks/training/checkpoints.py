@@ -233,7 +233,7 @@ def require_same(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> 
     """Raises ValueError that names all settings by "section.field" that differ where they may not."""
     changed = [
         f"{key} is {json.dumps(value)} there and {json.dumps(new[key])} here"
-        for key, value in old.items()
+        for key, value in {"teacher.order": 1, **old}.items()  # what it was before there was a choice
         if key in new and new[key] != value and not _may_change(key, value, new)
     ]
     if changed:

@@ -194,3 +194,13 @@ def test_an_error_inside_the_pipeline_is_one_line_in_a_real_process(tmp_path: Pa
     assert done.returncode == 2
     assert re.fullmatch(r"Error: height=30 .*32\.\n", done.stderr)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_prompt_and_a_path_in_the_home_directory(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, _, error = run("generate", "a star", " ", "--out", tmp_path / "out")
+    assert status == 2 and "a prompt is empty" in error and not (tmp_path / "out").exists()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    status, _, error = run("generate", "a star", "--delta=~/none.safetensors")
+    assert status == 2 and f"{tmp_path}/none.safetensors" in error

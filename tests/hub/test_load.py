@@ -253,3 +253,23 @@ def test_what_the_hub_does_not_hold_is_one_line(default_hub: LoopbackHub, thin: 
     assert "owner/missing is not a directory" in refused("owner/missing")
     assert "load it once with a network" in refused("owner/missing", local_files_only=True)
     assert "names '../x' as the delta" in refused("someone/outside")
+
+
+@pytest.mark.parametrize(
+    ("code", "rule"),
+    [
+        ("import not_installed_thing", "No module named 'not_installed_thing'"),
+        ("import perflow_blocks\nperflow_blocks.Gone", "has no attribute 'Gone'"),
+        (
+            "from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks as SavedBlocks",
+            "defines no blocks SavedBlocks of PeRFlow",
+        ),
+    ],
+)
+def test_code_that_cannot_run_or_is_diffusers_own_is_one_line(code: str, rule: str, tmp_path: Path) -> None:
+    (tmp_path / "block.py").write_text(code)
+    index = {"auto_map": {"ModularPipelineBlocks": "block.SavedBlocks"}}
+    (tmp_path / "modular_config.json").write_text(json.dumps(index))
+    (tmp_path / "modular_model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match=rule):
+        load_workflow(tmp_path, trust_remote_code=True)
