@@ -42,7 +42,7 @@ from .models import CaptionEncoder, build_caption_encoder, build_teacher_schedul
 SETTINGS, WEIGHTS = Path(__file__).parent / "distill.toml", Path(__file__).parent / "weights"
 BASE_NAME = "perflow_blocks demo teacher"
 CHECKPOINT_EVERY = 250
-IMAGES = {"cpu": 64_000, "cuda": 200_000}
+IMAGES = {"cpu": (64_000, 40), "cuda": (200_000, 400)}  # at most, and for each second of training
 VAE_SHARE, TEACHER_SHARE, STUDENT_SHARE = 0.15, 0.55, 0.3  # of the time
 _CROP = 32
 _KL_WEIGHT = 1e-6
@@ -56,7 +56,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where checkpoints and full-precision results go.")] = Path("runs/demo"),
     weights: Annotated[Path, typer.Option(help="Where the half-precision model goes.")] = WEIGHTS,
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
-    minutes: Annotated[float | None, typer.Option(help="Time in all. By default 8 on a GPU, else 300.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time of training. By default 8 on a GPU, else 300.")] = None,
     start: Annotated[Path | None, typer.Option(help="A model to go on from, such as the embedded one.")] = None,
     settings: Annotated[Path, typer.Option(help="Of the student, as `perflow distill` takes them.")] = SETTINGS,
     student: Annotated[Path | None, typer.Option(help="A finished distillation to publish; trains nothing.")] = None,
@@ -68,7 +68,8 @@ def main(
     place, base, run = torch.device(device), out / "base", out / "distillation"
     seconds = 60.0 * (minutes or (8 if place.type == "cuda" else 300))
     if not base.is_dir():
-        images = render_images(IMAGES[place.type], seed=1)
+        most, each = IMAGES[place.type]
+        images = render_images(min(most, round(each * seconds)), seed=1)
         parts, encoder, unet = out if start is None else start, build_caption_encoder(), build_unet()
         if start is not None:
             names = {"text_encoder": encoder.text_encoder, "text_encoder_2": encoder.text_encoder_2, "unet": unet}
