@@ -79,9 +79,7 @@ def check_controlnet(controlnet: Any, request: Any, prompts: int) -> None:
     for name in ("control_guidance_start", "control_guidance_end", "controlnet_conditioning_scale"):
         value = getattr(request, name)
         if isinstance(value, (list, tuple)) and not is_union and len(value) != (nets or 1):
-            raise ValueError(
-                f"{name} holds {len(value)} values for {nets or 1} ControlNets; pass one number for each."
-            )
+            raise ValueError(f"{name} holds {len(value)} values, and must hold {nets or 1}, one for each ControlNet.")
     start, end = request.control_guidance_start, request.control_guidance_end
     for first, last in np.broadcast(0.0 if start is None else start, 1.0 if end is None else end):
         if not 0.0 <= first < last <= 1.0:

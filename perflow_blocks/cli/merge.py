@@ -122,8 +122,8 @@ def _require_free_directory(out: Path, force: bool, variant: str | None) -> str 
     """The variant to save a UNet in: that of the model's weights where those replace files of it, else none.
 
     Raises:
-        ValueError: nothing can be written there; something stands there and `force` is not given; or it is no UNet
-            folder, or holds files that would not be replaced, which are never deleted.
+        ValueError: the directory cannot be written to; it exists and `force` is not given; or with `force` it is not
+            a UNet's, or holds other files too, which are never deleted.
     """
     from ..atomic_files import require_writable_directory
     from ..delta.files import listed, variants_of
@@ -136,7 +136,9 @@ def _require_free_directory(out: Path, force: bool, variant: str | None) -> str 
     if not force:
         raise ValueError(f"--out {out} exists; name another directory, or pass --force to replace it.")
     if not is_unet(out):
-        raise ValueError(f"--out {out} is no folder of a UNet alone, so --force leaves it; name another directory.")
+        raise ValueError(
+            f"--out {out} is no folder of a UNet alone, and --force replaces nothing else; name another directory."
+        )
     variants = variants_of(names)
     kept = variant if variant in variants.values() else None
     replaced = {CONFIG, *(name for name, own in variants.items() if own == kept)}

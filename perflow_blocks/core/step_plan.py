@@ -29,8 +29,8 @@ class StepPlan:
     in. The Euler step is `z' = A z + B output` with A, B = `sample_coeff`, `output_coeff`; the predicted clean sample
     is `x0 = C z + D output` with C, D = `x0_sample_coeff`, `x0_output_coeff`.
 
-    `step_ratio` is 0 for such an Euler step, and else the length of the step over that of the one before, on which
-    `second_order_step` builds. `uncorrected` is the same plan without the scheduler's `theta`, if that is set.
+    `step_ratio` is 0 for an Euler step. For a step of second order it is the step's length divided by that of the step
+    before it (see `second_order_step`). `uncorrected` is the same plan without the scheduler's `theta`, if set.
     """
 
     prediction_type: str
@@ -84,9 +84,9 @@ def build_step_plan(
     window (image-to-image does), but must hold every window start below: the velocity is constant inside a window
     only. `rows` are the windows' numbers, from `window_table`.
 
-    With `solver_order=2` all steps but the first of each window, the first of all, and those that are much longer than
-    the one before are of second order. `theta`
-    holds for each window what is added to 1 as a factor of A and of B.
+    With `solver_order=2` a step is of second order unless it is the first of its window or of the plan, or much longer
+    than the step before it. `theta` holds two numbers for each window: A is multiplied by 1 plus the first, B by 1
+    plus the second.
 
     Raises:
         ValueError: no times, repeated or ascending timesteps, one outside the windows, or a missing window start.

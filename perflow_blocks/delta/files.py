@@ -27,7 +27,7 @@ CHUNK = 1 << 20  # values that are worked on at a time: few enough for a process
 SAMPLE = 32  # how many values at either end of a tensor identify it
 DIGEST_KEY = "perflow_delta"  # in a LoRA file's metadata: the `identity_of` the delta that it was made from
 
-THETA = f"{PREFIX}theta"  # the one tensor of a delta that is no weight; read as if it were in the metadata
+THETA = f"{PREFIX}theta"  # a tensor of a delta file that is not a weight; read as if the metadata held it
 
 # What distributed training, compilation, pipelines and checkpoints put before the names of all weights.
 PREFIXES = re.compile(r"^(module\.|_orig_mod\.|unet\.|_fsdp_wrapped_module\.|model\.diffusion_model\.)+")

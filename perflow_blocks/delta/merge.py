@@ -45,7 +45,7 @@ def _opened(module: Any, base: Delta | None = None, write: bool = True) -> Itera
     """A module, or a pipeline's UNet, without its compiled wrapper, and its state; to write once no thread runs it."""
     module = module if isinstance(module, nn.Module) else getattr(module, "unet", None)
     if module is None:
-        raise ValueError("there is no UNet to change; pass a UNet, or a pipeline whose components are loaded.")
+        raise ValueError("the pipeline has no UNet; load its components first, or pass a UNet.")
     lock = model_lock(module)
     with lock.changing() if write else nullcontext(), lock:
         module = uncompiled(module)

@@ -93,9 +93,9 @@ class _ConfigOfOtherBase(FrozenDict):
 class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
     """Few-step sampler of piecewise rectified flow (arXiv 2405.07510) for text-to-image and image-to-image pipelines.
 
-    `step` is a pure function of its arguments and of the plan that `set_timesteps` made, but for `solver_order=2`. It
-    moves no counter, so a run may start at any timestep. `make_plan` and `plan_from` change nothing, so threads may
-    share a scheduler.
+    `step` moves no counter, so a run may start at any timestep. With `solver_order=1` it is a pure function of its
+    arguments and of the plan that `set_timesteps` made. `make_plan` and `plan_from` change nothing, so threads may
+    share a scheduler through them.
 
     `from_config(scheduler.config)` of another class takes over the noise schedule and the other settings of the
     scheduler which this one was made from, with its `prediction_type`, such as `v_prediction`, else `epsilon`.
@@ -266,7 +266,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         return {"perflow": {"theta": theta, **windows, "version": STATE_VERSION}}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], strict: bool = True) -> list[str]:
-        """Takes theta from what `state_dict` returned, for the plans that are made from now on; zeros are no theta.
+        """Sets theta from what `state_dict` returned, for plans made after this call. Zeros unset it.
 
         For pipelines of this package, whose blocks make the scheduler, use `pipe.update_components(theta=...)`.
 
@@ -296,7 +296,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         return sorted(wrong)
 
     def set_theta(self, theta: Sequence[Sequence[float]] | Tensor | None) -> None:
-        """Replaces theta, for the plans that are made from now on. A ValueError leaves it as it was."""
+        """Replaces theta, for plans made after this call. After a ValueError it is as it was."""
         if theta is not None:
             count = self.windows.num_windows
             given = _as_tensor(theta)
@@ -363,8 +363,9 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
     def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
         """One step along the window's straight line, from `timestep` to the next one of the schedule.
 
-        With `solver_order=2` the scheduler keeps the last step that it took, until `set_timesteps`; a step that starts
-        with another sample than that one ended with is an Euler step. So threads cannot share a scheduler at order 2.
+        With `solver_order=2` the scheduler remembers the last step until `set_timesteps` is called. If a step starts
+        from a sample other than the one the last step returned, it is an Euler step. So threads must not share a
+        scheduler's `step` at order 2.
 
         Args:
             model_output: the UNet's (guided) prediction, (batch, channels, height, width).
@@ -437,9 +438,7 @@ class PeRFlowScheduler(SchedulerMixin, ConfigMixin):
         return window_alpha(self.windows, self._rows, t)
 
     def _step_coefficients(self, timestep: float | Tensor) -> Sequence[Scalar]:
-        """A, B, C, D of a timestep, and the ratio of a plan of second order: numbers if it lies on the host, else
-        elements of the table on the device.
-        """
+        """A, B, C, D of a timestep, and the ratio in a plan of second order: numbers, or tensors of its device."""
         plan = self.plan
         if plan is None:
             raise ValueError("The scheduler has no schedule yet; call set_timesteps before step.")

@@ -112,6 +112,7 @@ MISTAKES: dict[str, list[tuple[dict[str, Any], str]]] = {
     "several": [
         (CONTROL, "control_image holds 1 images for 2 ControlNets; pass 2"),
         ({"control_image": [PICTURE, [PICTURE] * 3]}, "control_image has 3 entries"),
+        ({**TWO_CONTROLS, "controlnet_conditioning_scale": [1.0]}, "scale holds 1 values, and must hold 2, one for"),
         ({**TWO_CONTROLS, "control_guidance_end": [1.0, 0.0]}, "control_guidance_end=0.0, in [0, 1]"),
     ],
     "union": [(CONTROL, "control_mode is missing for a ControlNet-Union; pass 0 to")],

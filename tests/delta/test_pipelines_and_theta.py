@@ -87,7 +87,7 @@ def test_a_scheduler_without_theta_comes_back_without_it(delta: Path, tmp_path: 
 
 
 def test_a_pipeline_without_a_unet_is_told(delta: Path) -> None:
-    with pytest.raises(ValueError, match="no UNet to change"):
+    with pytest.raises(ValueError, match="the pipeline has no UNet; load"):
         merge_delta(PeRFlowSDXLAutoBlocks().init_pipeline(), delta)
 
 

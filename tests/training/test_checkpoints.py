@@ -305,3 +305,10 @@ def test_settings_that_may_change(key: str, old: object, new: object, student: s
             ValueError, match=f"{key} is {json.dumps(old)} there and {json.dumps(new)} here; set these"
         ):
             require_same(there, here, Path("step_1"))
+
+
+def test_a_checkpoint_from_before_there_was_an_order_is_of_order_1() -> None:
+    old = {"model.student": "full", "teacher.steps_per_window": 10}
+    with pytest.raises(ValueError, match=r"teacher.order is 1 there and 2 here"):
+        require_same(old, {**old, "teacher.order": 2}, Path("old"))
+    require_same({**old, "teacher.order": 2}, {**old, "teacher.order": 2}, Path("new"))
