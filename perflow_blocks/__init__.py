@@ -29,6 +29,7 @@ _PUBLIC = {
     "PeRFlowSetTimestepsStep": "blocks.set_timesteps",
     "PeRFlowTiledControlNetLoopDenoiser": "blocks.controlnet",
     "PeRFlowTiledLoopDenoiser": "blocks.denoise",
+    "PeRFlowUnconditionalBlocks": "blocks.unconditional",
     "PreviewStep": "blocks.observers",
     "PromptCacheStep": "blocks.encode",
     "StepCallbackStep": "blocks.observers",

@@ -36,7 +36,9 @@ PRESET_KEY = "perflow_preset"
 """In `modular_config.json`: the preset that `PeRFlowModularPipeline.from_pretrained` makes without remote code."""
 
 PACKAGE = __name__.split(".")[0]
-PRESET_MODULES = tuple(f"{PACKAGE}.{name}" for name in ("blocks.auto_blocks", "blocks.workflows", "demo.blocks"))
+PRESET_MODULES = tuple(
+    f"{PACKAGE}.{name}" for name in ("blocks.auto_blocks", "blocks.workflows", "blocks.unconditional", "demo.blocks")
+)
 DEFAULT_PRESET = f"{PACKAGE}.blocks.auto_blocks.PeRFlowSDXLAutoBlocks"
 CODE, SAVED_BLOCKS = "block.py", "SavedBlocks"
 FIND_SIBLINGS = """

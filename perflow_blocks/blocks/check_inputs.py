@@ -29,7 +29,7 @@ EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds",
 OPTIONS = {"output_type": OUTPUT_TYPES, "noising": NOISINGS, "on_nonfinite": NONFINITE_POLICIES}
 
 LEAST = {"num_inference_steps": 1, "num_images_per_prompt": 1, "height": 1, "width": 1, "clip_skip": 0}
-LEAST |= {"padding_mask_crop": 0}
+LEAST |= {"padding_mask_crop": 0, "batch_size": 1}
 """The least value of each integer."""
 
 ENCODED = {
@@ -87,7 +87,7 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
         _check_loaded(loaded, request, blocks.sub_blocks, is_refiner)
         given = {name for name in NAMES if getattr(request, name) is not None}
         _check_combination(given)
-        _check_settings(request)
+        check_settings(request)
         prompts = _check_prompts(request, loaded["unet"].config, is_refiner)
         images = prompts * request.num_images_per_prompt
         channels, factor = components.num_channels_latents, components.vae_scale_factor
@@ -157,18 +157,19 @@ def _check_combination(given: set[str]) -> None:
             raise ValueError(f"{name} is given without {wanted}; pass {wanted}, or leave {name} out.")
 
 
-def _check_settings(request: Any) -> None:
-    """Refuses unknown options, and integers of another type or out of range."""
+def check_settings(request: Any) -> None:
+    """Refuses unknown options, and integers of another type or out of range, of those that the request has."""
+    given = vars(request)
     for name, options in OPTIONS.items():
-        if getattr(request, name) not in options:
-            raise ValueError(f"{name}={getattr(request, name)!r} must be one of {', '.join(options)}.")
+        if given.get(name, options[0]) not in options:
+            raise ValueError(f"{name}={given[name]!r} must be one of {', '.join(options)}.")
     for name, least in LEAST.items():
-        value = getattr(request, name)
+        value = given.get(name)
         if value is not None and (type(value) is not int or value < least):
             raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
-    if request.strength is not None:
+    if given.get("strength") is not None:
         check_strength(request.strength)
-    check_denoising_range(request.denoising_start, request.denoising_end)
+    check_denoising_range(given.get("denoising_start"), given.get("denoising_end"))
 
 
 def _check_prompts(request: Any, unet_config: Any, is_refiner: bool) -> int:

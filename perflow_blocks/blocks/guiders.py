@@ -52,6 +52,16 @@ def is_batchable(guider: BaseGuidance) -> bool:
     return own.prepare_models is BaseGuidance.prepare_models and own.cleanup_models is BaseGuidance.cleanup_models
 
 
+class Unguided:
+    """In a guider's place for a model without prompts: one prediction, as it is."""
+
+    num_conditions = 1
+    prepare_models, cleanup_models = BaseGuidance.prepare_models, BaseGuidance.cleanup_models
+
+    def set_state(self, **step: Any) -> None:
+        """Nothing to keep."""
+
+
 def check_guider(guider: Any) -> None:
     """Raises a ValueError for what is not a guider, such as a number or a guider's class."""
     if not isinstance(guider, BaseGuidance):

@@ -82,8 +82,9 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         block_state = self.get_block_state(state)
         config, unet = components.config, components.unet
-        if config.guidance_scale is not None:
-            require_guidance(config.guidance_scale)
+        configured = config.get("guidance_scale")
+        if configured is not None:
+            require_guidance(configured)
         scale = config.delta_scale if block_state.delta_scale is None else block_state.delta_scale
         require_factor("delta_scale", scale)
         path = None if block_state.delta is False else delta_path(block_state.delta, components)
@@ -103,9 +104,9 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
         with lock:
             recipe = block_state.delta_recipe = None if record is None else record.recipe
             guider = block_state.guider = guider_of_call(components, block_state)
-            shared = components.guider
-            if is_default_guider(shared):
-                shared.guidance_scale = guidance_in_effect(shared, config.guidance_scale, recipe)
+            shared = components.components.get("guider")  # none where the blocks have no use for it
+            if shared is not None and is_default_guider(shared):
+                shared.guidance_scale = guidance_in_effect(shared, configured, recipe)
                 setattr(shared, RECIPE_SCALE_ATTRIBUTE, shared.guidance_scale)
                 if block_state.guidance_scale is None:
                     set_guidance(guider, shared.guidance_scale)

@@ -18,6 +18,7 @@ from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from PIL import Image
 from torch import Tensor, nn
@@ -133,6 +134,13 @@ def tiny_inpainting_unet(seed: int = 0) -> UNet2DConditionModel:
 def tiny_sd_unet(seed: int = 0) -> UNet2DConditionModel:
     """Stable Diffusion 1.5's conditioning on two small levels."""
     return _made(seed, UNet2DConditionModel, cross_attention_dim=TEXT_WIDTH, **_UNET)
+
+
+def tiny_unconditional_unet(seed: int = 0) -> UNet2DModel:
+    """An unconditional model of RGB pixels, `LATENT_SIZE` wide and high, on two small levels."""
+    size = {"sample_size": LATENT_SIZE, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    return _made(seed, UNet2DModel, **size, **blocks)
 
 
 def tiny_sdxl_components(scheduler: Any = None) -> dict[str, Any]:
