@@ -30,7 +30,8 @@ UNet = Callable[..., Any]
 class Conditioning:
     """One batch of prompts as the UNet takes it: embeddings (batch, tokens, width), and SDXL's added conditions.
 
-    `added` has the UNet's names for them, with tensors (batch, ...); it is empty for Stable Diffusion.
+    `added` has the UNet's names for them, with tensors (batch, ...); it is empty for Stable Diffusion. A UNet without
+    prompts has embeddings (batch, 0), which say how many rows there are and in which type it computes.
     """
 
     prompt_embeds: Tensor
@@ -44,8 +45,8 @@ class Conditioning:
         )
 
     def unet_kwargs(self) -> dict[str, Any]:
-        added = {"added_cond_kwargs": dict(self.added)} if self.added else {}
-        return {"encoder_hidden_states": self.prompt_embeds, **added}
+        embeds = {"encoder_hidden_states": self.prompt_embeds} if self.prompt_embeds.numel() else {}
+        return {**embeds, **({"added_cond_kwargs": dict(self.added)} if self.added else {})}
 
 
 def sdxl_conditioning(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, time_ids: Tensor) -> Conditioning:

@@ -16,4 +16,5 @@ from .tiny import tiny_sd_unet as tiny_sd_unet
 from .tiny import tiny_sdxl_components as tiny_sdxl_components
 from .tiny import tiny_sdxl_unet as tiny_sdxl_unet
 from .tiny import tiny_tokenizer as tiny_tokenizer
+from .tiny import tiny_unconditional_unet as tiny_unconditional_unet
 from .tiny import tiny_vae as tiny_vae

@@ -60,7 +60,8 @@ class ModelConfig(Section):
     """Teacher and student."""
 
     teacher: PathText
-    """Repository or directory of a Stable Diffusion pipeline, or "demo" for the embedded model."""
+    """Repository or directory of a Stable Diffusion pipeline, or of an unconditional one such as DDPMPipeline's, or
+    "demo" for the embedded model."""
     revision: str | None = None
     """Branch, tag or commit of the repository."""
     variant: str | None = None
@@ -99,6 +100,8 @@ class DataConfig(Section):
     """Column (webdataset: extension) of images, or paths from `path`; by default the first of images, or "image"."""
     caption_column: Text | None = None
     """Column (webdataset: extension, .json's key) of captions, a text or a list; else text, caption, prompt or txt."""
+    captions: bool = True
+    """Whether images need captions. False for a model without prompts; "prompts" are then empty and need no path."""
     trigger: str = ""
     """Words put before every caption, with a comma between."""
     resolution: Annotated[int, Field(ge=8, le=16384)] = 1024
@@ -123,7 +126,7 @@ class DataConfig(Section):
     """Processes that read images, for each training process. Batches do not depend on it."""
 
     def rules(self) -> Iterator[str]:
-        if self.kind != "demo" and self.path is None:
+        if self.path is None and self.kind != "demo" and (self.captions or self.kind != "prompts"):
             yield f"data.path: missing for data.kind={self.kind}; say where the data is."
         if self.streaming and self.kind != "datasets":
             yield f"data.streaming: goes with data.kind=datasets, not {self.kind}; leave it out."

@@ -89,9 +89,11 @@ def open_rows(config: DataConfig, seed: int = 0) -> Any:
     """
     if config.kind == "demo":
         return DemoRows(config.max_samples or 10_000, seed)
+    if config.path is None:
+        return datasets.Dataset.from_dict({"text": [""] * (config.max_samples or 10_000)})
     try:
         if config.kind == "folder":
-            dataset: Any = _open_folder(Path(str(config.path)).absolute(), config.caption_column)
+            dataset: Any = _open_folder(Path(str(config.path)).absolute(), config)
         elif config.kind == "webdataset":
             columns = {"image": config.image_column, "caption": config.caption_column}
             shards = {"urls": _shard_urls(str(config.path)), **columns}
@@ -144,7 +146,7 @@ def _select(dataset: Any, config: DataConfig) -> Any:
         names = list(next(iter(dataset.decode(False) if features else dataset), ()))
     if not names or getattr(dataset, "num_rows", 1) == 0:
         raise ValueError(f"data.split={config.split} has no rows")
-    chosen = {_caption_name(names, config.caption_column, "it"): "text"}
+    chosen = {_caption_name(names, config.caption_column, "it"): "text"} if config.captions else {}
     if config.kind != "prompts":
         images = [name for name, kind in (features or {}).items() if isinstance(kind, datasets.Image)]
         image = config.image_column or next(iter(images), "image")
@@ -156,8 +158,8 @@ def _select(dataset: Any, config: DataConfig) -> Any:
     return dataset.select_columns([*chosen]).rename_columns({old: new for old, new in chosen.items() if old != new})
 
 
-def _open_folder(root: Path, caption_column: str | None) -> datasets.Dataset:
-    """Images in the order of their paths, captioned by metadata files or by .txt files beside them.
+def _open_folder(root: Path, config: DataConfig) -> datasets.Dataset:
+    """Images in the order of their paths, captioned by metadata files or by .txt files beside them, if at all.
 
     imagefolder itself takes a millisecond for each file, at every start.
     """
@@ -166,18 +168,19 @@ def _open_folder(root: Path, caption_column: str | None) -> datasets.Dataset:
     files = sorted(path for path in root.rglob("*") if not path.name.startswith("."))
     captions: dict[str, tuple[str, ...]] = {}
     for path in files:
-        if path.name in _METADATA and path.is_file():
+        if config.captions and path.name in _METADATA and path.is_file():
             table = _load(DataConfig(kind="datasets", path=str(path)))
             if "file_name" not in table.column_names:
                 raise ValueError(f"{path.name} has no column file_name, only {', '.join(table.column_names)}")
-            texts = table[_caption_name(table.column_names, caption_column, path.name)]
+            texts = table[_caption_name(table.column_names, config.caption_column, path.name)]
             for name, text in zip(table["file_name"], texts, strict=True):
                 captions[os.path.normpath(path.parent / str(name))] = _captions(text)
     bare = [path for path in files if path.suffix.lower() in _SUFFIXES and str(path) not in captions]
     with ThreadPoolExecutor(8) as pool:
-        captions |= zip(map(str, bare), pool.map(_text_beside, bare), strict=True)
+        read = _text_beside if config.captions else lambda image: ("",)
+        captions |= zip(map(str, bare), pool.map(read, bare), strict=True)
     if not any(captions.values()):
-        what = f"captions; add {_METADATA[0]} or .txt files" if captions else f"images ({', '.join(_SUFFIXES)})"
+        what = f"captions; add {_METADATA[0]} or .txt files, or pass data.captions=false" if captions else f"images ({', '.join(_SUFFIXES)})"
         raise ValueError(f"the folder holds no {what}")
     names = sorted(captions, key=Path)
     rows = {"image": names, "text": [captions[name] for name in names]}
@@ -291,7 +294,7 @@ class BatchSource:
 
     def _sample(self, row: dict[str, Any]) -> Sample:
         """Raises `BadSample`."""
-        if not (captions := _captions(row["text"])):
+        if not (captions := _captions(row["text"]) if self._config.captions else ("",)):
             raise BadSample(row.get("bad", "no caption"))
         if self._config.kind == "prompts":
             return Sample(captions, None)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from diffusers import UNet2DConditionModel
 
 from ..atomic_files import atomic_path, require_writable_directory
 from ..schedulers import PFODESolver
@@ -22,7 +21,7 @@ from .data import open_rows
 from .loop import Observer, train
 from .output import describe, write_outputs
 from .student import frozen_weights, lora_modules
-from .teacher import SDXL, WindowGeometry, open_teacher
+from .teacher import SDXL, UNCONDITIONAL, WindowGeometry, open_teacher
 from .validation import Validation
 
 _PLOTS = "plots"
@@ -81,11 +80,16 @@ def _require_teacher(config: DistillConfig) -> None:
     source, side = open_teacher(config.model), config.data.resolution
     if source.scheduler_config.get("rescale_betas_zero_snr"):
         raise ValueError("model.teacher: its scheduler has rescale_betas_zero_snr, which makes a window singular.")
+    if source.family is UNCONDITIONAL:
+        if config.teacher.cfg_mode == "fixed" and config.teacher.guidance_scale > 1.0:
+            raise ValueError("teacher.cfg_mode=fixed: a model without prompts has no guidance; pass sync.")
+        if config.model.student == "lora":
+            raise ValueError("model.student=lora: diffusers has no LoRA for a UNet2DModel; pass full.")
     PFODESolver(source.scheduler())
     WindowGeometry(config.windows, source.scheduler_config)
     if config.model.lora_targets or config.model.frozen:
         with torch.device("meta"):  # without values
-            unet = UNet2DConditionModel.from_config(dict(source.unet_config))
+            unet = source.family.unet.from_config(dict(source.unet_config))
         lora_modules(unet, config.model.lora_targets)
         frozen_weights(unet, config.model.frozen)
     own = source.unet_config.get("sample_size")

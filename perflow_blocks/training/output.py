@@ -21,7 +21,7 @@ from ..schedulers.scheduling_perflow import NOISE_SCHEDULE_KEYS
 from .checkpoints import DELTA, LORA, LORA_KOHYA, LORA_RESIDUAL, SCHEDULER, STUDENT, WORKFLOW, sheet_path
 from .config import DistillConfig
 from .student import frozen_weights, lora_delta, lora_factors
-from .teacher import SDXL, TeacherSource, open_teacher
+from .teacher import SDXL, UNCONDITIONAL, TeacherSource, open_teacher
 
 if TYPE_CHECKING:
     from .loop import Session
@@ -91,6 +91,8 @@ def _write_lora(session: Session, state: Mapping[str, Tensor], folder: Path) -> 
 def write_outputs(config: DistillConfig, device: torch.device | str | None = None) -> str:
     """Writes the LoRA forms of the delta and, for SDXL, a workflow to push; says what the LoRA keeps of the delta."""
     source, folder = open_teacher(config.model), Path(config.output.directory)
+    if source.family is UNCONDITIONAL:
+        return ""  # diffusers has no LoRA for its UNet
     if config.model.student == "lora":
         delta, lora = open_weights(folder / DELTA), load_file(folder / LORA)
         converted = DeltaLora(lora=lora, recipe=read_recipe(delta), digest=identity_of(delta))

@@ -27,7 +27,7 @@ from ..core.parameterization import WindowAlpha
 from ..schedulers.pfode_solver import Conditioning
 from .buckets import TrainingBatch
 from .config import LossConfig
-from .teacher import LATENT_CHANNELS, LatentEncoder, Sizes, Teacher, WindowGeometry, cast
+from .teacher import LatentEncoder, Sizes, Teacher, WindowGeometry, cast
 
 UNet = Callable[..., Any]
 RECIPROCAL_FLOOR = 0.1  # the least 1 - t that the "reciprocal" weighting divides by
@@ -174,6 +174,7 @@ class Trajectory:
 class TrajectoryStarts(PairSource):
     """Trajectories in a buffer, which a new batch of them joins every so many micro-steps; images are not used."""
 
+    channels: int  # of latents
     vae_factor: int  # pixels per latent along a side
     device: torch.device  # of the buffer
     batch_size: int  # pairs of a micro-step
@@ -197,7 +198,7 @@ class TrajectoryStarts(PairSource):
         """Solves all windows for each of the prompts."""
         teacher, geometry, count = self.teacher, self.teacher.geometry, len(batch.prompts)
         height, width = (side // self.vae_factor for side in batch.target_sizes[0])
-        noise = torch.randn(count, LATENT_CHANNELS, height, width, generator=generator)
+        noise = torch.randn(count, self.channels, height, width, generator=generator)
         drop = (torch.rand(count, generator=generator) < self.caption_dropout).tolist()
         on_policy = (torch.rand(count, generator=generator) < on_policy_share).to(self.device)
         conditioning = teacher.encoder.conditioning(batch.prompts, sizes_of(batch), drop)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
@@ -44,6 +44,7 @@ class ModelFamily(NamedTuple):
     pipeline: Any  # diffusers' class of the teacher's pipeline
     text_encoders: Mapping[str, Any]  # classes by folder; a tokenizer's folder is named alike
     guidance_scale: float  # at which students are usually sampled, where guidance is not baked in
+    unet: Any = UNet2DConditionModel
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
@@ -54,17 +55,21 @@ _SDXL_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModel
 SDXL = ModelFamily(StableDiffusionXLPipeline, _SDXL_ENCODERS, 2.0)
 SD = ModelFamily(diffusers.StableDiffusionPipeline, {"text_encoder": CLIPTextModel}, 4.5)
 SD2 = SD._replace(guidance_scale=7.5)
+UNCONDITIONAL = ModelFamily(diffusers.DDPMPipeline, {}, 1.0, UNet2DModel)
+"""Of pixels, without text encoders and VAE."""
 
 
 def family_of(unet_config: Mapping[str, Any]) -> ModelFamily:
     """The family of a UNet's configuration. Raises ValueError for any other, and for what is itself distilled."""
+    if unet_config.get("_class_name") == "UNet2DModel":
+        return UNCONDITIONAL
     wanted = {"_class_name": "UNet2DConditionModel", "in_channels": LATENT_CHANNELS, "time_cond_proj_dim": None}
     wrong = [f"{key}={unet_config[key]}" for key, value in wanted.items() if unet_config.get(key, value) != value]
     added = unet_config.get("addition_embed_type")
     if wrong or added not in (None, "text_time"):
         raise ValueError(
             f"model.teacher: its UNet with {', '.join(wrong) or f'addition_embed_type={added}'} cannot be distilled; "
-            "pass a text-to-image model of Stable Diffusion 1.5, 2.1 or XL that is not distilled itself."
+            "pass a model of Stable Diffusion 1.5, 2.1 or XL that is not distilled itself, or an unconditional one."
         )
     if added is None:
         return SD2 if unet_config.get("cross_attention_dim") == 1024 else SD
@@ -81,7 +86,7 @@ class TeacherSource:
     family: ModelFamily
     unet_config: Mapping[str, Any]
     scheduler_config: Mapping[str, Any]
-    vae_config: Mapping[str, Any]
+    vae_config: Mapping[str, Any] | None  # None: the UNet works on pixels
 
     @property
     def on_hub(self) -> bool:
@@ -91,23 +96,32 @@ class TeacherSource:
     @property
     def vae_factor(self) -> int:
         """Pixels per latent along a side."""
-        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+        return 1 if self.vae_config is None else 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @property
+    def channels(self) -> int:
+        """Of latents, or of pixels."""
+        return self.unet_config.get("in_channels", LATENT_CHANNELS)
 
     def scheduler(self) -> DDIMScheduler:
         """The noise schedule as DDIM's, ending at the abar that the windows end at."""
         return DDIMScheduler.from_config(FrozenDict(self.scheduler_config), set_alpha_to_one=False)
 
-    def load_unet(self, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    def load_unet(self, dtype: torch.dtype = torch.float32) -> Any:
         """A new copy of the teacher's UNet on the CPU, in evaluation mode."""
-        return self._load(UNet2DConditionModel, "unet", dtype)
+        return self._load(self.family.unet, "unet", dtype)
 
-    def load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
-        """The autoencoder on the CPU; one that overflows in half precision comes in float32."""
+    def load_vae(self, dtype: torch.dtype) -> AutoencoderKL | None:
+        """The autoencoder on the CPU, if there is one; one that overflows in half precision comes in float32."""
+        if self.vae_config is None:
+            return None
         upcast = self.vae_config.get("force_upcast", True)
         return self._load(AutoencoderKL, "vae", torch.float32 if upcast else dtype).requires_grad_(False)
 
     def load_text_pipeline(self, dtype: torch.dtype) -> Any:
-        """The family's pipeline with text encoders and tokenizers alone, on the CPU."""
+        """The family's pipeline with text encoders and tokenizers alone, on the CPU; None where it has none."""
+        if not self.family.text_encoders:
+            return None
         parts: dict[str, Any] = {
             name: CLIPTokenizer.from_pretrained(self.location, subfolder=name, revision=self.model.revision)
             for name in self.family.tokenizers
@@ -141,10 +155,14 @@ def open_teacher(model: ModelConfig) -> TeacherSource:
     elif path.is_absolute() or model.teacher.startswith((".", "~")) or model.teacher.count("/") != 1:
         raise ValueError(f"model.teacher={model.teacher} does not exist; pass a directory, or owner/name.")
     kinds: dict[str, Any] = {"unet": UNet2DConditionModel, "scheduler": DDIMScheduler, "vae": AutoencoderKL}
-    unet, scheduler, vae = (
-        dict(kind.load_config(location, subfolder=part, revision=model.revision)) for part, kind in kinds.items()
-    )
-    return TeacherSource(label, location, model, family_of(unet), unet, scheduler, vae)
+
+    def config_of(part: str) -> dict[str, Any]:
+        return dict(kinds[part].load_config(location, subfolder=part, revision=model.revision))
+
+    unet, scheduler = config_of("unet"), config_of("scheduler")
+    family = family_of(unet)
+    vae = None if family is UNCONDITIONAL else config_of("vae")
+    return TeacherSource(label, location, model, family, unet, scheduler, vae)
 
 
 def _index(location: str, revision: str | None) -> dict[str, Any]:
@@ -215,7 +233,10 @@ def cast(conditioning: Conditioning, dtype: torch.dtype) -> Conditioning:
 
 
 class PromptEncoder:
-    """Encodes prompts as the teacher's pipeline does, then calls `offload`; keeps embeddings of `cache` prompts."""
+    """Encodes prompts as the teacher's pipeline does, then calls `offload`; keeps embeddings of `cache` prompts.
+
+    Without a pipeline the embeddings of all prompts are empty, (batch, 0).
+    """
 
     def __init__(self, pipeline: Any, device: torch.device, cache: int, offload: Offload | None = None) -> None:
         self._pipeline, self._device = pipeline, device
@@ -254,6 +275,8 @@ class PromptEncoder:
     @torch.no_grad()
     def _encode(self, prompt: str, *, negative: bool = False) -> tuple[Tensor, Tensor]:
         """A prompt's embeddings (tokens, width) and, of SDXL, pooled (width,); or those of the negative prompt."""
+        if self._pipeline is None:
+            return torch.empty(0, device=self._device), torch.empty(0, device=self._device)
         found = self._pipeline.encode_prompt(
             prompt=[prompt], device=self._device, num_images_per_prompt=1, do_classifier_free_guidance=negative
         )
@@ -263,7 +286,7 @@ class PromptEncoder:
 
 
 class LatentEncoder:
-    """The teacher's VAE; `offload` is called when images were encoded."""
+    """The teacher's VAE, or None for a teacher of pixels; `offload` is called when images were encoded."""
 
     def __init__(self, vae: Any, device: torch.device, offload: Offload | None = None) -> None:
         self._vae, self._device, self._offload = vae, device, offload or (lambda: None)
@@ -271,6 +294,8 @@ class LatentEncoder:
     @torch.no_grad()
     def encode(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
         """Latents (batch, 4, height/f, width/f) float32 of pixels (batch, 3, height, width) in [-1, 1] on the host."""
+        if self._vae is None:
+            return pixels.to(self._device)
         distribution = self._vae.encode(pixels.to(self._device, self._vae.dtype)).latent_dist
         self._offload()
         latents = DiagonalGaussianDistribution(distribution.parameters.float()).sample(generator)

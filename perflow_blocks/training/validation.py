@@ -26,7 +26,7 @@ from .checkpoints import READINGS, append_line, sheet_path
 from .loop import Observer, Session
 from .output import make_scheduler, recipe_of
 from .pairs import UNet, predict
-from .teacher import LATENT_CHANNELS, Teacher, WindowGeometry
+from .teacher import Teacher, WindowGeometry
 
 logger = logging.get_logger(__name__)
 
@@ -90,10 +90,12 @@ class Validation(Observer):
 
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> Any:
-        """The image of latents (1, channels, height, width), by a VAE that waits on the host."""
-        vae: Any = self._vae.to(latents.device)
-        image = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
-        vae.to("cpu")
+        """The image of latents (1, channels, height, width), by a VAE that waits on the host if there is one."""
+        image = latents
+        if self._vae is not None:
+            vae: Any = self._vae.to(latents.device)
+            image = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+            vae.to("cpu")
         return numpy_to_pil((image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy())[0]
 
 
@@ -101,7 +103,7 @@ def fixed_inputs(session: Session) -> list[Inputs]:
     """The validation's prompts with noise for images of the data's resolution, the same in every run."""
     side, prompts = session.config.data.resolution, session.config.output.validation_prompts
     latents, generator = side // session.source.vae_factor, torch.Generator().manual_seed(_SEED)
-    noise = torch.randn(len(prompts), LATENT_CHANNELS, latents, latents, generator=generator)
+    noise = torch.randn(len(prompts), session.source.channels, latents, latents, generator=generator)
     sizes, encoder = [((side, side), (0, 0), (side, side))], session.teacher.encoder
     return [
         Inputs(prompt, encoder.conditioning([prompt], sizes), z[None].to(session.accelerator.device))

@@ -60,6 +60,7 @@ def trajectories(
     return TrajectoryStarts(
         teacher=teacher,
         batches=batches(rows=rows, images=False),
+        channels=4,
         vae_factor=2,
         device=CPU,
         batch_size=6,
