@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel, VaeImageProcessor
-from diffusers.guiders import BaseGuidance
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, ConfigSpec, OutputParam
 from diffusers.utils.torch_utils import randn_tensor
@@ -49,7 +48,7 @@ class PeRFlowUnconditionalInputStep(ModularPipelineBlocks):
     )
     intermediate_outputs = declared(
         OutputParam("latents", Tensor, "Starting noise (images, channels, height, width)."),
-        OutputParam("guider", BaseGuidance, "Stands in for a guider."),
+        OutputParam("guider", Unguided, "Stands in for a guider."),
     )
 
     @torch.no_grad()

@@ -37,6 +37,7 @@ TINY: dict[type, Callable[[], Any]] = {
     diffusers.ControlNetModel: tiny.tiny_controlnet,
     diffusers.ControlNetUnionModel: tiny.tiny_controlnet_union,
     diffusers.UNet2DConditionModel: tiny.tiny_sdxl_unet,
+    diffusers.UNet2DModel: tiny.tiny_unconditional_unet,
     transformers.CLIPImageProcessor: tiny.tiny_feature_extractor,
     transformers.CLIPTextModel: lambda: tiny.tiny_sdxl_components()["text_encoder"],
     transformers.CLIPTextModelWithProjection: lambda: tiny.tiny_sdxl_components()["text_encoder_2"],

@@ -26,7 +26,7 @@ NOT_ALONE = {"LoopBlock", "Preset", "PeRFlowControlNetInputStep", "PeRFlowSDXLAu
 MODULES = [
     import_module(f"{blocks.__name__}.{module.name}")
     for module in iter_modules(blocks.__path__)
-    if module.name != "workflows"
+    if module.name not in ("workflows", "unconditional")
 ]
 OWN_BLOCKS: dict[str, Any] = {
     name: kind
