@@ -84,12 +84,12 @@ def main(
     if not (run / REPORT).exists():  # what is written last
         overrides = {"model.teacher": str(base), "output.directory": str(run), "output.resume": "latest"}
         if minutes is not None:
-            overrides |= _as_long_as(STUDENT_SHARE * seconds, settings, overrides, out)
+            overrides |= as_long_as(STUDENT_SHARE * seconds, settings, overrides, out)
         distill(load_config(settings, overrides))
     publish(run, weights, base)
 
 
-def _as_long_as(seconds: float, settings: Path, overrides: dict[str, str], out: Path) -> dict[str, str]:
+def as_long_as(seconds: float, settings: Path, overrides: dict[str, str], out: Path) -> dict[str, str]:
     """The number of updates that a distillation makes in this time, measured once by a few of them."""
     known = out / "student_updates.json"
     if not known.exists():
