@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel, ControlNetUnionModel
+from diffusers import ControlNetModel, ControlNetUnionModel, DDPMPipeline, DDPMScheduler
 from safetensors.torch import save_file
 
 import perflow_blocks
 from perflow_blocks.attention import strategies
-from perflow_blocks.delta.extract import save_delta
+from perflow_blocks.delta.extract import extract_delta, save_delta
 from perflow_blocks.demo import perflow_pipeline, teacher_pipeline, weights_directory
 from perflow_blocks.hub.push import push_workflow
-from perflow_blocks.testing import tiny_picture
+from perflow_blocks.testing import tiny_picture, tiny_unconditional_unet
 from tests.checkpoints import checkpoint_components, save_checkpoint, save_ip_adapter
 from tests.conftest import run, save_repository
 from tests.hub.loopback import LoopbackHub
@@ -43,6 +43,8 @@ IN_PLACE_OF = {
     '"diffusers/controlnet-canny-sdxl-1.0"': "controlnet",
     '"xinsir/controlnet-union-sdxl-1.0"': "union",
     '"h94/IP-Adapter"': "adapter",
+    '"anton-l/ddpm-ema-flowers-64"': "unconditional",
+    '"runs/flowers/delta.safetensors"': "unconditional.safetensors",
 }
 """What `hub` holds under which name; only the string in quotation marks is replaced."""
 
@@ -67,6 +69,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_checkpoint(folder / "checkpoint.safetensors", tiny)
     difference = {name: torch.zeros_like(weight) for name, weight in tiny["unet"].named_parameters()}
     save_delta(difference, folder / "delta.safetensors")
+    unet = tiny_unconditional_unet()
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder / "unconditional")
+    save_delta(extract_delta(unet, unet), folder / "unconditional.safetensors")
     return folder
 
 

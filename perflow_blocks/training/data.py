@@ -180,11 +180,9 @@ def _open_folder(root: Path, config: DataConfig) -> datasets.Dataset:
         read = _text_beside if config.captions else lambda image: ("",)
         captions |= zip(map(str, bare), pool.map(read, bare), strict=True)
     if not any(captions.values()):
-        what = (
-            f"captions; add {_METADATA[0]} or .txt files, or pass data.captions=false"
-            if captions
-            else f"images ({', '.join(_SUFFIXES)})"
-        )
+        what = f"images ({', '.join(_SUFFIXES)})"
+        if captions:
+            what = f"captions; add {_METADATA[0]} or .txt files, or pass data.captions=false"
         raise ValueError(f"the folder holds no {what}")
     names = sorted(captions, key=Path)
     rows = {"image": names, "text": [captions[name] for name in names]}

@@ -107,7 +107,7 @@ def test_pixels_that_are_not_finite_are_an_error_or_drawn_again() -> None:
     attention.to_v.weight.data *= 2.0**17
     attention.to_out[0].weight.data *= 2.0**-17
     half.to(torch.float16)
-    with pytest.raises(ValueError, match="not finite in torch.float16"):
+    with pytest.raises(ValueError, match=r"not finite in torch\.float16"):
         draw(half, num_inference_steps=4)
     assert draw(half, num_inference_steps=4, on_nonfinite="fallback").isfinite().all()
 

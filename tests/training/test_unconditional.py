@@ -1,4 +1,4 @@
-"""Teachers of pixels, without prompts and VAE: data without captions, or none, and the student as a preset draws it."""
+"""Teachers of pixels, without prompts and VAE: data without captions or none, and a student that the preset draws."""
 
 from __future__ import annotations
 
