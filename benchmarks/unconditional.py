@@ -77,7 +77,7 @@ def main(
     samplers = make_samplers(teacher, run / DELTA, device)
     judged = evaluation_set(pixels, count, with_colors=data is None)
     rows = evaluate_samplers(samplers, judged, batch_size=BATCH)
-    comparison_sheet(rows, [f"noise {number}" for number in range(8)]).save(out / "images.png")
+    comparison_sheet(rows, judged.prompts[: len(rows[0].examples)]).save(out / "images.png")
     about = f"{describe_machine(device)}. {count} images of {size} x {size}; ± is one standard error."
     text = f"# An unconditional model\n\n{about}\n\n{result_table(rows, judged.latents[:BATCH], device)}"
     write(text + "\n", out / "report.md")
@@ -85,7 +85,7 @@ def main(
 
 
 def read_images(data: Path | None, size: int, most: int) -> Tensor:
-    """Images (count, 3, size, size) of 8 bits: an epoch of the trainer's data."""
+    """Images (count, 3, size, size) of 8 bits: the whole batches of an epoch of the trainer's data."""
     source: dict[str, Any] = {"kind": "demo"} if data is None else {"kind": "folder", "path": str(data)}
     config = DataConfig(**source, captions=False, resolution=size, bucketing=False, max_samples=most)
     batches = open_dataset(config, batch_size=BATCH, seed=0)
@@ -173,7 +173,8 @@ def evaluation_set(images: Tensor, count: int, *, with_colors: bool) -> Evaluati
 
     noise = torch.randn(count, *images.shape[1:], generator=torch.Generator().manual_seed(1))
     scorers: Any = [clean] if with_colors else []
-    data = EvaluationSet(prompts=[""] * count, latents=noise, scorers=scorers, distances={"Frechet": distance})
+    names = [f"noise {number}" for number in range(count)]
+    data = EvaluationSet(prompts=names, latents=noise, scorers=scorers, distances={"Frechet": distance})
     data.floors.append(measure("real images", others[:count], data))
     return data
 

@@ -120,8 +120,8 @@ class Session:
             "caption_dropout": config.loss.caption_dropout,
         }
         if config.teacher.starts == "trajectory":
-            shape = {"channels": self.source.channels, "vae_factor": self.source.vae_factor}
-            return TrajectoryStarts(**common, **shape, device=device, batch_size=config.optimizer.batch_size)
+            common |= {"channels": self.source.channels, "vae_factor": self.source.vae_factor}
+            return TrajectoryStarts(**common, device=device, batch_size=config.optimizer.batch_size)
         vae = self.source.load_vae(getattr(torch, config.teacher.dtype))
         offload = _place([] if vae is None else [vae], device, config.teacher.offload != "none")
         return NoisedStarts(**common, latents=LatentEncoder(vae, device, offload))

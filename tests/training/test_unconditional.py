@@ -21,7 +21,7 @@ from tests.training.conftest import losses, make_shards, picture, take, tiny_con
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
-NO_DATA = {"data__kind": "prompts", "data__captions": "false", "data__resolution": 16}
+NO_DATA: dict[str, Any] = {"data__kind": "prompts", "data__captions": "false", "data__resolution": 16}
 
 
 @pytest.fixture(scope="module")
