@@ -89,7 +89,7 @@ def open_rows(config: DataConfig, seed: int = 0) -> Any:
     """
     if config.kind == "demo":
         return DemoRows(config.max_samples or 10_000, seed)
-    if config.path is None:
+    if config.kind == "prompts" and not config.captions:
         return datasets.Dataset.from_dict({"text": [""] * (config.max_samples or 10_000)})
     try:
         if config.kind == "folder":
@@ -296,7 +296,8 @@ class BatchSource:
 
     def _sample(self, row: dict[str, Any]) -> Sample:
         """Raises `BadSample`."""
-        if not (captions := _captions(row["text"]) if self._config.captions else ("",)):
+        captions = _captions(row["text"]) if self._config.captions else ("",)
+        if not captions:
             raise BadSample(row.get("bad", "no caption"))
         if self._config.kind == "prompts":
             return Sample(captions, None)
