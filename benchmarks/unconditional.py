@@ -30,6 +30,7 @@ from perflow_blocks import PeRFlowUnconditionalBlocks
 from perflow_blocks.atomic_files import atomic_directory
 from perflow_blocks.demo.images import IMAGE_SIZE
 from perflow_blocks.demo.judge import BATCH, load_classifier, read_colors
+from perflow_blocks.demo.models import SCHEDULE
 from perflow_blocks.demo.train import as_long_as, fit
 from perflow_blocks.evaluation.measure import (
     EvaluationSet,
@@ -96,7 +97,8 @@ def read_images(data: Path | None, size: int, most: int) -> Tensor:
 def train_teacher(images: Tensor, directory: Path, seconds: float, device: torch.device) -> None:
     """Trains a small UNet to predict the noise, and writes its averaged weights as a `DDPMPipeline`."""
     torch.manual_seed(0)
-    scheduler, generator = DDPMScheduler(), torch.Generator().manual_seed(0)
+    # Noisier schedules, such as DDPM's own, amplify the first predictions, which a short training leaves bad.
+    scheduler, generator = DDPMScheduler(**SCHEDULE), torch.Generator().manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D")}
     blocks |= {"up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D")}
     widths: dict[str, Any] = {"block_out_channels": (32, 64, 96), "layers_per_block": 1, "norm_num_groups": 8}
