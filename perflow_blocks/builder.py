@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,20 +17,22 @@ from diffusers import (
     ComponentsManager,
     ModelMixin,
     MultiControlNetModel,
+    StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from diffusers.utils.torch_utils import get_device, unwrap_module
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .attention.config import AttentionConfig, PlanLike
-from .blocks.auto_blocks import PeRFlowSDXLAutoBlocks
+from .blocks.block_source import SD_PRESET, SDXL_PRESET, make_preset, preset_for
 from .blocks.encode import DEFAULT_MAX_ENTRIES, PeRFlowAutoTextEncoderStep, PromptCacheStep
 from .blocks.guiders import check_guider
 from .blocks.merge_delta import PeRFlowMergeDeltaStep, delta_path
-from .blocks.pipeline import PeRFlowModularPipeline, offload_in_groups, put_components
+from .blocks.pipeline import PeRFlowModularPipeline, PeRFlowSDModularPipeline, offload_in_groups, put_components
 from .blocks.recombine import compile_loops, insert_loop_block
 from .blocks.saving import DELTA_VALUES, Problems
 from .delta.apply import require_architecture
@@ -112,7 +115,7 @@ class PeRFlowPipelineBuilder:
 
         Args:
             path: a .safetensors file with the names of original checkpoints.
-            config: directory or repository with a saved `StableDiffusionXLPipeline`, for configurations, tokenizers
+            config: directory or repository with a saved pipeline of the same family, for configurations, tokenizers
                 and scheduler. With a directory nothing is downloaded. By default diffusers infers a repository.
             dtype: as for `from_pretrained`.
         """
@@ -220,7 +223,7 @@ class PeRFlowPipelineBuilder:
         return self._with(components={**self.settings.components, "attention": plan})
 
     def with_blocks(self, blocks: Blocks) -> Self:
-        """Takes a copy of these blocks in place of `PeRFlowSDXLAutoBlocks`."""
+        """Takes a copy of these blocks in place of the preset: `PeRFlowSDXLAutoBlocks`, or `PeRFlowSDAutoBlocks`."""
         return self._with(blocks=deepcopy(blocks))
 
     def with_workflow(self, name: str) -> Self:
@@ -315,10 +318,12 @@ class _Plan(NamedTuple):
 def _make_plan(settings: _Settings, manager: ComponentsManager) -> _Plan:
     """Reads indexes, configurations and the headers of files; loads no weights and changes no component."""
     problems, source = Problems(), settings.source
-    pipe = PeRFlowModularPipeline(blocks := _arranged_blocks(settings, problems))
+    blocks = _arranged_blocks(settings, problems)
+    kind = getattr(blocks, "pipeline_class", PeRFlowModularPipeline)
+    pipe = kind(blocks)
     if source is not None and not source.is_file:
         with problems.noted():
-            pipe = PeRFlowModularPipeline(blocks, source.location, revision=source.revision)
+            pipe = kind(blocks, source.location, revision=source.revision)
     _choose_components(pipe, settings, problems)
     _configure(pipe, settings, problems)
     device = _resolve_device(settings, manager, problems)
@@ -332,7 +337,7 @@ def _make_plan(settings: _Settings, manager: ComponentsManager) -> _Plan:
 
 
 def _arranged_blocks(settings: _Settings, problems: Problems) -> Any:
-    blocks = PeRFlowSDXLAutoBlocks() if settings.blocks is None else deepcopy(settings.blocks)
+    blocks = _usual_blocks(settings.source) if settings.blocks is None else deepcopy(settings.blocks)
     blocks = blocks() if isinstance(blocks, type) else blocks
     if settings.prompt_cache is not None:
         with problems.noted(about="with_prompt_cache: "):
@@ -346,6 +351,18 @@ def _arranged_blocks(settings: _Settings, problems: Problems) -> Any:
         with problems.noted(NotImplementedError, about="with_workflow: "):
             blocks = blocks.get_workflow(settings.workflow)
     return blocks
+
+
+def _usual_blocks(source: _Source | None) -> Any:
+    """The preset for the source's family. A place that cannot be read is reported by what reads it whole."""
+    with suppress(OSError, ValueError, SafetensorError):
+        if source is not None and source.is_file:
+            with safe_open(source.location, "pt") as file:  # SDXL's original checkpoints name both encoders so
+                is_sdxl = any(name.startswith("conditioner.") for name in file.keys())
+            return make_preset(SDXL_PRESET if is_sdxl else SD_PRESET)
+        if source is not None:
+            return preset_for(source.location, revision=source.revision)
+    return make_preset(SDXL_PRESET)
 
 
 def _insert(blocks: Any, name: str, block: Any, before: str | None, after: str | None) -> None:
@@ -561,10 +578,14 @@ def _loaded(plan: _Plan) -> dict[str, Any]:
     in_file = [name for name, spec in wanted.items() if spec.pretrained_model_name_or_path in checkpoint]
     loaded = {name: spec.load(dtype=plan.dtype) for name, spec in wanted.items() if name not in in_file}
     if in_file and source is not None:
-        absent = dict.fromkeys(set(IN_FILE).difference(in_file))
-        classic: Any = StableDiffusionXLPipeline.from_single_file(
-            source.location, config=source.config, dtype=plan.dtype, add_watermarker=False, **absent
-        )
+        absent: dict[str, Any] = {name: None for name in IN_FILE if name in plan.pipe.components.keys() - in_file}
+        if isinstance(plan.pipe, PeRFlowSDModularPipeline):
+            kind: Any = StableDiffusionPipeline
+            absent |= {"safety_checker": None, "feature_extractor": None}
+        else:
+            kind = StableDiffusionXLPipeline
+            absent["add_watermarker"] = False
+        classic = kind.from_single_file(source.location, config=source.config, dtype=plan.dtype, **absent)
         loaded |= {name: getattr(classic, name) for name in in_file}
         if "scheduler" in in_file:
             classic.scheduler._diffusers_load_id = "null"  # diffusers' mark of components that no user set

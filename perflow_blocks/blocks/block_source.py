@@ -36,8 +36,10 @@ PRESET_KEY = "perflow_preset"
 """In `modular_config.json`: the preset that `PeRFlowModularPipeline.from_pretrained` makes without remote code."""
 
 PACKAGE = __name__.split(".")[0]
-PRESET_MODULES = tuple(f"{PACKAGE}.{name}" for name in ("blocks.auto_blocks", "blocks.workflows", "demo.blocks"))
-DEFAULT_PRESET = f"{PACKAGE}.blocks.auto_blocks.PeRFlowSDXLAutoBlocks"
+_HOMES = ("blocks.auto_blocks", "blocks.sd", "blocks.workflows", "demo.blocks")
+PRESET_MODULES = tuple(f"{PACKAGE}.{name}" for name in _HOMES)
+SDXL_PRESET = f"{PACKAGE}.blocks.auto_blocks.PeRFlowSDXLAutoBlocks"
+SD_PRESET = f"{PACKAGE}.blocks.sd.PeRFlowSDAutoBlocks"
 CODE, SAVED_BLOCKS = "block.py", "SavedBlocks"
 FIND_SIBLINGS = """
 # diffusers gives modules the name of their repository. Python does not find them if there is a dot in it.
@@ -135,7 +137,7 @@ def _class_reference(config: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def load_blocks(place: str, trust_remote_code: bool | None, **hub: Any) -> ModularPipelineBlocks:
-    """The blocks of a directory or repository; `PeRFlowSDXLAutoBlocks` where it is a model without blocks.
+    """The blocks of a directory or repository; those of `preset_for` where it is a model without blocks.
 
     Raises:
         ValueError: it has code of its own and `trust_remote_code` is not set, or its `modular_config.json` is broken.
@@ -145,12 +147,20 @@ def load_blocks(place: str, trust_remote_code: bool | None, **hub: Any) -> Modul
         config = read_json(local) if local.is_file() else ModularPipelineBlocks.load_config(place, **hub)
     except OSError as error:
         if isinstance(error.__context__, EntryNotFoundError) or error.__context__ is None:
-            return make_preset(DEFAULT_PRESET)
+            return preset_for(place, **hub)
         raise
     if config.get(PRESET_KEY) is not None:
         return make_preset(config[PRESET_KEY])
     _class_reference(config)
     return ModularPipelineBlocks.from_pretrained(place, trust_remote_code=bool(trust_remote_code), **hub)
+
+
+def preset_for(place: str, **hub: Any) -> ModularPipelineBlocks:
+    """`PeRFlowSDAutoBlocks` for a model with one tokenizer, as Stable Diffusion 1.5 and 2.1, else the SDXL preset."""
+    modular, classic = diffusers.ModularPipeline._load_pipeline_config(place, **hub)
+    index = modular or classic or {}
+    has_one = "tokenizer" in index and "tokenizer_2" not in index
+    return make_preset(SD_PRESET if has_one else SDXL_PRESET)
 
 
 def make_preset(name: str) -> ModularPipelineBlocks:

@@ -32,7 +32,7 @@ from ..delta.recipe import DeltaRecipe, require_guidance
 from .declare import declared
 from .guiders import guider_of_call, set_guidance
 from .inputs import shared_inputs
-from .specs import DEFAULT_GUIDANCE_SCALE, delta_config_specs, guider_spec, unet_spec
+from .specs import DEFAULT_GUIDANCE_SCALE, SDXL, delta_config_specs, guider_spec, unet_spec, usual_recipe
 
 logger = logging.get_logger(__name__)
 
@@ -105,7 +105,9 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
             guider = block_state.guider = guider_of_call(components, block_state)
             shared = components.guider
             if is_default_guider(shared):
-                shared.guidance_scale = guidance_in_effect(shared, config.guidance_scale, recipe)
+                shared.guidance_scale = guidance_in_effect(
+                    shared, config.guidance_scale, recipe, usual_recipe(components)
+                )
                 setattr(shared, RECIPE_SCALE_ATTRIBUTE, shared.guidance_scale)
                 if block_state.guidance_scale is None:
                     set_guidance(guider, shared.guidance_scale)
@@ -202,15 +204,17 @@ def delta_path(given: Any, components: Any) -> Path | None:
     return Path(hf_hub_download(str(origin), named, revision=revision))
 
 
-def guidance_in_effect(guider: Any, configured: float | None, recipe: DeltaRecipe | None) -> float:
+def guidance_in_effect(
+    guider: Any, configured: float | None, recipe: DeltaRecipe | None, usual: DeltaRecipe = SDXL
+) -> float:
     """The scale a call will run with: of a guider that a user made or changed its own, else what is recommended.
 
-    That is the configuration's scale, or the delta's, or 2.0. Guiders without a scale count as 1. None is the
-    pipeline's own that is not made yet.
+    That is the configuration's scale, or the delta's, or the model's usual one. Guiders without a scale count as 1.
+    None is the pipeline's own that is not made yet.
     """
     if guider is not None and not is_default_guider(guider):
         return float(vars(guider).get("guidance_scale", 1.0))
-    scales = (configured, None if recipe is None else recipe.guidance_scale, DEFAULT_GUIDANCE_SCALE)
+    scales = (configured, None if recipe is None else recipe.guidance_scale, usual.guidance_scale)
     return float(next(scale for scale in scales if scale is not None))
 
 
