@@ -32,7 +32,15 @@ from ..delta.recipe import DeltaRecipe, require_guidance
 from .declare import declared
 from .guiders import guider_of_call, set_guidance
 from .inputs import shared_inputs
-from .specs import DEFAULT_GUIDANCE_SCALE, SDXL, delta_config_specs, guider_spec, unet_spec, usual_recipe
+from .specs import (
+    DEFAULT_GUIDANCE_SCALE,
+    SDXL,
+    delta_config_specs,
+    guider_spec,
+    scheduler_spec,
+    unet_spec,
+    usual_recipe,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +65,7 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
         "Adds the delta weights to the UNet, if a file is named, and gives the default guider the guidance scale "
         "they were distilled for. A guider that you set is left alone."
     )
-    expected_components = declared(guider_spec(), unet_spec())
+    expected_components = declared(guider_spec(), unet_spec(), scheduler_spec())  # which tell what is usual
     expected_configs = declared(*delta_config_specs())
     inputs = declared(
         InputParam(

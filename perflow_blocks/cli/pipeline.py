@@ -15,6 +15,8 @@ INDEX_NAMES = ("modular_model_index.json", "model_index.json")
 
 def quiet_libraries() -> None:
     """Keeps notices and loading bars of the model libraries off the terminal; warnings about the model stay."""
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # where torchao is installed, that its CUDA kernels are not
     import transformers.utils.logging as transformers_logging
 
     transformers_logging.set_verbosity_error()  # before diffusers, whose imports have notices
