@@ -521,7 +521,10 @@ def _find_shared(plan: _Plan, manager: ComponentsManager) -> None:
         key = plan.keys[name] = (
             pending[name].load_id if name in pending else "given",
             (plan.dtype, None if is_moved else str(plan.device), settings.offload == "group", name in settings.frozen),
-            _of_unet(plan) if name == "unet" else None,
+            # By the config's text: those of torchao are equal whatever they say.
+            (settings.ip_adapter, repr(settings.quantization), *map(pipe.config.get, DELTA_VALUES))
+            if name == "unet"
+            else None,
             settings.loras if name in LORA_MODELS else None,
             settings.compile if name in ("unet", "controlnet", "vae") else None,
         )
@@ -534,14 +537,9 @@ def _find_shared(plan: _Plan, manager: ComponentsManager) -> None:
             plan.shared.pop(name, None)
     for name in given.keys() - plan.shared.keys():
         held, was_built = ", ".join(_state(given[name], ())[1]), hasattr(unwrap_module(given[name]), MARK)
-        if held and (settings.loras or settings.ip_adapter or settings.quantization or was_built):
+        is_quantized = name == "unet" and settings.quantization is not None
+        if held and (settings.loras or settings.ip_adapter or is_quantized or was_built):
             plan.problems.add(f"{name} holds {held} already, which no step names; unload it, or pass another {name}.")
-
-
-def _of_unet(plan: _Plan) -> tuple[Any, ...]:
-    """What a UNet alone is told apart by. Configs of torchao are equal whatever they say; their texts are not."""
-    values = [plan.pipe.config.get(name) for name in DELTA_VALUES]
-    return (plan.settings.ip_adapter, repr(plan.settings.quantization), *values)
 
 
 def _state(component: Any, key: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -634,7 +632,8 @@ def _describe(plan: _Plan) -> str:
     settings, pipe = plan.settings, plan.pipe
     lines = [f"{type(pipe._blocks).__name__} in {plan.dtype} on {plan.device}"]
     names = ("workflow", "loras", "ip_adapter", "quantization", "insertions", "compile", "prompt_cache", "offload")
-    lines += [f"{name}: {value}" for name in names if (value := getattr(settings, name)) not in (None, {})]
+    values = {name: value for name in names if (value := getattr(settings, name)) not in (None, {})}
+    lines += [f"{name}: {' '.join(str(value).split())}" for name, value in values.items()]
     lines += [f"{name}: {value}" for name in pipe._config_specs if (value := pipe.config[name]) is not None]
     for name, component in pipe.components.items():
         text, given = "none" if component is None else type(component).__name__, settings.components.get(name)
