@@ -106,7 +106,7 @@ def report(prompts: int, rounds: int = ROUNDS) -> str:
                 sizes.append(weight_bytes(pipe.unet))
                 samplers.append(perflow_sampler(pipe, STEPS, delta=delta, model=f"{name}, {how}"))
                 labels.append((name, how))
-        data = make_demo_set(prompts)
+        data = make_demo_set(prompts, references=2)
         rows = evaluate_samplers(samplers[1:], data, teacher=samplers[0], batch_size=BATCH)
         few, latents = data.prompts[:BATCH], data.latents[:BATCH]
         draws = {sampler.model: partial(_draw, sampler, few, latents) for sampler in samplers}
