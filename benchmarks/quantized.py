@@ -59,7 +59,10 @@ METHODS: dict[str, Callable[[Any], object]] = {
     ),
     "torchao int4, groups of 32": partial(
         torchao.quantize_,
-        config=torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(32)),
+        config=torchao.IntxWeightOnlyConfig(
+            weight_dtype=torch.int4,  # type: ignore[attr-defined]
+            granularity=torchao.PerGroup(32),
+        ),
     ),
     "bitsandbytes int8": partial(in_bitsandbytes, make=partial(bitsandbytes.nn.Linear8bitLt, has_fp16_weights=False)),
     "bitsandbytes nf4": partial(

@@ -217,14 +217,17 @@ class PeRFlowPipelineBuilder:
     def with_quantization(self, config: QuantizationConfigMixin | None) -> Self:
         """Quantizes the UNet, after the delta is merged and before LoRAs and IP-Adapters are loaded.
 
-        Calls take that delta and scale, or none; for others build again. The merged UNet is written to a temporary
-        folder, from which diffusers quantizes it while it loads. Memory holds both at that moment. A UNet object that
-        you give stays as it is, with the delta merged.
+        Calls may name that delta and scale again, or none; others, and `delta=False`, are errors. The merged UNet is
+        written to a temporary folder, and diffusers quantizes it as it loads it from there; memory holds both
+        meanwhile. A UNet object that you give gets the delta merged and is not quantized itself.
 
         Args:
             config: what diffusers takes as `from_pretrained(quantization_config=...)`, such as
                 `TorchAoConfig(Int8WeightOnlyConfig())` (int8, runs on CPUs too) or
                 `BitsAndBytesConfig(load_in_4bit=True)` (needs a GPU, and `on`). None: no quantization.
+
+        Raises:
+            ValueError: a config of another kind, such as torchao's own without `TorchAoConfig` around it.
         """
         if not isinstance(config, QuantizationConfigMixin | None):
             raise ValueError(f"with_quantization({config!r}) takes a config of diffusers, such as TorchAoConfig(...).")
@@ -599,6 +602,7 @@ def _loaded(plan: _Plan) -> dict[str, Any]:
 
 
 def _merge_delta(pipe: PeRFlowModularPipeline) -> None:
+    """As the first call would."""
     for block in pipe.blocks.sub_blocks.values():
         if isinstance(block, PeRFlowMergeDeltaStep):
             block(pipe, PipelineState())

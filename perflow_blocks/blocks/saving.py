@@ -30,7 +30,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..attention.config import parse_plan
-from ..delta.apply import is_plain
 from ..delta.files import Weights, open_weights, variants_of
 from ..delta.merge import MergeRecord, find_merged, merge_record, merge_records
 from ..schedulers.scheduling_perflow import (
@@ -230,9 +229,9 @@ def component_problems(name: str, component: Any) -> Iterator[str]:
     yield from adapter_problems(name, component)
     if isinstance(component, nn.Module) and any(weight.is_meta for weight in component.parameters()):
         yield f"{name} has weights without values (device meta); load them first."
-    is_described = getattr(component, "hf_quantizer", None) is not None  # in the configuration, by diffusers
-    if isinstance(component, nn.Module) and not is_described and not all(map(is_plain, component.parameters())):
-        yield f"{name} was quantized without diffusers, so nothing says how; quantize it as it is loaded."
+    if isinstance(component, nn.Module) and getattr(component, "hf_quantizer", None) is None:
+        if any(type(weight) is not nn.Parameter for weight in component.parameters()):
+            yield f"{name} was quantized without diffusers, so nothing says how; quantize it as it is loaded."
     if not is_stock(type(component)):
         yield foreign(name, component)
     elif not hasattr(component, "save_pretrained"):

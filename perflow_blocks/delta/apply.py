@@ -27,7 +27,7 @@ WRAPPED = ".base_layer."  # what peft puts into the name of a weight that it has
 PARTIAL_KEY = "perflow.partial"  # in a file's metadata: "true" if the model may have weights that the file lacks
 NO_RECIPE = DeltaRecipe()  # of a delta that does not say how to sample
 QUANTIZED_REMEDY = (
-    "merge first and quantize after (PeRFlowPipelineBuilder.with_quantization), or load the delta as a LoRA: "
+    "merge before quantizing (PeRFlowPipelineBuilder.with_quantization) or sharding, or load the delta as a LoRA: "
     "delta_to_lora(..., keep_embeddings=False) or perflow to-lora --no-keep-embeddings, then pipe.load_lora_weights"
 )
 GPU_CHUNKS = 8  # how many chunks at a time on a GPU, where every one costs some waiting

@@ -52,7 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("merge full delta.safetensors -o new", "model full holds no UNet"),
         ("merge delta.safetensors delta.safetensors -o new", "model delta.safetensors holds no UNet"),
         ("merge gap delta.safetensors -o new", "1 missing from the file (conv_out.bias)"),
-        ("merge int8 delta.safetensors -o new", "model int8 is quantized; merge first and quantize after"),
+        ("merge int8 delta.safetensors -o new", "model int8 is quantized; merge before quantizing"),
         ("merge base other.safetensors -o new", "does not fit this UNet2DConditionModel"),
         ("merge base delta.safetensors -o full", "--out full exists"),
         ("merge base delta.safetensors -o full --force", "no folder of a UNet alone"),
