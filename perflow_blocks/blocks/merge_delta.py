@@ -146,8 +146,8 @@ def _change(components: Any, path: Path | None, scale: float, variant: str | Non
         saved = [record for record in merge_records(unet) if record.reloaded]
         place = delta_path(None, components) if saved else None
         if place is not None:
-            _warn_of_rounding(saved[0])
             unmerge_delta(unet, open_weights(place, components.config.delta_variant), exact=False)
+            _warn_of_rounding(saved[0])
         if merge_records(unet):
             unmerge_delta(unet)
         return
@@ -161,15 +161,15 @@ def _change(components: Any, path: Path | None, scale: float, variant: str | Non
     if scale and hasattr(unet, "peft_config"):
         _require_no_lora_of(unet, identity_of(weights), weights.label)
     if known is not None and known.reloaded:
-        _warn_of_rounding(known)
         rescale_delta(unet, scale, weights, exact=False)
+        _warn_of_rounding(known)
     else:
         merge_delta(unet, weights, scale)
 
 
 def _warn_of_rounding(record: MergeRecord) -> None:
     logger.warning(
-        f"The UNet was loaded with {record.source} in its weights at scale {record.scale:g}: the difference is added "
+        f"The UNet was loaded with {record.source} in its weights at scale {record.scale:g}: the difference was added "
         "to them, exact to one rounding. For exact weights load the base and pass the delta."
     )
 
