@@ -38,6 +38,7 @@ from .blocks.merge_delta import PeRFlowMergeDeltaStep, delta_path
 from .blocks.pipeline import PeRFlowModularPipeline, PeRFlowSDModularPipeline, offload_in_groups, put_components
 from .blocks.recombine import compile_loops, insert_loop_block
 from .blocks.saving import DELTA_VALUES, Problems
+from .blocks.sd import PeRFlowSDPromptCacheStep, PeRFlowSDTextEncoderStep
 from .delta.apply import require_architecture
 from .delta.files import open_weights, read_recipe
 
@@ -49,6 +50,12 @@ LORA_MODELS = ("unet", "text_encoder", "text_encoder_2")  # diffusers loads a Lo
 REQUIRED = (*LORA_MODELS, "vae", "tokenizer", "tokenizer_2")  # of those that the blocks take
 IN_FILE = (*REQUIRED, "scheduler")  # what an original checkpoint and its configuration give
 MARK = "_perflow_built"  # the attribute of a component that a builder put into a pipeline: its `_state` then
+
+
+_PROMPT_CACHES: dict[Any, Any] = {
+    PeRFlowAutoTextEncoderStep: PromptCacheStep,
+    PeRFlowSDTextEncoderStep: PeRFlowSDPromptCacheStep,
+}
 
 
 class _Source(NamedTuple):
@@ -365,9 +372,10 @@ def _arranged_blocks(settings: _Settings, problems: Problems) -> Any:
     blocks = blocks() if isinstance(blocks, type) else blocks
     if settings.prompt_cache is not None:
         with problems.noted(about="with_prompt_cache: "):
-            if type(blocks.sub_blocks.get("text_encoder")) is not PeRFlowAutoTextEncoderStep:
+            cache = _PROMPT_CACHES.get(type(blocks.sub_blocks.get("text_encoder")))
+            if cache is None:
                 raise ValueError("the blocks have no PeRFlowAutoTextEncoderStep 'text_encoder' to replace.")
-            blocks.sub_blocks["text_encoder"] = PromptCacheStep(settings.prompt_cache)
+            blocks.sub_blocks["text_encoder"] = cache(settings.prompt_cache)
     for name, insertion in settings.insertions.items():
         with problems.noted(TypeError, about=f"insert_block({name!r}): "):
             _insert(blocks, name, *insertion)

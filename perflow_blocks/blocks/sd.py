@@ -24,7 +24,7 @@ from .before_denoise import PeRFlowImg2ImgPrepareLatentsStep, PeRFlowInpaintPrep
 from .check_inputs import PeRFlowCheckInputsStep
 from .controlnet import PeRFlowControlNetInputStep
 from .declare import Assembled, declared
-from .encode import PeRFlowAutoIPAdapterStep
+from .encode import CachesPrompts, PeRFlowAutoIPAdapterStep
 from .guiders import guider_of_call
 from .inputs import as_outputs, guided_inputs, shared_inputs
 from .merge_delta import PeRFlowMergeDeltaStep
@@ -84,6 +84,12 @@ class PeRFlowSDTextEncoderStep(ModularPipelineBlocks):
             )
         self.set_block_state(state, block_state)
         return components, state
+
+
+class PeRFlowSDPromptCacheStep(CachesPrompts, PeRFlowSDTextEncoderStep):
+    """`PromptCacheStep` for Stable Diffusion 1.5 and 2.1."""
+
+    description = f"{PeRFlowSDTextEncoderStep.description} The same prompts with the same encoder are encoded once."
 
 
 class _WithTextModel:

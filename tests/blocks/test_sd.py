@@ -185,6 +185,20 @@ def test_the_builder_takes_the_preset_of_the_family(tmp_path: Path) -> None:
     assert torch.equal(pipe("a star", output_type="latent", generator=generator()).images, expected)
 
 
+def test_a_prompt_cache_gives_what_the_encoder_gives(tmp_path: Path) -> None:
+    chain = PeRFlowPipelineBuilder().from_pretrained(save_repository(tmp_path / "classic", "sd15"))
+    plain, cached = chain.build(), chain.with_prompt_cache().build()
+    expected = [plain(text, output_type="latent", generator=generator()).images for text in ("a star", "a ring")]
+    for number in (0, 1, 0):
+        text = ("a star", "a ring")[number]
+        drawn = cached(text, output_type="latent", generator=generator())
+        assert torch.equal(drawn.images, expected[number])
+    embeds = {name: drawn.get(name) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    assert torch.equal(cached(**embeds, output_type="latent", generator=generator()).images, expected[0])
+    cache = cached.blocks.sub_blocks["text_encoder"]
+    assert (cache.hits, cache.misses) == (1, 2)
+
+
 def test_a_delta_in_the_published_layout_merges(tmp_path: Path) -> None:
     """A UNet at the repository's root whose weights are the differences, `variant="v0-1"`."""
     base, student = tiny_sd_unet(0), tiny_sd_unet(1)
