@@ -129,6 +129,8 @@ def _front_matter(blocks: Any, licence: str | None, places: Iterable[Mapping[str
     names = {param.name for param in blocks.inputs if param.required or not getattr(blocks, "_workflow_map", None)}
     task = "image-to-image" if names & {"image", "control_image"} else "text-to-image"
     model = ["stable-diffusion-xl"] if blocks.model_name == "stable-diffusion-xl" else []
+    if "tokenizer" in blocks.component_names and "tokenizer_2" not in blocks.component_names:
+        model = ["stable-diffusion"]
     sources = dict.fromkeys(place["pretrained_model_name_or_path"] for place in places)
     return ModelCardData(
         license=licence,

@@ -29,6 +29,7 @@ from perflow_blocks.testing.tiny import (
     tiny_sd_controlnet,
     tiny_sd_unet,
 )
+from tests.checkpoints import save_checkpoint
 from tests.conftest import count_unet_calls, generator
 
 pytestmark = pytest.mark.behaviour
@@ -183,6 +184,18 @@ def test_the_builder_takes_the_preset_of_the_family(tmp_path: Path) -> None:
     assert type(pipe) is PeRFlowSDModularPipeline and type(pipe.blocks) is PeRFlowSDAutoBlocks
     expected = pipeline(**components("sd21"))("a star", output_type="latent", generator=generator()).images
     assert torch.equal(pipe("a star", output_type="latent", generator=generator()).images, expected)
+
+
+def test_an_original_checkpoint_builds(tmp_path: Path) -> None:
+    config, parts = save_repository(tmp_path / "classic", "sd15"), components("sd15")
+    file = save_checkpoint(tmp_path / "tuned.safetensors", parts)
+    pipe = PeRFlowPipelineBuilder().from_single_file(file, config=config).build()
+    assert type(pipe) is PeRFlowSDModularPipeline
+    for name in ("unet", "vae", "text_encoder"):
+        expected = parts[name].state_dict()
+        assert all(torch.equal(weight, expected[key]) for key, weight in getattr(pipe, name).state_dict().items())
+    drawn = pipe("a star", output_type="latent", generator=generator()).images
+    assert torch.equal(drawn, pipeline(**parts)("a star", output_type="latent", generator=generator()).images)
 
 
 def test_a_prompt_cache_gives_what_the_encoder_gives(tmp_path: Path) -> None:
