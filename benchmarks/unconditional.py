@@ -26,7 +26,7 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from perflow_blocks import PeRFlowUnconditionalBlocks
+from perflow_blocks import PeRFlowModularPipeline
 from perflow_blocks.atomic_files import atomic_directory
 from perflow_blocks.demo.images import IMAGE_SIZE
 from perflow_blocks.demo.judge import BATCH, load_classifier, read_colors
@@ -132,7 +132,7 @@ def make_samplers(teacher: Path, delta: Path, device: torch.device) -> list[Samp
         for steps in (MANY, *FEW):
             draw = partial(draw_with, unet, scheduler, steps)
             found.append(Sampler(model="teacher", solver=name, steps=steps, guidance_scale=1.0, draw=draw))
-    pipe = PeRFlowUnconditionalBlocks().init_pipeline(str(teacher))
+    pipe: Any = PeRFlowModularPipeline.from_pretrained(teacher)
     pipe.load_components()
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)

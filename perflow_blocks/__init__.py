@@ -24,6 +24,8 @@ _PUBLIC = {
     "PeRFlowMergeDeltaStep": "blocks.merge_delta",
     "PeRFlowModularPipeline": "blocks.pipeline",
     "PeRFlowPipelineBuilder": "builder",
+    "PeRFlowSDAutoBlocks": "blocks.sd",
+    "PeRFlowSDModularPipeline": "blocks.pipeline",
     "PeRFlowSDXLAutoBlocks": "blocks.auto_blocks",
     "PeRFlowScheduler": "schedulers.scheduling_perflow",
     "PeRFlowSetTimestepsStep": "blocks.set_timesteps",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
 import torch
@@ -16,22 +18,27 @@ from diffusers import (
     ComponentsManager,
     ModelMixin,
     MultiControlNetModel,
+    StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
+from diffusers.quantizers import DiffusersAutoQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from diffusers.utils.torch_utils import get_device, unwrap_module
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .attention.config import AttentionConfig, PlanLike
-from .blocks.auto_blocks import PeRFlowSDXLAutoBlocks
+from .blocks.block_source import SD_PRESET, SDXL_PRESET, make_preset, preset_for
 from .blocks.encode import DEFAULT_MAX_ENTRIES, PeRFlowAutoTextEncoderStep, PromptCacheStep
 from .blocks.guiders import check_guider
 from .blocks.merge_delta import PeRFlowMergeDeltaStep, delta_path
-from .blocks.pipeline import PeRFlowModularPipeline, offload_in_groups, put_components
+from .blocks.pipeline import PeRFlowModularPipeline, PeRFlowSDModularPipeline, offload_in_groups, put_components
 from .blocks.recombine import compile_loops, insert_loop_block
 from .blocks.saving import DELTA_VALUES, Problems
+from .blocks.sd import PeRFlowSDPromptCacheStep, PeRFlowSDTextEncoderStep
 from .delta.apply import require_architecture
 from .delta.files import open_weights, read_recipe
 
@@ -43,6 +50,12 @@ LORA_MODELS = ("unet", "text_encoder", "text_encoder_2")  # diffusers loads a Lo
 REQUIRED = (*LORA_MODELS, "vae", "tokenizer", "tokenizer_2")  # of those that the blocks take
 IN_FILE = (*REQUIRED, "scheduler")  # what an original checkpoint and its configuration give
 MARK = "_perflow_built"  # the attribute of a component that a builder put into a pipeline: its `_state` then
+
+
+_PROMPT_CACHES: dict[Any, Any] = {
+    PeRFlowAutoTextEncoderStep: PromptCacheStep,
+    PeRFlowSDTextEncoderStep: PeRFlowSDPromptCacheStep,
+}
 
 
 class _Source(NamedTuple):
@@ -61,6 +74,7 @@ class _Settings:
     frozen: frozenset[str] = frozenset()
     loras: Mapping[str, tuple[str, str | None, float]] = field(default_factory=dict)
     ip_adapter: tuple[str, str, tuple[str, ...], float] | None = None
+    quantization: QuantizationConfigMixin | None = None
     blocks: Any = None
     workflow: str | None = None
     insertions: Mapping[str, tuple[Any, str | None, str | None]] = field(default_factory=dict)
@@ -79,8 +93,8 @@ class PeRFlowPipelineBuilder:
     counts; otherwise only the order of inserted blocks matters. Nothing is loaded before `build`.
 
     Builders with one `ComponentsManager`, which a step hands on, share what they load: weights of the same source,
-    type, device, delta, LoRAs and IP-Adapter are loaded once. If you change a shared component outside a builder, all
-    of its pipelines change; if you change its type or adapters, later pipelines do not share it.
+    type, device, delta, quantization, LoRAs and IP-Adapter are loaded once. If you change a shared component outside a
+    builder, all of its pipelines change; if you change its type or adapters, later pipelines do not share it.
 
     Example:
         >>> builder = PeRFlowPipelineBuilder().from_pretrained("stabilityai/stable-diffusion-xl-base-1.0")
@@ -112,7 +126,7 @@ class PeRFlowPipelineBuilder:
 
         Args:
             path: a .safetensors file with the names of original checkpoints.
-            config: directory or repository with a saved `StableDiffusionXLPipeline`, for configurations, tokenizers
+            config: directory or repository with a saved pipeline of the same family, for configurations, tokenizers
                 and scheduler. With a directory nothing is downloaded. By default diffusers infers a repository.
             dtype: as for `from_pretrained`.
         """
@@ -210,6 +224,25 @@ class PeRFlowPipelineBuilder:
             raise ValueError(f"with_lora: two LoRAs are called {name!r}; pass adapter_name= to tell them apart.")
         return self._with(loras=dict(sorted({**self.settings.loras, name: (*place, weight)}.items())))
 
+    def with_quantization(self, config: QuantizationConfigMixin | None) -> Self:
+        """Quantizes the UNet, after the delta is merged and before LoRAs and IP-Adapters are loaded.
+
+        Calls may name that delta and scale again, or none; others, and `delta=False`, are errors. The merged UNet is
+        written to a temporary folder, and diffusers quantizes it as it loads it from there; memory holds both
+        meanwhile. A UNet object that you give gets the delta merged and is not quantized itself.
+
+        Args:
+            config: what diffusers takes as `from_pretrained(quantization_config=...)`, such as
+                `TorchAoConfig(Int8WeightOnlyConfig())` (int8, runs on CPUs too) or
+                `BitsAndBytesConfig(load_in_4bit=True)` (needs a GPU, and `on`). None: no quantization.
+
+        Raises:
+            ValueError: a config of another kind, such as torchao's own without `TorchAoConfig` around it.
+        """
+        if not isinstance(config, QuantizationConfigMixin | None):
+            raise ValueError(f"with_quantization({config!r}) takes a config of diffusers, such as TorchAoConfig(...).")
+        return self._with(quantization=deepcopy(config))
+
     def with_guidance(self, scale: float, start: float = 0.0, stop: float = 1.0) -> Self:
         """Sets classifier-free guidance of this scale; `start` and `stop` are shares of the steps, in [0, 1]."""
         return self.with_component("guider", {"guidance_scale": scale, "start": start, "stop": stop})
@@ -220,7 +253,7 @@ class PeRFlowPipelineBuilder:
         return self._with(components={**self.settings.components, "attention": plan})
 
     def with_blocks(self, blocks: Blocks) -> Self:
-        """Takes a copy of these blocks in place of `PeRFlowSDXLAutoBlocks`."""
+        """Takes a copy of these blocks in place of the preset: `PeRFlowSDXLAutoBlocks`, or `PeRFlowSDAutoBlocks`."""
         return self._with(blocks=deepcopy(blocks))
 
     def with_workflow(self, name: str) -> Self:
@@ -285,9 +318,7 @@ class PeRFlowPipelineBuilder:
         `components["attention"].attach({"unet": components["unet"]})`. Errors are those of `build` and of merging.
         """
         pipe = self.build()
-        for block in pipe.blocks.sub_blocks.values():
-            if isinstance(block, PeRFlowMergeDeltaStep):
-                block(pipe, PipelineState())
+        _merge_delta(pipe)
         return {name: component for name, component in pipe.components.items() if component is not None}
 
     def _with(self, **changes: Any) -> Self:
@@ -315,10 +346,12 @@ class _Plan(NamedTuple):
 def _make_plan(settings: _Settings, manager: ComponentsManager) -> _Plan:
     """Reads indexes, configurations and the headers of files; loads no weights and changes no component."""
     problems, source = Problems(), settings.source
-    pipe = PeRFlowModularPipeline(blocks := _arranged_blocks(settings, problems))
+    blocks = _arranged_blocks(settings, problems)
+    kind = getattr(blocks, "pipeline_class", PeRFlowModularPipeline)
+    pipe = kind(blocks)
     if source is not None and not source.is_file:
         with problems.noted():
-            pipe = PeRFlowModularPipeline(blocks, source.location, revision=source.revision)
+            pipe = kind(blocks, source.location, revision=source.revision)
     _choose_components(pipe, settings, problems)
     _configure(pipe, settings, problems)
     device = _resolve_device(settings, manager, problems)
@@ -326,19 +359,23 @@ def _make_plan(settings: _Settings, manager: ComponentsManager) -> _Plan:
     _check_places(pipe, settings, problems)
     with problems.noted(TypeError):
         _check_delta(pipe)
+    if settings.quantization is not None:
+        with problems.noted(RuntimeError, about="with_quantization: "):
+            DiffusersAutoQuantizer.from_config(settings.quantization).validate_environment()
     plan = _Plan(settings, pipe, {}, {}, device, dtype, problems)
     _find_shared(plan, manager)
     return plan
 
 
 def _arranged_blocks(settings: _Settings, problems: Problems) -> Any:
-    blocks = PeRFlowSDXLAutoBlocks() if settings.blocks is None else deepcopy(settings.blocks)
+    blocks = _usual_blocks(settings.source) if settings.blocks is None else deepcopy(settings.blocks)
     blocks = blocks() if isinstance(blocks, type) else blocks
     if settings.prompt_cache is not None:
         with problems.noted(about="with_prompt_cache: "):
-            if type(blocks.sub_blocks.get("text_encoder")) is not PeRFlowAutoTextEncoderStep:
+            cache = _PROMPT_CACHES.get(type(blocks.sub_blocks.get("text_encoder")))
+            if cache is None:
                 raise ValueError("the blocks have no PeRFlowAutoTextEncoderStep 'text_encoder' to replace.")
-            blocks.sub_blocks["text_encoder"] = PromptCacheStep(settings.prompt_cache)
+            blocks.sub_blocks["text_encoder"] = cache(settings.prompt_cache)
     for name, insertion in settings.insertions.items():
         with problems.noted(TypeError, about=f"insert_block({name!r}): "):
             _insert(blocks, name, *insertion)
@@ -346,6 +383,18 @@ def _arranged_blocks(settings: _Settings, problems: Problems) -> Any:
         with problems.noted(NotImplementedError, about="with_workflow: "):
             blocks = blocks.get_workflow(settings.workflow)
     return blocks
+
+
+def _usual_blocks(source: _Source | None) -> Any:
+    """The preset for the source's family. A place that cannot be read is reported by what reads it whole."""
+    with suppress(OSError, ValueError, SafetensorError):
+        if source is not None and source.is_file:
+            with safe_open(source.location, "pt") as file:  # SDXL's original checkpoints name both encoders so
+                is_sdxl = any(name.startswith("conditioner.") for name in file.keys())
+            return make_preset(SDXL_PRESET if is_sdxl else SD_PRESET)
+        if source is not None:
+            return preset_for(source.location, revision=source.revision)
+    return make_preset(SDXL_PRESET)
 
 
 def _insert(blocks: Any, name: str, block: Any, before: str | None, after: str | None) -> None:
@@ -487,7 +536,7 @@ def _check_delta(pipe: PeRFlowModularPipeline) -> None:
         config = UNet2DConditionModel.load_config(spec.pretrained_model_name_or_path, **where)
         with torch.device("meta"):  # the architecture without values takes no memory
             unet = UNet2DConditionModel.from_config(config)
-    if unet is not None:
+    if unet is not None and not getattr(unet, "is_quantized", False):  # of which calls say what can be done
         require_architecture(weights, unet)
 
 
@@ -500,7 +549,10 @@ def _find_shared(plan: _Plan, manager: ComponentsManager) -> None:
         key = plan.keys[name] = (
             pending[name].load_id if name in pending else "given",
             (plan.dtype, None if is_moved else str(plan.device), settings.offload == "group", name in settings.frozen),
-            (settings.ip_adapter, *(pipe.config.get(value) for value in DELTA_VALUES)) if name == "unet" else None,
+            # By the config's text: those of torchao are equal whatever they say.
+            (settings.ip_adapter, repr(settings.quantization), *map(pipe.config.get, DELTA_VALUES))
+            if name == "unet"
+            else None,
             settings.loras if name in LORA_MODELS else None,
             settings.compile if name in ("unet", "controlnet", "vae") else None,
         )
@@ -513,7 +565,8 @@ def _find_shared(plan: _Plan, manager: ComponentsManager) -> None:
             plan.shared.pop(name, None)
     for name in given.keys() - plan.shared.keys():
         held, was_built = ", ".join(_state(given[name], ())[1]), hasattr(unwrap_module(given[name]), MARK)
-        if held and (settings.loras or settings.ip_adapter or was_built):
+        is_quantized = name == "unet" and settings.quantization is not None
+        if held and (settings.loras or settings.ip_adapter or is_quantized or was_built):
             plan.problems.add(f"{name} holds {held} already, which no step names; unload it, or pass another {name}.")
 
 
@@ -528,6 +581,8 @@ def _state(component: Any, key: tuple[Any, ...]) -> tuple[Any, ...]:
 def _build(plan: _Plan, manager: ComponentsManager, collection: str | None) -> PeRFlowModularPipeline:
     settings, pipe = plan.settings, plan.pipe
     put_components(pipe, {**_loaded(plan), **plan.shared})
+    if settings.quantization is not None and "unet" in plan.keys.keys() - plan.shared.keys():
+        _quantize(plan)
     for name in settings.frozen:
         getattr(pipe, name).requires_grad_(False)
     if "unet" not in plan.shared:
@@ -561,14 +616,38 @@ def _loaded(plan: _Plan) -> dict[str, Any]:
     in_file = [name for name, spec in wanted.items() if spec.pretrained_model_name_or_path in checkpoint]
     loaded = {name: spec.load(dtype=plan.dtype) for name, spec in wanted.items() if name not in in_file}
     if in_file and source is not None:
-        absent = dict.fromkeys(set(IN_FILE).difference(in_file))
-        classic: Any = StableDiffusionXLPipeline.from_single_file(
-            source.location, config=source.config, dtype=plan.dtype, add_watermarker=False, **absent
-        )
+        absent: dict[str, Any] = {name: None for name in IN_FILE if name in plan.pipe.components.keys() - in_file}
+        if isinstance(plan.pipe, PeRFlowSDModularPipeline):
+            kind: Any = StableDiffusionPipeline
+            absent |= {"safety_checker": None, "feature_extractor": None}
+        else:
+            kind = StableDiffusionXLPipeline
+            absent["add_watermarker"] = False
+        classic = kind.from_single_file(source.location, config=source.config, dtype=plan.dtype, **absent)
         loaded |= {name: getattr(classic, name) for name in in_file}
         if "scheduler" in in_file:
             classic.scheduler._diffusers_load_id = "null"  # diffusers' mark of components that no user set
     return loaded
+
+
+def _merge_delta(pipe: PeRFlowModularPipeline) -> None:
+    """As the first call would."""
+    for block in pipe.blocks.sub_blocks.values():
+        if isinstance(block, PeRFlowMergeDeltaStep):
+            block(pipe, PipelineState())
+
+
+def _quantize(plan: _Plan) -> None:
+    """Puts a quantized copy of the UNet, merged, into the pipeline; its configuration says what is merged."""
+    _merge_delta(plan.pipe)
+    unet: Any = unwrap_module(plan.pipe.components["unet"])
+    config = deepcopy(plan.settings.quantization)  # diffusers writes into it
+    with TemporaryDirectory() as folder:
+        unet.save_pretrained(folder)
+        # A memory map would keep the whole files as long as one weight lives that is not quantized.
+        quantized = type(unet).from_pretrained(folder, quantization_config=config, dtype=plan.dtype, disable_mmap=True)
+    quantized.register_to_config(_name_or_path=unet.config.get("_name_or_path", ""))
+    put_components(plan.pipe, {"unet": quantized})
 
 
 def _add_adapters(pipe: Any, settings: _Settings) -> None:
@@ -585,8 +664,9 @@ def _add_adapters(pipe: Any, settings: _Settings) -> None:
 def _describe(plan: _Plan) -> str:
     settings, pipe = plan.settings, plan.pipe
     lines = [f"{type(pipe._blocks).__name__} in {plan.dtype} on {plan.device}"]
-    names = ("workflow", "loras", "ip_adapter", "insertions", "compile", "prompt_cache", "offload")
-    lines += [f"{name}: {value}" for name in names if (value := getattr(settings, name)) not in (None, {})]
+    names = ("workflow", "loras", "ip_adapter", "quantization", "insertions", "compile", "prompt_cache", "offload")
+    values = {name: value for name in names if (value := getattr(settings, name)) not in (None, {})}
+    lines += [f"{name}: {' '.join(str(value).split())}" for name, value in values.items()]
     lines += [f"{name}: {value}" for name in pipe._config_specs if (value := pipe.config[name]) is not None]
     for name, component in pipe.components.items():
         text, given = "none" if component is None else type(component).__name__, settings.components.get(name)

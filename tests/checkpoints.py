@@ -22,6 +22,7 @@ MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 CLIP = "conditioner.embedders.0.transformer.text_model."
+SD_CLIP = "cond_stage_model.transformer.text_model."
 OPEN_CLIP = "conditioner.embedders.1.model."
 
 RESNET = {
@@ -53,8 +54,10 @@ def save_checkpoint(path: Path, components: dict[str, Any], leave_out: tuple[str
     writers = {"unet": unet_keys, "vae": vae_keys, "text_encoder": clip_keys, "text_encoder_2": open_clip_keys}
     tensors: dict[str, Tensor] = {}
     for name, keys in writers.items():
-        if name not in leave_out:
+        if name in components and name not in leave_out:
             tensors |= keys(components[name])
+    if "text_encoder_2" not in components:  # Stable Diffusion 1.5
+        tensors = {name.replace(CLIP, SD_CLIP): tensor for name, tensor in tensors.items()}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     return path
 

@@ -8,9 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
-from diffusers import ControlNetModel, ControlNetUnionModel, DDPMPipeline, DDPMScheduler
+from diffusers import (
+    ControlNetModel,
+    ControlNetUnionModel,
+    DDPMPipeline,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+)
 from safetensors.torch import save_file
 
 import perflow_blocks
@@ -19,6 +26,7 @@ from perflow_blocks.delta.extract import extract_delta, save_delta
 from perflow_blocks.demo import perflow_pipeline, teacher_pipeline, weights_directory
 from perflow_blocks.hub.push import push_workflow
 from perflow_blocks.testing import tiny_picture, tiny_unconditional_unet
+from perflow_blocks.testing.tiny import tiny_sd_components, tiny_sd_unet
 from tests.checkpoints import checkpoint_components, save_checkpoint, save_ip_adapter
 from tests.conftest import run, save_repository
 from tests.hub.loopback import LoopbackHub
@@ -45,6 +53,8 @@ IN_PLACE_OF = {
     '"h94/IP-Adapter"': "adapter",
     '"anton-l/ddpm-ema-flowers-64"': "unconditional",
     '"runs/flowers/delta.safetensors"': "unconditional.safetensors",
+    '"stable-diffusion-v1-5/stable-diffusion-v1-5"': "sd",
+    '"hansyan/perflow-sd15-delta-weights"': "sd-delta",
 }
 """What `hub` holds under which name; only the string in quotation marks is replaced."""
 
@@ -72,6 +82,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unet = tiny_unconditional_unet()
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder / "unconditional")
     save_delta(extract_delta(unet, unet), folder / "unconditional.safetensors")
+    StableDiffusionPipeline(**tiny_sd_components()).save_pretrained(folder / "sd")
+    sd_delta = tiny_sd_unet()
+    sd_delta.load_state_dict(extract_delta(tiny_sd_unet(1), tiny_sd_unet(0)))
+    sd_delta.save_pretrained(folder / "sd-delta", variant="v0-1")
     return folder
 
 
@@ -87,6 +101,7 @@ def folder(loopback_hub: LoopbackHub, own_modules: None, tmp_path: Path, monkeyp
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(perflow_blocks, "push_workflow", push)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda place: place)
     monkeypatch.setattr(strategies, "_STRATEGIES", dict(strategies._STRATEGIES))
     for name in ("photo", "edges", "depth", "mask"):
         tiny_picture(len(name), 64).save(f"{name}.png")

@@ -71,14 +71,21 @@ class Preset(Assembled, SequentialPipelineBlocks):
     """A whole pipeline: its one output is the images, its inputs are what its blocks use.
 
     The check of the request reads the inputs of every task. Those that no other block takes are not inputs.
+
+    Attributes:
+        pipeline_class: what `init_pipeline` returns.
+        not_inputs: inputs of blocks that a model of this family does not take.
     """
+
+    pipeline_class: type[PeRFlowModularPipeline] = PeRFlowModularPipeline
+    not_inputs: frozenset[str] = frozenset()
 
     def _work_out(self, name: str) -> list[Any]:
         entries = super()._work_out(name)
         if name != "inputs":
             return entries
         parts = [block for block in self.sub_blocks.values() if not isinstance(block, PeRFlowCheckInputsStep)]
-        used = {entry.name for part in parts for entry in part.inputs}
+        used = {entry.name for part in parts for entry in part.inputs} - self.not_inputs
         return [entry for entry in entries if entry.name in used]
 
     @property
@@ -88,7 +95,8 @@ class Preset(Assembled, SequentialPipelineBlocks):
 
     def get_workflow(self, workflow_name: str) -> Preset:
         """The blocks of one of `available_workflows`, such as "text2image"."""
-        return Preset.from_blocks_dict(super().get_workflow(workflow_name).sub_blocks)
+        family: Any = next(kind for kind in type(self).__mro__ if not vars(kind).get("block_classes"))
+        return family.from_blocks_dict(super().get_workflow(workflow_name).sub_blocks)
 
     def init_pipeline(
         self,
@@ -96,8 +104,8 @@ class Preset(Assembled, SequentialPipelineBlocks):
         components_manager: ComponentsManager | None = None,
         collection: str | None = None,
     ) -> PeRFlowModularPipeline:
-        """A `PeRFlowModularPipeline` of a copy of these blocks, with nothing loaded yet."""
-        return PeRFlowModularPipeline(deepcopy(self), pretrained_model_name_or_path, components_manager, collection)
+        """A `PeRFlowModularPipeline`, or the family's own, of a copy of these blocks, with nothing loaded yet."""
+        return self.pipeline_class(deepcopy(self), pretrained_model_name_or_path, components_manager, collection)
 
 
 class PeRFlowSDXLAutoBlocks(Preset):

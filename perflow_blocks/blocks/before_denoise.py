@@ -28,8 +28,8 @@ from .set_timesteps import PeRFlowImg2ImgSetTimestepsStep, PeRFlowInpaintSetTime
 from .specs import guider_spec, unet_spec
 
 _EMBEDDINGS = (
-    *guided_inputs("prompt_embeds", "pooled_prompt_embeds"),
-    *guided_inputs("ip_adapter_embeds", required=False),
+    *guided_inputs("prompt_embeds"),
+    *guided_inputs("pooled_prompt_embeds", "ip_adapter_embeds", required=False),
 )
 _BATCH = (*shared_inputs("batch_size", "dtype", required=True), *shared_inputs("num_images_per_prompt"))
 

@@ -36,10 +36,11 @@ PRESET_KEY = "perflow_preset"
 """In `modular_config.json`: the preset that `PeRFlowModularPipeline.from_pretrained` makes without remote code."""
 
 PACKAGE = __name__.split(".")[0]
-PRESET_MODULES = tuple(
-    f"{PACKAGE}.{name}" for name in ("blocks.auto_blocks", "blocks.workflows", "blocks.unconditional", "demo.blocks")
-)
-DEFAULT_PRESET = f"{PACKAGE}.blocks.auto_blocks.PeRFlowSDXLAutoBlocks"
+_HOMES = ("blocks.auto_blocks", "blocks.sd", "blocks.unconditional", "blocks.workflows", "demo.blocks")
+PRESET_MODULES = tuple(f"{PACKAGE}.{name}" for name in _HOMES)
+SDXL_PRESET = f"{PACKAGE}.blocks.auto_blocks.PeRFlowSDXLAutoBlocks"
+SD_PRESET = f"{PACKAGE}.blocks.sd.PeRFlowSDAutoBlocks"
+UNCONDITIONAL_PRESET = f"{PACKAGE}.blocks.unconditional.PeRFlowUnconditionalBlocks"
 CODE, SAVED_BLOCKS = "block.py", "SavedBlocks"
 FIND_SIBLINGS = """
 # diffusers gives modules the name of their repository. Python does not find them if there is a dot in it.
@@ -137,7 +138,7 @@ def _class_reference(config: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def load_blocks(place: str, trust_remote_code: bool | None, **hub: Any) -> ModularPipelineBlocks:
-    """The blocks of a directory or repository; `PeRFlowSDXLAutoBlocks` where it is a model without blocks.
+    """The blocks of a directory or repository; those of `preset_for` where it is a model without blocks.
 
     Raises:
         ValueError: it has code of its own and `trust_remote_code` is not set, or its `modular_config.json` is broken.
@@ -147,12 +148,22 @@ def load_blocks(place: str, trust_remote_code: bool | None, **hub: Any) -> Modul
         config = read_json(local) if local.is_file() else ModularPipelineBlocks.load_config(place, **hub)
     except OSError as error:
         if isinstance(error.__context__, EntryNotFoundError) or error.__context__ is None:
-            return make_preset(DEFAULT_PRESET)
+            return preset_for(place, **hub)
         raise
     if config.get(PRESET_KEY) is not None:
         return make_preset(config[PRESET_KEY])
     _class_reference(config)
     return ModularPipelineBlocks.from_pretrained(place, trust_remote_code=bool(trust_remote_code), **hub)
+
+
+def preset_for(place: str, **hub: Any) -> ModularPipelineBlocks:
+    """The preset of a model's family by its index: unconditional; SD 1.5 and 2.1, with one tokenizer; else SDXL."""
+    modular, classic = diffusers.ModularPipeline._load_pipeline_config(place, **hub)
+    index = modular or classic or {}
+    if "UNet2DModel" in (index.get("unet") or ()):
+        return make_preset(UNCONDITIONAL_PRESET)
+    has_one = "tokenizer" in index and "tokenizer_2" not in index
+    return make_preset(SD_PRESET if has_one else SDXL_PRESET)
 
 
 def make_preset(name: str) -> ModularPipelineBlocks:

@@ -41,11 +41,13 @@ ENCODED = {
 
 CONTROL_SETTINGS = ("control_guidance_start", "control_guidance_end", "controlnet_conditioning_scale", "guess_mode")
 
-NEEDS = (
-    (("negative_prompt_2",), ("negative_prompt",)),
+POOLED = (
     (("prompt_embeds",), ("pooled_prompt_embeds",)),
     (("negative_prompt_embeds",), ("negative_pooled_prompt_embeds",)),
     (("negative_pooled_prompt_embeds",), ("negative_prompt_embeds",)),
+)
+NEEDS = (
+    (("negative_prompt_2",), ("negative_prompt",)),
     (("negative_original_size",), ("negative_target_size",)),
     (("negative_target_size",), ("negative_original_size",)),
     (("strength", "denoising_start"), ("image", "image_latents")),
@@ -54,7 +56,7 @@ NEEDS = (
     (("mask",), ("image_latents",)),
     (("control_mode", *CONTROL_SETTINGS), ("control_image",)),
 )
-"""Inputs on the left work only together with one of those on the right."""
+"""Inputs on the left work only together with one of those on the right; `POOLED` for SDXL alone."""
 
 
 class PeRFlowCheckInputsStep(ModularPipelineBlocks):
@@ -86,7 +88,7 @@ class PeRFlowCheckInputsStep(ModularPipelineBlocks):
         is_refiner = components.config.get("requires_aesthetics_score", False)
         _check_loaded(loaded, request, blocks.sub_blocks, is_refiner)
         given = {name for name in NAMES if getattr(request, name) is not None}
-        _check_combination(given)
+        _check_combination(given, loaded["unet"].config.addition_embed_type is not None)
         check_settings(request)
         prompts = _check_prompts(request, loaded["unet"].config, is_refiner)
         images = prompts * request.num_images_per_prompt
@@ -148,9 +150,9 @@ def _check_encoded(request: Any, blocks: Container[str]) -> None:
         vars(request).update(dict.fromkeys(groups[0]))
 
 
-def _check_combination(given: set[str]) -> None:
+def _check_combination(given: set[str], is_sdxl: bool) -> None:
     """Refuses inputs without those that they need."""
-    for names, needed in NEEDS:
+    for names, needed in (*POOLED, *NEEDS) if is_sdxl else NEEDS:
         name = next((name for name in names if name in given), None)
         if name and given.isdisjoint(needed):
             wanted = " or ".join(needed)
@@ -191,7 +193,10 @@ def _check_embeddings(request: Any, unet_config: Any, is_refiner: bool) -> int:
     """The number of prompts. Refuses embeddings of another shape than the UNet takes."""
     time_ids = 5 if is_refiner else 6  # a score in place of a size
     width = unet_config.cross_attention_dim
-    pooled_width = unet_config.projection_class_embeddings_input_dim - time_ids * unet_config.addition_time_embed_dim
+    is_sdxl, pooled_width = unet_config.addition_embed_type is not None, 0
+    if is_sdxl:
+        pooled_width = unet_config.projection_class_embeddings_input_dim
+        pooled_width -= time_ids * unet_config.addition_time_embed_dim
     rows: Any = "prompts"
     tokens: Any = "tokens"
     for name in ("prompt_embeds", "negative_prompt_embeds"):
@@ -199,7 +204,8 @@ def _check_embeddings(request: Any, unet_config: Any, is_refiner: bool) -> int:
         if embeds is not None:
             require_shape(name, embeds, (rows, tokens, width))
             rows, tokens = embeds.shape[:2]
-            require_shape(pooled, getattr(request, pooled), (rows, pooled_width))
+            if is_sdxl:
+                require_shape(pooled, getattr(request, pooled), (rows, pooled_width))
     return int(rows)
 
 

@@ -122,7 +122,7 @@ class PeRFlowControlNetLoopDenoiser(PeRFlowLoopDenoiser):
             "sample": sample[: copies * len(latents), : latents.shape[1]],  # a 9-channel UNet's further ones left out
             "encoder_hidden_states": conditions["encoder_hidden_states"],
             "controlnet_cond": repeated(block_state, "controlnet_cond", block_state.controlnet_cond, copies),
-            "added_cond_kwargs": {name: conditions[name] for name in ("text_embeds", "time_ids")},
+            "added_cond_kwargs": {name: conditions[name] for name in conditions.keys() & {"text_embeds", "time_ids"}},
         }
         settings = {"conditioning_scale": scale, "guess_mode": block_state.guess_mode}
         calls = 1

@@ -63,8 +63,8 @@ class PeRFlowLoopDenoiser(ModularPipelineBlocks):
     expected_components = declared(guider_spec(), unet_spec())
     inputs = declared(
         *shared_inputs("latents", "num_inference_steps", required=True),
-        *guided_inputs("prompt_embeds", "pooled_prompt_embeds", "add_time_ids"),
-        *guided_inputs("ip_adapter_embeds", required=False),
+        *guided_inputs("prompt_embeds"),
+        *guided_inputs("pooled_prompt_embeds", "add_time_ids", "ip_adapter_embeds", required=False),
         param("timestep_cond", Tensor, "Guidance embedding (batch, width) for UNets that were distilled with one."),
         *shared_inputs("cross_attention_kwargs", "inpaint_conditioning", "guider"),
     )

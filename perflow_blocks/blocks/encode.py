@@ -135,7 +135,65 @@ class PeRFlowAutoIPAdapterStep(Assembled, AutoPipelineBlocks):
     description = "Encodes `ip_adapter_image` where it is given, for the IP-Adapters that are loaded; else is skipped."
 
 
-class PromptCacheStep(PeRFlowTextEncoderStep):
+class CachesPrompts:
+    """Mixed in before a text encoder block: the same prompts with the same encoders are encoded once."""
+
+    def __init__(self, max_entries: int = DEFAULT_MAX_ENTRIES) -> None:
+        super().__init__()
+        self.max_entries = require_positive_int("max_entries", max_entries)
+        self._lock = threading.Lock()
+        self.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+    def clear(self) -> None:
+        """Forgets all embeddings and counts from zero."""
+        self.cache: OrderedDict[Hashable, Embeddings] = OrderedDict()
+        self.hits = self.misses = 0
+
+    @torch.no_grad()
+    def __call__(self: Any, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        block_state = self.get_block_state(state)
+        models = {name: getattr(components, name) for name in TEXT_MODELS if name in self.component_names}
+        if block_state.prompt is None or any(getattr(model, "peft_config", None) for model in models.values()):
+            return self._encode(components, state)
+        request = self._request(components, block_state, models)
+        with self._lock:
+            found = self.cache.get(request)
+            self.hits, self.misses = self.hits + (found is not None), self.misses + (found is None)
+            if found is not None:
+                self.cache.move_to_end(request)
+        if found is None:
+            self._encode(components, state)
+            with self._lock:
+                self.cache[request] = _copies({name: state.get(name) for name in self.intermediate_output_names})
+                while len(self.cache) > self.max_entries:
+                    self.cache.popitem(last=False)
+            return components, state
+        for name, embeddings in _copies(found).items():
+            setattr(block_state, name, embeddings)
+        self.set_block_state(state, block_state)
+        return components, state
+
+    def _encode(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        return super().__call__(components, state)  # type: ignore[misc]
+
+    def _request(self, components: Any, block_state: Any, models: dict[str, Any]) -> Hashable:
+        """All that the embeddings depend on."""
+        names = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "clip_skip")
+        device = components._execution_device
+        return (
+            repr([block_state[name] for name in names]),
+            tuple(map(_identity, models.values())),
+            guider_of_call(components, block_state).num_conditions > 1,
+            components.config.get("force_zeros_for_empty_prompt"),
+            device,
+            torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
+        )
+
+
+class PromptCacheStep(CachesPrompts, PeRFlowTextEncoderStep):
     """Takes the place of the text encoder block; the same prompts with the same encoders are encoded once.
 
     Prompt and negative prompt are one request. Calls with `prompt_embeds`, or with LoRAs in the text encoders, do not
@@ -159,58 +217,9 @@ class PromptCacheStep(PeRFlowTextEncoderStep):
     description = f"{PeRFlowAutoTextEncoderStep.description} The same prompts with the same encoders are encoded once."
     inputs = declared(*PeRFlowAutoTextEncoderStep().inputs)
 
-    def __init__(self, max_entries: int = DEFAULT_MAX_ENTRIES) -> None:
-        super().__init__()
-        self.max_entries = require_positive_int("max_entries", max_entries)
-        self._lock = threading.Lock()
-        self.clear()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PromptCacheStep:
-        return self
-
-    def clear(self) -> None:
-        """Forgets all embeddings and counts from zero."""
-        self.cache: OrderedDict[Hashable, Embeddings] = OrderedDict()
-        self.hits = self.misses = 0
-
-    @torch.no_grad()
-    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        block_state = self.get_block_state(state)
-        if block_state.prompt is None:
-            return PeRFlowEmbeddingsStep()(components, state)
-        encoders = (components.text_encoder, components.text_encoder_2)
-        if any(getattr(encoder, "peft_config", None) for encoder in encoders):
-            return super().__call__(components, state)
-        request = self._request(components, block_state)
-        with self._lock:
-            found = self.cache.get(request)
-            self.hits, self.misses = self.hits + (found is not None), self.misses + (found is None)
-            if found is not None:
-                self.cache.move_to_end(request)
-        if found is None:
-            super().__call__(components, state)
-            with self._lock:
-                self.cache[request] = _copies({name: state.get(name) for name in self.intermediate_output_names})
-                while len(self.cache) > self.max_entries:
-                    self.cache.popitem(last=False)
-            return components, state
-        for name, embeddings in _copies(found).items():
-            setattr(block_state, name, embeddings)
-        self.set_block_state(state, block_state)
-        return components, state
-
-    def _request(self, components: Any, block_state: Any) -> Hashable:
-        """All that the embeddings depend on."""
-        names = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "clip_skip")
-        device = components._execution_device
-        return (
-            repr([getattr(block_state, name) for name in names]),
-            tuple(_identity(getattr(components, name)) for name in TEXT_MODELS),
-            guider_of_call(components, block_state).num_conditions > 1,
-            components.config.force_zeros_for_empty_prompt,
-            device,
-            torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
-        )
+    def _encode(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        block: Any = PeRFlowEmbeddingsStep().__call__ if state.get("prompt") is None else super()._encode
+        return block(components, state)
 
 
 def _copies(embeddings: Embeddings) -> Embeddings:

@@ -14,6 +14,7 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ..delta.apply import is_plain
 from ..delta.model_lock import model_lock
 from .declare import declared
 from .guiders import guider_of_call
@@ -113,7 +114,7 @@ def _lifted(values: dict[str, Any]) -> Iterator[None]:
 
 def can_be_float32(model: nn.Module) -> bool:
     """Whether all weights are here and plain numbers: neither offloaded layer by layer nor quantized."""
-    plain = all(type(weight.data) is Tensor and not weight.is_meta for weight in model.parameters())
+    plain = all(is_plain(weight) and not weight.is_meta for weight in model.parameters())
     return plain and not _is_group_offload_enabled(model)
 
 

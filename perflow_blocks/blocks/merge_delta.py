@@ -32,7 +32,15 @@ from ..delta.recipe import DeltaRecipe, require_guidance
 from .declare import declared
 from .guiders import guider_of_call, set_guidance
 from .inputs import shared_inputs
-from .specs import DEFAULT_GUIDANCE_SCALE, delta_config_specs, guider_spec, unet_spec
+from .specs import (
+    DEFAULT_GUIDANCE_SCALE,
+    SDXL,
+    delta_config_specs,
+    guider_spec,
+    scheduler_spec,
+    unet_spec,
+    usual_recipe,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +65,7 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
         "Adds the delta weights to the UNet, if a file is named, and gives the default guider the guidance scale "
         "they were distilled for. A guider that you set is left alone."
     )
-    expected_components = declared(guider_spec(), unet_spec())
+    expected_components = declared(guider_spec(), unet_spec(), scheduler_spec())  # which tell what is usual
     expected_configs = declared(*delta_config_specs())
     inputs = declared(
         InputParam(
@@ -106,7 +114,7 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
             guider = block_state.guider = guider_of_call(components, block_state)
             shared = components.components.get("guider")  # none where the blocks have no use for it
             if shared is not None and is_default_guider(shared):
-                shared.guidance_scale = guidance_in_effect(shared, configured, recipe)
+                shared.guidance_scale = guidance_in_effect(shared, configured, recipe, usual_recipe(components))
                 setattr(shared, RECIPE_SCALE_ATTRIBUTE, shared.guidance_scale)
                 if block_state.guidance_scale is None:
                     set_guidance(guider, shared.guidance_scale)
@@ -137,8 +145,8 @@ def _change(components: Any, path: Path | None, scale: float, variant: str | Non
         saved = [record for record in merge_records(unet) if record.reloaded]
         place = delta_path(None, components) if saved else None
         if place is not None:
-            _warn_of_rounding(saved[0])
             unmerge_delta(unet, open_weights(place, components.config.delta_variant), exact=False)
+            _warn_of_rounding(saved[0])
         if merge_records(unet):
             unmerge_delta(unet)
         return
@@ -152,15 +160,15 @@ def _change(components: Any, path: Path | None, scale: float, variant: str | Non
     if scale and hasattr(unet, "peft_config"):
         _require_no_lora_of(unet, identity_of(weights), weights.label)
     if known is not None and known.reloaded:
-        _warn_of_rounding(known)
         rescale_delta(unet, scale, weights, exact=False)
+        _warn_of_rounding(known)
     else:
         merge_delta(unet, weights, scale)
 
 
 def _warn_of_rounding(record: MergeRecord) -> None:
     logger.warning(
-        f"The UNet was loaded with {record.source} in its weights at scale {record.scale:g}: the difference is added "
+        f"The UNet was loaded with {record.source} in its weights at scale {record.scale:g}: the difference was added "
         "to them, exact to one rounding. For exact weights load the base and pass the delta."
     )
 
@@ -203,15 +211,17 @@ def delta_path(given: Any, components: Any) -> Path | None:
     return Path(hf_hub_download(str(origin), named, revision=revision))
 
 
-def guidance_in_effect(guider: Any, configured: float | None, recipe: DeltaRecipe | None) -> float:
+def guidance_in_effect(
+    guider: Any, configured: float | None, recipe: DeltaRecipe | None, usual: DeltaRecipe = SDXL
+) -> float:
     """The scale a call will run with: of a guider that a user made or changed its own, else what is recommended.
 
-    That is the configuration's scale, or the delta's, or 2.0. Guiders without a scale count as 1. None is the
-    pipeline's own that is not made yet.
+    That is the configuration's scale, or the delta's, or the model's usual one. Guiders without a scale count as 1.
+    None is the pipeline's own that is not made yet.
     """
     if guider is not None and not is_default_guider(guider):
         return float(vars(guider).get("guidance_scale", 1.0))
-    scales = (configured, None if recipe is None else recipe.guidance_scale, DEFAULT_GUIDANCE_SCALE)
+    scales = (configured, None if recipe is None else recipe.guidance_scale, usual.guidance_scale)
     return float(next(scale for scale in scales if scale is not None))
 
 

@@ -20,11 +20,13 @@ from diffusers import (
     ModelMixin,
     SchedulerMixin,
     StableDiffusionXLModularPipeline,
+    UNet2DModel,
 )
 from diffusers.hooks import apply_group_offloading
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, _best_guess_weight_name
 from diffusers.modular_pipelines.components_manager import custom_offload_with_hook
-from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
+from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks, PipelineState
 from diffusers.utils import _get_model_file
 from diffusers.utils.torch_utils import get_device
 from safetensors import SafetensorError, safe_open
@@ -33,7 +35,15 @@ from torch import nn
 from ..atomic_files import atomic_directory, atomic_path
 from ..delta.files import DIGEST_KEY
 from ..delta.merge import merge_records
-from .block_source import block_files, load_blocks, require_sound
+from .block_source import (
+    SD_PRESET,
+    SDXL_PRESET,
+    UNCONDITIONAL_PRESET,
+    block_files,
+    load_blocks,
+    make_preset,
+    require_sound,
+)
 from .finite_guard import is_offloaded
 from .saving import carry_over, is_stock, prepare, save_delta_file
 
@@ -110,7 +120,8 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
         """The pipeline of a directory or repository; call `load_components()` on it.
 
         Presets of this package come back by name. A repository without blocks, such as a plain SDXL model, gets
-        `PeRFlowSDXLAutoBlocks`.
+        `PeRFlowSDXLAutoBlocks`, one of Stable Diffusion 1.5 or 2.1 a `PeRFlowSDModularPipeline` of
+        `PeRFlowSDAutoBlocks`, and one of a `UNet2DModel` `PeRFlowUnconditionalBlocks`.
 
         Args:
             pretrained_model_name_or_path: a directory or the id of a repository of the Hub.
@@ -131,7 +142,7 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
             )
         place = str(pretrained_model_name_or_path)
         blocks = load_blocks(place, trust_remote_code, **kwargs)
-        pipe = cls(blocks, place, components_manager, collection, workflow, **kwargs)
+        pipe = cls._for(blocks)(blocks, place, components_manager, collection, workflow, **kwargs)
         for spec in pipe._component_specs.values():
             if spec.pretrained_model_name_or_path == place:
                 spec.revision = spec.revision or kwargs.get("revision")
@@ -147,12 +158,14 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
         not take are left out.
 
         Args:
-            pipeline: any SDXL pipeline of diffusers.
-            blocks: the blocks to run, which are copied; by default `PeRFlowSDXLAutoBlocks()`.
+            pipeline: any pipeline of diffusers for SDXL or Stable Diffusion 1.5 or 2.1, or an unconditional one.
+            blocks: the blocks to run, which are copied; by default the preset of the pipeline's family.
         """
-        from .auto_blocks import PeRFlowSDXLAutoBlocks
-
-        pipe = cls(blocks=PeRFlowSDXLAutoBlocks() if blocks is None else deepcopy(blocks))
+        if blocks is None:
+            preset = SDXL_PRESET if "tokenizer_2" in pipeline.components else SD_PRESET
+            of_pixels = isinstance(pipeline.components.get("unet"), UNet2DModel)
+            blocks = make_preset(UNCONDITIONAL_PRESET if of_pixels else preset)
+        pipe = cls._for(blocks)(blocks=deepcopy(blocks))
         # A configuration names its delta relative to the directory that it came from.
         pipe._pretrained_model_name_or_path = getattr(pipeline, "_pretrained_model_name_or_path", None)
         given, specs = pipeline.components.items(), pipe._component_specs
@@ -166,6 +179,14 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
             **{name: value for name, value in pipeline.config.items() if name in pipe._config_specs}
         )
         return pipe
+
+    @classmethod
+    def _for(cls, blocks: Any) -> type[PeRFlowModularPipeline]:
+        """This class, or the one for the family that the blocks are made for, if it derives from this one."""
+        wanted = getattr(blocks, "pipeline_class", cls)
+        if not issubclass(wanted, cls) and not issubclass(cls, wanted):
+            raise ValueError(f"{type(blocks).__name__} does not run in a {cls.__name__}; use {wanted.__name__}.")
+        return wanted if issubclass(wanted, cls) else cls
 
     def __call__(
         self,
@@ -390,7 +411,17 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
 
 def stock_class_name(pipe: Any) -> str:
     """The name of the pipeline's nearest class in diffusers, which an index can name."""
-    return next(kind.__name__ for kind in type(pipe).__mro__ if is_stock(kind))
+    return next(kind.__name__ for kind in type(pipe).__mro__ if is_stock(kind) and issubclass(kind, ModularPipeline))
+
+
+class PeRFlowSDModularPipeline(  # diffusers' SDXL class has what its blocks read, such as `vae_scale_factor`
+    PeRFlowModularPipeline, StableDiffusionLoraLoaderMixin, StableDiffusionXLModularPipeline
+):
+    """The same for Stable Diffusion 1.5 and 2.1, with diffusers' LoRA loader for their one text encoder.
+
+    `PeRFlowSDAutoBlocks().init_pipeline(...)` returns it, and `PeRFlowModularPipeline.from_pretrained` of a repository
+    with one text encoder.
+    """
 
 
 def put_components(pipe: Any, components: Mapping[str, Any]) -> None:

@@ -229,6 +229,9 @@ def component_problems(name: str, component: Any) -> Iterator[str]:
     yield from adapter_problems(name, component)
     if isinstance(component, nn.Module) and any(weight.is_meta for weight in component.parameters()):
         yield f"{name} has weights without values (device meta); load them first."
+    if isinstance(component, nn.Module) and getattr(component, "hf_quantizer", None) is None:
+        if any(type(weight) is not nn.Parameter for weight in component.parameters()):
+            yield f"{name} was quantized without diffusers, so nothing says how; quantize it as it is loaded."
     if not is_stock(type(component)):
         yield foreign(name, component)
     elif not hasattr(component, "save_pretrained"):

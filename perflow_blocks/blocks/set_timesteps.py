@@ -20,12 +20,12 @@ from ..schedulers.scheduling_perflow import PeRFlowScheduler, is_perflow_schedul
 from .declare import declared
 from .inputs import shared_input, shared_inputs
 from .specs import (
-    DEFAULT_NUM_INFERENCE_STEPS,
     SCHEDULER_SETTINGS,
     guider_spec,
     schedule_config_specs,
     scheduler_spec,
     unet_spec,
+    usual_recipe,
 )
 
 logger = logging.get_logger(__name__)
@@ -37,10 +37,10 @@ OWN_ATTRIBUTE = "_perflow_made_in_set_up"
 class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
     """Sets up the time windows of a text-to-image run (arXiv 2405.07510).
 
-    An argument of the call wins over the configuration, which wins over the merged delta's recipe, which wins over the
-    defaults (`ddim_eps`, 4 windows, 6 steps). The noise schedule is the delta's where it names one, else that of the
-    scheduler that is replaced. A PeRFlowScheduler that you set stays as it is; one that this block made follows
-    configuration and delta from call to call.
+    An argument of the call wins over the configuration, which wins over the merged delta's recipe, which wins over
+    what is usual for the model (SDXL: `ddim_eps`, 4 windows, 6 steps). The noise schedule is the delta's where it
+    names one, else that of the scheduler that is replaced. A PeRFlowScheduler that you set stays as it is; one that
+    this block made follows configuration and delta from call to call.
 
     Raises:
         ValueError: steps, timesteps or `denoising_end` make no schedule, or the scheduler has no betas.
@@ -81,7 +81,8 @@ class PeRFlowSetTimestepsStep(ModularPipelineBlocks):
         if block_state.timesteps is None:
             recommended = None if recipe is None else recipe.num_inference_steps
             configured = components.config.default_num_inference_steps
-            steps = _first(block_state.num_inference_steps, configured, recommended, DEFAULT_NUM_INFERENCE_STEPS)
+            usual = usual_recipe(components).num_inference_steps
+            steps = _first(block_state.num_inference_steps, configured, recommended, usual)
         plan = self.section(scheduler, scheduler.make_plan(steps, block_state.timesteps), block_state)
         block_state.timesteps = torch.tensor(plan.timesteps).to(device)
         block_state.num_inference_steps = len(plan)
@@ -220,7 +221,8 @@ def _place_scheduler(components: Any, recipe: DeltaRecipe | None) -> PeRFlowSche
                 )
             return current
         source = own["source"] if own is not None else current and dict(current.config)
-        wanted = PeRFlowScheduler.from_scheduler(source, **settings)
+        usual = usual_recipe(components).prediction_type
+        wanted = PeRFlowScheduler.from_scheduler(source, **{"prediction_type": usual, **settings})
         _warn_of_replacing(current, _differences(source or {}, noise_schedule))
         spec = scheduler_source(components)
         setattr(wanted, OWN_ATTRIBUTE, {"source": source, "spec": spec, "made_from": made_from})

@@ -133,11 +133,9 @@ class PeRFlowUnconditionalBlocks(Preset):
         PeRFlowUnconditionalDenoiseStep,
         PeRFlowUnconditionalImagesStep,
     ]
+    not_inputs = UNUSED
     block_names = ["input", "merge_delta", "set_timesteps", "denoise", "decode"]
     description = "PeRFlow few-step generation with an unconditional UNet2DModel in pixel space."
-
-    def _work_out(self, name: str) -> list[Any]:
-        return [entry for entry in super()._work_out(name) if getattr(entry, "name", entry) not in UNUSED]
 
     @property
     def expected_components(self) -> list[ComponentSpec]:

@@ -58,8 +58,8 @@ class GuardedVAE:
     """Encodes and decodes with a VAE as diffusers does, but never to values that are not finite.
 
     A half-precision VAE whose result is not finite runs again in float32, with a warning; a ValueError says where that
-    does not help. A VAE with `force_upcast` runs in float32 at once, as in diffusers: float16 for decoding, bfloat16
-    as well for encoding. Other threads that use the VAE wait meanwhile.
+    does not help. A VAE whose configuration sets `force_upcast` runs in float32 at once, as in diffusers: float16 for
+    decoding, bfloat16 as well for encoding. Other threads that use the VAE wait meanwhile.
     """
 
     def __init__(self, vae: Any) -> None:
@@ -67,7 +67,9 @@ class GuardedVAE:
         self.config = FrozenDict({**vae.config, "force_upcast": False})
         with self._lock.running():
             self.dtype: torch.dtype = vae.dtype
-            self._upcasts = vae.config.force_upcast and self.dtype in HALF and can_be_float32(vae)
+            # A default of the class says nothing: the VAEs of SD 1.5 and 2.1, whose files are silent, work in half.
+            wanted = vae.config.force_upcast and "force_upcast" not in vae.config.get("_use_default_values", ())
+            self._upcasts = wanted and self.dtype in HALF and can_be_float32(vae)
         # The type in which latents are scaled and decoded.
         self.decoding_dtype = torch.float32 if self._upcasts and self.dtype == torch.float16 else self.dtype
 

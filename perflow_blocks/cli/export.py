@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -12,7 +12,7 @@ from . import options
 
 
 def export(
-    source: Annotated[str, typer.Argument(help="Directory or repository of an SDXL model or workflow.")],
+    source: Annotated[str, typer.Argument(help="Directory or repository of an SDXL or SD model or workflow.")],
     directory: Annotated[Path, typer.Argument(help="Directory for the repository.")],
     mode: Annotated[
         Literal["thin", "self-contained"], typer.Option(help="thin needs this package, self-contained only diffusers.")
@@ -42,7 +42,7 @@ def export(
     """Write a repository that loads anywhere from SOURCE: blocks, index, model card, weights if asked."""
     if revision is not None and not trust_remote_code:
         raise ValueError(f"--revision {revision} is for the blocks of SOURCE; pass --trust-remote-code with it.")
-    from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
+    from ..blocks.block_source import preset_for
     from ..hub.export import export_workflow
     from .pipeline import model_location, quiet_libraries
 
@@ -55,7 +55,8 @@ def export(
 
             pipe = load_workflow(location, revision=revision, trust_remote_code=True, load_components=False)
         else:
-            pipe = PeRFlowSDXLAutoBlocks().init_pipeline(location)
+            blocks: Any = preset_for(location)
+            pipe = blocks.init_pipeline(location)
         if weights == "include":
             named = pipe.pretrained_component_names  # the source lacks those that its index names without a type
             held = [name for name in named if pipe.get_component_spec(name).type_hint is not None]

@@ -90,11 +90,13 @@ def _rewrite(
     from diffusers import UNet2DConditionModel
 
     from ..atomic_files import atomic_directory
-    from ..delta.apply import require_architecture
+    from ..delta.apply import QUANTIZED_REMEDY, require_architecture
     from ..delta.files import find_weights, open_weights, variants_of
-    from .unets import empty_unet, require_unet
+    from .unets import empty_unet, read_config, require_unet
 
     folder = require_unet(model)
+    if "quantization_config" in read_config(folder):
+        raise ValueError(f"model {folder} is quantized; {QUANTIZED_REMEDY}.")
     name = find_weights(folder, variant).name
     variant = variants_of([name])[name]
     written = _require_free_directory(out, force, variant)

@@ -15,6 +15,8 @@ INDEX_NAMES = ("modular_model_index.json", "model_index.json")
 
 def quiet_libraries() -> None:
     """Keeps notices and loading bars of the model libraries off the terminal; warnings about the model stay."""
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # where torchao is installed, that its CUDA kernels are not
     import transformers.utils.logging as transformers_logging
 
     transformers_logging.set_verbosity_error()  # before diffusers, whose imports have notices
@@ -56,11 +58,12 @@ def load_pipeline(location: str, *, device: torch.device, dtype: torch.dtype) ->
         ValueError: it lacks a component that generation needs.
     """
     quiet_libraries()
-    from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
+    from ..blocks.block_source import preset_for
 
-    pipeline = PeRFlowSDXLAutoBlocks().get_workflow("text2image").init_pipeline(location)
+    blocks: Any = preset_for(location)
+    pipeline = blocks.get_workflow("text2image").init_pipeline(location)
     pipeline.load_components(dtype=dtype)
     missing = [name for name in pipeline.null_component_names if name != "scheduler"]
     if missing:
-        raise ValueError(f"{location} gave no {', '.join(missing)}; pass a complete SDXL model.")
+        raise ValueError(f"{location} gave no {', '.join(missing)}; pass a complete SDXL or SD model.")
     return pipeline.to(device)

@@ -21,6 +21,9 @@ def to_lora(
     layout: Annotated[
         Literal["peft", "kohya"], typer.Option(help="Names of the tensors: peft, as diffusers writes, or kohya.")
     ] = "peft",
+    keep_embeddings: Annotated[
+        bool, typer.Option(help="Whether the residual holds the embeddings of time; not for a quantized UNet.")
+    ] = True,
     residual: Annotated[
         Path | None, typer.Option(help="Write what a LoRA cannot hold, norms say, to this file: a delta to merge too.")
     ] = None,
@@ -46,6 +49,7 @@ def to_lora(
         rank=rank,
         energy=energy,
         max_rank=max_rank,
+        keep_embeddings=keep_embeddings,
         dtype=options.parse_dtype(dtype),
         device=place,
     )

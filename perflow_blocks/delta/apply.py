@@ -26,6 +26,10 @@ BESIDE = (".processor.", ".encoder_hid_proj.", ".to_qkv.", ".to_kv.", ".lora_")
 WRAPPED = ".base_layer."  # what peft puts into the name of a weight that it has wrapped
 PARTIAL_KEY = "perflow.partial"  # in a file's metadata: "true" if the model may have weights that the file lacks
 NO_RECIPE = DeltaRecipe()  # of a delta that does not say how to sample
+QUANTIZED_REMEDY = (
+    "merge before quantizing (PeRFlowPipelineBuilder.with_quantization) or sharding, or load the delta as a LoRA: "
+    "delta_to_lora(..., keep_embeddings=False) or perflow to-lora --no-keep-embeddings, then pipe.load_lora_weights"
+)
 GPU_CHUNKS = 8  # how many chunks at a time on a GPU, where every one costs some waiting
 
 Terms = list[tuple[Tensor, float]]
@@ -127,17 +131,24 @@ def fit_base(weights: Weights, module: nn.Module) -> Weights:
     return replace(weights, shapes=shapes)
 
 
+def is_plain(weight: Any) -> bool:
+    """Whether this is a weight of plain floating-point numbers.
+
+    Quantized and sharded weights are integers, or tensor subclasses whose arithmetic is their own.
+    """
+    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in DTYPES
+
+
 def require_mergeable(module: nn.Module, weights: Weights) -> None:
     """Raises ValueError where values that the delta names are kept in another way than as plain floating point."""
     targets = {name: tensor for name, tensor in own_weights(module).items() if name in weights.shapes}
     attentions = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, Attention))
     fused = [name for name, layer in attentions if "Fused" in type(layer.processor).__name__]
-    # Quantized and sharded weights are integers, or tensor subclasses whose arithmetic is their own.
-    quantized = [n for n, t in targets.items() if type(t) not in (Tensor, nn.Parameter) or t.dtype not in DTYPES]
+    quantized = [name for name, tensor in targets.items() if not is_plain(tensor)]
     offloaded = [name for name, tensor in targets.items() if tensor.is_meta]
     for names, kind, remedy in (
         (fused, "fused projections, which are copies of the weights", "call unet.unfuse_qkv_projections() first"),
-        (quantized, "quantized or sharded weights", "merge first, then quantize or shard"),
+        (quantized, "quantized or sharded weights", QUANTIZED_REMEDY),
         (offloaded, "offloaded weights (device 'meta')", "merge before enabling offload"),
     ):
         if names:

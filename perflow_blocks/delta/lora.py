@@ -26,8 +26,8 @@ from .extract import save_delta, write_tensors
 from .recipe import DeltaRecipe
 
 PREFIX = "unet."  # what LoRA files put before the names of the UNet's modules
-KEPT_IN_FULL = ("time_embedding*", "add_embedding*", "class_embedding*")
-"""Patterns of the modules that the residual always holds; diffusers cannot read the kohya names of some of them."""
+EMBEDDINGS = ("time_embedding*", "add_embedding*", "class_embedding*")
+"""Patterns of the embeddings of time and size; diffusers cannot read the kohya names of some of them."""
 
 Layout = Literal["peft", "kohya"]
 
@@ -79,6 +79,7 @@ def delta_to_lora(
     energy: float | None = None,
     max_rank: int = 128,
     keep: Sequence[str] = (),
+    keep_embeddings: bool = True,
     dtype: torch.dtype = torch.float16,
     device: torch.device | str | None = None,
     recipe: DeltaRecipe | None = None,
@@ -95,6 +96,8 @@ def delta_to_lora(
         max_rank: the bound under `energy`.
         keep: `fnmatch` patterns of further modules for the residual to hold in full: `["conv_in"]` for a LoRA that
             UNets with other input channels, as for inpainting, can load too.
+        keep_embeddings: whether the residual holds the embeddings of time and size in full. With False they are in
+            the LoRA, for a quantized UNet, whose linear layers no delta can be merged into.
         dtype: in which factors and residual are stored; they are computed in float32 or better.
         device: where to compute, for example "cuda"; by default where the delta is. The result is on the CPU.
         recipe: how the delta is to be sampled; by default what the file says.
@@ -110,7 +113,7 @@ def delta_to_lora(
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy={energy!r} must be a share in (0, 1], for example 0.9.")
     weights = files.opened(delta)
-    modules = _factorized_modules(weights, keep)
+    modules = _factorized_modules(weights, keep, keep_embeddings)
     lora: dict[str, Tensor] = {}
     residual: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -152,7 +155,7 @@ def delta_to_lora(
     return DeltaLora(lora=lora, residual=residual, report=report, recipe=recipe, digest=digest)
 
 
-def _factorized_modules(weights: files.Weights, keep: Sequence[str]) -> dict[str, str]:
+def _factorized_modules(weights: files.Weights, keep: Sequence[str], keep_embeddings: bool) -> dict[str, str]:
     """The modules to factorize by the key of their weight: the linear and convolution layers that are not kept."""
     files.require_no_lora(weights)
     layers = [name for name, shape in weights.shapes.items() if len(shape) in (2, 4) and 0 not in shape]
@@ -161,7 +164,7 @@ def _factorized_modules(weights: files.Weights, keep: Sequence[str]) -> dict[str
         if not any(fnmatchcase(module, pattern) for module in modules.values()):
             raise ValueError(f"keep={keep!r}: {pattern} matches no linear or convolution layer.")
     files.require_differences(weights)
-    kept = (*KEPT_IN_FULL, *keep)
+    kept = (*keep, *(EMBEDDINGS if keep_embeddings else ()))
     return {name: module for name, module in modules.items() if not any(fnmatchcase(module, p) for p in kept)}
 
 
@@ -188,6 +191,10 @@ def save_lora(converted: DeltaLora, path: str | os.PathLike[str], layout: Layout
     metadata = converted.recipe.to_metadata() | ({files.DIGEST_KEY: converted.digest} if converted.digest else {})
     tensors = dict(converted.lora)
     if layout == "kohya":
+        if any(fnmatchcase(name.removeprefix(PREFIX), pattern) for name in tensors for pattern in EMBEDDINGS):
+            raise ValueError(
+                "layout='kohya' has no names for embeddings; pass keep_embeddings=True, or layout='peft'."
+            )
         # Without alphas readers take each layer's rank for them, a factor of 1. Of alphas that differ diffusers 0.42
         # gives attention layers the most common one.
         tensors = {n: t for n, t in convert_state_dict_to_kohya(tensors).items() if not n.endswith(".alpha")}

@@ -363,7 +363,7 @@ def _signature(module: nn.Module, names: Iterable[str]) -> list[Any]:
 
 def _values(weight: Any) -> Tensor:
     """Values on the diagonal of a matrix or kernel, which a LoRA does not change alike; none if it is not readable."""
-    if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:  # quantized, offloaded
+    if not apply.is_plain(weight) or weight.is_meta:  # quantized, offloaded
         return torch.empty(0)
     return weight.detach().diagonal().flatten()[:WITNESS_VALUES].float().cpu()
 

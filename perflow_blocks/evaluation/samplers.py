@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from torch import Tensor
 
 from ..blocks.merge_delta import delta_path, guidance_in_effect
+from ..blocks.specs import usual_recipe
 from ..delta.files import read_recipe
 from ..delta.merge import merge_record
 from ..delta.recipe import DeltaRecipe
@@ -101,7 +102,7 @@ def perflow_sampler(
     arguments = {"delta": delta if path is None else path, "guidance_scale": guidance_scale}
     given = {name: value for name, value in arguments.items() if value is not None}
     if guidance_scale is None:
-        guidance_scale = guidance_in_effect(pipe.guider, pipe.config.guidance_scale, recipe)
+        guidance_scale = guidance_in_effect(pipe.guider, pipe.config.guidance_scale, recipe, usual_recipe(pipe))
 
     def draw(prompts: Sequence[str], latents: Tensor) -> Tensor:
         settings = {"num_inference_steps": steps, "output_type": "pt", "output": "images", **given}

@@ -10,7 +10,7 @@ from diffusers.modular_pipelines.modular_pipeline_utils import generate_modular_
 from huggingface_hub import ModelCardData
 
 from ..blocks.merge_delta import guidance_in_effect
-from ..blocks.specs import DEFAULT_NUM_INFERENCE_STEPS
+from ..blocks.specs import usual_recipe
 from ..delta.recipe import DeltaRecipe
 
 CARD = "README.md"
@@ -78,17 +78,18 @@ def make_recipe(pipe: Any, config: Mapping[str, Any], recipe: DeltaRecipe, guide
     """The sampling settings of a call that gives none, for blocks of this package."""
     if not {"prediction_type", "default_num_inference_steps"} <= {spec.name for spec in pipe.blocks.expected_configs}:
         return {}
+    usual = usual_recipe(pipe)
     windows = config if {"num_time_windows", "window_boundaries"} & config.keys() else vars(recipe)
     boundaries = windows.get("window_boundaries")
     equal = f"{windows.get('num_time_windows') or 4}, equal"
     given = f"{len(boundaries) - 1}, from {', '.join(f'{time:g}' for time in boundaries)}" if boundaries else equal
-    steps = config.get("default_num_inference_steps") or recipe.num_inference_steps or DEFAULT_NUM_INFERENCE_STEPS
+    steps = config.get("default_num_inference_steps") or recipe.num_inference_steps or usual.num_inference_steps
     kind = "ClassifierFreeGuidance" if guider is None else type(guider).__name__
-    scale = guidance_in_effect(guider or pipe.guider, config.get("guidance_scale"), recipe)
+    scale = guidance_in_effect(guider or pipe.guider, config.get("guidance_scale"), recipe, usual)
     return {
         "steps": str(steps),
         "guidance": f"{scale:g}" if kind == "ClassifierFreeGuidance" else kind,
-        "prediction type": config.get("prediction_type") or recipe.prediction_type or "ddim_eps",
+        "prediction type": config.get("prediction_type") or recipe.prediction_type or str(usual.prediction_type),
         "time windows": given,
     }
 
@@ -128,6 +129,8 @@ def _front_matter(blocks: Any, licence: str | None, places: Iterable[Mapping[str
     names = {param.name for param in blocks.inputs if param.required or not getattr(blocks, "_workflow_map", None)}
     task = "image-to-image" if names & {"image", "control_image"} else "text-to-image"
     model = ["stable-diffusion-xl"] if blocks.model_name == "stable-diffusion-xl" else []
+    if "tokenizer" in blocks.component_names and "tokenizer_2" not in blocks.component_names:
+        model = ["stable-diffusion"]
     sources = dict.fromkeys(place["pretrained_model_name_or_path"] for place in places)
     return ModelCardData(
         license=licence,

@@ -44,9 +44,9 @@ TINY: dict[type, Callable[[], Any]] = {
     transformers.CLIPTokenizer: tiny.tiny_tokenizer,
     transformers.CLIPVisionModelWithProjection: tiny.tiny_image_encoder,
 }
-NEGATIVE = frozenset({"negative_prompt_embeds", "negative_pooled_prompt_embeds", "negative_add_time_ids"})
-CONDITIONING = NEGATIVE | {"prompt_embeds", "pooled_prompt_embeds", "add_time_ids"}
-"""What an input gets that has no name and collects the `denoiser_input_fields`."""
+_TEXTS = ("prompt_embeds", "pooled_prompt_embeds", "add_time_ids")
+CONDITIONING = frozenset({*_TEXTS, *(f"negative_{name}" for name in _TEXTS)})
+"""What the tiny UNet needs, and what an input gets that has no name and collects the `denoiser_input_fields`."""
 LOOP_NAMES = frozenset({"window_index", "stop_requested"})
 """What the loop itself puts on the block state: blocks inside read it without declaring it."""
 
@@ -251,7 +251,7 @@ def _fill_inputs(
     collects all of a `kwargs_type`, gets what is given beyond the declared names.
     """
     names = {param.name for param in params}
-    also = {"generator", "prompt"} | (set() if "prompt" in names else NEGATIVE)
+    also = {"generator", "prompt"} | (set() if "prompt" in names else CONDITIONING)
     values: dict[str, Any] = {}
     kinds: dict[str, list[str]] = {}
     for param in params:

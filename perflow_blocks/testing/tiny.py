@@ -131,9 +131,9 @@ def tiny_inpainting_unet(seed: int = 0) -> UNet2DConditionModel:
     return _made(seed, UNet2DConditionModel, in_channels=9, **_UNET, **_SDXL_CONDITIONING)
 
 
-def tiny_sd_unet(seed: int = 0) -> UNet2DConditionModel:
-    """Stable Diffusion 1.5's conditioning on two small levels."""
-    return _made(seed, UNet2DConditionModel, cross_attention_dim=TEXT_WIDTH, **_UNET)
+def tiny_sd_unet(seed: int = 0, in_channels: int = 4) -> UNet2DConditionModel:
+    """Stable Diffusion 1.5's conditioning on two small levels; with 9 channels for inpainting."""
+    return _made(seed, UNet2DConditionModel, cross_attention_dim=TEXT_WIDTH, in_channels=in_channels, **_UNET)
 
 
 def tiny_unconditional_unet(seed: int = 0) -> UNet2DModel:
@@ -177,6 +177,12 @@ def tiny_controlnet(seed: int = 0) -> ControlNetModel:
     return _made(seed, _controlnet, ControlNetModel)
 
 
+def tiny_sd_controlnet(seed: int = 0) -> ControlNetModel:
+    """The same for `tiny_sd_unet`."""
+    changes = {"addition_embed_type": None, "cross_attention_dim": TEXT_WIDTH, "use_linear_projection": False}
+    return _made(seed, _controlnet, ControlNetModel, **changes)
+
+
 def tiny_controlnet_union(seed: int = 0) -> ControlNetUnionModel:
     """A ControlNet-Union for `tiny_sdxl_unet` that knows `CONTROL_TYPES` kinds; its output is not zero."""
     union = {"num_control_type": CONTROL_TYPES, "num_trans_channel": 16, "num_trans_head": 2, "num_proj_channel": 16}
@@ -185,7 +191,8 @@ def tiny_controlnet_union(seed: int = 0) -> ControlNetUnionModel:
 
 def _controlnet(kind: Any, **settings: Any) -> Any:
     """A ControlNet that tells images apart; the outer layers of a fresh one are zero."""
-    controlnet = kind(**_LAYOUT, **_SDXL_CONDITIONING, conditioning_embedding_out_channels=(8, 16), **settings)
+    settings = {**_LAYOUT, **_SDXL_CONDITIONING, "conditioning_embedding_out_channels": (8, 16), **settings}
+    controlnet = kind(**settings)
     for layer in controlnet.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)) and not layer.weight.any():
             nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)

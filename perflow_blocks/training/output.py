@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.utils import logging
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,8 +24,6 @@ from .teacher import SDXL, UNCONDITIONAL, TeacherSource, open_teacher
 
 if TYPE_CHECKING:
     from .loop import Session
-
-logger = logging.get_logger(__name__)
 
 
 def recipe_of(session: Session) -> DeltaRecipe:
@@ -104,10 +101,8 @@ def write_outputs(config: DistillConfig, device: torch.device | str | None = Non
     (folder / LORA_RESIDUAL).unlink(missing_ok=True)  # of an earlier run
     if converted.residual:
         save_residual(converted, folder / LORA_RESIDUAL)
-    if config.output.workflow and source.family is SDXL:
+    if config.output.workflow:
         _export(config, folder, source)
-    elif config.output.workflow:
-        logger.info("%s has no workflow blocks; use the student or its LoRA with a PeRFlowScheduler.", source.label)
     return "The student is this LoRA." if config.model.student == "lora" else str(converted.report)
 
 
@@ -124,24 +119,24 @@ def describe(config: DistillConfig) -> str:
 
 def _export(config: DistillConfig, folder: Path, source: TeacherSource) -> None:
     """A thin workflow: of a teacher on the Hub a reference beside the delta, of any other the weights."""
-    from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks
-    from ..blocks.pipeline import PeRFlowModularPipeline
+    from ..blocks.block_source import SD_PRESET, SDXL_PRESET, make_preset
     from ..hub.export import export_workflow
 
     encoders = tuple(source.family.text_encoders)
+    blocks: Any = make_preset(SDXL_PRESET if source.family is SDXL else SD_PRESET)
     if source.on_hub:  # no weights are loaded
-        pipe: Any = PeRFlowModularPipeline(PeRFlowSDXLAutoBlocks(), source.location, revision=source.model.revision)
+        pipe = blocks.pipeline_class(blocks, source.location, revision=source.model.revision)
         for name, spec in pipe._component_specs.items():
             if spec.pretrained_model_name_or_path == source.location:
                 spec.revision = source.model.revision
                 spec.variant = source.model.variant if name in ("unet", "vae", *encoders) else None
     else:
         dtype = getattr(torch, config.output.delta_dtype)
-        text, pipe = source.load_text_pipeline(dtype), PeRFlowSDXLAutoBlocks().init_pipeline()
+        text, pipe = source.load_text_pipeline(dtype), blocks.init_pipeline()
         parts = {name: getattr(text, name) for name in (*encoders, *source.family.tokenizers, "scheduler")}
         parts |= {"unet": source.load_unet(dtype), "vae": source.load_vae(dtype)}
-        zeros = text.config.force_zeros_for_empty_prompt
-        pipe.update_components(**parts, force_zeros_for_empty_prompt=zeros)
+        name = "force_zeros_for_empty_prompt"
+        pipe.update_components(**parts, **({name: text.config[name]} if source.family is SDXL else {}))
     sheet = sheet_path(folder, config.optimizer.max_steps)
     export_workflow(
         pipe,

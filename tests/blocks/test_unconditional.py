@@ -25,9 +25,7 @@ NOISE = torch.randn(2, 3, 16, 16, generator=generator(5))
 
 def make() -> Any:
     """As of a classic pipeline, whose models are shared."""
-    pipe = PeRFlowModularPipeline.from_pipe(
-        DDPMPipeline(tiny_unconditional_unet(), DDPMScheduler()), PeRFlowUnconditionalBlocks()
-    )
+    pipe = PeRFlowModularPipeline.from_pipe(DDPMPipeline(tiny_unconditional_unet(), DDPMScheduler()))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -172,12 +172,13 @@ def test_the_unet_of_a_pipeline_is_merged_in_place(run: Run, delta: Path, tmp_pa
     assert sorted(entry.name for entry in tmp_path.iterdir()) == entries
 
 
-@pytest.mark.parametrize("layout", ["peft", "kohya"])
+@pytest.mark.parametrize("layout", ["peft", "kohya", "peft --no-keep-embeddings"])
 def test_a_lora_and_its_residual_give_the_delta_back(run: Run, delta: Path, tmp_path: Path, layout: str) -> None:
     lora, residual = tmp_path / "lora.safetensors", tmp_path / "residual.safetensors"
-    options = ("--rank", 999, "--dtype", "fp32", "--device", "cpu", "--layout", layout)
+    options = ("--rank", 999, "--dtype", "fp32", "--device", "cpu", "--layout", *layout.split())
     out = done(run, "to-lora", delta, "-o", lora, "--residual", residual, *options)
-    report = delta_to_lora(delta, rank=999, dtype=torch.float32).report
+    keep = "--no" not in layout
+    report = delta_to_lora(delta, rank=999, dtype=torch.float32, keep_embeddings=keep).report
     assert str(report) in out and str(residual) in out
     pipe = StableDiffusionXLPipeline(**tiny_sdxl_components(), add_watermarker=False)
     pipe.unet = tiny_sdxl_unet(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,13 +20,16 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders base, sd (another architecture), gap (a weight is missing), full (no UNet); files delta, other, text."""
+    """Folders base, sd (another architecture), gap (a weight is missing), int8, full (no UNet), and files."""
     path = tmp_path_factory.mktemp("place")
     tiny_sdxl_unet(0).save_pretrained(path / "base")
     tiny_sd_unet(0).save_pretrained(path / "sd")
     tiny_sdxl_unet(0).save_pretrained(path / "gap")
     file = path / "gap" / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor for name, tensor in load_file(file).items() if name != "conv_out.bias"}, file)
+    (path / "int8").mkdir()
+    config = {"_class_name": "UNet2DConditionModel", "quantization_config": {"quant_method": "torchao"}}
+    (path / "int8" / "config.json").write_text(json.dumps(config))
     (path / "full").mkdir()
     (path / "full" / "mine.txt").write_text("mine")
     save_delta(extract_delta(tiny_sdxl_unet(1), tiny_sdxl_unet(0)), path / "delta.safetensors")
@@ -48,6 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("merge full delta.safetensors -o new", "model full holds no UNet"),
         ("merge delta.safetensors delta.safetensors -o new", "model delta.safetensors holds no UNet"),
         ("merge gap delta.safetensors -o new", "1 missing from the file (conv_out.bias)"),
+        ("merge int8 delta.safetensors -o new", "model int8 is quantized; merge before quantizing"),
         ("merge base other.safetensors -o new", "does not fit this UNet2DConditionModel"),
         ("merge base delta.safetensors -o full", "--out full exists"),
         ("merge base delta.safetensors -o full --force", "no folder of a UNet alone"),

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image, ImageChops
 
+from perflow_blocks import load_workflow
 from perflow_blocks.cli import main
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.recipe import DeltaRecipe
-from perflow_blocks.testing.tiny import IMAGE_SIZE, tiny_sdxl_components, tiny_sdxl_unet
+from perflow_blocks.testing.tiny import IMAGE_SIZE, tiny_sd_components, tiny_sdxl_components, tiny_sdxl_unet
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -128,6 +129,7 @@ def test_a_mistake_is_one_line_before_anything_is_loaded(
 def test_a_wrong_option_is_answered_without_importing_torch() -> None:
     code = """
 import sys
+from perflow_blocks import load_workflow
 from perflow_blocks.cli import main
 for wrong in ("--nope 1", "--steps 0", "--size 0", "--device tpu", "--dtype int8", "--delta nowhere"):
     try:
@@ -204,3 +206,16 @@ def test_an_empty_prompt_and_a_path_in_the_home_directory(
     monkeypatch.setenv("HOME", str(tmp_path))
     status, _, error = run("generate", "a star", "--delta=~/none.safetensors")
     assert status == 2 and f"{tmp_path}/none.safetensors" in error
+
+
+def test_a_stable_diffusion_model_draws_and_is_exported(run: Any, tmp_path: Path, own_modules: None) -> None:
+    StableDiffusionPipeline(**tiny_sd_components()).save_pretrained(tmp_path / "model")
+    status, output, error = run("generate", "a star", "--model", tmp_path / "model", "--out", tmp_path / "out")
+    assert status == 0, error
+    settings = json.loads(Image.open(output.splitlines()[0]).text["parameters"])
+    assert (settings["steps"], settings["guidance"]) == (8, 4.5)
+    assert run("export", tmp_path / "model", tmp_path / "workflow", "--weights", "include", "--dtype=float32")[0] == 0
+    pipe = load_workflow(tmp_path / "workflow")
+    assert type(pipe).__name__ == "PeRFlowSDModularPipeline"
+    card = (tmp_path / "workflow" / "README.md").read_text()
+    assert "| 8 | 4.5 | diff_eps | 4, equal |" in card and "- stable-diffusion\n" in card

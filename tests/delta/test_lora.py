@@ -11,7 +11,7 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from perflow_blocks import delta_to_lora, extract_delta
-from perflow_blocks.delta.lora import DeltaLora
+from perflow_blocks.delta.lora import DeltaLora, save_lora
 from perflow_blocks.testing.tiny import tiny_sd_unet, tiny_sdxl_unet
 
 pytestmark = pytest.mark.behaviour
@@ -68,6 +68,10 @@ def test_layers_go_into_the_lora_and_the_rest_stays_beside_it(delta: dict[str, T
     more = set(kept.residual) - set(converted.residual)
     assert "conv_in.weight" in more and len(more) == 1 + sum(name.endswith("attn2.to_k") for name in layers)
     assert not [name for name in kept.lora if "conv_in" in name or "attn2.to_k" in name]
+    whole = delta_to_lora(delta, rank=2, keep_embeddings=False)
+    assert whole.report.ranks.keys() == layers and not {f"{name}.weight" for name in layers} & set(whole.residual)
+    with pytest.raises(ValueError, match="layout='kohya' has no names for embeddings"):
+        save_lora(whole, "not-written.safetensors", "kohya")
 
 
 def test_whole_weights_and_loras_make_no_lora(delta: dict[str, Tensor]) -> None:

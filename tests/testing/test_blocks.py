@@ -11,7 +11,7 @@ import torch
 from diffusers import ClassifierFreeGuidance, MultiControlNetModel
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 
-from perflow_blocks import blocks
+from perflow_blocks import PeRFlowSDAutoBlocks, blocks
 from perflow_blocks.testing import (
     check_block,
     load_tiny_ip_adapter,
@@ -19,9 +19,10 @@ from perflow_blocks.testing import (
     tiny_inpainting_unet,
     tiny_inputs,
 )
+from perflow_blocks.testing.tiny import tiny_sd_unet
 from tests.conftest import make_pipeline
 
-NOT_ALONE = {"LoopBlock", "Preset", "PeRFlowControlNetInputStep", "PeRFlowSDXLAutoDenoiseStep"}
+NOT_ALONE = {"LoopBlock", "Preset", "SDPreset", "PeRFlowControlNetInputStep", "PeRFlowSDXLAutoDenoiseStep"}
 """Base classes, and blocks that need inputs of one task."""
 MODULES = [
     import_module(f"{blocks.__name__}.{module.name}")
@@ -45,6 +46,8 @@ def test_every_block_keeps_its_contract(name: str) -> None:
         load_tiny_ip_adapter(pipe)
         components["unet"] = pipe.unet
     assert kind().model_name == "stable-diffusion-xl"
+    if kind is PeRFlowSDAutoBlocks:
+        components["unet"] = tiny_sd_unet()
     check_block(kind(), components=components)
 
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from perflow_blocks import PeRFlowScheduler, merge_delta, push_workflow
+from perflow_blocks import PeRFlowScheduler, load_workflow, merge_delta, push_workflow
 from perflow_blocks.training import distillation, output
 from perflow_blocks.training.checkpoints import sheet_path
 from perflow_blocks.training.config import DistillConfig
@@ -67,12 +67,15 @@ def test_lora_and_residual_are_the_student(form: str, full: DistillConfig, teach
     assert difference(pipe.unet.state_dict(), wanted) < 1e-4 < 1e-3 < difference(base, wanted)
 
 
-def test_a_lora_student_gets_the_other_form(teachers: dict[str, Path], tmp_path: Path) -> None:
+def test_a_lora_student_gets_the_other_form(teachers: dict[str, Path], tmp_path: Path, own_modules: None) -> None:
     config = tiny_config(tmp_path, teachers["sd"], model__student="lora", model__lora_rank=3, **FLOAT32)
     train(config)
     assert write_outputs(config) == "The student is this LoRA."
     folder = folder_of(config)
-    assert not (folder / "lora_residual.safetensors").exists() and not (folder / "workflow").exists()
+    assert not (folder / "lora_residual.safetensors").exists()
+    workflow = load_workflow(folder / "workflow", trust_remote_code=True)
+    assert type(workflow.blocks).__name__ == "PeRFlowSDAutoBlocks"
+    assert workflow("a star", output_type="latent").images.isfinite().all()
     by_delta, by_kohya = (UNet2DConditionModel.from_pretrained(teachers["sd"], subfolder="unet") for _ in range(2))
     base = {name: tensor.clone() for name, tensor in by_delta.state_dict().items()}
     record = merge_delta(by_delta, folder / "delta.safetensors")

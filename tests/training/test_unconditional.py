@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
-from perflow_blocks import PeRFlowUnconditionalBlocks
+from perflow_blocks import PeRFlowModularPipeline
 from perflow_blocks.testing import tiny_unconditional_unet
 from perflow_blocks.training.checkpoints import sheet_path
 from perflow_blocks.training.config import ConfigError, DataConfig
@@ -49,7 +49,7 @@ def test_a_student_is_drawn_by_the_preset(starts: str, teacher: Path, tmp_path: 
     assert not any((run / name).exists() for name in ("lora.safetensors", "workflow"))
     student = load_file(run / "student" / "diffusion_pytorch_model.safetensors")
     assert not torch.equal(student["conv_in.weight"], tiny_unconditional_unet().conv_in.weight)
-    pipe = PeRFlowUnconditionalBlocks().init_pipeline(str(teacher))
+    pipe: Any = PeRFlowModularPipeline.from_pretrained(teacher)
     pipe.load_components()
     call = {"batch_size": 2, "output_type": "pt", "output": "images"}
     drawn = pipe(**call, delta=run / "delta.safetensors", generator=generator())
