@@ -21,14 +21,15 @@ SAMPLERS = "perflow:4,perflow:8,ddim:8,dpm:8"
 DEMO_SAMPLERS = (
     "dpm:50,ddim:8,dpm:8,ddim:4,dpm:4,ddim:2,dpm:2,ddim:8@1,dpm:8@1,ddim:4@1,dpm:4@1,perflow:4,perflow:6,perflow:8"
 )
-SDXL_GUIDANCE = 5.0  # StableDiffusionXLPipeline's default
+SDXL_GUIDANCE, SD_GUIDANCE = 5.0, 7.5  # the defaults of diffusers' classic pipelines
 REPORT, RESULTS, SHEET = "report.md", "results.json", "sheet.png"
 _SAMPLER = re.compile(r"(perflow|stock|ddim|dpm|euler):([1-9]\d*)(?:@(\d+(?:\.\d+)?))?")
 
 Spec = tuple[str, int, float | None]
 """Solver, steps, guidance."""
 TeacherGuidance = Annotated[
-    float | None, typer.Option(min=0, help="Of the teacher's samplers. By default 5; of the embedded model 3.")
+    float | None,
+    typer.Option(min=0, help="Of the teacher's samplers. By default 5; of SD 7.5; of the embedded model 3."),
 ]
 
 
@@ -170,7 +171,8 @@ def open_samplers(
     from ..evaluation.samplers import perflow_sampler, teacher_sampler
 
     if guidance is None:
-        guidance = GUIDANCE_SCALE if embedded else SDXL_GUIDANCE
+        usual = SDXL_GUIDANCE if "tokenizer_2" in classic.components else SD_GUIDANCE
+        guidance = GUIDANCE_SCALE if embedded else usual
     require_guidance(guidance)
     return [
         perflow_sampler(few_step, steps, delta=delta, guidance_scale=scale)

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from torch import Tensor
 
 from ..blocks.merge_delta import delta_path, guidance_in_effect
@@ -48,15 +54,21 @@ class Sampler:
         return f"{self.model} {self.solver} {self.steps} steps"
 
 
-def classic_pipeline(pipe: Any) -> StableDiffusionXLPipeline:
-    """The models of a PeRFlow pipeline that has not been called, as the classic pipeline of the base."""
+def classic_pipeline(pipe: Any, scheduler: Any = None) -> Any:
+    """The models of a pipeline that has not been called as the classic text-to-image pipeline of their family.
+
+    `scheduler` takes the place of the pipeline's own.
+    """
+    given = {**pipe.components, **({} if scheduler is None else {"scheduler": scheduler})}
     names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
-    return StableDiffusionXLPipeline(**{name: getattr(pipe, name) for name in names}, add_watermarker=False)
+    parts = {name: given[name] for name in names if name in given}
+    if "tokenizer_2" in parts:
+        return StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    safety = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(**parts, **safety)
 
 
-def teacher_sampler(
-    pipe: StableDiffusionXLPipeline, solver: str, steps: int, guidance_scale: float, *, model: str = "teacher"
-) -> Sampler:
+def teacher_sampler(pipe: Any, solver: str, steps: int, guidance_scale: float, *, model: str = "teacher") -> Sampler:
     """A base model under its own scheduler ("stock") or a solver of `SOLVERS`.
 
     The solvers have trailing spacing, so that few steps start from pure noise.
@@ -70,7 +82,7 @@ def teacher_sampler(
         scheduler = kind.from_config(pipe.scheduler.config, **changes)
     else:
         raise ValueError(f"solver={solver!r} must be one of {', '.join(('stock', *SOLVERS))}.")
-    own = StableDiffusionXLPipeline(**{**pipe.components, "scheduler": scheduler}, add_watermarker=False)
+    own = classic_pipeline(pipe, scheduler)
     own.set_progress_bar_config(disable=True)
 
     def draw(prompts: Sequence[str], latents: Tensor) -> Tensor:

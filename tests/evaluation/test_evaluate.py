@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPVisionConfig
 
 from perflow_blocks.cli.evaluate import open_pipelines
-from perflow_blocks.delta.extract import save_delta
+from perflow_blocks.delta.extract import extract_delta, save_delta
 from perflow_blocks.delta.merge import merge_delta
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.demo import weights_directory
@@ -33,6 +33,8 @@ from perflow_blocks.evaluation.samplers import Sampler, seeded_latents
 from perflow_blocks.testing.tiny import (
     IMAGE_SIZE,
     tiny_picture,
+    tiny_sd_components,
+    tiny_sd_unet,
     tiny_sdxl_unet,
     tiny_text_config,
     tiny_tokenizer,
@@ -140,6 +142,17 @@ def test_a_repository_and_its_delta_give_table_json_and_sheet(
     scores = rows["student, PeRFlow 4 1"]["scores"]["PSNR dB"]
     assert scores["mean"] == pytest.approx(psnr, abs=0.02)
     assert scores["error"] == pytest.approx(spread, abs=0.02)
+
+
+def test_a_stable_diffusion_model_and_its_delta(run: Run, prompts: Path, tmp_path: Path) -> None:
+    StableDiffusionPipeline(**tiny_sd_components()).save_pretrained(tmp_path / "model")
+    save_delta(extract_delta(tiny_sd_unet(1), tiny_sd_unet(0)), tmp_path / "delta.safetensors")
+    arguments = ["--model", tmp_path / "model", "--delta", tmp_path / "delta.safetensors", "--prompts", prompts]
+    samplers = ["--samplers", "perflow:4,dpm:4", "--teacher", "stock:6", "--out", tmp_path]
+    status, _, err = run("evaluate", *arguments, *samplers)
+    assert status == 0, err
+    found = [(row["name"], row["guidance_scale"]) for row in results(tmp_path)["rows"]]
+    assert found == [("teacher, DDIM", 7.5), ("teacher, DPM-Solver++", 7.5), ("student, PeRFlow", 4.5)]
 
 
 MODELS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
