@@ -99,7 +99,7 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
         if is_directory := place is not None and Path(place).is_dir():
             require_sound(Path(place))
         try:
-            super().__init__(blocks, place, *args, **kwargs)
+            super().__init__(blocks, None if place is None else str(place), *args, **kwargs)
         except (AttributeError, TypeError) as error:
             if not is_directory:
                 raise

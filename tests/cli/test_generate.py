@@ -212,8 +212,8 @@ def test_a_stable_diffusion_model_draws_and_is_exported(run: Any, tmp_path: Path
     StableDiffusionPipeline(**tiny_sd_components()).save_pretrained(tmp_path / "model")
     status, output, error = run("generate", "a star", "--model", tmp_path / "model", "--out", tmp_path / "out")
     assert status == 0, error
-    settings = json.loads(Image.open(output.splitlines()[0]).text["parameters"])
-    assert (settings["steps"], settings["guidance"]) == (8, 4.5)
+    drawn = settings(Path(output.splitlines()[0]))
+    assert (drawn["steps"], drawn["guidance"]) == (8, 4.5)
     assert run("export", tmp_path / "model", tmp_path / "workflow", "--weights", "include", "--dtype=float32")[0] == 0
     pipe = load_workflow(tmp_path / "workflow")
     assert type(pipe).__name__ == "PeRFlowSDModularPipeline"
