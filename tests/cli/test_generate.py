@@ -129,7 +129,6 @@ def test_a_mistake_is_one_line_before_anything_is_loaded(
 def test_a_wrong_option_is_answered_without_importing_torch() -> None:
     code = """
 import sys
-from perflow_blocks import load_workflow
 from perflow_blocks.cli import main
 for wrong in ("--nope 1", "--steps 0", "--size 0", "--device tpu", "--dtype int8", "--delta nowhere"):
     try:
