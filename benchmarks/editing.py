@@ -467,7 +467,7 @@ def editing_sheet(pipe: Any, data: EditingSet) -> Image.Image:
     title = (
         "Image-to-image, then inpainting, on a schedule of four steps: the first two images of the set, not picked."
     )
-    return contact_sheet(images, captions, columns=8, scale=2, title=title)
+    return contact_sheet(images, captions, columns=8, scale=4, title=title)
 
 
 def _one(pipe: Any, data: EditingSet, edit: Edit, number: int) -> Image.Image:

@@ -10,7 +10,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 MARGIN, FONT_SIZE, LINE = 12, 14, 20
-LEAST_WIDTH, MOST_WIDTH = 192, 512
+LEAST_WIDTH, MOST_WIDTH = 384, 512
 """Between these widths in pixels an image is shown as it is, unless a scale is given."""
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -30,7 +30,7 @@ def contact_sheet(
         images: at least one; cells take the size of the largest.
         captions: one per image; line breaks are kept.
         columns: images per row; by default a sheet about as wide as high, of at most 8 columns.
-        scale: whole factor of enlargement, by nearest neighbour. By default small images are enlarged to 192 pixels
+        scale: whole factor of enlargement, by nearest neighbour. By default small images are enlarged to 384 pixels
             or more and those beyond 512 pixels are reduced.
         title: a line above the first row.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import platform
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import attention, host, loop, report, sdxl
+from benchmarks import attention, host, loop, report, sdxl, steps_figure
 from benchmarks.__main__ import PARTS, Part, main
 from benchmarks.contenders import (
     BARE,
@@ -289,3 +291,18 @@ def _steady(seconds: float) -> Timing:
 
 def _fake_part() -> Part:
     return Part(about="", run=lambda setting: iter([report.Report(title="fake", parts=())]))
+
+
+def test_the_figure_of_steps_has_a_line_for_each_way_of_drawing(tmp_path: Path) -> None:
+    def row(name: str, scale: float, nfe: int, strict: float) -> dict[str, Any]:
+        scores = {"strict %": {"mean": strict, "error": 1.0}}
+        distances = {"Frechet": {"mean": 100.0 - strict, "error": None}}
+        return {"name": name, "guidance_scale": scale, "nfe": nfe, "scores": scores, "distances": distances}
+
+    rows = [{"name": "real renders", "scores": {}, "distances": {}}, row("teacher, DDIM", 3.0, 8, 50.0)]
+    rows += [row("teacher, DDIM", 1.0, 4, 30.0), row("student, PeRFlow", 1.0, 4, 60.0)]
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+    found = steps_figure.lines(rows, "strict %")
+    assert found["teacher, DDIM, without guidance"] == [(4, 30.0, 1.0)] and len(found) == 3
+    steps_figure.main(tmp_path / "results.json", tmp_path / "steps.png")
+    assert Image.open(tmp_path / "steps.png").width == 1650

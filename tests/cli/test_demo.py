@@ -22,7 +22,7 @@ def test_the_demo_writes_twelve_pictures_and_a_sheet(run: Run, tmp_path: Path) -
     assert len(pictures) == len(PROMPTS) == 12
     assert out.split()[-1] == str(tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.width > 4 * 192
+        assert sheet.width > 4 * 384
 
 
 def test_compare_draws_a_sheet_of_four_columns(run: Run, tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_compare_draws_a_sheet_of_four_columns(run: Run, tmp_path: Path) -> None
     status, out, _ = run("compare", "a red star", "--num-images", 1, "--out", path)
     assert status == 0 and out.strip() == str(path)
     with Image.open(path) as sheet:
-        assert 4 * 192 < sheet.width < 5 * 220
+        assert 4 * 384 < sheet.width < 5 * 410
 
 
 def test_evaluate_judges_the_embedded_model(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
