@@ -389,9 +389,9 @@ def _usual_blocks(source: _Source | None) -> Any:
     """The preset for the source's family. A place that cannot be read is reported by what reads it whole."""
     with suppress(OSError, ValueError, SafetensorError):
         if source is not None and source.is_file:
-            with safe_open(source.location, "pt") as file:  # SDXL's original checkpoints name both encoders so
-                is_sdxl = any(name.startswith("conditioner.") for name in file.keys())
-            return make_preset(SDXL_PRESET if is_sdxl else SD_PRESET)
+            with safe_open(source.location, "pt") as file:  # original checkpoints of SD name their encoder so
+                is_sd = any(name.startswith("cond_stage_model.") for name in file.keys())
+            return make_preset(SD_PRESET if is_sd else SDXL_PRESET)
         if source is not None:
             return preset_for(source.location, revision=source.revision)
     return make_preset(SDXL_PRESET)
@@ -616,9 +616,10 @@ def _loaded(plan: _Plan) -> dict[str, Any]:
     in_file = [name for name, spec in wanted.items() if spec.pretrained_model_name_or_path in checkpoint]
     loaded = {name: spec.load(dtype=plan.dtype) for name, spec in wanted.items() if name not in in_file}
     if in_file and source is not None:
-        absent: dict[str, Any] = {name: None for name in IN_FILE if name in plan.pipe.components.keys() - in_file}
+        absent: dict[str, Any] = dict.fromkeys(set(IN_FILE).difference(in_file))
         if isinstance(plan.pipe, PeRFlowSDModularPipeline):
             kind: Any = StableDiffusionPipeline
+            absent = {name: None for name in absent if not name.endswith("_2")}
             absent |= {"safety_checker": None, "feature_extractor": None}
         else:
             kind = StableDiffusionXLPipeline
