@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Type checks refuse a directory without Python files.
-TYPED := $(foreach d,perflow_blocks tests workflows benchmarks,$(if $(wildcard $(d)/*.py $(d)/*/*.py),$(d)))
+TYPED := $(foreach d,perflow_blocks tests workflows benchmarks integrations,$(if $(wildcard $(d)/*.py $(d)/*/*.py),$(d)))
 STYLED := $(TYPED) $(wildcard *.py)
 
 .DEFAULT_GOAL := help
