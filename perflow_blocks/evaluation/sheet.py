@@ -10,8 +10,8 @@ from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 MARGIN, FONT_SIZE, LINE = 12, 14, 20
-LEAST_WIDTH, MOST_WIDTH = 384, 512
-"""Between these widths in pixels an image is shown as it is, unless a scale is given."""
+LEAST_WIDTH, MOST_WIDTH, ENLARGED_WIDTH = 192, 512, 384
+"""Between the first two, in pixels, an image is shown as it is, unless a scale is given."""
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -30,8 +30,8 @@ def contact_sheet(
         images: at least one; cells take the size of the largest.
         captions: one per image; line breaks are kept.
         columns: images per row; by default a sheet about as wide as high, of at most 8 columns.
-        scale: whole factor of enlargement, by nearest neighbour. By default small images are enlarged to 384 pixels
-            or more and those beyond 512 pixels are reduced.
+        scale: whole factor of enlargement, by nearest neighbour. By default images below 192 pixels are enlarged to
+            384 or more, and those beyond 512 pixels are reduced.
         title: a line above the first row.
     """
     if not images or len(images) != len(captions):
@@ -72,5 +72,5 @@ def _write(image: Image.Image, lines: Sequence[str], place: tuple[int, int], fon
 def _resized(image: Image.Image, scale: int | None) -> Image.Image:
     if scale is None and image.width > MOST_WIDTH:
         return image.reduce(math.ceil(image.width / MOST_WIDTH))
-    factor = scale or math.ceil(LEAST_WIDTH / image.width)
+    factor = scale or (1 if image.width >= LEAST_WIDTH else math.ceil(ENLARGED_WIDTH / image.width))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

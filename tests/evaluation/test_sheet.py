@@ -39,7 +39,7 @@ def test_pixels_stay_sharp_and_sizes_are_chosen() -> None:
     board = Image.new("RGB", (2, 1), (255, 0, 0))
     board.putpixel((1, 0), (0, 0, 255))
     sheet = contact_sheet([board], [""])
-    assert count(sheet, (255, 0, 0)) == count(sheet, (0, 0, 255)) == 96 * 96
+    assert count(sheet, (255, 0, 0)) == count(sheet, (0, 0, 255)) == 192 * 192
     assert contact_sheet([Image.new("RGB", (300, 300))], [""]).width < 340
     assert contact_sheet([Image.new("RGB", (2048, 2048))], [""]).width < 560
 
