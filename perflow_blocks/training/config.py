@@ -283,7 +283,7 @@ class OutputConfig(Section):
     validation_teacher_steps: PositiveInt = 50
     """Number of steps of the teacher."""
     workflow: bool = True
-    """Writes a workflow repository at the end (SDXL). It refers to a teacher on the Hub and holds any other."""
+    """Writes a workflow repository at the end. It refers to a teacher on the Hub and holds any other."""
 
     def rules(self) -> Iterator[str]:
         if self.validation_every is not None and not self.validation_prompts:

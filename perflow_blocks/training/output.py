@@ -86,7 +86,7 @@ def _write_lora(session: Session, state: Mapping[str, Tensor], folder: Path) -> 
 
 
 def write_outputs(config: DistillConfig, device: torch.device | str | None = None) -> str:
-    """Writes the LoRA forms of the delta and, for SDXL, a workflow to push; says what the LoRA keeps of the delta."""
+    """Writes the LoRA forms of the delta and a workflow to push; says what the LoRA keeps of the delta."""
     source, folder = open_teacher(config.model), Path(config.output.directory)
     if source.family is UNCONDITIONAL:
         return ""  # diffusers has no LoRA for its UNet
