@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from diffusers.utils import logging
 
-from . import attention, host, loop, merge, sdxl, stages, training
+from . import attention, command, host, loop, merge, sdxl, stages, training
 from .measure import Setting
 from .report import Report, write
 
@@ -34,6 +34,7 @@ class Part:
 
 
 PARTS = {
+    "command": Part(about="what the command takes to answer a wrong option", run=command.run),
     "host": Part(about="host time of a call beside the classic pipeline's", run=host.run),
     "loop": Part(about="the denoising loop over bare UNet calls", run=loop.run),
     "stages": Part(about="the embedded model's stages, beside its teacher's", run=stages.run),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,7 +23,10 @@ from .merge import merge, unmerge
 from .push import push
 from .to_lora import to_lora
 
-app = typer.Typer(add_completion=False, help="Few-step images from PeRFlow diffusion models.")
+ARGUMENTS = {"num_inference_steps": "steps", "guidance_scale": "guidance", "overwrite": "force"}
+"""Python arguments whose options have other names."""
+
+app = typer.Typer(help="Few-step images from PeRFlow diffusion models.")
 for command in (generate, compare, evaluate, demo, extract, merge, unmerge, to_lora, inspect, export, push):
     app.command()(command)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(distill)
@@ -58,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         message = _request_error(error)
         if message is None:
             raise
+        commands = getattr(command, "commands", {})
+        message = _in_options(message, next((commands[one].params for one in given if one in commands), ()))
         print(f"Error: {message}", file=sys.stderr)
         status = 2
     raise SystemExit(status or 0)
@@ -75,3 +80,11 @@ def _request_error(error: Exception) -> str | None:
     if isinstance(error, (ValueError, OSError, SafetensorError)):
         return " ".join(str(error).split()) or type(error).__name__
     return None
+
+
+def _in_options(message: str, parameters: Iterable[Any]) -> str:
+    """The message with options of the command in place of the Python arguments that they are for."""
+    options = {one.name: max(one.opts, key=len) for one in parameters if one.opts[0].startswith("-")}
+    names = options | {argument: options[own] for argument, own in ARGUMENTS.items() if own in options}
+    found = re.compile(rf"\b({'|'.join(names) or '$'})=(True\b)?(torch\.)?(?=(\w|['\"-])?)")
+    return found.sub(lambda one: names[one[1]] + (" " if one[4] and not one[2] else ""), message)

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ..batches import require_prompts, save_image
 from . import options
 from .evaluate import TeacherGuidance, open_pipelines, open_samplers
-from .generate import save_png
 
 
 def compare(
@@ -24,13 +24,16 @@ def compare(
     num_images: options.NumImages = 3,
     device: options.Device = None,
     dtype: options.Dtype = None,
-    out: Annotated[Path, typer.Option(dir_okay=False, help="The sheet, a PNG file.")] = Path("outputs/compare.png"),
+    out: Annotated[Path, typer.Option(dir_okay=False, help="The sheet, an image file.")] = Path("outputs/compare.png"),
 ) -> None:
     """Draw one prompt with the teacher in 50 steps, with DDIM in few steps, and with PeRFlow in as few."""
     from ..atomic_files import require_writable_directory
+    from .pipeline import model_location
 
-    options.require_prompts([prompt])
+    require_prompts([prompt])
     require_writable_directory(out.parent)
+    options.require_image_name("--out", out)
+    model_location(model)
     if model is not None and delta is None:
         raise ValueError("--model without --delta leaves no teacher to compare with; pass a base and its delta.")
     place = options.choose_device(device)
@@ -44,5 +47,5 @@ def compare(
     data = EvaluationSet(prompts=[prompt] * num_images, latents=seeded_latents(classic, seeds))
     rows = evaluate_samplers(samplers, data)
     title = f"{prompt} (same noise in each row)"
-    save_png(comparison_sheet(rows, [f"seed {number}" for number in seeds], title=title), out)
+    save_image(comparison_sheet(rows, [f"seed {number}" for number in seeds], title=title), out)
     typer.echo(out)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .generate import draw
+from ..batches import Job, make_rows
+from . import options
+from .generate import run, show_entry
 
 PROMPTS: tuple[str, ...] = (
     "a red star on a white background",
@@ -30,11 +33,11 @@ def demo(
 ) -> None:
     """Draw twelve prompts in four steps with the embedded model. Prompts and seeds are fixed, nothing is picked."""
     from ..atomic_files import require_writable_directory
-
-    require_writable_directory(out)
-    import torch
-
     from .pipeline import load_pipeline, model_location
 
-    pipeline = load_pipeline(model_location(None), device=torch.device("cpu"), dtype=torch.float32)
-    draw(pipeline, list(PROMPTS), 0, out, "embedded", {"num_inference_steps": 4})
+    location = model_location(None)
+    require_writable_directory(out)
+    place, processes = options.choose_place("cpu")
+    load = partial(load_pipeline, location, device=place, dtype=options.choose_dtype(None, place))
+    rows = make_rows([{"prompt": prompt} for prompt in PROMPTS], steps=4)
+    run(Job(rows, out, load, {}, {"model": "embedded"}, noted=partial(show_entry, out, False)), processes)

@@ -10,10 +10,12 @@ from typing import Annotated
 
 import typer
 
+from . import options
+
 
 def distill(
     context: typer.Context,
-    config: Annotated[Path, typer.Option("--config", help="Settings: a .toml, .yaml or .json file.")],
+    config: Annotated[Path, options.file("Settings: a .toml, .yaml or .json file.")],
 ) -> None:
     """Distil a PeRFlow student of a teacher. Every setting can be given as --section.field VALUE as well.
 
@@ -22,13 +24,14 @@ def distill(
     overrides = parse_overrides(context.args)
     if missing := [name for name in ("pydantic", "datasets") if find_spec(name) is None]:
         raise ValueError(f"distill needs {' and '.join(missing)}; install with pip install 'perflow-blocks[train]'.")
+    from ..training.config import load_config
     from .pipeline import quiet_libraries
 
+    settings = load_config(config, overrides)
     quiet_libraries()  # before the imports below, which have notices
     from accelerate import PartialState
 
     from ..training.checkpoints import RESULTS
-    from ..training.config import load_config
     from ..training.distillation import distill as run
     from ..training.loop import Observer, Progress, Session
 
@@ -47,7 +50,7 @@ def distill(
 
     # That a prompt is cut to 77 tokens would be told for each one of them.
     logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
-    directory = run(load_config(config, overrides), [Lines()])
+    directory = run(settings, [Lines()])
     if PartialState().is_main_process:
         for path in (directory / name for name in RESULTS):
             if path.exists():

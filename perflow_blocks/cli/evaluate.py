@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
+from ..batches import parse_size, save_image
 from . import options
-from .generate import save_png
 
 TEACHER, PERFLOW = "teacher", "perflow"
 SAMPLERS = "perflow:4,perflow:8,ddim:8,dpm:8"
@@ -34,15 +34,11 @@ TeacherGuidance = Annotated[
 
 
 def evaluate(
-    prompts: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Text file with one prompt a line.")
-    ] = None,
+    prompts: Annotated[Path | None, options.file("Text file with one prompt a line.")] = None,
     demo: Annotated[bool, typer.Option("--demo", help="The demo's prompts and judge of shapes and colours.")] = False,
     model: options.Model = None,
     delta: options.Delta = None,
-    unet: Annotated[
-        str | None, typer.Option(help="Folder of a merged UNet, as perflow merge writes it, instead of --delta.")
-    ] = None,
+    unet: options.Unet = None,
     base: Annotated[
         str | None, typer.Option(help="Repository or directory of the teacher, where --model is few-step already.")
     ] = None,
@@ -69,15 +65,14 @@ def evaluate(
     ] = None,
     seed: options.Seed = 0,
     size: options.Size = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images drawn at once. By default 1; 32 with --demo.")
-    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once: 1, or 32 with --demo.")] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     out: Annotated[Path, typer.Option(help="Directory for table, JSON file and sheet.")] = Path("outputs/evaluate"),
 ) -> None:
     """Compare samplers on the same prompts and noise: closeness to the teacher, speed, FID, KID and CLIP score."""
     from ..atomic_files import require_writable_directory
+    from .pipeline import find_model, model_location, vae_factor
 
     if find_spec("torchmetrics") is None:
         raise ValueError('evaluate needs torchmetrics; install it with pip install "perflow-blocks[eval]".')
@@ -87,10 +82,10 @@ def evaluate(
         raise ValueError("pass one of --prompts FILE and --demo.")
     if demo and (features or size):
         raise ValueError("--features and --size cannot be combined with --demo, which has a distance of its own.")
-    if reference != TEACHER and not features:
-        raise ValueError("--reference needs --features, the network for FID and KID; --demo has neither.")
     if count is not None and count < 2:
         raise ValueError(f"--count {count} gives no standard error; pass at least 2.")
+    if reference != TEACHER and not features:
+        raise ValueError("--reference needs --features, the network for FID and KID; --demo has neither.")
     lines = prompts.read_text(encoding="utf-8-sig").splitlines() if prompts else []
     texts = [line.strip() for line in lines if line.strip()][:count] if prompts else [""] * (count or 512)
     if len(texts) < 2:
@@ -100,9 +95,12 @@ def evaluate(
     if len(first) > 1 or first[0][0] == PERFLOW:
         raise ValueError(f"--teacher {teacher} must be one sampler of the base, such as stock:50.")
     require_writable_directory(out)
-    pixels = options.parse_size(size)
+    location, unet = find_model(model, unet)
+    pixels = parse_size(size, vae_factor(location))
+    if base:
+        model_location(base)
     place = options.choose_device(device or ("cpu" if demo else None))
-    few_step, classic = open_pipelines(model, delta, unet, base, place, options.choose_dtype(dtype, place))
+    few_step, classic = open_pipelines(location, delta, unet, base, place, options.choose_dtype(dtype, place))
     from ..demo.judge import make_demo_set
     from ..evaluation.measure import evaluate_samplers
     from ..evaluation.metrics import clip_scorer, evaluation_set
@@ -139,7 +137,7 @@ def parse_samplers(text: str) -> list[Spec]:
 
 
 def open_pipelines(
-    model: str | None, delta: Path | None, unet: str | None, base: str | None, place: Any, precision: Any
+    model: str | None, delta: Path | None, unet: Path | None, base: str | None, place: Any, precision: Any
 ) -> tuple[Any, Any]:
     """The few-step pipeline, and the teacher as a classic one; they share all that they can."""
     from diffusers import UNet2DConditionModel
@@ -195,5 +193,5 @@ def _write(out: Path, rows: list[Any], prompts: Sequence[str], settings: dict[st
     for name, content in ((REPORT, text), (RESULTS, json.dumps(results, indent=2, ensure_ascii=False))):
         with atomic_path(out / name) as temporary:
             temporary.write_text(content + "\n", encoding="utf-8")
-    save_png(comparison_sheet(rows, prompts), out / SHEET)
+    save_image(comparison_sheet(rows, prompts), out / SHEET)
     typer.echo(text)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from ..batches import require_image
 from . import options
 
 
@@ -22,15 +23,9 @@ def export(
         typer.Option(help="reference names repositories, include saves weights, delta-only copies the delta."),
     ] = "reference",
     delta: options.Delta = None,
-    title: Annotated[
-        str | None, typer.Option(help="Heading of the model card. By default the directory's name.")
-    ] = None,
-    notes: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Markdown file with what users have to know.")
-    ] = None,
-    picture: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Image for the model card.")
-    ] = None,
+    title: Annotated[str | None, typer.Option(help="Heading of the model card, by default DIRECTORY's name.")] = None,
+    notes: Annotated[Path | None, options.file("Markdown file with what users have to know.")] = None,
+    picture: Annotated[Path | None, options.file("Image for the model card.")] = None,
     licence: Annotated[str | None, typer.Option(help="Licence for the model card, such as apache-2.0.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository with code.")] = None,
     trust_remote_code: Annotated[
@@ -42,12 +37,18 @@ def export(
     """Write a repository that loads anywhere from SOURCE: blocks, index, model card, weights if asked."""
     if revision is not None and not trust_remote_code:
         raise ValueError(f"--revision {revision} is for the blocks of SOURCE; pass --trust-remote-code with it.")
+    from .pipeline import is_pipeline, model_location, quiet_libraries
+
+    location = model_location(source)
+    if not force and is_pipeline(directory):
+        raise ValueError(f"{directory} holds a workflow; pass --force to replace it, or name another directory.")
+    options.require_free_directory("DIRECTORY", directory, force)
+    if picture is not None:
+        require_image("--picture", picture)
+    quiet_libraries()
     from ..blocks.block_source import preset_for
     from ..hub.export import export_workflow
-    from .pipeline import model_location, quiet_libraries
 
-    quiet_libraries()
-    location = model_location(source)
     console = Console(stderr=True)
     with console.status(f"reading {source}"):
         if trust_remote_code:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from . import options
 
 SCHEDULER = "scheduler_config.json"
+NO_RECIPE = (
+    "Warning: the file will not say how to sample it; pass --prediction-type, --windows, --steps and --guidance, else "
+    "users have to know them."
+)
 
 
 def extract(
@@ -21,17 +25,20 @@ def extract(
     dtype: options.StoredDtype = "float16",
     variant: options.Variant = None,
     base_variant: options.BaseVariant = None,
-    prediction_type: Annotated[str | None, typer.Option(help="ddim_eps, diff_eps or velocity.")] = None,
-    windows: Annotated[int | None, typer.Option(help="Number of time windows it was distilled for.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps to recommend, at least 1.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance to recommend; 1 is none.")] = None,
+    prediction_type: Annotated[
+        Literal["ddim_eps", "diff_eps", "velocity"] | None, typer.Option(help="What the student predicts.")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="Number of its time windows.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps to recommend.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance to recommend; 1 is none.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Name of the base, such as its repository.")] = None,
     scheduler: Annotated[
-        Path | None, typer.Option(help="Folder of a scheduler with the base's noise schedule; else the base's own.")
+        Path | None, options.path("Scheduler folder with the noise schedule, else the base's.")
     ] = None,
     force: options.Force = False,
 ) -> None:
     """Write STUDENT minus BASE as a delta file, with the recipe to sample it by; reads one tensor at a time."""
+    options.require_free_file("--out", out, force)
     from ..delta.recipe import DeltaRecipe
 
     recipe = DeltaRecipe(
@@ -42,9 +49,8 @@ def extract(
         base_model=base_model,
         scheduler_config=_noise_schedule(scheduler, base),
     )
-    options.require_free_file("--out", out, force)
     from ..delta.apply import require_architecture
-    from ..delta.extract import open_difference, save_delta
+    from ..delta.extract import changed_weights, open_difference, save_delta
     from ..delta.files import open_weights
     from .unets import find_config
 
@@ -53,9 +59,13 @@ def extract(
     if unet is not None:
         for part in weights:
             require_architecture(part, unet)
-    difference = open_difference(weights[0], weights[1])
-    save_delta(difference, out, recipe, options.parse_dtype(dtype), progress=True)
-    typer.echo(f"{out}: {len(difference.shapes)} tensors, {out.stat().st_size / 1e6:,.1f} MB")
+    difference = changed_weights(open_difference(weights[0], weights[1]))
+    left = len(weights[1].shapes) - len(difference.shapes)
+    save_delta(difference, out, recipe, options.parse_dtype(dtype), partial=left > 0, progress=True)
+    without = f" ({left} without a difference left out)" if left else ""
+    typer.echo(f"{out}: {len(difference.shapes)} tensors{without}, {out.stat().st_size / 1e6:,.1f} MB")
+    if (prediction_type, windows, steps, guidance) == (None,) * 4:
+        typer.echo(NO_RECIPE, err=True)
 
 
 def _noise_schedule(scheduler: Path | None, base: Path) -> dict[str, Any] | None:

@@ -3,114 +3,162 @@
 from __future__ import annotations
 
 import json
-import re
-from importlib.metadata import version
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 
-from .. import __version__
+from .. import batches
 from . import options
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-METADATA_KEY = "parameters"
-"""The PNG text chunk that holds the settings, as JSON."""
+FILE_HELP = (
+    "Prompts from a file: .txt with one a line, or .csv or .jsonl with columns prompt, negative, seed, size, steps, "
+    "image. A row that fails does not stop the others."
+)
 
 
 def generate(
-    prompts: Annotated[list[str], typer.Argument(help="What to draw, each prompt in quotes.")],
+    prompts: Annotated[list[str] | None, typer.Argument(help="What to draw, each prompt in quotes.")] = None,
+    prompts_file: Annotated[Path | None, options.file(FILE_HELP)] = None,
+    negative: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     model: options.Model = None,
-    delta: options.Delta = None,
+    unet: options.Unet = None,
+    delta: Annotated[Path | None, options.path("Delta to merge, or the LoRA that to-lora made of one.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="A LoRA; may be repeated.")] = None,
+    image: Annotated[Path | None, options.file("Image to start from, for rows without one.")] = None,
+    strength: Annotated[float | None, typer.Option(min=0, max=1, help="How far to leave the image, 0 to 1.")] = None,
+    mask: Annotated[Path | None, options.file("What to paint anew in the image: the white parts.")] = None,
+    control: Annotated[Path | None, options.file("Image for the ControlNet.")] = None,
+    controlnet: Annotated[str | None, typer.Option(help="Repository or directory of a ControlNet.")] = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
-    negative: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     seed: options.Seed = 0,
+    seed_for_all: Annotated[bool, typer.Option("--seed-for-all", help="The same seeds for every prompt.")] = False,
     num_images: options.NumImages = 1,
     size: options.Size = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
-    out: Annotated[Path, typer.Option(help="Directory for the images and their sheet.")] = Path("outputs"),
+    offload: Annotated[
+        Literal["model", "group"] | None, typer.Option(help="Keep models, or their layers, on the CPU while unused.")
+    ] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the networks at the first image.")] = False,
+    out: Annotated[Path, typer.Option(help="Directory for images, sheet and manifest.")] = Path("outputs"),
+    resume: Annotated[bool, typer.Option("--resume", help="Keep images that were drawn with these settings.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
-    """Draw images from prompts in a few steps, into PNG files that carry their settings, and one contact sheet."""
-    from ..atomic_files import require_writable_directory
+    """Draw images in a few steps, into PNG files that carry their settings, and one contact sheet.
 
-    options.require_prompts(prompts)
-    require_writable_directory(out)
-    width, height = options.parse_size(size) or (None, None)
-    inputs = {
-        "negative_prompt": negative,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "delta": delta,
-        "width": width,
-        "height": height,
-    }
-    place = options.choose_device(device)
-    from .pipeline import load_pipeline, model_location
-
-    pipeline = load_pipeline(model_location(model), device=place, dtype=options.choose_dtype(dtype, place))
-    inputs = {name: value for name, value in inputs.items() if value is not None}
-    draw(pipeline, [prompt for prompt in prompts for _ in range(num_images)], seed, out, model or "embedded", inputs)
-
-
-def draw(pipeline: Any, prompts: list[str], seed: int, out: Path, model: str, inputs: dict[str, Any]) -> None:
-    """Writes every image as it is done, with its settings, then the contact sheet; prints the paths, the sheet's last.
-
-    The noise is the CPU's, so that a seed means the same on every device.
+    On several devices: accelerate launch -m perflow_blocks.cli generate --prompts-file FILE
     """
-    import torch
+    from ..atomic_files import require_writable_directory
+    from .pipeline import find_model, load_pipeline, quiet_libraries, vae_factor
 
-    from ..evaluation.sheet import contact_sheet
+    if (prompts_file is None) == (not prompts):
+        raise ValueError("pass prompts in quotes, or --prompts-file FILE, and not both.")
+    location, merged = find_model(model, unet)
+    factor = vae_factor(location)
+    usual = {"negative": negative, "size": batches.parse_size(size, factor), "steps": steps, "image": image}
+    if prompts_file is None:
+        entries = [batches.check_entry({"prompt": prompt}, Path(), factor) for prompt in prompts or ()]
+    else:
+        entries = batches.read_prompts(prompts_file, factor)
+    rows = batches.make_rows(entries, seed=seed, num_images=num_images, seed_for_all=seed_for_all, **usual)
+    has_image = any(row.image for row in rows)
+    files = {name: path for name, path in (("image", image), ("mask", mask), ("control", control)) if path}
+    for name, path in files.items():
+        batches.require_image(f"--{name}", path)
+    loras = [options.parse_lora(text) for text in lora or ()]
+    if (strength is not None or mask) and not has_image:
+        raise ValueError("--strength and --mask are for images to start from; pass --image FILE.")
+    if bool(control) != bool(controlnet):
+        raise ValueError("--control FILE and --controlnet MODEL need each other; pass both.")
+    if offload and compile:
+        raise ValueError("--compile does not work with --offload; leave one of the two out.")
+    if loras and not find_spec("peft"):
+        raise ValueError("--lora needs peft; install it with pip install peft.")
+    require_writable_directory(out)
+    place, processes = options.choose_place(device)
+    quiet_libraries()
+    from ..delta.files import is_lora, open_weights
 
-    images, captions = [], []
-    for i, prompt in enumerate(prompts):
-        pipeline.set_progress_bar_config(desc=f"image {i + 1} of {len(prompts)}", leave=False)
-        generator = torch.Generator("cpu").manual_seed(seed + i)
-        drawn = pipeline(prompt=prompt, generator=generator, **inputs, output=["images", "num_inference_steps"])
-        image, steps = drawn["images"][0], drawn["num_inference_steps"]
-        settings = {
-            "prompt": prompt,
-            "negative": inputs.get("negative_prompt"),
-            "steps": steps,
-            "guidance": inputs.get("guidance_scale", pipeline.guider.guidance_scale),
-            "seed": seed + i,
-            "size": list(image.size),
-            "model": model,
-            **_weights(pipeline.unet),
-        }
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:40].strip("-") or "image"
-        path = out / f"{i:03d}-{slug}-seed{seed + i}.png"
-        save_png(image, path, settings)
-        typer.echo(path)
-        images.append(image)
-        captions.append(f"{prompt}\nseed {seed + i}, {steps} steps")
-    save_png(contact_sheet(images, captions), out / "sheet.png")
-    typer.echo(out / "sheet.png")
-
-
-def _weights(unet: Any) -> dict[str, Any]:
-    """The weights and versions that an image was drawn with."""
-    from ..delta.merge import merge_record
-
-    record = merge_record(unet)
-    return {
-        "delta": record and {"file": Path(record.source).name, "digest": record.digest, "scale": record.scale},
-        "dtype": str(unet.dtype).removeprefix("torch."),
-        "versions": {"perflow_blocks": __version__, **{name: version(name) for name in ("diffusers", "torch")}},
+    is_delta = delta is None or not is_lora(open_weights(delta).shapes)
+    if delta is not None and not is_delta:
+        loras.insert(0, (delta, 1.0))
+    sources = {"model": location, "unet": merged, "delta": delta, "controlnet": controlnet, **files}
+    settings = {
+        "guidance": guidance,
+        "dtype": dtype,
+        "strength": strength,
+        **{name: name_of(path) for name, path in sources.items() if path},
+        "model": name_of(location) if model else "embedded",
+        "loras": [{"file": path.name, "scale": scale, "digest": batches.fingerprint(path)} for path, scale in loras],
+        "sources": {name: batches.fingerprint(path) for name, path in sources.items() if path},
+    }
+    inputs = {
+        "guidance_scale": guidance,
+        "delta": delta if is_delta else False,
+        "strength": strength,
+        "mask_image": mask and batches.open_image(mask),
+        "control_image": control and batches.open_image(control),
     }
 
+    def load() -> Any:
+        with Console(stderr=True, quiet=quiet).status(f"loading {settings['model']}"):
+            return load_pipeline(
+                location,
+                device=place,
+                dtype=options.choose_dtype(dtype, place),
+                images=has_image,
+                unet=merged,
+                controlnet=controlnet,
+                loras=loras,
+                offload=offload,
+                compile=compile,
+            )
 
-def save_png(image: Image, path: Path, settings: dict[str, Any] | None = None) -> None:
-    """Writes a PNG whole or not at all, with the settings as a text chunk."""
-    from PIL.PngImagePlugin import PngInfo
+    show = partial(show_entry, out, as_json)
+    job = batches.Job(rows, out, load, inputs, settings, resume, prompts_file is not None, not quiet, show)
+    run(job, processes, as_json)
 
-    from ..atomic_files import atomic_path
 
-    info = PngInfo()
-    if settings:
-        info.add_itxt(METADATA_KEY, json.dumps(settings, ensure_ascii=False))
-    with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+def show_entry(out: Path, as_json: bool, entry: dict[str, Any]) -> None:
+    if entry["error"]:
+        typer.echo(f"{entry['file']} failed: {entry['error']}", err=True)
+    elif not as_json:
+        typer.echo(out / entry["file"])
+
+
+def run(job: batches.Job, processes: Any, as_json: bool = False) -> None:
+    """Draws the rows and sums up.
+
+    Raises:
+        typer.Exit: with status 1, if rows failed.
+    """
+    result = batches.run(job, processes)
+    if result is None:
+        return
+    failed = [entry for entry in result.entries if entry["error"]]
+    whole = [entry for entry in result.entries if not entry["error"]]
+    if as_json:
+        seeds, times = ([entry[name] for entry in whole] for name in ("seed", "seconds"))
+        found = {"files": list(map(str, result.settings)), "seeds": seeds, "seconds": times}
+        found |= {"settings": list(result.settings.values()), "failed": failed}
+        typer.echo(json.dumps(found, ensure_ascii=False))
+    elif whole:
+        typer.echo(job.out / batches.SHEET)
+    if job.progress:
+        new, there = result.count - len(failed), len(job.rows) - result.count
+        rate = new / max(result.seconds, 1e-9)  # a clock may stand still
+        typer.echo(f"{new} images, {rate:.3g} images per second; {there} were there already", err=True)
+    if failed:
+        typer.echo(f"{len(failed)} of {len(job.rows)} images failed; {job.out / batches.MANIFEST} says why.", err=True)
+        raise typer.Exit(1)
+
+
+def name_of(place: str | Path) -> str:
+    """The last part of a path that is there; a repository as it is."""
+    return path.resolve().name if (path := Path(place).expanduser()).exists() else str(place)

@@ -85,21 +85,22 @@ def _rewrite(
     The configuration of the UNet is checked first, and that its files hold all of it: diffusers fills gaps at random.
     """
     from .pipeline import quiet_libraries
+    from .unets import empty_unet, read_config, require_unet
 
+    folder = require_unet(model)
+    options.require_free_directory("--out", out, force)
     quiet_libraries()
     from diffusers import UNet2DConditionModel
 
     from ..atomic_files import atomic_directory
     from ..delta.apply import QUANTIZED_REMEDY, require_architecture
     from ..delta.files import find_weights, open_weights, variants_of
-    from .unets import empty_unet, read_config, require_unet
 
-    folder = require_unet(model)
     if "quantization_config" in read_config(folder):
         raise ValueError(f"model {folder} is quantized; {QUANTIZED_REMEDY}.")
     name = find_weights(folder, variant).name
     variant = variants_of([name])[name]
-    written = _require_free_directory(out, force, variant)
+    written = _kept_variant(out, variant)
     weights, own = open_weights(delta, delta_variant), open_weights(folder, variant)
     for part in (own, weights):
         require_architecture(part, empty_unet(folder))
@@ -120,23 +121,18 @@ def _rewrite(
     typer.echo(f"{out}: {delta} {done}")
 
 
-def _require_free_directory(out: Path, force: bool, variant: str | None) -> str | None:
+def _kept_variant(out: Path, variant: str | None) -> str | None:
     """The variant to save a UNet in: that of the model's weights where those replace files of it, else none.
 
     Raises:
-        ValueError: the directory cannot be written to; it exists and `force` is not given; or with `force` it is not
-            a UNet's, or holds other files too, which are never deleted.
+        ValueError: the directory is not a UNet's, or holds other files too, which are never deleted.
     """
-    from ..atomic_files import require_writable_directory
     from ..delta.files import listed, variants_of
     from .unets import CONFIG, is_unet
 
-    require_writable_directory(out.absolute().parent)
     names = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
     if not names:
         return None
-    if not force:
-        raise ValueError(f"--out {out} exists; name another directory, or pass --force to replace it.")
     if not is_unet(out):
         raise ValueError(
             f"--out {out} is no folder of a UNet alone, and --force replaces nothing else; name another directory."

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,10 +16,22 @@ if TYPE_CHECKING:
 
 DtypeName = Literal["float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]
 
+
+def path(help: str, **settings: Any) -> Any:
+    """An option for a file or directory that exists."""
+    return typer.Option(exists=True, help=help, **settings)
+
+
+def file(help: str) -> Any:
+    return path(help, dir_okay=False)
+
+
 Model = Annotated[
-    str | None, typer.Option(help="Repository or directory of an SDXL model. By default the embedded demo model.")
+    str | None,
+    typer.Option(help="Repository or directory of an SDXL or SD model. By default the embedded one."),
 ]
-Delta = Annotated[Path | None, typer.Option(exists=True, help="Delta file (.safetensors) to merge into the UNet.")]
+Unet = Annotated[Path | None, path("Folder of a UNet that perflow merge wrote, for --model.")]
+Delta = Annotated[Path | None, path("Delta file (.safetensors) to merge into the UNet.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. By default as the weights recommend.")]
 Guidance = Annotated[
     float | None, typer.Option(min=0, help="Guidance scale; 1 is none. By default as the weights recommend.")
@@ -39,20 +54,26 @@ BaseVariant = Annotated[str | None, typer.Option(help="Which files of the base's
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
-def require_prompts(prompts: list[str]) -> None:
-    if not all(prompt.strip() for prompt in prompts):
-        raise ValueError('a prompt is empty; write what to draw, such as "a red star on a white background".')
+def parse_lora(text: str) -> tuple[Path, float]:
+    """A LoRA's file or folder and its factor, from "FILE" or "FILE:SCALE"."""
+    file, _, scale = text.rpartition(":")
+    try:
+        path, factor = (Path(file), float(scale)) if file and not Path(text).exists() else (Path(text), 1.0)
+    except ValueError:
+        path, factor = Path(text), 1.0
+    if not path.exists() or not math.isfinite(factor):
+        raise ValueError(f"--lora {text} must name a file that exists, and may give a factor: FILE or FILE:0.8.")
+    return path, factor
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """(width, height) in pixels from "N" or "WxH"; None from None."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"\s*(\d+)\s*(?:[xX]\s*(\d+)\s*)?", text)
-    width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if width < 1 or height < 1:
-        raise ValueError(f"--size {text} is no size; pass N or WxH in pixels, both at least 1, such as 1024x768.")
-    return width, height
+def require_image_name(name: str, path: Path) -> None:
+    """Raises ValueError unless PIL writes files of this suffix."""
+    from PIL import Image
+
+    Image.init()
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"{name} {path} is of no kind of image that can be written; name it .png, .jpg or .webp.")
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -69,6 +90,19 @@ def choose_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0].split(". ")[0]
         raise ValueError(f"--device {name} cannot be used here ({reason}); pass cpu.") from error
+
+
+def choose_place(name: str | None) -> tuple[torch.device, Any]:
+    """The device of this process, and accelerate's state, of one process or of those of `accelerate launch`."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and name not in (None, "cpu"):
+        raise ValueError(f"--device {name} is for one process; leave it out, or pass cpu.")
+    device = choose_device(name)
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    state = PartialState(cpu=device.type == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    return state.device if state.num_processes > 1 else device, state
 
 
 def choose_dtype(name: DtypeName | None, device: torch.device) -> torch.dtype:
@@ -91,3 +125,20 @@ def require_free_file(option: str, path: Path, force: bool) -> None:
     if path.exists() and not force:
         raise ValueError(f"{option} {path} exists; name another file, or pass --force to replace it.")
     require_writable_directory(path.parent)
+
+
+def require_free_directory(name: str, path: Path, force: bool) -> None:
+    """Raises a ValueError unless a directory can be written there, and with `force` be replaced."""
+    from ..atomic_files import require_writable_directory
+
+    if path.is_dir() and any(path.iterdir()) and not force:
+        raise ValueError(f"{name} {path} exists; name another directory, or pass --force to replace it.")
+    require_writable_directory(path)
+
+
+def table(*rows: Sequence[object]) -> str:
+    """Rows in columns, the first to the left and the others to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells)
+    return "\n".join("  ".join(line) for line in lines)

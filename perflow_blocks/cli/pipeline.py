@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .unets import is_unet, read_config, require_unet
 
 if TYPE_CHECKING:
     import torch
@@ -24,9 +27,15 @@ def quiet_libraries() -> None:
     import diffusers.utils.logging as diffusers_logging
 
     diffusers_logging.disable_progress_bar()
-    logging.getLogger("diffusers.guiders.guider_utils").setLevel(logging.ERROR)  # that guiders are experimental
+    # That guiders are experimental, and that a LoRA has no part for the text encoders.
+    for name in ("diffusers.guiders.guider_utils", "diffusers.loaders.lora_base"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     # Every block logs the traceback of an error that passes through it; the command itself says what is wrong.
     logging.getLogger("diffusers.modular_pipelines.modular_pipeline").setLevel(logging.CRITICAL)
+
+
+def is_pipeline(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in INDEX_NAMES)
 
 
 def model_location(model: str | None) -> str:
@@ -41,7 +50,7 @@ def model_location(model: str | None) -> str:
         model = str(weights_directory())
     path = Path(model).expanduser()
     if path.is_dir():
-        if not any((path / name).is_file() for name in INDEX_NAMES):
+        if not is_pipeline(path):
             raise ValueError(f"{path} holds none of {', '.join(INDEX_NAMES)}; pass the directory of a saved pipeline.")
         return str(path)
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
@@ -50,20 +59,88 @@ def model_location(model: str | None) -> str:
     return model
 
 
-def load_pipeline(location: str, *, device: torch.device, dtype: torch.dtype) -> Any:
-    """The preset's text-to-image workflow with the weights of a directory or repository, whose own code is not run.
+def vae_factor(location: str) -> int:
+    """Pixels to a latent, of which sizes are multiples: told by the VAE of a directory, and 8 for all repositories."""
+    channels = read_config(Path(location, "vae")).get("block_out_channels")
+    return 2 ** (len(channels) - 1) if isinstance(channels, list) else 8
+
+
+def find_model(model: str | None, unet: Path | None) -> tuple[str, Path | None]:
+    """Where the pipeline is, and the folder of a merged UNet to put into it.
+
+    For a folder of a UNet alone, the pipeline is the one around it, or that which it was loaded from for the merge.
+    """
+    if unet is not None:
+        return model_location(model), require_unet(unet)
+    folder = Path(model or "").expanduser()
+    if model is None or is_pipeline(folder) or not is_unet(folder):
+        return model_location(model), None
+    origin = read_config(folder).get("_name_or_path")
+    places = (folder.absolute().parent, *([Path(origin).parent] if origin else []))
+    place = next(filter(is_pipeline, places), None)
+    if place is None:
+        raise ValueError(f"--model {model} is a UNet alone; pass --unet {model}, and its pipeline as --model.")
+    return str(place), folder
+
+
+def load_pipeline(
+    location: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    images: bool = False,
+    unet: Path | None = None,
+    controlnet: str | None = None,
+    loras: Sequence[tuple[Path, float]] = (),
+    offload: str | None = None,
+    compile: bool = False,
+) -> Any:
+    """The preset with the weights of a directory or repository, whose own code is not run.
+
+    Args:
+        location: from `find_model` or `model_location`.
+        images: whether calls may start from images; otherwise they are of the text-to-image workflow.
+        unet: folder of a merged UNet, which is few-step without the delta that the pipeline may name.
+        loras: files or folders, and factors. The recipe in a file of `perflow to-lora` is set too.
+        offload: None, or "model" or "group": what lies on the CPU while it does not run.
 
     Raises:
         OSError: the location cannot be read.
         ValueError: it lacks a component that generation needs.
     """
     quiet_libraries()
+    from diffusers import AutoModel, UNet2DConditionModel
+
     from ..blocks.block_source import preset_for
+    from ..blocks.recombine import compile_loops
+    from ..delta.files import open_weights, read_recipe
 
     blocks: Any = preset_for(location)
-    pipeline = blocks.get_workflow("text2image").init_pipeline(location)
-    pipeline.load_components(dtype=dtype)
-    missing = [name for name in pipeline.null_component_names if name != "scheduler"]
+    drawing = blocks.get_workflow("text2image")
+    pipeline = (blocks if images or controlnet else drawing).init_pipeline(location)
+    needed = {spec.name for spec in drawing.expected_components} - ({"unet"} if unet else set())
+    types = {name: pipeline.get_component_spec(name).type_hint for name in pipeline.pretrained_component_names}
+    pipeline.load_components([name for name in types if name in needed and types[name]], dtype=dtype)
+    if unet is not None:
+        pipeline.update_components(unet=UNet2DConditionModel.from_pretrained(unet, dtype=dtype), delta=None)
+    if controlnet is not None:
+        pipeline.update_components(controlnet=AutoModel.from_pretrained(controlnet, dtype=dtype))
+    missing = [name for name in pipeline.null_component_names if name in needed - {"scheduler"}]
     if missing:
         raise ValueError(f"{location} gave no {', '.join(missing)}; pass a complete SDXL or SD model.")
-    return pipeline.to(device)
+    for number, (path, _) in enumerate(loras):
+        pipeline.load_lora_weights(path, adapter_name=f"lora_{number}")
+        recipe = vars(read_recipe(open_weights(path))) if path.is_file() else {}
+        known = {name: value for name, value in recipe.items() if value is not None and name in pipeline._config_specs}
+        pipeline.update_components(**known)
+    if loras:
+        pipeline.set_adapters([f"lora_{number}" for number in range(len(loras))], [scale for _, scale in loras])
+    if offload == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    elif offload == "group":
+        pipeline.enable_group_offload(device, offload_type="leaf_level")
+    else:
+        pipeline.to(device)
+    if compile:
+        compile_loops(pipeline)
+    return pipeline

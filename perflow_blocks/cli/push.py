@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from . import options
+
 
 def push(
-    directory: Annotated[Path, typer.Argument(help="The workflow repository, as perflow export wrote it.")],
+    directory: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="What perflow export wrote.")],
     repo: Annotated[str, typer.Argument(help="Where to, as owner/name.")],
     private: Annotated[bool, typer.Option("--private", help="Let only its owners see a new repository.")] = False,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
@@ -19,6 +21,10 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be uploaded.")] = False,
 ) -> None:
     """Publish DIRECTORY as the repository REPO on the Hub; refuses private files and tokens in it."""
+    from huggingface_hub import get_token
+
+    if not dry_run and not (token or get_token()):
+        raise ValueError("no token for the Hub was found; run `hf auth login`, or pass --token.")
     from ..hub.push import push_workflow
 
     report = push_workflow(
@@ -31,8 +37,6 @@ def push(
         commit_message=message,
         dry_run=dry_run,
     )
-    typer.echo(f"{'file':<50} {'bytes':>15}")
-    for path, size in report.files.items():
-        typer.echo(f"{path:<50} {size:>15,}")
+    typer.echo(options.table(("file", "bytes"), *((path, f"{size:,}") for path, size in report.files.items())))
     outcome = f"commit {report.commit}" if report.commit else "nothing was uploaded (--dry-run)"
     typer.echo(f"\n{len(report.files)} files, {sum(report.files.values()):,} bytes; {outcome}\n{report.url}")

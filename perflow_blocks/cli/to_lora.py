@@ -13,11 +13,11 @@ from . import options
 def to_lora(
     delta: options.DeltaArgument,
     out: options.OutFile,
-    rank: Annotated[int | None, typer.Option(help="Rank of every layer; or pass --energy.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of every layer; or pass --energy.")] = None,
     energy: Annotated[
         float | None, typer.Option(help="Share in (0, 1] of each layer's squared norm to keep, at the least rank.")
     ] = None,
-    max_rank: Annotated[int, typer.Option(help="Bound of the rank under --energy.")] = 128,
+    max_rank: Annotated[int, typer.Option(min=1, help="Bound of the rank under --energy.")] = 128,
     layout: Annotated[
         Literal["peft", "kohya"], typer.Option(help="Names of the tensors: peft, as diffusers writes, or kohya.")
     ] = "peft",
@@ -33,6 +33,10 @@ def to_lora(
     force: options.Force = False,
 ) -> None:
     """Write DELTA as a LoRA for load_lora_weights, and say what it keeps."""
+    if (rank is None) == (energy is None):
+        raise ValueError("--rank and --energy: pass exactly one of the two.")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"--energy {energy} must be a share in (0, 1], for example 0.9.")
     written = [("--out", out)] if residual is None else [("--out", out), ("--residual", residual)]
     taken = {delta.resolve()}
     for option, path in written:

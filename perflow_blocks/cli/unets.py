@@ -1,16 +1,15 @@
-"""UNets in directories for the command line."""
+"""UNets in directories for the command line; what needs no model is told without torch."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from diffusers import UNet2DConditionModel
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
-from ..delta.files import read_json
-
-CONFIG = "config.json"
+CONFIG, CLASS = "config.json", "UNet2DConditionModel"
 
 
 def find_unet(path: Path) -> Path | None:
@@ -34,6 +33,9 @@ def find_config(*models: Path) -> UNet2DConditionModel | None:
 
 def empty_unet(folder: Path) -> UNet2DConditionModel:
     """The UNet of a folder's configuration, without values."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
 
@@ -41,10 +43,11 @@ def empty_unet(folder: Path) -> UNet2DConditionModel:
 def read_config(folder: Path) -> dict[str, Any]:
     """A folder's configuration; empty where none can be read."""
     try:
-        return read_json(folder / CONFIG)
-    except ValueError:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return config if isinstance(config, dict) else {}
 
 
 def is_unet(folder: Path) -> bool:
-    return read_config(folder).get("_class_name") == UNet2DConditionModel.__name__
+    return read_config(folder).get("_class_name") == CLASS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,13 @@ def open_difference(student: files.Delta, base: files.Delta) -> files.Weights:
         if files.holds_differences(weights):
             raise ValueError(f"the {what} {weights.label} holds differences, as a delta does; pass a model's weights.")
     return difference
+
+
+def changed_weights(difference: files.Weights) -> files.Weights:
+    """Without the tensors that are zero; all of them where nothing else is there. Save it as `partial`."""
+    names = logging.tqdm(difference.shapes, desc="compare weights", unit="tensor")
+    changed = {name: difference.shapes[name] for name in names if difference.tensor(name).any()}
+    return replace(difference, shapes=changed or difference.shapes)
 
 
 def save_delta(

@@ -50,6 +50,7 @@ def tiny() -> tuple[Any, dict[str, Any]]:
 
 
 EXPECTED = {
+    "command": ["`python -c pass` | ", "`perflow generate star --steps 0` | ", "`perflow --help` | "],
     "host": [host.CLASSIC, host.STOCK, host.OURS],
     "loop": [BARE, LOOP, STAGE, STOCK_LOOP, STOCK_STAGE, STOCK_PIPELINE],
     "stages": ["teacher DDIM 2 steps | 3 | 4", "student PeRFlow 4 steps | 1 | 4"],

@@ -65,8 +65,10 @@ def test_an_extracted_file_is_what_save_delta_writes(run: Run, models: Path, tmp
     ours, theirs = tmp_path / "new" / "ours.safetensors", tmp_path / "theirs.safetensors"
     out = done(run, "extract", models / "student", models / "base", "-o", ours, "--dtype", dtype, *OPTIONS)
     kind = {"fp16": torch.float16, "bfloat16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    base = tiny_sdxl_unet(0)
-    save_delta(extract_delta(tiny_sdxl_unet(1), base), theirs, RECIPE, kind)
+    difference = extract_delta(tiny_sdxl_unet(1), tiny_sdxl_unet(0))
+    changed = {name: tensor for name, tensor in difference.items() if tensor.any()}
+    assert f"{len(changed)} tensors ({len(difference) - len(changed)} without a difference left out)" in out
+    save_delta(changed, theirs, RECIPE, kind, partial=True)
     one, other = load_file(ours), load_file(theirs)
     assert one.keys() == other.keys()
     assert all(one[name].dtype == kind and torch.equal(one[name], other[name]) for name in other)
@@ -76,9 +78,17 @@ def test_an_extracted_file_is_what_save_delta_writes(run: Run, models: Path, tmp
 
 
 def test_a_variant_of_the_base_is_taken(run: Run, models: Path, tmp_path: Path) -> None:
-    half, wanted = tmp_path / "half.safetensors", extract_delta(tiny_sdxl_unet(1), tiny_sdxl_unet(0))
+    half, difference = tmp_path / "half.safetensors", extract_delta(tiny_sdxl_unet(1), tiny_sdxl_unet(0))
+    wanted = {name: tensor for name, tensor in difference.items() if tensor.any()}
     done(run, "extract", models / "student", models / "base-fp16", "--base-variant", "fp16", "-o", half)
     assert_close({name: t.float() for name, t in load_file(half).items()}, wanted, 2e-3)
+
+
+def test_a_delta_without_a_recipe_is_warned_of(run: Run, models: Path, tmp_path: Path) -> None:
+    for options, warned in (([], True), (OPTIONS, False), (["--steps", 4], False)):
+        path = tmp_path / "delta.safetensors"
+        status, _, err = run("extract", models / "student", models / "base", "-o", path, "--force", *options)
+        assert status == 0 and ("Warning: " in err and "--prediction-type" in err) is warned
 
 
 def test_the_bases_noise_schedule_travels_with_the_delta(run: Run, models: Path, tmp_path: Path) -> None:

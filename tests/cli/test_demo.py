@@ -25,12 +25,13 @@ def test_the_demo_writes_twelve_pictures_and_a_sheet(run: Run, tmp_path: Path) -
         assert sheet.width > 4 * 384
 
 
-def test_compare_draws_a_sheet_of_four_columns(run: Run, tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "compare.png"
+@pytest.mark.parametrize(("name", "kind"), [("compare.png", "PNG"), ("compare.jpg", "JPEG"), ("a.webp", "WEBP")])
+def test_compare_draws_a_sheet_of_four_columns(run: Run, tmp_path: Path, name: str, kind: str) -> None:
+    path = tmp_path / "deep" / name
     status, out, _ = run("compare", "a red star", "--num-images", 1, "--out", path)
     assert status == 0 and out.strip() == str(path)
     with Image.open(path) as sheet:
-        assert 4 * 384 < sheet.width < 5 * 410
+        assert sheet.format == kind and 4 * 384 < sheet.width < 5 * 410
 
 
 def test_evaluate_judges_the_embedded_model(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def test_a_workflow_is_exported_with_its_own_blocks_and_a_delta(run: Run, tmp_pa
 
 def test_mistakes_are_one_line_and_leave_nothing(run: Run, repository: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert "pass weights='include'" in mistake(run, repository, out)
+    assert "pass --weights 'include'" in mistake(run, repository, out)
     assert "'--mode'" in mistake(run, WORKFLOW, out, "--mode", "fat")
     assert "does not exist" in mistake(run, tmp_path / "absent", out)
     assert "--notes" in mistake(run, repository, out, "--notes", tmp_path / "absent.md")
@@ -68,6 +68,6 @@ def test_mistakes_are_one_line_and_leave_nothing(run: Run, repository: Path, tmp
 def test_an_export_is_replaced_with_force_alone(run: Run, tmp_path: Path) -> None:
     target = tmp_path / "out"
     assert run("export", WORKFLOW, target)[0] == 0
-    assert "holds a workflow; pass" in mistake(run, WORKFLOW, target)
+    assert "holds a workflow; pass --force" in mistake(run, WORKFLOW, target)
     assert run("export", WORKFLOW, target, "--title", "New", "--force")[0] == 0
     assert "# New" in (target / "README.md").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def delta(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(path: Path) -> dict[str, Any]:
     with Image.open(path) as image:
         image.load()
-        return json.loads(image.info["parameters"])
+        return json.loads(image.info["perflow"])
 
 
 def test_pictures_carry_their_settings_and_stand_on_a_sheet(
@@ -54,13 +55,13 @@ def test_pictures_carry_their_settings_and_stand_on_a_sheet(
     status, stdout, _ = run("generate", "a red étoile", "b", *request, "--negative", "blue")
     assert status == 0
     paths = [Path(line) for line in stdout.split("\n") if line]
-    assert {path.name for path in paths} == {path.name for path in out.iterdir()}
+    assert {*(path.name for path in paths), "manifest.jsonl"} == {path.name for path in out.iterdir()}
     assert len(paths) == 5 and paths[-1].name == "sheet.png"
     assert [settings(path)["seed"] for path in paths[:4]] == [7, 8, 9, 10]
     first = settings(paths[0])
     assert first["prompt"] == "a red étoile" and first["negative"] == "blue"
     assert first["steps"] == 5 and first["guidance"] == 1.0  # the delta's recipe
-    assert first["size"] == [IMAGE_SIZE, IMAGE_SIZE] and first["model"] == str(model)
+    assert first["size"] == [IMAGE_SIZE, IMAGE_SIZE] and first["model"] == model.name
     assert first["delta"]["file"] == delta.name and first["delta"]["scale"] == 1.0
     assert first["versions"]["torch"] == torch.__version__
     pictures = [Image.open(path) for path in paths]
@@ -98,7 +99,7 @@ def test_guidance_asked_for_wins_over_the_recipe(run: Run, model: Path, delta: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Missing argument"),
+        ([], "pass prompts in quotes, or --prompts-file FILE"),
         (["a", "--steps", "0"], "'--steps'"),
         (["a", "--steps", "few"], "'--steps'"),
         (["a", "--guidance", "-1"], "'--guidance'"),
@@ -106,6 +107,22 @@ def test_guidance_asked_for_wins_over_the_recipe(run: Run, model: Path, delta: P
         (["a", "--seed", "-1"], "'--seed'"),
         (["a", "--size", "0"], "--size 0 is no size; pass N or WxH"),
         (["a", "--size", "64x-8"], "--size 64x-8 is no size"),
+        (["a", "--size", "67"], "--size 67 must be in multiples of 4 for this model; pass 68x68"),
+        (["a", "--strength", "0.5"], "pass --image FILE"),
+        (["a", "--strength", "2"], "'--strength'"),
+        (["a", "--mask", "{png}"], "pass --image FILE"),
+        (["a", "--image", "{txt}"], "is not an image that can be read"),
+        (["a", "--image", "nowhere.png"], "'nowhere.png' does not exist"),
+        (["a", "--control", "{png}"], "--controlnet MODEL need each other"),
+        (["a", "--controlnet", "some/net"], "--controlnet MODEL need each other"),
+        (["a", "--compile", "--offload", "model"], "--compile does not work with --offload"),
+        (["a", "--offload", "disk"], "'--offload'"),
+        (["a", "--lora", "nowhere.safetensors:0.5"], "--lora nowhere.safetensors:0.5 must name a file"),
+        (["a", "--lora", "{png}:nan"], "must name a file"),
+        (["a", "--unet", "{folder}"], "holds no UNet"),
+        (["a", "--prompts-file", "{txt}"], "and not both"),
+        (["--prompts-file", "{png}"], "is of an unknown kind; pass a prompts file of one of .txt, .csv, .jsonl"),
+        (["--prompts-file", "{txt}"], "holds no prompt"),
         (["a", "--device", "warp"], "--device warp is unknown; pass one such as cpu, cuda"),
         (["a", "--device", "xpu"], "--device xpu cannot be used here"),
         (["a", "--dtype", "int8"], "'--dtype': "),
@@ -118,7 +135,10 @@ def test_a_mistake_is_one_line_before_anything_is_loaded(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.setattr("perflow_blocks.cli.pipeline.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
-    out = tmp_path / "out"
+    out, png, txt = tmp_path / "out", tmp_path / "a.png", tmp_path / "a.txt"
+    Image.new("RGB", (64, 64)).save(png)
+    txt.write_text("# nothing\n\n")
+    arguments = [argument.format(png=png, txt=txt, folder=tmp_path) for argument in arguments]
     status, stdout, stderr = run("generate", *arguments, "--out", out)
     assert (status, stdout) == (2, "")
     assert stderr.startswith("Error: ") and message in stderr
@@ -126,19 +146,85 @@ def test_a_mistake_is_one_line_before_anything_is_loaded(
     assert not out.exists()
 
 
-def test_a_wrong_option_is_answered_without_importing_torch() -> None:
-    code = """
+WRONG = """
+generate a --nope 1
+generate a --steps 0
+generate a --size 67
+generate a --device tpu
+generate a --dtype int8
+generate a --delta nowhere
+generate a --image a.png
+generate a --lora nowhere
+generate a --model ./nowhere
+generate a --out file/x
+generate --prompts-file file
+compare a --steps 0
+compare a --out x.xyz
+compare a --device tpu
+compare a --model ./nowhere
+demo --out file/x
+evaluate
+evaluate --demo --samplers perflow
+evaluate --demo --device tpu
+evaluate --demo --model ./nowhere
+extract model model -o file
+extract model model -o x.safetensors --windows 0
+extract model model -o x.safetensors --prediction-type x
+merge model file -o x --scale 0
+merge file file -o x
+merge model file -o model
+unmerge model file -o model
+to-lora file -o x.safetensors
+to-lora file -o x.safetensors --rank 0
+to-lora file -o file --rank 1
+to-lora file -o x.safetensors --rank 1 --device tpu
+inspect nowhere
+inspect file --top -1
+export ./nowhere x
+export model model
+export model x --revision main
+push nowhere me/x
+push model me/x
+distill --config nowhere
+distill --config file --nope
+""".strip().splitlines()
+
+
+def test_a_wrong_option_is_answered_without_importing_torch(tmp_path: Path) -> None:
+    code = f"""
 import sys
 from perflow_blocks.cli import main
-for wrong in ("--nope 1", "--steps 0", "--size 0", "--device tpu", "--dtype int8", "--delta nowhere"):
+for wrong in {WRONG}:
     try:
-        main(["generate", "a", *wrong.split()])
+        main(wrong.split())
     except SystemExit as done:
-        assert done.code == 2
-assert "torch" not in sys.modules
+        assert done.code == 2, wrong
+    assert "torch" not in sys.modules, wrong
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and done.stderr.count("\n") == 6, done.stderr
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "model" / "unet").mkdir(parents=True)
+    (tmp_path / "model" / "model_index.json").write_text("{}")
+    (tmp_path / "model" / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_TOKEN_PATH": "nowhere"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert len(lines) == len(WRONG) and all(line.startswith("Error: ") for line in lines)
+
+
+def test_the_shell_completes_names() -> None:
+    environment = {**os.environ, "_PERFLOW_COMPLETE": "complete_bash", "COMP_WORDS": "perflow gen", "COMP_CWORD": "1"}
+    command = [sys.executable, "-m", "perflow_blocks.cli"]
+    assert subprocess.run(command, capture_output=True, text=True, env=environment).stdout == "generate\n"
+
+
+def test_a_very_long_prompt_is_drawn_like_any_other(run: Run, model: Path, tmp_path: Path) -> None:
+    """The sheet shows its start."""
+    status, stdout, _ = run("generate", "x" * 10_000, "--model", model, "--steps", 4, "--out", tmp_path)
+    with Image.open(stdout.splitlines()[-1]) as sheet:
+        assert status == 0 and sheet.height < 1000
 
 
 def test_what_only_the_model_can_tell_costs_no_unet_call(
@@ -146,10 +232,6 @@ def test_what_only_the_model_can_tell_costs_no_unet_call(
 ) -> None:
     monkeypatch.setattr(UNet2DConditionModel, "forward", lambda *_, **__: pytest.fail("the UNet ran"))
     out = tmp_path / "out"
-    status, _, stderr = run("generate", "a", "--model", model, "--size", "31x32", "--out", out)
-    assert status == 2
-    assert "width=31 " in stderr.splitlines()[-1]
-
     other, broken = tmp_path / "other.safetensors", tmp_path / "broken.safetensors"
     save_delta({"conv_in.weight": torch.zeros(1)}, other)
     broken.write_bytes(delta.read_bytes()[:5000])
@@ -189,11 +271,11 @@ def test_help_and_version(run: Run) -> None:
 
 
 def test_an_error_inside_the_pipeline_is_one_line_in_a_real_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "perflow_blocks.cli", "generate", "a star", "--size", "30"]
+    command = [sys.executable, "-m", "perflow_blocks.cli", "generate", "a star", "--steps", "5000"]
     command += ["--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert re.fullmatch(r"Error: height=30 .*32\.\n", done.stderr)
+    assert re.fullmatch(r"Error: timesteps .* 5000 steps.*\n", done.stderr)
     assert not list(tmp_path.iterdir())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,19 @@ def test_a_delta_is_told_with_its_recipe_and_layers(run: Run, delta: dict[str, T
     own = tiny_sdxl_unet(0).state_dict()
     assert name == "conv_out.bias"
     assert float(value) == pytest.approx(float(delta[name].norm() / own[name].norm()), rel=1e-2)
+
+
+def test_json_holds_what_the_text_says(run: Run, delta: dict[str, Tensor], tmp_path: Path) -> None:
+    delta["conv_out.bias"][0] = math.nan
+    path = tmp_path / "delta.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in delta.items()}, path, RECIPE.to_metadata())
+    (line,) = inspected(run, path, "--json", "--top", 1)
+    found = json.loads(line, parse_constant=pytest.fail)
+    numbers = sum(tensor.numel() for tensor in delta.values())
+    assert found["what"] == "delta" and found["recipe"]["num_time_windows"] == 4
+    assert (found["tensors"], found["numbers"], found["bytes"]) == (len(delta), numbers, 4 * numbers)
+    assert (found["norm"], found["not_finite"]) == (None, ["conv_out.bias"])
+    assert sum(kind["numbers"] for kind in found["kinds"].values()) == numbers and len(found["largest"]) == 1
 
 
 def test_a_merged_folder_names_what_is_in_it(run: Run, delta: dict[str, Tensor], tmp_path: Path) -> None:

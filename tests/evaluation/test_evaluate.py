@@ -180,7 +180,7 @@ def test_a_merged_unet_and_a_merged_repository_have_a_teacher_too(
     assert scores["delta"][0] is None and scores["delta"][2] < 90.0
     assert scores["unet"] == pytest.approx(scores["delta"], abs=0.05)
     assert scores["base"] == pytest.approx(scores["delta"], abs=0.05)
-    demo, _ = open_pipelines(None, None, str(weights_directory() / "unet"), None, "cpu", torch.float32)
+    demo, _ = open_pipelines(None, None, weights_directory() / "unet", None, "cpu", torch.float32)
     assert demo.config.delta is None  # a UNet that is few-step already gets no other delta
     status, _, err = run("evaluate", *common, "--model", tmp_path / "merged", "--out", tmp_path / "x")
     assert status == 2 and "pass --delta, --unet, or its teacher as --base" in err and err.count("\n") == 1
