@@ -310,7 +310,7 @@ def editing_report(pipe: Any, data: EditingSet) -> str:
         "# Image-to-image and inpainting with the embedded model",
         f"{len(data)} rendered inputs, seed {data.seed}, the same prompts and noise in every row; ± is one standard "
         f"error. Made by `python -m benchmarks.editing --prompts {len(data)}`. The judge is that of the evaluation: "
-        "accurate is a image in which everything named is right, strict one whose colours are clean as well.",
+        "accurate is an image in which everything named is right, strict one whose colours are clean as well.",
         "## Image-to-image: the input's own prompt",
         strength_table(outcomes, floors),
         "## Image-to-image: a prompt that names something else",
