@@ -35,13 +35,16 @@ def test_a_known_theta_is_found_and_the_scheduler_left_as_it_was() -> None:
     """By what it draws on another prompt: corrections of neighbouring windows can stand in for one another."""
     pipe, teacher = perflow_pipeline(), Teacher()
     pipe.set_progress_bar_config(disable=True)
-    theta = calibrate_theta(pipe, teacher, PROMPTS, 4, batch_size=2, guidance_scale=3.0)
-    call: dict[str, Any] = {"prompt": ["a green cross"], "latents": torch.ones(1, 4, 16, 16)}
+    theta = calibrate_theta(pipe, teacher, PROMPTS, 4, batch_size=2, iterations=6, guidance_scale=3.0)
+    call: dict[str, Any] = {
+        "prompt": ["a green cross"],
+        "latents": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5)),
+    }
     wanted, drawn = teacher.pipe(**call, output_type="latent").images, []
     for fitted in (None, theta):
         pipe.update_components(theta=fitted)
         drawn.append(float((pipe(**call, output_type="latent").images - wanted).norm()))
-    assert drawn[1] < 0.05 * drawn[0], drawn
+    assert drawn[1] < 0.15 * drawn[0], drawn
     pipe.update_components(theta=None)
     pipe(**call)
     assert teacher.calls == [{"num_inference_steps": 50, "guidance_scale": 3.0, "output_type": "latent"}] * 2
