@@ -189,7 +189,7 @@ def parameters(settings: Mapping[str, Any]) -> str:
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """The settings that an image was drawn with; empty where there is no whole image, or none with settings."""
+    """The settings that are stored in an image; empty if the file is missing or broken, or stores none."""
     from PIL import Image
 
     try:

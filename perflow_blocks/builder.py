@@ -536,7 +536,7 @@ def _check_delta(pipe: PeRFlowModularPipeline) -> None:
         config = UNet2DConditionModel.load_config(spec.pretrained_model_name_or_path, **where)
         with torch.device("meta"):  # the architecture without values takes no memory
             unet = UNet2DConditionModel.from_config(config)
-    if unet is not None and not getattr(unet, "is_quantized", False):  # of which calls say what can be done
+    if unet is not None and not getattr(unet, "is_quantized", False):  # the call's error says what to do
         require_architecture(weights, unet)
 
 

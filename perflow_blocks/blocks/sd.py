@@ -20,7 +20,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ..delta.model_lock import model_lock
 from .apply_attention import PeRFlowApplyAttentionStep
 from .auto_blocks import PeRFlowSDXLAutoBlocks, PeRFlowSDXLAutoDenoiseStep, PeRFlowSDXLCoreDenoiseStep, Preset
-from .before_denoise import PeRFlowImg2ImgPrepareLatentsStep, PeRFlowInpaintPrepareLatentsStep, PeRFlowInputStep
+from .before_denoise import (
+    PeRFlowImg2ImgPrepareLatentsStep,
+    PeRFlowInpaintPrepareLatentsStep,
+    PeRFlowInputStep,
+    PeRFlowSDXLAutoBeforeDenoiseStep,
+)
 from .check_inputs import PeRFlowCheckInputsStep
 from .controlnet import PeRFlowControlNetInputStep
 from .declare import Assembled, declared
@@ -41,7 +46,7 @@ class PeRFlowSDTextEncoderStep(ModularPipelineBlocks):
     time uses tokenizer and encoder, since a tokenizer keeps padding on itself and an encoder the scale of its LoRAs.
 
     Raises:
-        ValueError: negative embeddings are missing and there is no text encoder to make them.
+        ValueError: guidance needs negative embeddings, and neither they nor a text encoder is given.
     """
 
     model_name = "stable-diffusion-xl"
@@ -128,13 +133,10 @@ class PeRFlowSDInpaintBeforeDenoiseStep(PeRFlowSDBeforeDenoiseStep):
     description = "Prepares the loop for inpainting: windows, noised image and mask."
 
 
-class PeRFlowSDAutoBeforeDenoiseStep(Assembled, AutoPipelineBlocks):
+class PeRFlowSDAutoBeforeDenoiseStep(PeRFlowSDXLAutoBeforeDenoiseStep):
     """Inpainting where there is a mask, image-to-image where there is an image, else text-to-image."""
 
     block_classes = [PeRFlowSDInpaintBeforeDenoiseStep, PeRFlowSDImg2ImgBeforeDenoiseStep, PeRFlowSDBeforeDenoiseStep]
-    block_names = ["inpaint", "img2img", "text2img"]
-    block_trigger_inputs = ["mask", "image_latents", None]
-    description = "Prepares the loop: inpainting for `mask`, image-to-image for `image_latents`, else text-to-image."
 
 
 class PeRFlowSDAutoControlNetInputStep(Assembled, AutoPipelineBlocks):
