@@ -9,12 +9,13 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 # Type checks refuse a directory without Python files.
 TYPED := $(foreach d,perflow_blocks tests workflows benchmarks integrations,$(if $(wildcard $(d)/*.py $(d)/*/*.py),$(d)))
 STYLED := $(TYPED) $(wildcard *.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format demo-weights workflows evaluate bench clean
+.PHONY: help venv demo test lint format docs demo-weights workflows evaluate bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 18
@@ -43,6 +44,13 @@ format: venv  ## rewrite the sources in the project's style
 	$(BIN)/python -m ruff check --fix $(STYLED)
 	$(BIN)/python -m ruff format $(STYLED)
 
+docs: $(DOCS_STAMP)  ## build the documentation into site/
+	$(BIN)/python -m mkdocs build --strict --quiet
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[docs]'
+	@touch $@
+
 demo-weights: venv  ## train the embedded model again, into runs/demo (takes hours on two cores)
 	$(BIN)/python -m perflow_blocks.demo.train --out runs/demo
 
@@ -56,5 +64,5 @@ bench: venv  ## run the benchmarks that this machine can run, into benchmarks/re
 	$(BIN)/python -m benchmarks
 
 clean:  ## remove .venv, caches and build products; runs/ and outputs/ stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

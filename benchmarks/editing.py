@@ -1,6 +1,6 @@
 """Image-to-image and inpainting with the embedded model: what changes, what stays, and which noising is better.
 
-python -m benchmarks.editing --prompts 256 --out docs/editing.md      # and docs/editing.png beside it
+python -m benchmarks.editing --prompts 256 --out docs/editing.md
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
@@ -25,7 +24,6 @@ from perflow_blocks.demo.images import COLORS, IMAGE_SIZE, SHAPES, Prompt, Scene
 from perflow_blocks.demo.judge import judge, load_classifier, reconstruct
 from perflow_blocks.demo.models import LATENT_CHANNELS, LATENT_SIZE, VAE_FACTOR
 from perflow_blocks.evaluation.measure import mean_and_error, plus_minus
-from perflow_blocks.evaluation.sheet import contact_sheet
 
 from .report import table, write
 
@@ -444,37 +442,6 @@ def known_table(outcomes: Outcomes, data: EditingSet) -> str:
     return table(header, rows)
 
 
-def editing_sheet(pipe: Any, data: EditingSet) -> Image.Image:
-    """Examples, the first two images of the set: image-to-image with both prompts, then each kind of hole."""
-    images: list[Image.Image] = []
-    captions: list[str] = []
-    for wording in ("own", "both"):
-        for number in (0, 1):
-            edits = [Edit(wording=wording, strength=s) for s in STRENGTHS]
-            images += [data.inputs[number], *(_one(pipe, data, edit, number) for edit in edits)]
-            captions += [
-                f"input; prompt: {data.prompts[wording][number].text}",
-                *(f"strength {s:g}" for s in STRENGTHS),
-            ]
-    for hole, wording in HOLES.items():
-        for number in (0, 1):
-            edits = [Edit(wording=wording, hole=hole, strength=s) for s in (1.0, 0.8)]
-            shown = data.masks[hole][number].point(lambda value: 200 * value // 255)  # white has no edge on the sheet
-            images += [data.inputs[number], shown]
-            images += [_one(pipe, data, edit, number) for edit in edits]
-            captions += [f"input; prompt: {data.prompts[wording][number].text}", f"{hole} hole (light)"]
-            captions += ["inpainted, strength 1", "inpainted, strength 0.8"]
-    title = (
-        "Image-to-image, then inpainting, on a schedule of four steps: the first two images of the set, not picked."
-    )
-    return contact_sheet(images, captions, columns=8, scale=4, title=title)
-
-
-def _one(pipe: Any, data: EditingSet, edit: Edit, number: int) -> Image.Image:
-    images = draw(pipe, data, edit, slice(number, number + 1)).images
-    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))[0]
-
-
 def _first_of_hole(edit: Edit) -> bool:
     return edit.strength == 1.0 and edit.steps == 4
 
@@ -488,10 +455,10 @@ def _difference(values: Tensor, baseline: Tensor) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the tables, and writes them and a sheet of examples."""
+    """Prints the tables and writes them."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.editing", description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=256, help="at least 2 (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="a Markdown file; the sheet lies beside it as .png")
+    parser.add_argument("--prompts", type=int, default=256, help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="a Markdown file")
     given = parser.parse_args(arguments)
     pipe, data = perflow_pipeline(), make_editing_set(given.prompts)
     pipe.set_progress_bar_config(disable=True)
@@ -499,7 +466,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.stdout.write(text + "\n")
     if given.out is not None:
         write(text + "\n", given.out)
-        editing_sheet(pipe, data).save(given.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

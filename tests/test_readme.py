@@ -21,7 +21,10 @@ from diffusers import (
 from safetensors.torch import save_file
 
 import perflow_blocks
+from perflow_blocks import PeRFlowSDXLAutoBlocks
 from perflow_blocks.attention import strategies
+from perflow_blocks.blocks.loop_block import LOOP_PROVIDES
+from perflow_blocks.blocks.recombine import find_loops
 from perflow_blocks.delta.extract import extract_delta, save_delta
 from perflow_blocks.demo import perflow_pipeline, teacher_pipeline, weights_directory
 from perflow_blocks.hub.push import push_workflow
@@ -33,7 +36,7 @@ from tests.hub.loopback import LoopbackHub
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (README, *sorted((ROOT / "docs").glob("*.md")))}
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (README, *sorted((ROOT / "docs").rglob("*.md")))}
 BLOCK = re.compile(r"^```python\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 ON_THIS_MACHINE = {
     '"cuda"': '"cpu"',
@@ -112,15 +115,18 @@ def folder(loopback_hub: LoopbackHub, own_modules: None, tmp_path: Path, monkeyp
     return tmp_path
 
 
-def after_recombine(defined: dict[str, Any], folder: Path) -> None:
-    assert (folder / "star-3.png").is_file() and defined["image"].size == (64, 64)
-    assert defined["pipe"].controlnet.config.num_control_type
+def after_controlnet(defined: dict[str, Any], folder: Path) -> None:
+    assert defined["image"].size == (64, 64) and defined["pipe"].controlnet.config.num_control_type
 
 
-def after_blocks(defined: dict[str, Any], folder: Path) -> None:
+def after_ready_made_blocks(defined: dict[str, Any], folder: Path) -> None:
     assert (folder / "preview-2.png").is_file() and not (folder / "preview-3.png").is_file()
     assert (defined["hits"], defined["misses"]) == (3, 1)
-    assert defined["image"].size == (256, 192)
+    assert (folder / "star-3.png").is_file()
+
+
+def after_upscaling(defined: dict[str, Any], folder: Path) -> None:
+    assert defined["image"].size == (256, 256)
 
 
 def after_share(defined: dict[str, Any], folder: Path) -> None:
@@ -129,9 +135,10 @@ def after_share(defined: dict[str, Any], folder: Path) -> None:
 
 
 AFTERWARDS: dict[str, Callable[[dict[str, Any], Path], None]] = {
-    "docs/recombine.md": after_recombine,
-    "docs/blocks.md": after_blocks,
+    "docs/controlnet.md": after_controlnet,
+    "docs/ready-made-blocks.md": after_ready_made_blocks,
     "docs/share.md": after_share,
+    "docs/upscaling.md": after_upscaling,
 }
 
 
@@ -148,6 +155,14 @@ def test_the_python_of_a_page_runs(page: str, hub: Path, folder: Path) -> None:
             exec(compile(lines_above + code, ROOT / page, "exec"), defined)
     if page in AFTERWARDS:
         AFTERWARDS[page](defined, folder)
+
+
+def test_the_table_of_the_loop_s_state_names_all_that_the_loops_hold() -> None:
+    table = PAGES["docs/blocks.md"].partition("| name |")[2]
+    cells = re.findall(r"^\| (`.+?) \|", table, flags=re.MULTILINE)
+    named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    loops = find_loops(PeRFlowSDXLAutoBlocks())
+    assert named == {entry.name for loop in loops for entry in loop.inputs} | LOOP_PROVIDES
 
 
 def links(page: str) -> list[tuple[Path, str]]:

@@ -1,0 +1,64 @@
+"""A hook of mkdocs: what the site consists of beside the pages in docs/.
+
+Pages get the paths that they have in the repository (`docs/deltas.md`), so that a link from one file to another is the
+same on GitHub and on the site. Files outside docs/ that pages link to are added, and a page of the API for each
+subpackage.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+from perflow_blocks import _PUBLIC
+
+ROOT = Path(__file__).parent
+OUTSIDE = (
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    "benchmarks/results/*.md",
+    "integrations/comfyui/README.md",
+    "integrations/comfyui/workflows/*",
+    "perflow_blocks/demo/distill.toml",
+    "perflow_blocks/training/config.py",
+    "workflows/*/recipe.py",
+)
+IN_SUBPACKAGES = (
+    "demo.perflow_pipeline",
+    "demo.teacher_pipeline",
+    "demo.weights_directory",
+    "delta.extract.save_delta",
+    "delta.files.open_weights",
+    "delta.lora.save_lora",
+    "delta.lora.save_residual",
+    "delta.recipe.DeltaRecipe",
+    "testing.contract.check_block",
+    "testing.tiny",
+)
+"""Public names that the package itself does not have."""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """All files of the site, under their paths in the repository."""
+    places = (str(ROOT), config.site_dir, config.use_directory_urls)
+    for file in [file for file in files if file.src_dir == config.docs_dir]:
+        files.remove(file)
+        files.append(File(f"docs/{file.src_uri}", *places, dest_uri=file.dest_uri))
+    for path in (path for pattern in OUTSIDE for path in sorted(ROOT.glob(pattern))):
+        files.append(File(path.relative_to(ROOT).as_posix(), *places))
+    for subpackage, names in api().items():
+        text = f"# perflow_blocks.{subpackage}\n\n" + "\n".join(f"::: perflow_blocks.{name}\n" for name in names)
+        files.append(File.generated(config, f"reference/{subpackage}.md", content=text))
+    return files
+
+
+def api() -> dict[str, list[str]]:
+    """By subpackage, the full names of what is public."""
+    found = defaultdict(list)
+    for name in (*(f"{module}.{name}" for name, module in _PUBLIC.items()), *IN_SUBPACKAGES):
+        found[name.partition(".")[0]].append(name)
+    return found
