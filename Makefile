@@ -45,7 +45,7 @@ format: venv  ## rewrite the sources in the project's style
 	$(BIN)/python -m ruff format $(STYLED)
 
 docs: $(DOCS_STAMP)  ## build the documentation into site/
-	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m mkdocs build --strict
 
 $(DOCS_STAMP): $(STAMP)
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[docs]'

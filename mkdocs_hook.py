@@ -51,8 +51,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in (path for pattern in OUTSIDE for path in sorted(ROOT.glob(pattern))):
         files.append(File(path.relative_to(ROOT).as_posix(), *places))
     for subpackage, names in api().items():
-        text = f"# perflow_blocks.{subpackage}\n\n" + "\n".join(f"::: perflow_blocks.{name}\n" for name in names)
-        files.append(File.generated(config, f"reference/{subpackage}.md", content=text))
+        files.append(File.generated(config, f"reference/{subpackage}.md", content=reference(subpackage, names)))
     return files
 
 
@@ -62,3 +61,11 @@ def api() -> dict[str, list[str]]:
     for name in (*(f"{module}.{name}" for name, module in _PUBLIC.items()), *IN_SUBPACKAGES):
         found[name.partition(".")[0]].append(name)
     return found
+
+
+def reference(subpackage: str, names: list[str]) -> str:
+    """A page for mkdocstrings, with the whole path of names that are not in `perflow_blocks` itself."""
+    whole_path = "    options: {show_root_full_path: true}\n"
+    entries = [f"::: perflow_blocks.{name}\n{whole_path if name in IN_SUBPACKAGES else ''}" for name in names]
+    about = "Import names that are shown without a module from `perflow_blocks`."
+    return "\n".join((f"# {subpackage.capitalize()}\n\n{about}\n", *entries))
