@@ -60,13 +60,11 @@ def refiner() -> Cells:
     """What the base hands over, what the refiner makes of it, and a run that is not divided."""
     pipe, cells = perflow_pipeline(), Cells()
     for prompt in PROMPTS:
-        first = {"denoising_end": 0.5, "num_inference_steps": 4}
-        latents = pipe(prompt, generator=_seeded(), output_type="latent", **first).images
-        second = {"denoising_start": 0.5, "num_inference_steps": 4}
+        latents = pipe(prompt, denoising_end=0.5, generator=_seeded(), output_type="latent").images
         cells += [
-            (pipe(prompt, generator=_seeded(), **first).images[0], f"{prompt}: handed over at 0.5"),
-            (pipe(prompt, image_latents=latents, **second).images[0], "finished by the refiner"),
-            (pipe(prompt, generator=_seeded(), num_inference_steps=4).images[0], "one run, not divided"),
+            (pipe(prompt, denoising_end=0.5, generator=_seeded()).images[0], f"{prompt}: handed over at 0.5"),
+            (pipe(prompt, image_latents=latents, denoising_start=0.5).images[0], "finished by the refiner"),
+            (pipe(prompt, generator=_seeded()).images[0], "one run, not divided"),
         ]
     return cells
 
