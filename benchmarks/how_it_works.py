@@ -148,14 +148,24 @@ def draw_chord(figure: Any, paths: Paths) -> None:
     arrow = {"arrowstyle": "-|>", "lw": 1.6, "shrinkA": 0, "shrinkB": 3}
     large.annotate("", lam * start, start, arrowprops={**arrow, "color": "gray"})
     large.annotate("", lam * start + np.array([0.0, eta]), lam * start, arrowprops={**arrow, "color": "tab:purple"})
-    large.text(*(lam * start + (-0.02, 0.02)), f"$\\lambda z_s$, $\\lambda$ = {lam:.2f}", ha="right", fontsize=11)
-    large.text(lam * start[0] + 0.015, 1.05, f"$\\eta\\,\\epsilon$,\n$\\eta$ = {eta:.2f}", color="tab:purple", fontsize=11)
-    large.text(*(start + (-0.02, -0.02)), f"$z_s$, t = {row.start:g}", ha="right", va="top", fontsize=11)
-    large.text(*(end + (0.02, -0.02)), f"$z_e$,\nt = {row.end:g}", va="top", fontsize=11)
+    labels = (
+        (lam * start, (-8, 2), f"$\\lambda z_s$, $\\lambda$ = {lam:.2f}", "right", "gray"),
+        (
+            lam * start + np.array([0.0, eta / 2]),
+            (8, 0),
+            f"$\\eta\\,\\epsilon$,\n$\\eta$ = {eta:.2f}",
+            "left",
+            "tab:purple",
+        ),
+        (start, (-8, -12), f"$z_s$, t = {row.start:g}", "right", "black"),
+        (end, (8, -12), f"$z_e$,\nt = {row.end:g}", "left", "black"),
+        (on_chord, (-8, -24), f"on the chord,\nt = {middle:g}", "right", "black"),
+        (on_arc, (10, 2), "diffusion's $z_t$\nat the same t", "left", "black"),
+    )
+    for place, shift, text, side, color in labels:
+        large.annotate(text, place, shift, textcoords="offset points", ha=side, color=color, fontsize=10)
     large.plot(*on_chord, "o", color="black", ms=6)
     large.plot(*on_arc, "o", color="black", mfc="white", ms=6)
-    large.text(*(on_chord + (-0.02, -0.02)), f"on the chord,\nt = {middle:g}", ha="right", va="top", fontsize=10)
-    large.annotate("diffusion's $z_t$\nat the same t", on_arc, (14, 4), textcoords="offset points", fontsize=10)
     large.set(xlim=(0.25, 1.1), ylim=(0.4, 1.4), title=f"window {WINDOW}: from $z_s$ and $\\epsilon$ to $z_e$")
 
 
