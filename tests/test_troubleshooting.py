@@ -19,6 +19,7 @@ from PIL import Image
 from perflow_blocks import (
     AttentionConfig,
     PeRFlowModularPipeline,
+    PeRFlowScheduler,
     PeRFlowSDXLAutoBlocks,
     StepCallbackStep,
     export_workflow,
@@ -87,6 +88,7 @@ PROVOKED |= {
     "option of from_pretrained": lambda here: PeRFlowModularPipeline.from_pretrained("owner/name", variant="fp16"),
     "call pipe.load_components()": lambda here: make_pipeline(unet=None)("a star"),
     "holds a model's whole weights": lambda here: merge_delta(tiny_sdxl_unet(), tiny_sdxl_unet().state_dict()),
+    "prediction_type='epsilon'": lambda here: PeRFlowScheduler.from_config(EulerDiscreteScheduler().config),
     "is not an input": lambda here: here.call(num_inference_step=4),
     "VAE's factor": lambda here: here.call(height=33),
     "below num_time_windows": lambda here: here.call(num_inference_steps=3),
