@@ -14,6 +14,7 @@ import torch
 import typer
 from diffusers import DDIMScheduler
 from matplotlib.axes import Axes
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from torch import Tensor
 
 from perflow_blocks import PeRFlowScheduler
@@ -85,9 +86,7 @@ def draw_windows(figure: Any, paths: Paths) -> None:
     boundaries = paths.scheduler.windows.boundaries
     draw_time(top, paths.scheduler)
     for t, image in zip(boundaries, paths.images, strict=True):
-        shown = top.inset_axes((t - 0.055, 0.3, 0.11, 1.0), transform=top.transData)
-        shown.imshow(image)
-        shown.set(xticks=[], yticks=[])
+        top.add_artist(AnnotationBbox(OffsetImage(np.asarray(image), zoom=1.5), (t, 0.85), pad=0.1))
     top.set(ylim=(-0.35, 1.4))
 
     flat = paths.teacher.flatten(1)
