@@ -5,6 +5,7 @@ python -m benchmarks.how_it_works --out docs
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -15,6 +16,7 @@ import typer
 from diffusers import DDIMScheduler
 from matplotlib.axes import Axes
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from PIL import Image
 from torch import Tensor
 
 from perflow_blocks import PeRFlowScheduler
@@ -49,7 +51,8 @@ def main(out: Annotated[Path, typer.Option(help="The directory of the figures.")
     for (name, size), draw in zip(FIGURES.items(), (draw_windows, draw_chord, draw_steps), strict=True):
         figure = plt.figure(figsize=size, layout="constrained", facecolor="white")
         draw(figure, paths)
-        figure.savefig(out / name, dpi=110)
+        figure.savefig(drawn := BytesIO(), dpi=110)
+        Image.open(drawn).convert("RGB").quantize(256).save(out / name)  # a third of the size
         plt.close(figure)
 
 
@@ -82,11 +85,11 @@ def run_models() -> Paths:
 
 def draw_windows(figure: Any, paths: Paths) -> None:
     """Time in windows, with what the latents look like there; below it both paths in the teacher's plane."""
-    top, bottom = figure.subplots(2, 1, height_ratios=(1.0, 2.4))
+    top, bottom = figure.subplots(2, 1, height_ratios=(1.0, 2.8))
     boundaries = paths.scheduler.windows.boundaries
     draw_time(top, paths.scheduler)
     for t, image in zip(boundaries, paths.images, strict=True):
-        top.add_artist(AnnotationBbox(OffsetImage(np.asarray(image), zoom=1.5), (t, 0.85), pad=0.1))
+        top.add_artist(AnnotationBbox(OffsetImage(np.asarray(image), zoom=0.95), (t, 0.85), pad=0.1))
     top.set(ylim=(-0.35, 1.4))
 
     flat = paths.teacher.flatten(1)
@@ -99,10 +102,10 @@ def draw_windows(figure: Any, paths: Paths) -> None:
     bottom.plot(*hasty.T, color="gray", lw=1.2, ls="--", marker="x", label=f"teacher, {len(COLORS)} steps")
     for k, color in enumerate(COLORS):
         label = f"student, {len(COLORS)} steps: a chord for each window" if k == 0 else None
-        bottom.plot(*student[k : k + 2].T, color=color, lw=2.5, marker="o", ms=7, label=label)
-    for t, point in zip(boundaries, student, strict=True):
-        bottom.annotate(f"t = {t:g}", point, (8, 8), textcoords="offset points", fontsize=11)
-    bottom.set(xlabel=f"the plane that holds {held:.0%} of the teacher's path", xticks=[], yticks=[])
+        bottom.plot(*student[k : k + 2].T, color=color, lw=2.5, marker="o", ms=7, mfc="white", label=label)
+    for t, point, aside in zip(boundaries, student, (0, 18, 0, -18, 0), strict=True):
+        bottom.annotate(f"t = {t:g}", point, (aside, -18), textcoords="offset points", ha="center", fontsize=11)
+    bottom.set(xlabel=f"the plane that holds {held:.1%} of the spread of the teacher's path", xticks=[], yticks=[])
     bottom.set_aspect("equal", adjustable="datalim")
     bottom.legend(fontsize=10)
 
@@ -127,7 +130,7 @@ def draw_chord(figure: Any, paths: Paths) -> None:
     for axis in (whole, large):
         axis.plot(np.cos(angles), np.sin(angles), color="black", lw=1.2)
         axis.set_aspect("equal")
-        axis.set(xlabel="share of the image", ylabel="share of the noise")
+        axis.set(xlabel="how much of the image", ylabel="how much of the noise")
         axis.grid(alpha=0.3)
     for k, row in enumerate(rows):
         ends = np.array([chord_marginal_coefficients(row, t) for t in (row.start, row.end)])
@@ -148,7 +151,7 @@ def draw_chord(figure: Any, paths: Paths) -> None:
     large.annotate("", lam * start, start, arrowprops={**arrow, "color": "gray"})
     large.annotate("", lam * start + np.array([0.0, eta]), lam * start, arrowprops={**arrow, "color": "tab:purple"})
     labels = (
-        (lam * start, (-8, 2), f"$\\lambda z_s$, $\\lambda$ = {lam:.2f}", "right", "gray"),
+        (lam * start, (-14, 2), f"$\\lambda z_s$, $\\lambda$ = {lam:.2f}", "right", "gray"),
         (
             lam * start + np.array([0.0, eta / 2]),
             (8, 0),
@@ -159,10 +162,11 @@ def draw_chord(figure: Any, paths: Paths) -> None:
         (start, (-8, -12), f"$z_s$, t = {row.start:g}", "right", "black"),
         (end, (8, -12), f"$z_e$,\nt = {row.end:g}", "left", "black"),
         (on_chord, (-8, -24), f"on the chord,\nt = {middle:g}", "right", "black"),
-        (on_arc, (10, 2), "diffusion's $z_t$\nat the same t", "left", "black"),
     )
     for place, shift, text, side, color in labels:
         large.annotate(text, place, shift, textcoords="offset points", ha=side, color=color, fontsize=10)
+    line = {"arrowstyle": "-", "color": "gray", "shrinkB": 4}
+    large.annotate("diffusion at\nthe same t", on_arc, (0.86, 0.76), arrowprops=line, fontsize=10)
     large.plot(*on_chord, "o", color="black", ms=6)
     large.plot(*on_arc, "o", color="black", mfc="white", ms=6)
     large.set(xlim=(0.25, 1.1), ylim=(0.4, 1.4), title=f"window {WINDOW}: from $z_s$ and $\\epsilon$ to $z_e$")
@@ -204,8 +208,10 @@ def draw_step(axis: Axes, paths: Paths) -> None:
     axis.plot(*second_end, "o", color=COLORS[0], ms=7)
     axis.annotate("end that the\nfirst call sees", first_end, (0, -30), textcoords="offset points", ha="right")
     axis.annotate("t = 0.75, by the\nsecond call", second_end, (0, 8), textcoords="offset points", ha="right")
+    stretch = round(0.4 * first_end[0] / second_end[1])
+    axis.set_aspect(stretch)
     axis.margins(x=0.12, y=0.5)
-    axis.set(xticks=[], yticks=[], title="two steps in window 0")
+    axis.set(xticks=[], yticks=[], title="two steps in window 0", xlabel=f"across the line stretched {stretch} times")
 
 
 def draw_counts(axis: Axes, scheduler: PeRFlowScheduler) -> None:
