@@ -142,7 +142,12 @@ def _(here: Here) -> None:
     pipe = make_pipeline()
     merge_delta(pipe.unet, here.delta())
     other = threading.Thread(target=rescale_delta, args=(pipe.unet, 0.5))
-    pipe.text_encoder_2.register_forward_pre_hook(lambda *_: (other.start(), other.join()) and None)
+
+    def change(*_: Any) -> None:
+        other.start()
+        other.join()
+
+    pipe.text_encoder_2.register_forward_pre_hook(change)
     here.call(pipe)
 
 
