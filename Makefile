@@ -15,7 +15,7 @@ TYPED := $(foreach d,perflow_blocks tests workflows benchmarks integrations,$(if
 STYLED := $(TYPED) $(wildcard *.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format docs demo-weights workflows evaluate bench clean
+.PHONY: help venv demo test test-browser lint format docs demo-weights workflows evaluate bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 18
@@ -33,6 +33,11 @@ demo: venv  ## draw the demo prompts in four steps with the embedded model, into
 
 test: venv  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test-browser: venv  ## drive the page of `perflow app` in Chromium; takes the docs' screenshot with SCREENSHOT=docs/app.png
+	@command -v chromium >/dev/null || { apt-get update -q && apt-get install -q -y chromium; }
+	$(BIN)/python -m pip install -q -c constraints.txt playwright
+	SCREENSHOT=$(SCREENSHOT) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 
 lint: venv  ## check style and types
 	$(BIN)/python -m ruff check $(STYLED)

@@ -313,28 +313,37 @@ def draw(pipeline: Any, row: Row, digest: str, job: Job, manifest: Path) -> None
 
 
 def drawn(pipeline: Any, row: Row, job: Job) -> tuple[Image, dict[str, Any]]:
-    """One image and its settings. The noise is the CPU's, so that a seed means the same on every device."""
+    shared = {name: job.inputs[name] for name in job.inputs if row.image or name not in ("strength", "mask_image")}
+    width, height = row.size or (None, None)
+    own = {"prompt": row.prompt, "negative_prompt": row.negative, "num_inference_steps": row.steps}
+    own |= {"width": width, "height": height, "image": row.image and open_image(row.image)}
+    settings = {**job.settings, "image": row.image and row.image.name}
+    return draw_image(pipeline, {**shared, **own}, row.seed, settings)
+
+
+def draw_image(
+    pipeline: Any, inputs: Mapping[str, Any], seed: int, settings: Mapping[str, Any]
+) -> tuple[Image, dict[str, Any]]:
+    """One image, and `settings` with all that made it. The noise is the CPU's, so that a seed means the same anywhere.
+
+    Of inputs and settings those that are None are left out.
+    """
     import torch
 
     from .delta.merge import merge_record
 
-    shared = {name: job.inputs[name] for name in job.inputs if row.image or name not in ("strength", "mask_image")}
-    width, height = row.size or (None, None)
-    own: dict[str, Any] = {"prompt": row.prompt, "negative_prompt": row.negative, "num_inference_steps": row.steps}
-    own |= {"width": width, "height": height, "image": row.image and open_image(row.image)}
-    inputs = {name: value for name, value in {**shared, **own}.items() if value is not None}
-    generator = torch.Generator("cpu").manual_seed(row.seed)
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    generator = torch.Generator("cpu").manual_seed(seed)
     result = pipeline(**inputs, generator=generator, output=["images", "num_inference_steps"])
     image, record = result["images"][0], merge_record(pipeline.unet)
     return image, {
-        **{name: value for name, value in job.settings.items() if value},
-        "prompt": row.prompt,
-        "negative": row.negative,
+        **{name: value for name, value in settings.items() if value},
+        "prompt": inputs["prompt"],
+        "negative": inputs.get("negative_prompt"),
         "steps": result["num_inference_steps"],
         "guidance": inputs.get("guidance_scale", pipeline.guider.guidance_scale),
-        "seed": row.seed,
+        "seed": seed,
         "size": list(image.size),
-        **({"image": row.image.name} if row.image else {}),
         "delta": record and {"file": Path(record.source).name, "digest": record.digest, "scale": record.scale},
         "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
         "versions": {"perflow_blocks": __version__, **{name: version(name) for name in ("diffusers", "torch")}},

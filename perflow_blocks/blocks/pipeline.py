@@ -63,7 +63,10 @@ IN_PLACE_OF = {
     "callback_steps": "leave it out, and pass callback_on_step_end=, which is called after every step",
     "eta": "leave it out; the solver adds no noise",
     "guidance_rescale": "call pipe.update_components(guider=ClassifierFreeGuidance(guidance_rescale=...))",
-    "guidance_scale": "call pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=...))",
+    "guidance_scale": (
+        "leave it out for a model without prompts; for others call "
+        "pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=...))"
+    ),
     "image_guidance_scale": "InstructPix2Pix is not supported; pass image and strength",
     "ip_adapter_image_embeds": (
         "pass the second half of each tensor in the list as ip_adapter_embeds=, the first half as "

@@ -20,6 +20,7 @@ from .extract import extract
 from .generate import generate
 from .inspect import inspect
 from .merge import merge, unmerge
+from .page import page
 from .push import push
 from .to_lora import to_lora
 
@@ -29,6 +30,7 @@ ARGUMENTS = {"num_inference_steps": "steps", "guidance_scale": "guidance", "over
 app = typer.Typer(help="Few-step images from PeRFlow diffusion models.")
 for command in (generate, compare, evaluate, demo, extract, merge, unmerge, to_lora, inspect, export, push):
     app.command()(command)
+app.command("app")(page)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(distill)
 
 

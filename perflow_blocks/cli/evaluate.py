@@ -162,15 +162,12 @@ def open_samplers(
 ) -> list[Any]:
     """Those of the teacher come first: PeRFlow's first image merges the delta into the UNet that they may share.
 
-    The teacher's guidance is by default what the embedded model was distilled with, or that of the classic pipeline.
+    The teacher's guidance is by default `usual_guidance`.
     """
     from ..delta.recipe import require_guidance
-    from ..demo.models import GUIDANCE_SCALE
     from ..evaluation.samplers import perflow_sampler, teacher_sampler
 
-    if guidance is None:
-        usual = SDXL_GUIDANCE if "tokenizer_2" in classic.components else SD_GUIDANCE
-        guidance = GUIDANCE_SCALE if embedded else usual
+    guidance = usual_guidance(classic, embedded) if guidance is None else guidance
     require_guidance(guidance)
     return [
         perflow_sampler(few_step, steps, delta=delta, guidance_scale=scale)
@@ -178,6 +175,14 @@ def open_samplers(
         else teacher_sampler(classic, solver, steps, guidance if scale is None else scale)
         for solver, steps, scale in sorted(specs, key=lambda spec: spec[0] == PERFLOW)
     ]
+
+
+def usual_guidance(classic: Any, embedded: bool) -> float:
+    """What the embedded model was distilled with; for any other teacher that of the classic pipeline."""
+    from ..demo.models import GUIDANCE_SCALE
+
+    usual = SDXL_GUIDANCE if "tokenizer_2" in classic.components else SD_GUIDANCE
+    return GUIDANCE_SCALE if embedded else usual
 
 
 def _write(out: Path, rows: list[Any], prompts: Sequence[str], settings: dict[str, Any]) -> None:

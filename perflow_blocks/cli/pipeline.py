@@ -94,6 +94,7 @@ def load_pipeline(
     loras: Sequence[tuple[Path, float]] = (),
     offload: str | None = None,
     compile: bool = False,
+    watched: bool = False,
 ) -> Any:
     """The preset with the weights of a directory or repository, whose own code is not run.
 
@@ -103,6 +104,7 @@ def load_pipeline(
         unet: folder of a merged UNet, which is few-step without the delta that the pipeline may name.
         loras: files or folders, and factors. The recipe in a file of `perflow to-lora` is set too.
         offload: None, or "model" or "group": what lies on the CPU while it does not run.
+        watched: whether calls take a `preview_callback` and a `step_callback`.
 
     Raises:
         OSError: the location cannot be read.
@@ -112,10 +114,14 @@ def load_pipeline(
     from diffusers import AutoModel, UNet2DConditionModel
 
     from ..blocks.block_source import preset_for
-    from ..blocks.recombine import compile_loops
+    from ..blocks.observers import PreviewStep, StepCallbackStep
+    from ..blocks.recombine import compile_loops, insert_loop_block
     from ..delta.files import open_weights, read_recipe
 
     blocks: Any = preset_for(location)
+    if watched:
+        insert_loop_block(blocks, "preview", PreviewStep, before="solver")
+        insert_loop_block(blocks, "callback", StepCallbackStep, after="solver")
     drawing = blocks.get_workflow("text2image")
     pipeline = (blocks if images or controlnet else drawing).init_pipeline(location)
     needed = {spec.name for spec in drawing.expected_components} - ({"unet"} if unet else set())

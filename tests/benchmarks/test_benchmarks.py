@@ -16,7 +16,7 @@ from PIL import Image
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import attention, host, loop, report, sdxl, steps_figure
+from benchmarks import attention, host, how_it_works, loop, report, sdxl, steps_figure
 from benchmarks.__main__ import PARTS, Part, main
 from benchmarks.contenders import (
     BARE,
@@ -307,3 +307,9 @@ def test_the_figure_of_steps_has_a_line_for_each_way_of_drawing(tmp_path: Path) 
     assert found["teacher, DDIM, without guidance"] == [(4, 30.0, 1.0)] and len(found) == 3
     steps_figure.main(tmp_path / "results.json", tmp_path / "steps.png")
     assert Image.open(tmp_path / "steps.png").width == 1650
+
+
+def test_the_figures_of_how_it_works_are_drawn_and_small(tmp_path: Path) -> None:
+    how_it_works.main(tmp_path)
+    sizes = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
+    assert sizes.keys() == how_it_works.FIGURES.keys() and max(sizes.values()) < 100_000

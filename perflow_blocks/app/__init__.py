@@ -1,0 +1,1 @@
+"""The page of `perflow app`: `studio` draws for it, `page` shows it."""
