@@ -82,7 +82,8 @@ def make_page(studio: Studio, folder: Path) -> gr.Blocks:
                     anew = gr.Checkbox(False, label="A new seed each time")
                 with gr.Accordion("From an image", open=False) as drawer:
                     gr.Markdown("The whole image is redrawn, or, where you draw upon it, what you cover.")
-                    editor = gr.ImageEditor(type="pil", label="Image and mask", brush=gr.Brush(colors=["#ff00ff"]))
+                    brush = gr.Brush(colors=["#ff00ff"])
+                    editor = gr.ImageEditor(type="pil", label="Image and mask", brush=brush, buttons=["fullscreen"])
                     strength = gr.Slider(0, 1, 0.8, label="Strength", info="how far to leave the image")
                 with gr.Row():
                     draw = gr.Button("Draw", variant="primary")
@@ -96,11 +97,12 @@ def make_page(studio: Studio, folder: Path) -> gr.Blocks:
                 status = gr.Markdown("", elem_id="status")
                 with gr.Row():
                     look: dict[str, Any] = {"type": "pil", "format": "png", "height": 384, "interactive": False}
+                    look["buttons"] = ["download", "fullscreen"]  # by default also one that uploads
                     other = gr.Image(label="Teacher", elem_id="teacher", visible=False, **look)
                     image = gr.Image(label="PeRFlow", elem_id="image", **look)
                 again = gr.Button("Start from this image", size="sm")
                 gallery = gr.Gallery(
-                    label="Your images", columns=4, fit_columns=False, height="auto", allow_preview=False
+                    label="Your images", columns=4, fit_columns=False, height=360, allow_preview=False, buttons=[]
                 )
                 chosen = gr.JSON(label="Settings of the chosen image")
 
@@ -142,7 +144,7 @@ def make_page(studio: Studio, folder: Path) -> gr.Blocks:
             with tempfile.NamedTemporaryFile(dir=folder, suffix=".png", delete=False) as file:
                 path = Path(file.name)
             save_image(event.image, path, event.settings)
-            entries.insert(0, (str(path), event.text, dict(event.settings)))
+            entries.insert(0, (str(path), event.settings["prompt"], dict(event.settings)))
             forget(entries[KEPT:])
             del entries[KEPT:]
             return {image: str(path), gallery: [entry[:2] for entry in entries], kept: entries}
