@@ -94,7 +94,7 @@ def test_a_repository_by_reference(tmp_path: Path, referring: Any) -> None:
     assert (index["_class_name"], index["num_time_windows"]) == ("StableDiffusionXLModularPipeline", 2)
     config = json.loads((directory / "modular_config.json").read_text())
     assert config["auto_map"] == {"ModularPipelineBlocks": "block.PeRFlowSDXLText2ImageBlocks"}
-    assert config["requirements"] == {"perflow-blocks": ">=0.1"}
+    assert config["requirements"] == {"perflow-blocks": ">=0.2"}
     plain = ModularPipeline.from_pretrained(str(directory), trust_remote_code=True)
     assert type(plain.blocks) is PeRFlowSDXLText2ImageBlocks
     assert plain.get_component_spec("unet").revision == "abc" and plain.config["num_time_windows"] == 2
