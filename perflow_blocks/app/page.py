@@ -38,24 +38,24 @@ def served(studio: Studio, host: str = "127.0.0.1", port: int | None = None, **s
     Fonts and scripts are the server's own, and nothing is reported to anyone.
 
     Raises:
-        OSError: the port is taken.
+        OSError: the port is taken, or this machine has no such address.
     """
     with tempfile.TemporaryDirectory(prefix="perflow-app-") as folder:
         page = make_page(studio, Path(folder)).queue(max_size=WAITING)
+        look = {"theme": gr.themes.Default(**LOCAL_FONTS), "css": FILL, "footer_links": []}
+        inside = {"prevent_thread_lock": True, "quiet": True, "share": False, "ssr_mode": False}
         try:
-            page.launch(
-                server_name=host,
-                server_port=port,
-                prevent_thread_lock=True,
-                quiet=True,
-                share=False,
-                theme=gr.themes.Default(**LOCAL_FONTS),
-                css=FILL,
-                footer_links=[],
-                max_file_size=LARGEST_UPLOAD,
-                ssr_mode=False,
-                **settings,
-            )
+            try:
+                page.launch(
+                    server_name=host,
+                    server_port=port,
+                    max_file_size=LARGEST_UPLOAD,
+                    **look,
+                    **inside,
+                    **settings,
+                )
+            except OSError as error:
+                raise OSError(f"host={host}, port={port}: the page cannot listen there; pass another port.") from error
             yield page
         finally:
             page.close(verbose=False)

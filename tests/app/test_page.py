@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import socket
+import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from perflow_blocks.app.studio import Studio
+from perflow_blocks.delta.extract import save_delta
 
 pytest.importorskip("gradio", reason="the page needs gradio")
 
@@ -63,3 +66,35 @@ def test_the_page_is_served_on_this_machine_alone_and_asks_no_other() -> None:
             assert other.connect_ex(("127.0.0.2", port)) != 0
     with socket.socket() as after:
         assert after.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model", "{folder}/one/x", "--model", "{folder}/two/x"], "two models have the same name"),
+        (
+            ["--delta", "{folder}/one/d.safetensors", "--delta", "{folder}/two/d.safetensors"],
+            "two deltas have the same",
+        ),
+    ],
+)
+def test_wrong_options_are_told(run: Any, tmp_path: Path, options: list[Any], said: str) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name / "x").mkdir(parents=True)
+        (tmp_path / name / "x" / "model_index.json").write_text("{}")
+        save_delta({"weight": torch.ones(2)}, tmp_path / name / "d.safetensors")
+    status, _, stderr = run("app", *(str(option).format(folder=tmp_path) for option in options))
+    assert status == 2 and said in stderr and len(stderr.splitlines()) == 1
+
+
+def test_a_port_that_is_taken_is_told(run: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, _, stderr = run("app", "--port", port)
+    assert status == 2 and f"--port {port}: the page cannot listen there; pass another port." in stderr
+
+
+def test_without_gradio_it_says_what_to_install(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["perflow_blocks.cli.page"], "find_spec", lambda name: None)
+    status, _, stderr = run("app")
+    assert status == 2 and "pip install 'perflow-blocks[app]'" in stderr

@@ -158,6 +158,9 @@ generate a --lora nowhere
 generate a --model ./nowhere
 generate a --out file/x
 generate --prompts-file file
+app --port 0
+app --model ./nowhere
+app --delta nowhere
 compare a --steps 0
 compare a --out x.xyz
 compare a --device tpu
