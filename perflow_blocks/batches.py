@@ -315,7 +315,7 @@ def draw(pipeline: Any, row: Row, digest: str, job: Job, manifest: Path) -> None
 def drawn(pipeline: Any, row: Row, job: Job) -> tuple[Image, dict[str, Any]]:
     shared = {name: job.inputs[name] for name in job.inputs if row.image or name not in ("strength", "mask_image")}
     width, height = row.size or (None, None)
-    own = {"prompt": row.prompt, "negative_prompt": row.negative, "num_inference_steps": row.steps}
+    own: dict[str, Any] = {"prompt": row.prompt, "negative_prompt": row.negative, "num_inference_steps": row.steps}
     own |= {"width": width, "height": height, "image": row.image and open_image(row.image)}
     settings = {**job.settings, "image": row.image and row.image.name}
     return draw_image(pipeline, {**shared, **own}, row.seed, settings)

@@ -25,7 +25,10 @@ LARGEST_UPLOAD = "20mb"
 EDITABLE = 512  # pixels that the shorter side has at least in the editor, so that a brush can draw on small images
 FILL = "#image img, #teacher img {width: 100%; height: 100%; object-fit: contain}"
 FORGET = (600, 86400)  # seconds: every ten minutes, files of yesterday go
-LOCAL_FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # others come from a server
+LOCAL_FONTS: dict[str, Any] = {
+    "font": ["system-ui", "sans-serif"],
+    "font_mono": ["monospace"],
+}  # others come from a server
 
 Entry = tuple[str, str, dict[str, Any]]
 """An image of the gallery: its file, its caption and its settings."""

@@ -57,10 +57,11 @@ def test_small_images_are_enlarged_for_the_brush() -> None:
 def test_the_page_is_served_on_this_machine_alone_and_asks_no_other() -> None:
     studio = Studio({"m": "/srv/models/m"}, {"d": Path("/srv/deltas/d.safetensors")}, lambda place: pytest.fail())
     with served(studio) as page:
-        assert page.local_url.startswith("http://127.0.0.1:") and page.share_url is None
-        texts = [urllib.request.urlopen(page.local_url + path).read().decode() for path in ("", "config")]
+        address = str(page.local_url)
+        assert address.startswith("http://127.0.0.1:") and page.share_url is None
+        texts = [urllib.request.urlopen(address + path).read().decode() for path in ("", "config")]
         assert all("PeRFlow" in text and "/srv" not in text and "googleapis" not in text for text in texts)
-        port = int(page.local_url.rstrip("/").rpartition(":")[2])
+        port = int(address.rstrip("/").rpartition(":")[2])
         with socket.socket() as other:  # another address of this machine
             other.settimeout(1)
             assert other.connect_ex(("127.0.0.2", port)) != 0

@@ -123,8 +123,13 @@ def test_without_a_delta_there_is_no_teacher(studio: Studio) -> None:
 
 
 def test_a_user_who_stops_ends_the_run(studio: Studio, loaded: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, forward = [], loaded.pipeline.unet.forward
-    monkeypatch.setattr(loaded.pipeline.unet, "forward", lambda *a, **k: (calls.append(None), forward(*a, **k))[1])
+    calls, forward = list[None](), loaded.pipeline.unet.forward
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        calls.append(None)
+        return forward(*arguments, **settings)
+
+    monkeypatch.setattr(loaded.pipeline.unet, "forward", counted)
     events = studio.draw(asked(steps=32))
     assert next(events).text == "window 1, step 1 of 32"
     events.close()  # type: ignore[attr-defined]

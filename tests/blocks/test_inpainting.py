@@ -26,7 +26,7 @@ KNOWN = (HOLE == 0.0).expand_as(PICTURE)
 def hole_picture() -> Image.Image:
     """The same hole in pixels: white is painted."""
     pixels = torch.nn.functional.interpolate(HOLE, scale_factor=2)[0, 0]
-    return Image.fromarray(np.uint8(pixels.numpy() * 255), mode="L")
+    return Image.fromarray((pixels.numpy() * 255).astype(np.uint8))
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(1.0, 4), (0.8, 7), (0.3, 4)])

@@ -42,7 +42,7 @@ def address() -> Iterator[str]:
         return opened(place, torch.device("cpu"), torch.float32, embedded=True)
 
     with served(Studio({"embedded": location}, {}, load)) as page:
-        yield page.local_url
+        yield str(page.local_url)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ class User:
     """Someone at the page, with what the page's server told them."""
 
     def __init__(self, page: Any, address: str) -> None:
-        self.page, self.asked, self.told = page, [], list[str]()
+        self.page, self.asked, self.told = page, list[str](), list[str]()
         page.on("request", lambda request: self.asked.append(request.url))
         page.on("response", self._note)
         page.goto(address)
