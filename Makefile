@@ -35,7 +35,7 @@ test: venv  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-browser: venv  ## drive the page of `perflow app` in Chromium; takes the docs' screenshot with SCREENSHOT=docs/app.png
-	@command -v chromium >/dev/null || { apt-get update -q && apt-get install -q -y chromium; }
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { apt-get update -q && apt-get install -q -y chromium; }
 	$(BIN)/python -m pip install -q -c constraints.txt playwright
 	SCREENSHOT=$(SCREENSHOT) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 

@@ -23,7 +23,7 @@ from perflow_blocks.batches import read_settings
 from perflow_blocks.cli.page import opened
 from perflow_blocks.demo import weights_directory
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="make test-browser installs Chromium"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # gradio's own use of pandas
