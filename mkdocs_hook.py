@@ -2,14 +2,18 @@
 
 Pages get the paths that they have in the repository (`docs/deltas.md`), so that a link from one file to another is the
 same on GitHub and on the site. Files outside docs/ that pages link to are added, and a page of the API for each
-subpackage.
+subpackage. Formulas become MathML, which browsers draw themselves.
 """
 
 from __future__ import annotations
 
+import html
+import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
@@ -40,6 +44,16 @@ IN_SUBPACKAGES = (
     "testing.tiny",
 )
 """Public names that the package itself does not have."""
+TITLES = {
+    "core": "Time windows",
+    "delta": "Deltas",
+    "demo": "Loading the embedded model",
+    "hub": "Repositories",
+    "testing": "Testing blocks",
+}
+"""Of the subpackages whose name says too little."""
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
+"""As `pymdownx.arithmatex` writes it: a `span` within a line, a `div` by itself."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -55,6 +69,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_content(content: str, **_: Any) -> str:
+    """The page with its formulas as MathML."""
+
+    def mathml(found: re.Match[str]) -> str:
+        return convert(html.unescape(found[2]), display="block" if found[1] == "div" else "inline")
+
+    return FORMULA.sub(mathml, content)
+
+
 def api() -> dict[str, list[str]]:
     """By subpackage, the full names of what is public."""
     found = defaultdict(list)
@@ -68,4 +91,5 @@ def reference(subpackage: str, names: list[str]) -> str:
     whole_path = "    options: {show_root_full_path: true}\n"
     entries = [f"::: perflow_blocks.{name}\n{whole_path if name in IN_SUBPACKAGES else ''}" for name in names]
     about = "Import names that are shown without a module from `perflow_blocks`."
-    return "\n".join((f"# {subpackage.capitalize()}\n\n{about}\n", *entries))
+    title = TITLES.get(subpackage, subpackage.capitalize())
+    return "\n".join((f"# {title}\n\n{about}\n", *entries))

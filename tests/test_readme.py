@@ -28,7 +28,8 @@ from perflow_blocks.blocks.recombine import find_loops
 from perflow_blocks.delta.extract import extract_delta, save_delta
 from perflow_blocks.demo import perflow_pipeline, teacher_pipeline, weights_directory
 from perflow_blocks.hub.push import push_workflow
-from perflow_blocks.testing import tiny_picture, tiny_unconditional_unet
+from perflow_blocks.testing import check_block, tiny_picture, tiny_unconditional_unet
+from perflow_blocks.testing.contract import BlockContractError
 from perflow_blocks.testing.tiny import tiny_sd_components, tiny_sd_unet
 from tests.checkpoints import checkpoint_components, save_checkpoint, save_ip_adapter
 from tests.conftest import run, save_repository
@@ -115,6 +116,15 @@ def folder(loopback_hub: LoopbackHub, own_modules: None, tmp_path: Path, monkeyp
     return tmp_path
 
 
+def after_blocks(defined: dict[str, Any], folder: Path) -> None:
+    defined["test_damp_step"]()
+    step = defined["DampStep"]
+    undeclared = type("DampStep", (step,), {"inputs": step().inputs[:1]})
+    with pytest.raises(BlockContractError) as raised:
+        check_block(undeclared())
+    assert f"\n{raised.value}\n" in PAGES["docs/blocks.md"]
+
+
 def after_controlnet(defined: dict[str, Any], folder: Path) -> None:
     assert defined["image"].size == (64, 64) and defined["pipe"].controlnet.config.num_control_type
 
@@ -135,6 +145,7 @@ def after_share(defined: dict[str, Any], folder: Path) -> None:
 
 
 AFTERWARDS: dict[str, Callable[[dict[str, Any], Path], None]] = {
+    "docs/blocks.md": after_blocks,
     "docs/controlnet.md": after_controlnet,
     "docs/ready-made-blocks.md": after_ready_made_blocks,
     "docs/share.md": after_share,
