@@ -97,8 +97,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(loopback_hub: LoopbackHub, own_modules: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory, with the files that the pages read; what they push is laid out in it to be loaded."""
 
-    def push(directory: str, repo_id: str) -> None:
-        push_workflow(directory, repo_id, endpoint=loopback_hub.endpoint, token=loopback_hub.token)
+    def push(directory: str, repo_id: str, dry_run: bool = False) -> None:
+        push_workflow(directory, repo_id, endpoint=loopback_hub.endpoint, token=loopback_hub.token, dry_run=dry_run)
+        if dry_run:
+            return
         for path, content in loopback_hub.files(repo_id).items():
             (tmp_path / repo_id / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / repo_id / path).write_bytes(content)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import gradio as gr
 import torch
@@ -19,8 +20,7 @@ from .studio import Event, Request, Studio, edited
 
 KEPT = 24  # images of a user's gallery
 WAITING = 32  # requests in the queue, after which further ones are refused
-MOST_STEPS, TEACHER_STEPS, MOST_TEACHER_STEPS = 32, 50, 100
-MOST_GUIDANCE = 15
+MOST_STEPS, MOST_GUIDANCE, TEACHER_STEPS = 32, 15, 50
 LARGEST_UPLOAD = "20mb"
 EDITABLE = 512  # pixels that the shorter side has at least in the editor, so that a brush can draw on small images
 FILL = "#image img, #teacher img {width: 100%; height: 100%; object-fit: contain}"
@@ -30,6 +30,7 @@ LOCAL_FONTS: dict[str, Any] = {
     "font_mono": ["monospace"],
 }  # others come from a server
 
+FIELDS = ("prompt", "negative", "model", "delta", "steps", "guidance", "seed", "anew", "editor", "strength")
 Entry = tuple[str, str, dict[str, Any]]
 """An image of the gallery: its file, its caption and its settings."""
 
@@ -45,18 +46,11 @@ def served(studio: Studio, host: str = "127.0.0.1", port: int | None = None, **s
     """
     with tempfile.TemporaryDirectory(prefix="perflow-app-") as folder:
         page = make_page(studio, Path(folder)).queue(max_size=WAITING)
-        look = {"theme": gr.themes.Default(**LOCAL_FONTS), "css": FILL, "footer_links": []}
-        inside = {"prevent_thread_lock": True, "quiet": True, "share": False, "ssr_mode": False}
+        settings |= {"theme": gr.themes.Default(**LOCAL_FONTS), "css": FILL, "footer_links": [], "ssr_mode": False}
+        settings |= {"prevent_thread_lock": True, "quiet": True, "share": False, "max_file_size": LARGEST_UPLOAD}
         try:
             try:
-                page.launch(
-                    server_name=host,
-                    server_port=port,
-                    max_file_size=LARGEST_UPLOAD,
-                    **look,
-                    **inside,
-                    **settings,
-                )
+                page.launch(server_name=host, server_port=port, **settings)
             except OSError as error:
                 raise OSError(f"host={host}, port={port}: the page cannot listen there; pass another port.") from error
             yield page
@@ -93,9 +87,7 @@ def make_page(studio: Studio, folder: Path) -> gr.Blocks:
                     stop = gr.Button("Stop")
                 with gr.Row(equal_height=True):
                     compare = gr.Button("Compare with the teacher")
-                    teacher_steps = gr.Slider(
-                        1, MOST_TEACHER_STEPS, TEACHER_STEPS, step=1, precision=0, label="Steps of the teacher"
-                    )
+                    teacher_steps = gr.Slider(1, 100, TEACHER_STEPS, step=1, precision=0, label="Teacher's steps")
             with gr.Column(scale=3):
                 status = gr.Markdown("", elem_id="status")
                 with gr.Row():
@@ -144,8 +136,7 @@ def make_page(studio: Studio, folder: Path) -> gr.Blocks:
             """Puts a finished image, in a file with its settings, first in the gallery, and the oldest one out."""
             if event.settings is None or event.image is None:
                 return {}
-            with tempfile.NamedTemporaryFile(dir=folder, suffix=".png", delete=False) as file:
-                path = Path(file.name)
+            path = folder / f"{uuid4()}.png"
             save_image(event.image, path, event.settings)
             entries.insert(0, (str(path), event.settings["prompt"], dict(event.settings)))
             forget(entries[KEPT:])
@@ -173,34 +164,14 @@ def editable(image: Image.Image | None) -> tuple[Image.Image | None, gr.Accordio
     return image, gr.Accordion(open=True)
 
 
-def make_request(
-    prompt: str,
-    negative: str,
-    model: str,
-    delta: str,
-    steps: int,
-    guidance: float,
-    seed: int | None,
-    anew: bool,
-    editor: Any,
-    strength: float,
-    *,
-    from_image: bool = True,
-) -> Request:
-    """What the page's fields ask for."""
+def make_request(*values: Any, from_image: bool = True) -> Request:
+    """What the values of `FIELDS` ask for; those that are 0 are left to the weights."""
+    given = dict(zip(FIELDS, values, strict=True))
+    anew, editor = given.pop("anew"), given.pop("editor")
+    given |= {name: given[name] or None for name in ("steps", "guidance")}
+    given["seed"] = random.randrange(2**32) if anew else given["seed"] or 0
     image, mask = edited(editor) if from_image else (None, None)
-    return Request(
-        prompt=prompt,
-        negative=negative,
-        model=model,
-        delta=delta,
-        steps=steps or None,
-        guidance=guidance or None,
-        seed=random.randrange(2**32) if anew else seed or 0,
-        image=image,
-        mask=mask,
-        strength=strength,
-    )
+    return Request(**given, image=image, mask=mask)
 
 
 def without_paths(message: str, places: Iterable[Any]) -> str:

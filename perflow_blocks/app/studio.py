@@ -104,7 +104,7 @@ class Studio:
             }
             report(self._result(opened.pipeline, request, inputs))
 
-        return self._watched(request, work)
+        return self._watched(work)
 
     def compare(self, request: Request, teacher_steps: int) -> Iterator[Event]:
         """The teacher's image by DDIM in its steps, then PeRFlow's, from the same noise; each with its time.
@@ -134,14 +134,13 @@ class Studio:
             merge(opened.pipeline, self.deltas[request.delta])
             report(self._result(opened.pipeline, request, self._inputs(request, opened.pipeline)))
 
-        return self._watched(request, work)
+        return self._watched(work)
 
-    def _watched(self, request: Request, work: Callable[[Report], None]) -> Iterator[Event]:
+    def _watched(self, work: Callable[[Report], None]) -> Iterator[Event]:
         """What `work` reports from a thread of its own; errors of it are raised here.
 
         When the iterator is closed, as when a user stops, the run ends with the step that it is at.
         """
-        require_prompts([request.prompt])
         events: Queue[Event | None] = Queue()
         stopped = threading.Event()
 
@@ -168,6 +167,7 @@ class Studio:
 
     def _open(self, request: Request) -> Opened:
         """The request's model, loaded, and in its UNet the request's delta and no other."""
+        require_prompts([request.prompt])
         if request.model not in self.models or request.delta not in self.deltas:
             raise ValueError("this model or delta is not offered; choose one of the lists.")
         if self._opened is None or self._opened[0] != request.model:
@@ -176,9 +176,8 @@ class Studio:
         opened = self._opened[1]
         if self._merged not in (None, request.delta):
             merge(opened.pipeline, False)
-        self._merged = None
-        merge(opened.pipeline, self.deltas[request.delta])
         self._merged = request.delta
+        merge(opened.pipeline, self.deltas[request.delta])
         return opened
 
     def _inputs(self, request: Request, pipeline: Any) -> dict[str, Any]:

@@ -14,8 +14,6 @@ from .generate import name_of
 if TYPE_CHECKING:
     import torch
 
-    from ..app.studio import Opened
-
 
 def page(
     model: Annotated[
@@ -25,9 +23,7 @@ def page(
         ),
     ] = None,
     delta: Annotated[list[Path] | None, options.path("Delta to offer; may be repeated. The first is preset.")] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 shows the page to the network.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: to the whole network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 7860,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     device: options.Device = None,
@@ -40,11 +36,10 @@ def page(
     from .pipeline import model_location, quiet_libraries
 
     models = {name_of(one): model_location(one) for one in model or ()} or {"embedded": model_location(None)}
-    if len(models) < len(model or ()):
-        raise ValueError("two models have the same name; rename a directory.")
     deltas = {name_of(path): path.absolute() for path in delta or ()}
-    if len(deltas) < len(delta or ()):
-        raise ValueError("two deltas have the same name; rename a file.")
+    for what, named, given in (("models", models, model), ("deltas", deltas, delta)):
+        if len(named) < len(given or ()):
+            raise ValueError(f"two {what} have the same name; rename one.")
     if not find_spec("gradio"):
         raise ValueError("perflow app needs gradio; install it with pip install 'perflow-blocks[app]'.")
     place = options.choose_device(device)
@@ -53,8 +48,7 @@ def page(
     from ..app.studio import Studio
 
     def load(location: str) -> Any:
-        embedded = location == models.get("embedded")
-        return opened(location, place, options.choose_dtype(dtype, place), embedded=embedded, offload=offload)
+        return opened(location, place, options.choose_dtype(dtype, place), embedded=model is None, offload=offload)
 
     studio = Studio(models, deltas, load)
     with served(studio, host, port, inbrowser=open_browser) as server:
@@ -64,7 +58,7 @@ def page(
 
 def opened(
     location: str, device: torch.device, dtype: torch.dtype, *, embedded: bool = False, offload: str | None = None
-) -> Opened:
+) -> Any:
     """A model for the page, and its teacher, which shares all parts with it."""
     from ..app.studio import Opened
     from ..blocks.auto_blocks import PeRFlowSDXLAutoBlocks

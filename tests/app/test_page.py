@@ -34,17 +34,9 @@ def test_a_message_names_no_path_of_the_server(message: str, shown: str) -> None
 
 
 def test_what_is_left_open_is_left_to_the_weights() -> None:
-    fields: dict[str, Any] = {
-        "prompt": "a",
-        "negative": "",
-        "model": "m",
-        "delta": "d",
-        "editor": None,
-        "strength": 1.0,
-    }
-    request = make_request(**fields, steps=0, guidance=0, seed=None, anew=False)
+    request = make_request("a", "", "m", "d", 0, 0, None, False, None, 1)
     assert (request.steps, request.guidance, request.seed, request.image) == (None, None, 0, None)
-    seeds = {make_request(**fields, steps=4, guidance=2, seed=0, anew=True).seed for _ in range(4)}
+    seeds = {make_request("a", "", "m", "d", 4, 2, 0, True, None, 1).seed for _ in range(4)}
     assert len(seeds) == 4
 
 
