@@ -15,6 +15,7 @@ from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 from perflow_blocks import _PUBLIC
@@ -42,6 +43,13 @@ IN_SUBPACKAGES = (
     "delta.recipe.DeltaRecipe",
     "testing.contract.check_block",
     "testing.tiny",
+    "training.config.ModelConfig",
+    "training.config.DataConfig",
+    "training.config.WindowConfig",
+    "training.config.TeacherConfig",
+    "training.config.LossConfig",
+    "training.config.OptimizerConfig",
+    "training.config.OutputConfig",
 )
 """Public names that the package itself does not have."""
 TITLES = {
@@ -75,7 +83,10 @@ def on_page_content(content: str, **_: Any) -> str:
     def mathml(found: re.Match[str]) -> str:
         return convert(html.unescape(found[2]), display="block" if found[1] == "div" else "inline")
 
-    return FORMULA.sub(mathml, content)
+    page = FORMULA.sub(mathml, content)
+    if 'class="arithmatex"' in page:
+        raise PluginError("a formula is not written as FORMULA expects it")
+    return page
 
 
 def api() -> dict[str, list[str]]:
