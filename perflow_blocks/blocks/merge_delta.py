@@ -188,8 +188,8 @@ def delta_path(given: Any, components: Any) -> Path | None:
     """The file to merge: the caller's, or the index's, which lies beside the index at the UNet's revision."""
     if given is not None:
         if not isinstance(given, (str, os.PathLike)):
-            kind = type(given).__name__
-            raise ValueError(f"delta, a {kind}, must be the path of a delta, or False for none; see save_delta.")
+            shown = given if isinstance(given, bool) else f"a {type(given).__name__}"
+            raise ValueError(f"delta={shown} must be the path of a delta, or False for none; see save_delta.")
         return Path(given).expanduser()
     named, origin = components.config.delta, components._pretrained_model_name_or_path
     if named is None:
