@@ -56,6 +56,16 @@ def _edited(pipe: Any, data: EditingSet, edit: Edit, number: int) -> tuple[Image
     return VaeImageProcessor().postprocess(2.0 * images - 1.0, "pil")[0], f"strength {edit.strength:g}"
 
 
+def deltas() -> Cells:
+    """Four steps of the base alone, and with the delta, from the same noise."""
+    pipe, cells = perflow_pipeline(), Cells()
+    for prompt in PROMPTS:
+        for delta, caption in ((False, f"{prompt}: base alone"), (None, "with the delta")):
+            image = pipe(prompt, delta=delta, num_inference_steps=4, guidance_scale=1, generator=_seeded()).images[0]
+            cells.append((image, caption))
+    return cells
+
+
 def refiner() -> Cells:
     """What the base hands over, what the refiner makes of it, and a run that is not divided."""
     pipe, cells = perflow_pipeline(), Cells()
@@ -103,6 +113,7 @@ def main(out: Annotated[Path, typer.Option(help="The directory of the images.")]
     sheets: dict[str, tuple[Cells, dict[str, Any]]] = {
         "image-to-image": (image_to_image(data), {"columns": 8, "scale": 2, "title": title}),
         "inpainting": (inpainting(data), {"columns": 8, "scale": 2, "title": title}),
+        "deltas": (deltas(), {"columns": 6, "scale": 2}),
         "refiner": (refiner(), {"columns": 3, "scale": 3}),
         "upscaling": (upscaling(), {"columns": 3, "scale": 2}),
         "quantized": (quantized(), {"columns": 4, "scale": 3}),

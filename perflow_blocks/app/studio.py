@@ -112,7 +112,7 @@ class Studio:
         Times are from prompt to image, without loading and merging.
 
         Raises:
-            ValueError: neither request nor model has a delta, so that there is no teacher.
+            ValueError: neither request nor model has a delta; without one the UNet has no teacher to show.
         """
 
         def work(report: Report) -> None:
