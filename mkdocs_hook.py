@@ -1,8 +1,8 @@
 """A hook of mkdocs: what the site consists of beside the pages in docs/.
 
 Pages get the paths that they have in the repository (`docs/deltas.md`), so that a link from one file to another is the
-same on GitHub and on the site. Files outside docs/ that pages link to are added, and a page of the API for each
-subpackage. Formulas become MathML, which browsers draw themselves.
+same on GitHub and on the site. Files outside docs/ that pages link to are added, code and settings as pages that show
+them, and a page of the API for each subpackage. Formulas become MathML, which browsers draw themselves.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 
 from perflow_blocks import _PUBLIC
 
@@ -60,6 +60,9 @@ TITLES = {
     "testing": "Testing blocks",
 }
 """Of the subpackages whose name says too little."""
+SHOWN = {".py": "python", ".toml": "toml", ".yaml": "yaml"}
+"""By suffix of the files that get a page, the language of what they hold."""
+LINK_TO_SHOWN = re.compile(r"(\]\([^)#:]+(?:\.py|\.toml|\.yaml))\)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
 """As `pymdownx.arithmatex` writes it: a `span` within a line, a `div` by itself."""
 
@@ -72,9 +75,24 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File(f"docs/{file.src_uri}", *places, dest_uri=file.dest_uri))
     for path in (path for pattern in OUTSIDE for path in sorted(ROOT.glob(pattern))):
         files.append(File(path.relative_to(ROOT).as_posix(), *places))
+    for file in [file for file in files if Path(file.src_uri).suffix in SHOWN]:
+        files.remove(file)
+        content, apart = as_page(file.src_uri), InclusionLevel.NOT_IN_NAV
+        files.append(File.generated(config, f"{file.src_uri}.md", content=content, inclusion=apart))
     for subpackage, names in api().items():
         files.append(File.generated(config, f"reference/{subpackage}.md", content=reference(subpackage, names)))
     return files
+
+
+def as_page(path: str) -> str:
+    """A page that shows the file at this path in the repository."""
+    code = (ROOT / path).read_text(encoding="utf-8")
+    return f"# {path}\n\n````{SHOWN[Path(path).suffix]}\n{code}````\n"
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """The page with links to the pages of code and settings in place of the files."""
+    return LINK_TO_SHOWN.sub(r"\1.md)", markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:

@@ -237,38 +237,75 @@ def train_teacher(
     """Trains the weights of `unet` and `encoder` that require gradients, in place, with a checkpoint in `out`.
 
     `latents` (count, 4, 16, 16) are the scaled ones of `images`, whose scenes give the captions; all runs on their
-    device, on a GPU with 256 rows an update as CUDA graphs. The error of the noise is weighted by min(1/abar, 20),
-    which makes it an error of the image at high noise; plain weighting hardly teaches colour there, since an image of
-    the wrong colour is a small error of the noise.
+    device, on a GPU with 256 rows an update as CUDA graphs.
     """
-    device, model = latents.device, nn.ModuleDict({"unet": unet, "encoder": encoder}).to(latents.device)
-    on_gpu, captions = device.type == "cuda", encoder.tokenize(all_captions()).to(device)
-    rows = batch_size or (256 if on_gpu else 32)
+    on_gpu = latents.device.type == "cuda"
+    model = nn.ModuleDict({"unet": unet, "encoder": encoder}).to(latents.device)
     unet.to(memory_format=torch.channels_last)
     if not on_gpu:
         unet.set_attn_processor(AttnProcessor())  # faster than SDPA in CPU training at these sizes
+
+    def predict(noisy: Tensor, timesteps: Tensor, ids: Tensor, kept: Tensor, numbers: Tensor) -> Tensor:
+        embeds, added = conditioning(encoder, ids, kept)
+        return unet(noisy, timesteps, embeds, added_cond_kwargs=added).sample
+
+    more: Any = {"batch_size": batch_size or (256 if on_gpu else 32), "lr": lr, "seed": seed, "graphs": on_gpu}
+    captions = encoder.tokenize(all_captions())
+    checkpoint = out / "teacher_state.pt"
+    fit_noise(model, predict, captions, latents, images, seconds=seconds, checkpoint=checkpoint, **more)
+
+
+def conditioning(encoder: CaptionEncoder, ids: Tensor, kept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """SDXL's conditioning of token ids: all zeros where `kept` (batch,) is 0, as SDXL encodes the empty prompt."""
+    embeds, pooled = encoder(ids)
+    added = {"text_embeds": pooled * kept[:, None], "time_ids": time_ids(len(ids)).to(ids.device)}
+    return embeds * kept[:, None, None], added
+
+
+def fit_noise(
+    model: nn.Module,
+    predict: Callable[..., Tensor],
+    captions: Tensor,
+    latents: Tensor,
+    images: RenderedImages,
+    *,
+    seconds: float,
+    batch_size: int = 32,
+    lr: float = 1e-3,
+    seed: int = 0,
+    graphs: bool = False,
+    checkpoint: Path | None = None,
+) -> None:
+    """Fits `model` until `predict` tells the noise in latents of captioned images, as `fit` does.
+
+    `predict` gets noisy latents, timesteps, token ids, for each row 1.0 or 0.0 where its caption is to be dropped, and
+    the rows' numbers among `images`. `captions` are the token ids of `all_captions()`. The error of the noise is
+    weighted by min(1/abar, 20), which makes it an error of the image at high noise; plain weighting hardly teaches
+    colour there, since an image of the wrong colour is a small error of the noise.
+    """
+    device = latents.device
+    captions, alphas = captions.to(device), build_teacher_scheduler().alphas_cumprod.to(device)
     scenes = torch.tensor([scene.numbers() for scene in images.scenes], device=device)
-    alphas, sizes = build_teacher_scheduler().alphas_cumprod.to(device), time_ids(rows).to(device)
 
     def draw(update: int) -> tuple[Tensor, ...]:
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + update)
         where: Any = {"generator": generator, "device": device}
-        indices = torch.randint(len(images), (rows,), **where)
-        ids = captions[caption_numbers(scenes[indices], torch.rand(rows, len(ATTRIBUTES) - 1, **where) < 0.5)]
-        kept = (torch.rand(rows, **where) >= _CAPTION_DROPOUT).float()
-        timesteps = torch.randint(0, 500, (rows,), **where) + 500 * (torch.arange(rows, device=device) % 2)
-        return latents[indices], torch.randn(rows, *latents.shape[1:], **where), timesteps, ids, kept
+        numbers = torch.randint(len(images), (batch_size,), **where)
+        named = torch.rand(batch_size, len(ATTRIBUTES) - 1, **where) < 0.5
+        ids = captions[caption_numbers(scenes[numbers], named)]
+        kept = (torch.rand(batch_size, **where) >= _CAPTION_DROPOUT).float()
+        timesteps = torch.randint(0, 500, (batch_size,), **where) + 500 * (torch.arange(batch_size, device=device) % 2)
+        noise = torch.randn(batch_size, *latents.shape[1:], **where)
+        return latents[numbers], noise, timesteps, ids, kept, numbers
 
-    def loss(clean: Tensor, noise: Tensor, timesteps: Tensor, ids: Tensor, kept: Tensor) -> Tensor:
+    def loss(clean: Tensor, noise: Tensor, timesteps: Tensor, *given: Tensor) -> Tensor:
         alpha = alphas[timesteps].reshape(-1, 1, 1, 1)
         noisy = (alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise).contiguous(memory_format=torch.channels_last)
-        embeds, pooled = encoder(ids)
-        added = {"text_embeds": pooled * kept[:, None], "time_ids": sizes}  # in SDXL the empty prompt is all zeros
-        prediction = unet(noisy, timesteps, embeds * kept[:, None, None], added_cond_kwargs=added).sample
+        prediction = predict(noisy, timesteps, *given)
         return ((prediction - noise).square() / alpha.clamp(min=1 / _MAX_WEIGHT)).mean()
 
-    run = torch.compile(loss, mode="reduce-overhead") if on_gpu else loss
-    more: Any = {"beta2": 0.99, "weight_decay": 1e-2, "ema_decay": 0.999, "checkpoint": out / "teacher_state.pt"}
+    run = torch.compile(loss, mode="reduce-overhead") if graphs else loss
+    more: Any = {"beta2": 0.99, "weight_decay": 1e-2, "ema_decay": 0.999, "checkpoint": checkpoint}
     fit(model, draw, run, seconds=seconds, lr=lr, **more)
 
 

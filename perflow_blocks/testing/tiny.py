@@ -235,12 +235,17 @@ def load_tiny_ip_adapter(pipe: Any, count: int = 1, seed: int = 0) -> None:
     if "image_encoder" in pipe.null_component_names:
         # update_components takes no image processor in place of one that was made from its configuration.
         pipe.register_components(image_encoder=tiny_image_encoder(), feature_extractor=tiny_feature_extractor())
-    adapters = [_ip_adapter_weights(pipe.unet, seed + index) for index in range(count)]
+    adapters = [ip_adapter_weights(pipe.unet, seed + index) for index in range(count)]
     pipe.load_ip_adapter(adapters, subfolder="", weight_name=[""] * count)
 
 
-def _ip_adapter_weights(unet: UNet2DConditionModel, seed: int) -> dict[str, dict[str, Tensor]]:
-    """What an IP-Adapter's file holds: the image projection, and keys and values of each cross-attention."""
+def ip_adapter_weights(
+    unet: UNet2DConditionModel, seed: int, image_width: int = IMAGE_WIDTH
+) -> dict[str, dict[str, Tensor]]:
+    """Random weights as an IP-Adapter's file holds them: the image projection, keys and values of cross-attention.
+
+    `image_width` is that of the image encoder's embeddings.
+    """
     generator = torch.Generator().manual_seed(seed)
     width, tokens, attentions = unet.config.cross_attention_dim, 4, dict[str, Tensor]()
 
@@ -252,7 +257,7 @@ def _ip_adapter_weights(unet: UNet2DConditionModel, seed: int) -> dict[str, dict
         if name.endswith("attn2.processor"):
             inner = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
             attentions |= {f"{index}.to_{kind}_ip.weight": matrix(inner, width) for kind in "kv"}
-    projection = {"proj.weight": matrix(tokens * width, IMAGE_WIDTH), "proj.bias": matrix(1, tokens * width)[0]}
+    projection = {"proj.weight": matrix(tokens * width, image_width), "proj.bias": matrix(1, tokens * width)[0]}
     projection |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
     return {"image_proj": projection, "ip_adapter": attentions}
 
