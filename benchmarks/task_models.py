@@ -117,7 +117,7 @@ def draw_controlnet(models: Path) -> Cells:
         for prompt in (f"a red {scene} on a white background", f"a yellow {scene} on a navy background"):
             choices: Any = (({"control_image": control}, prompt), ({}, "the same, without control image"))
             for given, caption in choices:
-                cells.append((pipe(prompt, generator=_seeded(), **given).images[0], caption))
+                cells.append((pipe(prompt, generator=seeded(), **given).images[0], caption))
     return cells
 
 
@@ -175,7 +175,7 @@ def draw_ip_adapter(models: Path) -> Cells:
         for prompt in prompts:
             for scale in (0.0, 0.5, 1.0):
                 pipe.set_ip_adapter_scale(scale)
-                drawn = pipe(prompt, ip_adapter_image=image, generator=_seeded()).images[0]
+                drawn = pipe(prompt, ip_adapter_image=image, generator=seeded()).images[0]
                 cells.append((drawn, f"{prompt}: scale {scale:g}"))
     return cells
 
@@ -215,9 +215,9 @@ def draw_stable_diffusion(models: Path) -> Cells:
     for prompt in PROMPTS:
         for steps in (50, 4):
             size: Any = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "guidance_scale": GUIDANCE_SCALE}
-            image = classic(prompt, num_inference_steps=steps, generator=_seeded(), **size).images[0]
+            image = classic(prompt, num_inference_steps=steps, generator=seeded(), **size).images[0]
             cells.append((image, f"{prompt}: StableDiffusionPipeline, {steps} steps"))
-        image = pipe(prompt, delta=models / "student" / DELTA, num_inference_steps=4, generator=_seeded()).images[0]
+        image = pipe(prompt, delta=models / "student" / DELTA, num_inference_steps=4, generator=seeded()).images[0]
         cells.append((image, "PeRFlow, 4 steps"))
     return cells
 
@@ -237,7 +237,7 @@ def _unseen(count: int) -> list[tuple[Image.Image, str]]:
     return [(_image(images, number), scene.shape) for number, scene in enumerate(images.scenes)]
 
 
-def _seeded() -> torch.Generator:
+def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 

@@ -15,7 +15,7 @@ from diffusers import StableDiffusionXLPipeline
 
 import perflow_blocks
 from perflow_blocks.blocks.block_source import INDEX
-from perflow_blocks.testing import tiny_controlnet, tiny_mask, tiny_picture, tiny_sdxl_components, tiny_vae
+from perflow_blocks.testing import tiny_controlnet, tiny_image, tiny_mask, tiny_sdxl_components, tiny_vae
 from perflow_blocks.testing.tiny import IMAGE_WIDTH, MAX_TOKENS, TEXT_WIDTH, load_tiny_ip_adapter
 from tests.blocks.conftest import layers, write_delta
 from tests.blocks.test_features_lora import write_lora
@@ -70,8 +70,8 @@ def names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict
         "classic": StableDiffusionXLPipeline(**tiny_sdxl_components(), add_watermarker=False),
         "repository": "repository",
         "prompt": "a red star",
-        "image": tiny_picture(1),
-        "edges": tiny_picture(2),
+        "image": tiny_image(1),
+        "edges": tiny_image(2),
         "mask": tiny_mask(),
         "layers": layers(skip_attention=False, skip_ff=False, skip_attention_scores=True),
         "controlnet": tiny_controlnet(),

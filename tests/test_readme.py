@@ -28,7 +28,7 @@ from perflow_blocks.blocks.recombine import find_loops
 from perflow_blocks.delta.extract import extract_delta, save_delta
 from perflow_blocks.demo import perflow_pipeline, teacher_pipeline, weights_directory
 from perflow_blocks.hub.push import push_workflow
-from perflow_blocks.testing import check_block, tiny_picture, tiny_unconditional_unet
+from perflow_blocks.testing import check_block, tiny_image, tiny_unconditional_unet
 from perflow_blocks.testing.contract import BlockContractError
 from perflow_blocks.testing.tiny import tiny_sd_components, tiny_sd_unet
 from tests.checkpoints import checkpoint_components, save_checkpoint, save_ip_adapter
@@ -110,7 +110,7 @@ def folder(loopback_hub: LoopbackHub, own_modules: None, tmp_path: Path, monkeyp
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda place: place)
     monkeypatch.setattr(strategies, "_STRATEGIES", dict(strategies._STRATEGIES))
     for name in ("photo", "edges", "depth", "mask"):
-        tiny_picture(len(name), 64).save(f"{name}.png")
+        tiny_image(len(name), 64).save(f"{name}.png")
     shutil.copy(weights_directory() / "perflow_delta.safetensors", tmp_path)
     layer = "unet.mid_block.attentions.0.proj_in.lora_{}.weight"  # of 128 channels
     lora = {layer.format("A"): torch.full((4, 128), 0.01), layer.format("B"): torch.full((128, 4), 0.01)}

@@ -29,7 +29,7 @@ from perflow_blocks import (
     rescale_delta,
 )
 from perflow_blocks.delta.recipe import DeltaRecipe
-from perflow_blocks.testing import tiny_picture, tiny_sdxl_components
+from perflow_blocks.testing import tiny_image, tiny_sdxl_components
 from perflow_blocks.testing.tiny import tiny_sd_unet, tiny_sdxl_unet
 from perflow_blocks.training.data import open_rows
 from perflow_blocks.training.loop import train
@@ -92,9 +92,9 @@ PROVOKED |= {
     ),
     "is not an input": lambda here: here.call(num_inference_step=4),
     "below num_time_windows": lambda here: here.call(num_inference_steps=3),
-    "values from 0 to 255": lambda here: here.call(image=np.asarray(tiny_picture()).astype("float32")),
+    "values from 0 to 255": lambda here: here.call(image=np.asarray(tiny_image()).astype("float32")),
     "was set, is replaced": lambda here: here.call(make_pipeline(scheduler=EulerDiscreteScheduler())),
-    "paints nothing": lambda here: here.call(image=tiny_picture(), mask_image=Image.new("L", tiny_picture().size)),
+    "paints nothing": lambda here: here.call(image=tiny_image(), mask_image=Image.new("L", tiny_image().size)),
     "decoded images are not finite": lambda here: decoded(overflowing("decoder"), LATENTS[:1].half()),
     "attention strategy": lambda here: here.call(make_pipeline(attention=AttentionConfig("sage"))),
     "data.path": lambda here: open_rows(small("folder", here.folder / "no")),

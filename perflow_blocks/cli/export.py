@@ -25,7 +25,7 @@ def export(
     delta: options.Delta = None,
     title: Annotated[str | None, typer.Option(help="Heading of the model card, by default DIRECTORY's name.")] = None,
     notes: Annotated[Path | None, options.file("Markdown file with what users have to know.")] = None,
-    picture: Annotated[Path | None, options.file("Image for the model card.")] = None,
+    image: Annotated[Path | None, options.file("Image for the model card.")] = None,
     licence: Annotated[str | None, typer.Option(help="Licence for the model card, such as apache-2.0.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository with code.")] = None,
     trust_remote_code: Annotated[
@@ -43,8 +43,8 @@ def export(
     if not force and is_pipeline(directory):
         raise ValueError(f"{directory} holds a workflow; pass --force to replace it, or name another directory.")
     options.require_free_directory("DIRECTORY", directory, force)
-    if picture is not None:
-        require_image("--picture", picture)
+    if image is not None:
+        require_image("--image", image)
     quiet_libraries()
     from ..blocks.block_source import preset_for
     from ..hub.export import export_workflow
@@ -70,7 +70,7 @@ def export(
             weights=weights,
             title=title,
             notes="" if notes is None else notes.read_text(encoding="utf-8"),
-            picture=picture,
+            image=image,
             licence=licence,
             delta=delta,
             overwrite=force,

@@ -43,7 +43,7 @@ Mode = Literal["thin", "self-contained"]
 WeightsMode = Literal["reference", "include", "delta-only"]
 
 MELLON = "mellon_pipeline_config.json"
-IMAGE = "picture.png"
+IMAGE = "picture.png"  # as earlier versions name it
 FILES = (CODE, ModularPipelineBlocks.config_name, INDEX, MELLON, CARD, IMAGE)
 MAX_SIDE = 1024  # of the card's image, in pixels
 MELLON_STAGES = frozenset({"text_encoder", "denoise", "decode"})
@@ -60,7 +60,7 @@ def export_workflow(
     weights: WeightsMode = "reference",
     title: str | None = None,
     notes: str = "",
-    picture: str | os.PathLike[str] | None = None,
+    image: str | os.PathLike[str] | None = None,
     licence: str | None = None,
     example: str | None = None,
     delta: str | os.PathLike[str] | None = None,
@@ -81,7 +81,7 @@ def export_workflow(
             the delta.
         title: heading of the model card; by default the directory's name.
         notes: what the card tells users besides, in Markdown.
-        picture: image file for the card; a side longer than 1024 pixels is scaled down.
+        image: image file for the card; a side longer than 1024 pixels is scaled down.
         licence: identifier as the Hub knows it, for example "apache-2.0", for the card.
         example: Python that the card shows, from the imports on; by default a call with a prompt and images.
         delta: the delta file, in place of the pipeline's own.
@@ -118,8 +118,8 @@ def export_workflow(
     with problems.noted():
         siblings, modules = carried_modules(blocks, mode == "self-contained")
         code = {**block_files(blocks, siblings), **modules}
-    with problems.noted(SyntaxError, about=f"picture={str(picture)!r} cannot be read: "):
-        image = None if picture is None else load_image(str(picture))
+    with problems.noted(SyntaxError, about=f"image={str(image)!r} cannot be read: "):
+        shown = None if image is None else load_image(str(image))
     problems.refuse("exported")
     folder_name = target.absolute().name
     title = title or folder_name
@@ -139,7 +139,7 @@ def export_workflow(
             saved=saved.keys(),
             requirements=json.loads(code[ModularPipelineBlocks.config_name])["requirements"],
             example=example,
-            image=None if image is None else IMAGE,
+            image=None if shown is None else IMAGE,
             licence=licence,
         ),
     }
@@ -150,9 +150,9 @@ def export_workflow(
             _save(value, folder / component)
         if delta_weights is not None:
             save_delta_file(delta_weights, folder / values["delta"])
-        if image is not None:
-            image.thumbnail((MAX_SIDE, MAX_SIDE))
-            image.save(folder / IMAGE)  # without the prompts and paths that programs write into images
+        if shown is not None:
+            shown.thumbnail((MAX_SIDE, MAX_SIDE))
+            shown.save(folder / IMAGE)  # without the prompts and paths that programs write into images
     return target
 
 

@@ -262,7 +262,7 @@ def ip_adapter_weights(
     return {"image_proj": projection, "ip_adapter": attentions}
 
 
-def tiny_picture(seed: int = 0, size: int | tuple[int, int] = IMAGE_SIZE) -> Image.Image:
+def tiny_image(seed: int = 0, size: int | tuple[int, int] = IMAGE_SIZE) -> Image.Image:
     """A smooth RGB image of random colours; `size` is (width, height) in pixels, or one number for both."""
     colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(colours).resize((size, size) if isinstance(size, int) else size, Image.Resampling.BICUBIC)
@@ -313,14 +313,14 @@ def tiny_inputs() -> dict[str, Any]:
         "inpaint_conditioning": torch.cat([mask, _noise(*latents, seed=9)], dim=1),
         "height": IMAGE_SIZE,
         "width": IMAGE_SIZE,
-        "image": tiny_picture(0),
+        "image": tiny_image(0),
         "mask_image": tiny_mask(),
         "processed_image": _noise(*pixels, seed=10).tanh(),
-        "images": [tiny_picture(1)],
-        "ip_adapter_image": tiny_picture(2),
+        "images": [tiny_image(1)],
+        "ip_adapter_image": tiny_image(2),
         "ip_adapter_embeds": [_noise(1, 1, IMAGE_WIDTH, seed=11)],
         "negative_ip_adapter_embeds": [torch.zeros(1, 1, IMAGE_WIDTH)],
-        "control_image": tiny_picture(3),
+        "control_image": tiny_image(3),
         "control_mode": [0],
         "controlnet_cond": _noise(*pixels, seed=12).sigmoid(),
         "conditioning_scale": 1.0,

@@ -145,7 +145,7 @@ def _export(config: DistillConfig, folder: Path, source: TeacherSource) -> None:
         weights="delta-only" if source.on_hub else "include",
         title=f"PeRFlow of {source.label}",
         notes=f"Distilled from {source.label} by `perflow distill`: {describe(config)}.",
-        picture=sheet if sheet.is_file() else None,
+        image=sheet if sheet.is_file() else None,
         delta=folder / DELTA,
         overwrite=True,
     )

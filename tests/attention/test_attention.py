@@ -17,7 +17,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from perflow_blocks import AttentionConfig, PeRFlowApplyAttentionStep
 from perflow_blocks.attention.strategies import AttentionStrategy
-from perflow_blocks.testing import check_block, tiny_controlnet, tiny_picture, tiny_sdxl_unet
+from perflow_blocks.testing import check_block, tiny_controlnet, tiny_image, tiny_sdxl_unet
 from tests.attention.conftest import (
     HALF,
     SAMPLE,
@@ -42,7 +42,7 @@ HERE = {  # what runs on a CPU: its type, and how far from native it may be
     "sliced": (torch.float32, 0.0),
     "auto": (torch.float32, 0.0),
 }
-CONTROL = {"control_image": tiny_picture(3), "num_inference_steps": 4}
+CONTROL = {"control_image": tiny_image(3), "num_inference_steps": 4}
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -18,7 +18,7 @@ from perflow_blocks.testing import (
     load_tiny_ip_adapter,
     tiny_controlnet,
     tiny_controlnet_union,
-    tiny_picture,
+    tiny_image,
     tiny_sdxl_unet,
 )
 from tests.attention.conftest import Kernel, assert_same_processors, calls_of, processors
@@ -30,7 +30,7 @@ MakeKernel = Callable[..., Kernel]
 
 pytestmark = pytest.mark.behaviour
 STEPS = {"num_inference_steps": 4}
-ADAPTED = {**STEPS, "ip_adapter_image": tiny_picture(5)}
+ADAPTED = {**STEPS, "ip_adapter_image": tiny_image(5)}
 
 
 def types(pipe: Any) -> set[type]:
@@ -139,10 +139,10 @@ def test_skipped_layers_are_skipped_under_a_plan(kernel: MakeKernel) -> None:
 CONTROLNETS: dict[str, tuple[Callable[[], Any], dict[str, Any], int]] = {
     "two": (
         lambda: MultiControlNetModel([tiny_controlnet(1), tiny_controlnet(2)]),
-        {"control_image": [tiny_picture(3), tiny_picture(4)], "controlnet_conditioning_scale": [0.5, 1.5]},
+        {"control_image": [tiny_image(3), tiny_image(4)], "controlnet_conditioning_scale": [0.5, 1.5]},
         2,
     ),
-    "union": (tiny_controlnet_union, {"control_image": tiny_picture(3), "control_mode": 1}, 1),
+    "union": (tiny_controlnet_union, {"control_image": tiny_image(3), "control_mode": 1}, 1),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import unconditional
-from perflow_blocks.testing import tiny_picture
+from perflow_blocks.testing import tiny_image
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
@@ -34,7 +34,7 @@ def test_images_become_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_folder_is_read_once_and_judged_without_colours(tmp_path: Path) -> None:
     for number in range(40):
-        tiny_picture(number, (20, 24)).save(tmp_path / f"{number}.png")
+        tiny_image(number, (20, 24)).save(tmp_path / f"{number}.png")
     images = unconditional.read_images(tmp_path, 8, most=38)
     assert images.shape == (32, 3, 8, 8) and len({tuple(image.flatten().tolist()) for image in images}) == 32
     judged = unconditional.evaluation_set(images, 5, with_colors=False)

@@ -44,8 +44,8 @@ from perflow_blocks.schedulers import PeRFlowScheduler
 from perflow_blocks.testing.tiny import (
     BETAS,
     tiny_controlnet,
+    tiny_image,
     tiny_mask,
-    tiny_picture,
     tiny_sdxl_components,
     tiny_sdxl_unet,
 )
@@ -58,7 +58,7 @@ def workflow_inputs(name: str) -> dict[str, Any]:
     """What a call of the workflow needs besides the prompt; new objects at each call."""
     inputs: dict[str, Any] = {"num_inference_steps": 4}
     if name != "text2image":
-        inputs |= {"image": tiny_picture(), "strength": 0.8}
+        inputs |= {"image": tiny_image(), "strength": 0.8}
     if name == "inpainting":
         inputs |= {"mask_image": tiny_mask()}
     return inputs
@@ -229,9 +229,9 @@ def loop_inputs(workflow: str, steps: int = 5) -> dict[str, Any]:
     """What a call needs besides the prompt."""
     inputs: dict[str, Any] = {"num_inference_steps": steps}
     if "inpainting" in workflow:
-        inputs |= {"image": tiny_picture(1), "mask_image": tiny_mask(), "strength": 1.0}
+        inputs |= {"image": tiny_image(1), "mask_image": tiny_mask(), "strength": 1.0}
     if "controlnet" in workflow:
-        inputs |= {"control_image": tiny_picture(2)}
+        inputs |= {"control_image": tiny_image(2)}
     return inputs
 
 

@@ -11,7 +11,7 @@ from diffusers.modular_pipelines.stable_diffusion_xl.denoise import StableDiffus
 
 from perflow_blocks.blocks.controlnet import PeRFlowControlNetDenoiseStep, PeRFlowControlNetLoopDenoiser
 from perflow_blocks.testing.tiny import tiny_controlnet, tiny_controlnet_union
-from perflow_blocks.testing.tiny import tiny_picture as image
+from perflow_blocks.testing.tiny import tiny_image as image
 from tests.blocks.conftest import layers
 from tests.conftest import count_unet_calls, generator, make_pipeline, run
 

@@ -25,7 +25,7 @@ from perflow_blocks import (
 from perflow_blocks.blocks.loop_block import LOOP_PROVIDES
 from perflow_blocks.blocks.recombine import find_loops, insert_loop_block
 from perflow_blocks.schedulers import PeRFlowScheduler
-from perflow_blocks.testing import tiny_controlnet_union, tiny_picture
+from perflow_blocks.testing import tiny_controlnet_union, tiny_image
 from tests.blocks.conftest import Spy, blocks_with, loop_inputs, loop_pipeline
 from tests.conftest import count_unet_calls, generator, make_pipeline, no_host_reads, run
 
@@ -317,7 +317,7 @@ def test_images_are_those_of_the_pipeline_before_it_was_compiled(workflow: str, 
 
 
 def test_a_controlnet_union_is_compiled_too() -> None:
-    inputs = {"control_image": tiny_picture(1), "control_mode": 1, "num_inference_steps": 4}
+    inputs = {"control_image": tiny_image(1), "control_mode": 1, "num_inference_steps": 4}
     pipe = loop_pipeline("controlnet_text2image", controlnet=tiny_controlnet_union())
     usual = run(pipe, **inputs)
     assert compile_loops(pipe, vae=False, backend="eager") == ["unet", "controlnet"]

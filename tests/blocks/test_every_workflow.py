@@ -23,9 +23,9 @@ from perflow_blocks.testing.tiny import (
     tiny_controlnet,
     tiny_controlnet_union,
     tiny_feature_extractor,
+    tiny_image,
     tiny_image_encoder,
     tiny_mask,
-    tiny_picture,
     tiny_sdxl_components,
 )
 from tests.conftest import count_unet_calls, generator, make_pipeline, run
@@ -35,11 +35,11 @@ pytestmark = pytest.mark.behaviour
 WORKFLOWS = StableDiffusionXLAutoBlocks._workflow_map
 INPUTS: dict[str, tuple[Any, Any]] = {
     "prompt": ("a red star", "a blue ring, large"),
-    "image": (tiny_picture(1), tiny_picture(2)),
+    "image": (tiny_image(1), tiny_image(2)),
     "mask_image": (tiny_mask(), tiny_mask().transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
-    "control_image": (tiny_picture(3), tiny_picture(4)),
+    "control_image": (tiny_image(3), tiny_image(4)),
     "control_mode": (0, 2),
-    "ip_adapter_image": (tiny_picture(5), tiny_picture(6)),
+    "ip_adapter_image": (tiny_image(5), tiny_image(6)),
 }
 """For each input that chooses a workflow two values, of which each must give its own result."""
 
@@ -116,7 +116,7 @@ def test_an_ip_adapter_without_guidance() -> None:
     pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=1.0))
     prompts = {"prompt": ["a star", "a ring"], "num_images_per_prompt": 2, "num_inference_steps": 4}
     calls = count_unet_calls(pipe)
-    first, second = (run(pipe, ip_adapter_image=tiny_picture(seed), **prompts) for seed in (5, 6))
+    first, second = (run(pipe, ip_adapter_image=tiny_image(seed), **prompts) for seed in (5, 6))
     assert calls == [4] * 8
     assert (first - second).abs().max() > 1e-3
 
@@ -170,8 +170,8 @@ def test_default_call_takes_six_guided_steps() -> None:
 
 TASKS: dict[str, dict[str, Any]] = {
     "text2image": {},
-    "image2image": {"image": tiny_picture(1), "strength": 0.6},
-    "inpainting": {"image": tiny_picture(1), "mask_image": tiny_mask()},
+    "image2image": {"image": tiny_image(1), "strength": 0.6},
+    "inpainting": {"image": tiny_image(1), "mask_image": tiny_mask()},
 }
 
 

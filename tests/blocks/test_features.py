@@ -15,7 +15,7 @@ from perflow_blocks.testing.tiny import (
     IMAGE_WIDTH,
     LATENT_SIZE,
     load_tiny_ip_adapter,
-    tiny_picture,
+    tiny_image,
 )
 from tests.blocks.conftest import TASKS, workflow_inputs
 from tests.conftest import count_unet_calls, generator, make_pipeline, run, watch_models
@@ -94,7 +94,7 @@ def test_the_pictures_of_each_prompt_stand_together(pipe: Any, workflow: str) ->
     def inputs(*numbers: int) -> dict[str, Any]:
         """Prompt, negative prompt and given picture of these numbers."""
         own = {"prompt": [PROMPTS[n] for n in numbers], "negative_prompt": [("a dot", "a line")[n] for n in numbers]}
-        pictures = {} if workflow == "text2image" else {"image": [tiny_picture(n) for n in numbers]}
+        pictures = {} if workflow == "text2image" else {"image": [tiny_image(n) for n in numbers]}
         return workflow_inputs(workflow) | own | pictures
 
     together = run(pipe, **inputs(0, 1), num_images_per_prompt=2, generator=generators(1, 2, 3, 4))

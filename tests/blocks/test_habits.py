@@ -25,7 +25,7 @@ from perflow_blocks.testing import (
     load_tiny_ip_adapter,
     tiny_controlnet,
     tiny_controlnet_union,
-    tiny_picture,
+    tiny_image,
     tiny_sdxl_components,
 )
 from tests.blocks.conftest import workflow_inputs, write_delta
@@ -45,8 +45,8 @@ CLASSIC_CALLS = {
 TASKS: dict[str, dict[str, Any]] = {
     "text": {},
     "inpainting": workflow_inputs("inpainting"),
-    "ControlNet": {"control_image": tiny_picture(3)},
-    "IP-Adapter": {"ip_adapter_image": tiny_picture(4)},
+    "ControlNet": {"control_image": tiny_image(3)},
+    "IP-Adapter": {"ip_adapter_image": tiny_image(4)},
 }
 tasks = pytest.mark.parametrize("task", ["inpainting", "ControlNet", "IP-Adapter"])
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from perflow_blocks.schedulers import PeRFlowScheduler
-from perflow_blocks.testing.tiny import BETAS, tiny_picture
+from perflow_blocks.testing.tiny import BETAS, tiny_image
 from tests.conftest import count_unet_calls, generator, make_pipeline, run
 
 pytestmark = pytest.mark.behaviour
@@ -114,7 +114,7 @@ def test_custom_timesteps_are_cut_at_the_strength() -> None:
 def test_pictures_and_prompts_are_matched_in_order() -> None:
     """Two prompts, two pictures, two images a prompt: each as it would be alone."""
     pipe = make_pipeline()
-    pictures, prompts = [tiny_picture(1), tiny_picture(2)], ["a star", "a ring"]
+    pictures, prompts = [tiny_image(1), tiny_image(2)], ["a star", "a ring"]
     seeds = [generator(seed) for seed in (1, 2, 3, 4)]
     together = run(pipe, prompt=prompts, image=pictures, num_images_per_prompt=2, strength=0.6, generator=seeds)
     for row, (prompt, picture, seed) in enumerate(

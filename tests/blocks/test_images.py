@@ -13,18 +13,18 @@ from PIL import Image
 from torch import Tensor
 
 from perflow_blocks.blocks.images import as_batch, count_images, image_size
-from perflow_blocks.testing.tiny import load_tiny_ip_adapter, tiny_controlnet, tiny_mask, tiny_picture
+from perflow_blocks.testing.tiny import load_tiny_ip_adapter, tiny_controlnet, tiny_image, tiny_mask
 from tests.blocks.conftest import as_a_camera_stores
 from tests.conftest import generator, make_pipeline, refusal, run
 
 pytestmark = pytest.mark.behaviour
 
-IMAGE, MASK = tiny_picture(1), tiny_mask()
+IMAGE, MASK = tiny_image(1), tiny_mask()
 BYTES = np.asarray(IMAGE)
 ARRAY = BYTES / 255.0
 TENSOR = torch.from_numpy(ARRAY).permute(2, 0, 1).float()
 HOLE = np.asarray(MASK) / 255.0
-GIVEN = tiny_picture(2, (40, 24))
+GIVEN = tiny_image(2, (40, 24))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_every_image_input_refuses_the_same_forms(equipped: Any, name: str, form
     ("inputs", "text"),
     [
         ({"image": [IMAGE, ARRAY]}, "image holds images of several kinds or sizes"),
-        ({"image": [IMAGE, tiny_picture(1, (64, 32))]}, "a PIL image of 32x32, a PIL image of 64x32"),
+        ({"image": [IMAGE, tiny_image(1, (64, 32))]}, "a PIL image of 32x32, a PIL image of 64x32"),
         ({"image": IMAGE, "mask_image": np.asarray(MASK)}, "mask_image holds uint8"),
         ({"image": IMAGE, "mask_image": 255 * HOLE}, "mask_image holds values from 0 to 255"),
         ({"image": IMAGE, "mask_image": [MASK, tiny_mask((64, 32))]}, "mask_image holds images of several kinds"),
@@ -153,7 +153,7 @@ def test_every_form_of_an_image_is_taken_alike(equipped: Any, name: str) -> None
 
 
 def test_an_adapter_takes_several_images_in_any_form(equipped: Any) -> None:
-    other = tiny_picture(3, (16, 32))
+    other = tiny_image(3, (16, 32))
     array, tensor = np.asarray(GIVEN) / 255.0, torch.from_numpy(np.asarray(other) / 255.0).permute(2, 0, 1)
     expected = torch.cat([taken(equipped, "ip_adapter_image", image) for image in (GIVEN, other)])
     embeds = taken(equipped, "ip_adapter_image", [[array, tensor]])
@@ -218,7 +218,7 @@ def test_a_mask_that_paints_nothing_is_warned_of_once(pipe: Any, kind: str, capl
 def test_a_changed_size_is_warned_of(
     pipe: Any, sizes: dict[str, int], text: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for image in (tiny_picture(1, (50, 35)), np.asarray(tiny_picture(1, (50, 35))) / 255.0):
+    for image in (tiny_image(1, (50, 35)), np.asarray(tiny_image(1, (50, 35))) / 255.0):
         for task in ({"strength": 0.3}, {"mask_image": np.ones((35, 50))}):
             caplog.clear()
             run(pipe, image=image, **task, **sizes, num_inference_steps=1)
@@ -230,7 +230,7 @@ def test_a_changed_size_is_warned_of(
 def test_a_control_image_that_is_squeezed_is_warned_of(
     equipped: Any, size: tuple[int, int], squeezed: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    images = {"control_image": tiny_picture(1, size), "ip_adapter_image": IMAGE}
+    images = {"control_image": tiny_image(1, size), "ip_adapter_image": IMAGE}
     run(equipped, **images, num_inference_steps=1)
     warnings = warnings_of(caplog, f"control_image is {size[0]}x{size[1]}, the output 32x32")
     assert len(warnings) == squeezed

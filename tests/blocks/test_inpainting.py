@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from perflow_blocks.schedulers import PeRFlowScheduler
-from perflow_blocks.testing.tiny import BETAS, tiny_inpainting_unet, tiny_picture
+from perflow_blocks.testing.tiny import BETAS, tiny_image, tiny_inpainting_unet
 from tests.conftest import generator, make_pipeline, run
 
 pytestmark = pytest.mark.behaviour
@@ -72,7 +72,7 @@ def as_array(images: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["pil", "np", "pt"])
 def test_known_pixels_are_put_back_exactly(kind: str) -> None:
-    pipe, picture = make_pipeline(), tiny_picture(3)
+    pipe, picture = make_pipeline(), tiny_image(3)
     given, known = np.asarray(picture) / 255.0, np.asarray(hole_picture()) == 0
     inputs = {"image": picture, "mask_image": hole_picture(), "output_type": kind}
     difference = np.abs(as_array(run(pipe, **inputs)) - given)
@@ -92,7 +92,7 @@ def feathered() -> Image.Image:
 
 @pytest.mark.parametrize("kind", ["pil", "np", "pt"])
 def test_a_soft_mask_blends_the_pixels(kind: str) -> None:
-    pipe, picture, share = make_pipeline(), tiny_picture(3), np.asarray(feathered())[..., None] / 255.0
+    pipe, picture, share = make_pipeline(), tiny_image(3), np.asarray(feathered())[..., None] / 255.0
     inputs = {"image": picture, "mask_image": feathered(), "soft_mask": True, "output_type": kind}
     given, decoded = np.asarray(picture) / 255.0, as_array(run(pipe, **inputs, keep_known_pixels=False))
     result = as_array(run(pipe, **inputs))
@@ -103,7 +103,7 @@ def test_a_soft_mask_blends_the_pixels(kind: str) -> None:
 
 def test_a_soft_mask_blends_the_latents() -> None:
     pipe = make_pipeline()
-    inputs = {"prompt": "a star", "image": tiny_picture(3), "mask_image": feathered(), "output_type": "latent"}
+    inputs = {"prompt": "a star", "image": tiny_image(3), "mask_image": feathered(), "output_type": "latent"}
     state = pipe(**inputs, soft_mask=True, generator=generator(), num_inference_steps=1)
     mask, known = state.get("mask"), state.get("image_latents")
     assert mask.unique().tolist() == pytest.approx([0.0, 64 / 255, 191 / 255, 1.0])
@@ -114,7 +114,7 @@ def test_a_soft_mask_blends_the_latents() -> None:
 
 def test_grey_is_split_at_one_half_by_default() -> None:
     pipe, split = make_pipeline(), feathered().point(lambda value: 255 * (value >= 128))
-    inputs = {"image": tiny_picture(3), "output_type": "np"}
+    inputs = {"image": tiny_image(3), "output_type": "np"}
     run(pipe, **inputs, mask_image=feathered(), soft_mask=True)  # leaves the pipeline's own mask processor alone
     np.testing.assert_array_equal(
         run(pipe, **inputs, mask_image=feathered()), run(pipe, **inputs, mask_image=split, soft_mask=True)
@@ -122,7 +122,7 @@ def test_grey_is_split_at_one_half_by_default() -> None:
 
 
 def test_a_cropped_region_is_painted_at_full_size_and_laid_over_the_picture() -> None:
-    picture, mask = tiny_picture(4, (64, 48)), Image.new("L", (64, 48))
+    picture, mask = tiny_image(4, (64, 48)), Image.new("L", (64, 48))
     mask.paste(255, (40, 20, 56, 36))
     image = run(
         make_pipeline(), image=picture, mask_image=mask, padding_mask_crop=4, output_type="pil", height=32, width=32
@@ -135,7 +135,7 @@ def test_a_cropped_region_is_painted_at_full_size_and_laid_over_the_picture() ->
 
 
 def test_a_picture_keeps_its_size() -> None:
-    picture, mask = tiny_picture(4, (48, 24)), Image.new("L", (48, 24), 255)
+    picture, mask = tiny_image(4, (48, 24)), Image.new("L", (48, 24), 255)
     images = run(make_pipeline(), image=[picture], mask_image=mask, output_type="pil")
     assert images[0].size == (48, 24)
     arrays = {"image": np.asarray(picture)[None] / 255.0, "mask_image": np.ones((1, 24, 48, 1))}
@@ -149,7 +149,7 @@ def test_a_nine_channel_unet_sees_mask_and_masked_picture() -> None:
     pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
     state = pipe(
         prompt="a star",
-        image=tiny_picture(3),
+        image=tiny_image(3),
         mask_image=hole_picture(),
         generator=generator(),
         output_type="latent",
@@ -170,11 +170,11 @@ def test_a_four_channel_unet_is_spared_the_masked_picture() -> None:
     pipe = make_pipeline()
     encoded: list[int] = []
     pipe.vae.encoder.register_forward_pre_hook(lambda module, args: encoded.append(args[0].shape[0]))
-    run(pipe, image=tiny_picture(3), mask_image=hole_picture())
+    run(pipe, image=tiny_image(3), mask_image=hole_picture())
     assert encoded == [1]
 
 
-TWO_PICTURES = [tiny_picture(1), tiny_picture(2)]
+TWO_PICTURES = [tiny_image(1), tiny_image(2)]
 TWO_HOLES = [hole_picture(), hole_picture().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
 HOLE_ARRAYS = np.stack([np.asarray(hole) / 255.0 for hole in TWO_HOLES])
 
@@ -228,4 +228,4 @@ def test_known_pixels_are_those_of_the_prompts_own_picture() -> None:
 def test_a_vae_with_latent_statistics_encodes() -> None:
     pipe = make_pipeline()
     pipe.vae.register_to_config(latents_mean=[0.1] * 4, latents_std=[1.1] * 4)
-    assert torch.isfinite(run(pipe, image=tiny_picture(3), mask_image=hole_picture())).all()
+    assert torch.isfinite(run(pipe, image=tiny_image(3), mask_image=hole_picture())).all()

@@ -17,15 +17,15 @@ from perflow_blocks.testing.tiny import (
     tiny_controlnet,
     tiny_controlnet_union,
     tiny_feature_extractor,
+    tiny_image,
     tiny_image_encoder,
     tiny_mask,
-    tiny_picture,
 )
 from tests.conftest import generator, make_pipeline, refusal, run
 
 pytestmark = pytest.mark.behaviour
 
-PICTURE, MASK = tiny_picture(1), tiny_mask()
+PICTURE, MASK = tiny_image(1), tiny_mask()
 LATENTS = torch.zeros(1, 4, 16, 16)
 HOLE = torch.ones(1, 1, 16, 16)
 IP_EMBEDS = torch.zeros(1, 1, 24)

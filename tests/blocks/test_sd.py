@@ -23,8 +23,8 @@ from perflow_blocks.delta.extract import extract_delta, save_delta
 from perflow_blocks.testing.tiny import (
     BETAS,
     load_tiny_ip_adapter,
+    tiny_image,
     tiny_mask,
-    tiny_picture,
     tiny_sd_components,
     tiny_sd_controlnet,
     tiny_sd_unet,
@@ -75,13 +75,13 @@ def quiet(classic: Any) -> Any:
 def inputs_of(workflow: str) -> dict[str, Any]:
     inputs: dict[str, Any] = {"prompt": "a red star", "negative_prompt": "a ring", "output_type": "latent"}
     if "text2image" not in workflow:
-        inputs |= {"image": tiny_picture(1), "strength": 0.5}  # where the classic pipelines enter at a step too
+        inputs |= {"image": tiny_image(1), "strength": 0.5}  # where the classic pipelines enter at a step too
     if "inpainting" in workflow:
         inputs |= {"mask_image": tiny_mask()}
     if "controlnet" in workflow:
-        inputs |= {"control_image": tiny_picture(3), "controlnet_conditioning_scale": 0.7}
+        inputs |= {"control_image": tiny_image(3), "controlnet_conditioning_scale": 0.7}
     if "ip_adapter" in workflow:
-        inputs |= {"ip_adapter_image": tiny_picture(5)}
+        inputs |= {"ip_adapter_image": tiny_image(5)}
     return inputs
 
 
@@ -265,7 +265,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "embeddings of SDXL": ({"prompt_embeds": torch.zeros(1, 16, 64)}, "prompt_embeds has shape"),
     "strength alone": ({"prompt": "a star", "strength": 0.5}, "strength is given without image"),
     "no steps": ({"prompt": "a star", "num_inference_steps": 0}, "num_inference_steps=0"),
-    "a control image": ({"prompt": "a star", "control_image": tiny_picture()}, "controlnet not loaded"),
+    "a control image": ({"prompt": "a star", "control_image": tiny_image()}, "controlnet not loaded"),
 }
 
 

@@ -15,7 +15,7 @@ from diffusers import ClassifierFreeGuidance, LayerSkipConfig, PerturbedAttentio
 
 from perflow_blocks import StepCallbackStep, insert_loop_block, merge_delta, rescale_delta
 from perflow_blocks.demo import perflow_pipeline
-from perflow_blocks.testing import tiny_controlnet, tiny_picture
+from perflow_blocks.testing import tiny_controlnet, tiny_image
 from tests.blocks.conftest import write_delta
 from tests.conftest import generator, make_pipeline, run
 
@@ -66,8 +66,8 @@ def test_each_call_has_its_own_guidance_scale_images_and_tokenizer_settings() ->
     calls: list[Callable[[], Any]] = [
         lambda: drawn(pipe, REQUESTS[0], guidance_scale=1.0),
         lambda: drawn(pipe, REQUESTS[1], guidance_scale=4.0, negative_prompt="a blue square, quite a long text"),
-        lambda: drawn(pipe, REQUESTS[2], image=tiny_picture(1), strength=0.5),
-        lambda: drawn(pipe, REQUESTS[3], control_image=tiny_picture(2)),
+        lambda: drawn(pipe, REQUESTS[2], image=tiny_image(1), strength=0.5),
+        lambda: drawn(pipe, REQUESTS[3], control_image=tiny_image(2)),
     ]
     expected = [call() for call in calls]
     for one, other in zip(in_threads(4, calls), expected, strict=True):

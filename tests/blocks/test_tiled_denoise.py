@@ -20,9 +20,9 @@ from perflow_blocks import (
 from perflow_blocks.blocks.controlnet import PeRFlowControlNetLoopDenoiser
 from perflow_blocks.testing import (
     tiny_controlnet,
+    tiny_image,
     tiny_inpainting_unet,
     tiny_mask,
-    tiny_picture,
 )
 from perflow_blocks.testing.contract import check_block
 from tests.conftest import count_unet_calls, generator, make_pipeline, no_host_reads, run
@@ -78,7 +78,7 @@ def test_an_image_of_one_tile_is_drawn_as_without_tiles() -> None:
         PeRFlowControlNetLoopDenoiser,
         PeRFlowTiledControlNetLoopDenoiser,
     )
-    inputs = {"image": tiny_picture(1), "control_image": tiny_picture(2), "strength": 0.6}
+    inputs = {"image": tiny_image(1), "control_image": tiny_image(2), "strength": 0.6}
     results = []
     for kind, settings in ((plain, {}), (tiled, {}), (tiled, {"tile_size": 64, "tile_overlap": 0}), (tiled, TILES)):
         pipe = make_pipeline(with_denoiser(workflow, kind()), controlnet=tiny_controlnet())

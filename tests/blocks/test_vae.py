@@ -15,7 +15,7 @@ from diffusers.modular_pipelines.stable_diffusion_xl.encoders import StableDiffu
 from torch import Tensor, nn
 
 from perflow_blocks.blocks.vae import PeRFlowDecodeStep, PeRFlowVaeEncoderStep
-from perflow_blocks.testing.tiny import tiny_picture, tiny_vae
+from perflow_blocks.testing.tiny import tiny_image, tiny_vae
 from tests.conftest import generator
 
 pytestmark = pytest.mark.behaviour
@@ -47,7 +47,7 @@ def decoded(vae: Any, latents: Tensor = LATENTS, kind: Any = PeRFlowDecodeStep, 
 
 
 def encoded(vae: Any, kind: Any = PeRFlowVaeEncoderStep) -> Tensor:
-    return one_step(kind, vae)(image=tiny_picture(1), generator=generator(), output="image_latents")
+    return one_step(kind, vae)(image=tiny_image(1), generator=generator(), output="image_latents")
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -21,8 +21,8 @@ from perflow_blocks.testing import (
     check_block,
     tiny_controlnet,
     tiny_controlnet_union,
+    tiny_image,
     tiny_mask,
-    tiny_picture,
     tiny_sdxl_components,
     tiny_sdxl_unet,
 )
@@ -129,7 +129,7 @@ def test_image2image_moves_further_from_the_picture_with_strength() -> None:
 
 def test_inpaint_changes_the_masked_part_alone() -> None:
     repaint, pipe = recipe("sdxl-inpaint").repaint, make_pipeline()
-    image, mask = tiny_picture(1), tiny_mask()
+    image, mask = tiny_image(1), tiny_mask()
     painted = repaint(pipe, image, mask, "a red star", num_inference_steps=4)
     hole = np.asarray(mask) > 127
     changed = np.abs(pixels(painted) - pixels(image)).max(-1) > 0
@@ -139,9 +139,9 @@ def test_inpaint_changes_the_masked_part_alone() -> None:
 
 
 def test_inpaint_reads_picture_and_mask(model: Path, cli: CLI, tmp_path: Path) -> None:
-    image, mask = saved(tiny_picture(1), tmp_path / "image.png"), saved(tiny_mask(), tmp_path / "mask.png")
+    image, mask = saved(tiny_image(1), tmp_path / "image.png"), saved(tiny_mask(), tmp_path / "mask.png")
     written = Image.open(cli("sdxl-inpaint", "a red star", "--image", image, "--mask", mask, "--model", model))
-    assert same(written, recipe("sdxl-inpaint").repaint(make_pipeline(), tiny_picture(1), tiny_mask(), "a red star"))
+    assert same(written, recipe("sdxl-inpaint").repaint(make_pipeline(), tiny_image(1), tiny_mask(), "a red star"))
 
 
 @pytest.mark.parametrize("kind", ["controlnet", "union"])
@@ -151,7 +151,7 @@ def test_controlnet_follows_the_control_picture(kind: str) -> None:
     pipe = make_pipeline(controlnet=tiny_controlnet_union() if union else tiny_controlnet())
 
     def picture(seed: int, scale: float) -> Image.Image:
-        return draw(pipe, tiny_picture(seed), "a red star", scale, num_inference_steps=4, **union)
+        return draw(pipe, tiny_image(seed), "a red star", scale, num_inference_steps=4, **union)
 
     assert not same(picture(1, 1.0), picture(2, 1.0))
     assert same(picture(1, 0.0), picture(2, 0.0))
@@ -159,7 +159,7 @@ def test_controlnet_follows_the_control_picture(kind: str) -> None:
 
 def test_controlnet_of_a_repository(model: Path, cli: CLI, tmp_path: Path) -> None:
     tiny_controlnet().save_pretrained(tmp_path / "controlnet", variant="fp16")
-    given = tiny_picture(1, size=(80, 49))
+    given = tiny_image(1, size=(80, 49))
     options = ["--model", model, "--controlnet", tmp_path / "controlnet", "--device", "cpu", "--scale", 1]
     options += ["--size", 40]
     written = Image.open(cli("sdxl-controlnet", saved(given, tmp_path / "given.png"), "a red star", *options))
@@ -170,7 +170,7 @@ def test_controlnet_of_a_repository(model: Path, cli: CLI, tmp_path: Path) -> No
 
 def test_ip_adapter_of_a_repository(model: Path, cli: CLI, tmp_path: Path) -> None:
     save_ip_adapter(tmp_path / "adapter")
-    picture = saved(tiny_picture(1), tmp_path / "picture.png")
+    picture = saved(tiny_image(1), tmp_path / "picture.png")
     options = ["--model", model, "--adapter", tmp_path / "adapter", "--device", "cpu"]
     with_it = Image.open(cli("sdxl-ip-adapter", picture, "a red star", *options, "--scale", 1)).copy()
     without = Image.open(cli("sdxl-ip-adapter", picture, "a red star", *options, "--scale", 0)).copy()

@@ -39,8 +39,8 @@ from perflow_blocks.testing.tiny import (
     tiny_controlnet,
     tiny_controlnet_union,
     tiny_feature_extractor,
+    tiny_image,
     tiny_image_encoder,
-    tiny_picture,
     tiny_sdxl_components,
     tiny_sdxl_unet,
     tiny_vae,
@@ -259,7 +259,7 @@ def test_an_ip_adapter_comes_with_its_encoder_or_takes_a_given_one(repository: P
     by_hand = make_pipeline()
     load_tiny_ip_adapter(by_hand)
     by_hand.set_ip_adapter_scale(0.7)
-    image = tiny_picture(1)
+    image = tiny_image(1)
     assert torch.equal(latents(pipe, ip_adapter_image=image), latents(by_hand, ip_adapter_image=image))
 
 

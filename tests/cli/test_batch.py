@@ -16,7 +16,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from perflow_blocks.cli import main
-from perflow_blocks.testing.tiny import tiny_picture, tiny_sdxl_components
+from perflow_blocks.testing.tiny import tiny_image, tiny_sdxl_components
 
 Run = Callable[..., tuple[int, str, str]]
 ROWS = 20
@@ -26,7 +26,7 @@ ROWS = 20
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     StableDiffusionXLPipeline(**tiny_sdxl_components()).save_pretrained(path)
-    tiny_picture(1).save(path / "start.png")
+    tiny_image(1).save(path / "start.png")
     return path
 
 
@@ -144,10 +144,10 @@ def test_resuming_draws_again_what_was_drawn_otherwise(run: Run, model: Path, tm
         assert status == 0, stderr
         return [Path(line).name[:3] for line in stdout.splitlines()[:-1]]
 
-    tiny_picture(1).save(start)
+    tiny_image(1).save(start)
     assert drawn() == ["000", "001"] and drawn() == []
     assert drawn("--guidance", 3) == ["000", "001"] == drawn()
-    tiny_picture(2).save(start)
+    tiny_image(2).save(start)
     assert drawn() == ["000", "001"]
     damaged = tmp_path / "out" / "001-b-seed1.png"
     damaged.write_bytes(damaged.read_bytes()[:-40])

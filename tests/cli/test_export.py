@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from perflow_blocks.delta.extract import save_delta
-from perflow_blocks.testing import tiny_picture, tiny_sdxl_unet
+from perflow_blocks.testing import tiny_image, tiny_sdxl_unet
 from tests.conftest import index_of
 
 pytestmark = pytest.mark.usefixtures("own_modules")
@@ -35,14 +35,14 @@ def test_a_plain_model_becomes_a_workflow_with_its_weights(run: Run, repository:
 
 
 def test_a_workflow_is_exported_with_its_own_blocks_and_a_delta(run: Run, tmp_path: Path) -> None:
-    delta, picture, notes = tmp_path / "d.safetensors", tmp_path / "p.png", tmp_path / "n.md"
+    delta, image, notes = tmp_path / "d.safetensors", tmp_path / "p.png", tmp_path / "n.md"
     save_delta(tiny_sdxl_unet().state_dict(), delta)
-    tiny_picture(1).save(picture)
+    tiny_image(1).save(image)
     notes.write_text("Take care.")
     target = tmp_path / "out"
     status, _, err = run(
         "export", WORKFLOW, target, "--trust-remote-code", "--weights", "delta-only", "--delta", delta,
-        "--picture", picture, "--notes", notes, "--mode", "self-contained",
+        "--image", image, "--notes", notes, "--mode", "self-contained",
     )  # fmt: skip
     assert status == 0, err
     assert "block.SavedBlocks" in (target / "modular_config.json").read_text() and list(target.glob("perflow_*.py"))

@@ -20,8 +20,8 @@ from perflow_blocks.delta.lora import save_lora, save_residual
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.testing.tiny import (
     tiny_controlnet,
+    tiny_image,
     tiny_mask,
-    tiny_picture,
     tiny_sd_components,
     tiny_sd_controlnet,
     tiny_sdxl_components,
@@ -47,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     converted = delta_to_lora(path / "delta.safetensors", rank=999, dtype=torch.float32)
     save_lora(converted, path / "lora.safetensors")
     save_residual(converted, path / "rest.safetensors")
-    tiny_picture(1).save(path / "start.png")
+    tiny_image(1).save(path / "start.png")
     tiny_mask().save(path / "mask.png")
     return path
 

@@ -32,7 +32,7 @@ from perflow_blocks.evaluation.metrics import ClipFeatures, clip_scorer, closene
 from perflow_blocks.evaluation.samplers import Sampler, seeded_latents
 from perflow_blocks.testing.tiny import (
     IMAGE_SIZE,
-    tiny_picture,
+    tiny_image,
     tiny_sd_components,
     tiny_sd_unet,
     tiny_sdxl_unet,
@@ -188,7 +188,7 @@ def test_a_merged_unet_and_a_merged_repository_have_a_teacher_too(
 
 def test_reference_images_come_from_a_folder(clip: str, tmp_path: Path) -> None:
     for number in range(4):
-        tiny_picture(number, (48, 40)).save(tmp_path / f"{number}.png")
+        tiny_image(number, (48, 40)).save(tmp_path / f"{number}.png")
     (tmp_path / "notes.txt").write_text("no image")
     data = evaluation_set(["a", "b"], torch.zeros(2, 4, 16, 16), features=clip, reference=tmp_path, device=CPU)
     assert not data.to_teacher and int(data.distances["FID"].real_features_num_samples) == 4

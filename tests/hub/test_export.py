@@ -179,7 +179,7 @@ def test_an_image_is_small_and_tells_nothing_else(tmp_path: Path, referring: Any
     info = PngInfo()
     info.add_text("prompt", "/home/somebody/model")
     Image.new("RGB", (2048, 512)).save(tmp_path / "given.png", pnginfo=info)
-    directory = export_workflow(referring, tmp_path / "out", picture=tmp_path / "given.png")
+    directory = export_workflow(referring, tmp_path / "out", image=tmp_path / "given.png")
     with Image.open(directory / "picture.png") as written:
         assert written.size == (1024, 256) and written.info == {}
     assert "(picture.png)" in (directory / "README.md").read_text()
@@ -262,7 +262,7 @@ def test_weights_that_others_do_not_have_are_refused_together(
     [
         ({"mode": "fat"}, "mode='fat' is unknown; pass one of thin, self-contained."),
         ({"weights": "some"}, "weights='some' is unknown; pass one of reference, include, delta-only."),
-        ({"picture": "absent.png"}, "picture='absent.png' cannot be read"),
+        ({"image": "absent.png"}, "image='absent.png' cannot be read"),
     ],
 )
 def test_options_that_make_no_sense(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -20,11 +20,11 @@ from perflow_blocks.testing import (
     load_tiny_ip_adapter,
     tiny_controlnet,
     tiny_controlnet_union,
+    tiny_image,
     tiny_image_encoder,
     tiny_inpainting_unet,
     tiny_inputs,
     tiny_mask,
-    tiny_picture,
     tiny_sdxl_unet,
 )
 from tests.conftest import make_pipeline, run
@@ -228,20 +228,20 @@ CASES: dict[str, tuple[dict[str, Any], int, Callable[[Any], dict[str, Any]]]] = 
     "ControlNets": (
         {"controlnet": MultiControlNetModel([tiny_controlnet(1), tiny_controlnet(2)])},
         0,
-        lambda image: {"control_image": [tiny_picture(0), image]},
+        lambda image: {"control_image": [tiny_image(0), image]},
     ),
     "union": (
         {"controlnet": tiny_controlnet_union(1)},
         0,
         lambda image: {"control_image": [image], "control_mode": [1]},
     ),
-    "IP-Adapters": ({}, 2, lambda image: {"ip_adapter_image": [tiny_picture(0), image]}),
+    "IP-Adapters": ({}, 2, lambda image: {"ip_adapter_image": [tiny_image(0), image]}),
 }
 
 
 @pytest.mark.parametrize(("components", "adapters", "inputs"), CASES.values(), ids=CASES)
 def test_images_show_in_the_result(components: Any, adapters: int, inputs: Any) -> None:
-    first, second = (run_stock(components, adapters, **inputs(tiny_picture(seed))) for seed in (1, 2))
+    first, second = (run_stock(components, adapters, **inputs(tiny_image(seed))) for seed in (1, 2))
     assert (first - second).std() > 0.005 * first.std()
 
 
@@ -256,6 +256,6 @@ def test_models_are_made_of_their_seed_alone(make: Callable[[int], torch.nn.Modu
 
 
 def test_images_and_masks_have_the_size_that_is_asked_for() -> None:
-    assert tiny_picture(size=(24, 40)).size == tiny_mask((24, 40)).size == (24, 40)
+    assert tiny_image(size=(24, 40)).size == tiny_mask((24, 40)).size == (24, 40)
     mask = tiny_mask((8, 4))
     assert [mask.getpixel(at) for at in ((7, 3), (4, 1), (3, 3), (7, 0))] == [255, 255, 0, 0]

@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils.constants import SCALER_NAME
 from safetensors.torch import load_file
 
-from perflow_blocks.testing.tiny import tiny_picture
+from perflow_blocks.testing.tiny import tiny_image
 from perflow_blocks.training.checkpoints import append_line, list_checkpoints, require_same, sheet_path, trim
 from perflow_blocks.training.config import DistillConfig
 from perflow_blocks.training.loop import Observer, Session, TrainingRun, train
@@ -82,7 +82,7 @@ def test_a_broken_run_goes_on_to_the_same_losses_and_weights(
         settings |= {"data__path": tmp_path / "images", "data__random_flip": "true", "data__max_samples": "null"}
         (tmp_path / "images").mkdir()
         for number in range(12):
-            tiny_picture(number, [(40, 40), (64, 32), (30, 62)][number % 3]).save(tmp_path / f"images/{number}.png")
+            tiny_image(number, [(40, 40), (64, 32), (30, 62)][number % 3]).save(tmp_path / f"images/{number}.png")
             (tmp_path / f"images/{number}.txt").write_text(f"image {number}")
     train(tiny_config(tmp_path, teachers[family], "whole", optimizer__max_steps=5, **settings))
     settings["optimizer__max_steps"] = 5

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from transformers import CLIPVisionModelWithProjection
 
 from perflow_blocks import export_workflow
-from perflow_blocks.testing import tiny_controlnet, tiny_mask, tiny_picture, tiny_sdxl_unet
+from perflow_blocks.testing import tiny_controlnet, tiny_image, tiny_mask, tiny_sdxl_unet
 from tests.checkpoints import save_ip_adapter
 from tests.conftest import index_of, make_pipeline
 from workflows.generate import PUBLISHED, ROOT, ROOT_FILES, SDXL, WORKFLOWS, main
@@ -80,7 +80,7 @@ def test_a_card_is_complete_and_mellon_reads_its_nodes(name: str) -> None:
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """What the cards load from the Hub, at tiny size, and images in the current directory."""
     monkeypatch.chdir(tmp_path)
-    for name, image in {"photo": tiny_picture(1), "style": tiny_picture(2), "control": tiny_picture(3)}.items():
+    for name, image in {"photo": tiny_image(1), "style": tiny_image(2), "control": tiny_image(3)}.items():
         image.save(f"{name}.png")
     tiny_mask().save("mask.png")
     save_ip_adapter(tmp_path / "adapter")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perflow_blocks.testing import tiny_controlnet, tiny_picture
+from perflow_blocks.testing import tiny_controlnet, tiny_image
 from tests.conftest import count_unet_calls, make_pipeline
 
 RECIPE = runpy.run_path(str(Path(__file__).parent.parent.parent / "workflows" / "sdxl-tile-upscaler" / "recipe.py"))
@@ -30,7 +30,7 @@ def test_the_recipe_enlarges(
     pipe = make_pipeline(RECIPE["assemble"](with_controlnet=controlled), **components)
     calls = count_unet_calls(pipe)
     results = [
-        RECIPE["upscale"](pipe, tiny_picture(seed, small), "a star", scale, 0.6, num_inference_steps=4)
+        RECIPE["upscale"](pipe, tiny_image(seed, small), "a star", scale, 0.6, num_inference_steps=4)
         for seed in (1, 2)
     ]
     assert results[0].size == large

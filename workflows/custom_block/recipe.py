@@ -3,7 +3,7 @@
     python workflows/custom_block/recipe.py "a green triangle on a navy background, in the middle"
     python workflows/custom_block/recipe.py "a palace by a lake" --mirror-steps 3 --model . --device cuda
 
-The block here makes pictures symmetric: after each step the right half of the latents becomes the mirror image of
+The block here makes images symmetric: after each step the right half of the latents becomes the mirror image of
 the left one. With `--mirror-steps` only the first steps do so, and what the later ones add is free. As it is put into
 every loop, it works for image-to-image, inpainting and ControlNets too.
 """
@@ -66,7 +66,7 @@ def mirrored_blocks() -> PeRFlowSDXLAutoBlocks:
 
 
 def draw(pipe: Any, prompt: str, mirror_steps: int | None = None, seed: int = 0, **settings: Any) -> Image.Image:
-    """A picture of the prompt; the new block's input is an input of the pipeline like any other."""
+    """An image of the prompt; the new block's input is an input of the pipeline like any other."""
     generator = torch.Generator().manual_seed(seed)
     return pipe(prompt=prompt, mirror_steps=mirror_steps, generator=generator, output="images", **settings)[0]
 
@@ -87,7 +87,7 @@ def main(
     seed: int = 0,
     out: Path = Path("outputs/custom_block.png"),
 ) -> Path:
-    """Writes the picture and returns where; the number of steps is what the weights recommend."""
+    """Writes the image and returns where; the number of steps is what the weights recommend."""
     image = draw(load(model, device), prompt, mirror_steps, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     image.save(out)

@@ -21,7 +21,7 @@ from perflow_blocks import load_workflow
 
 
 def draw(pipe: Any, prompt: str, seed: int = 0, **settings: Any) -> Image.Image:
-    """A picture of the prompt; `settings` are further inputs of the call, such as `num_inference_steps`."""
+    """An image of the prompt; `settings` are further inputs of the call, such as `num_inference_steps`."""
     return pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), output="images", **settings)[0]
 
 
@@ -39,7 +39,7 @@ def main(
     seed: int = 0,
     out: Path = Path("outputs/demo.png"),
 ) -> Path:
-    """Writes the picture and returns where; the number of steps is what the weights recommend."""
+    """Writes the image and returns where; the number of steps is what the weights recommend."""
     image = draw(load(workflow, device), prompt, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     image.save(out)

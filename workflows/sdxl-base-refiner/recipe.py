@@ -1,4 +1,4 @@
-r"""Base and refiner: one UNet draws the first part of the picture's way from noise to data, another one the rest.
+r"""Base and refiner: one UNet draws the first part of the image's way from noise to data, another one the rest.
 
     python workflows/sdxl-base-refiner/recipe.py "a red star on a white background"
     python workflows/sdxl-base-refiner/recipe.py "a lighthouse at dusk" --model . --device cuda \
@@ -6,7 +6,7 @@ r"""Base and refiner: one UNet draws the first part of the picture's way from no
 
 The velocity of a PeRFlow student is that of a whole time window, so the hand-over is at a window boundary, the one
 nearest to `--share`: with four windows at 0.25, 0.5 or 0.75. A warning names the value used where it is another one.
-Without `--refiner` one UNet does both parts, and the picture is that of an undivided run. The refiner needs to be
+Without `--refiner` one UNet does both parts, and the image is that of an undivided run. The refiner needs to be
 distilled as well (or to have a delta merged in); of SDXL's own refiner there are no such weights.
 """
 
@@ -26,7 +26,7 @@ from perflow_blocks.demo import weights_directory
 
 
 def draw(base: Any, refiner: Any, prompt: str, share: float = 0.5, seed: int = 0, **settings: Any) -> Image.Image:
-    """A picture of which `base` does this share of the denoising, in (0, 1), and `refiner` the rest.
+    """An image of which `base` does this share of the denoising, in (0, 1), and `refiner` the rest.
 
     `settings` are inputs of both calls; they must agree on the schedule, as by the same `num_inference_steps`.
     """
@@ -67,7 +67,7 @@ def main(
     seed: int = 0,
     out: Path = Path("outputs/base_refiner.png"),
 ) -> Path:
-    """Writes the picture and returns where; the number of steps is what the weights recommend."""
+    """Writes the image and returns where; the number of steps is what the weights recommend."""
     image = draw(*load(model, refiner, variant, device), prompt, share, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     image.save(out)

@@ -1,10 +1,10 @@
-"""ControlNet: the edges of a picture say where things are, the prompt says what they are.
+"""ControlNet: the edges of an image say where things are, the prompt says what they are.
 
     python workflows/sdxl-controlnet/recipe.py photo.png "a watercolour of a harbour"
 
 Full-size SDXL on a GPU: PeRFlow's published weights, unless `--model` names others, and a ControlNet for edges.
-Another kind of control picture needs the ControlNet for it (`--controlnet`, `--variant`) and its own way of making
-the picture, in place of `edges`. A ControlNet-Union goes the same way, with `control_mode=` in the call of `draw`.
+Another kind of control image needs the ControlNet for it (`--controlnet`, `--variant`) and its own way of making
+the image, in place of `edges`. A ControlNet-Union goes the same way, with `control_mode=` in the call of `draw`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 def draw(
     pipe: Any, control_image: Image.Image, prompt: str, scale: float = 0.7, seed: int = 0, **settings: Any
 ) -> Image.Image:
-    """A picture of the prompt along the control picture; `scale` is the ControlNet's weight, 0 for none."""
+    """An image of the prompt along the control image; `scale` is the ControlNet's weight, 0 for none."""
     return pipe(
         prompt=prompt,
         control_image=control_image,
@@ -39,21 +39,21 @@ def draw(
     )[0]
 
 
-def edges(picture: Image.Image, threshold: float = 12.0) -> Image.Image:
+def edges(image: Image.Image, threshold: float = 12.0) -> Image.Image:
     """White edges on black, as ControlNets for Canny edges take them: where brightness changes faster than so.
 
     The threshold is in levels, of 255, for each pixel.
     """
-    brightness = np.asarray(picture.convert("L").filter(ImageFilter.GaussianBlur(1)), dtype=float)
+    brightness = np.asarray(image.convert("L").filter(ImageFilter.GaussianBlur(1)), dtype=float)
     slope = np.hypot(*np.gradient(brightness))
     return Image.fromarray(np.where(slope > threshold, 255, 0).astype(np.uint8)).convert("RGB")
 
 
-def fitted(picture: Image.Image, size: int) -> Image.Image:
-    """The picture with a longer side of `size` pixels, both sides multiples of 8 as SDXL needs them."""
-    scale = size / max(picture.size)
-    width, height = (max(8, 8 * round(side * scale / 8)) for side in picture.size)
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
+def fitted(image: Image.Image, size: int) -> Image.Image:
+    """The image with a longer side of `size` pixels, both sides multiples of 8 as SDXL needs them."""
+    scale = size / max(image.size)
+    width, height = (max(8, 8 * round(side * scale / 8)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def load(model: str, controlnet: str, variant: str | None, device: str) -> Any:
@@ -66,7 +66,7 @@ def load(model: str, controlnet: str, variant: str | None, device: str) -> Any:
 
 
 def main(
-    picture: Path,
+    image: Path,
     prompt: str,
     *,
     scale: float = 0.7,
@@ -78,19 +78,19 @@ def main(
     seed: int = 0,
     out: Path = Path("outputs/controlnet.png"),
 ) -> Path:
-    """Writes a picture of the given one's shape, its longer side `size` pixels, and returns where."""
+    """Writes an image of the given one's shape, its longer side `size` pixels, and returns where."""
     pipe = load(model, controlnet, variant, device)
-    control_image = edges(fitted(Image.open(picture).convert("RGB"), size))
+    control_image = edges(fitted(Image.open(image).convert("RGB"), size))
     width, height = control_image.size
-    image = draw(pipe, control_image, prompt, scale, seed, width=width, height=height)
+    drawn = draw(pipe, control_image, prompt, scale, seed, width=width, height=height)
     out.parent.mkdir(parents=True, exist_ok=True)
-    image.save(out)
+    drawn.save(out)
     return out
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
-    parser.add_argument("picture", type=Path)
+    parser.add_argument("image", type=Path)
     parser.add_argument("prompt")
     parser.add_argument("--scale", type=float)
     parser.add_argument("--size", type=int)

@@ -1,10 +1,10 @@
-"""Image to image: a given picture, drawn again as the prompt says.
+"""Image to image: a given image, drawn again as the prompt says.
 
     python workflows/sdxl-image2image/recipe.py "a red circle on a navy background"
     python workflows/sdxl-image2image/recipe.py "a lighthouse in winter" --image lighthouse.png --model . --device cuda
 
-`--strength` is the time at which the picture enters the path from noise (1) to data (0): 0.3 keeps nearly all of it,
-1 nothing. Without `--image` the picture is one that the model draws first. The embedded demo model draws, unless
+`--strength` is the time at which the image enters the path from noise (1) to data (0): 0.3 keeps nearly all of it,
+1 nothing. Without `--image` the image is one that the model draws first. The embedded demo model draws, unless
 `--model` names a directory or repository of SDXL weights.
 """
 
@@ -25,7 +25,7 @@ from perflow_blocks.demo import weights_directory
 def redraw(
     pipe: Any, image: Image.Image, prompt: str, strength: float = 0.5, seed: int = 0, **settings: Any
 ) -> Image.Image:
-    """The picture as the prompt says; `settings` are further inputs of the call, such as `num_inference_steps`."""
+    """The image as the prompt says; `settings` are further inputs of the call, such as `num_inference_steps`."""
     generator = torch.Generator().manual_seed(seed)
     return pipe(prompt=prompt, image=image, strength=strength, generator=generator, output="images", **settings)[0]
 
@@ -47,7 +47,7 @@ def main(
     seed: int = 0,
     out: Path = Path("outputs/image2image.png"),
 ) -> Path:
-    """Writes the new picture and returns where; the number of steps is what the weights recommend."""
+    """Writes the new image and returns where; the number of steps is what the weights recommend."""
     pipe = load(model, device)
     if image is None:
         first = torch.Generator().manual_seed(1)

@@ -3,7 +3,7 @@
     python workflows/sdxl-inpaint/recipe.py "a pink star on a navy background"
     python workflows/sdxl-inpaint/recipe.py "a red boat" --image sea.png --mask mask.png --model . --device cuda
 
-Picture and mask are of one size. Without them the picture is one that the model draws first, and the mask is a disc
+Image and mask are of one size. Without them the image is one that the model draws first, and the mask is a disc
 in its middle. `--strength` 1 forgets what was in the hole; less keeps its rough shapes and colours. The embedded demo
 model draws, unless `--model` names a directory or repository of SDXL weights.
 """
@@ -25,7 +25,7 @@ from perflow_blocks.demo import weights_directory
 def repaint(
     pipe: Any, image: Image.Image, mask: Image.Image, prompt: str, seed: int = 0, **settings: Any
 ) -> Image.Image:
-    """The picture with its masked part as the prompt says; `settings` are further inputs, such as `strength`."""
+    """The image with its masked part as the prompt says; `settings` are further inputs, such as `strength`."""
     generator = torch.Generator().manual_seed(seed)
     return pipe(prompt=prompt, image=image, mask_image=mask, generator=generator, output="images", **settings)[0]
 
@@ -56,7 +56,7 @@ def main(
     seed: int = 0,
     out: Path = Path("outputs/inpaint.png"),
 ) -> Path:
-    """Writes the new picture and returns where; the number of steps is what the weights recommend."""
+    """Writes the new image and returns where; the number of steps is what the weights recommend."""
     pipe = load(model, device)
     if image is None:
         first = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""IP-Adapter: a picture as part of the prompt, for its style and its subject.
+"""IP-Adapter: an image as part of the prompt, for its style and its subject.
 
     python workflows/sdxl-ip-adapter/recipe.py photo.png "a bear in a forest"
 
@@ -24,12 +24,12 @@ HERE = Path(__file__).parent
 
 
 def draw(
-    pipe: Any, picture: Image.Image, prompt: str, scale: float = 0.6, seed: int = 0, **settings: Any
+    pipe: Any, image: Image.Image, prompt: str, scale: float = 0.6, seed: int = 0, **settings: Any
 ) -> Image.Image:
-    """A picture of prompt and given picture; `scale` is the weight of the latter, 0 for none, 1 for most."""
+    """An image of prompt and given image; `scale` is the weight of the latter, 0 for none, 1 for most."""
     pipe.set_ip_adapter_scale(scale)
     generator = torch.Generator().manual_seed(seed)
-    return pipe(prompt=prompt, ip_adapter_image=picture, generator=generator, output="images", **settings)[0]
+    return pipe(prompt=prompt, ip_adapter_image=image, generator=generator, output="images", **settings)[0]
 
 
 def load(model: str, adapter: str, subfolder: str, weight_name: str, device: str) -> Any:
@@ -47,7 +47,7 @@ def load(model: str, adapter: str, subfolder: str, weight_name: str, device: str
 
 
 def main(
-    picture: Path,
+    image: Path,
     prompt: str,
     *,
     scale: float = 0.6,
@@ -59,17 +59,17 @@ def main(
     seed: int = 0,
     out: Path = Path("outputs/ip_adapter.png"),
 ) -> Path:
-    """Writes the new picture and returns where; the number of steps is what the weights recommend."""
+    """Writes the new image and returns where; the number of steps is what the weights recommend."""
     pipe = load(model, adapter, subfolder, weight_name, device)
-    image = draw(pipe, Image.open(picture).convert("RGB"), prompt, scale, seed)
+    drawn = draw(pipe, Image.open(image).convert("RGB"), prompt, scale, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
-    image.save(out)
+    drawn.save(out)
     return out
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
-    parser.add_argument("picture", type=Path)
+    parser.add_argument("image", type=Path)
     parser.add_argument("prompt")
     parser.add_argument("--scale", type=float)
     parser.add_argument("--model")

@@ -1,4 +1,4 @@
-"""Text to image: one prompt, one picture, in a few steps.
+"""Text to image: one prompt, one image, in a few steps.
 
     python workflows/sdxl-text2image/recipe.py "a red star on a white background"
     python workflows/sdxl-text2image/recipe.py "a lighthouse at dusk" --model . --device cuda
@@ -22,7 +22,7 @@ from perflow_blocks.demo import weights_directory
 
 
 def draw(pipe: Any, prompt: str, seed: int = 0, **settings: Any) -> Image.Image:
-    """A picture of the prompt; `settings` are further inputs of the call, such as `num_inference_steps`."""
+    """An image of the prompt; `settings` are further inputs of the call, such as `num_inference_steps`."""
     return pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), output="images", **settings)[0]
 
 
@@ -42,7 +42,7 @@ def main(
     seed: int = 0,
     out: Path = Path("outputs/text2image.png"),
 ) -> Path:
-    """Writes the picture and returns where; the number of steps is what the weights recommend."""
+    """Writes the image and returns where; the number of steps is what the weights recommend."""
     image = draw(load(model, device), prompt, seed, delta=delta)
     out.parent.mkdir(parents=True, exist_ok=True)
     image.save(out)

@@ -1,12 +1,12 @@
-"""Upscaling in a few steps: a picture two or four times as large, tile by tile, without seams.
+"""Upscaling in a few steps: an image two or four times as large, tile by tile, without seams.
 
     python workflows/sdxl-tile-upscaler/recipe.py "a red star on a white background" --scale 4
     python workflows/sdxl-tile-upscaler/recipe.py "a lighthouse at dusk" --image small.png --scale 4 --model . \
         --controlnet xinsir/controlnet-tile-sdxl-1.0 --device cuda
 
-The picture is enlarged, noised to the time `strength`, and drawn again with new detail. A ControlNet for tiles holds
+The image is enlarged, noised to the time `strength`, and drawn again with new detail. A ControlNet for tiles holds
 each tile to what it shows; without one only a low `strength` keeps the model from drawing the whole prompt into each.
-Tiles are as large as the UNet's own pictures and are blended at every step. Without `--image` the picture is one that
+Tiles are as large as the UNet's own images and are blended at every step. Without `--image` the image is one that
 the model draws first. The embedded demo model draws, unless `--model` names a directory or repository of SDXL weights.
 """
 
@@ -34,7 +34,7 @@ def upscale(
     seed: int = 0,
     **settings: Any,
 ) -> Image.Image:
-    """The picture `scale` times as large, its sides rounded to multiples of 8 pixels.
+    """The image `scale` times as large, its sides rounded to multiples of 8 pixels.
 
     `strength` None is 0.6 with a ControlNet and 0.1 without one. `settings` are further inputs of the call, such as
     `num_inference_steps`, `tile_size` and `tile_overlap`.
@@ -82,7 +82,7 @@ def main(
     seed: int = 0,
     out: Path = Path("outputs/upscaled.png"),
 ) -> Path:
-    """Writes the larger picture and returns where."""
+    """Writes the larger image and returns where."""
     pipe = load(model, controlnet, device)
     if image is None:
         drawer = PeRFlowSDXLAutoBlocks().init_pipeline(model or str(weights_directory()))

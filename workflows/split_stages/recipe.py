@@ -29,7 +29,7 @@ class Stages(NamedTuple):
     """The preset in four pipelines."""
 
     text: Any
-    picture: Any
+    image: Any
     denoise: Any
     decode: Any
 
@@ -37,26 +37,26 @@ class Stages(NamedTuple):
 def take_apart(location: str | None = None, manager: ComponentsManager | None = None) -> Stages:
     """The stages, for the weights of a directory or repository; no component is loaded yet."""
     blocks = PeRFlowSDXLAutoBlocks()
-    text, picture, decode = (blocks.sub_blocks.pop(name) for name in ("text_encoder", "vae_encoder", "decode"))
-    parts = (text, picture, blocks, decode)  # `blocks` is what is left: checks, delta, IP-Adapter and denoising
+    text, image, decode = (blocks.sub_blocks.pop(name) for name in ("text_encoder", "vae_encoder", "decode"))
+    parts = (text, image, blocks, decode)  # `blocks` is what is left: checks, delta, IP-Adapter and denoising
     return Stages(*(part.init_pipeline(location, components_manager=manager) for part in parts))
 
 
 def encode(stages: Stages, image: Image.Image | None = None, generator: Any = None, **texts: Any) -> dict[str, Any]:
-    """What the denoising stage is given: embeddings, and the latents of a picture to start from where there is one.
+    """What the denoising stage is given: embeddings, and the latents of an image to start from where there is one.
 
-    `texts` are inputs of the text stage, such as `prompt` and `negative_prompt`; the generator is for the picture.
+    `texts` are inputs of the text stage, such as `prompt` and `negative_prompt`; the generator is for the image.
     """
     encoded = stages.text(**texts).get_by_kwargs("denoiser_input_fields")
     if image is not None:
-        encoded["image_latents"] = stages.picture(image=image, generator=generator, output="image_latents")
+        encoded["image_latents"] = stages.image(image=image, generator=generator, output="image_latents")
     return encoded
 
 
 def draw(
     stages: Stages, encoded: dict[str, Any], generator: torch.Generator, guidance: float | None = None, **settings: Any
 ) -> Image.Image:
-    """A picture of what is encoded, with this guidance scale; None keeps the guider that is in place.
+    """An image of what is encoded, with this guidance scale; None keeps the guider that is in place.
 
     `settings` are further inputs of the denoising stage, such as `num_inference_steps` and `strength`.
     """
@@ -72,7 +72,7 @@ def load(model: str | None, device: str) -> Stages:
     stages = take_apart(model or str(weights_directory()), manager)
     for stage in (stages.text, stages.denoise):
         stage.load_components(dtype=torch.float32 if device == "cpu" else torch.float16)
-    for stage in (stages.picture, stages.decode):
+    for stage in (stages.image, stages.decode):
         stage.update_components(vae=stages.denoise.vae)
     if device != "cpu":
         manager.enable_auto_cpu_offload(device=device)
