@@ -130,13 +130,6 @@ def _(here: Here) -> None:
     here.call(delta=delta)
 
 
-@provokes("is merged into the UNet already")
-def _(here: Here) -> None:
-    pipe, recipe = make_pipeline(), DeltaRecipe(num_time_windows=4)
-    here.call(pipe, delta=here.delta(recipe))
-    here.call(pipe, delta=write_delta(here.folder / "part.safetensors", recipe, part="mid_block"))
-
-
 @provokes("another thread changed the deltas")
 def _(here: Here) -> None:
     pipe = make_pipeline()

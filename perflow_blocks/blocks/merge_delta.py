@@ -20,7 +20,6 @@ from ..delta.merge import (
     MergeRecord,
     find_merged,
     merge_delta,
-    merge_record,
     merge_records,
     recipe_record,
     require_factor,
@@ -51,13 +50,13 @@ RECIPE_SCALE_ATTRIBUTE = "_perflow_recipe_scale"
 class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
     """Merges a delta file into the UNet and takes over the guidance scale that configuration or delta recommend.
 
-    Which file: the argument `delta`, else the configuration's `delta`, else none. `delta=False` asks for a run without
-    one, for example to compare with the base model, and takes out what is merged. At which scale: the argument
-    `delta_scale`, else the configuration's. Repeated calls with the same file and scale change nothing.
+    Which file: the argument `delta`, else the configuration's `delta`, else none. It takes the place of a merged one
+    if both have a recipe. `delta=False` asks for a run without one, for example to compare with the base model, and
+    takes out what is merged. At which scale: the argument `delta_scale`, else the configuration's. Repeated calls with
+    the same file and scale change nothing.
 
     Raises:
-        ValueError: the file is missing, broken or of another architecture, another one is merged already, or the
-            scale is not a finite number.
+        ValueError: the file is missing, broken or of another architecture, or the scale is not a finite number.
     """
 
     model_name = "stable-diffusion-xl"
@@ -104,7 +103,7 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
             with lock.changing(), lock:  # of threads that share the pipeline, the first one merges
                 merged = _as_asked(unet, block_state.delta, path, scale, variant)
                 if merged is None:
-                    _change(components, path, scale, variant)
+                    _change(components, path, scale, variant, configured=block_state.delta is None)
                     merged = merge_records(unet)
         for one in merged:
             _require_no_lora_of(unet, one.digest, one.source)
@@ -138,8 +137,11 @@ def _as_asked(
     return merge_records(unet) if known is not None and (known.scale, known.scales) == (scale, ()) else None
 
 
-def _change(components: Any, path: Path | None, scale: float, variant: str | None) -> None:
-    """Merges or rescales the delta of a path, or takes out what is merged where there is none."""
+def _change(components: Any, path: Path | None, scale: float, variant: str | None, *, configured: bool) -> None:
+    """Merges or rescales the delta of a path, or takes out what is merged where there is none.
+
+    Of deltas with a recipe only one is merged at a time, since each says how to sample.
+    """
     unet = components.unet
     if path is None:
         saved = [record for record in merge_records(unet) if record.reloaded]
@@ -151,11 +153,13 @@ def _change(components: Any, path: Path | None, scale: float, variant: str | Non
             unmerge_delta(unet)
         return
     weights = open_weights(path, variant)
-    known, other = find_merged(unet, weights), merge_record(unet)
-    if known is None and other is not None and NO_RECIPE not in (other.recipe, read_recipe(weights)):
-        raise ValueError(  # both say how to sample
-            f"{other.source} is merged into the UNet already, at scale {other.scale:g}; call unmerge_delta(unet), or "
-            f"pass it with delta_scale=0.0, before merging {weights.label}."
+    known, replaced = find_merged(unet, weights), list[MergeRecord]()
+    if known is None and read_recipe(weights) != NO_RECIPE:
+        replaced = [record for record in merge_records(unet) if record.recipe != NO_RECIPE]
+    if replaced and configured:  # by hand, or by an earlier call, another one was merged
+        logger.warning(
+            f"{weights.label}, which the configuration names, takes the place of {replaced[0].source} in the UNet; to "
+            "keep another delta pass delta= in each call, or call pipe.update_components(delta=None)."
         )
     if scale and hasattr(unet, "peft_config"):
         _require_no_lora_of(unet, identity_of(weights), weights.label)
@@ -163,7 +167,7 @@ def _change(components: Any, path: Path | None, scale: float, variant: str | Non
         rescale_delta(unet, scale, weights, exact=False)
         _warn_of_rounding(known)
     else:
-        merge_delta(unet, weights, scale)
+        merge_delta(unet, weights, scale, replaced=replaced)
 
 
 def _warn_of_rounding(record: MergeRecord) -> None:

@@ -59,6 +59,7 @@ def merge_delta(
     *,
     scales: Mapping[str, float] | None = None,
     base: Delta | None = None,
+    replaced: Sequence[MergeRecord] = (),
 ) -> MergeRecord:
     """Adds `scale * dW` to a model's weights in place: summed in float32, rounded once to each weight's type.
 
@@ -82,6 +83,7 @@ def merge_delta(
         scale: the factor of dW: 1 as it was extracted, 0 for none.
         scales: further factors by pattern of a weight's name, as in {"up_blocks.*": 0.5}; the first match counts.
         base: the model's weights without any delta: files, a folder, or a mapping, in any type.
+        replaced: of what `merge_records` gave, the deltas that are taken out in the same change.
 
     Raises:
         ValueError: a factor or file is unusable, the delta does not fit, the weights cannot be changed, or an
@@ -99,7 +101,7 @@ def merge_delta(
         source = os.path.abspath(weights.label) if os.path.exists(weights.label) else weights.label
         digest, recipe = files.identity_of(weights), files.read_recipe(weights)
         record = MergeRecord(source, digest, float(scale), pairs, recipe, weights=weights)
-        _exchange(module, state, (*state.records, record))
+        _exchange(module, state, (*(old for old in state.records if old not in replaced), record), base)
         return record
 
 

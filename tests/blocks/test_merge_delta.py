@@ -22,6 +22,7 @@ from tests.conftest import count_unet_calls, make_pipeline, run
 pytestmark = pytest.mark.behaviour
 
 RECIPE = DeltaRecipe(prediction_type="diff_eps", num_time_windows=2, num_inference_steps=3, guidance_scale=1.0)
+OTHER_RECIPE = DeltaRecipe(prediction_type="ddim_eps", num_time_windows=4, num_inference_steps=4, guidance_scale=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -173,16 +174,42 @@ def test_false_asks_for_the_base_model(tmp_path: Path, delta: Path) -> None:
     assert equal(weights(pipe), before) and merge_record(pipe.unet) is None
 
 
-def test_two_deltas_that_say_how_to_sample_are_refused_and_others_are_not(tmp_path: Path, delta: Path) -> None:
-    pipe = make_pipeline()
+def test_a_delta_takes_the_place_of_one_that_says_how_to_sample_too(
+    tmp_path: Path, delta: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_sdxl_unet(0).save_pretrained(tmp_path / "unet")  # a base that can be read again
+    alone, pipe = (
+        index_pipeline(tmp_path, {"delta": str(delta)}, unet=UNet2DConditionModel.from_pretrained(tmp_path / "unet"))
+        for _ in range(2)
+    )
+    other = tmp_path / "other.safetensors"
+    save_delta({name: torch.full_like(tensor, 0.01) for name, tensor in weights(pipe).items()}, other, OTHER_RECIPE)
+    run(alone, delta=other)
+    run(pipe)
+    state = pipe(prompt="a star", delta=other, output_type="latent")
+    assert state.delta_recipe == OTHER_RECIPE and equal(weights(pipe), weights(alone))
+    assert "takes the place" not in caplog.text
+    run(pipe)
+    assert f"{delta}, which the configuration names, takes the place of {other} in the UNet" in caplog.text
+    assert [record.source for record in merge_records(pipe.unet)] == [str(delta)]
+    run(pipe, delta=other, delta_scale=0.0)
+    assert merge_record(pipe.unet) is None
+
+
+def test_a_delta_that_does_not_fit_leaves_the_other_one_where_it_is(tmp_path: Path, delta: Path) -> None:
+    pipe, other = make_pipeline(), tmp_path / "other.safetensors"
     run(pipe, delta=delta)
-    merged, style, other = weights(pipe), tmp_path / "style.safetensors", tmp_path / "other.safetensors"
-    difference = {name: torch.full_like(tensor, 0.01) for name, tensor in merged.items()}
-    save_delta(difference, style)
-    save_delta(difference, other, RECIPE)
-    with pytest.raises(ValueError, match=r"is merged into the UNet already, at scale 1; call unmerge_delta"):
+    merged = weights(pipe)
+    save_delta({"conv_in.weight": torch.zeros(2, 2)}, other, OTHER_RECIPE)
+    with pytest.raises(ValueError, match="does not fit this UNet2DConditionModel"):
         run(pipe, delta=other)
-    assert equal(weights(pipe), merged)
+    assert equal(weights(pipe), merged) and len(merge_records(pipe.unet)) == 1
+
+
+def test_a_delta_without_a_recipe_is_added_to_what_is_there(tmp_path: Path, delta: Path) -> None:
+    pipe, style = make_pipeline(), tmp_path / "style.safetensors"
+    run(pipe, delta=delta)
+    save_delta({name: torch.full_like(tensor, 0.01) for name, tensor in weights(pipe).items()}, style)
     run(pipe, delta=style)
     assert [Path(record.source).name for record in merge_records(pipe.unet)] == [delta.name, style.name]
     run(pipe, delta=delta)  # still there, and the recipe is its own
