@@ -15,6 +15,7 @@ from PIL import Image
 
 from perflow_blocks import PeRFlowSDXLAutoBlocks, PeRFlowTiledLoopDenoiser
 from perflow_blocks.demo import perflow_pipeline, weights_directory
+from perflow_blocks.demo.images import SHAPES
 from perflow_blocks.evaluation.sheet import contact_sheet
 
 from .editing import HOLES, STRENGTHS, Edit, EditingSet, draw, make_editing_set
@@ -66,6 +67,19 @@ def deltas() -> Cells:
     return cells
 
 
+def guidance() -> Cells:
+    """Each prompt at several scales, and with a negative prompt, from the same noise."""
+    pipe, cells = perflow_pipeline(), Cells()
+    for prompt in PROMPTS:
+        for scale in (1.0, 1.5, 2.0, 3.0):
+            image = pipe(prompt, guidance_scale=scale, generator=_seeded()).images[0]
+            cells.append((image, f"{prompt}: scale {scale:g}"))
+        negative = f"a small {next(shape for shape in SHAPES if shape in prompt)}"
+        image = pipe(prompt, negative_prompt=negative, guidance_scale=2.0, generator=_seeded()).images[0]
+        cells.append((image, f"scale 2, negative prompt: {negative}"))
+    return cells
+
+
 def refiner() -> Cells:
     """What the base hands over, what the refiner makes of it, and a run that is not divided."""
     pipe, cells = perflow_pipeline(), Cells()
@@ -114,6 +128,7 @@ def main(out: Annotated[Path, typer.Option(help="The directory of the images.")]
         "image-to-image": (image_to_image(data), {"columns": 8, "scale": 2, "title": title}),
         "inpainting": (inpainting(data), {"columns": 8, "scale": 2, "title": title}),
         "deltas": (deltas(), {"columns": 6, "scale": 2}),
+        "guidance": (guidance(), {"columns": 5, "scale": 2}),
         "refiner": (refiner(), {"columns": 3, "scale": 3}),
         "upscaling": (upscaling(), {"columns": 3, "scale": 2}),
         "quantized": (quantized(), {"columns": 4, "scale": 3}),

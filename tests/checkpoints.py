@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,8 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor, cat
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from perflow_blocks.testing import load_tiny_ip_adapter, tiny_sdxl_components, tiny_sdxl_unet
-from perflow_blocks.testing.tiny import IMAGE_WIDTH, TEXT_WIDTH, tiny_text_config
+from perflow_blocks.testing.tiny import (
+    IMAGE_WIDTH,
+    TEXT_WIDTH,
+    ip_adapter_weights,
+    tiny_sdxl_components,
+    tiny_sdxl_unet,
+    tiny_text_config,
+)
 
 FIRST_WIDTH = 24
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -150,15 +155,6 @@ def save_ip_adapter(path: Path, unet: Any = None) -> None:
     config = CLIPVisionConfig(**size, projection_dim=IMAGE_WIDTH, num_hidden_layers=1, num_attention_heads=2)
     folder = path / "sdxl_models"
     CLIPVisionModelWithProjection(config).eval().save_pretrained(folder / "image_encoder")
-    save_file(_ip_adapter_tensors(unet or tiny_sdxl_unet()), folder / "ip-adapter_sdxl.safetensors")
-
-
-def _ip_adapter_tensors(unet: Any) -> dict[str, Tensor]:
-    """What `load_tiny_ip_adapter` loads, as a file holds it."""
-    loaded: list[Any] = []
-    pipe = SimpleNamespace(
-        unet=unet, null_component_names=[], load_ip_adapter=lambda weights, **_: loaded.extend(weights)
-    )
-    load_tiny_ip_adapter(pipe)
-    (parts,) = loaded
-    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+    parts = ip_adapter_weights(unet or tiny_sdxl_unet(), 0)
+    weights = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+    save_file(weights, folder / "ip-adapter_sdxl.safetensors")

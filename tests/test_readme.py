@@ -19,6 +19,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from safetensors.torch import save_file
+from transformers import CLIPImageProcessor
 
 import perflow_blocks
 from perflow_blocks import PeRFlowSDXLAutoBlocks
@@ -53,8 +54,10 @@ IN_PLACE_OF = {
     '"stabilityai/stable-diffusion-xl-base-1.0"': "base",
     '"hansyan/perflow-sdxl-dreamshaper"': "few-step",
     '"diffusers/controlnet-canny-sdxl-1.0"': "controlnet",
+    '"runs/task-models/controlnet"': "controlnet",
     '"xinsir/controlnet-union-sdxl-1.0"': "union",
     '"h94/IP-Adapter"': "adapter",
+    '"runs/task-models/ip-adapter"': "small-adapter",
     '"anton-l/ddpm-ema-flowers-64"': "unconditional",
     '"runs/flowers/delta.safetensors"': "unconditional.safetensors",
     '"stable-diffusion-v1-5/stable-diffusion-v1-5"': "sd",
@@ -79,6 +82,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     widths = {"num_trans_channel": 32, "num_trans_head": 4, "num_proj_channel": 32}
     ControlNetUnionModel.from_config({**controlnet.config, **widths}).save_pretrained(folder / "union")
     save_ip_adapter(folder / "adapter", classic.unet)
+    small = shutil.copytree(folder / "adapter" / "sdxl_models", folder / "small-adapter")
+    (small / "ip-adapter_sdxl.safetensors").rename(small / "ip-adapter.safetensors")
+    CLIPImageProcessor().save_pretrained(small / "feature_extractor")
     save_repository(folder / "config", **tiny)
     save_checkpoint(folder / "checkpoint.safetensors", tiny)
     difference = {name: torch.zeros_like(weight) for name, weight in tiny["unet"].named_parameters()}
