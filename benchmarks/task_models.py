@@ -200,7 +200,8 @@ def train_stable_diffusion(images: RenderedImages, out: Path, seconds: float) ->
     parts = {"vae": pipe.vae, "text_encoder": text_encoder, "tokenizer": pipe.tokenizer, "scheduler": pipe.scheduler}
     safety: Any = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     StableDiffusionPipeline(unet=unet.eval(), **parts, **safety).save_pretrained(out)
-    overrides = {"model.teacher": str(out), "output.directory": str(out / "student"), "output.workflow": "false"}
+    overrides = {"model.teacher": str(out), "output.directory": str(out / "student")}
+    overrides |= {"output.workflow": "false", "output.validation_every": "null"}
     overrides |= as_long_as((1.0 - TEACHER_SHARE) * seconds, SETTINGS, overrides, out)
     distill(load_config(SETTINGS, overrides))
 
