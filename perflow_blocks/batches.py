@@ -135,7 +135,7 @@ def parse_size(text: str | None, factor: int = 1, name: str = "--size") -> tuple
     match = re.fullmatch(r"\s*(\d+)\s*(?:[xX]\s*(\d+)\s*)?", text)
     width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if width < 1 or height < 1:
-        raise ValueError(f"{name} {text} is no size; pass N or WxH in pixels, both at least 1, such as 1024x768.")
+        raise ValueError(f"{name} {text} must be N or WxH in pixels, both at least 1, such as 1024x768.")
     if width % factor or height % factor:
         nearest = "x".join(str(max(1, round(side / factor)) * factor) for side in (width, height))
         raise ValueError(f"{name} {text} must be in multiples of {factor} for this model; pass {nearest}.")

@@ -70,7 +70,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
         name, equals, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or "." not in name:
             raise ValueError(
-                f"{argument} is no setting; write --section.field VALUE, such as --optimizer.max_steps 9."
+                f"{argument} is not a setting; write --section.field VALUE, such as --optimizer.max_steps 9."
             )
         if not equals:
             if not left:

@@ -135,7 +135,7 @@ def _kept_variant(out: Path, variant: str | None) -> str | None:
         return None
     if not is_unet(out):
         raise ValueError(
-            f"--out {out} is no folder of a UNet alone, and --force replaces nothing else; name another directory."
+            f"--out {out} holds more than a UNet, and --force replaces nothing else; name another directory."
         )
     variants = variants_of(names)
     kept = variant if variant in variants.values() else None

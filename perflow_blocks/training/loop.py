@@ -213,7 +213,7 @@ class TrainingRun:
             rate = session.config.optimizer.learning_rate
             set_learning_rate(session.optimizer, session.schedule.scheduler, rate)
         elif session.config.output.resume is not None:
-            logger.warning("there is no checkpoint in %s yet; starting anew.", self.output)
+            logger.warning("%s holds no checkpoint yet; starting anew.", self.output)
         if session.accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
             trim(self.output, self.step)

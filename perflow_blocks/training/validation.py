@@ -48,7 +48,7 @@ class Validation(Observer):
         output, windows = session.config.output, session.geometry.num_windows
         self._every = output.validation_every if session.accelerator.is_main_process else None
         if self._every and session.is_sharded:
-            logger.warning("there is no validation, which needs all weights of the student in one process.")
+            logger.warning("validation is left out: it needs all weights of the student in one process.")
             self._every = None
         if not self._every:
             return

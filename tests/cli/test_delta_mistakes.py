@@ -55,7 +55,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("merge int8 delta.safetensors -o new", "model int8 is quantized; merge before quantizing"),
         ("merge base other.safetensors -o new", "does not fit this UNet2DConditionModel"),
         ("merge base delta.safetensors -o full", "--out full exists"),
-        ("merge base delta.safetensors -o full --force", "no folder of a UNet alone"),
+        ("merge base delta.safetensors -o full --force", "holds more than a UNet"),
         ("merge base delta.safetensors -o text.safetensors", "is a file"),
         ("merge base delta.safetensors -o new --scale 0", "--scale 0.0 merges nothing"),
         ("merge base delta.safetensors -o new --variant fp16", "not 'fp16'"),

@@ -200,7 +200,7 @@ def test_mistakes_are_all_told_and_nothing_is_written(run: Run, tmp_path: Path) 
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["none.toml"]
     status, _, err = run("distill", "--config", config, "max_steps", 3)
-    assert status == 2 and "max_steps is no setting" in err
+    assert status == 2 and "max_steps is not a setting" in err
     status, _, err = run("distill")
     assert status == 2 and "--config" in err
 
@@ -211,5 +211,5 @@ def test_settings_of_the_command_line() -> None:
     with pytest.raises(ValueError, match=r"--a\.b has no value"):
         parse_overrides(["--a.b"])
     for wrong in ("a.b", "--ab", "-a.b"):
-        with pytest.raises(ValueError, match="is no setting"):
+        with pytest.raises(ValueError, match="is not a setting"):
             parse_overrides([wrong, "1"])
