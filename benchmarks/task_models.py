@@ -151,7 +151,7 @@ def train_ip_adapter(images: RenderedImages, out: Path, seconds: float) -> None:
         given = {**added, "image_embeds": [(seen * used)[:, None]]}
         return base.unet(noisy, timesteps, embeds, added_cond_kwargs=given).sample
 
-    fit_noise(trained, predict, base.captions, base.latents, images, seconds=seconds, lr=5e-4)
+    fit_noise(trained, predict, base.captions, base.latents, images, seconds=seconds)
     (projection,) = base.unet.encoder_hid_proj.image_projection_layers
     weights = {f"image_proj.{name.replace('image_embeds', 'proj')}": w for name, w in projection.state_dict().items()}
     for place, layer in enumerate(base.unet.attn_processors.values()):
@@ -217,7 +217,7 @@ def draw_stable_diffusion(models: Path) -> Cells:
         for steps in (50, 4):
             size: Any = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "guidance_scale": GUIDANCE_SCALE}
             image = classic(prompt, num_inference_steps=steps, generator=seeded(), **size).images[0]
-            cells.append((image, f"{prompt}: StableDiffusionPipeline, {steps} steps"))
+            cells.append((image, f"{prompt}: classic, {steps} steps"))
         image = pipe(prompt, delta=models / "student" / DELTA, num_inference_steps=4, generator=seeded()).images[0]
         cells.append((image, "PeRFlow, 4 steps"))
     return cells
