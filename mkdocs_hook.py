@@ -62,6 +62,7 @@ TITLES = {
 """Of the subpackages whose name says too little."""
 SHOWN = {".py": "python", ".toml": "toml", ".yaml": "yaml"}
 """By suffix of the files that get a page, the language of what they hold."""
+IMAGE = re.compile(r'(<img [^>]*src="([^"]+)"[^>]*>)')
 LINK_TO_SHOWN = re.compile(r"(\]\([^)#:]+(?:\.py|\.toml|\.yaml))\)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
 """As `pymdownx.arithmatex` writes it: a `span` within a line, a `div` by itself."""
@@ -96,12 +97,12 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """The page with its formulas as MathML."""
+    """The page with its formulas as MathML, and images that open at full size."""
 
     def mathml(found: re.Match[str]) -> str:
         return convert(html.unescape(found[2]), display="block" if found[1] == "div" else "inline")
 
-    page = FORMULA.sub(mathml, content)
+    page = IMAGE.sub(r'<a href="\2">\1</a>', FORMULA.sub(mathml, content))
     if 'class="arithmatex"' in page:
         raise PluginError("a formula is not written as FORMULA expects it")
     return page

@@ -1,4 +1,4 @@
-"""Draws how good images are against the network calls they cost, from the figures of `perflow evaluate --demo`.
+"""Draws how good images are against their NFE, from the figures of `perflow evaluate --demo`.
 
 python -m benchmarks.steps_figure outputs/evaluate/results.json --out docs/steps.png
 """
@@ -29,9 +29,9 @@ def main(
         for name, points in lines(rows, measure).items():
             color, marker = next(style for start, style in STYLES.items() if name.startswith(start))
             style = "--" if name.endswith("without guidance") else "-"
-            calls, values, errors = zip(*sorted(points), strict=True)
-            axis.errorbar(calls, values, errors, label=name, color=color, marker=marker, linestyle=style, capsize=2)
-        axis.set(xscale="log", xlabel="network calls per image (guidance counts double)", ylabel=label)
+            nfe, values, errors = zip(*sorted(points), strict=True)
+            axis.errorbar(nfe, values, errors, label=name, color=color, marker=marker, linestyle=style, capsize=2)
+        axis.set(xscale="log", xlabel="NFE: UNet rows per image (guidance counts double)", ylabel=label)
         axis.set_xticks(ticks := [4, 8, 16, 100], labels=[str(tick) for tick in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
@@ -43,7 +43,7 @@ def main(
 
 
 def lines(rows: list[dict[str, Any]], measure: str) -> dict[str, list[tuple[int, float, float]]]:
-    """The points (network calls, value, standard error) of each way of drawing, by its name."""
+    """The points (NFE, value, standard error) of each way of drawing, by its name."""
     found = defaultdict(list)
     for row in rows:
         if not row.get("nfe"):  # renders and reconstructions

@@ -45,7 +45,6 @@ ON_THIS_MACHINE = {
     "torch.float16": "torch.float32",
     "enable_model_cpu_offload()": 'enable_model_cpu_offload(device="cpu")',
     "your-name/": "someone/",
-    '"path/to/this/checkout"': repr(str(weights_directory())),
 }
 IN_PLACE_OF = {
     'config="stabilityai/stable-diffusion-xl-base-1.0"': "config",
@@ -75,6 +74,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder, classic, tiny = tmp_path_factory.mktemp("hub"), teacher_pipeline(), checkpoint_components()
     classic.save_pretrained(folder / "base")
+    classic.save_pretrained(folder / "base", variant="fp16")
     classic.save_pretrained(folder / "few-step", variant="v0-fix")
     channels = (16, 32, 32)  # two levels, as the embedded VAE has
     controlnet = ControlNetModel.from_unet(classic.unet, conditioning_embedding_out_channels=channels)
@@ -103,13 +103,13 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(loopback_hub: LoopbackHub, own_modules: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory, with the files that the pages read; what they push is laid out in it to be loaded."""
 
-    def push(directory: str, repo_id: str, dry_run: bool = False) -> None:
-        push_workflow(directory, repo_id, endpoint=loopback_hub.endpoint, token=loopback_hub.token, dry_run=dry_run)
-        if dry_run:
-            return
-        for path, content in loopback_hub.files(repo_id).items():
+    def push(directory: str, repo_id: str, dry_run: bool = False) -> Any:
+        where = {"endpoint": loopback_hub.endpoint, "token": loopback_hub.token}
+        report = push_workflow(directory, repo_id, **where, dry_run=dry_run)
+        for path, content in () if dry_run else loopback_hub.files(repo_id).items():
             (tmp_path / repo_id / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / repo_id / path).write_bytes(content)
+        return report
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(perflow_blocks, "push_workflow", push)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import threading
@@ -121,6 +122,13 @@ def _(here: Here) -> None:
     for variant in ("fp16", "v0-1"):
         tiny_sdxl_unet().save_pretrained(here.folder / "delta", variant=variant)
     here.call(delta=here.folder / "delta")
+
+
+@provokes("has blocks of its own")
+def _(here: Here) -> None:
+    config = {"auto_map": {"ModularPipelineBlocks": "block.SavedBlocks"}}
+    (here.folder / "modular_config.json").write_text(json.dumps(config))
+    PeRFlowModularPipeline.from_pretrained(here.folder)
 
 
 @provokes("not a complete safetensors file")

@@ -152,8 +152,13 @@ def load_blocks(place: str, trust_remote_code: bool | None, **hub: Any) -> Modul
         raise
     if config.get(PRESET_KEY) is not None:
         return make_preset(config[PRESET_KEY])
-    _class_reference(config)
-    return ModularPipelineBlocks.from_pretrained(place, trust_remote_code=bool(trust_remote_code), **hub)
+    file, _ = _class_reference(config)
+    if not trust_remote_code:
+        raise ValueError(
+            f"{place} has blocks of its own; read its {file}, then pass trust_remote_code=True, which perflow "
+            "generate and export take."
+        )
+    return ModularPipelineBlocks.from_pretrained(place, trust_remote_code=True, **hub)
 
 
 def preset_for(place: str, **hub: Any) -> ModularPipelineBlocks:

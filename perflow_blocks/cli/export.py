@@ -37,7 +37,7 @@ def export(
     """Write a repository that loads anywhere from SOURCE: blocks, index, model card, weights if asked."""
     if revision is not None and not trust_remote_code:
         raise ValueError(f"--revision {revision} is for the blocks of SOURCE; pass --trust-remote-code with it.")
-    from .pipeline import is_pipeline, model_location, quiet_libraries
+    from .pipeline import is_pipeline, model_location, quiet_libraries, see_own_modules
 
     location = model_location(source)
     if not force and is_pipeline(directory):
@@ -46,7 +46,7 @@ def export(
     if image is not None:
         require_image("--image", image)
     quiet_libraries()
-    from ..blocks.block_source import preset_for
+    from ..blocks.block_source import load_blocks
     from ..hub.export import export_workflow
 
     console = Console(stderr=True)
@@ -54,9 +54,10 @@ def export(
         if trust_remote_code:
             from ..hub.load import load_workflow
 
+            see_own_modules()
             pipe = load_workflow(location, revision=revision, trust_remote_code=True, load_components=False)
         else:
-            blocks: Any = preset_for(location)
+            blocks: Any = load_blocks(location, trust_remote_code=False)
             pipe = blocks.init_pipeline(location)
         if weights == "include":
             named = pipe.pretrained_component_names  # the source lacks those that its index names without a type

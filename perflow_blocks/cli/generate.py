@@ -45,6 +45,9 @@ def generate(
         Literal["model", "group"] | None, typer.Option(help="Keep models, or their layers, on the CPU while unused.")
     ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the networks at the first image.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code of MODEL, for blocks of its own.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Directory for images, sheet and manifest.")] = Path("outputs"),
     resume: Annotated[bool, typer.Option("--resume", help="Keep images that were drawn with these settings.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
@@ -118,6 +121,7 @@ def generate(
                 loras=loras,
                 offload=offload,
                 compile=compile,
+                trust_remote_code=trust_remote_code,
             )
 
     show = partial(show_entry, out, as_json)

@@ -8,11 +8,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options
+
+if TYPE_CHECKING:
+    from ..delta.recipe import DeltaRecipe
 
 
 def inspect(
@@ -52,9 +55,10 @@ def inspect(
         "bytes": sum(tensor.bytes for tensor in tensors),
         "norm": _root(sum(tensor.squares for tensor in tensors)),
         "not_finite": [tensor.name for tensor in tensors if not math.isfinite(tensor.squares)],
-        "recipe": {name: value for name, value in asdict(read_recipe(weights)).items() if value is not None},
+        "recipe": _settings(read_recipe(weights)),
         "merged": [
             {"source": record.source, "scale": record.scale, "digest": record.digest}
+            | {"recipe": _settings(record.recipe)}
             for record in (saved_records(read_config(folder)) if folder else ())
         ],
         "ranks": [shape[0] for name, shape in weights.shapes.items() if any(part in name for part in downs)],
@@ -78,9 +82,10 @@ def _text(found: Mapping[str, Any], *, relative: bool) -> str:
         f"{found['bytes'] / 1e6:,.1f} MB",
         f"norm: {_number(found['norm'], 6)}",
         *([f"{len(bad)} tensors are NOT FINITE, {bad[0]} first"] if bad else []),
-        f"recipe: {', '.join(f'{name}={value}' for name, value in found['recipe'].items()) or 'none'}",
+        *([] if found["merged"] else [f"recipe: {_listed(found['recipe'])}"]),
         *(
-            f"merged: {one['source']} at scale {one['scale']:g}, digest {one['digest'][:12] or 'unknown'}"
+            f"merged: {one['source']} at scale {one['scale']:g}, digest {one['digest'][:12] or 'unknown'}, recipe: "
+            f"{_listed(one['recipe'])}"
             for one in found["merged"]
         ),
         *([f"layers: {len(ranks)}, rank {min(ranks)} to {max(ranks)}"] if ranks else []),
@@ -93,6 +98,14 @@ def _text(found: Mapping[str, Any], *, relative: bool) -> str:
     if largest := [(name, _number(size)) for name, size in found["largest"].items()]:
         lines += ["", options.table(("largest tensors", heading), *largest)]
     return "\n".join(lines)
+
+
+def _settings(recipe: DeltaRecipe) -> dict[str, Any]:
+    return {name: value for name, value in asdict(recipe).items() if value is not None}
+
+
+def _listed(recipe: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in recipe.items()) or "none"
 
 
 def _root(mean: float) -> float | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +35,12 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # Every block logs the traceback of an error that passes through it; the command itself says what is wrong.
     logging.getLogger("diffusers.modular_pipelines.modular_pipeline").setLevel(logging.CRITICAL)
+
+
+def see_own_modules() -> None:
+    """Lets a pipeline's code import modules that lie where the command runs, as under `python -m`."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -95,8 +104,9 @@ def load_pipeline(
     offload: str | None = None,
     compile: bool = False,
     watched: bool = False,
+    trust_remote_code: bool = False,
 ) -> Any:
-    """The preset with the weights of a directory or repository, whose own code is not run.
+    """The pipeline of a directory or repository, with the blocks that it names.
 
     Args:
         location: from `find_model` or `model_location`.
@@ -105,24 +115,29 @@ def load_pipeline(
         loras: files or folders, and factors. The recipe in a file of `perflow to-lora` is set too.
         offload: None, or "model" or "group": what lies on the CPU while it does not run.
         watched: whether calls take a `preview_callback` and a `step_callback`.
+        trust_remote_code: whether blocks may be of the location's own code.
 
     Raises:
         OSError: the location cannot be read.
-        ValueError: it lacks a component that generation needs.
+        ValueError: it lacks a component that generation needs, or its code is not trusted.
     """
     quiet_libraries()
     from diffusers import AutoModel, UNet2DConditionModel
 
-    from ..blocks.block_source import preset_for
+    from ..blocks.block_source import load_blocks
     from ..blocks.observers import PreviewStep, StepCallbackStep
     from ..blocks.recombine import compile_loops, insert_loop_block
     from ..delta.files import open_weights, read_recipe
 
-    blocks: Any = preset_for(location)
+    if trust_remote_code:
+        see_own_modules()
+    blocks: Any = load_blocks(location, trust_remote_code)
     if watched:
         insert_loop_block(blocks, "preview", PreviewStep, before="solver")
         insert_loop_block(blocks, "callback", StepCallbackStep, after="solver")
-    drawing = blocks.get_workflow("text2image")
+    drawing = blocks
+    with suppress(NotImplementedError):  # blocks for one task alone
+        drawing = blocks.get_workflow("text2image")
     pipeline = (blocks if images or controlnet else drawing).init_pipeline(location)
     needed = {spec.name for spec in drawing.expected_components} - ({"unet"} if unet else set())
     types = {name: pipeline.get_component_spec(name).type_hint for name in pipeline.pretrained_component_names}

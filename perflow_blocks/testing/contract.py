@@ -77,7 +77,8 @@ def check_block(
     Args:
         block: the block, of this project, of diffusers or of yours.
         components: components and configuration values in place of the tiny ones and the defaults, by name.
-        inputs: values of inputs in place of the tiny ones and the defaults, and where there are none.
+        inputs: values of inputs in place of the tiny ones and the defaults, and where there are none; also of
+            `window_index` and `stop_requested`.
         i: the number of the step, for a block of a loop.
 
     Returns:
@@ -131,8 +132,9 @@ def _run(block: ModularPipelineBlocks, pipe: Any, inputs: Mapping[str, Any], i: 
     in_loop = len(inspect.signature(block.__call__).parameters) > 2
     known = {**tiny.tiny_inputs(), **inputs}
     of_loop = {"window_index": known["step_plan"].window_index[i], "stop_requested": False} if in_loop else {}
+    of_loop |= {name: inputs[name] for name in of_loop if name in inputs}
     given, kinds = _fill_inputs(block.inputs, {**of_loop, **inputs}, {**of_loop, **known}, type(block).__name__)
-    if unknown := [name for name in inputs if name not in given]:
+    if unknown := [name for name in inputs if name not in given and name not in of_loop]:
         raise ValueError(f"{type(block).__name__} declares no input {_quoted(unknown)}; leave it out of `inputs`.")
     before = {name: _copied(value) for name, value in given.items()}
     state: Any = _RecordingState(values=dict(before), kwargs_mapping=kinds)

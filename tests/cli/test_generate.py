@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image, ImageChops
 
-from perflow_blocks import load_workflow
+from perflow_blocks import PeRFlowSDXLAutoBlocks, insert_loop_block, load_workflow
 from perflow_blocks.cli import main
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.recipe import DeltaRecipe
@@ -39,6 +40,48 @@ def delta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = DeltaRecipe(prediction_type="ddim_eps", num_inference_steps=5, guidance_scale=1.0)
     save_delta({k: torch.full_like(v, 0.01) for k, v in tiny_sdxl_unet().state_dict().items()}, path, recipe)
     return path
+
+
+OWN_BLOCK = """
+from diffusers.modular_pipelines import InputParam, ModularPipelineBlocks, OutputParam
+
+class BrightStep(ModularPipelineBlocks):
+    model_name = "stable-diffusion-xl"
+    inputs = [InputParam("latents", required=True)]
+    intermediate_outputs = [OutputParam("latents")]
+
+    def __call__(self, components, block_state, i, t):
+        block_state.latents = block_state.latents + 1.0
+        return components, block_state
+"""
+
+
+@pytest.mark.usefixtures("own_modules")
+def test_blocks_of_ones_own_draw_and_are_exported_where_they_are_trusted(
+    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    (tmp_path / "bright.py").write_text(OWN_BLOCK)
+    sys.path.append(str(tmp_path))  # as for the script that makes the pipeline
+    blocks = PeRFlowSDXLAutoBlocks()
+    insert_loop_block(blocks, "bright", import_module("bright").BrightStep, after="solver")
+    pipe: Any = blocks.init_pipeline(str(model))
+    pipe.load_components(dtype=torch.float32)
+    pipe.save_pretrained("mine")
+    sys.path.remove(str(tmp_path))  # for the command
+    del sys.modules["bright"]
+    for arguments in (["generate", "a", "--model", "mine", "--out", "out"], ["export", "mine", "out"]):
+        status, stdout, err = run(*arguments)
+        assert status == 2 and not stdout and not Path("out").exists()
+        assert "mine has blocks of its own; read its block.py, then pass --trust-remote-code" in err
+    for name, location, trust in (("own", "mine", ["--trust-remote-code"]), ("preset", str(model), [])):
+        assert run("generate", "a", "--model", location, "--out", name, "--seed", 3, *trust)[0] == 0
+    images = [Image.open(f"{name}/000-a-seed3.png") for name in ("own", "preset")]
+    assert ImageChops.difference(*images).getbbox() is not None
+    status, _, err = run("export", "mine", "flow", "--trust-remote-code", "--weights", "include")
+    assert status == 0, err
+    assert "class BrightStep" in "".join(file.read_text() for file in Path("flow").glob("*.py"))
 
 
 def settings(path: Path) -> dict[str, Any]:

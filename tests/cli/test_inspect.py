@@ -72,7 +72,7 @@ def test_json_holds_what_the_text_says(run: Run, delta: dict[str, Tensor], tmp_p
 
 def test_a_merged_folder_names_what_is_in_it(run: Run, delta: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / "mine.safetensors"
-    save_delta(delta, path)
+    save_delta(delta, path, RECIPE)
     parts = tiny_sdxl_components()
     parts["unet"] = tiny_sdxl_unet(0)
     digest = merge_delta(parts["unet"], path, 0.5).digest
@@ -83,7 +83,10 @@ def test_a_merged_folder_names_what_is_in_it(run: Run, delta: dict[str, Tensor],
     ):
         lines = inspected(run, folder)
         assert lines[0] == f"{folder}: {what}"
-        assert f"merged: mine.safetensors at scale 0.5, digest {digest[:12]}" in lines
+        (merged,) = (line for line in lines if line.startswith(("merged:", "recipe:")))
+        assert merged.startswith(
+            f"merged: mine.safetensors at scale 0.5, digest {digest[:12]}, recipe: prediction_type="
+        )
 
 
 @pytest.mark.parametrize("layout", ["peft", "kohya"])

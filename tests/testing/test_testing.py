@@ -190,6 +190,19 @@ def test_all_breaches_of_a_run_are_named_at_once() -> None:
         check_block(leaf(lambda components, state, block_state: 1 / 0))
 
 
+def test_what_the_loop_provides_may_be_given() -> None:
+    class Step(ModularPipelineBlocks):
+        model_name, description, inputs = "stable-diffusion-xl", "Notes the window.", [LATENTS]
+        intermediate_outputs = [OutputParam("seen", type_hint=int, description="The window.")]  # noqa: RUF012
+
+        def __call__(self, components: Any, block_state: Any, i: int, t: Any) -> Any:
+            block_state.seen = block_state.window_index
+            return components, block_state
+
+    assert check_block(Step()).seen == 0 and check_block(Step(), i=3).seen == 3
+    assert check_block(Step(), inputs={"window_index": 2}).seen == 2
+
+
 def test_what_is_neither_known_nor_given_is_asked_for() -> None:
     unknown = InputParam("sketch", required=True, type_hint=int, description="A sketch.")
     block = leaf(lambda c, s, b: None, inputs=[unknown])
