@@ -104,7 +104,7 @@ def folder(loopback_hub: LoopbackHub, own_modules: None, tmp_path: Path, monkeyp
     """The current directory, with the files that the pages read; what they push is laid out in it to be loaded."""
 
     def push(directory: str, repo_id: str, dry_run: bool = False) -> Any:
-        where = {"endpoint": loopback_hub.endpoint, "token": loopback_hub.token}
+        where: Any = {"endpoint": loopback_hub.endpoint, "token": loopback_hub.token}
         report = push_workflow(directory, repo_id, **where, dry_run=dry_run)
         for path, content in () if dry_run else loopback_hub.files(repo_id).items():
             (tmp_path / repo_id / path).parent.mkdir(parents=True, exist_ok=True)
