@@ -28,7 +28,7 @@ from perflow_blocks import PeRFlowModularPipeline
 from perflow_blocks.atomic_files import atomic_directory
 from perflow_blocks.demo import perflow_pipeline, teacher_pipeline
 from perflow_blocks.demo.images import IMAGE_SIZE, RenderedImages, all_captions, render_images
-from perflow_blocks.demo.models import GUIDANCE_SCALE, CaptionEncoder, build_unet
+from perflow_blocks.demo.models import GUIDANCE_SCALE, CaptionEncoder, build_unet, time_ids
 from perflow_blocks.demo.train import SETTINGS, as_long_as, conditioning, encode_images, fit_noise
 from perflow_blocks.evaluation.sheet import contact_sheet
 from perflow_blocks.testing.tiny import ip_adapter_weights
@@ -97,7 +97,7 @@ def train_controlnet(images: RenderedImages, out: Path, seconds: float) -> None:
     drawn = torch.stack([_pixels(edges(_image(images, number))) for number in range(len(images))])
 
     def predict(noisy: Tensor, timesteps: Tensor, ids: Tensor, kept: Tensor, numbers: Tensor) -> Tensor:
-        embeds, added = conditioning(base.encoder, ids, kept)
+        embeds, added = conditioning(base.encoder, ids, kept, time_ids(len(ids)))
         given: Any = {"encoder_hidden_states": embeds, "added_cond_kwargs": added, "return_dict": False}
         down, mid = controlnet(noisy, timesteps, controlnet_cond=drawn[numbers].float() / 255.0, **given)
         more = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
@@ -143,7 +143,7 @@ def train_ip_adapter(images: RenderedImages, out: Path, seconds: float) -> None:
     generator = torch.Generator().manual_seed(SEED)
 
     def predict(noisy: Tensor, timesteps: Tensor, ids: Tensor, kept: Tensor, numbers: Tensor) -> Tensor:
-        embeds, added = conditioning(base.encoder, ids, kept)
+        embeds, added = conditioning(base.encoder, ids, kept, time_ids(len(ids)))
         places = torch.rand(len(numbers), generator=generator).tolist()
         shown = [others[n][int(place * len(others[n]))] for n, place in zip(numbers.tolist(), places, strict=True)]
         seen = image_encoder((images.pixels[shown] / 255.0 - mean) / deviation).image_embeds

@@ -240,25 +240,31 @@ def train_teacher(
     device, on a GPU with 256 rows an update as CUDA graphs.
     """
     on_gpu = latents.device.type == "cuda"
-    model = nn.ModuleDict({"unet": unet, "encoder": encoder}).to(latents.device)
+    rows, model = batch_size or (256 if on_gpu else 32), nn.ModuleDict({"unet": unet, "encoder": encoder})
+    model, sizes = model.to(latents.device), time_ids(rows).to(latents.device)
     unet.to(memory_format=torch.channels_last)
     if not on_gpu:
         unet.set_attn_processor(AttnProcessor())  # faster than SDPA in CPU training at these sizes
 
     def predict(noisy: Tensor, timesteps: Tensor, ids: Tensor, kept: Tensor, numbers: Tensor) -> Tensor:
-        embeds, added = conditioning(encoder, ids, kept)
+        embeds, added = conditioning(encoder, ids, kept, sizes)
         return unet(noisy, timesteps, embeds, added_cond_kwargs=added).sample
 
-    more: Any = {"batch_size": batch_size or (256 if on_gpu else 32), "lr": lr, "seed": seed, "graphs": on_gpu}
+    more: Any = {"batch_size": rows, "lr": lr, "seed": seed, "graphs": on_gpu}
     captions = encoder.tokenize(all_captions())
     checkpoint = out / "teacher_state.pt"
     fit_noise(model, predict, captions, latents, images, seconds=seconds, checkpoint=checkpoint, **more)
 
 
-def conditioning(encoder: CaptionEncoder, ids: Tensor, kept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """SDXL's conditioning of token ids: all zeros where `kept` (batch,) is 0, as SDXL encodes the empty prompt."""
+def conditioning(
+    encoder: CaptionEncoder, ids: Tensor, kept: Tensor, sizes: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """SDXL's conditioning of token ids and `time_ids`.
+
+    Embeddings are zeros where `kept` (batch,) is 0, as SDXL encodes the empty prompt.
+    """
     embeds, pooled = encoder(ids)
-    added = {"text_embeds": pooled * kept[:, None], "time_ids": time_ids(len(ids)).to(ids.device)}
+    added = {"text_embeds": pooled * kept[:, None], "time_ids": sizes}
     return embeds * kept[:, None, None], added
 
 
