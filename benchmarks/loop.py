@@ -23,7 +23,9 @@ RATIOS = "Ratio of medians above: how many times the first one's time the second
 
 FREE = """The same with a UNet that returns its input: what is left is Python and the small tensor operations of a step
 (combining the predictions, the solver). Calls of {few} and {many} steps, {rounds} rounds in turns; the cost of a step
-is the difference of their medians over {between} steps, the rest is what a call costs once."""
+is the difference of their medians over {between} steps, the rest is what a call costs once. A stage by
+itself, such as `denoise` here, is a pipeline of diffusers' class, in which three blocks look for the device in the
+UNet's modules. The preset's own pipeline looks once: [host time](host.md) is of whole calls."""
 
 
 def run(setting: Setting) -> Iterator[Report]:
