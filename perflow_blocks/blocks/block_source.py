@@ -158,7 +158,14 @@ def load_blocks(place: str, trust_remote_code: bool | None, **hub: Any) -> Modul
             f"{place} has blocks of its own; read its {file}, then pass trust_remote_code=True, which perflow "
             "generate and export take."
         )
-    return ModularPipelineBlocks.from_pretrained(place, trust_remote_code=True, **hub)
+    try:
+        return ModularPipelineBlocks.from_pretrained(place, trust_remote_code=True, **hub)
+    except ImportError as error:
+        reason = " ".join(str(error).partition(". Run")[0].split())  # diffusers' advice is to install any such name
+        raise ValueError(
+            f"the code of {place} cannot run ({reason}); start where the modules lie that its {file} imports, or load "
+            "what export_workflow made of it, which has copies of them."
+        ) from error
 
 
 def preset_for(place: str, **hub: Any) -> ModularPipelineBlocks:

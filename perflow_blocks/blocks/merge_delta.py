@@ -14,7 +14,8 @@ from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, Outpu
 from diffusers.utils import logging
 from huggingface_hub import hf_hub_download
 
-from ..delta.files import DIGEST_KEY, identity_of, leads_out, open_weights, read_recipe
+from ..delta.apply import require_architecture
+from ..delta.files import DIGEST_KEY, Weights, identity_of, leads_out, open_weights, read_recipe
 from ..delta.merge import (
     NO_RECIPE,
     MergeRecord,
@@ -92,9 +93,10 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
         configured = config.get("guidance_scale")
         if configured is not None:
             require_guidance(configured)
-        scale = config.delta_scale if block_state.delta_scale is None else block_state.delta_scale
-        require_factor("delta_scale", scale)
         path = None if block_state.delta is False else delta_path(block_state.delta, components)
+        scale = config.delta_scale if path and block_state.delta_scale is None else block_state.delta_scale
+        if scale is not None:
+            require_factor("delta_scale", scale)
         variant = config.delta_variant if block_state.delta is None else None
         lock = model_lock(unet)
         with lock:
@@ -103,7 +105,7 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
             with lock.changing(), lock:  # of threads that share the pipeline, the first one merges
                 merged = _as_asked(unet, block_state.delta, path, scale, variant)
                 if merged is None:
-                    _change(components, path, scale, variant, configured=block_state.delta is None)
+                    _change(components, block_state.delta, path, scale, variant)
                     merged = merge_records(unet)
         for one in merged:
             _require_no_lora_of(unet, one.digest, one.source)
@@ -122,14 +124,15 @@ class PeRFlowMergeDeltaStep(ModularPipelineBlocks):
 
 
 def _as_asked(
-    unet: Any, delta: Any, path: Path | None, scale: float, variant: str | None
+    unet: Any, delta: Any, path: Path | None, scale: Any, variant: str | None
 ) -> tuple[MergeRecord, ...] | None:
     """What is merged into the UNet, if it is what the call asks for; else None."""
     records = merge_records(unet)
     if delta is False:
         return None if records else records
-    if path is None:
-        return records
+    if path is None:  # neither the call nor the configuration names one
+        record = recipe_record(records)
+        return records if record is None or scale in (None, record.scale) else None
     if delta is None and not path.exists():  # of a UNet that was saved with it merged
         if any(record.reloaded and (record.source, record.scale) == (path.name, scale) for record in records):
             return records
@@ -137,26 +140,25 @@ def _as_asked(
     return merge_records(unet) if known is not None and (known.scale, known.scales) == (scale, ()) else None
 
 
-def _change(components: Any, path: Path | None, scale: float, variant: str | None, *, configured: bool) -> None:
-    """Merges or rescales the delta of a path, or takes out what is merged where there is none.
-
-    Of deltas with a recipe only one is merged at a time, since each says how to sample.
-    """
+def _change(components: Any, delta: Any, path: Path | None, scale: Any, variant: str | None) -> None:
+    """Merges or rescales a delta, or takes out what is merged, once `_as_asked` has told that it is not as asked."""
     unet = components.unet
+    if path is None and delta is None:
+        record = recipe_record(merge_records(unet))
+        rescale_delta(unet, scale, record)
+        return
     if path is None:
-        saved = [record for record in merge_records(unet) if record.reloaded]
-        place = delta_path(None, components) if saved else None
-        if place is not None:
-            unmerge_delta(unet, open_weights(place, components.config.delta_variant), exact=False)
-            _warn_of_rounding(saved[0])
+        _take_out_saved(components)
         if merge_records(unet):
             unmerge_delta(unet)
         return
-    weights = open_weights(path, variant)
-    known, replaced = find_merged(unet, weights), list[MergeRecord]()
-    if known is None and read_recipe(weights) != NO_RECIPE:
-        replaced = [record for record in merge_records(unet) if record.recipe != NO_RECIPE]
-    if replaced and configured:  # by hand, or by an earlier call, another one was merged
+    weights, replaced = open_weights(path, variant), tuple[MergeRecord, ...]()
+    known = find_merged(unet, weights)
+    if takes_place(unet, weights):
+        require_architecture(weights, unet)
+        _take_out_saved(components)
+        replaced = tuple(record for record in merge_records(unet) if record.recipe != NO_RECIPE)
+    if replaced and delta is None:  # by hand, or by an earlier call, another one was merged
         logger.warning(
             f"{weights.label}, which the configuration names, takes the place of {replaced[0].source} in the UNet; to "
             "keep another delta pass delta= in each call, or call pipe.update_components(delta=None)."
@@ -168,6 +170,27 @@ def _change(components: Any, path: Path | None, scale: float, variant: str | Non
         _warn_of_rounding(known)
     else:
         merge_delta(unet, weights, scale, replaced=replaced)
+
+
+def takes_place(unet: Any, weights: Weights) -> bool:
+    """Whether a delta is to take the place of what is merged: each says how to sample, and they are not the same."""
+    says = any(record.recipe != NO_RECIPE for record in merge_records(unet))
+    return says and read_recipe(weights) != NO_RECIPE and find_merged(unet, weights) is None
+
+
+def _take_out_saved(components: Any) -> None:
+    """Takes out the delta that the UNet was saved with, by its copy: the configuration's, or in the directory."""
+    unet, origin = components.unet, components._pretrained_model_name_or_path
+    saved = next((record for record in merge_records(unet) if record.reloaded), None)
+    if saved is None:
+        return
+    copies = [(delta_path(None, components), components.config.delta_variant)]
+    copies += [(Path(str(origin), "delta", saved.source), None)] if origin is not None else []
+    for place, variant in copies:
+        if place is not None and place.exists() and find_merged(unet, place, variant) is not None:
+            unmerge_delta(unet, open_weights(place, variant), exact=False)
+            _warn_of_rounding(saved)
+            return
 
 
 def _warn_of_rounding(record: MergeRecord) -> None:

@@ -183,6 +183,13 @@ class PeRFlowModularPipeline(StableDiffusionXLModularPipeline):
         )
         return pipe
 
+    def update_components(self, **kwargs: Any) -> None:
+        """As in diffusers. The path of a `delta` is from the working directory, or else from the pipeline's own."""
+        if isinstance(delta := kwargs.get("delta"), (str, os.PathLike)):
+            place = Path(delta).expanduser()
+            kwargs["delta"] = str(place.absolute() if place.exists() else delta)
+        super().update_components(**kwargs)
+
     @classmethod
     def _for(cls, blocks: Any) -> type[PeRFlowModularPipeline]:
         """This class, or the one for the family that the blocks are made for, if it derives from this one."""

@@ -40,7 +40,7 @@ from ..schedulers.scheduling_perflow import (
     settings_of_others,
 )
 from .block_source import block_files
-from .merge_delta import delta_path, is_default_guider
+from .merge_delta import delta_path, is_default_guider, takes_place
 from .set_timesteps import OWN_ATTRIBUTE
 from .specs import SCHEDULER_SETTINGS
 
@@ -99,7 +99,7 @@ def prepare(pipe: Any) -> tuple[Any, Weights | None]:
     return saver, delta
 
 
-def settled(pipe: Any, problems: Problems) -> tuple[Any, dict[str, Any], Weights | None]:
+def settled(pipe: Any, problems: Problems, *, delta_given: bool = False) -> tuple[Any, dict[str, Any], Weights | None]:
     """A copy of the pipeline whose components can be saved, the configuration values, and the delta to copy.
 
     The components are the pipeline's own, but for the scheduler, which is the stock one that the window set-up
@@ -115,7 +115,7 @@ def settled(pipe: Any, problems: Problems) -> tuple[Any, dict[str, Any], Weights
         values |= {name: value for name, value in set_by_user.items() if name in values}
         values = {name: value for name, value in values.items() if value is not None or defaults[name] is not None}
         if "delta" in defaults:
-            delta_values, delta = _delta(pipe, defaults["delta"])
+            delta_values, delta = _delta(pipe, defaults["delta"], delta_given)
             values |= delta_values
     about = "configuration values must be numbers, texts, booleans or lists: "
     with problems.noted(TypeError, AttributeError, about=about):
@@ -258,31 +258,39 @@ def adapter_problems(name: str, component: Any) -> Iterator[str]:
         yield f"{name} has FreeU, which is not saved; call pipe.disable_freeu(), and enable_freeu again after loading."
 
 
-def _delta(pipe: Any, default: Any) -> tuple[dict[str, Any], Weights | None]:
+def _delta(pipe: Any, default: Any, given: bool) -> tuple[dict[str, Any], Weights | None]:
     """The configuration values about the delta, and the file to copy: the configuration's, or the one that is merged.
 
-    Where the configuration names none, and what is merged has no file, or the file has changed since, the merged
-    weights and their record are all that is saved.
+    The latter is saved where the configuration names none, or a call merged another one in its place. If it has no
+    file, or the file has changed since, the merged weights and their record are all that is saved.
 
     Raises:
-        ValueError, OSError: the configuration's delta cannot be read and is not merged either.
+        ValueError, OSError: the configuration's delta cannot be read and is not merged either, or it is the one that
+            `export_workflow` was `given`, and another one is merged.
     """
     config, unet = pipe.config, pipe.components.get("unet")
     records = () if unet is None else merge_records(unet)
     values = {name: config[name] for name in DELTA_VALUES if config.get(name) is not None}
-    named = values.pop("delta", None)
-    if named is None:
-        weights = _only_merged(unet, records)
-        if weights is None:
-            return ({**values, "delta": None} if default is not None else values), None
-        values = {"delta_scale": records[0].scale}
-    else:
+    named, weights = values.pop("delta", None), None
+    if named is not None:
         try:
             weights = open_weights(delta_path(None, pipe) or "", values.get("delta_variant"))
         except (ValueError, OSError):
             if Path(named).name not in {Path(record.source).name for record in records}:
                 raise
             return {**values, "delta": f"delta/{Path(named).name}"}, None  # the merged weights are what it names
+        if records and takes_place(unet, weights):
+            if given:
+                merged = Path(records[0].source).name
+                raise ValueError(
+                    f"{merged} is merged, and delta= names another one; leave delta= out, or unmerge first."
+                )
+            weights = None
+    if weights is None:
+        weights = _only_merged(unet, records)
+        if weights is None:
+            return ({**values, "delta": None} if default is not None else values), None
+        values = {"delta_scale": records[0].scale}
     source = Path(weights.label)
     values.pop("delta_variant", None)  # that of a folder
     name = source.name if source.suffix == ".safetensors" else "perflow_delta.safetensors"

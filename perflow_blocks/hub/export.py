@@ -105,7 +105,7 @@ def export_workflow(
             problems.add("the blocks merge no delta; insert a PeRFlowMergeDeltaStep, or leave delta= out.")
         pipe, place = copy(pipe), str(Path(delta).expanduser().absolute())
         pipe._internal_dict = FrozenDict({**pipe.config, "delta": place, "delta_variant": None})
-    saver, values, delta_weights = settled(pipe, problems)
+    saver, values, delta_weights = settled(pipe, problems, delta_given=delta is not None)
     records = () if pipe.components.get("unet") is None else merge_records(pipe.unet)
     record = recipe_record(records)
     recipe = read_recipe(delta_weights) if delta_weights is not None else record.recipe if record else DeltaRecipe()

@@ -216,6 +216,19 @@ def test_a_delta_without_a_recipe_is_added_to_what_is_there(tmp_path: Path, delt
     assert len(merge_records(pipe.unet)) == 2 and pipe.guider.guidance_scale == 1.0
 
 
+def test_a_scale_without_a_delta_is_that_of_the_merged_one(delta: Path) -> None:
+    pipe = make_pipeline()
+    run(pipe, delta=delta, delta_scale=0.5)
+    run(pipe, delta_scale=0.25)
+    record = merge_record(pipe.unet)
+    assert record is not None and record.scale == 0.25
+    run(pipe)
+    assert merge_record(pipe.unet) == record
+    run(pipe, delta_scale=0.0)
+    assert merge_record(pipe.unet) is None
+    run(pipe, delta_scale=0.5)  # of nothing
+
+
 def test_an_index_on_the_hub_names_a_file_beside_it(delta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str, str | None]] = []
 

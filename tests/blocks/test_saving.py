@@ -435,3 +435,33 @@ def test_a_saved_delta_can_be_rescaled_and_taken_out(asked: Any, tmp_path: Path,
 def test_options_that_are_not_of_loading_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match=r"torch_dtype is not an option of from_pretrained; .*load_components"):
         PeRFlowModularPipeline.from_pretrained(weights_directory(), torch_dtype=torch.float16)
+
+
+def test_a_delta_that_a_call_put_in_place_is_the_one_that_is_saved(tmp_path: Path, caplog: Any) -> None:
+    """And after loading it can be replaced again, and taken out, to one rounding."""
+    recipe = DeltaRecipe(num_inference_steps=4, guidance_scale=1.0)
+    first = write_delta(tmp_path / "one.safetensors", recipe)
+    second = write_delta(tmp_path / "two.safetensors", recipe, part="mid_block")
+    pipe = make_pipeline()
+    base = latents(pipe, guidance_scale=1.0)
+    pipe.update_components(delta=str(first))
+    expected = latents(pipe, delta=second)
+    pipe.save_pretrained(tmp_path / "saved")
+    again: Any = PeRFlowModularPipeline.from_pretrained(tmp_path / "saved")
+    again.load_components()
+    assert again.config.delta == "delta/two.safetensors" and torch.equal(latents(again), expected)
+    replaced = latents(again, delta=first)
+    torch.testing.assert_close(replaced, latents(pipe, delta=first), atol=1e-4, rtol=1e-4)
+    assert "The UNet was loaded with two.safetensors in its weights" in caplog.text
+    torch.testing.assert_close(latents(again, delta=False, guidance_scale=1.0), base, atol=1e-4, rtol=1e-4)
+
+
+def test_the_path_of_a_delta_is_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    delta = write_delta(tmp_path / "perflow_delta.safetensors", DeltaRecipe(num_inference_steps=4))
+    pipe: Any = PeRFlowModularPipeline.from_pretrained(weights_directory())
+    pipe.update_components(delta="perflow_delta.safetensors")
+    assert pipe.config.delta == str(delta)
+    monkeypatch.chdir("/")
+    pipe.update_components(delta="perflow_delta.safetensors")  # the pipeline's own
+    assert block.delta_path(None, pipe) == weights_directory() / "perflow_delta.safetensors"

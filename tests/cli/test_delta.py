@@ -142,6 +142,8 @@ def test_there_and_back_again(run: Run, models: Path, tmp_path: Path) -> None:
     assert "left in it" not in done(run, "unmerge", back, files["other"], "-o", bare)
     assert_close(load(bare).state_dict(), tiny_sdxl_unet(0).state_dict(), 1e-6)
     assert merge_records(load(bare)) == ()
+    places = {json.loads((folder / "config.json").read_text())["_name_or_path"] for folder in (one, both, back, bare)}
+    assert places == {str(models / "base")}  # around which its pipeline lies
 
 
 def test_a_merge_keeps_the_stored_type_or_takes_another(run: Run, models: Path, delta: Path, tmp_path: Path) -> None:

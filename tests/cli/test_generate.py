@@ -80,6 +80,12 @@ def test_blocks_of_ones_own_draw_and_are_exported_where_they_are_trusted(
         assert run("generate", "a", "--model", location, "--out", name, "--seed", 3, *trust)[0] == 0
     images = [Image.open(f"{name}/000-a-seed3.png") for name in ("own", "preset")]
     assert ImageChops.difference(*images).getbbox() is not None
+    del sys.modules["bright"]
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place != str(tmp_path)])
+    monkeypatch.chdir("mine")
+    status, _, err = run("generate", "a", "--model", tmp_path / "mine", "--trust-remote-code")
+    assert status == 2 and "cannot run (No module named 'bright'); start where the modules lie" in err
+    monkeypatch.chdir(tmp_path)
     status, _, err = run("export", "mine", "flow", "--trust-remote-code", "--weights", "include")
     assert status == 0, err
     assert "class BrightStep" in "".join(file.read_text() for file in Path("flow").glob("*.py"))

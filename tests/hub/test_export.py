@@ -234,7 +234,9 @@ def test_deltas_that_would_be_lost_are_refused(tmp_path: Path, referring: Any, d
     other = tmp_path / "other.safetensors"
     save_delta({"conv_in.bias": torch.ones(32)}, other, RECIPE)
     referring.register_components(unet=merged_unet(referring, delta, 1.0))
-    assert "that the index cannot name" in refused(referring, tmp_path, weights="delta-only", delta=other)
+    for weights in ("delta-only", "include"):
+        text = refused(referring, tmp_path, weights=weights, delta=other)
+        assert f"{delta.name} is merged, and delta= names another one; leave delta= out" in text
 
 
 # Refusals
