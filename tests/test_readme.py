@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (README, *sorted((ROOT / "docs").rglob("*.md")))}
 BLOCK = re.compile(r"^```python\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+IN_FILE = re.compile(r"^(?:.* )?`(\w+\.py)`.*:\n\n\Z", flags=re.MULTILINE)
+"""Before a block: the file that it is written into."""
 ON_THIS_MACHINE = {
     '"cuda"': '"cpu"',
     "torch.float16": "torch.float32",
@@ -112,6 +115,7 @@ def folder(loopback_hub: LoopbackHub, own_modules: None, tmp_path: Path, monkeyp
         return report
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(perflow_blocks, "push_workflow", push)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda place: place)
     monkeypatch.setattr(strategies, "_STRATEGIES", dict(strategies._STRATEGIES))
@@ -125,7 +129,8 @@ def folder(loopback_hub: LoopbackHub, own_modules: None, tmp_path: Path, monkeyp
 
 
 def after_blocks(defined: dict[str, Any], folder: Path) -> None:
-    defined["test_damp_step"]()
+    for name in ("test_damp_step", "test_pipeline"):
+        getattr(import_module("test_damp"), name)()
     step = defined["DampStep"]
     undeclared = type("DampStep", (step,), {"inputs": step().inputs[:1]})
     with pytest.raises(BlockContractError) as raised:
@@ -169,6 +174,9 @@ def test_the_python_of_a_page_runs(page: str, hub: Path, folder: Path) -> None:
         code = found[1]
         for name, replacement in {**here, **ON_THIS_MACHINE}.items():
             code = code.replace(name, replacement)
+        if file := IN_FILE.search(text, 0, found.start()):
+            (folder / file[1]).write_text(code)
+            continue
         lines_above = "\n" * text.count("\n", 0, found.start(1))  # tracebacks name the page's line
         with torch.compiler.set_stance("force_eager"):  # compiling for a CPU takes minutes
             exec(compile(lines_above + code, ROOT / page, "exec"), defined)
