@@ -37,11 +37,15 @@ def merge(
         raise ValueError(f"--scale {scale} merges nothing; pass a finite number other than 0.")
 
     def add(unet: Any, weights: Any, base: Any) -> str:
-        from ..delta.merge import find_merged, merge_delta
+        from ..delta.apply import NO_RECIPE
+        from ..delta.merge import find_merged, merge_delta, merge_record
 
         if find_merged(unet, weights) is not None:
             raise ValueError(f"{delta} is merged into {model} already; take it out with perflow unmerge first.")
-        return f"merged at scale {merge_delta(unet, weights, scale, base=base).scale:g}"
+        before, new = merge_record(unet), merge_delta(unet, weights, scale, base=base)
+        both = before is not None and NO_RECIPE not in (before.recipe, new.recipe)
+        beside = f" beside {before.source}, whose recipe goes on to count" if before and both else ""
+        return f"merged at scale {new.scale:g}{beside}"
 
     _rewrite(model, delta, out, variant, delta_variant, dtype, force, add)
 

@@ -77,15 +77,16 @@ def vae_factor(location: str) -> int:
 def find_model(model: str | None, unet: Path | None) -> tuple[str, Path | None]:
     """Where the pipeline is, and the folder of a merged UNet to put into it.
 
-    For a folder of a UNet alone, the pipeline is the one around it, or that which it was loaded from for the merge.
+    For a folder of a UNet alone, the pipeline is the one around it, if it has a VAE there; else that which the UNet
+    was loaded from for the merge; else one around it whose index names other places.
     """
     if unet is not None:
         return model_location(model), require_unet(unet)
     folder = Path(model or "").expanduser()
     if model is None or is_pipeline(folder) or not is_unet(folder):
         return model_location(model), None
-    origin = read_config(folder).get("_name_or_path")
-    places = (folder.absolute().parent, *([Path(origin).parent] if origin else []))
+    around, origin = folder.absolute().parent, read_config(folder).get("_name_or_path")
+    places = [*([around] if (around / "vae").is_dir() else []), *([Path(origin).parent] if origin else []), around]
     place = next(filter(is_pipeline, places), None)
     if place is None:
         raise ValueError(f"--model {model} is a UNet alone; pass --unet {model}, and its pipeline as --model.")

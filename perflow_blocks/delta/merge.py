@@ -245,8 +245,8 @@ def _exchange(
         if record.weights is None or (exact and base is None):
             raise ValueError(
                 f"this {type(module).__name__} was loaded with {record.source} in its weights at scale "
-                f"{record.scale:g}: load the base, or pass the delta (a file or mapping) and base=, the base's files; "
-                "with exact=False the delta alone is enough."
+                f"{record.scale:g}: load the base, or take it out with perflow unmerge, or pass the delta (a file or "
+                "mapping) and base=, the base's files; with exact=False the delta alone is enough."
             )
         state.records = tuple(replace(old, reloaded=False) if old is record else old for old in state.records)
         state.base = state.base if base is not None else None  # the files that it was loaded from hold the delta too

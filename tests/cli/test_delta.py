@@ -128,7 +128,8 @@ def test_there_and_back_again(run: Run, models: Path, tmp_path: Path) -> None:
     one, both, back, bare = (tmp_path / name for name in ("one", "both", "back", "bare"))
     done(run, "merge", models / "base", files["student"], "-o", one)
     assert_close(load(one).state_dict(), tiny_sdxl_unet(1).state_dict(), 1e-6)
-    done(run, "merge", one, files["other"], "-o", both, "--scale", 0.25)
+    out = done(run, "merge", one, files["other"], "-o", both, "--scale", 0.25)
+    assert "merged at scale 0.25 beside student.safetensors, whose recipe goes on to count" in out
     records = merge_records(load(both))
     assert [(r.source, r.scale) for r in records] == [("student.safetensors", 1.0), ("other.safetensors", 0.25)]
     assert records[0].recipe.num_inference_steps == 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,11 +21,13 @@ from PIL import Image, ImageChops
 
 from perflow_blocks import PeRFlowSDXLAutoBlocks, insert_loop_block, load_workflow
 from perflow_blocks.cli import main
+from perflow_blocks.cli.pipeline import find_model
 from perflow_blocks.delta.extract import save_delta
 from perflow_blocks.delta.recipe import DeltaRecipe
 from perflow_blocks.testing.tiny import IMAGE_SIZE, tiny_sd_components, tiny_sdxl_components, tiny_sdxl_unet
 
 Run = Callable[..., tuple[int, str, str]]
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +98,21 @@ def settings(path: Path) -> dict[str, Any]:
     with Image.open(path) as image:
         image.load()
         return json.loads(image.info["perflow"])
+
+
+def test_the_pipeline_of_a_merged_unet(run: Run, model: Path, delta: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    assert run("merge", model, delta, "-o", merged)[0] == 0
+    shutil.copy(ROOT / "modular_model_index.json", tmp_path)  # a folder whose index names weights elsewhere
+    assert find_model(str(merged), None) == (str(model), merged)
+    shutil.copytree(model / "vae", tmp_path / "vae")  # a pipeline that holds its weights
+    assert find_model(str(merged), None) == (str(tmp_path), merged)
+    (tmp_path / "modular_model_index.json").unlink()
+    assert find_model(str(merged), None) == (str(model), merged)
+    config = json.loads((merged / "config.json").read_text())
+    (merged / "config.json").write_text(json.dumps({**config, "_name_or_path": "elsewhere"}))
+    with pytest.raises(ValueError, match="is a UNet alone; pass --unet"):
+        find_model(str(merged), None)
 
 
 def test_pictures_carry_their_settings_and_stand_on_a_sheet(
