@@ -88,7 +88,7 @@ def _rewrite(
 
     The configuration of the UNet is checked first, and that its files hold all of it: diffusers fills gaps at random.
     """
-    from .pipeline import is_pipeline, quiet_libraries
+    from .pipeline import holds_pipeline, quiet_libraries
     from .unets import empty_unet, read_config, require_unet
 
     folder = require_unet(model)
@@ -120,7 +120,7 @@ def _rewrite(
         )
     with console.status(f"changing {model} by {delta.name}"):
         done = change(unet, weights, own)
-    if (origin := read_config(folder).get("_name_or_path")) and not is_pipeline(folder.absolute().parent):
+    if (origin := read_config(folder).get("_name_or_path")) and not holds_pipeline(folder.absolute().parent):
         unet.register_to_config(_name_or_path=origin)  # which leads to its pipeline
     with console.status(f"writing {out}"), atomic_directory(out) as temporary:
         unet.save_pretrained(temporary, variant=written)

@@ -47,6 +47,11 @@ def is_pipeline(folder: Path) -> bool:
     return any((folder / name).is_file() for name in INDEX_NAMES)
 
 
+def holds_pipeline(folder: Path) -> bool:
+    """Whether the weights that a pipeline's index names are in its folder; told by the VAE."""
+    return is_pipeline(folder) and (folder / "vae").is_dir()
+
+
 def model_location(model: str | None) -> str:
     """The embedded model's directory for None; else the directory or repository, checked without network.
 
@@ -86,7 +91,8 @@ def find_model(model: str | None, unet: Path | None) -> tuple[str, Path | None]:
     if model is None or is_pipeline(folder) or not is_unet(folder):
         return model_location(model), None
     around, origin = folder.absolute().parent, read_config(folder).get("_name_or_path")
-    places = [*([around] if (around / "vae").is_dir() else []), *([Path(origin).parent] if origin else []), around]
+    named = [Path(origin).parent] if origin and Path(origin).is_dir() else []
+    places = [*([around] if holds_pipeline(around) else []), *named, around]
     place = next(filter(is_pipeline, places), None)
     if place is None:
         raise ValueError(f"--model {model} is a UNet alone; pass --unet {model}, and its pipeline as --model.")
