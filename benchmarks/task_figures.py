@@ -21,13 +21,11 @@ from perflow_blocks.evaluation.sheet import contact_sheet
 from .editing import HOLES, STRENGTHS, Edit, EditingSet, draw, make_editing_set
 from .quantized import METHODS
 from .quantized import pipeline as quantized_pipeline
+from .task_models import PROMPTS, Cells, seeded
 
-PROMPTS = ("a red star on a white background", "a big blue ring", "a yellow circle on a navy background")
 SHOWN_INPUTS = (0, 1)
 """The first two inputs of the set that docs/editing.md measures: none is picked."""
 SHOWN_METHODS = ("float32", "torchao int8", "torchao int4, groups of 32", "bitsandbytes nf4")
-
-Cells = list[tuple[Image.Image, str]]
 
 
 def image_to_image(data: EditingSet) -> Cells:
@@ -62,7 +60,7 @@ def deltas() -> Cells:
     pipe, cells = perflow_pipeline(), Cells()
     for prompt in PROMPTS:
         for delta, caption in ((False, f"{prompt}: base alone"), (None, "with the delta")):
-            image = pipe(prompt, delta=delta, num_inference_steps=4, guidance_scale=1, generator=_seeded()).images[0]
+            image = pipe(prompt, delta=delta, num_inference_steps=4, guidance_scale=1, generator=seeded()).images[0]
             cells.append((image, caption))
     return cells
 
@@ -72,10 +70,10 @@ def guidance() -> Cells:
     pipe, cells = perflow_pipeline(), Cells()
     for prompt in PROMPTS:
         for scale in (1.0, 1.5, 2.0, 3.0):
-            image = pipe(prompt, guidance_scale=scale, generator=_seeded()).images[0]
+            image = pipe(prompt, guidance_scale=scale, generator=seeded()).images[0]
             cells.append((image, f"{prompt}: scale {scale:g}"))
         negative = f"a small {next(shape for shape in SHAPES if shape in prompt)}"
-        image = pipe(prompt, negative_prompt=negative, guidance_scale=2.0, generator=_seeded()).images[0]
+        image = pipe(prompt, negative_prompt=negative, guidance_scale=2.0, generator=seeded()).images[0]
         cells.append((image, f"scale 2, negative prompt: {negative}"))
     return cells
 
@@ -84,11 +82,11 @@ def refiner() -> Cells:
     """What the base hands over, what the refiner makes of it, and a run that is not divided."""
     pipe, cells = perflow_pipeline(), Cells()
     for prompt in PROMPTS:
-        latents = pipe(prompt, denoising_end=0.5, generator=_seeded(), output_type="latent").images
+        latents = pipe(prompt, denoising_end=0.5, generator=seeded(), output_type="latent").images
         cells += [
-            (pipe(prompt, denoising_end=0.5, generator=_seeded()).images[0], f"{prompt}: handed over at 0.5"),
+            (pipe(prompt, denoising_end=0.5, generator=seeded()).images[0], f"{prompt}: handed over at 0.5"),
             (pipe(prompt, image_latents=latents, denoising_start=0.5).images[0], "finished by the refiner"),
-            (pipe(prompt, generator=_seeded()).images[0], "one run, not divided"),
+            (pipe(prompt, generator=seeded()).images[0], "one run, not divided"),
         ]
     return cells
 
@@ -101,9 +99,9 @@ def upscaling() -> Cells:
     tiled = blocks.init_pipeline(weights_directory())
     tiled.load_components(dtype=torch.float32)
     for prompt in PROMPTS[:2]:
-        small = pipe(prompt, generator=_seeded()).images[0]
+        small = pipe(prompt, generator=seeded()).images[0]
         large = small.resize((128, 128), Image.Resampling.LANCZOS)
-        again = tiled(prompt, image=large, strength=0.1, generator=_seeded()).images[0]
+        again = tiled(prompt, image=large, strength=0.1, generator=seeded()).images[0]
         cells += [(small.resize((128, 128), Image.Resampling.NEAREST), f"{prompt}: 64 x 64")]
         cells += [(large, "enlarged to 128 x 128"), (again, "drawn again in tiles")]
     return cells
@@ -112,12 +110,8 @@ def upscaling() -> Cells:
 def quantized() -> Cells:
     """The same prompts and noise by the UNet in float32, 8 and 4 bits."""
     pipes = {name: quantized_pipeline(METHODS[name], None) for name in SHOWN_METHODS}
-    drawn = {name: pipe(list(PROMPTS), generator=_seeded()).images for name, pipe in pipes.items()}
+    drawn = {name: pipe(list(PROMPTS), generator=seeded()).images for name, pipe in pipes.items()}
     return [(drawn[name][row], f"{name}: {prompt}") for row, prompt in enumerate(PROMPTS) for name in SHOWN_METHODS]
-
-
-def _seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 def main(out: Annotated[Path, typer.Option(help="The directory of the images.")] = Path("docs")) -> None:

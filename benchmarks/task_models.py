@@ -48,7 +48,7 @@ _WITHOUT_SDXL: dict[str, Any] = {
     "projection_class_embeddings_input_dim": None,
     "cross_attention_dim": 64,
 }
-"""What makes a UNet of Stable Diffusion's kind of the embedded one."""
+"""What the UNet of Stable Diffusion 1.5 has in place of the embedded one's settings."""
 
 Cells = list[tuple[Image.Image, str]]
 
@@ -71,13 +71,13 @@ def main(
 
 
 class Base:
-    """The embedded base's models, frozen, and what they are trained with: images, their latents, captions."""
+    """The embedded base's models, frozen, and what training takes: all captions' token ids, the images' latents."""
 
     def __init__(self, images: RenderedImages) -> None:
         pipe = teacher_pipeline()
-        self.pipe, self.vae, self.unet = pipe, pipe.vae, pipe.unet.requires_grad_(False)
+        self.pipe, self.unet = pipe, pipe.unet.requires_grad_(False)
         self.encoder = CaptionEncoder(pipe.tokenizer, pipe.text_encoder, pipe.text_encoder_2).requires_grad_(False)
-        self.captions, self.images = self.encoder.tokenize(all_captions()), images
+        self.captions = self.encoder.tokenize(all_captions())
         self.latents = encode_images(pipe.vae, images) * pipe.vae.config.scaling_factor
 
 
@@ -163,7 +163,7 @@ def train_ip_adapter(images: RenderedImages, out: Path, seconds: float) -> None:
 
 
 def draw_ip_adapter(models: Path) -> Cells:
-    """Images that the adapter has not seen, and what prompts that name no colour make of them, and without them."""
+    """Images that the adapter has not seen, and what it makes of prompts that name no colour, at three scales."""
     pipe, cells = perflow_pipeline(), Cells()
     image_encoder = CLIPVisionModelWithProjection.from_pretrained(models / "image_encoder")
     processor = CLIPImageProcessor.from_pretrained(models / "feature_extractor")

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .attention.config import AttentionConfig, PlanLike
-from .blocks.block_source import SD_PRESET, SDXL_PRESET, make_preset, preset_for
+from .blocks.block_source import SD_PRESET, SDXL_PRESET, has_own_blocks, make_preset, preset_for
 from .blocks.encode import DEFAULT_MAX_ENTRIES, PeRFlowAutoTextEncoderStep, PromptCacheStep
 from .blocks.guiders import check_guider
 from .blocks.merge_delta import PeRFlowMergeDeltaStep, delta_path
@@ -114,7 +114,8 @@ class PeRFlowPipelineBuilder:
         """Takes the components of a directory or repository in diffusers' layout, plain or modular.
 
         Args:
-            location: directory or repository of the Hub. Code in it is not run.
+            location: directory or repository of the Hub. Code in it is not run; if it has blocks of its own, pass them
+                to `with_blocks`.
             revision, variant: of the repository and of its weight files ("fp16"), not of others that its index names.
             dtype: of all models. "auto": that of a UNet, ControlNet or text encoder that you give; else bfloat16 where
                 the device computes in it, float16 on other accelerators, float32 on the CPU.
@@ -368,7 +369,8 @@ def _make_plan(settings: _Settings, manager: ComponentsManager) -> _Plan:
 
 
 def _arranged_blocks(settings: _Settings, problems: Problems) -> Any:
-    blocks = _usual_blocks(settings.source) if settings.blocks is None else deepcopy(settings.blocks)
+    given = settings.blocks
+    blocks = _usual_blocks(settings.source, problems) if given is None else deepcopy(given)
     blocks = blocks() if isinstance(blocks, type) else blocks
     if settings.prompt_cache is not None:
         with problems.noted(about="with_prompt_cache: "):
@@ -385,7 +387,7 @@ def _arranged_blocks(settings: _Settings, problems: Problems) -> Any:
     return blocks
 
 
-def _usual_blocks(source: _Source | None) -> Any:
+def _usual_blocks(source: _Source | None, problems: Problems) -> Any:
     """The preset for the source's family. A place that cannot be read is reported by what reads it whole."""
     with suppress(OSError, ValueError, SafetensorError):
         if source is not None and source.is_file:
@@ -393,6 +395,11 @@ def _usual_blocks(source: _Source | None) -> Any:
                 is_sd = any(name.startswith("cond_stage_model.") for name in file.keys())
             return make_preset(SD_PRESET if is_sd else SDXL_PRESET)
         if source is not None:
+            if has_own_blocks(source.location, revision=source.revision):
+                problems.add(
+                    f"{source.location} has blocks of its own, and its code is not run here; call "
+                    "with_blocks(load_workflow(...).blocks), or with_blocks of a preset."
+                )
             return preset_for(source.location, revision=source.revision)
     return make_preset(SDXL_PRESET)
 

@@ -143,13 +143,9 @@ def load_blocks(place: str, trust_remote_code: bool | None, **hub: Any) -> Modul
     Raises:
         ValueError: it has code of its own and `trust_remote_code` is not set, or its `modular_config.json` is broken.
     """
-    local = Path(place, hub.get("subfolder") or "", BLOCKS_CONFIG)
-    try:
-        config = read_json(local) if local.is_file() else ModularPipelineBlocks.load_config(place, **hub)
-    except OSError as error:
-        if isinstance(error.__context__, EntryNotFoundError) or error.__context__ is None:
-            return preset_for(place, **hub)
-        raise
+    config = _blocks_config(place, **hub)
+    if config is None:
+        return preset_for(place, **hub)
     if config.get(PRESET_KEY) is not None:
         return make_preset(config[PRESET_KEY])
     file, _ = _class_reference(config)
@@ -166,6 +162,23 @@ def load_blocks(place: str, trust_remote_code: bool | None, **hub: Any) -> Modul
             f"the code of {place} cannot run ({reason}); start where the modules lie that its {file} imports, or load "
             "what export_workflow made of it, which has copies of them."
         ) from error
+
+
+def has_own_blocks(place: str, **hub: Any) -> bool:
+    """Whether a directory or repository has blocks of its own, not a preset's, which only its code can make."""
+    config = _blocks_config(place, **hub)
+    return config is not None and config.get(PRESET_KEY) is None
+
+
+def _blocks_config(place: str, **hub: Any) -> dict[str, Any] | None:
+    """The `modular_config.json` of a directory or repository; None of a model without blocks."""
+    local = Path(place, hub.get("subfolder") or "", BLOCKS_CONFIG)
+    try:
+        return read_json(local) if local.is_file() else ModularPipelineBlocks.load_config(place, **hub)
+    except OSError as error:
+        if isinstance(error.__context__, EntryNotFoundError) or error.__context__ is None:
+            return None
+        raise
 
 
 def preset_for(place: str, **hub: Any) -> ModularPipelineBlocks:

@@ -404,3 +404,12 @@ def test_a_checkpoint_without_a_vae_takes_one_that_is_given(config: Path, tmp_pa
     with pytest.raises(SingleFileComponentError, match="Weights for this component appear to be missing"):
         chain.build()
     assert run(pipe).isfinite().all()
+
+
+def test_blocks_of_the_source_s_own_are_not_dropped_in_silence(repository: Path, tmp_path: Path) -> None:
+    place = shutil.copytree(repository, tmp_path / "copy")
+    (place / "modular_config.json").write_text('{"auto_map": {"ModularPipelineBlocks": "block.SavedBlocks"}}')
+    builder = PeRFlowPipelineBuilder().from_pretrained(place)
+    (problem,) = builder.problems()
+    assert f"{place} has blocks of its own, and its code is not run here; call with_blocks(" in problem
+    assert builder.with_blocks(PeRFlowSDXLAutoBlocks()).problems() == []
